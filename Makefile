@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all their own set-up; a second call starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+# set up again when what is installed changed, not at every call
+STAMP := $(VENV)/.quincunx-installed
+BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+
+.PHONY: demo test lint format setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
+	@echo "make test     run the tests"
+	@echo "make lint     formatting, lint, types, import order"
+	@echo "make format   apply the formatter"
+	@echo "PYTHON=python3.x and VENV=folder choose the interpreter and the virtual environment"
+
+setup: $(STAMP)
+
+# torch first, alone and pinned: a CPU wheel that is at hand is used, and nothing later replaces it
+$(STAMP): $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/quincunx demo --out results/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so

@@ -1,0 +1,222 @@
+r"""The operators: schema, shapes, derivatives and MACs. No arithmetic; back ends bring that.
+
+All three convolution operators are partial derivatives of one trilinear form,
+
+.. math:: T(x, w, y) = \sum_{n,p} \langle y_{n,p}, (w * x)_{n,p} \rangle,
+
+the sum over the computed positions p: ``conv`` gives dT/dy, ``conv_transpose`` dT/dx and
+``conv_weight`` dT/dw. So each one's derivatives are the other two, to any order.
+
+Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
+Every map an operator returns is in channels_last. A sampling travels as its ``spec`` text, which
+``torch.export`` can store and which is the key of the plan caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from quincunx.plan import Geometry
+from quincunx.sampling import from_spec
+
+__all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count"]
+
+CHANNELS_LAST = torch.channels_last
+
+_LIBRARY = torch.library.Library("quincunx", "DEF")
+_GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int groups"
+OPERATORS = {
+    "conv": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    "conv_transpose": f"(Tensor y, Tensor weight, Tensor? bias, SymInt[] size, {_GEOMETRY}) -> Tensor",
+    "conv_weight": f"(Tensor x, Tensor y, int[] kernel, {_GEOMETRY}) -> Tensor",
+    "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
+    "collect": "(Tensor z, str sampling) -> Tensor",
+}
+for _name, _schema in OPERATORS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def implement(name: str, function: Callable[..., Tensor], dispatch_key: str) -> None:
+    """Register a back end's function for one operator on one kind of device."""
+    _LIBRARY.impl(name, function, dispatch_key)
+
+
+def sampled_count(sampling: str, height: int, width: int) -> int:
+    """m of a sampling on a grid, also where the sizes are symbols of a compiler."""
+    return from_spec(sampling).count(height, width)
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _empty_map(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
+
+
+@torch.library.register_fake("quincunx::conv", lib=_LIBRARY)
+def _conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
+    m = sampled_count(sampling, *geometry.grid(x.shape[2], x.shape[3]))
+    return _empty_map(x, (x.shape[0], weight.shape[0], m, 1))
+
+
+@torch.library.register_fake("quincunx::conv_transpose", lib=_LIBRARY)
+def _conv_transpose_fake(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    shape = (y.shape[0], weight.shape[1] * groups, size[0], size[1])
+    return _empty_map(y, shape)
+
+
+@torch.library.register_fake("quincunx::conv_weight", lib=_LIBRARY)
+def _conv_weight_fake(
+    x: Tensor,
+    y: Tensor,
+    kernel: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return x.new_empty((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
+
+
+@torch.library.register_fake("quincunx::fill", lib=_LIBRARY)
+def _fill_fake(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
+    return _empty_map(y, (y.shape[0], y.shape[1], size[0], size[1]))
+
+
+@torch.library.register_fake("quincunx::collect", lib=_LIBRARY)
+def _collect_fake(z: Tensor, sampling: str) -> Tensor:
+    m = sampled_count(sampling, z.shape[2], z.shape[3])
+    return _empty_map(z, (z.shape[0], z.shape[1], m, 1))
+
+
+# ---------------------------------------------------------------- derivatives
+
+_OPS = torch.ops.quincunx
+
+
+def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    to_x = to_weight = to_bias = None
+    if need_x:
+        to_x = _OPS.conv_transpose(grad, weight, None, x.shape[2:], *ctx.geometry)
+    if need_weight:
+        to_weight = _OPS.conv_weight(x, grad, weight.shape[2:], *ctx.geometry)
+    if need_bias:
+        to_bias = grad.sum((0, 2, 3))
+    return to_x, to_weight, to_bias, None, None, None, None, None
+
+
+def _keep_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weight, _, _, *ctx.geometry = inputs
+    ctx.save_for_backward(y, weight)
+
+
+def _conv_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    y, weight = ctx.saved_tensors
+    need_y, need_weight, need_bias = ctx.needs_input_grad[:3]
+    to_y = to_weight = to_bias = None
+    if need_y:
+        to_y = _OPS.conv(grad, weight, None, *ctx.geometry)
+    if need_weight:
+        to_weight = _OPS.conv_weight(grad, y, weight.shape[2:], *ctx.geometry)
+    if need_bias:
+        to_bias = grad.sum((0, 2, 3))
+    return to_y, to_weight, to_bias, None, None, None, None, None, None
+
+
+def _keep_conv_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _conv_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, y = ctx.saved_tensors
+    to_x = to_y = None
+    if ctx.needs_input_grad[0]:
+        to_x = _OPS.conv_transpose(y, grad, None, x.shape[2:], *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        to_y = _OPS.conv(x, grad, None, *ctx.geometry)
+    return to_x, to_y, None, None, None, None, None, None
+
+
+def _keep_fill(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.sampling = inputs[1]
+
+
+def _fill_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _OPS.collect(grad, ctx.sampling), None, None
+
+
+def _keep_collect(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.sampling, ctx.size = inputs[1], inputs[0].shape[2:]
+
+
+def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _OPS.fill(grad, ctx.sampling, ctx.size), None
+
+
+for _name, _backward, _keep in (
+    ("conv", _conv_backward, _keep_conv),
+    ("conv_transpose", _conv_transpose_backward, _keep_conv_transpose),
+    ("conv_weight", _conv_weight_backward, _keep_conv_weight),
+    ("fill", _fill_backward, _keep_fill),
+    ("collect", _collect_backward, _keep_collect),
+):
+    torch.library.register_autograd(f"quincunx::{_name}", _backward, setup_context=_keep, lib=_LIBRARY)
+
+
+# ---------------------------------------------------------------- MACs
+# torch counts two FLOPs for a multiply-add. A tap outside the map is counted, as it is for Conv2d.
+
+
+@register_flop_formula(torch.ops.quincunx.conv)
+def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    batch, _, m, _ = out_shape
+    out_channels, in_channels, kh, kw = weight
+    return int(2 * batch * m * out_channels * in_channels * kh * kw)
+
+
+@register_flop_formula(torch.ops.quincunx.conv_transpose)
+def _conv_transpose_flops(y: Any, weight: Any, *_: Any, **__: Any) -> int:
+    batch, _, m, _ = y
+    in_channels, out_channels, kh, kw = weight
+    return int(2 * batch * m * in_channels * out_channels * kh * kw)
+
+
+@register_flop_formula(torch.ops.quincunx.conv_weight)
+def _conv_weight_flops(x: Any, y: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    batch, _, m, _ = y
+    out_channels, in_channels, kh, kw = out_shape
+    return int(2 * batch * m * out_channels * in_channels * kh * kw)

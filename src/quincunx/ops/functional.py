@@ -1,0 +1,253 @@
+"""The public functions: they check what a user passes and call the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quincunx.plan import Geometry
+from quincunx.sampling import Sampling
+
+__all__ = ["expand_padding", "fill_nearest", "pair", "sampled_conv2d", "sampled_conv_transpose2d"]
+
+Padding = int | Sequence[int] | str
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """``value`` as (vertical, horizontal), each at least ``least``."""
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or not all(isinstance(v, int) for v in both):
+        raise ValueError(f"{name}={value!r}: expected an integer or a pair of integers")
+    if both[0] < least or both[1] < least:
+        raise ValueError(f"{name}={value!r}: expected at least {least}")
+    return both[0], both[1]
+
+
+def expand_padding(
+    value: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """``padding`` as (top, bottom, left, right); "same" puts the odd one below and right, as torch does."""
+    if isinstance(value, str):
+        if value == "valid":
+            return 0, 0, 0, 0
+        if value != "same":
+            raise ValueError(f"padding={value!r}: expected 'same', 'valid' or integers")
+        if tuple(stride) != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride={tuple(stride)}")
+        v, h = (dilation[i] * (kernel[i] - 1) for i in (0, 1))
+        return v // 2, v - v // 2, h // 2, h - h // 2
+    if not isinstance(value, int) and len(tuple(value)) == 4:
+        top, bottom, left, right = value
+        if min(value) < 0:
+            raise ValueError(f"padding={tuple(value)}: expected at least 0")
+        return top, bottom, left, right
+    v, h = pair("padding", value, 0)
+    return v, v, h, h
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise TypeError(
+            f"sampling={sampling!r}: expected a quincunx sampling such as qx.CHESSBOARD, got "
+            f"{type(sampling).__name__}"
+        )
+
+
+def _check_map(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+
+
+def _check_parameters(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, in_channels: int, outputs: int, groups: int
+) -> None:
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups={groups!r}: expected a positive integer")
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"weight: {weight.shape[0]} channels in its first dimension do not divide into groups={groups}"
+        )
+    if x.shape[1] != in_channels:
+        raise ValueError(
+            f"{name}: {x.shape[1]} channels, but weight {tuple(weight.shape)} with groups={groups} "
+            f"takes {in_channels}"
+        )
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias: expected shape ({outputs},), got {tuple(bias.shape)}")
+    for other_name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+            raise TypeError(
+                f"{other_name}: {other.dtype} on {other.device}, but {name} is {x.dtype} on {x.device}"
+            )
+
+
+def _check_grid(grid: tuple[int, int], size: Sequence[int], weight: Tensor) -> None:
+    if grid[0] < 1 or grid[1] < 1:
+        raise ValueError(
+            f"weight: a kernel of {tuple(weight.shape[2:])} does not fit a padded map of {tuple(size)}"
+        )
+
+
+def sampled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sampling: Sampling,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""A 2-D convolution computed only at the positions of a sampling.
+
+    .. math:: y_{n,o,k} = b_o + \sum_{c,i,j} w_{o,c,i,j}\;
+              x_{n,\,c,\,s r_k + d i - p,\,s c_k + d j - p}
+
+    where (r_k, c_k) is the k-th computed position of the *output* grid, in row-major order.
+
+    Args:
+        x: input map [N, C, H, W].
+        weight: kernel [O, C / groups, kh, kw].
+        bias: [O] or None.
+        sampling: which positions of the H' x W' output grid are computed.
+        stride, dilation: s and d, an integer or (vertical, horizontal).
+        padding: p, an integer, (vertical, horizontal), (top, bottom, left, right), "same" or "valid".
+        groups: channel groups.
+
+    Returns:
+        The sampled map [N, O, m, 1] in channels_last.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a grid the sampling cannot be laid on.
+        TypeError: not a sampling, not floating point, or dtypes or devices that differ.
+
+    Source: Peng et al., arXiv:1809.02601, section 3.2; Lin et al., ESPACE (AAAI 2017), eq. 5.
+
+    Example:
+        >>> x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> y = sampled_conv2d(x, w, sampling=Cosets(2, [(0, 0)]), padding=1)
+        >>> dense = torch.nn.functional.conv2d(x, w, padding=1)
+        >>> torch.allclose(y.view(1, 4, 4, 4), dense[:, :, ::2, ::2], atol=1e-5)
+        True
+    """
+    _check_sampling(sampling)
+    _check_map("x", x)
+    _check_map("weight", weight)
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
+    _check_parameters("x", x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
+    grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(x.shape[2], x.shape[3])
+    _check_grid(grid, x.shape[2:], weight)
+    sampling.count(*grid)  # a grid the sampling cannot be laid on is refused here, by name
+    result: Tensor = torch.ops.quincunx.conv(
+        x, weight, bias, sampling.spec, strides, paddings, dilations, groups
+    )
+    return result
+
+
+def sampled_conv_transpose2d(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sampling: Sampling,
+    size: Sequence[int],
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""The transposed convolution from a sampled map to every position of a map.
+
+    The sampled map is put on a grid that is zero elsewhere and convolved, transposed, with stride 1;
+    it is the adjoint of :func:`sampled_conv2d` with the same weight:
+    <sampled_conv2d(x, w), y> = <x, sampled_conv_transpose2d(y, w)>.
+
+    Args:
+        y: sampled map [N, C, m, 1]; m is the sampling's count on the grid of
+            H + 2 padding - dilation (kh - 1) rows and likewise columns (H x W for "same" padding).
+        weight: kernel [C, O / groups, kh, kw].
+        bias: [O] or None.
+        sampling: which positions of that grid ``y`` holds.
+        size: (H, W) of the result.
+        padding, dilation, groups: of the convolution it is the adjoint of, as there.
+
+    Returns:
+        A dense map [N, O, H, W] in channels_last.
+
+    Raises:
+        ValueError: shapes that do not fit together, among them a wrong m.
+        TypeError: not a sampling, not floating point, or dtypes or devices that differ.
+
+    Source: Peng et al., arXiv:1809.02601, section 3.1.
+
+    Example:
+        >>> y, w = torch.randn(1, 4, 16, 1), torch.randn(4, 3, 3, 3)
+        >>> z = sampled_conv_transpose2d(y, w, sampling=Cosets(2, [(0, 0)]), size=(8, 8), padding=1)
+        >>> z.shape
+        torch.Size([1, 3, 8, 8])
+    """
+    _check_sampling(sampling)
+    _check_map("y", y)
+    _check_map("weight", weight)
+    height, width = pair("size", size, 1)
+    dilations = pair("dilation", dilation, 1)
+    paddings = expand_padding(padding, weight.shape[2:], (1, 1), dilations)
+    _check_parameters("y", y, weight, bias, weight.shape[0], weight.shape[1] * groups, groups)
+    grid = Geometry.make(weight.shape[2:], (1, 1), paddings, dilations).grid(height, width)
+    _check_grid(grid, (height, width), weight)
+    _check_count(y, sampling, grid)
+    result: Tensor = torch.ops.quincunx.conv_transpose(
+        y, weight, bias, (height, width), sampling.spec, (1, 1), paddings, dilations, groups
+    )
+    return result
+
+
+def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:
+    """A sampled map made dense: every position takes the value of the nearest computed one.
+
+    Euclidean distance; of several equally near positions the one with the lowest row-major index,
+    so that results are the same everywhere. In the backward pass positions that share a computed
+    value add their gradients.
+
+    Args:
+        y: sampled map [N, C, m, 1].
+        sampling: which positions of the H x W grid ``y`` holds.
+        size: (H, W).
+
+    Returns:
+        A dense map [N, C, H, W] in channels_last.
+
+    Raises:
+        ValueError: ``y`` has not m positions.
+        TypeError: not a sampling or not floating point.
+
+    Source: Lin et al., ESPACE (AAAI 2017), eqs. 6 and 7.
+
+    Example:
+        >>> y = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+        >>> mask = torch.tensor([[True, False, False, True]])
+        >>> fill_nearest(y, sampling=Positions(mask), size=(1, 4)).flatten().tolist()
+        [1.0, 1.0, 2.0, 2.0]
+    """
+    _check_sampling(sampling)
+    _check_map("y", y)
+    height, width = pair("size", size, 1)
+    _check_count(y, sampling, (height, width))
+    result: Tensor = torch.ops.quincunx.fill(y, sampling.spec, (height, width))
+    return result
+
+
+def _check_count(y: Tensor, sampling: Sampling, grid: tuple[int, int]) -> None:
+    m = sampling.count(*grid)
+    if y.shape[2] != m or y.shape[3] != 1:
+        raise ValueError(
+            f"y: expected [N, C, m, 1] with m={m} positions of {sampling!r} on the {grid[0]} x {grid[1]} "
+            f"grid, got shape {tuple(y.shape)}"
+        )

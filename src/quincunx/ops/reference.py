@@ -1,0 +1,110 @@
+"""The specification of the operators in eager PyTorch: any device, any dtype.
+
+A dense convolution gathered at the computed positions; a scatter to zeros, then the dense transposed
+convolution. Slow on purpose: it does every multiplication, and the other back ends are tested
+against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quincunx.ops.contract import CHANNELS_LAST
+from quincunx.plan import Geometry, nearest_index, position_index
+
+__all__ = ["collect", "conv", "conv_transpose", "conv_weight", "fill"]
+
+
+def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(x, (left, right, top, bottom)) if any(padding) else x
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of a dense map as a sampled map in channels_last."""
+    rows = x.flatten(2).index_select(2, index.to(x.device))
+    return rows.unsqueeze(3).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _scatter(y: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sampled map on a grid that is zero elsewhere."""
+    flat = y.new_zeros((y.shape[0], y.shape[1], size[0] * size[1]))
+    return flat.index_copy(2, index.to(y.device), y.squeeze(3)).unflatten(2, size)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    dense = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return _gather(dense, position_index(sampling, dense.shape[2], dense.shape[3]))
+
+
+def conv_transpose(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    height, width = size
+    grid = Geometry.make(weight.shape[2:], stride, padding, dilation).grid(height, width)
+    scattered = _scatter(y, position_index(sampling, *grid), grid)
+    full = F.conv_transpose2d(scattered, weight, None, tuple(stride), 0, 0, groups, tuple(dilation))
+    # positions that no kernel reaches lie beyond the full map and are zero
+    top, _, left, _ = padding
+    z = F.pad(full, (-left, width + left - full.shape[3], -top, height + top - full.shape[2]))
+    if bias is not None:
+        z = z + bias.view(1, -1, 1, 1)
+    return z.contiguous(memory_format=CHANNELS_LAST)
+
+
+def conv_weight(
+    x: Tensor,
+    y: Tensor,
+    kernel: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    grid = Geometry.make(kernel, stride, padding, dilation).grid(x.shape[2], x.shape[3])
+    scattered = _scatter(y, position_index(sampling, *grid), grid)
+    shape = torch.Size((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
+    if x.shape[0] == 0:
+        return x.new_zeros(shape)
+    gradient = torch.nn.grad.conv2d_weight(
+        _pad(x, padding), shape, scattered, tuple(stride), 0, tuple(dilation), groups
+    )
+    return gradient.contiguous()
+
+
+def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
+    height, width = size
+    index = nearest_index(sampling, height, width).to(y.device)
+    dense = y.squeeze(3).index_select(2, index).unflatten(2, (height, width))
+    return dense.contiguous(memory_format=CHANNELS_LAST)
+
+
+def collect(z: Tensor, sampling: str) -> Tensor:
+    """The adjoint of ``fill``: positions that share a computed value add their entries."""
+    height, width = z.shape[2:]
+    index = nearest_index(sampling, height, width).to(z.device)
+    m = int(position_index(sampling, height, width).shape[0])
+    sums = z.new_zeros((z.shape[0], z.shape[1], m)).index_add(2, index, z.flatten(2))
+    return sums.unsqueeze(3).contiguous(memory_format=CHANNELS_LAST)

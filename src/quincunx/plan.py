@@ -1,0 +1,248 @@
+"""Geometry turned into tables, once per (sampling, grid, kernel), and cached.
+
+A *plan* holds, for every computed position, the input rows it reads, one per kernel tap, and -1
+where a tap falls outside. "Row" means a position of a channels_last map: its C values lie together.
+Positions that read through the same taps form a *tap group*, so that a transposed convolution from
+a sampled map does no multiplication by a structural zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quincunx.sampling import Cosets, from_spec
+
+__all__ = ["Geometry", "Plan", "adjoint_plan", "forward_plan", "nearest_index", "position_index"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution's kernel lands: what a Conv2d has besides its channels.
+
+    ``padding`` is (top, bottom, left, right). The grid of the output is
+    H' = floor((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, likewise W'.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def make(
+        cls, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Geometry:
+        """From plain sequences, as operators receive them."""
+        top, bottom, left, right = padding
+        return cls(
+            (kernel[0], kernel[1]),
+            (stride[0], stride[1]),
+            (top, bottom, left, right),
+            (dilation[0], dilation[1]),
+        )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The output's grid (H', W') for an H x W input; not positive where the kernel does not fit."""
+        top, bottom, left, right = self.padding
+        rows = (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
+        cols = (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
+        return rows, cols
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The gather tables of one convolution, all int32.
+
+    Attributes:
+        index: flat; group after group, a block [positions, taps] of input rows, -1 for "outside".
+        rows: flat; the output row of each position, group after group.
+        taps: flat; the kernel taps of each group, tap = i * kw + j.
+        groups: [G, 2]; (positions, taps) of each group.
+        out_size: the output map's (height, width).
+        in_rows: number of rows of the input map.
+    """
+
+    index: Tensor
+    rows: Tensor
+    taps: Tensor
+    groups: Tensor
+    out_size: tuple[int, int]
+    in_rows: int
+
+    @property
+    def reads(self) -> int:
+        """Rows read in all, border taps included: MACs = reads * C * O / channel groups."""
+        return int(self.index.numel())
+
+
+@lru_cache(maxsize=1024)
+def position_index(spec: str, height: int, width: int) -> Tensor:
+    """Row-major indices of the computed positions, LongTensor [m]. Do not write to it."""
+    return from_spec(spec).mask(height, width).flatten().nonzero().flatten()
+
+
+@lru_cache(maxsize=1024)
+def nearest_index(spec: str, height: int, width: int) -> Tensor:
+    """For each position of the grid the number (0..m-1) of the nearest computed one, LongTensor [H W].
+
+    Euclidean distance; of several equally near the one with the lowest row-major index.
+    """
+    mask = from_spec(spec).mask(height, width)
+    rows, cols = mask.nonzero(as_tuple=True)
+    return _nearest(mask, rows.shape[0])
+
+
+def _nearest(mask: Tensor, m: int) -> Tensor:
+    """Exact nearest computed position, separably: along each row first, then over rows.
+
+    The key distance^2 * (H W) + index orders by distance and then by index; its minimum over the
+    nearest candidates of every row is the answer, since within a row only those can win.
+    """
+    height, width = mask.shape
+    columns = torch.arange(width)
+    far = 2 * (height + width)
+    left = torch.where(mask, columns, -far).cummax(dim=1).values
+    right = torch.where(mask, columns, far).flip(1).cummin(dim=1).values.flip(1)
+    # on a tie the left one has the lower index
+    best = torch.where(columns - left <= right - columns, left, right)
+    exists = (best >= 0) & (best < width)
+    number = (mask.flatten().cumsum(0) - 1).view(height, width)
+    row_base = torch.arange(height)[:, None] * width
+    column_part = (columns - best) ** 2
+    flat = (row_base + best.clamp(0, width - 1)).long()
+    result = torch.empty(height, width, dtype=torch.long)
+    never = torch.iinfo(torch.long).max
+    for r in range(height):
+        distance = column_part + (torch.arange(height)[:, None] - r) ** 2
+        key = torch.where(exists, distance * (height * width) + flat, never)
+        winner = key.argmin(dim=0)
+        result[r] = number.flatten()[flat[winner, columns]]
+    return result.flatten()
+
+
+def _input_rows(
+    geometry: Geometry, positions: Tensor, grid_width: int, height: int, width: int
+) -> Tensor:
+    """The input row behind each tap of each output position, [len(positions), taps], -1 outside."""
+    kh, kw = geometry.kernel
+    row = torch.div(positions, grid_width, rounding_mode="floor")
+    col = positions - row * grid_width
+    tap_r = (torch.arange(kh) * geometry.dilation[0]).repeat_interleave(kw)
+    tap_c = (torch.arange(kw) * geometry.dilation[1]).repeat(kh)
+    r = row[:, None] * geometry.stride[0] - geometry.padding[0] + tap_r
+    c = col[:, None] * geometry.stride[1] - geometry.padding[2] + tap_c
+    inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+    return torch.where(inside, r * width + c, -1)
+
+
+@lru_cache(maxsize=1024)
+def forward_plan(
+    spec: str, geometry: Geometry, height: int, width: int, source: str | None = None
+) -> Plan:
+    """Tables of a sampled convolution of an H x W map: one tap group that has every tap.
+
+    Args:
+        spec: sampling of the output grid; empty for every position.
+        source: sampling of the input map where that is a sampled map, to be read as if filled from
+            the nearest computed position; the filled map itself is never made.
+    """
+    grid = geometry.grid(height, width)
+    if spec:
+        positions = position_index(spec, *grid)
+        out_size = (int(positions.shape[0]), 1)
+    else:
+        positions = torch.arange(grid[0] * grid[1])
+        out_size = grid
+    table = _input_rows(geometry, positions, grid[1], height, width)
+    in_rows = height * width
+    if source is not None:
+        nearest = nearest_index(source, height, width)
+        table = torch.where(table >= 0, nearest[table.clamp_min(0)], -1)
+        in_rows = int(position_index(source, height, width).shape[0])
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    count = int(positions.shape[0])
+    return Plan(
+        index=table.flatten().int(),
+        rows=torch.arange(count, dtype=torch.int32),
+        taps=torch.arange(taps, dtype=torch.int32),
+        groups=torch.tensor([[count, taps]], dtype=torch.int32),
+        out_size=out_size,
+        in_rows=in_rows,
+    )
+
+
+@lru_cache(maxsize=1024)
+def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan:
+    """Tables of the transposed convolution: every position of H x W gathers from the sampled map.
+
+    An output position (r, c) reads, through tap (i, j), the grid position (p, q) with
+    p stride + i dilation - top = r (likewise columns), where that one is computed. Which taps can
+    ever hit depends on the position's residues only, so interior positions with the same taps form
+    a group; border positions join the group of their residues and read -1 where they hit nothing.
+    """
+    grid = geometry.grid(height, width)
+    if spec:
+        positions = position_index(spec, *grid)
+    else:
+        positions = torch.arange(grid[0] * grid[1])
+    m = int(positions.shape[0])
+    kh, kw = geometry.kernel
+    taps = kh * kw
+    # scatter the forward table: forward row (position k, tap t) -> input row x means x reads (k, t)
+    forward = _input_rows(geometry, positions, grid[1], height, width)
+    table = torch.full((height * width, taps), -1, dtype=torch.long)
+    which, tap = (forward >= 0).nonzero(as_tuple=True)
+    table[forward[which, tap], tap] = which
+    used = table >= 0
+    signature = _residue_signature(spec, geometry, height, width, used)
+    patterns, member = signature.unique(dim=0, return_inverse=True)
+    order = member.argsort(stable=True)
+    counts = member.bincount(minlength=patterns.shape[0])
+    blocks: list[Tensor] = []
+    tap_lists: list[Tensor] = []
+    meta: list[tuple[int, int]] = []
+    start = 0
+    for pattern, count in zip(patterns, counts.tolist(), strict=True):
+        members = order[start : start + count]
+        start += count
+        active = pattern.nonzero().flatten()
+        blocks.append(table[members][:, active].flatten())
+        tap_lists.append(active)
+        meta.append((count, int(active.shape[0])))
+    return Plan(
+        index=torch.cat(blocks).int(),
+        rows=order.int(),
+        taps=torch.cat(tap_lists).int(),
+        groups=torch.tensor(meta, dtype=torch.int32),
+        out_size=(height, width),
+        in_rows=m,
+    )
+
+
+def _residue_signature(
+    spec: str, geometry: Geometry, height: int, width: int, used: Tensor
+) -> Tensor:
+    """The taps each position's group has, BoolTensor [H W, taps]; a superset of the taps it uses.
+
+    For cosets the taps are the union over the positions with equal residues modulo the period
+    (in input coordinates, period times stride), which joins border and interior positions. Other
+    samplings have no period: a position's own taps are its signature, unless that would make more
+    groups than positions per group pay for; then all positions share one group with every tap.
+    """
+    sampling = from_spec(spec) if spec else None
+    if sampling is None or isinstance(sampling, Cosets):
+        period = sampling.period if isinstance(sampling, Cosets) else 1
+        step_r, step_c = period * geometry.stride[0], period * geometry.stride[1]
+        residue = (torch.arange(height) % step_r)[:, None] * step_c + torch.arange(width) % step_c
+        flat = residue.flatten()
+        union = torch.zeros(step_r * step_c, used.shape[1], dtype=torch.int32)
+        union.index_reduce_(0, flat, used.int(), "amax", include_self=True)
+        return union[flat].bool()
+    if used.unique(dim=0).shape[0] * 8 <= used.shape[0]:
+        return used
+    return torch.ones_like(used)

@@ -1,0 +1,429 @@
+"""Which positions of a feature map are computed. Pure geometry: no weights, no values.
+
+A *sampling* names a subset of the H x W positions of a *grid*; m of them are computed and
+density = m / (H W). Positions are always listed in row-major order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CHESSBOARD",
+    "QUARTER",
+    "THREE_QUARTERS",
+    "Cosets",
+    "Positions",
+    "Random",
+    "Sampling",
+    "Uniform",
+    "from_spec",
+    "parse",
+]
+
+
+class Sampling(ABC):
+    r"""A rule that says which positions of an H x W grid are computed.
+
+    Samplings are immutable and hashable, so that plans can be cached by them, and have a JSON
+    form (``spec``) from which :func:`from_spec` builds them again.
+    """
+
+    kind: ClassVar[str]
+    spec: str
+    """A JSON text that :func:`from_spec` turns back into an equal sampling."""
+
+    @abstractmethod
+    def mask(self, height: int, width: int) -> Tensor:
+        """Computed positions as a BoolTensor [H, W]; a fresh tensor at each call.
+
+        Raises:
+            ValueError: the grid is empty, or is not one this sampling can be laid on.
+        """
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Computed positions as a LongTensor [m, 2] of (row, column), in row-major order."""
+        return self.mask(height, width).nonzero()
+
+    @abstractmethod
+    def count(self, height: int, width: int) -> int:
+        """The number m of computed positions on an H x W grid; no tensor is made, so compilers can ask."""
+
+    @property
+    @abstractmethod
+    def density(self) -> float:
+        """m / (H W), in (0, 1]: exact for positions, the limit for large grids for rules."""
+
+    def _describe(self, **fields: Any) -> None:
+        """Keep the JSON form: operators pass it at every call, so it is made once."""
+        object.__setattr__(self, "spec", json.dumps({"kind": self.kind, **fields}))
+
+
+def _check_grid(height: int, width: int) -> None:
+    for name, value in (("height", height), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: a grid needs at least one row and one column")
+
+
+def _check_rate(rate: float) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"rate={rate!r}: expected a number in (0, 1]")
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate={rate!r}: expected a number in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Cosets(Sampling):
+    r"""A union of cosets of the lattice of period K.
+
+    .. math:: \{(w, h) : \exists (a, b) \in \text{offsets},\; w \equiv a,\; h \equiv b \pmod K\}
+
+    ``a`` goes with the column and ``b`` with the row (the paper's order).
+
+    Args:
+        period: K >= 2.
+        offsets: pairs (a, b), each in [0, K); order and repetition do not matter.
+
+    Raises:
+        ValueError: K < 2, no offsets, or an offset outside [0, K).
+        TypeError: K or an offset is not an integer.
+
+    Source: Peng et al., arXiv:1809.02601, section 3.2.
+
+    Example:
+        >>> Cosets(2, [(0, 0), (1, 1)]).mask(2, 4).int().tolist()
+        [[1, 0, 1, 0], [0, 1, 0, 1]]
+    """
+
+    period: int
+    offsets: tuple[tuple[int, int], ...]
+    kind: ClassVar[str] = "cosets"
+
+    def __init__(self, period: int, offsets: Iterable[tuple[int, int]]) -> None:
+        if isinstance(period, bool) or not isinstance(period, int):
+            raise TypeError(f"period={period!r}: expected an integer >= 2")
+        if period < 2:
+            raise ValueError(f"period={period}: expected an integer >= 2")
+        kept: set[tuple[int, int]] = set()
+        for pair in offsets:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"offsets: expected pairs (a, b) of integers, got {pair!r}")
+            a, b = pair
+            if any(isinstance(v, bool) or not isinstance(v, int) for v in (a, b)):
+                raise TypeError(f"offsets: expected pairs (a, b) of integers, got {pair!r}")
+            if not (0 <= a < period and 0 <= b < period):
+                raise ValueError(f"offsets: ({a}, {b}) is outside [0, {period}) x [0, {period})")
+            kept.add((a, b))
+        if not kept:
+            raise ValueError("offsets=(): an empty sampling computes nothing; give at least one coset")
+        object.__setattr__(self, "period", period)
+        object.__setattr__(self, "offsets", tuple(sorted(kept)))
+        self._describe(period=period, offsets=[list(offset) for offset in self.offsets])
+
+    def _check_fits(self, height: int, width: int) -> None:
+        _check_grid(height, width)
+        if height < self.period or width < self.period:
+            raise ValueError(
+                f"grid {height} x {width}: smaller than the sampling's period K={self.period}, "
+                "so a coset may be empty"
+            )
+
+    def mask(self, height: int, width: int) -> Tensor:
+        self._check_fits(height, width)
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        for a, b in self.offsets:
+            mask[b :: self.period, a :: self.period] = True
+        return mask
+
+    def count(self, height: int, width: int) -> int:
+        self._check_fits(height, width)
+        k = self.period
+        return sum(((height - b + k - 1) // k) * ((width - a + k - 1) // k) for a, b in self.offsets)
+
+    @property
+    def density(self) -> float:
+        return len(self.offsets) / self.period**2
+
+
+@dataclass(frozen=True)
+class Random(Sampling):
+    r"""``max(1, round(rate H W))`` positions drawn uniformly without replacement.
+
+    The draw depends on the seed and on the grid's size alone, and is the same on every platform.
+
+    Args:
+        rate: share of positions that are computed, in (0, 1].
+        seed: of the draw, 0 <= seed < 2**63.
+
+    Raises:
+        ValueError: rate outside (0, 1] or a negative seed.
+        TypeError: rate is not a number or seed not an integer.
+
+    Source: Lin et al., ESPACE (AAAI 2017), random mask.
+
+    Example:
+        >>> Random(0.25, seed=1).count(8, 8)
+        16
+    """
+
+    rate: float
+    seed: int = 0
+    kind: ClassVar[str] = "random"
+
+    def __post_init__(self) -> None:
+        _check_rate(self.rate)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed={self.seed!r}: expected an integer")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2**63")
+        self._describe(rate=self.rate, seed=self.seed)
+
+    def mask(self, height: int, width: int) -> Tensor:
+        _check_grid(height, width)
+        total = height * width
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.rand(total, generator=generator, dtype=torch.float64).argsort(stable=True)
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[order[: self.count(height, width)]] = True
+        return mask.view(height, width)
+
+    def count(self, height: int, width: int) -> int:
+        _check_grid(height, width)
+        return max(1, round(self.rate * int(height) * int(width)))
+
+    @property
+    def density(self) -> float:
+        return float(self.rate)
+
+
+@dataclass(frozen=True)
+class Uniform(Sampling):
+    r"""Evenly spread rows times evenly spread columns.
+
+    .. math:: \{\lfloor (i + \tfrac12) H / H_s \rfloor\}_{i < H_s} \times
+              \{\lfloor (j + \tfrac12) W / W_s \rfloor\}_{j < W_s}
+
+    with the integers H_s, W_s for which H_s W_s is nearest to rate H W, the spacing of rows and
+    columns being as equal as that allows.
+
+    Args:
+        rate: wanted share of positions, in (0, 1]. The share reached is H_s W_s / (H W).
+
+    Raises:
+        ValueError: rate outside (0, 1].
+        TypeError: rate is not a number.
+
+    Source: Lin et al., ESPACE (AAAI 2017), eq. 8 (uniform mask).
+
+    Example:
+        >>> Uniform(0.25).count(8, 8)
+        16
+    """
+
+    rate: float
+    kind: ClassVar[str] = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_rate(self.rate)
+        self._describe(rate=self.rate)
+
+    def mask(self, height: int, width: int) -> Tensor:
+        _check_grid(height, width)
+        rows, cols = _even_counts(self.rate, int(height), int(width))
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        at_rows = torch.tensor([(2 * i + 1) * height // (2 * rows) for i in range(rows)])
+        at_cols = torch.tensor([(2 * j + 1) * width // (2 * cols) for j in range(cols)])
+        mask[at_rows[:, None], at_cols[None, :]] = True
+        return mask
+
+    def count(self, height: int, width: int) -> int:
+        _check_grid(height, width)
+        rows, cols = _even_counts(self.rate, int(height), int(width))
+        return rows * cols
+
+    @property
+    def density(self) -> float:
+        return float(self.rate)
+
+
+@lru_cache(maxsize=4096)
+def _even_counts(rate: float, height: int, width: int) -> tuple[int, int]:
+    """The numbers of rows and columns whose product is nearest to rate H W.
+
+    A deviation of the count weighs as much as the same relative deviation of the spacings' ratio.
+    """
+    wanted = max(1.0, rate * height * width)
+    best: tuple[float, int, int] | None = None
+    for rows in range(1, height + 1):
+        for cols in {min(width, max(1, math.floor(wanted / rows))), min(width, math.ceil(wanted / rows))}:
+            count_error = abs(rows * cols - wanted) / wanted
+            spacing_error = abs(math.log((height / rows) / (width / cols)))
+            candidate = (count_error + 0.1 * spacing_error, rows, cols)
+            if best is None or candidate < best:
+                best = candidate
+    if best is None:
+        raise ValueError(f"grid {height} x {width}: a grid needs at least one row and one column")
+    return best[1], best[2]
+
+
+class Positions(Sampling):
+    """An explicit set of positions on one grid, such as an impact mask of ESPACE produces.
+
+    Args:
+        mask: BoolTensor [H, W] (or anything ``torch.as_tensor`` takes as one); copied.
+
+    Raises:
+        ValueError: the mask is not 2-D or holds no position; a grid of another size is asked for.
+        TypeError: the mask is not boolean.
+
+    Example:
+        >>> Positions(torch.eye(3, dtype=torch.bool)).positions(3, 3).tolist()
+        [[0, 0], [1, 1], [2, 2]]
+    """
+
+    kind: ClassVar[str] = "positions"
+
+    def __init__(self, mask: Any) -> None:
+        tensor = torch.as_tensor(mask)
+        if tensor.dtype != torch.bool:
+            raise TypeError(f"mask: expected a boolean tensor, got dtype {tensor.dtype}")
+        if tensor.dim() != 2:
+            raise ValueError(f"mask: expected [H, W], got shape {tuple(tensor.shape)}")
+        if not bool(tensor.any()):
+            raise ValueError("mask: holds no position; an empty sampling computes nothing")
+        tensor = tensor.detach().cpu()
+        self._size = (int(tensor.shape[0]), int(tensor.shape[1]))
+        bits = "".join("1" if v else "0" for v in tensor.flatten().tolist())
+        # one hexadecimal digit holds four positions, the last one padded with zeros
+        self._bits = f"{int(bits + '0' * (-len(bits) % 4), 2):0{(len(bits) + 3) // 4}x}"
+        self._describe(size=list(self._size), bits=self._bits)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The grid (H, W) these positions belong to."""
+        return self._size
+
+    def _check_fits(self, height: int, width: int) -> None:
+        if (height, width) != self._size:
+            raise ValueError(
+                f"grid {height} x {width}: these positions belong to a grid of "
+                f"{self._size[0]} x {self._size[1]}"
+            )
+
+    def count(self, height: int, width: int) -> int:
+        self._check_fits(height, width)
+        return int(self._bits, 16).bit_count()
+
+    def mask(self, height: int, width: int) -> Tensor:
+        self._check_fits(height, width)
+        bits = f"{int(self._bits, 16):0{4 * len(self._bits)}b}"[: height * width]
+        return torch.tensor([b == "1" for b in bits]).view(height, width)
+
+    @property
+    def density(self) -> float:
+        return self.count(*self._size) / (self._size[0] * self._size[1])
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Positions) and self._size == other._size and self._bits == other._bits
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._size, self._bits))
+
+    def __repr__(self) -> str:
+        height, width = self._size
+        return f"Positions({self.count(height, width)} of {height} x {width})"
+
+
+QUARTER = Cosets(2, [(0, 0)])
+CHESSBOARD = Cosets(2, [(0, 0), (1, 1)])
+THREE_QUARTERS = Cosets(2, [(0, 0), (0, 1), (1, 1)])
+
+_NAMED = {
+    "1/4": QUARTER,
+    "2/4": CHESSBOARD,
+    "3/4": THREE_QUARTERS,
+    "quarter": QUARTER,
+    "chessboard": CHESSBOARD,
+    "three-quarters": THREE_QUARTERS,
+}
+
+
+@lru_cache(maxsize=4096)
+def from_spec(spec: str) -> Sampling:
+    """The sampling that a JSON text made by ``Sampling.spec`` describes.
+
+    Raises:
+        ValueError: the text is not such a description.
+
+    Example:
+        >>> from_spec(CHESSBOARD.spec) == CHESSBOARD
+        True
+    """
+    try:
+        fields = json.loads(spec)
+        kind = fields["kind"]
+        if kind == Cosets.kind:
+            return Cosets(fields["period"], [(a, b) for a, b in fields["offsets"]])
+        if kind == Random.kind:
+            return Random(fields["rate"], fields["seed"])
+        if kind == Uniform.kind:
+            return Uniform(fields["rate"])
+        if kind == Positions.kind:
+            height, width = fields["size"]
+            bits = f"{int(fields['bits'], 16):0{4 * len(fields['bits'])}b}"
+            return Positions(torch.tensor([b == "1" for b in bits[: height * width]]).view(height, width))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"spec={spec!r}: not the description of a sampling ({error})") from error
+    raise ValueError(f"spec={spec!r}: unknown kind {kind!r}")
+
+
+def parse(text: str | Sampling) -> Sampling:
+    """A sampling from what a person types.
+
+    ``1/4``, ``2/4``, ``3/4`` (or ``quarter``, ``chessboard``, ``three-quarters``),
+    ``cosets:K:a,b;a,b``, ``random:RATE[:SEED]``, ``uniform:RATE``, or a ``spec``.
+
+    Raises:
+        ValueError: the text is none of these.
+
+    Example:
+        >>> parse("cosets:3:0,0;1,2").density
+        0.2222222222222222
+    """
+    if isinstance(text, Sampling):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"sampling={text!r}: expected a sampling or its name")
+    named = _NAMED.get(text.strip().lower())
+    if named is not None:
+        return named
+    if text.lstrip().startswith("{"):
+        return from_spec(text)
+    head, _, rest = text.partition(":")
+    try:
+        if head == "cosets":
+            period, _, pairs = rest.partition(":")
+            offsets = [(int(a), int(b)) for a, b in (p.split(",") for p in pairs.split(";"))]
+            return Cosets(int(period), offsets)
+        if head == "random":
+            rate, _, seed = rest.partition(":")
+            return Random(float(rate), int(seed or 0))
+        if head == "uniform":
+            return Uniform(float(rest))
+    except ValueError as error:
+        raise ValueError(f"sampling={text!r}: {error}") from error
+    raise ValueError(
+        f"sampling={text!r}: expected one of {', '.join(_NAMED)}, cosets:K:a,b;a,b, "
+        "random:RATE[:SEED] or uniform:RATE"
+    )
