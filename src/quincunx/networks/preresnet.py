@@ -1,0 +1,231 @@
+"""The pre-activation CIFAR ResNets of He et al. (2016) and their spatial bottleneck forms.
+
+Three stages of n blocks on 32 x 32, 16 x 16 and 8 x 8 maps, of 16, 32 and 64 channels (four times as
+many at the ends of a channel-bottleneck block). Shortcuts have no parameters: where the resolution
+or the number of channels changes, every second position is taken and the new channels are zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.sampling import CHESSBOARD, Sampling, parse
+
+__all__ = ["PreResNet", "crn", "csbn", "rrn", "rsbn"]
+
+_WIDTH = 16
+_EXPANSION = 4
+
+
+class _Block(nn.Module):
+    """x + residual(x), with the parameter-free shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.extra_channels, self.stride = out_channels - in_channels, stride
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels)) if self.extra_channels else x
+
+
+class RegularBlock(_Block):
+    """rRB: two 3 x 3 convolutions, each behind batch norm and ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv1(F.relu(self.bn1(x)))
+        out: Tensor = self.conv2(F.relu(self.bn2(inner)))
+        return out + self.shortcut(x)
+
+
+class RegularSBBlock(_Block):
+    """rSB: the pair of convolutions as sampled convolution, batch norm, ReLU, transposed convolution."""
+
+    def __init__(self, channels: int, sampling: Sampling, down: str) -> None:
+        super().__init__(channels, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.down = SampledDown2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.up = SampledConvTranspose2d(channels, channels, 3, sampling=sampling, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.bn2(self.down(F.relu(self.bn1(x)))))
+        out: Tensor = self.up(inner, x.shape[2:])
+        return out + self.shortcut(x)
+
+
+class BottleneckBlock(_Block):
+    """cRB: 1 x 1, 3 x 3, 1 x 1; ``spatial`` takes the place of the 3 x 3 convolution (cSB)."""
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, spatial: nn.Module | None = None
+    ) -> None:
+        out_channels = channels * _EXPANSION
+        super().__init__(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = spatial or nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv1(F.relu(self.bn1(x)))
+        inner = self.conv2(F.relu(self.bn2(inner)))
+        out: Tensor = self.conv3(F.relu(self.bn3(inner)))
+        return out + self.shortcut(x)
+
+
+class PreResNet(nn.Module):
+    """Stem, three stages of blocks, batch norm and ReLU, global average pooling, linear classifier.
+
+    Maps [N, in_channels, H, W] to class scores [N, num_classes].
+    """
+
+    def __init__(
+        self, stages: list[list[nn.Module]], channels: int, width: int, num_classes: int, in_channels: int
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
+        self.norm = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            _start_values(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stages(self.stem(x))))
+        scores: Tensor = self.classifier(x.mean((2, 3)))
+        return scores
+
+
+def _start_values(module: nn.Module) -> None:
+    """He initialisation; the first half of a linear spatial bottleneck has no ReLU in front of its
+    second half, so its gain is 1 there."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, RegularSBBlock):
+        for half in (module.down, module.up):
+            nn.init.normal_(half.weight, std=math.sqrt(2 / half.fan_in))
+    elif isinstance(module, SpatialBottleneck2d):
+        nn.init.normal_(module.down.weight, std=math.sqrt(2 / module.down.fan_in))
+        nn.init.normal_(module.up.weight, std=math.sqrt(1 / module.up.fan_in))
+
+
+def _blocks_per_stage(name: str, depth: int, convolutions: int) -> int:
+    n, rest = divmod(depth - 2, 3 * convolutions)
+    if n < 1 or rest:
+        at = max(1, round((depth - 2) / (3 * convolutions)))
+        raise ValueError(
+            f"{name}{depth}: the depth must be {3 * convolutions}n + 2 with n >= 1, such as "
+            f"{3 * convolutions * at + 2}"
+        )
+    return n
+
+
+def _check_width(width: int) -> None:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"width={width!r}: expected a positive integer")
+
+
+def _regular(
+    name: str,
+    depth: int,
+    num_classes: int,
+    in_channels: int,
+    width: int,
+    sampling: Sampling | None,
+    down: str,
+) -> PreResNet:
+    """Every block is replaced except the two that change the resolution."""
+    _check_width(width)
+    n = _blocks_per_stage(name, depth, 2)
+    stages: list[list[nn.Module]] = []
+    channels = width
+    for stage in range(3):
+        blocks: list[nn.Module] = []
+        for i in range(n):
+            before, channels = channels, width * 2**stage
+            stride = 2 if stage > 0 and i == 0 else 1
+            if sampling is None or stride == 2:
+                blocks.append(RegularBlock(before, channels, stride))
+            else:
+                blocks.append(RegularSBBlock(channels, sampling, down))
+        stages.append(blocks)
+    return PreResNet(stages, channels, width, num_classes, in_channels)
+
+
+def _bottleneck(
+    name: str,
+    depth: int,
+    num_classes: int,
+    in_channels: int,
+    width: int,
+    sampling: Sampling | None,
+    down: str,
+) -> PreResNet:
+    """Every block is replaced except the first of each stage."""
+    _check_width(width)
+    n = _blocks_per_stage(name, depth, 3)
+    stages: list[list[nn.Module]] = []
+    outside = width
+    for stage in range(3):
+        blocks: list[nn.Module] = []
+        channels = width * 2**stage
+        for i in range(n):
+            spatial: nn.Module | None = None
+            if sampling is not None and i > 0:
+                spatial = SpatialBottleneck2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
+            stride = 2 if stage > 0 and i == 0 else 1
+            blocks.append(BottleneckBlock(outside, channels, stride, spatial))
+            outside = channels * _EXPANSION
+        stages.append(blocks)
+    return PreResNet(stages, outside, width, num_classes, in_channels)
+
+
+def rrn(depth: int, num_classes: int = 10, in_channels: int = 3, *, width: int = _WIDTH) -> PreResNet:
+    """rRN: the pre-activation ResNet of regular blocks, depth 6n + 2."""
+    return _regular("rrn", depth, num_classes, in_channels, width, None, "stride")
+
+
+def rsbn(
+    depth: int,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    sampling: Sampling | str = CHESSBOARD,
+    down: str = "stride",
+    width: int = _WIDTH,
+) -> PreResNet:
+    """rSBN: every regular block a spatial bottleneck but the two that change the resolution."""
+    return _regular("rsbn", depth, num_classes, in_channels, width, parse(sampling), down)
+
+
+def crn(depth: int, num_classes: int = 10, in_channels: int = 3, *, width: int = _WIDTH) -> PreResNet:
+    """cRN: the pre-activation ResNet of channel-bottleneck blocks, depth 9n + 2."""
+    return _bottleneck("crn", depth, num_classes, in_channels, width, None, "stride")
+
+
+def csbn(
+    depth: int,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    sampling: Sampling | str = CHESSBOARD,
+    down: str = "stride",
+    width: int = _WIDTH,
+) -> PreResNet:
+    """cSBN: every 3 x 3 a linear spatial bottleneck but in the first block of each stage."""
+    return _bottleneck("csbn", depth, num_classes, in_channels, width, parse(sampling), down)

@@ -1,0 +1,97 @@
+"""From a network's name to the network, and back to a JSON spec."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from quincunx.networks import preresnet
+from quincunx.sampling import Sampling
+
+__all__ = ["build", "names", "network_spec"]
+
+Factory = Callable[..., nn.Module]
+
+# a pattern, what a person may type, and who builds it; a pattern's groups are passed as integers
+_NETWORKS: list[tuple[str, str, Factory]] = [
+    (r"rrn(\d+)", "rrn{6n+2}", preresnet.rrn),
+    (r"rsbn(\d+)", "rsbn{6n+2}", preresnet.rsbn),
+    (r"crn(\d+)", "crn{9n+2}", preresnet.crn),
+    (r"csbn(\d+)", "csbn{9n+2}", preresnet.csbn),
+]
+_EXAMPLES = [
+    *(f"{family}{depth}" for family in ("rrn", "rsbn") for depth in (20, 44, 62, 86, 110)),
+    *(f"{family}{depth}" for family in ("crn", "csbn") for depth in (29, 47, 65, 83, 101)),
+]
+
+
+def names() -> list[str]:
+    """The networks of the paper's tables, by name; other depths of a family can be built too."""
+    return list(_EXAMPLES)
+
+
+def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: Any) -> nn.Module:
+    """A network by name, with fresh weights drawn from torch's global generator.
+
+    Args:
+        name: such as "rrn20" or "rsbn20"; :func:`names` lists those of the papers.
+        num_classes: outputs of the last layer.
+        in_channels: channels of the input image.
+        settings: of the network's family; ``sampling`` (a sampling or its name), ``down``
+            ("stride" or "avgpool") and ``width`` for the CIFAR ResNets.
+
+    Returns:
+        The network. Its ``quincunx_spec`` is a JSON-ready dictionary that :func:`quincunx.save`
+        stores and from which it is built again.
+
+    Raises:
+        ValueError: an unknown name, depth or setting.
+
+    Example:
+        >>> sum(p.numel() for p in build("rrn20").parameters())
+        269722
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: expected the name of a network")
+    for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={value!r}: expected a positive integer")
+    for pattern, _, factory in _NETWORKS:
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            continue
+        known = [
+            p.name
+            for p in inspect.signature(factory).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        for key in settings:
+            if key not in known:
+                raise ValueError(f"{key}={settings[key]!r}: {name} has no such setting; it has {', '.join(known)}")
+        network = factory(*(int(g) for g in match.groups()), num_classes, in_channels, **settings)
+        # read by quincunx.save, which rebuilds the network from it
+        network.quincunx_spec = network_spec(name, num_classes, in_channels, settings)  # type: ignore[assignment]
+        return network
+    close = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.0)
+    listed = [*close, *(n for n in _EXAMPLES if n not in close)]
+    families = ", ".join(shown for _, shown, _ in _NETWORKS)
+    raise ValueError(f"name={name!r}: unknown network; nearest first: {', '.join(listed)} (any n >= 1 of {families})")
+
+
+def network_spec(
+    name: str, num_classes: int, in_channels: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What :func:`build` was given, JSON-ready."""
+    plain = {k: v.spec if isinstance(v, Sampling) else v for k, v in settings.items()}
+    return {
+        "kind": "network",
+        "name": name,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "settings": plain,
+    }
