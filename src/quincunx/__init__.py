@@ -1,0 +1,44 @@
+"""quincunx: faster convolutional networks by computing convolutions at only some positions."""
+
+from importlib.metadata import version as _version
+
+from quincunx import networks
+from quincunx.artifact import load, save
+from quincunx.cost import Cost, cost
+from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
+from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.sampling import (
+    CHESSBOARD,
+    QUARTER,
+    THREE_QUARTERS,
+    Cosets,
+    Positions,
+    Random,
+    Sampling,
+    Uniform,
+)
+
+__version__ = _version("quincunx")
+
+__all__ = [
+    "CHESSBOARD",
+    "QUARTER",
+    "THREE_QUARTERS",
+    "Cosets",
+    "Cost",
+    "PerforatedConv2d",
+    "Positions",
+    "Random",
+    "SampledConv2d",
+    "SampledConvTranspose2d",
+    "Sampling",
+    "SpatialBottleneck2d",
+    "Uniform",
+    "cost",
+    "fill_nearest",
+    "load",
+    "networks",
+    "sampled_conv2d",
+    "sampled_conv_transpose2d",
+    "save",
+]

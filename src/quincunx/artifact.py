@@ -1,0 +1,221 @@
+"""Models and results on disk: written whole or not at all, and never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from quincunx import networks
+
+__all__ = ["load", "read_json", "save", "spec_of", "write_atomically", "write_json"]
+
+_FORMAT = "quincunx-artifact"
+_VERSION = 1
+_SPEC, _WEIGHTS = "spec.json", "weights.safetensors"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place.
+
+    If writing fails (a full disk, say) the file that was there before survives untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _sync(temporary)
+        # mkstemp makes files that only their owner can read
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON (no NaN), atomically."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def spec_of(model: nn.Module) -> dict[str, Any]:
+    """The JSON-ready description from which a model can be built again.
+
+    Raises:
+        ValueError: the model was not built by :func:`quincunx.networks.build`.
+    """
+    spec = getattr(model, "quincunx_spec", None)
+    if not isinstance(spec, dict):
+        raise ValueError(
+            f"model: {type(model).__name__} has no spec to build it from again; "
+            "make it with qx.networks.build(...)"
+        )
+    return spec
+
+
+def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = None) -> Path:
+    """Write a model as a folder of ``spec.json`` and ``weights.safetensors``.
+
+    Args:
+        model: a network made by :func:`quincunx.networks.build`.
+        folder: made with its parents; an artifact that is there is replaced, but only once the new
+            one is complete.
+        info: JSON-ready facts to keep with it, such as its classes and normalisation.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a model without a spec; a folder that holds something else.
+        OSError: it cannot be written; what was there before is still there.
+
+    Example:
+        >>> import tempfile
+        >>> folder = save(networks.build("rrn8"), tempfile.mkdtemp() + "/small")
+        >>> sorted(p.name for p in folder.iterdir())
+        ['spec.json', 'weights.safetensors']
+    """
+    folder = Path(folder)
+    spec = spec_of(model)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / _SPEC).is_file())):
+        raise ValueError(f"folder={str(folder)!r}: holds something that is no artifact; not replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        weights = fresh / _WEIGHTS
+        # the metadata marks a PyTorch file for other readers
+        save_model(model, str(weights), metadata={"format": "pt"})
+        write_json(
+            fresh / _SPEC,
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "model": spec,
+                "weights": {"file": _WEIGHTS, "sha256": _sha256(weights)},
+                "info": info or {},
+            },
+        )
+        _sync(weights)
+        fresh.chmod(0o755)
+        _swap(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    """Put a complete folder in another's place; the old one comes back if that fails."""
+    if not folder.exists():
+        fresh.replace(folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    folder.replace(old)
+    try:
+        fresh.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_spec(folder: str | Path) -> dict[str, Any]:
+    """The checked content of an artifact's ``spec.json``.
+
+    Raises:
+        FileNotFoundError: the folder or its ``spec.json`` is not there.
+        ValueError: not an artifact, or of a later version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    path = folder / _SPEC
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no artifact here ({_SPEC} is missing)")
+    spec = read_json(path)
+    if not isinstance(spec, dict) or spec.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not the spec of a quincunx artifact")
+    if spec.get("version") != _VERSION:
+        raise ValueError(f"{path}: version {spec.get('version')!r}, but this program reads version {_VERSION}")
+    return spec
+
+
+def load(folder: str | Path) -> nn.Module:
+    """Read a model that :func:`save` wrote; in evaluation mode, on the CPU. Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is not there.
+        ValueError: a corrupt or foreign artifact.
+
+    Example:
+        >>> import tempfile
+        >>> folder = save(networks.build("rrn8"), tempfile.mkdtemp() + "/small")
+        >>> type(load(folder)).__name__
+        'PreResNet'
+    """
+    folder = Path(folder)
+    spec = read_spec(folder)
+    try:
+        described = spec["model"]
+        expected = spec["weights"]["sha256"]
+        weights = folder / spec["weights"]["file"]
+        if described["kind"] != "network" or weights.parent != folder:
+            raise ValueError(f"model kind {described['kind']!r}, weights {spec['weights']['file']!r}")
+        arguments = (described["name"], described["num_classes"], described["in_channels"])
+        settings = dict(described["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / _SPEC}: incomplete or altered ({error!r})") from error
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: missing from the artifact")
+    if _sha256(weights) != expected:
+        raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {_SPEC}")
+    model = networks.build(*arguments, **settings)
+    try:
+        load_model(model, str(weights), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights}: does not fit {arguments[0]} ({error})") from error
+    return model.eval()

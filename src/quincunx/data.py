@@ -1,0 +1,368 @@
+"""Labelled images in memory: digits, or folders of images by class, also inside a tar archive.
+
+Images are kept as bytes [N, H, W, C] and are normalised, padded, cropped and flipped a whole batch at
+a time, so that loading never starves a small network.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageData", "Split", "batches", "load_data"]
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
+_TRAIN_PARTS = {"train", "training"}
+_TEST_PARTS = {"test", "val", "valid", "validation"}
+_DECODE_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images as bytes [N, H, W, C] and class numbers [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in two parts.
+
+    Attributes:
+        name: what it was loaded from.
+        train, test: the parts.
+        classes: class names, by number.
+        mean, std: per channel, of the training images in [0, 1].
+        augment: whether the paper's augmentation (crop, flip) suits it.
+        notes: what a person should know, such as a part that was held out.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.train.images.shape[3])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return int(self.train.images.shape[1]), int(self.train.images.shape[2])
+
+    def describe(self) -> dict[str, object]:
+        """JSON-ready facts that tell two data sets apart."""
+        return {
+            "name": self.name,
+            "train": len(self.train),
+            "test": len(self.test),
+            "size": list(self.size),
+            "in_channels": self.in_channels,
+            "classes": list(self.classes),
+            "mean": [round(v, 6) for v in self.mean],
+            "std": [round(v, 6) for v in self.std],
+        }
+
+
+def load_data(
+    source: str | Path,
+    *,
+    test_source: str | Path | None = None,
+    size: int | None = None,
+    skip_bad: bool = False,
+    holdout: float = 0.1,
+    seed: int = 0,
+) -> ImageData:
+    """A data set by name or path.
+
+    Args:
+        source: "digits" (scikit-learn's 1,797 handwritten digits, resized to 32 x 32), or a folder or
+            tar archive of images by class, in parts train/ and test/ (or val/, validation/). Without
+            parts, or without a test part, a share of the images is held out, evenly by class.
+        test_source: where the test part is, if not in ``source``.
+        size: shorter side after resizing, and side of the centre crop; needed when images differ in size.
+        skip_bad: leave unreadable images out (they are counted in ``notes``) instead of stopping.
+        holdout: share held out where there is no test part.
+        seed: of that draw.
+
+    Raises:
+        FileNotFoundError: nothing at that path.
+        ValueError: unknown name, no images, one class only, an unreadable image (named), images of
+            different sizes without ``size``.
+    """
+    if str(source) == "digits":
+        if test_source is not None:
+            raise ValueError("test_source: digits brings its own test part")
+        return _digits(size)
+    if size is not None and size < 1:
+        raise ValueError(f"size={size}: expected a positive number of pixels")
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout={holdout}: expected a share in (0, 1)")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"data={str(source)!r}: neither a path nor a known data set (known: digits)")
+    found = _Found(size, skip_bad)
+    found.read(path, None)
+    if test_source is not None:
+        if not Path(test_source).exists():
+            raise FileNotFoundError(f"test_source={str(test_source)!r}: no such file or folder")
+        found.read(Path(test_source), "test")
+    return found.finish(path, holdout, seed)
+
+
+def _digits(size: int | None) -> ImageData:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    side = 32 if size is None else size
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.asarray(pixels, dtype=np.float32)).view(-1, 1, 8, 8) / 16
+    images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+    byte_images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
+    targets = torch.from_numpy(np.asarray(labels)).long()
+    parts = [Split(byte_images[torch.from_numpy(i)], targets[torch.from_numpy(i)]) for i in (train, test)]
+    mean, std = _statistics(parts[0].images)
+    return ImageData("digits", *parts, tuple(str(d) for d in range(10)), mean, std, augment=False)
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of byte images, in [0, 1], by their histograms."""
+    means, deviations = [], []
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    for channel in range(images.shape[3]):
+        share = torch.bincount(images[..., channel].flatten().int(), minlength=256).double()
+        share /= share.sum()
+        mean = float((share * levels).sum())
+        means.append(mean)
+        # a constant channel is left as it is instead of being divided by zero
+        deviations.append(math.sqrt(float((share * (levels - mean) ** 2).sum())) or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def _class_and_part(path: PurePosixPath) -> tuple[str, str | None] | None:
+    """(class, part) of an image's path below the root; None where the path names no class."""
+    folders = path.parts[:-1]
+    for i, folder in enumerate(folders):
+        part = "train" if folder.lower() in _TRAIN_PARTS else "test" if folder.lower() in _TEST_PARTS else None
+        if part is not None:
+            return (folders[i + 1], part) if i + 1 < len(folders) else None
+    return (folders[-1], None) if folders else None
+
+
+class _Found:
+    """Images read so far."""
+
+    def __init__(self, size: int | None, skip_bad: bool) -> None:
+        self.size, self.skip_bad = size, skip_bad
+        self.images: list[np.ndarray] = []
+        self.labels: list[tuple[str, str | None]] = []
+        self.bad: list[str] = []
+        self.first: tuple[str, tuple[int, ...]] | None = None
+
+    def read(self, root: Path, force_part: str | None) -> None:
+        """Decode every image below a folder or inside an archive."""
+        entries = _folder_entries(root) if root.is_dir() else _archive_entries(root)
+        with ThreadPoolExecutor() as pool:
+            for chunk in _chunks(entries, _DECODE_AT_ONCE):
+                # decoding releases the interpreter lock, so threads suffice
+                for (name, place, _), image in zip(chunk, pool.map(self._decode, chunk), strict=True):
+                    self._add(name, place, image, force_part)
+
+    def _decode(self, entry: tuple[str, tuple[str, str | None], bytes]) -> np.ndarray | str:
+        from PIL import Image
+
+        name, _, content = entry
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+                pixels = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{name}: not a readable image ({error})"
+        return np.asarray(pixels if self.size is None else _resized(pixels, self.size))
+
+    def _add(
+        self, name: str, place: tuple[str, str | None], image: np.ndarray | str, force_part: str | None
+    ) -> None:
+        if isinstance(image, str):
+            if not self.skip_bad:
+                raise ValueError(f"{image}; --skip-bad goes on without it")
+            self.bad.append(name)
+            return
+        if self.first is None:
+            self.first = (name, image.shape)
+        elif image.shape != self.first[1]:
+            raise ValueError(
+                f"{name}: {image.shape[0]} x {image.shape[1]} pixels, but {self.first[0]} has "
+                f"{self.first[1][0]} x {self.first[1][1]}; give --size to bring all to one size"
+            )
+        self.images.append(image)
+        self.labels.append((place[0], force_part or place[1]))
+
+    def finish(self, root: Path, holdout: float, seed: int) -> ImageData:
+        if not self.images:
+            raise ValueError(f"{root}: no images found ({', '.join(sorted(_SUFFIXES))}, in one folder a class)")
+        classes = tuple(sorted({name for name, part in self.labels if part != "test"}))
+        if len(classes) < 2:
+            raise ValueError(f"{root}: {len(classes)} class of training images found, at least two are needed")
+        number = {name: i for i, name in enumerate(classes)}
+        unknown = sorted({name for name, _ in self.labels} - set(classes))
+        if unknown:
+            raise ValueError(f"{root}: test images of classes without training images: {', '.join(unknown)}")
+        images = torch.from_numpy(np.stack(self.images))
+        labels = torch.tensor([number[name] for name, _ in self.labels])
+        in_test = torch.tensor([part == "test" for _, part in self.labels])
+        notes: list[str] = []
+        if self.bad:
+            shown = ", ".join(self.bad[:3]) + (", ..." if len(self.bad) > 3 else "")
+            notes.append(f"{len(self.bad)} unreadable images left out: {shown}")
+        if not bool(in_test.any()):
+            in_test = _held_out(labels, holdout, seed)
+            notes.append(
+                f"no test part: {int(in_test.sum())} of {len(labels)} images held out for testing, "
+                "evenly by class"
+            )
+        train = Split(images[~in_test], labels[~in_test])
+        test = Split(images[in_test], labels[in_test])
+        if not len(train):
+            raise ValueError(f"{root}: no training images")
+        mean, std = _statistics(train.images)
+        return ImageData(root.name, train, test, classes, mean, std, augment=True, notes=tuple(notes))
+
+
+def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """A mask of about ``share`` of each class, at least one image of a class that has two."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(labels.shape[0], generator=generator)
+    held = torch.zeros(labels.shape[0], dtype=torch.bool)
+    for label, count in Counter(labels.tolist()).items():
+        members = (labels == label).nonzero().flatten()
+        take = min(count - 1, max(1, round(share * count)))
+        held[members[order[members].argsort()[:take]]] = True
+    if not bool(held.any()):
+        raise ValueError("every class has a single image: none can be held out for testing")
+    return held
+
+
+def _resized(image: Image, size: int) -> Image:
+    """Shorter side to ``size``, then the central square."""
+    from PIL import Image as pillow
+
+    width, height = image.size
+    scale = size / min(width, height)
+    resized = image.resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))), pillow.Resampling.BICUBIC
+    )
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((left, top, left + size, top + size))
+
+
+_Entry = tuple[str, tuple[str, str | None], bytes]
+
+
+def _folder_entries(root: Path) -> Iterator[_Entry]:
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in _SUFFIXES and path.is_file() and not path.name.startswith("."):
+            # the root's own name may say which part it is
+            place = _class_and_part(PurePosixPath(root.name, *path.relative_to(root).parts))
+            if place is not None:
+                yield str(path), place, path.read_bytes()
+
+
+def _archive_entries(root: Path) -> Iterator[_Entry]:
+    try:
+        with tarfile.open(root, "r:*") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if not member.isfile() or path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
+                    continue
+                place = _class_and_part(path)
+                file = archive.extractfile(member)
+                if place is not None and file is not None:
+                    yield f"{root}:{member.name}", place, file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{root}: not a readable tar archive, or cut short ({error})") from error
+
+
+def _chunks(entries: Iterable[_Entry], size: int) -> Iterator[list[_Entry]]:
+    chunk: list[_Entry] = []
+    for entry in entries:
+        chunk.append(entry)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Byte images [N, H, W, C] as floats of mean 0 and deviation 1, same layout."""
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return images.float().mul_(scale).add_(shift)
+
+
+def batches(
+    split: Split,
+    data: ImageData,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    augment: bool = False,
+    channels_last: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of normalised images [B, C, H, W] and labels [B].
+
+    Args:
+        split: the images; ``data`` has their mean and deviation.
+        generator: draws the order and the augmentation; without one, in order and unaugmented.
+        augment: pad four pixels on each side with the mean colour, crop at a random place, flip at
+            random (He et al. 2016; Peng et al., arXiv:1809.02601, section 4.1).
+        channels_last: memory format of the batch.
+    """
+    count = len(split)
+    order = torch.randperm(count, generator=generator) if generator is not None else torch.arange(count)
+    for start in range(0, count, batch_size):
+        chosen = order[start : start + batch_size]
+        images = normalised(split.images[chosen], data.mean, data.std)
+        if augment and generator is not None:
+            images = _crop_and_flip(images, generator)
+        batch = images.permute(0, 3, 1, 2)
+        yield (batch if channels_last else batch.contiguous()), split.labels[chosen]
+
+
+def _crop_and_flip(images: Tensor, generator: torch.Generator, margin: int = 4) -> Tensor:
+    """Each image [H, W, C] of a batch shifted by up to ``margin`` and flipped, by one gather."""
+    count, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, margin, margin, margin, margin))
+    shifts = torch.randint(0, 2 * margin + 1, (2, count, 1), generator=generator)
+    flip = torch.rand(count, 1, generator=generator) < 0.5
+    rows = shifts[0] + torch.arange(height)
+    ahead = torch.arange(width)
+    cols = shifts[1] + torch.where(flip, width - 1 - ahead, ahead)
+    which = torch.arange(count)[:, None, None]
+    return padded[which, rows[:, :, None], cols[:, None, :]]

@@ -1,0 +1,186 @@
+"""Honest timing: candidates in turn within one process, warmed up, median and quartiles."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from quincunx.cost import inference_mode_of
+
+__all__ = ["Timing", "environment", "measure", "measure_models", "using_threads"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call of one candidate, one entry a round.
+
+    Attributes:
+        name: the candidate.
+        threads: intra-op threads while it ran.
+        seconds: per round, the mean over that round's calls.
+    """
+
+    name: str
+    threads: int
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float(low), float(high)
+
+    def speedup_over(self, other: Timing) -> tuple[float, float, float]:
+        """(median, first quartile, third quartile) of other / self, round by round.
+
+        Rounds of the two lie side by side in time, so the ratio holds when the machine's speed drifts.
+        """
+        ratios = np.array(other.seconds) / np.array(self.seconds)
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        return float(middle), float(low), float(high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        low, high = self.quartiles
+        return {
+            "name": self.name,
+            "threads": self.threads,
+            "median_s": self.median,
+            "q1_s": low,
+            "q3_s": high,
+            "rounds": len(self.seconds),
+            "seconds": [float(f"{s:.4g}") for s in self.seconds],
+        }
+
+
+@contextmanager
+def using_threads(threads: int) -> Iterator[None]:
+    """Within: torch computes with that many intra-op threads."""
+    if threads < 1:
+        raise ValueError(f"threads={threads}: expected at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    threads: int | None = None,
+    rounds: int = 15,
+    round_seconds: float = 0.05,
+    warmup: int = 2,
+) -> dict[str, Timing]:
+    """Time functions against each other: A B C A B C ..., after a warm-up of each.
+
+    Args:
+        candidates: name -> function without arguments. ``torch.utils.benchmark`` synchronises devices.
+        threads: intra-op threads; by default torch's present number.
+        rounds: how often each is timed.
+        round_seconds: about how long one round of one candidate lasts.
+        warmup: calls of each before anything is timed.
+
+    Raises:
+        ValueError: no candidates, or rounds or threads below 1.
+
+    Example:
+        >>> sorted(measure({"a": lambda: 1, "b": lambda: 2}, rounds=2, round_seconds=1e-3))
+        ['a', 'b']
+    """
+    if not candidates:
+        raise ValueError("candidates={}: nothing to measure")
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: expected at least 1")
+    count = torch.get_num_threads() if threads is None else threads
+    with using_threads(count):
+        timers = {
+            name: Timer("run()", globals={"run": function}, num_threads=count)
+            for name, function in candidates.items()
+        }
+        calls: dict[str, int] = {}
+        for name, timer in timers.items():
+            for _ in range(warmup):
+                timer.timeit(1)
+            once = timer.timeit(1).mean
+            calls[name] = max(1, int(round_seconds / max(once, 1e-9)))
+        seconds: dict[str, list[float]] = {name: [] for name in timers}
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                seconds[name].append(float(timer.timeit(calls[name]).mean))
+    return {name: Timing(name, count, tuple(values)) for name, values in seconds.items()}
+
+
+def measure_models(models: Mapping[str, nn.Module], example: Tensor, **options: Any) -> dict[str, Timing]:
+    """Time networks on one input in evaluation mode without gradients; options as in :func:`measure`."""
+
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(inference_mode_of(model))
+        return measure({name: partial(model, example) for name, model in models.items()}, **options)
+
+
+def environment() -> dict[str, Any]:
+    """What a result file says about where it was made. JSON-ready."""
+    import quincunx
+
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "quincunx": quincunx.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout the package runs from, "+" behind it if files differ; None elsewhere."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", str(Path(__file__).name)) == "":
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

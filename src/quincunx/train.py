@@ -1,0 +1,374 @@
+"""One training loop: reproducible, resumable to the bit on the CPU, and it documents itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from quincunx.artifact import save, spec_of, write_atomically, write_json
+from quincunx.cost import cost, inference_mode_of
+from quincunx.data import ImageData, Split, batches
+from quincunx.latency import environment
+
+__all__ = ["Evaluation", "Interrupted", "Recipe", "RunFailed", "evaluate", "fit", "read_checkpoint"]
+
+_FORMAT = "quincunx-checkpoint"
+_VERSION = 1
+CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
+
+
+class RunFailed(RuntimeError):
+    """Training started and could not go on; the message says what is kept."""
+
+
+class Interrupted(RunFailed):
+    """Training was stopped by the user; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum and a step schedule.
+
+    Attributes:
+        name: of the recipe.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: learning rate at the start.
+        milestones: shares of the epochs after which the rate is multiplied by ``gamma``.
+        warmup: share of the epochs in which the rate rises linearly from zero.
+        weight_decay: on every parameter.
+        momentum: of SGD, Nesterov's form.
+        augment: crop and flip; None lets the data set say.
+        channels_last: memory format.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    name: str = "custom"
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 0.1
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup: float = 0.0
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    augment: bool | None = None
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for key, holds, expected in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "shares of the epochs, in (0, 1)"),
+            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
+            ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+        ):
+            if not holds:
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
+
+    def lr_at(self, progress: float) -> float:
+        """The learning rate after a share ``progress`` of all steps."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        return self.lr * self.gamma ** sum(progress >= m for m in self.milestones)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy and share of wrong answers (top-1 error, in [0, 1]) over ``images`` images."""
+
+    loss: float
+    error: float
+    images: int
+
+
+def evaluate(model: nn.Module, split: Split, data: ImageData, *, batch_size: int = 256) -> Evaluation:
+    """Loss and top-1 error of a network on one part of a data set.
+
+    Raises:
+        ValueError: the network's outputs are not the data set's classes.
+    """
+    loss, wrong = 0.0, 0
+    with inference_mode_of(model):
+        for images, labels in batches(split, data, batch_size):
+            scores = model(images)
+            _check_scores(scores, data)
+            loss += float(F.cross_entropy(scores, labels, reduction="sum"))
+            wrong += int((scores.argmax(1) != labels).sum())
+    return Evaluation(loss / len(split), wrong / len(split), len(split))
+
+
+def _check_scores(scores: Tensor, data: ImageData) -> None:
+    if scores.dim() != 2 or scores.shape[1] != len(data.classes):
+        raise ValueError(
+            f"model: gives scores of shape {tuple(scores.shape)}, but {data.name} has "
+            f"{len(data.classes)} classes"
+        )
+
+
+@contextmanager
+def progress_bar(shown: bool) -> Iterator[Progress]:
+    """A bar with count, elapsed and remaining time, on standard error."""
+    from rich.console import Console
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        yield bar
+
+
+def fit(
+    model: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train a network and write the run's folder.
+
+    The folder gets ``checkpoint.pt`` (after each epoch, atomically), ``log.jsonl`` (a line an epoch),
+    ``run.json`` (the result) and ``model/`` (the artifact). Order and augmentation of an epoch depend
+    on the seed and the epoch's number alone, so a resumed run equals an uninterrupted one, bit for
+    bit on the CPU with the same number of threads.
+
+    Args:
+        model: a network made by :func:`quincunx.networks.build`; trained in place.
+        data: training and test images.
+        recipe: how.
+        folder: of the run.
+        seed: of order and augmentation.
+        resume: go on from the folder's checkpoint, or start if there is none.
+        progress: show a bar.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        ValueError: the checkpoint is corrupt, or of another network, recipe, seed or data set.
+        FileExistsError: the folder holds a run and ``resume`` was not asked for.
+        RunFailed: the loss is not finite, or the disk is full; the last checkpoint is kept.
+        Interrupted: Ctrl-C; the last checkpoint is kept.
+    """
+    return _Run(model, data, recipe, Path(folder), seed).go(resume, progress)
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, folder: Path, seed: int) -> None:
+        self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
+        self.spec = spec_of(model)
+        self.augment = data.augment if recipe.augment is None else recipe.augment
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
+            weight_decay=recipe.weight_decay,
+        )
+        self.history: list[dict[str, float]] = []
+        height, width = data.size
+        self.cost = cost(model, torch.zeros(1, data.in_channels, height, width))
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+    def go(self, resume: bool, progress: bool) -> dict[str, Any]:
+        if self.checkpoint.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{self.folder}: holds a run already; --resume goes on with it, another --out starts anew"
+                )
+            self._restore()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if not self.history:
+                self._save()
+            with progress_bar(progress) as bar:
+                steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
+                task = bar.add_task(
+                    self.spec["name"], total=steps * self.recipe.epochs, completed=steps * len(self.history), state=""
+                )
+                while len(self.history) < self.recipe.epochs:
+                    entry = self._epoch(len(self.history), steps, lambda state: bar.update(task, advance=1, state=state))
+                    self.history.append(entry)
+                    self._save()
+            return self._finish()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped in epoch {len(self.history) + 1} of {self.recipe.epochs}; the checkpoint after epoch "
+                f"{len(self.history)} is in {self.checkpoint}; the same command with --resume goes on from there"
+            ) from None
+        except OSError as error:
+            raise RunFailed(
+                f"{error}; the run's last whole checkpoint, if it had one, is still in {self.checkpoint}"
+            ) from error
+
+    def _epoch(self, number: int, steps: int, advance: Any) -> dict[str, float]:
+        # a large odd factor keeps the streams of neighbouring seeds and epochs apart
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        # anything random inside the network draws from the global generator
+        torch.manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
+        self.model.train()
+        began = time.perf_counter()
+        total, wrong, lr = 0.0, 0, self.recipe.lr
+        epoch_batches = batches(
+            self.data.train,
+            self.data,
+            self.recipe.batch_size,
+            generator=generator,
+            augment=self.augment,
+            channels_last=self.recipe.channels_last,
+        )
+        for step, (images, labels) in enumerate(epoch_batches):
+            lr = self.recipe.lr_at((number * steps + step) / (self.recipe.epochs * steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            scores = self.model(images)
+            _check_scores(scores, self.data)
+            loss = F.cross_entropy(scores, labels)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise RunFailed(
+                    f"the loss is {value} in epoch {number + 1}, step {step + 1}, at learning rate {lr:g}; "
+                    f"the checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller --lr may help"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total += value * len(labels)
+            wrong += int((scores.detach().argmax(1) != labels).sum())
+            advance(f"epoch {number + 1} loss {total / ((step * self.recipe.batch_size) + len(labels)):.3f}")
+        seconds = time.perf_counter() - began
+        tested = evaluate(self.model, self.data.test, self.data)
+        count = len(self.data.train)
+        return {
+            "epoch": number + 1,
+            "lr": lr,
+            "train_loss": total / count,
+            "train_error": wrong / count,
+            "test_loss": tested.loss,
+            "test_error": tested.error,
+            "seconds": seconds,
+            "images_per_second": count / seconds,
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it."""
+        return {
+            "network": self.spec,
+            "recipe": {**asdict(self.recipe), "milestones": list(self.recipe.milestones)},
+            "data": self.data.describe(),
+            "seed": self.seed,
+        }
+
+    def _save(self) -> None:
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "identity": json.dumps(self._identity()),
+            "history": json.dumps(self.history),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_atomically(self.checkpoint, lambda path: torch.save(content, path))
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_atomically(self.folder / LOG, lambda path: _write(path, lines))
+
+    def _restore(self) -> None:
+        content = read_checkpoint(self.checkpoint)
+        theirs, ours = json.loads(content["identity"]), self._identity()
+        for part in ("network", "recipe", "data", "seed"):
+            if theirs.get(part) != ours[part]:
+                raise ValueError(
+                    f"{self.checkpoint}: a checkpoint of another {part}: {_difference(theirs.get(part), ours[part])}"
+                )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.history = json.loads(content["history"])
+
+    def _finish(self) -> dict[str, Any]:
+        last = self.history[-1]
+        result = {
+            "schema": 1,
+            "kind": "train",
+            **self._identity(),
+            "augment": self.augment,
+            "device": "cpu",
+            "cost": {"macs": self.cost.macs, "params": self.cost.params},
+            "test_error": last["test_error"],
+            "test_loss": last["test_loss"],
+            "seconds": sum(entry["seconds"] for entry in self.history),
+            "history": self.history,
+            "environment": environment(),
+        }
+        info = {"data": self.data.describe(), "test_error": last["test_error"]}
+        save(self.model, self.folder / ARTIFACT, info=info)
+        write_json(self.folder / RESULT, result)
+        return result
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    """The fields in which two descriptions differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+        return ", ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in differing)
+    return f"was {theirs!r}, now {ours!r}"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint's content; only tensors and plain values are ever unpickled.
+
+    Raises:
+        ValueError: a corrupt or foreign file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: corrupt, or no checkpoint of quincunx ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path}: no checkpoint of quincunx")
+    if content.get("version") != _VERSION:
+        raise ValueError(f"{path}: version {content.get('version')!r}, but this program reads {_VERSION}")
+    return content
+
+
+def recipe_with(recipe: Recipe, **changes: Any) -> Recipe:
+    """A recipe with the given fields changed; None leaves a field as it is."""
+    return dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
