@@ -114,7 +114,9 @@ def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = 
     """
     folder = Path(folder)
     spec = spec_of(model)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / _SPEC).is_file())):
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / _SPEC).is_file())
+    ):
         raise ValueError(f"folder={str(folder)!r}: holds something that is no artifact; not replaced")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -180,7 +182,9 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
     if not isinstance(spec, dict) or spec.get("format") != _FORMAT:
         raise ValueError(f"{path}: not the spec of a quincunx artifact")
     if spec.get("version") != _VERSION:
-        raise ValueError(f"{path}: version {spec.get('version')!r}, but this program reads version {_VERSION}")
+        raise ValueError(
+            f"{path}: version {spec.get('version')!r}, but this program reads version {_VERSION}"
+        )
     return spec
 
 

@@ -168,7 +168,9 @@ def _class_and_part(path: PurePosixPath) -> tuple[str, str | None] | None:
     """(class, part) of an image's path below the root; None where the path names no class."""
     folders = path.parts[:-1]
     for i, folder in enumerate(folders):
-        part = "train" if folder.lower() in _TRAIN_PARTS else "test" if folder.lower() in _TEST_PARTS else None
+        part = (
+            "train" if folder.lower() in _TRAIN_PARTS else "test" if folder.lower() in _TEST_PARTS else None
+        )
         if part is not None:
             return (folders[i + 1], part) if i + 1 < len(folders) else None
     return (folders[-1], None) if folders else None
@@ -225,10 +227,14 @@ class _Found:
 
     def finish(self, root: Path, holdout: float, seed: int) -> ImageData:
         if not self.images:
-            raise ValueError(f"{root}: no images found ({', '.join(sorted(_SUFFIXES))}, in one folder a class)")
+            raise ValueError(
+                f"{root}: no images found ({', '.join(sorted(_SUFFIXES))}, in one folder a class)"
+            )
         classes = tuple(sorted({name for name, part in self.labels if part != "test"}))
         if len(classes) < 2:
-            raise ValueError(f"{root}: {len(classes)} class of training images found, at least two are needed")
+            raise ValueError(
+                f"{root}: {len(classes)} class of training images found, at least two are needed"
+            )
         number = {name: i for i, name in enumerate(classes)}
         unknown = sorted({name for name, _ in self.labels} - set(classes))
         if unknown:

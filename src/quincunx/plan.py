@@ -125,9 +125,7 @@ def _nearest(mask: Tensor, m: int) -> Tensor:
     return result.flatten()
 
 
-def _input_rows(
-    geometry: Geometry, positions: Tensor, grid_width: int, height: int, width: int
-) -> Tensor:
+def _input_rows(geometry: Geometry, positions: Tensor, grid_width: int, height: int, width: int) -> Tensor:
     """The input row behind each tap of each output position, [len(positions), taps], -1 outside."""
     kh, kw = geometry.kernel
     row = torch.div(positions, grid_width, rounding_mode="floor")
@@ -141,9 +139,7 @@ def _input_rows(
 
 
 @lru_cache(maxsize=1024)
-def forward_plan(
-    spec: str, geometry: Geometry, height: int, width: int, source: str | None = None
-) -> Plan:
+def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source: str | None = None) -> Plan:
     """Tables of a sampled convolution of an H x W map: one tap group that has every tap.
 
     Args:
@@ -224,9 +220,7 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
     )
 
 
-def _residue_signature(
-    spec: str, geometry: Geometry, height: int, width: int, used: Tensor
-) -> Tensor:
+def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, used: Tensor) -> Tensor:
     """The taps each position's group has, BoolTensor [H W, taps]; a superset of the taps it uses.
 
     For cosets the taps are the union over the positions with equal residues modulo the period

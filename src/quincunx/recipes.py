@@ -18,7 +18,13 @@ def cifar() -> Recipe:
 def short() -> Recipe:
     """25 epochs on small images: a useful accuracy in an hour, not the paper's."""
     return Recipe(
-        name="short", epochs=25, batch_size=128, lr=0.2, milestones=(0.6, 0.85), warmup=0.04, weight_decay=5e-4
+        name="short",
+        epochs=25,
+        batch_size=128,
+        lr=0.2,
+        milestones=(0.6, 0.85),
+        warmup=0.04,
+        weight_decay=5e-4,
     )
 
 

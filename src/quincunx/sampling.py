@@ -333,9 +333,7 @@ class Positions(Sampling):
         return self.count(*self._size) / (self._size[0] * self._size[1])
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Positions) and self._size == other._size and self._bits == other._bits
-        )
+        return isinstance(other, Positions) and self._size == other._size and self._bits == other._bits
 
     def __hash__(self) -> int:
         return hash((self._size, self._bits))

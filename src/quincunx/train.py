@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from quincunx.artifact import save, spec_of, write_atomically, write_json
@@ -219,10 +226,15 @@ class _Run:
             with progress_bar(progress) as bar:
                 steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
                 task = bar.add_task(
-                    self.spec["name"], total=steps * self.recipe.epochs, completed=steps * len(self.history), state=""
+                    self.spec["name"],
+                    total=steps * self.recipe.epochs,
+                    completed=steps * len(self.history),
+                    state="",
                 )
                 while len(self.history) < self.recipe.epochs:
-                    entry = self._epoch(len(self.history), steps, lambda state: bar.update(task, advance=1, state=state))
+                    entry = self._epoch(
+                        len(self.history), steps, lambda state: bar.update(task, advance=1, state=state)
+                    )
                     self.history.append(entry)
                     self._save()
             return self._finish()
@@ -361,7 +373,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: corrupt, or no checkpoint of quincunx ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{path}: corrupt, or no checkpoint of quincunx ({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: no checkpoint of quincunx")
     if content.get("version") != _VERSION:

@@ -72,7 +72,9 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
         ]
         for key in settings:
             if key not in known:
-                raise ValueError(f"{key}={settings[key]!r}: {name} has no such setting; it has {', '.join(known)}")
+                raise ValueError(
+                    f"{key}={settings[key]!r}: {name} has no such setting; it has {', '.join(known)}"
+                )
         network = factory(*(int(g) for g in match.groups()), num_classes, in_channels, **settings)
         # read by quincunx.save, which rebuilds the network from it
         network.quincunx_spec = network_spec(name, num_classes, in_channels, settings)  # type: ignore[assignment]
@@ -80,12 +82,12 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
     close = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.0)
     listed = [*close, *(n for n in _EXAMPLES if n not in close)]
     families = ", ".join(shown for _, shown, _ in _NETWORKS)
-    raise ValueError(f"name={name!r}: unknown network; nearest first: {', '.join(listed)} (any n >= 1 of {families})")
+    raise ValueError(
+        f"name={name!r}: unknown network; nearest first: {', '.join(listed)} (any n >= 1 of {families})"
+    )
 
 
-def network_spec(
-    name: str, num_classes: int, in_channels: int, settings: dict[str, Any]
-) -> dict[str, Any]:
+def network_spec(name: str, num_classes: int, in_channels: int, settings: dict[str, Any]) -> dict[str, Any]:
     """What :func:`build` was given, JSON-ready."""
     plain = {k: v.spec if isinstance(v, Sampling) else v for k, v in settings.items()}
     return {

@@ -1,0 +1,14 @@
+"""What every test starts from: the same random numbers, and hypothesis without a clock."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# derandomized: a run on one machine repeats the examples of every other
+settings.register_profile("quincunx", deadline=None, derandomize=True, max_examples=40, print_blob=True)
+settings.load_profile("quincunx")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
