@@ -325,7 +325,11 @@ def demo(
     )
 
 
-_DEMO = (("rrn14", {}), ("rsbn14", {"sampling": "2/4"}), ("rsbn14", {"sampling": "1/4"}))
+_DEMO: tuple[tuple[str, dict[str, str]], ...] = (
+    ("rrn14", {}),
+    ("rsbn14", {"sampling": "2/4"}),
+    ("rsbn14", {"sampling": "1/4"}),
+)
 
 
 def _demo(out: Path, epochs: int, seed: int, quiet: bool) -> list[Line]:

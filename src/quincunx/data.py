@@ -145,9 +145,13 @@ def _digits(size: int | None) -> ImageData:
     byte_images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
     targets = torch.from_numpy(np.asarray(labels)).long()
-    parts = [Split(byte_images[torch.from_numpy(i)], targets[torch.from_numpy(i)]) for i in (train, test)]
-    mean, std = _statistics(parts[0].images)
-    return ImageData("digits", *parts, tuple(str(d) for d in range(10)), mean, std, augment=False)
+    train_part, test_part = (
+        Split(byte_images[torch.from_numpy(i)], targets[torch.from_numpy(i)]) for i in (train, test)
+    )
+    mean, std = _statistics(train_part.images)
+    return ImageData(
+        "digits", train_part, test_part, tuple(str(d) for d in range(10)), mean, std, augment=False
+    )
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

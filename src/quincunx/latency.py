@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,11 @@ def measure_models(models: Mapping[str, nn.Module], example: Tensor, **options: 
 
 def environment() -> dict[str, Any]:
     """What a result file says about where it was made. JSON-ready."""
-    import quincunx
-
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
-        "quincunx": quincunx.__version__,
+        "quincunx": version("quincunx"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),

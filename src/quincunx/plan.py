@@ -93,11 +93,10 @@ def nearest_index(spec: str, height: int, width: int) -> Tensor:
     Euclidean distance; of several equally near the one with the lowest row-major index.
     """
     mask = from_spec(spec).mask(height, width)
-    rows, cols = mask.nonzero(as_tuple=True)
-    return _nearest(mask, rows.shape[0])
+    return _nearest(mask)
 
 
-def _nearest(mask: Tensor, m: int) -> Tensor:
+def _nearest(mask: Tensor) -> Tensor:
     """Exact nearest computed position, separably: along each row first, then over rows.
 
     The key distance^2 * (H W) + index orders by distance and then by index; its minimum over the
@@ -182,10 +181,7 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
     a group; border positions join the group of their residues and read -1 where they hit nothing.
     """
     grid = geometry.grid(height, width)
-    if spec:
-        positions = position_index(spec, *grid)
-    else:
-        positions = torch.arange(grid[0] * grid[1])
+    positions = position_index(spec, *grid) if spec else torch.arange(grid[0] * grid[1])
     m = int(positions.shape[0])
     kh, kw = geometry.kernel
     taps = kh * kw
@@ -196,7 +192,7 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
     table[forward[which, tap], tap] = which
     used = table >= 0
     signature = _residue_signature(spec, geometry, height, width, used)
-    patterns, member = signature.unique(dim=0, return_inverse=True)
+    patterns, member = signature.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
     order = member.argsort(stable=True)
     counts = member.bincount(minlength=patterns.shape[0])
     blocks: list[Tensor] = []
@@ -237,6 +233,6 @@ def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, u
         union = torch.zeros(step_r * step_c, used.shape[1], dtype=torch.int32)
         union.index_reduce_(0, flat, used.int(), "amax", include_self=True)
         return union[flat].bool()
-    if used.unique(dim=0).shape[0] * 8 <= used.shape[0]:
+    if len(used.unique(dim=0)) * 8 <= len(used):  # type: ignore[no-untyped-call]
         return used
     return torch.ones_like(used)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Line", "collect", "label_of", "lines", "write_report"]
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_SHORT = {QUARTER: "1/4", CHESSBOARD: "2/4", THREE_QUARTERS: "3/4"}
+_SHORT: dict[Sampling, str] = {QUARTER: "1/4", CHESSBOARD: "2/4", THREE_QUARTERS: "3/4"}
 # Okabe and Ito's palette, told apart also by people who are colour-blind
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vPX"

@@ -196,7 +196,7 @@ class _Run:
         self.spec = spec_of(model)
         self.augment = data.augment if recipe.augment is None else recipe.augment
         if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=recipe.lr,
@@ -240,8 +240,8 @@ class _Run:
             return self._finish()
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped in epoch {len(self.history) + 1} of {self.recipe.epochs}; the checkpoint after epoch "
-                f"{len(self.history)} is in {self.checkpoint}; the same command with --resume goes on from there"
+                f"stopped in epoch {len(self.history) + 1} of {self.recipe.epochs}; the checkpoint after "
+                f"epoch {len(self.history)} is in {self.checkpoint}; the same command with --resume goes on"
             ) from None
         except OSError as error:
             raise RunFailed(
@@ -274,8 +274,9 @@ class _Run:
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise RunFailed(
-                    f"the loss is {value} in epoch {number + 1}, step {step + 1}, at learning rate {lr:g}; "
-                    f"the checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller --lr may help"
+                    f"the loss is {value} in epoch {number + 1}, step {step + 1}, at learning rate "
+                    f"{lr:g}; the checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller "
+                    "--lr may help"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -324,9 +325,8 @@ class _Run:
         theirs, ours = json.loads(content["identity"]), self._identity()
         for part in ("network", "recipe", "data", "seed"):
             if theirs.get(part) != ours[part]:
-                raise ValueError(
-                    f"{self.checkpoint}: a checkpoint of another {part}: {_difference(theirs.get(part), ours[part])}"
-                )
+                difference = _difference(theirs.get(part), ours[part])
+                raise ValueError(f"{self.checkpoint}: a checkpoint of another {part}: {difference}")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.history = json.loads(content["history"])

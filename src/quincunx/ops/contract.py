@@ -28,7 +28,7 @@ __all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count"]
 
 CHANNELS_LAST = torch.channels_last
 
-_LIBRARY = torch.library.Library("quincunx", "DEF")
+_LIBRARY = torch.library.Library("quincunx", "DEF")  # type: ignore[no-untyped-call]
 _GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int groups"
 OPERATORS = {
     "conv": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
@@ -38,12 +38,12 @@ OPERATORS = {
     "collect": "(Tensor z, str sampling) -> Tensor",
 }
 for _name, _schema in OPERATORS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
 def implement(name: str, function: Callable[..., Tensor], dispatch_key: str) -> None:
     """Register a back end's function for one operator on one kind of device."""
-    _LIBRARY.impl(name, function, dispatch_key)
+    _LIBRARY.impl(name, function, dispatch_key)  # type: ignore[no-untyped-call]
 
 
 def sampled_count(sampling: str, height: int, width: int) -> int:
@@ -58,7 +58,6 @@ def _empty_map(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
 
 
-@torch.library.register_fake("quincunx::conv", lib=_LIBRARY)
 def _conv_fake(
     x: Tensor,
     weight: Tensor,
@@ -74,7 +73,6 @@ def _conv_fake(
     return _empty_map(x, (x.shape[0], weight.shape[0], m, 1))
 
 
-@torch.library.register_fake("quincunx::conv_transpose", lib=_LIBRARY)
 def _conv_transpose_fake(
     y: Tensor,
     weight: Tensor,
@@ -90,7 +88,6 @@ def _conv_transpose_fake(
     return _empty_map(y, shape)
 
 
-@torch.library.register_fake("quincunx::conv_weight", lib=_LIBRARY)
 def _conv_weight_fake(
     x: Tensor,
     y: Tensor,
@@ -104,16 +101,23 @@ def _conv_weight_fake(
     return x.new_empty((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
 
 
-@torch.library.register_fake("quincunx::fill", lib=_LIBRARY)
 def _fill_fake(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
     return _empty_map(y, (y.shape[0], y.shape[1], size[0], size[1]))
 
 
-@torch.library.register_fake("quincunx::collect", lib=_LIBRARY)
 def _collect_fake(z: Tensor, sampling: str) -> Tensor:
     m = sampled_count(sampling, z.shape[2], z.shape[3])
     return _empty_map(z, (z.shape[0], z.shape[1], m, 1))
 
+
+for _name, _fake in (
+    ("conv", _conv_fake),
+    ("conv_transpose", _conv_transpose_fake),
+    ("conv_weight", _conv_weight_fake),
+    ("fill", _fill_fake),
+    ("collect", _collect_fake),
+):
+    torch.library.register_fake(f"quincunx::{_name}", _fake, lib=_LIBRARY)
 
 # ---------------------------------------------------------------- derivatives
 

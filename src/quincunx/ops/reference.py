@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.plan import Geometry, nearest_index, position_index
@@ -33,7 +34,8 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 def _scatter(y: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
     """A sampled map on a grid that is zero elsewhere."""
     flat = y.new_zeros((y.shape[0], y.shape[1], size[0] * size[1]))
-    return flat.index_copy(2, index.to(y.device), y.squeeze(3)).unflatten(2, size)
+    filled = flat.index_copy(2, index.to(y.device), y.squeeze(3))
+    return filled.view(y.shape[0], y.shape[1], *size)
 
 
 def conv(
@@ -88,16 +90,14 @@ def conv_weight(
     shape = torch.Size((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
     if x.shape[0] == 0:
         return x.new_zeros(shape)
-    gradient = torch.nn.grad.conv2d_weight(
-        _pad(x, padding), shape, scattered, tuple(stride), 0, tuple(dilation), groups
-    )
+    gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]_pad(x, padding), shape, scattered, tuple(stride), 0, tuple(dilation), groups)
     return gradient.contiguous()
 
 
 def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
     height, width = size
     index = nearest_index(sampling, height, width).to(y.device)
-    dense = y.squeeze(3).index_select(2, index).unflatten(2, (height, width))
+    dense = y.squeeze(3).index_select(2, index).view(y.shape[0], y.shape[1], height, width)
     return dense.contiguous(memory_format=CHANNELS_LAST)
 
 
