@@ -90,7 +90,10 @@ def conv_weight(
     shape = torch.Size((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
     if x.shape[0] == 0:
         return x.new_zeros(shape)
-    gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]_pad(x, padding), shape, scattered, tuple(stride), 0, tuple(dilation), groups)
+    padded = _pad(x, padding)
+    gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+        padded, shape, scattered, tuple(stride), 0, tuple(dilation), groups
+    )
     return gradient.contiguous()
 
 
