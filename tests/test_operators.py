@@ -131,6 +131,7 @@ def test_forms_of_padding(padding, kernel, dilation, expanded):
     torch.testing.assert_close(back, torch.from_numpy(want), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own remark
 def test_same_padding_is_torchs():
     x, w = torch.randn(2, 3, 8, 9, dtype=torch.float64), torch.randn(4, 3, 2, 4, dtype=torch.float64)
     dense = torch.nn.functional.conv2d(x, w, padding="same")
@@ -149,10 +150,10 @@ def test_values_that_no_computed_position_reads_do_not_matter():
     torch.testing.assert_close(y.flatten(), w.sum((1, 2, 3)), rtol=0, atol=1e-5)
 
 
-def test_no_uninitialised_memory_shows(monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN now
+def test_no_uninitialised_memory_shows():
+    torch.use_deterministic_algorithms(True)
     try:
+        assert torch.empty(3).isnan().all()  # every fresh tensor is poisoned now
         for case in AWKWARD.values():
             x, y, w, b, c = case.values(torch.float32)
             x, y, w = (t.detach().requires_grad_() for t in (x, y, w))
@@ -303,6 +304,9 @@ X, Y, W, B = torch.zeros(1, 4, 6, 6), torch.zeros(1, 2, 18, 1), torch.zeros(2, 4
         (ValueError, r"stride=0", {"stride": 0}),
         (ValueError, r"stride=\(1, 2, 3\)", {"stride": (1, 2, 3)}),
         ((TypeError, ValueError), r"stride=1\.5", {"stride": 1.5}),
+        ((TypeError, ValueError), r"dilation=None", {"dilation": None}),
+        ((TypeError, ValueError), r"padding=None", {"padding": None}),
+        ((TypeError, ValueError), r"padding=\(0, 0, 0, 0\.5\)", {"padding": (0, 0, 0, 0.5)}),
         (ValueError, r"dilation=0", {"dilation": 0}),
         (ValueError, r"padding=-1", {"padding": -1}),
         (ValueError, r"padding=\(0, 0, 0, -2\)", {"padding": (0, 0, 0, -2)}),
@@ -330,6 +334,7 @@ def test_conv_refuses(error, match, change):
         (ValueError, r"y: 1 channels", {"y": Y[:, :1]}),
         (ValueError, r"bias: expected shape \(4,\)", {"bias": B}),
         (ValueError, r"size=\(6,\)", {"size": (6,)}),
+        ((TypeError, ValueError), r"size=None", {"size": None}),
         (ValueError, r"size=\(0, 6\)", {"size": (0, 6)}),
         (ValueError, r"2 channels .* groups=3", {"groups": 3}),
         (ValueError, r"padding='full'", {"padding": "full"}),

@@ -330,10 +330,6 @@ _DEMO: tuple[tuple[str, dict[str, str]], ...] = (
     ("rsbn14", {"sampling": "2/4"}),
     ("rsbn14", {"sampling": "1/4"}),
 )
-    ("rrn14", {}),
-    ("rsbn14", {"sampling": "2/4"}),
-    ("rsbn14", {"sampling": "1/4"}),
-)
 
 
 def _demo(out: Path, epochs: int, seed: int, quiet: bool) -> list[Line]:
