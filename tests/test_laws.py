@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from oracle import AWKWARD, cases
 
+from oracle import AWKWARD, cases
 from quincunx.nn import PerforatedConv2d, SampledDown2d, SpatialBottleneck2d
 from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Random, Uniform
@@ -134,7 +134,9 @@ def test_transposed_is_adjoint_in_awkward_cases(case):
     check_adjoint(case)
 
 
-@pytest.mark.parametrize("sampling", [CHESSBOARD, Cosets(3, [(1, 2)]), Random(0.3, 1), Uniform(0.2)], ids=repr)
+@pytest.mark.parametrize(
+    "sampling", [CHESSBOARD, Cosets(3, [(1, 2)]), Random(0.3, 1), Uniform(0.2)], ids=repr
+)
 def test_public_pair_is_adjoint(sampling):
     x, w = randn(2, 4, 9, 7), randn(6, 2, 3, 5)
     geometry = {"sampling": sampling, "padding": "same", "groups": 2}
@@ -239,7 +241,9 @@ def pooled_by_hand(x, w1, w2, sampling, kernel):
 
 
 @pytest.mark.parametrize(
-    "sampling", [QUARTER, CHESSBOARD, THREE_QUARTERS, Cosets(3, [(0, 0), (2, 1)]), Cosets(4, [(1, 3)])], ids=repr
+    "sampling",
+    [QUARTER, CHESSBOARD, THREE_QUARTERS, Cosets(3, [(0, 0), (2, 1)]), Cosets(4, [(1, 3)])],
+    ids=repr,
 )
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (12, 5)])
 @pytest.mark.parametrize("kernel", [1, 3, 5])

@@ -21,7 +21,9 @@ MAKERS = {
     "sampled": lambda: SampledConv2d(4, 6, 3, sampling=CHESSBOARD, padding=1),
     "perforated": lambda: PerforatedConv2d(4, 6, (3, 1), sampling=Random(0.3, 1), padding=(1, 0), stride=2),
     "bottleneck": lambda: SpatialBottleneck2d(4, 6, sampling=CHESSBOARD),
-    "grouped": lambda: SpatialBottleneck2d(4, 6, 5, sampling=Cosets(3, [(0, 0), (1, 2)]), groups=2, bias=False),
+    "grouped": lambda: SpatialBottleneck2d(
+        4, 6, 5, sampling=Cosets(3, [(0, 0), (1, 2)]), groups=2, bias=False
+    ),
     "dilated": lambda: SpatialBottleneck2d(4, 6, (3, 5), sampling=QUARTER, dilation=(2, 1)),
     "pooled": lambda: SpatialBottleneck2d(4, 6, sampling=CHESSBOARD, down="avgpool"),
     "positions": lambda: SpatialBottleneck2d(4, 6, sampling=Positions(torch.eye(8, dtype=torch.bool))),
@@ -91,7 +93,14 @@ def test_batch_norm_takes_its_statistics_over_the_sampled_positions():
 
 @pytest.mark.parametrize(
     ("channels", "groups", "mid"),
-    [((16, 16), 1, 8), ((64, 64), 1, 32), ((16, 48), 1, 12), ((12, 12), 4, 8), ((1, 1), 1, 1), ((4, 4), 4, 4)],
+    [
+        ((16, 16), 1, 8),
+        ((64, 64), 1, 32),
+        ((16, 48), 1, 12),
+        ((12, 12), 4, 8),
+        ((1, 1), 1, 1),
+        ((4, 4), 4, 4),
+    ],
 )
 def test_default_mid_channels(channels, groups, mid):
     module = SpatialBottleneck2d(*channels, groups=groups)
@@ -170,7 +179,9 @@ def test_repr_says_what_it_is():
         ),
         (lambda: SpatialBottleneck2d(8, 8)(torch.zeros(1, 7, 6, 6)), ValueError, "x: 7 channels"),
         (
-            lambda: SampledConvTranspose2d(2, 2, 3, sampling=QUARTER, padding=1)(torch.zeros(1, 2, 8, 1), (6, 6)),
+            lambda: SampledConvTranspose2d(2, 2, 3, sampling=QUARTER, padding=1)(
+                torch.zeros(1, 2, 8, 1), (6, 6)
+            ),
             ValueError,
             "y: expected .*m=9",
         ),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from hypothesis import given, settings
+
 from oracle import AWKWARD, LAYOUTS, Case, assert_close, cases, lay_out, magnitude, numpy
 from oracle import fill_nearest as fill_oracle
 from oracle import sampled_conv as conv_oracle
 from oracle import sampled_conv_transpose as transpose_oracle
-
 from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import CHESSBOARD, QUARTER, Cosets, Positions, Random, Uniform
 

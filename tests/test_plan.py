@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oracle import AWKWARD, cases, magnitude, run_plan, samplings
 from oracle import fill_nearest as fill_oracle
 from oracle import nearest as nearest_oracle
 from oracle import sampled_conv as conv_oracle
 from oracle import sampled_conv_transpose as transpose_oracle
-
 from quincunx.plan import Geometry, adjoint_plan, forward_plan, nearest_index, position_index
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Random
 

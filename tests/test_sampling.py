@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import computed, samplings
 
+from oracle import computed, samplings
 from quincunx.sampling import (
     CHESSBOARD,
     QUARTER,
@@ -76,7 +76,7 @@ def test_a_mask_is_a_fresh_tensor(sampling):
 
 def test_samplings_differ():
     assert len({s.spec for s in EVERY}) == len(set(EVERY)) == len(EVERY)
-    assert QUARTER != Random(0.25)
+    assert Random(0.25) != QUARTER
     assert Positions(torch.ones(2, 3, dtype=torch.bool)) != Positions(torch.ones(3, 2, dtype=torch.bool))
 
 
@@ -200,16 +200,23 @@ def test_parse(text, sampling):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4/4", "cosets:1:0,0", "cosets:2:", "cosets:2:0", "random:x", "uniform:2", "random:0.5:-1", "{}"]
+    "text",
+    ["", "4/4", "cosets:1:0,0", "cosets:2:", "cosets:2:0", "random:x", "uniform:2", "random:0.5:-1", "{}"],
 )
 def test_parse_refuses(text):
-    with pytest.raises(ValueError, match="sampling=|spec="):
+    with pytest.raises(ValueError, match=r"sampling=|spec="):
         parse(text)
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "[]", '{"kind": "stars"}', '{"kind": "cosets"}', '{"kind": "positions", "size": [2, 2], "bits": "0"}'],
+    [
+        "",
+        "[]",
+        '{"kind": "stars"}',
+        '{"kind": "cosets"}',
+        '{"kind": "positions", "size": [2, 2], "bits": "0"}',
+    ],
 )
 def test_from_spec_refuses(spec):
     with pytest.raises(ValueError, match="spec="):

@@ -231,8 +231,8 @@ def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, u
         residue = (torch.arange(height) % step_r)[:, None] * step_c + torch.arange(width) % step_c
         flat = residue.flatten()
         union = torch.zeros(step_r * step_c, used.shape[1], dtype=torch.int32)
-        union.index_reduce_(0, flat, used.int(), "amax", include_self=True)
-        return union[flat].bool()
+        union.index_add_(0, flat, used.int())
+        return union[flat] > 0
     if len(used.unique(dim=0)) * 8 <= len(used):  # type: ignore[no-untyped-call]
         return used
     return torch.ones_like(used)

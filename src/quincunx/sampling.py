@@ -113,6 +113,8 @@ class Cosets(Sampling):
             raise TypeError(f"period={period!r}: expected an integer >= 2")
         if period < 2:
             raise ValueError(f"period={period}: expected an integer >= 2")
+        if not isinstance(offsets, Iterable):
+            raise TypeError(f"offsets={offsets!r}: expected pairs (a, b) of integers")
         kept: set[tuple[int, int]] = set()
         for pair in offsets:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:

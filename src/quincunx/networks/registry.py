@@ -79,8 +79,7 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
         # read by quincunx.save, which rebuilds the network from it
         network.quincunx_spec = network_spec(name, num_classes, in_channels, settings)  # type: ignore[assignment]
         return network
-    close = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.0)
-    listed = [*close, *(n for n in _EXAMPLES if n not in close)]
+    listed = sorted(_EXAMPLES, key=lambda known: -difflib.SequenceMatcher(None, name, known).ratio())
     families = ", ".join(shown for _, shown, _ in _NETWORKS)
     raise ValueError(
         f"name={name!r}: unknown network; nearest first: {', '.join(listed)} (any n >= 1 of {families})"

@@ -17,12 +17,21 @@ Padding = int | Sequence[int] | str
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal), each at least ``least``."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or not all(isinstance(v, int) for v in both):
+    both = _integers(value, "an integer or a pair of integers", name)
+    if not isinstance(value, Sequence):
+        both *= 2
+    if len(both) != 2:
         raise ValueError(f"{name}={value!r}: expected an integer or a pair of integers")
     if both[0] < least or both[1] < least:
         raise ValueError(f"{name}={value!r}: expected at least {least}")
     return both[0], both[1]
+
+
+def _integers(value: object, expected: str, name: str) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}={value!r}: expected {expected}")
+    return values
 
 
 def expand_padding(
@@ -38,10 +47,11 @@ def expand_padding(
             raise ValueError(f"padding='same' needs stride 1, got stride={tuple(stride)}")
         v, h = (dilation[i] * (kernel[i] - 1) for i in (0, 1))
         return v // 2, v - v // 2, h // 2, h - h // 2
-    if not isinstance(value, int) and len(tuple(value)) == 4:
-        top, bottom, left, right = value
-        if min(value) < 0:
-            raise ValueError(f"padding={tuple(value)}: expected at least 0")
+    values = _integers(value, "integers, 'same' or 'valid'", "padding")
+    if len(values) == 4:
+        top, bottom, left, right = values
+        if min(values) < 0:
+            raise ValueError(f"padding={values}: expected at least 0")
         return top, bottom, left, right
     v, h = pair("padding", value, 0)
     return v, v, h, h
