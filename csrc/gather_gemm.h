@@ -31,15 +31,18 @@ constexpr int kMaxSegment = 384;
 // positions that share one pass over the weights
 constexpr int64_t kChunk = 192;
 // least multiply-adds that pay for handing work to another thread
-constexpr int64_t kMinPartMacs = 200000;
+constexpr int64_t kMinPartMacs = 150000;
+constexpr int64_t kPartsPerThread = 4;
+// what a part costs besides its multiply-adds, counted in them: to begin, and a byte from a far cache
+constexpr double kPartMacs = 5000, kByteMacs = 2;
 
 typedef float vf __attribute__((vector_size(QX_BYTES)));
 typedef float vf_loose __attribute__((vector_size(QX_BYTES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(QX_BYTES)));
+typedef int32_t vi_loose __attribute__((vector_size(QX_BYTES), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(QX_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(QX_BYTES / 2)));
 typedef uint16_t vh_loose __attribute__((vector_size(QX_BYTES / 2), aligned(2), may_alias));
-typedef float float_alias __attribute__((aligned(2), may_alias));
 typedef int32_t int_alias __attribute__((aligned(2), may_alias));
 
 alignas(64) const float kZeros[kMaxSegment] = {};
@@ -85,28 +88,37 @@ QX_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 QX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------- arithmetic of one step of K
-// A step is four bytes of an input row: one float32 or two bfloat16.
+// A step reads kStep channels of an input row.
 
 struct Float {
   typedef float Input;
+  typedef float Packed;
   static constexpr int kStep = 1;
-  static QX_INLINE vf add(vf acc, const char* a, vf b) {
-    return acc + *reinterpret_cast<const float_alias*>(a) * b;
+  static QX_INLINE vf add(vf acc, const Input* a, vf b) { return acc + *a * b; }
+  static QX_INLINE vf add_last(vf acc, const Input*, vf) { return acc; }
+};
+
+// bfloat16 maps where only float32 can be multiplied
+struct WideBf16 {
+  typedef uint16_t Input;
+  typedef float Packed;
+  static constexpr int kStep = 1;
+  static QX_INLINE vf add(vf acc, const Input* a, vf b) {
+    return acc + reinterpret_cast<vf>(vu{} + (static_cast<uint32_t>(*a) << 16)) * b;
   }
-  static QX_INLINE vf add_last(vf acc, const char*, vf) { return acc; }
+  static QX_INLINE vf add_last(vf acc, const Input*, vf) { return acc; }
 };
 
 #ifdef QX_DOT_BF16
 struct DotBf16 {
   typedef uint16_t Input;
+  typedef uint16_t Packed;
   static constexpr int kStep = 2;
-  static QX_INLINE vf add(vf acc, const char* a, vf b) {
+  static QX_INLINE vf add(vf acc, const Input* a, vf b) {
     return dot_bf16(acc, *reinterpret_cast<const int_alias*>(a), b);
   }
   // an odd channel count: the pair's second half is not ours to read
-  static QX_INLINE vf add_last(vf acc, const char* a, vf b) {
-    return dot_bf16(acc, *reinterpret_cast<const uint16_t*>(a), b);
-  }
+  static QX_INLINE vf add_last(vf acc, const Input* a, vf b) { return dot_bf16(acc, *a, b); }
 };
 #endif
 
@@ -146,10 +158,6 @@ int64_t packed_size(int64_t outputs, int64_t channels, int64_t taps, int64_t gro
   return groups * Tiling(outputs / groups).vectors * kLanes * taps * steps<Op>(channels) * Op::kStep;
 }
 
-template <class Op, class W>
-void pack(const void* weight, void* packed, int64_t outputs, int64_t channels, int64_t taps, int64_t groups,
-          int64_t part, int64_t parts);
-
 QX_INLINE void convert(float from, float& to) { to = from; }
 QX_INLINE void convert(uint16_t from, uint16_t& to) { to = from; }
 QX_INLINE void convert(uint16_t from, float& to) {
@@ -157,37 +165,37 @@ QX_INLINE void convert(uint16_t from, float& to) {
   __builtin_memcpy(&to, &bits, 4);
 }
 
+constexpr int64_t kPackChannels = 8;  // few at a time, so that what is written strided stays in cache
+
 template <class Op, class W>
-void pack(const void* weight, void* packed, int64_t outputs, int64_t channels, int64_t taps, int64_t groups,
-          int64_t part, int64_t parts) {
-  typedef typename Op::Input P;
+void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
+  typedef typename Op::Packed P;
   constexpr int64_t step = Op::kStep;
-  const W* from = static_cast<const W*>(weight);
-  const Tiling tiling(outputs / groups);
-  const Blocking blocking(channels);
-  const int64_t column = taps * steps<Op>(channels) * step * kLanes;  // one vector of outputs
-  const int64_t jobs = groups * tiling.tiles * blocking.blocks;
+  const Weight& w = *weight;
+  const Tiling tiling(w.outputs);
+  const Blocking blocking(w.channels);
+  const int64_t column = w.taps * steps<Op>(w.channels) * step * kLanes;  // one vector of outputs
+  const int64_t pieces = ceil_div(blocking.size, kPackChannels);          // of a channel block
+  const int64_t jobs = w.groups * tiling.tiles * blocking.blocks * pieces;
   for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
-    const int64_t block = job % blocking.blocks, tile = job / blocking.blocks % tiling.tiles;
-    const int64_t group = job / blocking.blocks / tiling.tiles;
+    const int64_t block = job / pieces % blocking.blocks, tile = job / pieces / blocking.blocks % tiling.tiles;
+    const int64_t group = job / pieces / blocking.blocks / tiling.tiles;
     const int64_t v0 = tiling.start(tile), nv = tiling.start(tile + 1) - v0, width = nv * kLanes;
     const int64_t c0 = blocking.start(block), length = blocking.length(block);
     const int64_t tap_size = steps<Op>(length) * step * width;
-    P* to = static_cast<P*>(packed) + (group * tiling.vectors + v0) * column + c0 * taps * width;
-    const int64_t o0 = v0 * kLanes;
-    // few channels at a time, so that what is written strided stays in cache
-    for (int64_t c = 0; c < steps<Op>(length) * step; c += 8) {
-      const int64_t stop = least(c + 8, steps<Op>(length) * step);
-      for (int64_t lane = 0; lane < width; ++lane) {
-        const bool real = o0 + lane < tiling.per_group;
-        const W* row = from + ((group * tiling.per_group + o0 + lane) * channels + c0) * taps;
-        for (int64_t i = c; i < stop; ++i) {
-          P* cell = to + (i / step) * width * step + lane * step + i % step;
-          if (real && i < length) {
-            for (int64_t t = 0; t < taps; ++t) convert(row[i * taps + t], cell[t * tap_size]);
-          } else {
-            for (int64_t t = 0; t < taps; ++t) cell[t * tap_size] = 0;
-          }
+    const int64_t first = job % pieces * kPackChannels;
+    const int64_t stop = least(first + kPackChannels, steps<Op>(length) * step);
+    P* to = static_cast<P*>(packed) + (group * tiling.vectors + v0) * column + c0 * w.taps * width;
+    const W* from = static_cast<const W*>(w.data) + group * w.group_stride + c0 * w.channel_stride;
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const int64_t o = v0 * kLanes + lane;
+      for (int64_t i = first; i < stop; ++i) {
+        P* cell = to + (i / step) * width * step + lane * step + i % step;
+        if (o < w.outputs && i < length) {
+          const W* row = from + o * w.output_stride + i * w.channel_stride;
+          for (int64_t t = 0; t < w.taps; ++t) convert(row[t * w.tap_stride], cell[t * tap_size]);
+        } else {
+          for (int64_t t = 0; t < w.taps; ++t) cell[t * tap_size] = 0;
         }
       }
     }
@@ -196,22 +204,25 @@ void pack(const void* weight, void* packed, int64_t outputs, int64_t channels, i
 
 // ---------------------------------------------------------------- register tile
 
+template <class Op>
 struct Segments {  // one K block: segments [first, last) of channel blocks times taps
-  const char* weight;   // of the output tile
-  const int32_t* taps;  // of the tap group
-  int64_t num_taps, all_taps, first, last;
+  const typename Op::Packed* weight;  // of the output tile
+  const int32_t* taps;                // of the tap group
+  int64_t num_taps, all_taps, first, last, in_channels;
   Blocking blocking;
-  int64_t row_bytes, tap_base;
 };
 
+template <class Op>
 struct TileRows {
-  const char* x[kMaxRows];         // the image's first row, at the channel group
-  const int32_t* index[kMaxRows];  // the position's taps
+  const typename Op::Input* x[kMaxRows];  // the image's first row, at the channel group
+  const int32_t* index[kMaxRows];         // the position's taps
 };
 
 // acc[rows][NV vectors] (+)= gathered rows times weights
 template <class Op, int ROWS, int NV>
-void tile(const Segments& s, const TileRows& rows, float* out, bool first) {
+void tile(const Segments<Op>& s, const TileRows<Op>& rows, float* out, bool first) {
+  typedef typename Op::Input Input;
+  constexpr int64_t kWidth = NV * kLanes;
   vf acc[ROWS][NV];
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
@@ -222,19 +233,18 @@ void tile(const Segments& s, const TileRows& rows, float* out, bool first) {
   int64_t t = s.first - block * s.num_taps;
   for (int64_t i = s.first; i < s.last; ++i) {
     const int64_t c0 = s.blocking.start(block), length = s.blocking.length(block);
-    const char* a[ROWS];
+    const Input* a[ROWS];
     int32_t all = -1;
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; ++r) {
       const int32_t row = rows.index[r][t];
       all &= row;
-      a[r] = row < 0 ? reinterpret_cast<const char*>(kZeros)
-                     : rows.x[r] + row * s.row_bytes + c0 * (4 / Op::kStep);
+      a[r] = row < 0 ? reinterpret_cast<const Input*>(kZeros) : rows.x[r] + row * s.in_channels + c0;
     }
     if (all >= 0) {
       const int64_t count = length / Op::kStep;
-      const float* b = reinterpret_cast<const float*>(s.weight) +
-                       (c0 / Op::kStep * s.all_taps + s.taps[t] * steps<Op>(length)) * (NV * kLanes);
+      const float* b = reinterpret_cast<const float*>(
+          s.weight + (c0 * s.all_taps + s.taps[t] * steps<Op>(length) * Op::kStep) * kWidth);
       for (int64_t k = 0; k < count; ++k) {
         vf w[NV];
 #pragma GCC unroll 8
@@ -242,15 +252,17 @@ void tile(const Segments& s, const TileRows& rows, float* out, bool first) {
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) acc[r][v] = Op::add(acc[r][v], a[r] + k * 4, w[v]);
+          for (int v = 0; v < NV; ++v) acc[r][v] = Op::add(acc[r][v], a[r] + k * Op::kStep, w[v]);
         }
-        b += NV * kLanes;
+        b += kWidth;
       }
       if (Op::kStep > 1 && length % Op::kStep) {
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) acc[r][v] = Op::add_last(acc[r][v], a[r] + count * 4, load(b + v * kLanes));
+          for (int v = 0; v < NV; ++v) {
+            acc[r][v] = Op::add_last(acc[r][v], a[r] + count * Op::kStep, load(b + v * kLanes));
+          }
         }
       }
     }
@@ -266,160 +278,158 @@ void tile(const Segments& s, const TileRows& rows, float* out, bool first) {
   }
 }
 
-typedef void (*TileFunction)(const Segments&, const TileRows&, float*, bool);
-
-template <class Op, int NV, int ROWS>
-struct FillTable {
-  static QX_INLINE void fill(TileFunction* table) {
-    FillTable<Op, NV, ROWS - 1>::fill(table);
-    table[ROWS] = &tile<Op, ROWS, NV>;
-  }
-};
-template <class Op, int NV>
-struct FillTable<Op, NV, 0> {
-  static QX_INLINE void fill(TileFunction*) {}
-};
-
+// every register tile there is, by vectors and rows
 template <class Op>
-QX_INLINE TileFunction pick(int64_t nv, int64_t rows) {
-  TileFunction table[kMaxRows + 1];
-  switch (nv) {
-    case 1: FillTable<Op, 1, kTileRows[1]>::fill(table); break;
-#if QX_MAX_NV >= 2
-    case 2: FillTable<Op, 2, kTileRows[2]>::fill(table); break;
-#endif
-#if QX_MAX_NV >= 3
-    case 3: FillTable<Op, 3, kTileRows[3]>::fill(table); break;
-#endif
-#if QX_MAX_NV >= 4
-    case 4: FillTable<Op, 4, kTileRows[4]>::fill(table); break;
-#endif
+struct Tiles {
+  void (*at[kMaxNv + 1][kMaxRows + 1])(const Segments<Op>&, const TileRows<Op>&, float*, bool);
+  template <int NV, int ROWS>
+  constexpr void fill() {
+    at[NV][ROWS] = &tile<Op, ROWS, NV>;
+    if constexpr (ROWS > 1) {
+      fill<NV, ROWS - 1>();
+    } else if constexpr (NV > 1) {
+      fill<NV - 1, kTileRows[NV - 1]>();
+    }
   }
-  return table[rows];
-}
+  constexpr Tiles() : at{} { fill<kMaxNv, kTileRows[kMaxNv]>(); }
+};
+template <class Op>
+constexpr Tiles<Op> kTiles{};
 
 // ---------------------------------------------------------------- epilogue
 
+struct FinishRows {
+  int64_t rows, out[kMaxRows], residual[kMaxRows];  // offsets of the rows in their maps
+};
+
 template <class S>
-void finish_rows(const GatherGemm& g, const float* acc, int64_t width, const int64_t* offset, int64_t rows,
-                 int64_t o0, int64_t count) {
-  S* out = static_cast<S*>(g.out) + o0;
-  S* out2 = g.out2 ? static_cast<S*>(g.out2) + o0 : nullptr;
-  const S* residual = g.residual ? static_cast<const S*>(g.residual) + o0 : nullptr;
+void finish_rows(const GatherGemm& g, const float* acc, int64_t width, const FinishRows& f, int64_t o0,
+                 int64_t count) {
+  S* out = static_cast<S*>(g.out);
+  S* out2 = static_cast<S*>(g.out2);
+  const S* residual = static_cast<const S*>(g.residual);
   for (int64_t v = 0; v < count; v += kLanes) {
-    const int64_t left = count - v;
-    const vf bias = g.bias ? load_some(g.bias + o0 + v, left) : vf{};
-    const vf scale = out2 ? load_some(g.scale2 + o0 + v, left) : vf{};
-    const vf shift = out2 ? load_some(g.shift2 + o0 + v, left) : vf{};
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t o = o0 + v, left = count - v;
+    const int64_t added = residual ? least(left, g.residual_channels - o) : 0;
+    const vf bias = g.bias ? load_some(g.bias + o, left) : vf{};
+    const vf scale = out2 ? load_some(g.scale2 + o, left) : vf{};
+    const vf shift = out2 ? load_some(g.shift2 + o, left) : vf{};
+    for (int64_t r = 0; r < f.rows; ++r) {
       vf value = load(acc + r * width + v) + bias;
-      if (residual) value += load_some(residual + offset[r] + v, left);
+      if (added > 0) value += load_some(residual + f.residual[r] + o, added);
       if (g.activation != kNone) value = at_least(value, 0.0f);
       if (g.activation == kRelu6) value = at_most(value, 6.0f);
-      store_some(out + offset[r] + v, value, left);
-      if (out2) store_some(out2 + offset[r] + v, at_least(value * scale + shift, 0.0f), left);
+      if (out) store_some(out + f.out[r] + o, value, left);
+      if (out2) store_some(out2 + f.out[r] + o, at_least(value * scale + shift, 0.0f), left);
     }
   }
 }
 
 // ---------------------------------------------------------------- driver
 
-struct Split {  // of one tap group's positions and output tiles over the parts
-  int64_t outputs, positions;
-};
+// Rows times taps of all groups and images: what the positions are cut by. A row without taps costs too.
+QX_INLINE int64_t all_work(const GatherGemm& g) {
+  int64_t work = 0;
+  for (int64_t i = 0; i < g.num_groups; ++i) work += g.groups[2 * i] * most(1, g.groups[2 * i + 1]);
+  return work * g.batch;
+}
 
-// The largest share decides; among equals, the one that reads least.
-QX_INLINE Split split(int64_t tiles, int64_t positions, int64_t weight_bytes, int64_t row_bytes, int64_t parts) {
-  Split best{1, parts};
+Cut cut(const GatherGemm* problem, int64_t threads) {
+  const GatherGemm& g = *problem;
+  const Tiling tiling(g.out_channels / g.channel_groups);
+  const int64_t tiles = tiling.tiles * g.channel_groups, channels = g.in_channels / g.channel_groups;
+  const double work = all_work(g), macs_per_tile = work * channels * tiling.per_group / tiling.tiles;
+  const int64_t limit =
+      most(1, least(kPartsPerThread * threads, int64_t(macs_per_tile * tiles) / kMinPartMacs));
+  const double tile_bytes = 4.0 * g.num_taps * channels * tiling.per_group / tiling.tiles;
+  const double map_bytes = 4.0 * g.batch * g.rows_in * g.in_channels;
+  Cut best{1, 1};
   double best_cost = -1;
-  for (int64_t o = 1; o <= least(parts, tiles); ++o) {
-    const int64_t p = parts / o;
-    const double tile_share = ceil_div(tiles, o), position_share = ceil_div(positions, p);
-    const double work = tile_share * position_share / (double(tiles) * positions);
-    const double read = (tile_share / tiles * weight_bytes + position_share * row_bytes);
-    // a byte from a far cache costs about as much as this many multiply-adds
-    const double macs = double(tiles) * positions * (weight_bytes / 4.0 / tiles);
-    const double cost = work * macs + 2.0 * read;
-    if (best_cost < 0 || cost < best_cost) {
-      best_cost = cost;
-      best = Split{o, p};
+  for (int64_t o = 1; o <= least(limit, tiles); ++o) {
+    for (int64_t n = 1; n <= kPartsPerThread; ++n) {
+      const int64_t p = most(1, n * threads / o);
+      if (o * p > limit && p > 1) break;
+      const double part_tiles = ceil_div(tiles, o);
+      const double part = part_tiles * macs_per_tile / p +
+                          kByteMacs * (part_tiles * tile_bytes + map_bytes / p) + kPartMacs;
+      // threads take turns, and on the average one of them comes late by some of a part
+      const double cost = part * (ceil_div(o * p, threads) + 0.25);
+      if (best_cost < 0 || cost < best_cost) {
+        best_cost = cost;
+        best = Cut{o, p};
+      }
     }
   }
   return best;
 }
 
-int64_t forward_scratch(const GatherGemm*) { return kChunk * kMaxNv * QX_BYTES; }
-
 template <class Op, class S>
-void forward(const GatherGemm* problem, int64_t part, int64_t parts, void* scratch) {
+void run(const GatherGemm* problem, Cut cut, int64_t part) {
+  typedef typename Op::Input Input;
+  typedef typename Op::Packed Packed;
+  alignas(64) float acc[kChunk * kMaxNv * kLanes];
   const GatherGemm& g = *problem;
   const int64_t channels = g.in_channels / g.channel_groups;
   const Tiling tiling(g.out_channels / g.channel_groups);
   const int64_t tiles = tiling.tiles * g.channel_groups;
-  const int64_t column_bytes = g.num_taps * steps<Op>(channels) * QX_BYTES;
-  const int64_t element = 4 / Op::kStep;
-  const int64_t row_bytes = g.in_channels * element;
+  const int64_t column = g.num_taps * steps<Op>(channels) * Op::kStep * kLanes;
   const Blocking blocking(channels);
-  float* acc = static_cast<float*>(scratch);
   const int32_t* index = g.index;
   const int32_t* out_rows = g.rows;
   const int32_t* taps = g.taps;
+  const int64_t po = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t tile_first = tiles * po / cut.outputs, tile_last = tiles * (po + 1) / cut.outputs;
+  const int64_t work = all_work(g);
+  const int64_t work_first = work * pp / cut.positions, work_last = work * (pp + 1) / cut.positions;
 
+  int64_t done = 0;  // work of the groups before
   for (int64_t group = 0; group < g.num_groups; ++group) {
     const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
-    const int64_t total = positions * g.batch;
+    const int64_t total = positions * g.batch, row_work = most(1, num_taps);
+    const int64_t q_first = least(total, ceil_div(most(0, work_first - done), row_work));
+    const int64_t q_last = least(total, ceil_div(most(0, work_last - done), row_work));
+    done += total * row_work;
     const int64_t segments = blocking.blocks * num_taps;
-    const int64_t macs_per_row = num_taps * channels * tiling.per_group * g.channel_groups;
-    // this group may be too small for every part
-    const int64_t useful = most(1, least(parts, total * macs_per_row / kMinPartMacs));
-    const Split cut = split(tiles, most(total, 1), num_taps * channels * 4 * g.out_channels,
-                            row_bytes, useful);
-    // small groups start at another part each, so that they do not all wait for the first
-    const int64_t turned = (part + group * useful) % parts;
-    if (turned < cut.outputs * cut.positions && total > 0) {
-      const int64_t po = turned % cut.outputs, pp = turned / cut.outputs;
-      const int64_t tile_first = tiles * po / cut.outputs, tile_last = tiles * (po + 1) / cut.outputs;
-      const int64_t q_first = total * pp / cut.positions, q_last = total * (pp + 1) / cut.positions;
-      const int64_t chunks = ceil_div(q_last - q_first, kChunk);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
-        const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
-        for (int64_t job = tile_first; job < tile_last; ++job) {
-          const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
-          const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;
-          const int64_t width = nv * kLanes;
-          const int64_t o_local = v0 * kLanes;
-          const int64_t count = least(width, tiling.per_group - o_local);
-          const int64_t panel = num_taps * steps<Op>(channels) * width * 4;
-          const int64_t k_blocks = most(1, least(segments, ceil_div(panel, kPanelBytes)));
-          const int64_t count_tiles = ceil_div(q1 - q0, kTileRows[nv]);
-          Segments s{static_cast<const char*>(g.weight) + (channel_group * tiling.vectors + v0) * column_bytes,
-                     taps, num_taps, g.num_taps, 0, 0, blocking, row_bytes, 0};
-          const char* x = static_cast<const char*>(g.x) + channel_group * channels * element;
-          for (int64_t k = 0; k < k_blocks; ++k) {
-            s.first = segments * k / k_blocks;
-            s.last = segments * (k + 1) / k_blocks;
-            int64_t image = q0 / positions, p = q0 % positions;
-            for (int64_t i = 0; i < count_tiles; ++i) {
-              const int64_t from = q0 + (q1 - q0) * i / count_tiles, to = q0 + (q1 - q0) * (i + 1) / count_tiles;
-              const int64_t n_rows = to - from;
-              TileRows rows;
-              int64_t offset[kMaxRows];
-              for (int64_t r = 0; r < n_rows; ++r) {
-                rows.x[r] = x + image * g.rows_in * row_bytes;
-                rows.index[r] = index + p * num_taps;
-                offset[r] = (image * g.rows_out + out_rows[p]) * g.out_channels;
-                if (++p == positions) {
-                  p = 0;
-                  ++image;
-                }
-              }
-              float* cell = acc + (from - q0) * width;
-              pick<Op>(nv, n_rows)(s, rows, cell, k == 0);
-              if (k == k_blocks - 1) {
-                finish_rows<S>(g, cell, width, offset, n_rows, channel_group * tiling.per_group + o_local, count);
+    const int64_t chunks = ceil_div(q_last - q_first, kChunk);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
+      const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
+      for (int64_t job = tile_first; job < tile_last; ++job) {
+        const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
+        const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;
+        const int64_t width = nv * kLanes;
+        const int64_t o_local = v0 * kLanes, o0 = channel_group * tiling.per_group + o_local;
+        const int64_t count = least(width, tiling.per_group - o_local);
+        const int64_t panel = num_taps * steps<Op>(channels) * width * 4;
+        const int64_t k_blocks = most(1, least(segments, ceil_div(panel, kPanelBytes)));
+        const int64_t count_tiles = ceil_div(q1 - q0, kTileRows[nv]);
+        Segments<Op> s{static_cast<const Packed*>(g.weight) + (channel_group * tiling.vectors + v0) * column,
+                       taps, num_taps, g.num_taps, 0, 0, g.in_channels, blocking};
+        const Input* x = static_cast<const Input*>(g.x) + channel_group * channels;
+        for (int64_t k = 0; k < k_blocks; ++k) {
+          s.first = segments * k / k_blocks;
+          s.last = segments * (k + 1) / k_blocks;
+          int64_t image = q0 / positions, p = q0 % positions;
+          for (int64_t i = 0; i < count_tiles; ++i) {
+            const int64_t from = q0 + (q1 - q0) * i / count_tiles;
+            const int64_t to = q0 + (q1 - q0) * (i + 1) / count_tiles;
+            TileRows<Op> rows;
+            FinishRows finish;
+            finish.rows = to - from;
+            for (int64_t r = 0; r < finish.rows; ++r) {
+              const int64_t row = out_rows[p], other = g.residual_rows ? g.residual_rows[row] : row;
+              rows.x[r] = x + image * g.rows_in * g.in_channels;
+              rows.index[r] = index + p * num_taps;
+              finish.out[r] = (image * g.rows_out + row) * g.out_channels;
+              finish.residual[r] = (image * g.residual_size + other) * g.residual_channels;
+              if (++p == positions) {
+                p = 0;
+                ++image;
               }
             }
+            float* cell = acc + (from - q0) * width;
+            kTiles<Op>.at[nv][finish.rows](s, rows, cell, k == 0);
+            if (k == k_blocks - 1) finish_rows<S>(g, cell, width, finish, o0, count);
           }
         }
       }
@@ -430,10 +440,215 @@ void forward(const GatherGemm* problem, int64_t part, int64_t parts, void* scrat
   }
 }
 
-template <class Op, class W, class S>
+// maps and unpacked weights are of type S
+template <class Op, class S>
 constexpr ForwardKernels forward_kernels() {
-  return ForwardKernels{&packed_size<Op>, &pack<Op, W>, &forward_scratch, &forward<Op, S>};
+  return ForwardKernels{sizeof(typename Op::Packed) == 2, &packed_size<Op>, &pack<Op, S>, &cut, &run<Op, S>};
 }
+
+// ---------------------------------------------------------------- weight gradient
+// For one tap: [C, O] = (gathered x)^T gy, a sum of outer products over the positions. A unit of work
+// is one tile of outputs, one block of channels and one tap; its sum is kept in `partial` as
+// [channel][lanes]. A part owns some units for some of the positions.
+
+constexpr int kGradNv = kMaxNv < 2 ? kMaxNv : 2;
+constexpr int kGradRows[3] = {1, QX_GRAD_ROWS};
+constexpr int64_t kGradChannels = 96;  // of a block
+constexpr int64_t kGradChunk = 256;    // positions at a time
+
+template <int ROWS, int NV>
+void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, float* out, bool first) {
+  vf acc[ROWS][NV];
+#pragma GCC unroll 32
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = first ? vf{} : load(out + (r * NV + v) * kLanes);
+  }
+  for (int64_t q = 0; q < count; ++q) {
+    const float* a = x[q] + c0;
+    vf b[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) b[v] = load(gy + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] += a[r] * b[v];
+    }
+    gy += NV * kLanes;
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * kLanes, acc[r][v]);
+  }
+}
+
+typedef void (*OuterFunction)(const float* const*, int64_t, const float*, int64_t, float*, bool);
+
+struct Outers {
+  OuterFunction at[kGradNv + 1][kMaxRows + 1];
+  template <int NV, int ROWS>
+  constexpr void fill() {
+    at[NV][ROWS] = &outer<ROWS, NV>;
+    if constexpr (ROWS > 1) {
+      fill<NV, ROWS - 1>();
+    } else if constexpr (NV > 1) {
+      fill<NV - 1, kGradRows[NV - 1]>();
+    }
+  }
+  constexpr Outers() : at{} { fill<kGradNv, kGradRows[kGradNv]>(); }
+};
+constexpr Outers kOuters{};
+
+struct GradLayout {
+  int64_t channels, blocks, taps, units, size;  // size: floats of one set of partial sums
+  Tiling tiling;
+  QX_INLINE explicit GradLayout(const WeightGrad& g)
+      : tiling(g.out_channels / g.channel_groups, kGradNv) {
+    channels = g.in_channels / g.channel_groups;
+    blocks = ceil_div(channels, kGradChannels);
+    taps = g.num_taps;
+    units = g.channel_groups * tiling.tiles * blocks * taps;
+    size = g.channel_groups * tiling.vectors * kLanes * channels * taps;
+  }
+  QX_INLINE int64_t start(int64_t block) const { return channels * block / blocks; }
+  // where a unit's sums lie: tile after tile, [channel block][tap][channel][lanes]
+  QX_INLINE int64_t place(int64_t group, int64_t v0, int64_t nv, int64_t c0, int64_t c1, int64_t tap) const {
+    return ((group * tiling.vectors + v0) * channels * taps + (c0 * taps + (c1 - c0) * tap) * nv) * kLanes;
+  }
+};
+
+// parts = units' parts times positions' parts
+QX_INLINE Cut split_grad(const WeightGrad& g, const GradLayout& layout, int64_t parts) {
+  const int64_t total = g.batch * g.positions;
+  Cut best{1, 1};
+  double best_cost = -1;
+  for (int64_t p = 1; p <= parts; ++p) {
+    const int64_t u = least(parts / p, layout.units);
+    if (p > 1 && total / p < kGradChunk) break;
+    const double unit_macs = double(layout.size) / layout.units;
+    // adding up a set of partial sums costs about as much as this many multiply-adds a float
+    const double cost = double(ceil_div(layout.units, u)) * unit_macs * ceil_div(total, p) +
+                        (p > 1 ? 32.0 * (p + 1) * layout.size / parts : 0.0);
+    if (best_cost < 0 || cost < best_cost) {
+      best_cost = cost;
+      best = Cut{u, p};
+    }
+  }
+  return best;
+}
+
+int64_t grad_partial(const WeightGrad* g, int64_t parts) {
+  const GradLayout layout(*g);
+  return layout.size * split_grad(*g, layout, parts).positions;
+}
+
+void grad_run(const WeightGrad* problem, int64_t part, int64_t parts) {
+  alignas(64) float gy[kGradChunk * kGradNv * kLanes];
+  const float* x[kGradChunk];
+  const WeightGrad& g = *problem;
+  const GradLayout layout(g);
+  const Cut cut = split_grad(g, layout, parts);
+  if (part >= cut.outputs * cut.positions) return;
+  const int64_t total = g.batch * g.positions;
+  const int64_t pu = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t unit_first = layout.units * pu / cut.outputs, unit_last = layout.units * (pu + 1) / cut.outputs;
+  const int64_t q_first = total * pp / cut.positions, q_last = total * (pp + 1) / cut.positions;
+  float* partial = g.partial + pp * layout.size;
+  // no positions at all: one empty chunk writes the zeros
+  const int64_t chunks = most(1, ceil_div(q_last - q_first, kGradChunk));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
+    const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
+    int64_t packed = -1;
+    for (int64_t unit = unit_first; unit < unit_last; ++unit) {
+      const int64_t tap = unit % layout.taps, block = unit / layout.taps % layout.blocks;
+      const int64_t job = unit / layout.taps / layout.blocks;
+      const int64_t group = job / layout.tiling.tiles, tile_number = job % layout.tiling.tiles;
+      const int64_t v0 = layout.tiling.start(tile_number), nv = layout.tiling.start(tile_number + 1) - v0;
+      const int64_t width = nv * kLanes, o_local = v0 * kLanes;
+      if (packed != job) {
+        packed = job;
+        const int64_t count = least(width, layout.tiling.per_group - o_local);
+        const float* from = g.gy + q0 * g.out_channels + group * layout.tiling.per_group + o_local;
+        float* to = gy;
+        for (int64_t q = q0; q < q1; ++q, from += g.out_channels, to += width) {
+          for (int64_t v = 0; v < nv; ++v) store(to + v * kLanes, load_some(from + v * kLanes, count - v * kLanes));
+        }
+      }
+      const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
+      const float* base = g.x + group * layout.channels + c0;
+      int64_t image = q0 / most(1, g.positions), p = q0 % most(1, g.positions);
+      for (int64_t q = q0; q < q1; ++q) {
+        const int32_t row = g.index[p * g.num_taps + tap];
+        x[q - q0] = row < 0 ? kZeros : base + (image * g.rows_in + row) * g.in_channels;
+        if (++p == g.positions) {
+          p = 0;
+          ++image;
+        }
+      }
+      float* out = partial + layout.place(group, v0, nv, c0, c1, tap);
+      const int64_t pieces = ceil_div(c1 - c0, kGradRows[nv]);
+      for (int64_t i = 0; i < pieces; ++i) {
+        const int64_t from = (c1 - c0) * i / pieces, to = (c1 - c0) * (i + 1) / pieces;
+        kOuters.at[nv][to - from](x, from, gy, q1 - q0, out + from * width, chunk == 0);
+      }
+    }
+  }
+}
+
+void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t run_parts) {
+  const WeightGrad& g = *problem;
+  const GradLayout layout(g);
+  const int64_t sets = split_grad(g, layout, run_parts).positions;
+  const int64_t jobs = g.channel_groups * layout.tiling.tiles * layout.blocks;
+  for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
+    const int64_t block = job % layout.blocks, tile_number = job / layout.blocks % layout.tiling.tiles;
+    const int64_t group = job / layout.blocks / layout.tiling.tiles;
+    const int64_t v0 = layout.tiling.start(tile_number), nv = layout.tiling.start(tile_number + 1) - v0;
+    const int64_t width = nv * kLanes, o_local = v0 * kLanes;
+    const int64_t count = least(width, layout.tiling.per_group - o_local);
+    const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
+    float* sums = g.partial + layout.place(group, v0, nv, c0, c1, 0);
+    for (int64_t i = 0; sets > 1 && i < (c1 - c0) * layout.taps * nv; ++i) {
+      vf sum = load(sums + i * kLanes);
+      for (int64_t set = 1; set < sets; ++set) sum += load(sums + set * layout.size + i * kLanes);
+      store(sums + i * kLanes, sum);
+    }
+    // few channels at a time, so that what is read strided stays in cache
+    for (int64_t c = 0; c < c1 - c0; c += 8) {
+      const int64_t stop = least(c + 8, c1 - c0);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        float* to = g.grad + ((group * layout.tiling.per_group + o_local + lane) * layout.channels + c0) * layout.taps;
+        for (int64_t i = c; i < stop; ++i) {
+          const float* from = sums + i * width + lane;
+          for (int64_t t = 0; t < layout.taps; ++t) to[i * layout.taps + t] = from[t * (c1 - c0) * width];
+        }
+      }
+    }
+  }
+}
+
+[[maybe_unused]] void extremes(const int32_t* values, int64_t count, int32_t* low, int32_t* high) {
+  vi lows{}, highs{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const vi v = *reinterpret_cast<const vi_loose*>(values + i);
+    lows = v < lows ? v : lows;
+    highs = v > highs ? v : highs;
+  }
+  *low = *high = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    if (lows[l] < *low) *low = lows[l];
+    if (highs[l] > *high) *high = highs[l];
+  }
+  for (; i < count; ++i) {
+    if (values[i] < *low) *low = values[i];
+    if (values[i] > *high) *high = values[i];
+  }
+}
+
+constexpr GradKernels kGrad{&grad_partial, &grad_run, &grad_finish};
 
 }  // namespace
 }  // namespace QX_ISA

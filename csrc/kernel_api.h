@@ -10,24 +10,34 @@ namespace quincunx {
 enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
 
 // out[n, rows[p], o] = act(sum over t, c of x[n, index[p, t], c] W[o, c, taps[t]] + bias[o] + residual)
-// out2 = relu(out * scale2 + shift2), where out2 is not null
-// Maps are rows of channels: [batch, rows, channels]. An index of -1 reads zeros.
+// out2 = relu(out * scale2 + shift2)
+// Maps are rows of channels: [batch, rows, channels]. An index of -1 reads zeros. Either of out and
+// out2 may be null, and either may lie exactly on the residual.
 struct GatherGemm {
-  const void* x;       // [batch, rows_in, in_channels] in the kernel's input type
+  const void* x;       // [batch, rows_in, in_channels]
   const void* weight;  // packed
   const float* bias;   // [out_channels] or null
-  const void* residual;  // like out, or null
+  const void* residual;  // [batch, residual_size, residual_channels] or null
+  const int32_t* residual_rows;  // [rows_out]: the residual's row for each output row; null: the same row
   const float* scale2;
   const float* shift2;
   const int32_t* index;   // group after group, [positions, taps]
   const int32_t* rows;    // group after group, [positions]
   const int32_t* taps;    // group after group, [taps]
   const int32_t* groups;  // [num_groups, 2]: positions, taps
-  void* out;   // [batch, rows_out, out_channels] in the kernel's output type
-  void* out2;  // like out, or null
-  int64_t batch, rows_in, rows_out;
+  void* out;   // [batch, rows_out, out_channels]
+  void* out2;
+  int64_t batch, rows_in, rows_out, residual_size;
   int32_t in_channels, out_channels, channel_groups, num_taps, num_groups;
+  int32_t residual_channels;  // at most out_channels; the channels beyond add nothing
   int32_t activation;
+};
+
+// [groups, out_channels / groups, channels, taps] with any strides, counted in elements
+struct Weight {
+  const void* data;
+  int64_t groups, outputs, channels, taps;  // outputs and channels: of one group
+  int64_t group_stride, output_stride, channel_stride, tap_stride;
 };
 
 // grad[o, c, t] = sum over n, p of gy[n, p, o] x[n, index[p, t], c]
@@ -41,31 +51,35 @@ struct WeightGrad {
   int32_t in_channels, out_channels, channel_groups, num_taps;
 };
 
-// A call is cut in `parts`, which may run in any order and at the same time; a part needs its own
-// scratch, 64-byte aligned. Results do not depend on the number of parts, except weight_grad's.
-struct ForwardKernels {
-  int64_t (*packed_size)(int64_t out_channels, int64_t channels_per_group, int64_t taps, int64_t groups);
-  // weight [O, C / groups, taps]
-  void (*pack)(const void* weight, void* packed, int64_t out_channels, int64_t channels_per_group,
-               int64_t taps, int64_t groups, int64_t part, int64_t parts);
-  int64_t (*scratch_bytes)(const GatherGemm*);
-  void (*run)(const GatherGemm*, int64_t part, int64_t parts, void* scratch);
+// Into how many parts a gather GEMM is cut along its outputs and its positions. The outputs do not
+// depend on it.
+struct Cut {
+  int64_t outputs, positions;
 };
 
+// Parts may run in any order and at the same time.
+struct ForwardKernels {
+  bool packs_bf16;  // packed weights are bfloat16, else float32
+  int64_t (*packed_size)(int64_t out_channels, int64_t channels_per_group, int64_t taps, int64_t groups);
+  void (*pack)(const Weight*, void* packed, int64_t part, int64_t parts);
+  Cut (*cut)(const GatherGemm*, int64_t threads);
+  void (*run)(const GatherGemm*, Cut, int64_t part);
+};
+
+// The gradient depends on the number of parts by its rounding only.
 struct GradKernels {
   int64_t (*partial_floats)(const WeightGrad*, int64_t parts);
-  int64_t (*scratch_bytes)(const WeightGrad*);
-  void (*run)(const WeightGrad*, int64_t part, int64_t parts, void* scratch);
+  void (*run)(const WeightGrad*, int64_t part, int64_t parts);
   // after every part of run: adds the partial sums in a fixed order and writes grad
   void (*finish)(const WeightGrad*, int64_t part, int64_t parts, int64_t run_parts);
 };
 
 struct Kernels {
   ForwardKernels f32;
-  ForwardKernels bf16;  // stores bfloat16; reads bfloat16 if bf16_native, else x widened to float32
-  bool bf16_native;
+  ForwardKernels bf16;
   GradKernels grad;
-  void (*widen)(const uint16_t* from, float* to, int64_t count);  // bfloat16 to float32
+  // least and greatest of the values and 0
+  void (*extremes)(const int32_t* values, int64_t count, int32_t* low, int32_t* high);
 };
 
 }  // namespace quincunx

@@ -1,0 +1,447 @@
+// The kernels as torch operators, through torch's stable ABI: everything that a caller can get wrong is
+// checked here, before memory is touched.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "schedule.h"
+
+namespace {
+
+using quincunx::ForwardKernels;
+using quincunx::GatherGemm;
+using quincunx::Kernels;
+using quincunx::Step;
+using quincunx::Weight;
+using quincunx::WeightGrad;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                              std::nullopt, format);
+}
+
+// ---------------------------------------------------------------- arguments
+
+struct Map {  // [batch, channels, height, width] in channels_last
+  char* data = nullptr;
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  int64_t rows() const { return height * width; }
+};
+
+bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// replaces the tensor by its channels_last copy where it has another format
+Map as_map(Tensor& t, const char* name, ScalarType type) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", t.dim());
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  if (!is_channels_last(t)) t = torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(sizes[1] <= kInt32Max && sizes[2] * sizes[3] <= kInt32Max, name, " is too large");
+  return Map{static_cast<char*>(t.data_ptr()), sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+ScalarType map_type(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "maps must be float32 or bfloat16, got ", torch::headeronly::toString(type));
+  return type;
+}
+
+const ForwardKernels& forward_of(ScalarType type) {
+  return type == ScalarType::Float ? quincunx::kernels().f32 : quincunx::kernels().bf16;
+}
+
+// A tensor that is not a map: read when first used, its extremes when first asked for.
+class Operand {
+ public:
+  explicit Operand(const Tensor& tensor) : tensor_(&tensor) {}
+
+  const int32_t* table(const char* name, int64_t* count) {
+    read(name, ScalarType::Int);
+    *count = count_;
+    return static_cast<const int32_t*>(data_);
+  }
+
+  // every value v of a table has low <= v < high
+  void within(const char* name, int64_t low, int64_t high) {
+    if (!scanned_) {
+      quincunx::kernels().extremes(static_cast<const int32_t*>(data_), count_, &low_, &high_);
+      scanned_ = true;
+    }
+    STD_TORCH_CHECK(count_ == 0 || (low_ >= low && high_ < high), name, " must lie in [", low, ", ", high,
+                    "), got values from ", low_, " to ", high_);
+  }
+
+  const float* channels(const char* name, int64_t count) {
+    read(name, ScalarType::Float);
+    STD_TORCH_CHECK(count_ == count, name, " must have ", count, " values, got ", count_);
+    return static_cast<const float*>(data_);
+  }
+
+  const void* weight(const ForwardKernels& kernels, int64_t count) {
+    read("packed weight", kernels.packs_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+    STD_TORCH_CHECK(count_ == count, "packed weight must have ", count, " values, got ", count_,
+                    "; was it packed for these channels, taps and groups?");
+    return data_;
+  }
+
+ private:
+  void read(const char* name, ScalarType type) {
+    if (data_ == nullptr) {
+      STD_TORCH_CHECK(tensor_->is_cpu() && tensor_->is_contiguous(), name, " must be contiguous and on the CPU");
+      type_ = tensor_->scalar_type();
+      data_ = tensor_->data_ptr();
+      count_ = tensor_->numel();
+    }
+    STD_TORCH_CHECK(type_ == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+                    torch::headeronly::toString(type_));
+  }
+
+  const Tensor* tensor_;
+  const void* data_ = nullptr;
+  ScalarType type_ = ScalarType::Undefined;
+  int64_t count_ = 0;
+  bool scanned_ = false;
+  int32_t low_ = 0, high_ = 0;
+};
+
+struct Tables {
+  Operand &index, &rows, &taps, &groups;
+};
+
+void set_tables(GatherGemm& g, Tables tables) {
+  int64_t index_count, rows_count, taps_count, groups_count;
+  g.index = tables.index.table("index", &index_count);
+  g.rows = tables.rows.table("rows", &rows_count);
+  g.taps = tables.taps.table("taps", &taps_count);
+  g.groups = tables.groups.table("groups", &groups_count);
+  STD_TORCH_CHECK(groups_count % 2 == 0 && groups_count <= kInt32Max, "groups must be [G, 2]");
+  g.num_groups = static_cast<int32_t>(groups_count / 2);
+  int64_t index_sum = 0, rows_sum = 0, taps_sum = 0;
+  for (int64_t i = 0; i < g.num_groups; ++i) {
+    const int64_t positions = g.groups[2 * i], taps = g.groups[2 * i + 1];
+    STD_TORCH_CHECK(positions >= 0 && taps >= 0, "groups must not be negative");
+    rows_sum += positions;
+    taps_sum += taps;
+    index_sum += positions * taps;
+    STD_TORCH_CHECK(rows_sum <= rows_count && taps_sum <= taps_count && index_sum <= index_count,
+                    "groups exceed the sizes of index, rows or taps");
+  }
+  STD_TORCH_CHECK(rows_sum == rows_count && taps_sum == taps_count && index_sum == index_count,
+                  "index, rows and taps must have as many entries as groups say");
+  STD_TORCH_CHECK(rows_count == g.rows_out, "rows must name each of the ", g.rows_out,
+                  " output rows once, got ", rows_count);
+  tables.index.within("index", -1, g.rows_in);
+  tables.rows.within("rows", 0, g.rows_out);
+  tables.taps.within("taps", 0, g.num_taps);
+}
+
+void set_shape(GatherGemm& g, const Map& x, int64_t out_channels, int64_t rows_out, int64_t num_taps,
+               int64_t channel_groups, int64_t activation) {
+  STD_TORCH_CHECK(num_taps >= 1 && num_taps <= kInt32Max, "num_taps must be at least 1, got ", num_taps);
+  STD_TORCH_CHECK(out_channels >= 1 && out_channels <= kInt32Max, "out_channels must be at least 1, got ",
+                  out_channels);
+  STD_TORCH_CHECK(channel_groups >= 1 && x.channels >= 1 && x.channels % channel_groups == 0 &&
+                      out_channels % channel_groups == 0,
+                  "channel_groups = ", channel_groups, " must divide the channels ", x.channels, " and ",
+                  out_channels);
+  STD_TORCH_CHECK(activation >= 0 && activation <= quincunx::kRelu6,
+                  "activation must be 0 (none), 1 (relu) or 2 (relu6), got ", activation);
+  STD_TORCH_CHECK(rows_out <= kInt32Max, "the output has too many positions");
+  g.x = x.data;
+  g.batch = x.batch;
+  g.rows_in = x.rows();
+  g.rows_out = rows_out;
+  g.in_channels = static_cast<int32_t>(x.channels);
+  g.out_channels = static_cast<int32_t>(out_channels);
+  g.channel_groups = static_cast<int32_t>(channel_groups);
+  g.num_taps = static_cast<int32_t>(num_taps);
+  g.activation = static_cast<int32_t>(activation);
+}
+
+int64_t packed_size(const ForwardKernels& kernels, const GatherGemm& g) {
+  return kernels.packed_size(g.out_channels, g.in_channels / g.channel_groups, g.num_taps, g.channel_groups);
+}
+
+// ---------------------------------------------------------------- operators
+
+Tensor pack_weight(const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU");
+  const int64_t dim = weight.dim();
+  STD_TORCH_CHECK(dim == 3 || dim == 4, "weight must be [O, C / groups, T] or [groups, O / groups, C / groups, T]");
+  const ForwardKernels& kernels = forward_of(map_type(weight));
+  const auto sizes = weight.sizes(), strides = weight.strides();
+  STD_TORCH_CHECK(groups >= 1 && (dim == 4 ? sizes[0] == groups : sizes[0] % groups == 0), "groups = ", groups,
+                  " does not fit a weight whose first size is ", sizes[0]);
+  Weight w{weight.data_ptr(), groups,           sizes[dim - 3],   sizes[dim - 2],   sizes[dim - 1],
+           0,                 strides[dim - 3], strides[dim - 2], strides[dim - 1]};
+  if (dim == 3) w.outputs /= groups;
+  w.group_stride = dim == 4 ? strides[0] : w.outputs * w.output_stride;
+  STD_TORCH_CHECK(w.outputs >= 1 && w.channels >= 1 && w.taps >= 1, "weight must not be empty");
+  const int64_t size = kernels.packed_size(groups * w.outputs, w.channels, w.taps, groups);
+  Tensor packed = empty({size}, kernels.packs_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  void* to = packed.data_ptr();
+  const int64_t parts = quincunx::parts_for(size, 16384);
+  quincunx::parallel(parts, [&](int64_t part) { kernels.pack(&w, to, part, parts); });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::optional<Tensor> bias,
+                                       std::optional<Tensor> residual, std::optional<Tensor> scale2,
+                                       std::optional<Tensor> shift2, const Tensor& index, const Tensor& rows,
+                                       const Tensor& taps, const Tensor& groups, std::vector<int64_t> out_size,
+                                       int64_t out_channels, int64_t num_taps, int64_t channel_groups,
+                                       int64_t activation) {
+  const ScalarType type = map_type(x);
+  const ForwardKernels& kernels = forward_of(type);
+  const Map in = as_map(x, "x", type);
+  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
+                      out_size[1] <= kInt32Max,
+                  "out_size must be (height, width)");
+  std::vector<Step> steps(1);
+  GatherGemm& g = steps[0].problem;
+  set_shape(g, in, out_channels, out_size[0] * out_size[1], num_taps, channel_groups, activation);
+  Operand index_table(index), rows_table(rows), taps_table(taps), groups_table(groups);
+  set_tables(g, {index_table, rows_table, taps_table, groups_table});
+  g.weight = Operand(packed).weight(kernels, packed_size(kernels, g));
+  for (auto* channels : {&bias, &scale2, &shift2}) {
+    if (*channels && (*channels)->scalar_type() != ScalarType::Float) {
+      *channels = torch::stable::to(**channels, ScalarType::Float);
+    }
+  }
+  if (bias) g.bias = Operand(*bias).channels("bias", out_channels);
+  STD_TORCH_CHECK(scale2.has_value() == shift2.has_value(), "scale2 and shift2 go together");
+  if (residual) {
+    const Map map = as_map(*residual, "residual", type);
+    STD_TORCH_CHECK(map.batch == in.batch && map.channels == out_channels && map.rows() == g.rows_out,
+                    "residual must have the output's batch, channels and positions");
+    g.residual = map.data;
+    g.residual_size = g.rows_out;
+    g.residual_channels = g.out_channels;
+  }
+  const std::vector<int64_t> shape{in.batch, out_channels, out_size[0], out_size[1]};
+  Tensor out = empty(shape, type, MemoryFormat::ChannelsLast);
+  Tensor out2 = scale2 ? empty(shape, type, MemoryFormat::ChannelsLast) : empty({0}, type);
+  g.out = out.data_ptr();
+  if (scale2) {
+    g.scale2 = Operand(*scale2).channels("scale2", out_channels);
+    g.shift2 = Operand(*shift2).channels("shift2", out_channels);
+    g.out2 = out2.data_ptr();
+  }
+  quincunx::run_steps(steps, kernels);
+  return {out, out2};
+}
+
+Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, int64_t channel_groups) {
+  if (map_type(x) == ScalarType::BFloat16) x = torch::stable::to(x, ScalarType::Float);
+  if (map_type(gy) == ScalarType::BFloat16) gy = torch::stable::to(gy, ScalarType::Float);
+  const Map in = as_map(x, "x", ScalarType::Float), out = as_map(gy, "gy", ScalarType::Float);
+  STD_TORCH_CHECK(in.batch == out.batch, "x and gy must have the same batch size");
+  GatherGemm shape{};
+  set_shape(shape, in, out.channels, out.rows(), num_taps, channel_groups, 0);
+  Operand table(index);
+  int64_t count;
+  WeightGrad g{};
+  g.index = table.table("index", &count);
+  STD_TORCH_CHECK(count == out.rows() * num_taps, "index must be [", out.rows(), ", ", num_taps, "], got ", count,
+                  " entries");
+  table.within("index", -1, in.rows());
+  g.x = reinterpret_cast<const float*>(in.data);
+  g.gy = reinterpret_cast<const float*>(out.data);
+  g.batch = in.batch;
+  g.rows_in = in.rows();
+  g.positions = out.rows();
+  g.in_channels = shape.in_channels;
+  g.out_channels = shape.out_channels;
+  g.channel_groups = shape.channel_groups;
+  g.num_taps = shape.num_taps;
+  Tensor grad = empty({out.channels, in.channels / channel_groups, num_taps}, ScalarType::Float);
+  g.grad = static_cast<float*>(grad.data_ptr());
+  const auto& kernels = quincunx::kernels().grad;
+  const int64_t macs = g.batch * g.positions * grad.numel();
+  const int64_t parts = quincunx::parts_for(macs, 300000);
+  Tensor partial = empty({kernels.partial_floats(&g, parts)}, ScalarType::Float);
+  g.partial = static_cast<float*>(partial.data_ptr());
+  quincunx::parallel(parts, [&](int64_t part) { kernels.run(&g, part, parts); });
+  quincunx::parallel(parts, [&](int64_t part) { kernels.finish(&g, part, parts, parts); });
+  return grad;
+}
+
+enum BufferKind : int64_t { kInput, kScratch, kOutput };
+
+struct Buffers {
+  std::vector<Map> maps;
+  std::vector<Tensor> kept;  // copies of inputs, and the scratch arena
+  std::vector<Tensor> outputs;
+};
+
+Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& sizes, ScalarType type) {
+  constexpr int64_t kFields = 5;
+  STD_TORCH_CHECK(sizes.size() % kFields == 0, "buffers must have 5 integers each");
+  Buffers buffers;
+  const int64_t count = sizes.size() / kFields, batch = inputs[0].sizes()[0];
+  buffers.maps.resize(count);
+  int64_t arena = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t *f = &sizes[i * kFields], kind = f[0], offset = f[4];
+    const bool is_input = i < static_cast<int64_t>(inputs.size());
+    STD_TORCH_CHECK(is_input ? kind == kInput : kind == kScratch || kind == kOutput, "buffer ", i,
+                    " has the wrong kind ", kind, ": inputs come first, then scratch (1) and outputs (2)");
+    STD_TORCH_CHECK(f[1] >= 1 && f[2] >= 0 && f[3] >= 0 && f[1] <= kInt32Max && f[2] <= kInt32Max &&
+                        f[3] <= kInt32Max && f[2] * f[3] <= kInt32Max,
+                    "buffer ", i, " has an impossible size");
+    Map& map = buffers.maps[i];
+    map = Map{nullptr, batch, f[1], f[2], f[3]};
+    if (kind == kInput) {
+      const Map given = as_map(inputs[i], "input", type);
+      STD_TORCH_CHECK(given.batch == batch && given.channels == f[1] && given.height == f[2] && given.width == f[3],
+                      "input ", i, " must be [", batch, ", ", f[1], ", ", f[2], ", ", f[3], "]");
+      map.data = given.data;
+    } else if (kind == kOutput) {
+      buffers.outputs.push_back(empty({batch, f[1], f[2], f[3]}, type, MemoryFormat::ChannelsLast));
+      map.data = static_cast<char*>(buffers.outputs.back().data_ptr());
+    } else {
+      STD_TORCH_CHECK(offset >= 0 && offset % 32 == 0 && offset < (int64_t{1} << 40), "buffer ", i,
+                      ": the offset must be a multiple of 32");
+      arena = std::max(arena, offset + map.channels * map.rows());
+    }
+  }
+  STD_TORCH_CHECK(count >= static_cast<int64_t>(inputs.size()), "every input must have a buffer");
+  if (arena > 0) {
+    buffers.kept.push_back(empty({arena * batch}, type));
+    char* base = static_cast<char*>(buffers.kept.back().data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      if (sizes[i * kFields] == kScratch) {
+        buffers.maps[i].data = base + sizes[i * kFields + 4] * batch * size_of(type);
+      }
+    }
+  }
+  return buffers;
+}
+
+std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> tensors,
+                                std::vector<int64_t> buffer_sizes, std::vector<int64_t> code) {
+  enum Field {
+    kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kIndex, kRows, kTaps,
+    kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kFields
+  };
+  STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "a program needs an input [N, C, H, W]");
+  STD_TORCH_CHECK(code.size() % kFields == 0, "code must have ", int(kFields), " integers for each step");
+  const ScalarType type = map_type(inputs[0]);
+  const ForwardKernels& kernels = forward_of(type);
+  const Buffers buffers = make_buffers(inputs, buffer_sizes, type);
+  std::vector<Operand> operands(tensors.begin(), tensors.end());
+  const auto map = [&](int64_t i) -> const Map& {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(buffers.maps.size()), "code names a buffer ", i,
+                    " that does not exist");
+    return buffers.maps[i];
+  };
+  const auto operand = [&](int64_t i) -> Operand& {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(operands.size()), "code names a tensor ", i,
+                    " that does not exist");
+    return operands[i];
+  };
+  std::vector<Step> steps(code.size() / kFields);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const int64_t* f = &code[i * kFields];
+    GatherGemm& g = steps[i].problem;
+    STD_TORCH_CHECK(f[kOut] >= 0 || f[kOut2] >= 0, "step ", i, " writes nothing");
+    const Map& out = map(f[kOut] >= 0 ? f[kOut] : f[kOut2]);
+    set_shape(g, map(f[kX]), out.channels, out.rows(), f[kNumTaps], f[kChannelGroups], f[kActivation]);
+    set_tables(g, {operand(f[kIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
+    g.weight = operand(f[kWeight]).weight(kernels, packed_size(kernels, g));
+    if (f[kBias] >= 0) g.bias = operand(f[kBias]).channels("bias", out.channels);
+    if (f[kOut] >= 0) g.out = out.data;
+    if (f[kOut2] >= 0) {
+      const Map& out2 = map(f[kOut2]);
+      STD_TORCH_CHECK(out2.channels == out.channels && out2.rows() == out.rows(), "step ", i,
+                      ": out and out2 must have one size");
+      g.out2 = out2.data;
+      g.scale2 = operand(f[kScale2]).channels("scale2", out.channels);
+      g.shift2 = operand(f[kShift2]).channels("shift2", out.channels);
+    }
+    if (f[kResidual] >= 0) {
+      const Map& residual = map(f[kResidual]);
+      STD_TORCH_CHECK(residual.channels == f[kResidualChannels] && residual.channels <= out.channels, "step ", i,
+                      ": residual_channels must be the residual's channels, at most ", out.channels);
+      g.residual = residual.data;
+      g.residual_size = residual.rows();
+      g.residual_channels = static_cast<int32_t>(residual.channels);
+      if (f[kResidualRows] >= 0) {
+        int64_t count;
+        Operand& table = operand(f[kResidualRows]);
+        g.residual_rows = table.table("residual_rows", &count);
+        STD_TORCH_CHECK(count == g.rows_out, "residual_rows must have ", g.rows_out, " entries, got ", count);
+        table.within("residual_rows", 0, g.residual_size);
+      } else {
+        STD_TORCH_CHECK(residual.rows() == out.rows(), "step ", i, ": the residual has ", residual.rows(),
+                        " positions, the output ", out.rows());
+      }
+    }
+  }
+  quincunx::run_steps(steps, kernels);
+  return buffers.outputs;
+}
+
+std::string isa() { return quincunx::isa(); }
+std::string available_isas() { return quincunx::available_isas(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(quincunx_native, m) {
+  m.def("pack_weight(Tensor weight, int groups) -> Tensor");
+  m.def(
+      "gather_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? scale2, Tensor? shift2, "
+      "Tensor index, Tensor rows, Tensor taps, Tensor groups, int[] out_size, int out_channels, int num_taps, "
+      "int channel_groups, int activation) -> (Tensor, Tensor)");
+  m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups) -> Tensor");
+  m.def("run_program(Tensor[] inputs, Tensor[] tensors, int[] buffers, int[] code) -> Tensor[]");
+  m.def("isa() -> str");
+  m.def("available_isas() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("gather_gemm", TORCH_BOX(&gather_gemm));
+  m.impl("weight_grad", TORCH_BOX(&weight_grad));
+  m.impl("run_program", TORCH_BOX(&run_program));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("available_isas", TORCH_BOX(&available_isas));
+}
+
+// importing the module registers the operators; it has nothing else
+PyMODINIT_FUNC PyInit__native() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr,
+                               nullptr,               nullptr,   nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,85 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define QX_X86
+extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
+extern const quincunx::Kernels qx_kernels_avx512;
+extern const quincunx::Kernels qx_kernels_avx2;
+#endif
+extern const quincunx::Kernels qx_kernels_baseline;
+
+namespace quincunx {
+namespace {
+
+struct Choice {
+  const char* name;
+  Kernels kernels;
+};
+
+// best first. __builtin_cpu_supports asks the operating system too, whether it keeps the wide registers.
+std::vector<Choice> find_available() {
+  std::vector<Choice> found;
+#ifdef QX_X86
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("popcnt");
+  if (avx512 && avx2 && __builtin_cpu_supports("avx512bf16")) {
+    Kernels both = qx_kernels_avx512;
+    both.bf16 = qx_bf16_avx512bf16;
+    found.push_back({"avx512bf16", both});
+  }
+  if (avx512 && avx2) found.push_back({"avx512", qx_kernels_avx512});
+  if (avx2) found.push_back({"avx2", qx_kernels_avx2});
+#endif
+  found.push_back({"baseline", qx_kernels_baseline});
+  return found;
+}
+
+const std::vector<Choice>& available() {
+  static const std::vector<Choice> all = find_available();
+  return all;
+}
+
+const Choice& choose() {
+  const char* forced = std::getenv("QUINCUNX_ISA");
+  if (forced == nullptr || *forced == 0) return available().front();
+  for (const Choice& choice : available()) {
+    if (std::string(forced) == choice.name) return choice;
+  }
+  throw std::runtime_error("QUINCUNX_ISA=" + std::string(forced) +
+                           " is not available here; available: " + available_isas());
+}
+
+const Choice& chosen() {
+  static const Choice& choice = choose();
+  return choice;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return chosen().kernels; }
+
+const char* isa() { return chosen().name; }
+
+std::string available_isas() {
+  std::string names;
+  for (const Choice& choice : available()) names += (names.empty() ? "" : ",") + std::string(choice.name);
+  return names;
+}
+
+const Kernels* kernels_of(const std::string& isa) {
+  for (const Choice& choice : available()) {
+    if (isa == choice.name) return &choice.kernels;
+  }
+  return nullptr;
+}
+
+}  // namespace quincunx

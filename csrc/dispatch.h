@@ -1,0 +1,18 @@
+// Chooses the kernels for this processor, once. QUINCUNX_ISA=avx512bf16|avx512|avx2|baseline forces a choice.
+#pragma once
+
+#include <string>
+
+#include "kernel_api.h"
+
+namespace quincunx {
+
+// Throws std::runtime_error where a forced instruction set is unknown or not available.
+const Kernels& kernels();
+const char* isa();
+// best first, comma-separated
+std::string available_isas();
+// null where this processor lacks it
+const Kernels* kernels_of(const std::string& isa);
+
+}  // namespace quincunx

@@ -1,0 +1,30 @@
+// The kernels for x86-64 with AVX2 and FMA.
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v3")
+#endif
+
+#define QX_ISA avx2
+#define QX_BYTES 32
+#define QX_MAX_NV 2
+#define QX_TILE_ROWS 12, 6
+#define QX_GRAD_ROWS 12, 6
+#include "gather_gemm.h"
+
+extern const quincunx::Kernels qx_kernels_avx2;
+const quincunx::Kernels qx_kernels_avx2 = {
+    quincunx::avx2::forward_kernels<quincunx::avx2::Float, float>(),
+    quincunx::avx2::forward_kernels<quincunx::avx2::WideBf16, uint16_t>(),
+    quincunx::avx2::kGrad,
+    &quincunx::avx2::extremes,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,30 @@
+// The kernels for x86-64 with AVX-512 (F, BW, CD, DQ, VL).
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#endif
+
+#define QX_ISA avx512
+#define QX_BYTES 64
+#define QX_MAX_NV 4
+#define QX_TILE_ROWS 12, 12, 8, 6
+#define QX_GRAD_ROWS 16, 12
+#include "gather_gemm.h"
+
+extern const quincunx::Kernels qx_kernels_avx512;
+const quincunx::Kernels qx_kernels_avx512 = {
+    quincunx::avx512::forward_kernels<quincunx::avx512::Float, float>(),
+    quincunx::avx512::forward_kernels<quincunx::avx512::WideBf16, uint16_t>(),
+    quincunx::avx512::kGrad,
+    &quincunx::avx512::extremes,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

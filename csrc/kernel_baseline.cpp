@@ -1,0 +1,24 @@
+// The kernels for the compiler's default target: SSE2 on x86-64, NEON on AArch64.
+#include <cstddef>
+#include <cstdint>
+
+#define QX_ISA baseline
+#define QX_BYTES 16
+#if defined(__aarch64__)
+#define QX_MAX_NV 4
+#define QX_TILE_ROWS 12, 12, 8, 6
+#define QX_GRAD_ROWS 16, 12
+#else
+#define QX_MAX_NV 2
+#define QX_TILE_ROWS 12, 6
+#define QX_GRAD_ROWS 12, 6
+#endif
+#include "gather_gemm.h"
+
+extern const quincunx::Kernels qx_kernels_baseline;
+const quincunx::Kernels qx_kernels_baseline = {
+    quincunx::baseline::forward_kernels<quincunx::baseline::Float, float>(),
+    quincunx::baseline::forward_kernels<quincunx::baseline::WideBf16, uint16_t>(),
+    quincunx::baseline::kGrad,
+    &quincunx::baseline::extremes,
+};
