@@ -7,8 +7,10 @@ a time, so that loading never starves a small network.
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -114,14 +116,14 @@ def load_data(
         ValueError: unknown name, no images, one class only, an unreadable image (named), images of
             different sizes without ``size``.
     """
-    if str(source) == "digits":
-        if test_source is not None:
-            raise ValueError("test_source: digits brings its own test part")
-        return _digits(size)
     if size is not None and size < 1:
         raise ValueError(f"size={size}: expected a positive number of pixels")
     if not 0 < holdout < 1:
         raise ValueError(f"holdout={holdout}: expected a share in (0, 1)")
+    if str(source) == "digits":
+        if test_source is not None:
+            raise ValueError("test_source: digits brings its own test part")
+        return _digits(size)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"data={str(source)!r}: neither a path nor a known data set (known: digits)")
@@ -168,6 +170,12 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(deviations)
 
 
+def _is_image(path: PurePosixPath) -> bool:
+    """By its suffix; hidden files and what lies in hidden folders are no images of a data set."""
+    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+    return path.suffix.lower() in _SUFFIXES and not hidden
+
+
 def _class_and_part(path: PurePosixPath) -> tuple[str, str | None] | None:
     """(class, part) of an image's path below the root; None where the path names no class."""
     folders = path.parts[:-1]
@@ -199,14 +207,14 @@ class _Found:
                 for (name, place, _), image in zip(chunk, pool.map(self._decode, chunk), strict=True):
                     self._add(name, place, image, force_part)
 
-    def _decode(self, entry: tuple[str, tuple[str, str | None], bytes]) -> np.ndarray | str:
+    def _decode(self, entry: _Entry) -> np.ndarray | str:
         from PIL import Image
 
         name, _, content = entry
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
                 image.load()
-                pixels = image.convert("RGB")
+                pixels = _rgb(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"{name}: not a readable image ({error})"
         return np.asarray(pixels if self.size is None else _resized(pixels, self.size))
@@ -249,7 +257,8 @@ class _Found:
         notes: list[str] = []
         if self.bad:
             shown = ", ".join(self.bad[:3]) + (", ..." if len(self.bad) > 3 else "")
-            notes.append(f"{len(self.bad)} unreadable images left out: {shown}")
+            plural = "s" if len(self.bad) > 1 else ""
+            notes.append(f"{len(self.bad)} unreadable image{plural} left out: {shown}")
         if not bool(in_test.any()):
             in_test = _held_out(labels, holdout, seed)
             notes.append(
@@ -278,6 +287,18 @@ def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
     return held
 
 
+def _rgb(image: Image) -> Image:
+    """Three channels of eight bits; transparency is dropped."""
+    from PIL import Image as pillow
+
+    if image.mode.startswith("I"):
+        # Pillow would cut sixteen bits off at 255 instead of scaling them
+        image = pillow.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
 def _resized(image: Image, size: int) -> Image:
     """Shorter side to ``size``, then the central square."""
     from PIL import Image as pillow
@@ -291,16 +312,33 @@ def _resized(image: Image, size: int) -> Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-_Entry = tuple[str, tuple[str, str | None], bytes]
+# name to show, class and part, and the encoded image or where it lies
+_Entry = tuple[str, tuple[str, str | None], Path | bytes]
 
 
 def _folder_entries(root: Path) -> Iterator[_Entry]:
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in _SUFFIXES and path.is_file() and not path.name.startswith("."):
-            # the root's own name may say which part it is
-            place = _class_and_part(PurePosixPath(root.name, *path.relative_to(root).parts))
+    for path in _files(root):
+        inside = PurePosixPath(*path.relative_to(root).parts)
+        # a link to nowhere is an image that cannot be read, not one that is not there
+        if _is_image(inside) and (path.is_file() or not path.exists()):
+            place = _class_and_part(inside)
+            if place is None or place[1] is None:
+                # the root's own name may say which part it is
+                place = _class_and_part(PurePosixPath(root.resolve().name, inside))
             if place is not None:
-                yield str(path), place, path.read_bytes()
+                yield str(path), place, path
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Everything below a folder but folders, in order; links to folders are followed, once round."""
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path, (*above, here))
+        else:
+            yield path
 
 
 def _archive_entries(root: Path) -> Iterator[_Entry]:
@@ -308,14 +346,35 @@ def _archive_entries(root: Path) -> Iterator[_Entry]:
         with tarfile.open(root, "r:*") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
-                if not member.isfile() or path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
+                # links are read from the archive itself; nothing is written to disk
+                if not _is_image(path) or not (member.isfile() or member.islnk() or member.issym()):
                     continue
                 place = _class_and_part(path)
-                file = archive.extractfile(member)
-                if place is not None and file is not None:
-                    yield f"{root}:{member.name}", place, file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+                if place is not None:
+                    yield f"{root}:{member.name}", place, _content(archive, member)
+            _check_end(archive)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{root}: not a readable tar archive, or cut short ({error})") from error
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """A member's bytes; none if it is a link to what the archive does not hold."""
+    try:
+        file = archive.extractfile(member)
+    except (KeyError, RecursionError):
+        return b""
+    return b"" if file is None else file.read()
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the end; a whole archive ends with a block of zeros."""
+    if archive.fileobj is not None:
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end after byte {archive.offset}")
+        # a compressed file's checksum is only compared at its very end
+        while archive.fileobj.read(1 << 20):
+            pass
 
 
 def _chunks(entries: Iterable[_Entry], size: int) -> Iterator[list[_Entry]]:
