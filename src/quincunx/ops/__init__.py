@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from quincunx.ops import contract, reference
 from quincunx.ops.functional import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops.select import Backend, backend, register
 
-__all__ = ["fill_nearest", "sampled_conv2d", "sampled_conv_transpose2d"]
+__all__ = ["Backend", "backend", "fill_nearest", "sampled_conv2d", "sampled_conv_transpose2d"]
 
-for _name in contract.OPERATORS:
-    contract.implement(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+register()

@@ -1,0 +1,159 @@
+"""The CPU back end: every convolution operator as one gather GEMM over a plan's tables.
+
+The kernels are in ``csrc`` and know nothing of samplings. Here plans and packed weights are looked
+up, so that a second call with the same shapes and weights does no table or packing work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from quincunx.ops.contract import CHANNELS_LAST
+from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan
+
+__all__ = ["DTYPES", "conv", "conv_transpose", "conv_weight", "isa", "load", "pack", "unavailable"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# weight -> {transposed: (version, address, groups, packed)}; entries go when the weight goes
+_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def load() -> str | None:
+    """Load the extension. None if it is there, else why not."""
+    try:
+        import_module("quincunx._native")
+        torch.ops.quincunx_native.isa()
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def isa() -> str:
+    """The instruction set the kernels were chosen for; ``QUINCUNX_ISA`` forces one."""
+    return str(torch.ops.quincunx_native.isa())
+
+
+def unavailable(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors; None if they can."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"the native back end computes in float32 and bfloat16, not {tensor.dtype}"
+    return None
+
+
+def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """The kernel's layout of a weight [O, C / groups, kh, kw], kept until the weight changes.
+
+    A change is one that torch's version counter sees: in place, by an optimizer, by
+    ``load_state_dict``. Writing through ``weight.data`` is not seen.
+
+    Args:
+        transposed: the weight is that of the adjoint, so its roles of input and output are swapped.
+    """
+    # tensors made in inference mode have no version counter, and nothing can be said about them
+    if weight.is_inference():
+        return _pack(weight, groups, transposed)
+    entries = _PACKED.setdefault(weight, {})  # type: ignore[no-untyped-call]
+    state = (weight._version, weight.data_ptr(), weight.dtype, groups)
+    entry = entries.get(transposed)
+    if entry is None or entry[0] != state:
+        entry = (state, _pack(weight, groups, transposed))
+        entries[transposed] = entry
+    packed: Tensor = entry[1]
+    return packed
+
+
+def _pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    flat = weight.detach().flatten(2)
+    if transposed:
+        outputs, inputs, taps = flat.shape
+        # per group the matrix of every tap is transposed
+        flat = flat.view(groups, outputs // groups, inputs, taps).transpose(1, 2)
+        flat = flat.reshape(groups * inputs, outputs // groups, taps)
+    packed: Tensor = torch.ops.quincunx_native.pack_weight(flat, groups)
+    return packed
+
+
+def _gather_gemm(
+    x: Tensor, packed: Tensor, bias: Tensor | None, plan: Plan, outputs: int, taps: int, groups: int
+) -> Tensor:
+    out, _ = torch.ops.quincunx_native.gather_gemm(
+        x,
+        packed,
+        None if bias is None else bias.float(),
+        None,
+        None,
+        None,
+        plan.index,
+        plan.rows,
+        plan.taps,
+        plan.groups,
+        plan.out_size,
+        outputs,
+        taps,
+        groups,
+        0,
+    )
+    result: Tensor = out
+    return result
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
+    plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
+    taps = weight.shape[2] * weight.shape[3]
+    return _gather_gemm(x, pack(weight, groups, False), bias, plan, weight.shape[0], taps, groups)
+
+
+def conv_transpose(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
+    plan = adjoint_plan(sampling, geometry, size[0], size[1])
+    taps = weight.shape[2] * weight.shape[3]
+    return _gather_gemm(y, pack(weight, groups, True), bias, plan, weight.shape[1] * groups, taps, groups)
+
+
+def conv_weight(
+    x: Tensor,
+    y: Tensor,
+    kernel: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.make(kernel, stride, padding, dilation)
+    plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
+    gradient: Tensor = torch.ops.quincunx_native.weight_grad(
+        x.contiguous(memory_format=CHANNELS_LAST),
+        y.contiguous(memory_format=CHANNELS_LAST),
+        plan.index,
+        kernel[0] * kernel[1],
+        groups,
+    )
+    return gradient.view(y.shape[1], x.shape[1] // groups, *kernel).to(x.dtype)
