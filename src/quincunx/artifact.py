@@ -71,7 +71,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
 
 
@@ -112,18 +112,19 @@ def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = 
         >>> sorted(p.name for p in folder.iterdir())
         ['spec.json', 'weights.safetensors']
     """
-    folder = Path(folder)
     spec = spec_of(model)
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / _SPEC).is_file())
-    ):
-        raise ValueError(f"folder={str(folder)!r}: holds something that is no artifact; not replaced")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    check_replaceable(folder)
+    # where a link leads, so that the link stays and the temporary folder is on the same disk
+    place = Path(folder).resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
     try:
         weights = fresh / _WEIGHTS
-        # the metadata marks a PyTorch file for other readers
-        save_model(model, str(weights), metadata={"format": "pt"})
+        try:
+            # the metadata marks a PyTorch file for other readers
+            save_model(model, str(weights), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder}: the weights cannot be written ({error})") from error
         write_json(
             fresh / _SPEC,
             {
@@ -136,10 +137,36 @@ def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = 
         )
         _sync(weights)
         fresh.chmod(0o755)
-        _swap(fresh, folder)
+        _swap(fresh, place)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return folder
+    return Path(folder)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuse a place where :func:`save` would destroy something that is no artifact.
+
+    Raises:
+        ValueError: it holds another file than an artifact's two, or the spec of another program.
+    """
+    path = Path(folder)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"folder={str(folder)!r}: is a file; not replaced")
+    found = {entry.name for entry in path.iterdir()}
+    if other := sorted(found - {_SPEC, _WEIGHTS}):
+        raise ValueError(f"folder={str(folder)!r}: holds {', '.join(other[:3])}, no artifact; not replaced")
+    if found and not _is_ours(path / _SPEC):
+        raise ValueError(f"folder={str(folder)!r}: holds no artifact's {_SPEC}; not replaced")
+
+
+def _is_ours(spec: Path) -> bool:
+    try:
+        content = read_json(spec)
+    except (ValueError, OSError):
+        return False
+    return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
 def _swap(fresh: Path, folder: Path) -> None:
@@ -148,13 +175,14 @@ def _swap(fresh: Path, folder: Path) -> None:
         fresh.replace(folder)
         return
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    folder.replace(old)
     try:
+        folder.replace(old)
         fresh.replace(folder)
-    except OSError:
-        old.replace(folder)
-        raise
-    shutil.rmtree(old)
+    finally:
+        # whatever went wrong, Ctrl-C included
+        if not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
@@ -217,7 +245,10 @@ def load(folder: str | Path) -> nn.Module:
         raise FileNotFoundError(f"{weights}: missing from the artifact")
     if _sha256(weights) != expected:
         raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {_SPEC}")
-    model = networks.build(*arguments, **settings)
+    try:
+        model = networks.build(*arguments, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / _SPEC}: describes no network that can be built ({error})") from error
     try:
         load_model(model, str(weights), strict=True)
     except (SafetensorError, RuntimeError) as error:
