@@ -1,0 +1,235 @@
+// Checks every instruction set that this processor has against plain loops. Torch-free:
+//   g++ -std=c++17 -fsanitize=address,undefined -g -O1 csrc/test_kernel.cpp csrc/dispatch.cpp csrc/kernel_*.cpp
+//   ./a.out
+// Every array is a heap block of exactly its size, so that the sanitiser sees any access outside it.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace {
+
+using namespace quincunx;
+
+std::mt19937 generator(1);
+int failures = 0;
+
+int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[generator() % values.size()]; }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+float widen(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+uint16_t narrow(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return std::isnan(f) ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// values in the type of a map, and what they are as float
+struct Array {
+  Array(int64_t count, bool bf16, bool random = true) : bf16(bf16), count(count) {
+    bytes.reset(new char[count * (bf16 ? 2 : 4)]);
+    for (int64_t i = 0; i < count; ++i) set(i, random ? normal() : std::nanf(""));
+  }
+  void set(int64_t i, float v) {
+    if (bf16) reinterpret_cast<uint16_t*>(bytes.get())[i] = narrow(v);
+    else reinterpret_cast<float*>(bytes.get())[i] = v;
+  }
+  float operator[](int64_t i) const {
+    return bf16 ? widen(reinterpret_cast<const uint16_t*>(bytes.get())[i])
+                : reinterpret_cast<const float*>(bytes.get())[i];
+  }
+  float* floats() { return reinterpret_cast<float*>(bytes.get()); }
+  bool bf16;
+  int64_t count;
+  std::unique_ptr<char[]> bytes;
+};
+
+std::vector<int32_t> exact(const std::vector<int32_t>& v) {
+  std::vector<int32_t> copy(v);
+  copy.shrink_to_fit();
+  return copy;
+}
+
+void compare(const std::string& what, double got, double want, double scale, double tolerance) {
+  if (std::abs(got - want) <= tolerance * (1 + scale)) return;
+  if (++failures < 20) std::printf("FAIL %s: got %g, expected %g\n", what.c_str(), got, want);
+}
+
+struct Case {
+  int64_t groups, in_per, out_per, taps, batch, rows_in, residual_channels, residual_size;
+  std::vector<int32_t> index, rows, tap_list, sizes, residual_rows;
+  int64_t in() const { return groups * in_per; }
+  int64_t out() const { return groups * out_per; }
+};
+
+Case random_case() {
+  Case c;
+  c.groups = pick({1, 1, 2, 3});
+  c.in_per = pick({1, 2, 3, 8, 17, 33, 401});
+  c.out_per = pick({1, 3, 15, 16, 17, 32, 48, 65, 100});
+  c.taps = pick({1, 2, 5, 9});
+  c.batch = pick({0, 1, 2, 3});
+  c.rows_in = pick({1, 7, 40});
+  for (int64_t g = pick({0, 1, 2, 3}); g > 0; --g) {
+    const int64_t positions = pick({0, 1, 5, 13, 210}), used = generator() % (c.taps + 1);
+    c.sizes.insert(c.sizes.end(), {int32_t(positions), int32_t(used)});
+    for (int64_t t = 0; t < used; ++t) c.tap_list.push_back(generator() % c.taps);
+    for (int64_t p = 0; p < positions; ++p) c.rows.push_back(c.rows.size());
+    for (int64_t i = 0; i < positions * used; ++i) c.index.push_back(int32_t(generator() % (c.rows_in + 1)) - 1);
+    if (used > 0 && positions > 20) std::fill(c.index.end() - 20 * used, c.index.end(), -1);
+  }
+  for (size_t i = c.rows.size(); i > 1; --i) std::swap(c.rows[i - 1], c.rows[generator() % i]);
+  c.residual_channels = pick({0, c.out(), (c.out() + 1) / 2});
+  c.residual_size = pick({1, 9});
+  for (size_t i = 0; i < c.rows.size(); ++i) c.residual_rows.push_back(generator() % c.residual_size);
+  for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows}) *table = exact(*table);
+  return c;
+}
+
+void check_forward(const std::string& name, const ForwardKernels& kernels, bool bf16, const Case& c) {
+  const int64_t out = c.out(), rows_out = c.rows.size();
+  Array x(c.batch * c.rows_in * c.in(), bf16), weight(out * c.in_per * c.taps, bf16);
+  Array bias(out, false), scale(out, false), shift(out, false);
+  Array residual(c.batch * c.residual_size * c.residual_channels, bf16);
+  Array result(c.batch * rows_out * out, bf16, false), result2(result.count, bf16, false);
+  Array packed(kernels.packed_size(out, c.in_per, c.taps, c.groups), kernels.packs_bf16, false);
+
+  // the strides of [O, C / groups, T], or of its permutation [T, C / groups, O]
+  const bool permuted = generator() % 2;
+  const int64_t output = permuted ? 1 : c.in_per * c.taps, channel = permuted ? out : c.taps;
+  const int64_t tap = permuted ? out * c.in_per : 1;
+  const Weight w{weight.bytes.get(), c.groups, c.out_per, c.in_per, c.taps, c.out_per * output, output, channel, tap};
+  const int64_t pack_parts = pick({1, 3});
+  for (int64_t part = 0; part < pack_parts; ++part) kernels.pack(&w, packed.bytes.get(), part, pack_parts);
+  for (int64_t i = 0; i < packed.count; ++i) {
+    if (std::isnan(packed[i])) compare(name + " packed", packed[i], 0, 0, 0);
+  }
+
+  GatherGemm g{};
+  g.x = x.bytes.get();
+  g.weight = packed.bytes.get();
+  g.bias = generator() % 2 ? bias.floats() : nullptr;
+  g.residual = c.residual_channels ? residual.bytes.get() : nullptr;
+  g.residual_rows = c.residual_rows.data();
+  g.index = c.index.data();
+  g.rows = c.rows.data();
+  g.taps = c.tap_list.data();
+  g.groups = c.sizes.data();
+  const bool first = generator() % 4, second = !first || generator() % 2;
+  g.out = first ? result.bytes.get() : nullptr;
+  g.out2 = second ? result2.bytes.get() : nullptr;
+  g.scale2 = scale.floats();
+  g.shift2 = shift.floats();
+  g.batch = c.batch;
+  g.rows_in = c.rows_in;
+  g.rows_out = rows_out;
+  g.residual_size = c.residual_size;
+  g.in_channels = c.in();
+  g.out_channels = out;
+  g.channel_groups = c.groups;
+  g.num_taps = c.taps;
+  g.num_groups = c.sizes.size() / 2;
+  g.residual_channels = c.residual_channels;
+  g.activation = generator() % 3;
+  Cut cut = kernels.cut(&g, pick({1, 2, 16}));
+  if (generator() % 2) cut = Cut{pick({1, 2, 7}), pick({1, 3, 50})};  // more parts than outputs or rows, too
+  for (int64_t part = cut.outputs * cut.positions; part-- > 0;) kernels.run(&g, cut, part);
+
+  const double tolerance = bf16 ? 8e-3 : 2e-6;
+  const int32_t *index = g.index, *row = g.rows, *taps = g.taps;
+  for (int64_t group = 0; group < g.num_groups; ++group) {
+    const int64_t positions = g.groups[2 * group], used = g.groups[2 * group + 1];
+    for (int64_t n = 0; n < c.batch; ++n) {
+      for (int64_t p = 0; p < positions; ++p) {
+        for (int64_t o = 0; o < out; ++o) {
+          double sum = g.bias ? bias[o] : 0, size = 0;
+          for (int64_t t = 0; t < used; ++t) {
+            const int64_t from = index[p * used + t];
+            for (int64_t i = 0; from >= 0 && i < c.in_per; ++i) {
+              const double term = double(x[(n * c.rows_in + from) * c.in() + o / c.out_per * c.in_per + i]) *
+                                  weight[o * output + i * channel + taps[t] * tap];
+              sum += term;
+              size += std::abs(term);
+            }
+          }
+          size += std::abs(sum);
+          if (o < c.residual_channels) {
+            sum += residual[(n * c.residual_size + c.residual_rows[row[p]]) * c.residual_channels + o];
+          }
+          size += std::abs(sum);
+          if (g.activation != kNone) sum = std::max(sum, 0.0);
+          if (g.activation == kRelu6) sum = std::min(sum, 6.0);
+          const int64_t at = (n * rows_out + row[p]) * out + o;
+          if (first) compare(name + " out", result[at], sum, size, tolerance);
+          const double sum2 = std::max(sum * scale[o] + shift[o], 0.0);
+          if (second) compare(name + " out2", result2[at], sum2, size * std::abs(scale[o]) + 2, tolerance);
+        }
+      }
+    }
+    index += positions * used;
+    row += positions;
+    taps += used;
+  }
+}
+
+void check_grad(const std::string& name, const GradKernels& kernels, const Case& c) {
+  const int64_t positions = pick({0, 1, 9, 300}), parts = pick({1, 2, 5});
+  Array x(c.batch * c.rows_in * c.in(), false), gy(c.batch * positions * c.out(), false);
+  Array grad(c.out() * c.in_per * c.taps, false, false);
+  std::vector<int32_t> index;
+  for (int64_t i = 0; i < positions * c.taps; ++i) index.push_back(int32_t(generator() % (c.rows_in + 1)) - 1);
+  index = exact(index);
+  WeightGrad g{x.floats(), gy.floats(), index.data(), grad.floats(), nullptr, c.batch, c.rows_in, positions,
+               int32_t(c.in()), int32_t(c.out()), int32_t(c.groups), int32_t(c.taps)};
+  Array partial(kernels.partial_floats(&g, parts), false, false);
+  g.partial = partial.floats();
+  for (int64_t part = parts; part-- > 0;) kernels.run(&g, part, parts);
+  const int64_t finish_parts = pick({1, 3});
+  for (int64_t part = 0; part < finish_parts; ++part) kernels.finish(&g, part, finish_parts, parts);
+  for (int64_t o = 0; o < c.out(); ++o) {
+    for (int64_t i = 0; i < c.in_per; ++i) {
+      for (int64_t t = 0; t < c.taps; ++t) {
+        double sum = 0, size = 0;
+        for (int64_t q = 0; q < c.batch * positions; ++q) {
+          const int64_t from = index[q % positions * c.taps + t];
+          if (from < 0) continue;
+          const double term = double(gy[q * c.out() + o]) *
+                              x[(q / positions * c.rows_in + from) * c.in() + o / c.out_per * c.in_per + i];
+          sum += term;
+          size += std::abs(term);
+        }
+        compare(name + " grad", grad[(o * c.in_per + i) * c.taps + t], sum, size, 2e-6);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 120;
+  std::istringstream names(available_isas());
+  for (std::string name; std::getline(names, name, ',');) {
+    const Kernels& kernels = *kernels_of(name);
+    for (int i = 0; i < rounds; ++i) {
+      const Case c = random_case();
+      check_forward(name + " float32", kernels.f32, false, c);
+      check_forward(name + " bfloat16", kernels.bf16, true, c);
+      check_grad(name, kernels.grad, c);
+    }
+    std::printf("%s: %d failures so far\n", name.c_str(), failures);
+  }
+  return failures != 0;
+}
