@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Cost", "Row", "cost", "inference_mode_of"]
@@ -41,8 +42,8 @@ class Cost:
         macs: multiply-adds of convolutions, matrix products and attention (half of what torch calls
             FLOPs). Normalisation, activation, pooling and additions are not counted, as in the papers.
         params: number of trainable and other parameters.
-        rows: one :class:`Row` a layer, in the order of the network's modules; MACs that belong to no
-            layer (a matrix product in the network's own forward) are in a last row.
+        rows: one :class:`Row` a layer, in the order of the network's modules; MACs and parameters that
+            belong to no layer (a matrix product in the network's own forward) are in a row "(network)".
     """
 
     macs: int
@@ -103,6 +104,8 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
 
             stack.callback(module.register_forward_hook(remember).remove)
         stack.enter_context(inference_mode_of(model))
+        # as two matrix products: the counter knows no fused attention of the CPU
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         counter = stack.enter_context(FlopCounterMode(display=False))
         model(*arguments)
     total = counter.get_total_flops() // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -53,7 +54,14 @@ class Timing:
         """(median, first quartile, third quartile) of other / self, round by round.
 
         Rounds of the two lie side by side in time, so the ratio holds when the machine's speed drifts.
+
+        Raises:
+            ValueError: different numbers of rounds.
         """
+        if len(self.seconds) != len(other.seconds):
+            raise ValueError(
+                f"other: {other.name} has {len(other.seconds)} rounds, {self.name} has {len(self.seconds)}"
+            )
         ratios = np.array(other.seconds) / np.array(self.seconds)
         low, middle, high = np.percentile(ratios, [25, 50, 75])
         return float(middle), float(low), float(high)
@@ -145,7 +153,7 @@ def environment() -> dict[str, Any]:
     """What a result file says about where it was made. JSON-ready."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "quincunx": version("quincunx"),
         "torch": torch.__version__,
