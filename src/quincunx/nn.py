@@ -280,7 +280,7 @@ class SampledDown2d(SampledConv2d):
         self.down, self.window = down, window
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_window_means(x, self.window) if self.window > 1 else x)
+        return super().forward(window_means(x, self.window) if self.window > 1 else x)
 
 
 def half_padding(kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
@@ -288,7 +288,7 @@ def half_padding(kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[in
     return dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2
 
 
-def _window_means(x: Tensor, window: int) -> Tensor:
+def window_means(x: Tensor, window: int) -> Tensor:
     """At each position the mean of the window that begins there, over what lies inside the map."""
     height, width = x.shape[2:]
     padded = F.pad(x, (0, window - 1, 0, window - 1))

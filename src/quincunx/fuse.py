@@ -1,0 +1,437 @@
+"""From a trained network to an inference copy made of programs.
+
+The network is traced with torch.fx. Each convolution takes along what can ride on its output: batch
+norm is folded into its weight, a residual addition and an activation go into its epilogue, and so does
+the batch norm and ReLU that a pre-activation block puts in front of the next convolution. What is left
+runs in torch as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d, window_means
+from quincunx.plan import Geometry
+from quincunx.program import Program, Shortcut, Step
+
+__all__ = ["fuse"]
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
+_CONVS = (nn.Conv2d, SampledConv2d, SampledConvTranspose2d)
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    r"""An inference copy of a network, as fast as this machine's back end makes it.
+
+    Batch norm is folded, w' = w \gamma / \sigma and b' = \beta + (b - \mu) \gamma / \sigma; bias,
+    residual and activation run in the convolutions' epilogues; sampled maps stay compact between
+    layers. On the native back end consecutive convolutions are one call, and each dense convolution
+    goes to torch's own kernel or to ours, whichever is faster for its shape here (measured at the first
+    input of a shape, once a process).
+
+    Args:
+        model: any network that ``torch.fx`` can trace, float32 or bfloat16, on the CPU; it stays as
+            it is.
+
+    Returns:
+        A ``torch.fx.GraphModule`` that maps the same arguments to the same results, up to rounding. It
+        is frozen: in evaluation mode, without parameters to train, in the dtype the model had.
+
+    Raises:
+        TypeError: not a module, or one whose forward cannot be traced.
+
+    Example:
+        >>> from quincunx import networks
+        >>> model, x = networks.build("rsbn8", width=4).eval(), torch.randn(1, 3, 16, 16)
+        >>> torch.allclose(fuse(model)(x), model(x), atol=1e-4)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    own = copy.deepcopy(model).eval().requires_grad_(False)
+    graph = _trace(own)
+    _drop_nothings(own, graph)
+    _out_of_place(own, graph)
+    with torch.no_grad():
+        return _lower(own, graph).eval()
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _CONVS) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
+        raise TypeError(
+            f"model: {type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
+            "fuse the parts of it that can be"
+        ) from error
+
+
+def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _drop_nothings(model: nn.Module, graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if isinstance(_module(model, node), _NOTHING):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _out_of_place(model: nn.Module, graph: fx.Graph) -> None:
+    """In-place additions and activations made ordinary: who reads the changed value afterwards is made
+    to read the result."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        module = _module(model, node)
+        inplace = (
+            getattr(module, "inplace", False)
+            or node.target in (operator.iadd, "add_", "relu_", torch.relu_, F.relu_)
+            or node.kwargs.get("inplace", False)
+        )
+        if inplace and node.args and isinstance(node.args[0], fx.Node):
+            changed = node.args[0]
+            for user in list(changed.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(changed, node)
+            if module is not None:
+                module.inplace = False  # type: ignore[assignment]
+            elif node.op == "call_function":
+                node.target = torch.add if node.target is operator.iadd else F.relu
+            elif node.op == "call_method":
+                node.target = str(node.target).rstrip("_")
+            if "inplace" in node.kwargs:
+                node.kwargs = {**node.kwargs, "inplace": False}
+
+
+# ---------------------------------------------------------------- what a node is
+
+
+def _activation(model: nn.Module, node: fx.Node) -> int:
+    """1 for ReLU, 2 for ReLU6, 0 for anything else."""
+    module = _module(model, node)
+    if isinstance(module, nn.ReLU) or (node.op != "call_module" and node.target in _RELUS):
+        return 1
+    sixth = isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0)
+    return 2 if sixth or node.target is F.relu6 else 0
+
+
+def _addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two maps that a node adds."""
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or node.kwargs:
+        return None
+    if len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args):
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    return None
+
+
+def _affine(model: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """(scale, shift) of a batch norm in evaluation mode, float64."""
+    norm = _module(model, node)
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift + norm.bias.double() if norm.bias is not None else shift
+
+
+def _subsampled(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """A node x[:, :, ::s, ::s] as (x, s)."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    whole = slice(None, None, None)
+    index = node.args[1]
+    steps = [i.step for i in index[2:] if isinstance(i, slice) and i.start is None and i.stop is None]
+    if len(index) != 4 or index[:2] != (whole, whole) or len(steps) != 2 or steps[0] != steps[1]:
+        return None
+    return (node.args[0], steps[0]) if isinstance(steps[0], int) and steps[0] > 1 else None  # type: ignore[return-value]
+
+
+def _padded_channels(node: fx.Node) -> fx.Node | None:
+    """The map that a node pads with zero channels behind its own."""
+    if node.target is not F.pad or len(node.args) != 2:
+        return None
+    if node.kwargs.get("mode", "constant") != "constant" or node.kwargs.get("value"):
+        return None
+    amounts = node.args[1]
+    zero = isinstance(amounts, tuple) and len(amounts) == 6 and not any(amounts[:5])
+    return node.args[0] if zero and isinstance(amounts[5], int) and amounts[5] >= 0 else None  # type: ignore[return-value,index]
+
+
+def _size_of(node: object) -> fx.Node | None:
+    """The map whose height and width an argument is: x.shape[2:], x.shape[-2:] or x.size()[2:]."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return None
+    shape, index = node.args
+    if index not in (slice(2, None, None), slice(-2, None, None)) or not isinstance(shape, fx.Node):
+        return None
+    is_shape = shape.target is getattr and shape.args[1] == "shape"
+    is_size = shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1
+    return shape.args[0] if is_shape or is_size else None  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _start(model: nn.Module, node: fx.Node) -> Step | None:
+    """The step of a convolution node with nothing riding on it yet; None if it has to stay in torch."""
+    module = _module(model, node)
+    if not isinstance(module, _CONVS) or len(node.args) + len(node.kwargs) > 2:
+        return None
+    if module.weight.device.type != "cpu" or not isinstance(node.args[0], fx.Node):
+        return None
+    bias = None if module.bias is None else module.bias.float()
+    weight, source = module.weight.detach(), node.args[0].name
+    if isinstance(module, SampledConvTranspose2d):
+        like = _size_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("size"))
+        if like is None:
+            return None
+        geometry = Geometry(module.kernel_size, (1, 1), module.padding, module.dilation)
+        return Step(
+            "transposed", source, weight, bias, geometry, module.groups, module.sampling.spec, like=like.name
+        )
+    if isinstance(module, SampledConv2d):
+        kind = "filled" if isinstance(module, PerforatedConv2d) else "sampled"
+        geometry = Geometry(module.kernel_size, module.stride, module.padding, module.dilation)
+        return Step(kind, source, weight, bias, geometry, module.groups, module.sampling.spec)
+    if module.padding_mode != "zeros":
+        return None
+    # a Conv2d in words ("same", "valid") keeps its padding here, (left, right, top, bottom)
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    geometry = Geometry(
+        _two(module.kernel_size), _two(module.stride), (top, bottom, left, right), _two(module.dilation)
+    )
+    return Step("dense", source, weight, bias, geometry, module.groups)
+
+
+def _two(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _folded(step: Step, scale: Tensor, shift: Tensor) -> Step:
+    """Batch norm behind a step that has no shortcut yet."""
+    weight = step.weight.double()
+    if step.kind == "transposed":
+        grouped = weight.view(step.groups, -1, *weight.shape[1:])
+        weight = (grouped * scale.view(step.groups, 1, -1, 1, 1)).view(weight.shape)
+    else:
+        weight = weight * scale.view(-1, 1, 1, 1)
+    bias = shift if step.bias is None else step.bias.double() * scale + shift
+    return replace(step, weight=weight.to(step.weight.dtype), bias=bias.float())
+
+
+@dataclass
+class _Fused:
+    """A step and the nodes it stands for."""
+
+    step: Step
+    main: fx.Node
+    second: fx.Node | None
+    at: int
+
+
+class _Absorber:
+    """Finds what rides on each convolution's output."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.claimed: set[fx.Node] = set()
+
+    def absorb(self, node: fx.Node, step: Step) -> _Fused:
+        value = node
+        norm = self._only_user(value)
+        if norm is not None and (affine := _affine(self.model, norm)) is not None:
+            step, value = _folded(step, *affine), norm
+        step, value = self._shortcut(step, value)
+        user = self._only_user(value)
+        if user is not None and (kind := _activation(self.model, user)):
+            step, value = replace(step, activation=kind), user
+        self.claimed.add(value)
+        second = None
+        if step.activation == 0:
+            step, second = self._pre_activation(step, value)
+        readers = [u for u in value.users if u not in self.claimed]
+        step = replace(
+            step, out=value.name if readers else None, out2=second.name if second is not None else None
+        )
+        return _Fused(step, value, second, self.order[value])
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        users = list(node.users)
+        return users[0] if len(users) == 1 and users[0] not in self.claimed else None
+
+    def _shortcut(self, step: Step, value: fx.Node) -> tuple[Step, fx.Node]:
+        user = self._only_user(value)
+        if user is None or (terms := _addition(user)) is None or terms[0] is terms[1]:
+            return step, value
+        other = terms[1] if terms[0] is value else terms[0]
+        stride, base = 1, other
+        if len(other.users) == 1:
+            inner = _padded_channels(other) or other
+            if inner is other or len(inner.users) == 1:
+                found = _subsampled(inner)
+                base, stride = found if found is not None else (inner, 1)
+            else:
+                base = inner
+        if not _is_map(self.model, base):
+            return step, value
+        return replace(step, shortcut=Shortcut(base.name, stride)), user
+
+    def _pre_activation(self, step: Step, value: fx.Node) -> tuple[Step, fx.Node | None]:
+        """The batch norm and ReLU that some block puts in front of its first convolution."""
+        for norm in value.users:
+            affine, relu = _affine(self.model, norm), self._only_user(norm)
+            if affine is not None and relu is not None and _activation(self.model, relu) == 1:
+                self.claimed.update((norm, relu))
+                return replace(step, scale2=affine[0].float(), shift2=affine[1].float()), relu
+        return step, None
+
+
+def _is_map(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
+    maps = (nn.BatchNorm2d, nn.Conv2d, SampledConvTranspose2d, PerforatedConv2d, nn.MaxPool2d, nn.AvgPool2d)
+    if isinstance(_module(model, node), maps):
+        return True
+    if _activation(model, node) or _addition(node) is not None:
+        return any(_is_map(model, a) for a in node.all_input_nodes)
+    return any(isinstance(_module(model, user), maps) for user in node.users)
+
+
+# ---------------------------------------------------------------- the new graph
+
+
+def _lower(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph with programs in place of the convolutions and what they absorbed."""
+    _pool_outside(model, graph)
+    absorber = _Absorber(model, graph)
+    fused: dict[fx.Node, _Fused] = {}
+    for node in graph.nodes:
+        if (step := _start(model, node)) is not None:
+            found = absorber.absorb(node, step)
+            fused[found.main] = found
+    seconds = {f.second: f for f in fused.values() if f.second is not None}
+    by_name = {node.name: node for node in graph.nodes}
+
+    def needs(node: fx.Node) -> list[fx.Node]:
+        owner = fused.get(node) or seconds.get(node)
+        return [by_name[n] for n in owner.step.needs] if owner else node.all_input_nodes
+
+    live, todo = set(), [next(n for n in graph.nodes if n.op == "output")]
+    while todo:
+        node = todo.pop()
+        if node not in live:
+            live.add(node)
+            todo += needs(node)
+    return _Writer(model, graph, fused, seconds, live, needs).write()
+
+
+def _pool_outside(model: nn.Module, graph: fx.Graph) -> None:
+    """A down-sampling half by average pooling, as the pooling and the sampled convolution it is."""
+    for node in list(graph.nodes):
+        module = _module(model, node)
+        if isinstance(module, SampledDown2d) and module.window > 1:
+            with graph.inserting_before(node):
+                pooled = graph.call_function(window_means, (node.args[0], module.window))
+            node.replace_input_with(node.args[0], pooled)
+
+
+class _Writer:
+    """Copies live nodes, gathering steps into programs that are as long as what lies between allows."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        fused: dict[fx.Node, _Fused],
+        seconds: dict[fx.Node, _Fused],
+        live: set[fx.Node],
+        needs: Callable[[fx.Node], list[fx.Node]],
+    ) -> None:
+        self.model, self.graph, self.fused, self.seconds = model, graph, fused, seconds
+        self.live, self.needs = live, needs
+        self.result = fx.Graph()
+        self.copied: dict[fx.Node, fx.Node] = {}
+        self.pending: list[_Fused] = []
+        self.by_name = {node.name: node for node in graph.nodes}
+        self.readers: dict[fx.Node, list[fx.Node]] = {}
+        for reader in live:
+            for node in needs(reader):
+                self.readers.setdefault(node, []).append(reader)
+        self.programs: dict[str, Program] = {}
+
+    def write(self) -> fx.GraphModule:
+        for node in self.graph.nodes:
+            owner = self.fused.get(node)
+            if owner is not None and (node in self.live or owner.second in self.live):
+                self.pending.append(owner)
+            elif node in self.live and node not in self.seconds and node not in self.fused:
+                if self._written_by_pending() & set(node.all_input_nodes):
+                    self._flush()
+                self.copied[node] = self.result.node_copy(node, lambda n: self.copied[n])
+        modules: dict[str, Any] = {**dict(self.model.named_modules()), **self.programs}
+        root = nn.Module()
+        for node in self.result.nodes:
+            if node.op == "call_module":
+                _attach(root, str(node.target), modules[str(node.target)])
+            elif node.op == "get_attr":
+                _attach(root, str(node.target), operator.attrgetter(str(node.target))(self.model))
+        return fx.GraphModule(root, self.result, type(self.model).__name__)
+
+    def _written_by_pending(self) -> set[fx.Node]:
+        return {node for owner in self.pending for node in (owner.main, owner.second) if node is not None}
+
+    def _flush(self) -> None:
+        inside = self._written_by_pending()
+        steps = [owner.step for owner in self.pending]
+        needed = dict.fromkeys(self.by_name[name] for step in steps for name in step.needs)
+        inputs = [node for node in needed if node not in inside]
+        waiting = set(map(id, self.pending))
+        outputs = [
+            node
+            for node in self.graph.nodes
+            if node in inside and node in self.live and self._read_outside(node, waiting)
+        ]
+        name = f"program{len(self.programs)}"
+        self.programs[name] = Program(steps, [n.name for n in inputs], [n.name for n in outputs])
+        call = self.result.call_module(name, tuple(self.copied[n] for n in inputs))
+        for i, node in enumerate(outputs):
+            self.copied[node] = self.result.call_function(operator.getitem, (call, i))
+        self.pending = []
+
+    def _read_outside(self, node: fx.Node, waiting: set[int]) -> bool:
+        owners = (self.fused.get(reader) or self.seconds.get(reader) for reader in self.readers.get(node, []))
+        return any(owner is None or id(owner) not in waiting for owner in owners)
+
+
+def _attach(root: nn.Module, path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = getattr(root, name)
+    if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+        setattr(root, last, value)
+    elif last not in dict(root.named_buffers(recurse=False)):
+        root.register_buffer(last, value)
+
+
+def programs(model: nn.Module) -> Iterator[Program]:
+    """The programs of a fused network."""
+    return (module for module in model.modules() if isinstance(module, Program))
