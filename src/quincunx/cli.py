@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import quincunx as qx
 from quincunx import recipes
-from quincunx.artifact import read_spec, write_json
-from quincunx.cost import Cost, cost
+from quincunx.artifact import read_spec, spec_of
+from quincunx.console import complain, print_cost, print_facts, print_lines, say, show
+from quincunx.cost import cost
 from quincunx.data import ImageData, load_data
-from quincunx.latency import environment, measure_models
-from quincunx.report import Line, collect, label_of, lines, verdicts, write_report
-from quincunx.train import ARTIFACT, RunFailed, evaluate, fit, progress_bar, recipe_with
+from quincunx.demo import file_name, run_demo
+from quincunx.latency import environment
+from quincunx.report import label_of, verdicts, write_report
+from quincunx.train import ARTIFACT, CHECKPOINT, Interrupted, RunFailed, evaluate, fit, recipe_with
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="quincunx",
     help="Faster convolutional networks: convolutions computed at only some spatial positions.",
+    # the mark keeps click from filling the lines up
+    epilog="\b\nStart with:\n  quincunx demo\n  quincunx train --help",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,9 +38,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Seed = Annotated[int, typer.Option(help="Fixes initial weights, data order and augmentation.", min=0)]
-Threads = Annotated[int | None, typer.Option(help="Intra-op threads; torch's own number by default.", min=1)]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads to compute with; torch decides by default.", min=1)
+]
+Data = Annotated[str, typer.Option(help="digits, or a folder or .tar.gz of images by class.")]
 Size = Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.", min=1)]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
 TestData = Annotated[
@@ -46,20 +51,22 @@ TestData = Annotated[
 ]
 Sampling = Annotated[
     str | None,
-    typer.Option(help="1/4, 2/4, 3/4, cosets:K:a,b;a,b, random:RATE:SEED or uniform:RATE."),
+    typer.Option(
+        help="Computed positions: 1/4, 2/4, 3/4, cosets:K:a,b;a,b, random:RATE:SEED or uniform:RATE; "
+        "2/4 by default in rsbn and csbn networks."
+    ),
 ]
-Down = Annotated[str | None, typer.Option(help="stride or avgpool.")]
-Width = Annotated[int | None, typer.Option(help="Channels of the first stage (16 in the papers).")]
+Down = Annotated[str | None, typer.Option(help="How to sample down: stride (the default) or avgpool.")]
+Width = Annotated[int | None, typer.Option(help="Channels of the first stage; 16 by default.")]
 
 
 def main() -> None:
-    """The console script. Bad input ends with 2, a run that failed with 1."""
-    app()
+    """The command line on this process's arguments."""
+    app(prog_name="quincunx")
 
 
-def _fail(message: object, code: int) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
-    return typer.Exit(code)
+def _example(text: str) -> str:
+    return f"\b\nExample:\n  {text}"
 
 
 @contextmanager
@@ -68,7 +75,11 @@ def _bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        raise _fail(error, 2) from None
+        complain(error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        complain("stopped")
+        raise typer.Exit(1) from None
 
 
 @contextmanager
@@ -76,22 +87,31 @@ def _run() -> Iterator[None]:
     """Within: the work itself; a failure that is not a defect ends with one sentence and code 1."""
     try:
         yield
-    except RunFailed as error:
-        raise _fail(error, 1) from None
-    except KeyboardInterrupt:
-        raise _fail("stopped", 1) from None
+    except (RunFailed, OSError) as error:
+        complain(error)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        complain(f"not enough memory ({str(error).splitlines()[0]})")
+        raise typer.Exit(1) from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse, before long work, a folder that cannot be made or written.
+
+    Raises:
+        ValueError: it or a part of its path is a file, or may not be written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out={str(folder)!r}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out={str(folder)!r}: {there} may not be written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _fail(error, 1) from None
-
-
-def _show(value: Any) -> None:
-    """A JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _console() -> Console:
-    # a table that is piped into a file is not cut at 80 columns
-    return Console(width=None if sys.stdout.isatty() else 140)
+        raise ValueError(f"out={str(folder)!r}: cannot be made ({error.strerror})") from error
 
 
 def _settings(sampling: str | None, down: str | None, width: int | None) -> dict[str, Any]:
@@ -108,18 +128,28 @@ def _load(data: str, test_data: Path | None, size: int | None, skip_bad: bool, q
     return loaded
 
 
-@app.command(epilog="Example: quincunx train --network rsbn20 --data digits --epochs 12 --out runs/first")
+@app.command(
+    epilog=_example("quincunx train --network rsbn20 --data digits --epochs 12 --out runs/first"),
+    short_help="Train a network.",
+)
 def train(
     network: Annotated[str, typer.Option(help="Name, such as rrn20 or rsbn20.")] = "rsbn20",
-    data: Annotated[str, typer.Option(help="digits, or a folder or .tar.gz of images by class.")] = "digits",
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NETWORK by default.")] = None,
-    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes.RECIPES)}.")] = None,
+    data: Data = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/NETWORK and its settings by default.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(recipes.RECIPES)}; digits for the digits, else short."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="On every parameter.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, on every parameter.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Nesterov momentum.")] = None,
-    augment: Annotated[bool | None, typer.Option(help="Crop and flip; the data set says by default.")] = None,
+    augment: Annotated[
+        bool | None, typer.Option(help="Crop and flip; by default for all data but digits.")
+    ] = None,
     sampling: Sampling = None,
     down: Down = None,
     width: Width = None,
@@ -131,10 +161,14 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a network; writes a checkpoint each epoch, a log, a result file and an artifact."""
+    """Train a network.
+
+    Writes a checkpoint after each epoch, a log, the result (run.json) and the trained network (model).
+    What --recipe names sets epochs, batch size, learning rate, weight decay and momentum; each can be
+    set by itself as well.
+    """
     with _bad_input():
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _use(threads)
         chosen = recipe_with(
             recipes.by_name(recipe or ("digits" if data == "digits" else "short")),
             epochs=epochs,
@@ -144,33 +178,50 @@ def train(
             momentum=momentum,
             augment=augment,
         )
-        # a name that does not exist is refused before a large data set is read
-        qx.networks.build(network, **_settings(sampling, down, width))
+        settings = _settings(sampling, down, width)
+        # what can be refused without the data is refused before a large data set is read
+        label = label_of(spec_of(qx.networks.build(network, **settings)))
+        folder = out or Path("runs") / _run_name(network, label, settings, seed)
+        if (folder / CHECKPOINT).exists() and not resume:
+            raise ValueError(
+                f"out={str(folder)!r}: holds a run already; --resume goes on with it, "
+                "another --out starts anew"
+            )
+        _check_folder(folder)
         images = _load(data, test_data, size, skip_bad, as_json)
         torch.manual_seed(seed)
-        model = qx.networks.build(
-            network, len(images.classes), images.in_channels, **_settings(sampling, down, width)
-        )
-        folder = out or Path("runs") / network
+        model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
         with _run():
             result = fit(model, images, chosen, folder, seed=seed, resume=resume, progress=not as_json)
     if as_json:
-        _show(result)
+        show(result)
         return
-    _console().print(
+    say(
         f"{label_of(result['network'])} on {images.name}: test error {100 * result['test_error']:.2f}% "
         f"of {len(images.test)} images, {result['cost']['macs'] / 1e6:.2f} M MACs, "
-        f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}"
     )
 
 
-@app.command("evaluate", epilog="Example: quincunx evaluate runs/rsbn20/model --data digits")
+def _use(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _run_name(network: str, label: str, settings: dict[str, Any], seed: int) -> str:
+    """The network, and what was asked for beyond it, so that two runs do not meet in one folder."""
+    name = file_name(label) if settings else network
+    return f"{name}-seed{seed}" if seed else name
+
+
+@app.command(
+    "evaluate",
+    epilog=_example("quincunx evaluate runs/rsbn20/model --data digits"),
+    short_help="Test error of a trained network.",
+)
 def evaluate_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder written by training or qx.save.")],
-    data: Annotated[str, typer.Option(help="digits, or a folder or .tar.gz of images by class.")] = "digits",
+    artifact: Annotated[Path, typer.Argument(help="Folder written by qx.save, or a run's folder.")],
+    data: Data = "digits",
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
@@ -179,10 +230,11 @@ def evaluate_command(
 ) -> None:
     """Loss and top-1 error of an artifact on the test part of a data set."""
     with _bad_input():
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _use(threads)
+        if (artifact / ARTIFACT).is_dir():
+            artifact = artifact / ARTIFACT
         model = qx.load(artifact)
-        trained_on = read_spec(artifact)["info"].get("data", {})
+        trained_on = read_spec(artifact).get("info", {}).get("data", {})
         images = _load(data, test_data, size, skip_bad, as_json)
         if trained_on.get("classes", list(images.classes)) != list(images.classes):
             raise ValueError(f"data={data!r}: its classes are not those that {artifact} was trained on")
@@ -192,20 +244,15 @@ def evaluate_command(
         with _run():
             result = evaluate(model, images.test, images)
     if as_json:
-        _show({"artifact": str(artifact), "data": images.name, **vars(result), "environment": environment()})
+        show({"artifact": str(artifact), "data": images.name, **vars(result), "environment": environment()})
         return
-    _console().print(
+    say(
         f"{artifact} on {images.name}: test error {100 * result.error:.2f}% of {result.images} images, "
-        f"loss {result.loss:.4f}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"loss {result.loss:.4f}"
     )
 
 
 def _renormalised(images: ImageData, trained_on: dict[str, Any]) -> ImageData:
-    from dataclasses import replace
-
     if len(trained_on["mean"]) != images.in_channels:
         raise ValueError(
             f"data={images.name!r}: images of {images.in_channels} channels, but the network takes "
@@ -224,7 +271,11 @@ def _parse_input(text: str) -> tuple[int, ...]:
     return shape
 
 
-@app.command("cost", epilog="Example: quincunx cost rsbn20 --sampling 1/4")
+@app.command(
+    "cost",
+    epilog=_example("quincunx cost rsbn20 --sampling 1/4"),
+    short_help="MACs and parameters of a network.",
+)
 def cost_command(
     network: Annotated[str, typer.Argument(help="Name, such as rrn20 or rsbn20.")],
     input_shape: Annotated[str, typer.Option("--input", help="Example input as NxCxHxW.")] = "1x3x32x32",
@@ -238,169 +289,75 @@ def cost_command(
     with _bad_input():
         shape = _parse_input(input_shape)
         model = qx.networks.build(network, num_classes, shape[1], **_settings(sampling, down, width))
-        found = cost(model, torch.zeros(shape))
+        with _run():
+            found = cost(model, torch.zeros(shape))
     if as_json:
-        _show({"network": network, "input": list(shape), **found.to_dict()})
+        show({"network": network, "input": list(shape), **found.to_dict()})
         return
-    _print_cost(network, shape, found)
+    print_cost(network, shape, found)
 
 
-def _print_cost(network: str, shape: tuple[int, ...], found: Cost) -> None:
-    table = Table(title=f"{network}, input {' x '.join(map(str, shape))}", title_justify="left")
-    table.add_column("layer")
-    table.add_column("kind")
-    for column in ("output", "MACs", "share", "parameters"):
-        table.add_column(column, justify="right")
-    for row in found.rows:
-        if row.macs:
-            share = f"{row.macs / found.macs:.1%}"
-            output = " x ".join(map(str, row.output))
-            table.add_row(row.name, row.kind, output, f"{row.macs:,}", share, f"{row.params:,}")
-    rest = sum(row.params for row in found.rows if not row.macs)
-    table.add_row("(no MACs: normalisation)", "", "", "0", "", f"{rest:,}", end_section=True)
-    table.add_row("total", "", "", f"{found.macs:,}", "100%", f"{found.params:,}")
-    _console().print(table)
-    _console().print(
-        f"{found.macs / 1e6:.1f} M MACs (one multiply-add each; {2 * found.macs / 1e6:.1f} M FLOPs), "
-        f"{found.params / 1e6:.3f} M parameters",
-        highlight=False,
-    )
-
-
-@app.command("report", epilog="Example: quincunx report results/demo")
+@app.command(
+    "report",
+    epilog=_example("quincunx report results/demo"),
+    short_help="Draw a page from result files.",
+)
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="Folder with results of training runs.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with results (run.json, ...).")],
     out: Annotated[Path | None, typer.Option(help="The page; FOLDER/report.html by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw one self-contained page from the result files below a folder."""
+    """Draw one self-contained page from the result files below a folder.
+
+    Networks are compared with the one that timings name as the baseline, else with the one of most MACs.
+    Runs of one network that differ in the seed alone are averaged.
+    """
     with _bad_input():
         page = write_report(folder, out)
     if as_json:
-        _show({"report": str(page)})
+        show({"report": str(page)})
         return
-    _console().print(f"wrote {page}", highlight=False, markup=False, soft_wrap=True)
+    say(f"wrote {page}")
 
 
-@app.command(epilog="Example: quincunx info --json")
+@app.command(epilog=_example("quincunx info --json"), short_help="Versions, processor, back end, networks.")
 def info(as_json: Json = False) -> None:
-    """Versions, processor, and which back end serves."""
-    facts = {**environment(), "networks": qx.networks.names()}
+    """Versions, processor, and the networks that can be built."""
+    facts = {**environment(), "networks": qx.networks.names(), "recipes": list(recipes.RECIPES)}
     if as_json:
-        _show(facts)
+        show(facts)
         return
-    table = Table(show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-    _console().print(table)
+    print_facts({key: value for key, value in facts.items() if key not in ("time", "command")})
 
 
-@app.command(epilog="Example: quincunx demo --out results/demo")
+@app.command(
+    epilog=_example("quincunx demo --out results/demo"),
+    short_help="Train three small networks and compare them.",
+)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 12,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small ResNet and its spatial bottleneck twins on digits; compare error, MACs and time."""
+    """Train a small ResNet and its spatial bottleneck twins on digits; compare error, MACs and time.
+
+    Takes about two minutes on two cores. Replaces the results of an earlier demonstration in the
+    folder and nothing else.
+    """
     with _bad_input():
-        if threads is not None:
-            torch.set_num_threads(threads)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out={str(out)!r}: not a folder")
+        _use(threads)
+        _check_folder(out)
         with _run():
-            rows = _demo(out, epochs, seed, quiet=as_json)
+            try:
+                rows = run_demo(out, epochs=epochs, seed=seed, progress=not as_json)
+            except Interrupted:
+                raise RunFailed("stopped; the demonstration starts anew when it is called again") from None
     if as_json:
-        _show({"out": str(out), "verdicts": verdicts(rows), "rows": [vars(row) for row in rows]})
+        show({"out": str(out), "verdicts": verdicts(rows), "rows": [vars(row) for row in rows]})
         return
-    _print_lines(rows)
+    print_lines(rows)
     for sentence in verdicts(rows):
-        _console().print(sentence, highlight=False, markup=False, soft_wrap=True)
-    _console().print(
-        f"wrote {out / 'report.html'} and the artifact {out / 'model'} (qx.load({str(out / 'model')!r}))",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-_DEMO: tuple[tuple[str, dict[str, str]], ...] = (
-    ("rrn14", {}),
-    ("rsbn14", {"sampling": "2/4"}),
-    ("rsbn14", {"sampling": "1/4"}),
-)
-
-
-def _demo(out: Path, epochs: int, seed: int, quiet: bool) -> list[Line]:
-    images = load_data("digits")
-    models: dict[str, torch.nn.Module] = {}
-    # its own earlier results are replaced, nothing else in the folder is touched
-    shutil.rmtree(out / "runs", ignore_errors=True)
-    for name, settings in _DEMO:
-        torch.manual_seed(seed)
-        model = qx.networks.build(name, len(images.classes), images.in_channels, **settings)
-        label = label_of(qx.artifact.spec_of(model))
-        folder = out / "runs" / label.replace(" ", "-").replace("/", "of")
-        result = fit(
-            model, images, recipe_with(recipes.digits(), epochs=epochs), folder, seed=seed, progress=not quiet
-        )
-        write_json(out / f"{folder.name}.json", result)
-        models[label] = model
-    baseline, chessboard = list(models)[:2]
-    info = {"data": images.describe()}
-    qx.save(models[chessboard], out / "model", info=info)
-    for batch in (1, 64):
-        _time(models, baseline, batch, images, out, quiet)
-    write_report(out)
-    return lines(collect(out))
-
-
-def _time(
-    models: dict[str, torch.nn.Module], baseline: str, batch: int, images: ImageData, out: Path, quiet: bool
-) -> None:
-    height, width = images.size
-    example = torch.randn(batch, images.in_channels, height, width)
-    example = example.contiguous(memory_format=torch.channels_last)
-    rounds = 15
-    with progress_bar(not quiet) as bar:
-        bar.add_task(f"timing, batch {batch}", total=None, state="")
-        timings = measure_models(models, example, rounds=rounds)
-    rows = {}
-    for name, timing in timings.items():
-        ratio, low, high = timing.speedup_over(timings[baseline])
-        rows[name] = {**timing.to_dict(), "speedup": {"median": ratio, "q1": low, "q3": high}}
-    result = {
-        "schema": 1,
-        "kind": "latency",
-        "setting": f"batch {batch}",
-        "how": f"inference, channels_last, {torch.get_num_threads()} threads, medians",
-        "rounds": rounds,
-        "baseline": baseline,
-        "rows": rows,
-        "environment": environment(),
-    }
-    write_json(out / f"latency-batch{batch}.json", result)
-
-
-def _print_lines(rows: list[Line]) -> None:
-    table = Table()
-    table.add_column("network")
-    for column in ("test error", "wrong", "MACs (M)", "MAC ratio"):
-        table.add_column(column, justify="right")
-    settings = list(rows[0].times)
-    for setting in settings:
-        table.add_column(f"ms, {setting}", justify="right")
-        table.add_column("speed-up", justify="right")
-    for row in rows:
-        cells = [
-            row.label,
-            f"{100 * row.error:.2f}%",
-            f"{row.wrong} of {row.tested}",
-            f"{row.macs / 1e6:.2f}",
-        ]
-        cells.append(f"{row.mac_ratio:.2f}")
-        for setting in settings:
-            cells += [f"{1e3 * row.times[setting][0]:.2f}", f"{row.speedups[setting][0]:.2f}x"]
-        table.add_row(*cells)
-    _console().print(table)
+        say(sentence)
+    say(f"wrote {out / 'report.html'} and the artifact {out / 'model'} (qx.load({str(out / 'model')!r}))")

@@ -1,84 +1,252 @@
-"""From result files to tables, figures and one self-contained page. Reads JSON only."""
+"""From result files to a table, sentences and one self-contained page. Reads JSON only."""
 
 from __future__ import annotations
 
-import base64
-import io
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quincunx.artifact import read_json, write_atomically
-from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Sampling, parse
+from quincunx.figures import (
+    Curve,
+    Picture,
+    Point,
+    check_can_draw,
+    learning_curves,
+    sampling_picture,
+    scatter,
+)
+from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Random, Sampling, Uniform, parse
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["Line", "collect", "label_of", "lines", "write_report"]
+__all__ = ["Line", "Results", "collect", "label_of", "lines", "verdicts", "write_report"]
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SHORT: dict[Sampling, str] = {QUARTER: "1/4", CHESSBOARD: "2/4", THREE_QUARTERS: "3/4"}
-# Okabe and Ito's palette, told apart also by people who are colour-blind
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vPX"
+
+
+def _sampling_of(network: dict[str, Any]) -> Sampling | None:
+    if network["name"].startswith(("rsbn", "csbn")) or "sampling" in network["settings"]:
+        return parse(network["settings"].get("sampling", CHESSBOARD))
+    return None
 
 
 def label_of(network: dict[str, Any]) -> str:
-    """A short name for a network's spec, such as "rsbn20 2/4"."""
-    settings = dict(network.get("settings", {}))
-    parts = [str(network["name"])]
-    if network["name"].startswith(("rsbn", "csbn")) or "sampling" in settings:
-        sampling = parse(settings.pop("sampling", CHESSBOARD))
-        parts.append(_SHORT.get(sampling, repr(sampling)))
-    if settings.get("down", "stride") != "stride":
-        parts.append(str(settings["down"]))
-    return " ".join(parts)
+    """A short name for a network's spec.
+
+    Example:
+        >>> label_of({"name": "rsbn20", "settings": {"sampling": "1/4", "width": 8}})
+        'rsbn20 1/4, width 8'
+    """
+    sampling = _sampling_of(network)
+    name = network["name"] if sampling is None else f"{network['name']} {_name_of(sampling)}"
+    rest = {k: v for k, v in network["settings"].items() if k != "sampling"}
+    down = rest.pop("down", "stride")
+    return ", ".join([name, *([down] if down != "stride" else []), *(f"{k} {v}" for k, v in rest.items())])
+
+
+def _name_of(sampling: Sampling) -> str:
+    """What a person types for it, where there is such a text."""
+    if sampling in _SHORT:
+        return _SHORT[sampling]
+    if isinstance(sampling, Cosets):
+        return f"cosets:{sampling.period}:{';'.join(f'{a},{b}' for a, b in sampling.offsets)}"
+    if isinstance(sampling, Random):
+        return f"random:{sampling.rate:g}:{sampling.seed}"
+    return f"uniform:{sampling.rate:g}" if isinstance(sampling, Uniform) else repr(sampling)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Network:
+    """The runs of one network, which differ in nothing but the seed, under a name no other has."""
+
+    label: str
+    runs: tuple[dict[str, Any], ...]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = self.runs[0]["network"]
+        return spec
 
 
 @dataclass(frozen=True)
 class Results:
-    """Training runs and timings found below a folder."""
+    """Networks, the baseline first, and timings found below a folder."""
 
-    runs: tuple[dict[str, Any], ...]
+    networks: tuple[Network, ...]
     timings: tuple[dict[str, Any], ...]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        return [run for network in self.networks for run in network.runs]
 
 
 def collect(folder: str | Path) -> Results:
     """Every result file below a folder.
 
+    Runs that differ in the seed alone become one network; the baseline is the network that the
+    timings name, else the one with the most MACs.
+
     Raises:
-        FileNotFoundError: no such folder, or no result in it.
-        ValueError: a file that is not JSON.
+        FileNotFoundError: no such folder, or no result of a training run in it.
+        ValueError: a file that is not JSON or not whole; runs on different data.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    found: dict[str, list[dict[str, Any]]] = {"train": [], "latency": []}
+        raise FileNotFoundError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    runs: dict[str, dict[str, Any]] = {}
+    timings: list[dict[str, Any]] = []
     for path in sorted(folder.rglob("*.json")):
         content = read_json(path)
-        if isinstance(content, dict) and content.get("schema") == 1 and content.get("kind") in found:
-            found[content["kind"]].append(content)
-    if not found["train"]:
+        if not isinstance(content, dict) or content.get("schema") != 1:
+            continue
+        if content.get("kind") == "train":
+            _check(path, content, _check_run)
+            # the same run may lie there twice, as a run folder and as a copy
+            key = json.dumps([_group(content), content["seed"]])
+            if key not in runs or runs[key]["environment"]["time"] <= content["environment"]["time"]:
+                runs[key] = content
+        elif content.get("kind") == "latency":
+            _check(path, content, _check_timing)
+            timings.append(content)
+    if not runs:
         raise FileNotFoundError(f"{folder}: no results of a training run (run.json) below it")
-    # the same run may lie there twice, as a run folder and as a copy
-    unique = {_key(run): run for run in found["train"]}
-    runs = sorted(unique.values(), key=lambda run: (-run["cost"]["macs"], label_of(run["network"])))
-    return Results(tuple(runs), tuple(found["latency"]))
+    sets = {json.dumps(run["data"], sort_keys=True): run["data"]["name"] for run in runs.values()}
+    if len(sets) > 1:
+        raise ValueError(
+            f"{folder}: runs on different data ({', '.join(sorted(sets.values()))}); networks are compared "
+            "on one data set, so give a folder that holds the runs of one"
+        )
+    return Results(_networks(list(runs.values()), timings), tuple(_distinct_settings(timings)))
 
 
-def _key(run: dict[str, Any]) -> str:
-    return f"{label_of(run['network'])}|{run['seed']}|{run['data']['name']}|{run['recipe']}|{run['network']}"
+def _check(path: Path, content: dict[str, Any], reads: Callable[[dict[str, Any]], None]) -> None:
+    try:
+        reads(content)
+    except KeyError as error:
+        raise ValueError(f"{path}: not a whole result, {error} is missing") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole result ({error})") from None
+
+
+_ENVIRONMENT = ("time", "command", "commit", "cpu", "cores", "capability", "threads", "quincunx", "torch")
+
+
+def _numbers(*values: Any, least: float = 0.0) -> None:
+    for value in values:
+        if not isinstance(value, (int, float)) or not least <= value < math.inf:
+            raise ValueError(f"{value!r} where a number from {least:g} up belongs")
+
+
+def _check_run(run: dict[str, Any]) -> None:
+    """Touch all that the page reads, so that a fault is found where the file's name is known."""
+    label_of(run["network"])
+    _numbers(run["cost"]["macs"], run["cost"]["params"], run["data"]["test"], least=1)
+    _numbers(run["test_error"], run["seed"], run["data"]["train"], *run["data"]["size"])
+    _numbers(*(entry[key] for entry in run["history"] for key in ("epoch", "test_error")))
+    if not isinstance(run["data"]["name"], str) or not run["history"] or run["test_error"] > 1:
+        raise ValueError("no name of the data, no epoch, or an error above 1")
+    for part, keys in (
+        (run["data"], ("classes",)),
+        (run["recipe"], ("epochs", "lr", "batch_size", "weight_decay")),
+        (run["environment"], (*_ENVIRONMENT, "python")),
+    ):
+        for key in keys:
+            part[key]
+
+
+def _check_timing(timing: dict[str, Any]) -> None:
+    for key in ("how", "rounds", "baseline"):
+        timing[key]
+    timing["environment"]["threads"]
+    if not isinstance(timing["setting"], str):
+        raise ValueError("setting is not a text")
+    for row in timing["rows"].values():
+        _numbers(row["median_s"], row["q1_s"], row["q3_s"])
+        _numbers(*(row["speedup"][key] for key in ("median", "q1", "q3")))
+
+
+def _group(run: dict[str, Any]) -> str:
+    return json.dumps([run["network"], run["recipe"], run["data"]], sort_keys=True)
+
+
+def _networks(runs: list[dict[str, Any]], timings: list[dict[str, Any]]) -> tuple[Network, ...]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: int(run["seed"])):
+        groups.setdefault(_group(run), []).append(run)
+    named = _distinct([(label_of(g[0]["network"]), _recipe_of(g[0])) for g in groups.values()])
+    baselines = {timing["baseline"] for timing in timings}
+    if len(baselines) > 1:
+        raise ValueError(f"timings against different baselines: {', '.join(sorted(baselines))}")
+    networks = [Network(label, tuple(group)) for label, group in zip(named, groups.values(), strict=True)]
+    return tuple(
+        sorted(
+            networks,
+            key=lambda n: (label_of(n.spec) not in baselines, -n.runs[0]["cost"]["macs"], n.label),
+        )
+    )
+
+
+def _recipe_of(run: dict[str, Any]) -> str:
+    recipe = run["recipe"]
+    return f"{recipe['epochs']} epochs at {recipe['lr']:g}, batch {recipe['batch_size']}"
+
+
+def _distinct(named: Sequence[tuple[str, str]]) -> list[str]:
+    """Names where they tell apart, else with what tells them apart, else with a number."""
+    count = Counter(name for name, _ in named)
+    longer = [name if count[name] == 1 else f"{name}, {more}" for name, more in named]
+    seen: Counter[str] = Counter()
+    result = []
+    for name in longer:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
+def _distinct_settings(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ordered = sorted(timings, key=lambda timing: _natural(timing["setting"]))
+    names = _distinct([(t["setting"], f"{t['environment'].get('threads')} threads") for t in ordered])
+    return [{**timing, "setting": name} for timing, name in zip(ordered, names, strict=True)]
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts "batch 8" before "batch 64"."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in text.split()]
+
+
+# ---------------------------------------------------------------- the table
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: a network beside the baseline, the run with the most MACs."""
+    """One row of the table.
+
+    Attributes:
+        label: the network.
+        macs, params: of one image.
+        error: share of wrong answers in [0, 1], the mean over ``seeds`` runs.
+        deviation: of the error between seeds; None for a single run.
+        wrong, tested: wrong answers (mean over seeds) of so many test images.
+        mac_ratio: the baseline's MACs over this network's.
+        times: setting -> (median, first, third quartile) in seconds.
+        speedups: setting -> the same of the baseline's time over this network's, round by round.
+    """
 
     label: str
     macs: int
     params: int
     error: float
-    wrong: int
+    deviation: float | None
+    seeds: int
+    wrong: float
     tested: int
     mac_ratio: float
     times: dict[str, tuple[float, float, float]]
@@ -91,32 +259,60 @@ class Line:
 
 def lines(results: Results) -> list[Line]:
     """The table's rows, the baseline first."""
-    baseline = results.runs[0]
+    base = results.networks[0].runs[0]["cost"]["macs"]
     rows = []
-    for run in results.runs:
-        label = label_of(run["network"])
+    for network in results.networks:
+        run = network.runs[0]
         times, speedups = {}, {}
         for timing in results.timings:
-            entry = timing["rows"].get(label)
+            entry = timing["rows"].get(label_of(network.spec))
             if entry is not None:
                 times[timing["setting"]] = (entry["median_s"], entry["q1_s"], entry["q3_s"])
                 ratio = entry["speedup"]
                 speedups[timing["setting"]] = (ratio["median"], ratio["q1"], ratio["q3"])
+        errors = [r["test_error"] for r in network.runs]
         tested = run["data"]["test"]
         rows.append(
             Line(
-                label,
-                run["cost"]["macs"],
-                run["cost"]["params"],
-                run["test_error"],
-                round(run["test_error"] * tested),
-                tested,
-                baseline["cost"]["macs"] / run["cost"]["macs"],
-                times,
-                speedups,
+                label=network.label,
+                macs=run["cost"]["macs"],
+                params=run["cost"]["params"],
+                error=statistics.fmean(errors),
+                deviation=statistics.stdev(errors) if len(errors) > 1 else None,
+                seeds=len(errors),
+                wrong=statistics.fmean(round(error * tested) for error in errors),
+                tested=tested,
+                mac_ratio=base / run["cost"]["macs"],
+                times=times,
+                speedups=speedups,
             )
         )
     return rows
+
+
+def speed_words(median: float, low: float, high: float) -> str:
+    """A speed-up in words; the middle half of its rounds says whether it is one.
+
+    Example:
+        >>> speed_words(1.724, 1.69, 1.75)
+        '1.72x faster (middle half of the rounds 1.69 to 1.75)'
+        >>> speed_words(0.43, 0.40, 0.50)
+        '2.33x slower (middle half of the rounds 2.00 to 2.50)'
+        >>> speed_words(0.99, 0.94, 1.34)
+        'as fast (0.99x, middle half of the rounds 0.94 to 1.34)'
+    """
+    slower = median < 1
+    ratio, first, third = (1 / median, 1 / high, 1 / low) if slower and low > 0 else (median, low, high)
+    if round(low, 2) <= 1 <= round(high, 2) or f"{ratio:.2f}" == "1.00":
+        return f"as fast ({median:.2f}x, middle half of the rounds {low:.2f} to {high:.2f})"
+    change = "slower" if slower else "faster"
+    return f"{ratio:.2f}x {change} (middle half of the rounds {first:.2f} to {third:.2f})"
+
+
+def _mac_words(ratio: float, baseline: str) -> str:
+    if f"{ratio:.2f}" == "1.00":
+        return f"as many MACs as {baseline}"
+    return f"{ratio:.2f}x fewer MACs than {baseline}" if ratio > 1 else f"{1 / ratio:.2f}x its MACs"
 
 
 def verdicts(rows: list[Line]) -> list[str]:
@@ -124,116 +320,46 @@ def verdicts(rows: list[Line]) -> list[str]:
     base, said = rows[0], []
     for row in rows[1:]:
         more = row.wrong - base.wrong
-        wrong = "as many" if more == 0 else f"{abs(more)} {'more' if more > 0 else 'fewer'}"
-        parts = [
-            f"{row.label}: {row.mac_ratio:.2f}x fewer MACs than {base.label}, {wrong} wrong answers "
-            f"of {row.tested}"
-        ]
-        for setting, (ratio, low, high) in row.speedups.items():
-            change = f"{ratio:.2f}x {'faster' if ratio >= 1 else 'as fast, so slower,'}"
-            parts.append(
-                f"{setting}: {change} (middle half of the rounds {low:.2f} to {high:.2f}), "
-                f"{row.efficiency(setting):.0%} of what the MACs promise"
-            )
-        said.append("; ".join(parts) + ".")
+        much = f"{abs(more):.3g} {'more' if more > 0 else 'fewer'}" if more else "as many"
+        mean = " (means over seeds)" if max(row.seeds, base.seeds) > 1 else ""
+        parts = [f"{_mac_words(row.mac_ratio, base.label)}, {much} wrong answers of {row.tested}{mean}"]
+        parts += [f"{setting}: {speed_words(*speedup)}" for setting, speedup in row.speedups.items()]
+        said.append(f"{row.label}: {'; '.join(parts)}.")
     return said
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- the page
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure as SVG, with a text that says what it shows."""
-
-    title: str
-    source: str
-    alternative: str
-
-
-def _picture(figure: Figure, title: str, alternative: str) -> Picture:
-    import matplotlib as mpl
-
-    buffer = io.BytesIO()
-    # without a date and with fixed names the same results give the same file
-    with mpl.rc_context({"svg.hashsalt": "quincunx", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(title, f"data:image/svg+xml;base64,{encoded}", alternative)
-
-
-def _axes(width: float = 6.0, height: float = 3.6) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _learning_curves(results: Results) -> Picture:
-    figure, axes = _axes()
-    for i, run in enumerate(results.runs):
-        history = run["history"]
-        axes.plot(
-            [entry["epoch"] for entry in history],
-            [100 * entry["test_error"] for entry in history],
-            label=label_of(run["network"]),
-            color=_COLOURS[i % len(_COLOURS)],
-            marker=_MARKERS[i % len(_MARKERS)],
-            markersize=4,
-        )
-    axes.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
-    ends = "; ".join(f"{label_of(r['network'])} ends at {100 * r['test_error']:.2f}%" for r in results.runs)
-    return _picture(figure, "Learning curves", f"Test error by epoch, logarithmic scale. {ends}.")
-
-
-def _scatter(rows: list[Line], xs: list[float], xlabel: str, title: str, unit: str) -> Picture:
-    figure, axes = _axes()
-    for i, (row, x) in enumerate(zip(rows, xs, strict=True)):
-        axes.scatter(
-            x,
-            100 * row.error,
-            color=_COLOURS[i % len(_COLOURS)],
-            marker=_MARKERS[i % len(_MARKERS)],
-            s=55,
-            label=row.label,
-            zorder=3,
-        )
-    axes.set(xlabel=xlabel, ylabel="test error (%)")
-    axes.set_xlim(0, max(xs) * 1.1)
-    axes.set_ylim(0, max(max(100 * row.error for row in rows) * 1.25, 0.1))
-    axes.legend(frameon=False)
-    said = "; ".join(
-        f"{row.label}: {100 * row.error:.2f}% at {x:.3g} {unit}" for row, x in zip(rows, xs, strict=True)
-    )
-    return _picture(figure, title, f"{title}. {said}.")
-
-
-def _sampling_picture(sampling: Sampling, size: int = 8) -> Picture:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.9, 1.9), layout="constrained")
-    axes = figure.subplots()
-    grid = getattr(sampling, "size", (size, size))
-    mask = sampling.mask(*grid)
-    axes.imshow(~mask.numpy(), cmap="gray", vmin=-0.35, vmax=1)
-    axes.set_xticks([x - 0.5 for x in range(1, grid[1])], labels=[])
-    axes.set_yticks([y - 0.5 for y in range(1, grid[0])], labels=[])
-    axes.tick_params(length=0)
-    axes.grid(color="#bbbbbb", linewidth=0.6)
-    name = _SHORT.get(sampling, repr(sampling))
-    count = int(mask.sum())
-    return _picture(
-        figure,
-        f"{name}",
-        f"Sampling {name} on {grid[0]} x {grid[1]} positions: dark ones are computed, "
-        f"{count} of {mask.numel()}; the first row has columns "
-        f"{', '.join(str(int(c)) for c in mask[0].nonzero().flatten()) or 'none'}.",
-    )
+def _pictures(results: Results, rows: list[Line]) -> list[Picture]:
+    curves = []
+    for network in results.networks:
+        # with several seeds, the mean over those that have the epoch
+        found: dict[int, list[float]] = {}
+        for run in network.runs:
+            for entry in run["history"]:
+                found.setdefault(entry["epoch"], []).append(100 * entry["test_error"])
+        epochs = sorted(found)
+        errors = [statistics.fmean(found[epoch]) for epoch in epochs]
+        curves.append(Curve(network.label, epochs, errors, floor=50 / network.runs[0]["data"]["test"]))
+    macs = [Point(r.label, r.macs / 1e6, 100 * r.error, r.macs / 1e6, r.macs / 1e6) for r in rows]
+    pictures = [
+        learning_curves(curves),
+        scatter(macs, "million MACs an image", "Error against MACs", "M"),
+    ]
+    for timing in results.timings:
+        setting = timing["setting"]
+        times = [
+            Point(
+                r.label, *(1e3 * r.times[setting][0], 100 * r.error), *(1e3 * t for t in r.times[setting][1:])
+            )
+            for r in rows
+            if setting in r.times
+        ]
+        if times:
+            title = f"Error against measured time, {setting}"
+            pictures.append(scatter(times, f"ms, median and quartiles ({setting})", title, "ms"))
+    return pictures
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -241,46 +367,40 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         folder: where the result files are.
-        out: the page; by default ``report.html`` in the folder.
+        out: the page, or a folder for it; by default ``report.html`` in ``folder``.
 
     Returns:
         The page's path.
 
     Raises:
         FileNotFoundError: no results there.
-        ValueError: a file that is not JSON.
+        ValueError: a file that is not JSON or not whole; runs on different data.
+        ModuleNotFoundError: the ``report`` extra is not installed.
     """
+    check_can_draw()
     from jinja2 import Environment, StrictUndefined
 
     folder = Path(folder)
-    page = Path(out) if out is not None else folder / "report.html"
+    page = Path(out) if out is not None else folder
+    if page.is_dir() or out is None:
+        page = page / "report.html"
     results = collect(folder)
     rows = lines(results)
-    pictures = [
-        _learning_curves(results),
-        _scatter(rows, [row.macs / 1e6 for row in rows], "million MACs an image", "Error against MACs", "M"),
-    ]
-    settings = [timing["setting"] for timing in results.timings]
-    for setting in settings:
-        if all(setting in row.times for row in rows):
-            xs = [1e3 * row.times[setting][0] for row in rows]
-            title = f"Error against measured time, {setting}"
-            pictures.append(_scatter(rows, xs, f"ms, median ({setting})", title, "ms"))
-    samplings: dict[Sampling, None] = {}
-    for run in results.runs:
-        if run["network"]["name"].startswith(("rsbn", "csbn")):
-            samplings[parse(run["network"]["settings"].get("sampling", CHESSBOARD))] = None
+    samplings = {s: _name_of(s) for n in results.networks if (s := _sampling_of(n.spec)) is not None}
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         rows=rows,
-        settings=settings,
+        settings=[timing["setting"] for timing in results.timings],
         verdicts=verdicts(rows),
-        pictures=pictures,
-        samplings=[_sampling_picture(s) for s in samplings],
-        runs=results.runs,
+        pictures=_pictures(results, rows),
+        samplings=[sampling_picture(sampling, name) for sampling, name in samplings.items()],
+        run=results.networks[0].runs[0],
+        seeds=sorted({run["seed"] for run in results.runs}),
+        epochs=sorted({run["recipe"]["epochs"] for run in results.runs}),
         timings=results.timings,
+        standard_error=math.sqrt(rows[0].error * (1 - rows[0].error) / rows[0].tested),
     )
     write_atomically(page, lambda path: _write(path, html))
     return page

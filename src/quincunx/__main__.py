@@ -1,0 +1,39 @@
+"""``quincunx`` and ``python -m quincunx``: the command line, or the sentence that says what it needs."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+# what each extra of pyproject.toml brings, by the name under which it is imported
+_EXTRAS = {
+    "train": ("PIL", "rich", "scipy", "sklearn", "typer"),
+    "report": ("jinja2", "matplotlib"),
+    "bench": ("onnx", "onnxruntime", "openvino"),
+}
+
+
+def main() -> None:
+    """The console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
+    try:
+        from quincunx.cli import app
+
+        app(prog_name="quincunx")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        for extra, brings in _EXTRAS.items():
+            if missing in brings:
+                sys.stderr.write(
+                    f"error: this command needs {missing}, which is not installed; "
+                    f"pip install 'quincunx[{extra}]'\n"
+                )
+                raise SystemExit(2) from None
+        raise
+    except KeyboardInterrupt:
+        sys.stderr.write("error: stopped\n")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

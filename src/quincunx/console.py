@@ -1,0 +1,103 @@
+"""What the command line prints: sentences, tables, one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from quincunx.cost import Cost
+from quincunx.report import Line
+
+__all__ = ["complain", "print_cost", "print_facts", "print_lines", "say", "show"]
+
+
+def complain(message: object) -> None:
+    """One sentence on standard error."""
+    # an operating system's error number says nothing to a person
+    text = re.sub(r"\[Errno -?\d+\] ", "", str(message))
+    Console(stderr=True, soft_wrap=True).print(f"error: {text}", markup=False, highlight=False)
+
+
+def say(text: str) -> None:
+    """A sentence on standard output, unwrapped."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(value: Any) -> None:
+    """A JSON document on standard output; strict JSON has no NaN and no infinity, null stands for them."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _console() -> Console:
+    # a table that is piped into a file is not cut at 80 columns
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def print_cost(network: str, shape: tuple[int, ...], found: Cost) -> None:
+    """A row for each layer that multiplies, and the total."""
+    table = Table(title=f"{network}, input {' x '.join(map(str, shape))}", title_justify="left")
+    table.add_column("layer")
+    table.add_column("kind")
+    for column in ("output", "MACs", "share", "parameters"):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        if row.macs:
+            share = f"{row.macs / found.macs:.1%}"
+            output = " x ".join(map(str, row.output))
+            table.add_row(row.name, row.kind, output, f"{row.macs:,}", share, f"{row.params:,}")
+    rest = sum(row.params for row in found.rows if not row.macs)
+    table.add_row("(no MACs: normalisation)", "", "", "0", "", f"{rest:,}", end_section=True)
+    table.add_row("total", "", "", f"{found.macs:,}", "100%", f"{found.params:,}")
+    _console().print(table)
+    say(
+        f"{found.macs / 1e6:.1f} M MACs (one multiply-add each; {2 * found.macs / 1e6:.1f} M FLOPs), "
+        f"{found.params / 1e6:.3f} M parameters"
+    )
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Names and values."""
+    table = Table(show_header=False, box=box.SIMPLE)
+    for key, value in facts.items():
+        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+    _console().print(table)
+
+
+def print_lines(rows: list[Line]) -> None:
+    """The report's table, short."""
+    # narrow enough for a terminal of 80 columns
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("network")
+    for column in ("test\nerror", f"wrong\nof {rows[0].tested}", "MACs\n(M)", "MAC\nratio"):
+        table.add_column(column, justify="right")
+    settings = list(rows[0].times)
+    for setting in settings:
+        table.add_column(f"{setting}\nms", justify="right")
+        table.add_column(f"{setting}\nspeed-up", justify="right")
+    for row in rows:
+        cells = [
+            row.label,
+            f"{100 * row.error:.2f}%",
+            f"{row.wrong:g}",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.mac_ratio:.2f}",
+        ]
+        for setting in settings:
+            cells += [f"{1e3 * row.times[setting][0]:.2f}", f"{row.speedups[setting][0]:.2f}x"]
+        table.add_row(*cells)
+    _console().print(table)

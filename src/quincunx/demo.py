@@ -1,0 +1,159 @@
+"""The demonstration: a small ResNet and its spatial bottleneck twins on digits, side by side."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quincunx import networks, recipes
+from quincunx.artifact import read_json, save, spec_of, write_json
+from quincunx.data import ImageData, load_data
+from quincunx.figures import check_can_draw
+from quincunx.latency import Timing, environment, measure_models
+from quincunx.report import Line, collect, label_of, lines, write_report
+from quincunx.train import CHECKPOINT, fit, progress_bar, recipe_with
+
+__all__ = ["run_demo"]
+
+_NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("rrn14", {}),
+    ("rsbn14", {"sampling": "2/4"}),
+    ("rsbn14", {"sampling": "1/4"}),
+)
+_BATCHES = (1, 64)
+_ROUNDS, _ROUNDS_AT_ONCE = 15, 3
+
+
+def file_name(label: str) -> str:
+    """A network's label as a file name."""
+    return label.replace(", ", "-").replace(" ", "-").replace("/", "of")
+
+
+def run_demo(
+    out: str | Path, *, epochs: int | None = None, seed: int = 0, progress: bool = False
+) -> list[Line]:
+    """Train three networks on digits, time them against each other and write the report.
+
+    The folder gets a result file for each network and batch size, ``report.html``, the artifact
+    ``model`` (the network with the 2/4 sampling) and, in ``training``, a folder for each run. An
+    earlier demonstration's results are replaced; anything else in the folder is left alone.
+
+    Args:
+        out: the folder.
+        epochs: passes over the training images; the recipe says by default.
+        seed: of initial weights, order and augmentation.
+        progress: show a bar.
+
+    Returns:
+        The report's rows, the ordinary network first.
+
+    Raises:
+        ValueError: the folder holds something else under one of the demonstration's names.
+        OSError: it cannot be written.
+        ModuleNotFoundError: an extra is not installed.
+        RunFailed: training could not go on.
+    """
+    check_can_draw()
+    out = Path(out)
+    chosen = recipe_with(recipes.digits(), epochs=epochs)
+    images = load_data("digits")
+    models: dict[str, nn.Module] = {}
+    for name, settings in _NETWORKS:
+        torch.manual_seed(seed)
+        model = networks.build(name, len(images.classes), images.in_channels, **settings)
+        models[label_of(spec_of(model))] = model
+    _make_room(out, list(models))
+    for label, model in models.items():
+        folder = out / "training" / file_name(label)
+        result = fit(model, images, chosen, folder, seed=seed, progress=progress)
+        write_json(out / f"{file_name(label)}.json", result)
+    baseline, chessboard = list(models)[:2]
+    save(models[chessboard], out / "model", info={"made_by": "demo", "data": images.describe()})
+    for batch in _BATCHES:
+        write_json(out / f"latency-batch{batch}.json", _timed(models, baseline, batch, images, progress))
+    write_report(out)
+    return lines(collect(out))
+
+
+def _make_room(out: Path, labels: list[str]) -> None:
+    """Remove what an earlier demonstration wrote; refuse, before removing anything, to touch the rest."""
+    files = {out / f"{file_name(label)}.json": "train" for label in labels}
+    files |= {out / f"latency-batch{batch}.json": "latency" for batch in _BATCHES}
+    for path, kind in files.items():
+        with _refusing(path):
+            if path.exists() and read_json(path)["kind"] != kind:
+                raise ValueError
+    page, model = out / "report.html", out / "model"
+    with _refusing(page):
+        if page.exists() and "<title>quincunx" not in page.read_text(encoding="utf-8"):
+            raise ValueError
+    with _refusing(model):
+        if model.exists() and read_json(model / "spec.json")["info"]["made_by"] != "demo":
+            raise ValueError
+    runs = [out / "training" / file_name(label) for label in labels]
+    for run in runs:
+        with _refusing(run):
+            if run.exists() and any(run.iterdir()) and not (run / CHECKPOINT).is_file():
+                raise ValueError
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (*files, page):
+        path.unlink(missing_ok=True)
+    for folder in (model, *runs):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: not written by an earlier demonstration, so not replaced; choose another --out"
+        ) from None
+
+
+def _timed(
+    models: Mapping[str, nn.Module], baseline: str, batch: int, images: ImageData, progress: bool
+) -> dict[str, Any]:
+    """The content of a latency result file."""
+    height, width = images.size
+    example = torch.randn(batch, images.in_channels, height, width)
+    example = example.contiguous(memory_format=torch.channels_last)
+    timings = _in_parts(models, example, f"timing at batch {batch}", progress)
+    rows = {}
+    for name, timing in timings.items():
+        ratio, low, high = timing.speedup_over(timings[baseline])
+        rows[name] = {**timing.to_dict(), "speedup": {"median": ratio, "q1": low, "q3": high}}
+    return {
+        "schema": 1,
+        "kind": "latency",
+        "setting": f"batch {batch}",
+        "how": f"inference, channels_last, {torch.get_num_threads()} threads, medians",
+        "rounds": _ROUNDS,
+        "baseline": baseline,
+        "rows": rows,
+        "environment": environment(),
+    }
+
+
+def _in_parts(
+    models: Mapping[str, nn.Module], example: Tensor, title: str, progress: bool
+) -> dict[str, Timing]:
+    """A few rounds at a time, so that the bar moves; a bar drawn within a round would be timed with it."""
+    timings: dict[str, Timing] = {}
+    with progress_bar(progress) as bar:
+        task = bar.add_task(title, total=_ROUNDS, state="rounds")
+        for _ in range(_ROUNDS // _ROUNDS_AT_ONCE):
+            for name, part in measure_models(models, example, rounds=_ROUNDS_AT_ONCE).items():
+                before = timings[name].seconds if name in timings else ()
+                timings[name] = replace(part, seconds=before + part.seconds)
+            bar.update(task, advance=_ROUNDS_AT_ONCE)
+    return timings

@@ -1,0 +1,205 @@
+"""Figures as SVG with a text that says what they show. The same values give the same bytes."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from quincunx.sampling import Sampling
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Curve", "Picture", "Point", "learning_curves", "sampling_picture", "scatter"]
+
+# Okabe and Ito's palette, told apart also by people who are colour-blind
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vPX"
+_LONGEST = 44
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a data address, with its title and its text alternative."""
+
+    title: str
+    source: str
+    alternative: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Test error in percent by epoch; ``floor`` is drawn in place of zero, which has no logarithm."""
+
+    label: str
+    epochs: Sequence[int]
+    errors: Sequence[float]
+    floor: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network at ``x`` with the middle half of its measurements (``low``, ``high``), error in percent."""
+
+    label: str
+    x: float
+    error: float
+    low: float
+    high: float
+
+
+def check_can_draw() -> None:
+    """Refuse before long work what would fail at its end.
+
+    Raises:
+        ModuleNotFoundError: the ``report`` extra is not installed.
+    """
+    for name in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"the report needs {name}, which is not installed; pip install 'quincunx[report]'", name=name
+            )
+
+
+def _styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
+    """Draw with fixed settings: a user's matplotlibrc changes nothing, "$" in a name is a dollar sign."""
+
+    @wraps(draw)
+    def wrapper(*args: Any) -> Picture:
+        import matplotlib as mpl
+
+        with mpl.rc_context(), warnings.catch_warnings():
+            # a letter that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph")
+            mpl.rcdefaults()
+            mpl.rcParams.update(
+                {
+                    "svg.hashsalt": "quincunx",
+                    "svg.fonttype": "path",
+                    "text.parse_math": False,
+                    "font.size": 10,
+                }
+            )
+            return draw(*args)
+
+    return wrapper
+
+
+def _picture(figure: Figure, title: str, alternative: str) -> Picture:
+    buffer = io.BytesIO()
+    # without a date and with fixed names the same results give the same file
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Picture(title, f"data:image/svg+xml;base64,{encoded}", alternative)
+
+
+def _shorten(label: str) -> str:
+    if len(label) > _LONGEST:
+        # names of samplings differ at their ends
+        label = f"{label[: _LONGEST - 13]}…{label[-12:]}"
+    # matplotlib leaves names with a leading underscore out of the legend
+    return label.lstrip("_") or "unnamed"
+
+
+def _look(i: int) -> tuple[str, str]:
+    """Colour and marker of the i-th network; 49 pairs before one comes back."""
+    n = len(_COLOURS)
+    return _COLOURS[i % n], _MARKERS[(i + i // n) % n]
+
+
+def _axes(labels: Sequence[str]) -> tuple[Figure, Any, int]:
+    """A figure with room for a legend below, which can then hide nothing."""
+    from matplotlib.figure import Figure
+
+    longest = max(len(label) for label in labels)
+    columns = max(1, min(len(labels), 3, 52 // (longest + 6)))
+    height = 3.3 + 0.2 * math.ceil(len(labels) / columns)
+    figure = Figure(figsize=(5.0, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes, columns
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.4)
+
+
+@_styled
+def learning_curves(curves: Sequence[Curve]) -> Picture:
+    """Test error by epoch, logarithmic."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    labels = [_shorten(curve.label) for curve in curves]
+    figure, axes, columns = _axes(labels)
+    for i, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+        colour, marker = _look(i)
+        axes.plot(
+            curve.epochs,
+            [max(error, curve.floor) for error in curve.errors],
+            label=label,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            # a few dozen epochs have a mark each, hundreds do not
+            markevery=max(1, len(curve.epochs) // 25),
+            linewidth=1.3,
+        )
+    axes.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _legend(figure, columns)
+    ends = "; ".join(f"{c.label} ends at {c.errors[-1]:.2f}%" for c in curves if c.errors)
+    return _picture(figure, "Learning curves", f"Test error by epoch, logarithmic scale. {ends}.")
+
+
+@_styled
+def scatter(points: Sequence[Point], xlabel: str, title: str, unit: str) -> Picture:
+    """Test error against what it costs, both from zero."""
+    labels = [_shorten(point.label) for point in points]
+    figure, axes, columns = _axes(labels)
+    for i, (point, label) in enumerate(zip(points, labels, strict=True)):
+        colour, marker = _look(i)
+        axes.hlines(point.error, point.low, point.high, color=colour, linewidth=1.4)
+        axes.scatter(point.x, point.error, s=55, label=label, color=colour, marker=marker, zorder=3)
+    axes.set(xlabel=xlabel, ylabel="test error (%)")
+    axes.set_xlim(0, 1.1 * max(max(p.x, p.high) for p in points))
+    top = max(1.25 * max(p.error for p in points), 0.1)
+    # a mark on the axis is seen whole
+    axes.set_ylim(-0.03 * top, top)
+    _legend(figure, columns)
+    said = "; ".join(f"{p.label}: {p.error:.2f}% at {p.x:.3g} {unit}" for p in points)
+    return _picture(figure, title, f"{title}. {said}.")
+
+
+@_styled
+def sampling_picture(sampling: Sampling, name: str) -> Picture:
+    """Which positions are computed, on a grid of two periods or more."""
+    from matplotlib.figure import Figure
+
+    side = max(8, 2 * getattr(sampling, "period", 0))
+    height, width = getattr(sampling, "size", (side, side))
+    figure = Figure(figsize=(1.9, 1.9), layout="constrained")
+    axes = figure.subplots()
+    mask = sampling.mask(height, width)
+    axes.imshow(~mask.numpy(), cmap="gray", vmin=-0.35, vmax=1)
+    axes.set_xticks([x - 0.5 for x in range(1, width)], labels=[])
+    axes.set_yticks([y - 0.5 for y in range(1, height)], labels=[])
+    axes.tick_params(length=0)
+    axes.grid(color="#bbbbbb", linewidth=0.6)
+    return _picture(
+        figure,
+        name,
+        f"Sampling {name} on {height} x {width} positions: dark ones are computed, "
+        f"{int(mask.sum())} of {mask.numel()}; the first row has columns "
+        f"{', '.join(str(int(c)) for c in mask[0].nonzero().flatten()) or 'none'}.",
+    )
