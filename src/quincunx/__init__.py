@@ -5,8 +5,9 @@ from importlib.metadata import version as _version
 from quincunx import networks
 from quincunx.artifact import load, save
 from quincunx.cost import Cost, cost
+from quincunx.fuse import fuse
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
-from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import (
     CHESSBOARD,
     QUARTER,
@@ -34,8 +35,10 @@ __all__ = [
     "Sampling",
     "SpatialBottleneck2d",
     "Uniform",
+    "backend",
     "cost",
     "fill_nearest",
+    "fuse",
     "load",
     "networks",
     "sampled_conv2d",

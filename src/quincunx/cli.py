@@ -322,12 +322,23 @@ def report_command(
 
 @app.command(epilog=_example("quincunx info --json"), short_help="Versions, processor, back end, networks.")
 def info(as_json: Json = False) -> None:
-    """Versions, processor, and the networks that can be built."""
-    facts = {**environment(), "networks": qx.networks.names(), "recipes": list(recipes.RECIPES)}
+    """Versions, processor, which back end serves and why, and what can be built."""
+    with _bad_input(), _run():
+        serving = qx.backend()
+    facts = {
+        **environment(),
+        "backend": serving.name,
+        "backend_reason": serving.reason,
+        "isa": serving.isa,
+        "networks": qx.networks.names(),
+        "recipes": list(recipes.RECIPES),
+    }
     if as_json:
         show(facts)
         return
-    print_facts({key: value for key, value in facts.items() if key not in ("time", "command")})
+    print_facts(
+        {k.replace("_", " "): v for k, v in facts.items() if k not in ("time", "command") and v is not None}
+    )
 
 
 @app.command(

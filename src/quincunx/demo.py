@@ -16,6 +16,7 @@ from quincunx import networks, recipes
 from quincunx.artifact import read_json, save, spec_of, write_json
 from quincunx.data import ImageData, load_data
 from quincunx.figures import check_can_draw
+from quincunx.fuse import fuse
 from quincunx.latency import Timing, environment, measure_models
 from quincunx.report import Line, collect, label_of, lines, write_report
 from quincunx.train import CHECKPOINT, fit, progress_bar, recipe_with
@@ -127,7 +128,9 @@ def _timed(
     height, width = images.size
     example = torch.randn(batch, images.in_channels, height, width)
     example = example.contiguous(memory_format=torch.channels_last)
-    timings = _in_parts(models, example, f"timing at batch {batch}", progress)
+    # every network gets the same treatment for inference, the ordinary one included
+    fused = {label: fuse(model.eval()) for label, model in models.items()}
+    timings = _in_parts(fused, example, f"timing at batch {batch}", progress)
     rows = {}
     for name, timing in timings.items():
         ratio, low, high = timing.speedup_over(timings[baseline])
@@ -136,7 +139,7 @@ def _timed(
         "schema": 1,
         "kind": "latency",
         "setting": f"batch {batch}",
-        "how": f"inference, channels_last, {torch.get_num_threads()} threads, medians",
+        "how": f"inference by qx.fuse, channels_last, {torch.get_num_threads()} threads, medians",
         "rounds": _ROUNDS,
         "baseline": baseline,
         "rows": rows,

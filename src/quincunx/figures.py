@@ -38,6 +38,7 @@ class Picture:
 class Curve:
     """Test error in percent by epoch; ``floor`` is drawn in place of zero, which has no logarithm."""
 
+    look: int
     label: str
     epochs: Sequence[int]
     errors: Sequence[float]
@@ -46,8 +47,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """A network at ``x`` with the middle half of its measurements (``low``, ``high``), error in percent."""
+    """A network at ``x`` with the middle half of its measurements (``low``, ``high``), error in percent.
 
+    ``look`` is its number on the page: it has the same colour and mark in every figure.
+    """
+
+    look: int
     label: str
     x: float
     error: float
@@ -139,8 +144,8 @@ def learning_curves(curves: Sequence[Curve]) -> Picture:
 
     labels = [_shorten(curve.label) for curve in curves]
     figure, axes, columns = _axes(labels)
-    for i, (curve, label) in enumerate(zip(curves, labels, strict=True)):
-        colour, marker = _look(i)
+    for curve, label in zip(curves, labels, strict=True):
+        colour, marker = _look(curve.look)
         axes.plot(
             curve.epochs,
             [max(error, curve.floor) for error in curve.errors],
@@ -167,8 +172,8 @@ def scatter(points: Sequence[Point], xlabel: str, title: str, unit: str) -> Pict
     """Test error against what it costs, both from zero."""
     labels = [_shorten(point.label) for point in points]
     figure, axes, columns = _axes(labels)
-    for i, (point, label) in enumerate(zip(points, labels, strict=True)):
-        colour, marker = _look(i)
+    for point, label in zip(points, labels, strict=True):
+        colour, marker = _look(point.look)
         axes.hlines(point.error, point.low, point.high, color=colour, linewidth=1.4)
         axes.scatter(point.x, point.error, s=55, label=label, color=colour, marker=marker, zorder=3)
     axes.set(xlabel=xlabel, ylabel="test error (%)")

@@ -322,7 +322,8 @@ def verdicts(rows: list[Line]) -> list[str]:
         more = row.wrong - base.wrong
         much = f"{abs(more):.3g} {'more' if more > 0 else 'fewer'}" if more else "as many"
         mean = " (means over seeds)" if max(row.seeds, base.seeds) > 1 else ""
-        parts = [f"{_mac_words(row.mac_ratio, base.label)}, {much} wrong answers of {row.tested}{mean}"]
+        answers = "answer" if abs(more) == 1 else "answers"
+        parts = [f"{_mac_words(row.mac_ratio, base.label)}, {much} wrong {answers} of {row.tested}{mean}"]
         parts += [f"{setting}: {speed_words(*speedup)}" for setting, speedup in row.speedups.items()]
         said.append(f"{row.label}: {'; '.join(parts)}.")
     return said
@@ -333,7 +334,7 @@ def verdicts(rows: list[Line]) -> list[str]:
 
 def _pictures(results: Results, rows: list[Line]) -> list[Picture]:
     curves = []
-    for network in results.networks:
+    for i, network in enumerate(results.networks):
         # with several seeds, the mean over those that have the epoch
         found: dict[int, list[float]] = {}
         for run in network.runs:
@@ -341,21 +342,23 @@ def _pictures(results: Results, rows: list[Line]) -> list[Picture]:
                 found.setdefault(entry["epoch"], []).append(100 * entry["test_error"])
         epochs = sorted(found)
         errors = [statistics.fmean(found[epoch]) for epoch in epochs]
-        curves.append(Curve(network.label, epochs, errors, floor=50 / network.runs[0]["data"]["test"]))
-    macs = [Point(r.label, r.macs / 1e6, 100 * r.error, r.macs / 1e6, r.macs / 1e6) for r in rows]
+        # half an image
+        floor = 50 / network.runs[0]["data"]["test"]
+        curves.append(Curve(i, network.label, epochs, errors, floor))
+    macs = [
+        Point(i, row.label, row.macs / 1e6, 100 * row.error, row.macs / 1e6, row.macs / 1e6)
+        for i, row in enumerate(rows)
+    ]
     pictures = [
         learning_curves(curves),
         scatter(macs, "million MACs an image", "Error against MACs", "M"),
     ]
-    for timing in results.timings:
-        setting = timing["setting"]
-        times = [
-            Point(
-                r.label, *(1e3 * r.times[setting][0], 100 * r.error), *(1e3 * t for t in r.times[setting][1:])
-            )
-            for r in rows
-            if setting in r.times
-        ]
+    for setting in (timing["setting"] for timing in results.timings):
+        times = []
+        for i, row in enumerate(rows):
+            if setting in row.times:
+                median, low, high = (1e3 * seconds for seconds in row.times[setting])
+                times.append(Point(i, row.label, median, 100 * row.error, low, high))
         if times:
             title = f"Error against measured time, {setting}"
             pictures.append(scatter(times, f"ms, median and quartiles ({setting})", title, "ms"))
