@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import pickle
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +28,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from quincunx.artifact import save, spec_of, write_atomically, write_json
+from quincunx.artifact import check_replaceable, save, spec_of, write_atomically, write_json
 from quincunx.cost import cost, inference_mode_of
 from quincunx.data import ImageData, Split, batches
 from quincunx.latency import environment
@@ -79,6 +82,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
+        for key in ("epochs", "batch_size"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{key}={value!r}: expected an integer")
         for key, holds, expected in (
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -112,8 +119,9 @@ def evaluate(model: nn.Module, split: Split, data: ImageData, *, batch_size: int
     """Loss and top-1 error of a network on one part of a data set.
 
     Raises:
-        ValueError: the network's outputs are not the data set's classes.
+        ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
+    _check_channels(model, data)
     loss, wrong = 0.0, 0
     with inference_mode_of(model):
         for images, labels in batches(split, data, batch_size):
@@ -122,6 +130,14 @@ def evaluate(model: nn.Module, split: Split, data: ImageData, *, batch_size: int
             loss += float(F.cross_entropy(scores, labels, reduction="sum"))
             wrong += int((scores.argmax(1) != labels).sum())
     return Evaluation(loss / len(split), wrong / len(split), len(split))
+
+
+def _check_channels(model: nn.Module, data: ImageData) -> None:
+    taken = getattr(model, "quincunx_spec", {}).get("in_channels", data.in_channels)
+    if taken != data.in_channels:
+        raise ValueError(
+            f"model: takes images of {taken} channels, but those of {data.name} have {data.in_channels}"
+        )
 
 
 def _check_scores(scores: Tensor, data: ImageData) -> None:
@@ -180,7 +196,8 @@ def fit(
         The content of ``run.json``.
 
     Raises:
-        ValueError: the checkpoint is corrupt, or of another network, recipe, seed or data set.
+        ValueError: the network does not fit the data; the checkpoint is corrupt, or of another network,
+            recipe, seed or data set; the folder holds something else where the artifact goes.
         FileExistsError: the folder holds a run and ``resume`` was not asked for.
         RunFailed: the loss is not finite, or the disk is full; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
@@ -194,6 +211,12 @@ class _Run:
     def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, folder: Path, seed: int) -> None:
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.spec = spec_of(model)
+        _check_channels(model, data)
+        height, width = data.size
+        example = torch.zeros(1, data.in_channels, height, width)
+        with inference_mode_of(model):
+            _check_scores(model(example), data)
+        self.cost = cost(model, example)
         self.augment = data.augment if recipe.augment is None else recipe.augment
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -205,8 +228,7 @@ class _Run:
             weight_decay=recipe.weight_decay,
         )
         self.history: list[dict[str, float]] = []
-        height, width = data.size
-        self.cost = cost(model, torch.zeros(1, data.in_channels, height, width))
+        self.saved = 0
 
     @property
     def checkpoint(self) -> Path:
@@ -219,10 +241,12 @@ class _Run:
                     f"{self.folder}: holds a run already; --resume goes on with it, another --out starts anew"
                 )
             self._restore()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # an artifact that cannot be written is better known before the training than after it
+        check_replaceable(self.folder / ARTIFACT)
         try:
             if not self.history:
                 self._save()
+            self._write_log()
             with progress_bar(progress) as bar:
                 steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
                 task = bar.add_task(
@@ -237,12 +261,15 @@ class _Run:
                     )
                     self.history.append(entry)
                     self._save()
+                    self._write_log()
             return self._finish()
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped in epoch {len(self.history) + 1} of {self.recipe.epochs}; the checkpoint after "
-                f"epoch {len(self.history)} is in {self.checkpoint}; the same command with --resume goes on"
-            ) from None
+            kept = (
+                f"whose checkpoint is in {self.checkpoint}; the same command with --resume goes on"
+                if self.checkpoint.exists()
+                else "before there was a checkpoint; the same command starts again"
+            )
+            raise Interrupted(f"stopped after {self.saved} of {self.recipe.epochs} epochs, {kept}") from None
         except OSError as error:
             raise RunFailed(
                 f"{error}; the run's last whole checkpoint, if it had one, is still in {self.checkpoint}"
@@ -273,11 +300,7 @@ class _Run:
             loss = F.cross_entropy(scores, labels)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise RunFailed(
-                    f"the loss is {value} in epoch {number + 1}, step {step + 1}, at learning rate "
-                    f"{lr:g}; the checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller "
-                    "--lr may help"
-                )
+                raise self._diverged("loss", value, number, step + 1, lr)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -286,6 +309,9 @@ class _Run:
             advance(f"epoch {number + 1} loss {total / ((step * self.recipe.batch_size) + len(labels)):.3f}")
         seconds = time.perf_counter() - began
         tested = evaluate(self.model, self.data.test, self.data)
+        if not math.isfinite(tested.loss):
+            # the last step may be the one that broke the weights: they must not replace good ones
+            raise self._diverged("test loss", tested.loss, number, steps, lr)
         count = len(self.data.train)
         return {
             "epoch": number + 1,
@@ -297,6 +323,12 @@ class _Run:
             "seconds": seconds,
             "images_per_second": count / seconds,
         }
+
+    def _diverged(self, what: str, value: float, number: int, step: int, lr: float) -> RunFailed:
+        return RunFailed(
+            f"the {what} is {value} in epoch {number + 1}, step {step}, at learning rate {lr:g}; the "
+            f"checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller --lr may help"
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
@@ -316,20 +348,35 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        write_atomically(self.checkpoint, lambda path: torch.save(content, path))
+        # written by Python, whose errors tell a full disk from a defect; torch's own writer does not
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(self.checkpoint, lambda path: _write_bytes(path, buffer.getbuffer()))
+        self.saved = len(self.history)
+
+    def _write_log(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         write_atomically(self.folder / LOG, lambda path: _write(path, lines))
 
     def _restore(self) -> None:
         content = read_checkpoint(self.checkpoint)
-        theirs, ours = json.loads(content["identity"]), self._identity()
+        ours = self._identity()
+        try:
+            theirs = json.loads(content["identity"])
+            state, momentum = content["model"], content["optimizer"]
+            history = json.loads(content["history"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
         for part in ("network", "recipe", "data", "seed"):
             if theirs.get(part) != ours[part]:
                 difference = _difference(theirs.get(part), ours[part])
                 raise ValueError(f"{self.checkpoint}: a checkpoint of another {part}: {difference}")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.history = json.loads(content["history"])
+        try:
+            self.model.load_state_dict(state)
+            self.optimizer.load_state_dict(momentum)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.checkpoint}: does not fit the network ({error})") from error
+        self.history, self.saved = history, len(history)
 
     def _finish(self) -> dict[str, Any]:
         last = self.history[-1]
@@ -356,12 +403,30 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _write_bytes(path: Path, content: memoryview) -> None:
+    path.write_bytes(content)
+
+
 def _difference(theirs: Any, ours: Any) -> str:
     """The fields in which two descriptions differ."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
         return ", ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in differing)
     return f"was {theirs!r}, now {ours!r}"
+
+
+# what zipfile and torch.load raise on damaged or foreign files
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -371,11 +436,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: a corrupt or foreign file.
     """
     try:
+        # torch itself reads damaged weights without a word
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path}: corrupt, or no checkpoint of quincunx ({str(error).splitlines()[0]})"
-        ) from error
+    except _UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: corrupt, or no checkpoint of quincunx ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: no checkpoint of quincunx")
     if content.get("version") != _VERSION:
