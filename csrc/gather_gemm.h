@@ -24,12 +24,15 @@ constexpr int kLanes = QX_BYTES / 4;
 constexpr int kMaxNv = QX_MAX_NV;
 constexpr int kTileRows[kMaxNv + 1] = {1, QX_TILE_ROWS};
 constexpr int kMaxRows = 16;
+constexpr int kUnroll = 2;
 // weights of one K block times one tile of output channels; stays in a level 2 cache with its input
 constexpr int64_t kPanelBytes = 320 * 1024;
 // channels of one K segment: a row is read in pieces of this many
 constexpr int kMaxSegment = 384;
 // positions that share one pass over the weights
 constexpr int64_t kChunk = 192;
+// images whose rows are taken side by side; fewer where their rows are far apart and displace each other
+constexpr int64_t kImages = 8, kLargeMap = 1024;
 // least multiply-adds that pay for handing work to another thread
 constexpr int64_t kMinPartMacs = 150000;
 constexpr int64_t kPartsPerThread = 4;
@@ -245,23 +248,28 @@ void tile(const Segments<Op>& s, const TileRows<Op>& rows, float* out, bool firs
       const int64_t count = length / Op::kStep;
       const float* b = reinterpret_cast<const float*>(
           s.weight + (c0 * s.all_taps + s.taps[t] * steps<Op>(length) * Op::kStep) * kWidth);
-      for (int64_t k = 0; k < count; ++k) {
+      const auto multiply = [&](int64_t k) __attribute__((always_inline)) {
         vf w[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) w[v] = load(b + v * kLanes);
+        for (int v = 0; v < NV; ++v) w[v] = load(b + k * kWidth + v * kLanes);
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
           for (int v = 0; v < NV; ++v) acc[r][v] = Op::add(acc[r][v], a[r] + k * Op::kStep, w[v]);
         }
-        b += kWidth;
+      };
+      int64_t k = 0;
+      for (; k + kUnroll <= count; k += kUnroll) {
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnroll; ++u) multiply(k + u);
       }
+      for (; k < count; ++k) multiply(k);
       if (Op::kStep > 1 && length % Op::kStep) {
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
           for (int v = 0; v < NV; ++v) {
-            acc[r][v] = Op::add_last(acc[r][v], a[r] + count * Op::kStep, load(b + v * kLanes));
+            acc[r][v] = Op::add_last(acc[r][v], a[r] + count * Op::kStep, load(b + count * kWidth + v * kLanes));
           }
         }
       }
@@ -363,6 +371,39 @@ Cut cut(const GatherGemm* problem, int64_t threads) {
   return best;
 }
 
+// The order of a group's rows: a few images at a time, position after position. Images side by side
+// have the same border, so that whole tiles can skip the taps that fall outside.
+struct Walk {
+  int64_t batch, blocks, positions;
+  int64_t block, first, last, position, image;
+  QX_INLINE Walk(int64_t images, int64_t number, int64_t count) {
+    batch = images;
+    blocks = ceil_div(images, number);
+    positions = count;
+  }
+  QX_INLINE void enter(int64_t which) {
+    block = which;
+    first = batch * block / blocks;
+    last = batch * (block + 1) / blocks;
+  }
+  QX_INLINE void go_to(int64_t q) {
+    const int64_t image_before = q / positions;
+    enter(image_before * blocks / batch);
+    if (image_before >= last) enter(block + 1);
+    const int64_t rest = q - first * positions;
+    position = rest / (last - first);
+    image = first + rest % (last - first);
+  }
+  QX_INLINE void step() {
+    if (++image < last) return;
+    image = first;
+    if (++position < positions) return;
+    position = 0;
+    enter(block + 1);
+    image = first;
+  }
+};
+
 template <class Op, class S>
 void run(const GatherGemm* problem, Cut cut, int64_t part) {
   typedef typename Op::Input Input;
@@ -390,6 +431,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
     const int64_t q_last = least(total, ceil_div(most(0, work_last - done), row_work));
     done += total * row_work;
     const int64_t segments = blocking.blocks * num_taps;
+    Walk walk(g.batch, g.rows_in < kLargeMap ? kImages : kImages / 2, positions);
     const int64_t chunks = ceil_div(q_last - q_first, kChunk);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
@@ -409,7 +451,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
         for (int64_t k = 0; k < k_blocks; ++k) {
           s.first = segments * k / k_blocks;
           s.last = segments * (k + 1) / k_blocks;
-          int64_t image = q0 / positions, p = q0 % positions;
+          walk.go_to(q0);
           for (int64_t i = 0; i < count_tiles; ++i) {
             const int64_t from = q0 + (q1 - q0) * i / count_tiles;
             const int64_t to = q0 + (q1 - q0) * (i + 1) / count_tiles;
@@ -417,15 +459,13 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
             FinishRows finish;
             finish.rows = to - from;
             for (int64_t r = 0; r < finish.rows; ++r) {
-              const int64_t row = out_rows[p], other = g.residual_rows ? g.residual_rows[row] : row;
-              rows.x[r] = x + image * g.rows_in * g.in_channels;
-              rows.index[r] = index + p * num_taps;
-              finish.out[r] = (image * g.rows_out + row) * g.out_channels;
-              finish.residual[r] = (image * g.residual_size + other) * g.residual_channels;
-              if (++p == positions) {
-                p = 0;
-                ++image;
-              }
+              const int64_t row = out_rows[walk.position];
+              const int64_t other = g.residual_rows ? g.residual_rows[row] : row;
+              rows.x[r] = x + walk.image * g.rows_in * g.in_channels;
+              rows.index[r] = index + walk.position * num_taps;
+              finish.out[r] = (walk.image * g.rows_out + row) * g.out_channels;
+              finish.residual[r] = (walk.image * g.residual_size + other) * g.residual_channels;
+              walk.step();
             }
             float* cell = acc + (from - q0) * width;
             kTiles<Op>.at[nv][finish.rows](s, rows, cell, k == 0);

@@ -21,7 +21,7 @@ inline __attribute__((always_inline)) dot_vf dot_bf16(dot_vf acc, int32_t pair, 
 #define QX_ISA avx512bf16
 #define QX_BYTES 64
 #define QX_MAX_NV 4
-#define QX_TILE_ROWS 12, 12, 8, 6
+#define QX_TILE_ROWS 16, 14, 8, 6
 #define QX_GRAD_ROWS 16, 12
 #define QX_DOT_BF16
 #include "gather_gemm.h"

@@ -80,7 +80,7 @@ Case random_case() {
   c.in_per = pick({1, 2, 3, 8, 17, 33, 401});
   c.out_per = pick({1, 3, 15, 16, 17, 32, 48, 65, 100});
   c.taps = pick({1, 2, 5, 9});
-  c.batch = pick({0, 1, 2, 3});
+  c.batch = pick({0, 1, 2, 3, 11});
   c.rows_in = pick({1, 7, 40});
   for (int64_t g = pick({0, 1, 2, 3}); g > 0; --g) {
     const int64_t positions = pick({0, 1, 5, 13, 210}), used = generator() % (c.taps + 1);
