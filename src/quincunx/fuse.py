@@ -59,6 +59,8 @@ def fuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     own = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(own, (nn.Conv2d, SampledConv2d)):
+        own = nn.Sequential(own)  # a single layer is a network too
     graph = _trace(own)
     _drop_nothings(own, graph)
     _out_of_place(own, graph)
@@ -264,10 +266,12 @@ class _Absorber:
         if user is not None and (kind := _activation(self.model, user)):
             step, value = replace(step, activation=kind), user
         self.claimed.add(value)
+        before = set(self.claimed)
         second = None
         if step.activation == 0:
             step, second = self._pre_activation(step, value)
-        readers = [u for u in value.users if u not in self.claimed]
+        # what another step has claimed still reads this one
+        readers = set(value.users) - (self.claimed - before)
         step = replace(
             step, out=value.name if readers else None, out2=second.name if second is not None else None
         )
@@ -295,7 +299,13 @@ class _Absorber:
         return replace(step, shortcut=Shortcut(base.name, stride)), user
 
     def _pre_activation(self, step: Step, value: fx.Node) -> tuple[Step, fx.Node | None]:
-        """The batch norm and ReLU that some block puts in front of its first convolution."""
+        """The batch norm and ReLU, or the ReLU alone, that some block puts in front of its first
+        convolution."""
+        for user in value.users:
+            if user not in self.claimed and _activation(self.model, user) == 1:
+                self.claimed.add(user)
+                ones = torch.ones(step.out_channels)
+                return replace(step, scale2=ones, shift2=torch.zeros_like(ones)), user
         for norm in value.users:
             affine, relu = _affine(self.model, norm), self._only_user(norm)
             if affine is not None and relu is not None and _activation(self.model, relu) == 1:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import register_flop_formula
 
 from quincunx.latency import measure
 from quincunx.ops import backend, native
@@ -126,6 +128,27 @@ def _plan(step: Step, maps: dict[str, _Map]) -> Plan:
     return forward_plan(step.sampling, step.geometry, *source.size, source=source.fill or None)
 
 
+def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, **__: Any) -> int:
+    """Two for each multiply-add of a program; arguments as shapes and integers."""
+    fields = _OUT_FIELD + 5
+    total = 0
+    for at in range(0, len(code), fields):
+        step = code[at : at + fields]
+        out = step[_OUT_FIELD] if step[_OUT_FIELD] >= 0 else step[_OUT_FIELD + 1]
+        channels, outputs = (buffers[5 * number + 1] for number in (step[0], out))
+        reads = tensors[step[_INDEX_FIELD]][0]
+        total += 2 * inputs[0][0] * reads * channels * outputs // step[_OUT_FIELD + 3]
+    return total
+
+
+_INDEX_FIELD, _OUT_FIELD = 8, 12
+
+
+@lru_cache(maxsize=1)
+def _count_flops() -> None:
+    register_flop_formula(torch.ops.quincunx_native.run_program)(_program_flops)
+
+
 @lru_cache(maxsize=1024)
 def _shortcut_rows(size: tuple[int, int], stride: int, fill: str, out: _Map) -> Tensor:
     """The stored row of the shortcut's source behind each stored row of the output, int32."""
@@ -223,6 +246,7 @@ def _segment(steps: Sequence[Step], maps: dict[str, _Map], wanted: set[str]) -> 
     outputs = [name for name in written if name in wanted]
     offsets = _arena(steps, [name for name in written if name not in wanted], maps)
     segment = _Segment(inputs, outputs)
+    _count_flops()
     numbers: dict[str, int] = {}
     for name in (*inputs, *written):
         kind = 0 if name in inputs else 2 if name in wanted else 1
@@ -319,10 +343,19 @@ class Program(nn.Module):
         steps: in order.
         inputs: names of the arguments.
         outputs: names of the values returned.
+        native_only: never torch's own convolution, not even where it is faster.
     """
 
-    def __init__(self, steps: Sequence[Step], inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        native_only: bool = False,
+    ) -> None:
         super().__init__()
+        self.native_only = native_only
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self._compiled: dict[tuple[Any, ...], list[Callable[[dict[str, Tensor]], None]]] = {}
 
@@ -346,7 +379,9 @@ class Program(nn.Module):
         key = (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
         stages = self._compiled.get(key)
         if stages is None:
-            stages = self._compile([tuple(tensor.shape) for tensor in arguments])
+            # what is measured and packed here is no part of the network's own work
+            with _disable_current_modes():
+                stages = self._compile([tuple(tensor.shape) for tensor in arguments])
             self._compiled[key] = stages
         values = dict(zip(self.inputs, arguments, strict=True))
         with torch.no_grad():
@@ -370,7 +405,8 @@ class Program(nn.Module):
             for name in step.writes:
                 maps[name] = shape if native_here else plain
             by_torch.append(
-                not native_here or (dense and not shape.fill and _prefers_torch(step, maps, batch))
+                not native_here
+                or (not self.native_only and dense and not shape.fill and _prefers_torch(step, maps, batch))
             )
         return self._stages(maps, by_torch)
 
