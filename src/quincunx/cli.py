@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"quincunx {qx.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_verb(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Seed = Annotated[int, typer.Option(help="Fixes initial weights, data order and augmentation.", min=0)]
@@ -93,7 +110,8 @@ def _run() -> Iterator[None]:
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
-        complain(f"not enough memory ({str(error).splitlines()[0]})")
+        wanted = re.search(r"\d+ bytes", str(error))
+        complain(f"not enough memory for {wanted[0] if wanted else 'this'}")
         raise typer.Exit(1) from None
 
 
@@ -108,6 +126,9 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"out={str(folder)!r}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"out={str(folder)!r}: {there} may not be written")
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -191,6 +212,7 @@ def train(
         images = _load(data, test_data, size, skip_bad, as_json)
         torch.manual_seed(seed)
         model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
+        _make_folder(folder)
         with _run():
             result = fit(model, images, chosen, folder, seed=seed, resume=resume, progress=not as_json)
     if as_json:
@@ -313,6 +335,8 @@ def report_command(
     Runs of one network that differ in the seed alone are averaged.
     """
     with _bad_input():
+        if out is not None:
+            _check_folder(out.parent)
         page = write_report(folder, out)
     if as_json:
         show({"report": str(page)})
@@ -347,7 +371,7 @@ def info(as_json: Json = False) -> None:
 )
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 12,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: Json = False,

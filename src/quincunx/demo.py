@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,8 +35,16 @@ _ROUNDS, _ROUNDS_AT_ONCE = 15, 3
 
 
 def file_name(label: str) -> str:
-    """A network's label as a file name."""
-    return label.replace(", ", "-").replace(" ", "-").replace("/", "of")
+    """A network's label as a file name that any system takes.
+
+    Example:
+        >>> file_name("rsbn20 2/4, width 8")
+        'rsbn20-2of4-width-8'
+    """
+    name = re.sub(r"[^\w.]+", "-", re.sub(r"(\d)/(\d)", r"\1of\2", label)).strip("-.")
+    if len(name) <= 80:
+        return name
+    return f"{name[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def run_demo(
@@ -56,8 +66,9 @@ def run_demo(
         The report's rows, the ordinary network first.
 
     Raises:
-        ValueError: the folder holds something else under one of the demonstration's names.
-        OSError: it cannot be written.
+        ValueError: the folder holds something else under one of the demonstration's names, or cannot
+            be made.
+        OSError: a file cannot be written.
         ModuleNotFoundError: an extra is not installed.
         RunFailed: training could not go on.
     """
@@ -101,9 +112,13 @@ def _make_room(out: Path, labels: list[str]) -> None:
     runs = [out / "training" / file_name(label) for label in labels]
     for run in runs:
         with _refusing(run):
-            if run.exists() and any(run.iterdir()) and not (run / CHECKPOINT).is_file():
+            foreign = run.exists() and any(run.iterdir()) and not (run / CHECKPOINT).is_file()
+            if foreign or run.parent.is_file():
                 raise ValueError
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r}: cannot be made ({error.strerror})") from error
     for path in (*files, page):
         path.unlink(missing_ok=True)
     for folder in (model, *runs):

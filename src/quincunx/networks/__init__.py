@@ -1,4 +1,12 @@
-"""Networks by name."""
+"""Networks by name.
+
+Example:
+    >>> from quincunx import networks
+    >>> networks.names()[0]
+    'rrn20'
+    >>> networks.build("rsbn20", num_classes=100, sampling="1/4").classifier.out_features
+    100
+"""
 
 from quincunx.networks.registry import build, names
 

@@ -1,0 +1,283 @@
+"""The command line as a user meets it: what it prints where, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import quincunx as qx
+from quincunx.__main__ import main
+from quincunx.cli import app
+
+SMALL = ("--network", "rsbn8", "--width", "4")
+VERBS = ("train", "evaluate", "cost", "report", "info", "demo")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder_and_threads(tmp_path, monkeypatch):
+    """Each test in an empty folder, on one thread, in a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="quincunx")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def document(*arguments):
+    """What ``--json`` prints: one strict JSON document and nothing else."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(result.stdout, parse_constant=refuse)
+
+
+def refused(*arguments, code=2):
+    """The one sentence on standard error with which a call ends."""
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "Error: "))]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "[Errno" not in result.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_and_shows_an_example(verb):
+    text = call(verb, "--help").stdout
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "--json" in text
+    example = text.partition("Example:\n")[2].strip()
+    assert example.startswith(f"quincunx {verb}")
+    assert "\n" not in example
+    # an option without a word of explanation stands alone on its line
+    for line in text.partition("Options:")[2].splitlines():
+        if line.startswith("  --"):
+            assert len(line.split("  ")) > 2, line
+
+
+def test_the_first_help_lists_every_verb_whole():
+    text = call("--help").stdout
+    for verb in VERBS:
+        assert f"\n  {verb} " in text
+    assert "..." not in text.partition("Commands:")[2]
+    assert call("--version").stdout.startswith(f"quincunx {qx.__version__}, torch ")
+
+
+def test_train_evaluate_report(tmp_path):
+    """The main road: each verb's JSON agrees with the files and with the next verb."""
+    result = document("train", *SMALL, "--epochs", 2, "--threads", 1)
+    folder = tmp_path / "runs" / "rsbn8-2of4-width-4"
+    assert result == json.loads((folder / "run.json").read_text())
+    assert len(result["history"]) == 2
+    assert result["recipe"]["name"] == "digits"
+    assert result["environment"]["threads"] == 1
+    evaluated = document("evaluate", folder / "model")
+    assert evaluated["error"] == result["test_error"]
+    assert evaluated["images"] == 360
+    # a run's folder stands for the artifact in it
+    assert document("evaluate", folder)["artifact"] == str(folder / "model")
+    assert "test error" in call("evaluate", folder).stdout
+    page = document("report", "runs")["report"]
+    assert "rsbn8 2/4, width 4" in (tmp_path / page).read_text()
+    assert call("report", "runs", "--out", "page.html").stdout == "wrote page.html\n"
+    # a second call does not destroy the first, other settings do not meet it
+    before = (folder / "run.json").read_bytes()
+    assert "--resume" in refused("train", *SMALL, "--epochs", 2)
+    assert "another recipe: epochs was 2, now 1" in refused("train", *SMALL, "--epochs", 1, "--resume")
+    assert "another network: name was 'rsbn8', now 'rsbn14'" in refused(
+        "train", "--network", "rsbn14", "--width", 4, "--epochs", 2, "--resume", "--out", folder
+    )
+    assert (folder / "run.json").read_bytes() == before
+    assert call("train", *SMALL, "--epochs", 1, "--sampling", "1/4", "--seed", 3).exit_code == 0
+    assert (tmp_path / "runs" / "rsbn8-1of4-width-4-seed3" / "run.json").exists()
+
+
+def test_cost():
+    found = document("cost", "rsbn8", "--sampling", "1/4", "--input", "2x1x32x32")
+    model = qx.networks.build("rsbn8", 10, 1, sampling="1/4")
+    expected = qx.cost(model, torch.zeros(2, 1, 32, 32))
+    assert (found["macs"], found["params"], found["input"]) == (
+        expected.macs,
+        expected.params,
+        [2, 1, 32, 32],
+    )
+    text = call("cost", "rsbn8", "--sampling", "1/4", "--input", "2x1x32x32").stdout
+    assert f"{expected.macs:,}" in text
+    assert f"{expected.params:,}" in text
+
+
+def test_info():
+    found = document("info")
+    assert found["quincunx"] == qx.__version__
+    assert found["networks"] == qx.networks.names()
+    assert (found["backend"], found["backend_reason"]) == (qx.backend().name, qx.backend().reason)
+    assert qx.backend().name in call("info").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--network", "rsbm20"], ["unknown network", "nearest first: rsbn20,"]),
+        (["train", "--network", "rsbn21"], ["6n + 2", "such as 20"]),
+        (["train", "--data", "digit"], ["data='digit'", "known: digits"]),
+        (["train", "--recipe", "shrt"], ["unknown recipe; nearest first: short,"]),
+        (["train", "--sampling", "5/4"], ["sampling='5/4'", "2/4"]),
+        (["train", "--sampling", "chesboard"], ["sampling='chesboard'", "chessboard"]),
+        (["train", "--sampling", "cosets:1:0,0"], ["period=1", ">= 2"]),
+        (["train", "--sampling", "cosets:2:0,2"], ["(0, 2)", "[0, 2)"]),
+        (["train", "--sampling", "random:2"], ["rate=2.0", "(0, 1]"]),
+        (["train", "--network", "rrn8", "--sampling", "1/4"], ["rrn8 has no such setting"]),
+        (["train", "--down", "max"], ["'stride' or 'avgpool'"]),
+        (["train", "--threads", "0"], ["--threads"]),
+        (["train", "--epochs", "0"], ["epochs=0: expected at least 1"]),
+        (["train", "--lr", "nan"], ["lr=nan: expected a positive number"]),
+        (["train", "--lr", "fast"], ["--lr"]),
+        (["train", "--seed", "-1"], ["--seed"]),
+        (["train", "--data", "empty"], ["empty: no images found"]),
+        (["train", "--out", "file"], ["out='file'", "not a folder"]),
+        (["train", "--out", "file/below"], ["out='file/below'", "file is not a folder"]),
+        (["demo", "--out", "file"], ["out='file'", "not a folder"]),
+        (["cost", "rsbn20", "--input", "1x3x32"], ["input='1x3x32'", "1x3x32x32"]),
+        (["cost", "rsbn20", "--input", "1x3x1x1"], ["grid 1 x 1", "K=2"]),
+        (["cost", "nosuch"], ["unknown network"]),
+        (["evaluate", "empty"], ["empty: no artifact here"]),
+        (["evaluate", "nosuch"], ["nosuch: no such folder"]),
+        (["report", "empty"], ["empty: no results"]),
+        (["report", "nosuch"], ["nosuch: no such folder"]),
+        (["report", "file"], ["file: not a folder"]),
+        (["nosuch"], ["nosuch"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, arguments, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    sentence = refused(*arguments)
+    for word in words:
+        assert word in sentence
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file"]
+    # with --json nothing else goes to standard output either
+    if arguments != ["nosuch"]:
+        assert refused(*arguments, "--json") == sentence
+
+
+def test_an_artifact_for_other_images(tmp_path):
+    qx.save(qx.networks.build("rrn8", in_channels=3), tmp_path / "rgb")
+    assert "channels" in refused("evaluate", "rgb")
+    qx.save(qx.networks.build("rrn8", num_classes=7, in_channels=1), tmp_path / "seven")
+    assert "10 classes" in refused("evaluate", "seven")
+
+
+def test_a_run_that_diverges_fails_with_1(tmp_path):
+    sentence = refused("train", *SMALL, "--lr", 1e9, "--epochs", 1, "--out", "run", "--json", code=1)
+    assert "loss is" in sentence
+    assert "--lr" in sentence
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_full_disk_fails_with_1(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("quincunx.train.write_atomically", full)
+    assert "No space left on device" in refused("train", *SMALL, "--epochs", 1, "--json", code=1)
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    def hungry(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 48 bytes.")
+
+    monkeypatch.setattr("quincunx.cli.cost", hungry)
+    assert "not enough memory for 48 bytes" in refused("cost", "rsbn8", code=1)
+
+
+def test_a_defect_is_not_dressed_up_as_bad_input(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("quincunx.cli.cost", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        call("cost", "rsbn8")
+
+
+@pytest.mark.parametrize(
+    ("missing", "verb", "extra"),
+    [
+        ("typer", ["info"], "train"),
+        ("rich", ["--help"], "train"),
+        ("sklearn", ["train", *SMALL], "train"),
+        ("matplotlib", ["demo"], "report"),
+        ("jinja2", ["report", "."], "report"),
+    ],
+)
+def test_without_an_extra_the_extra_is_named(tmp_path, monkeypatch, capsys, missing, verb, extra):
+    for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing in ("typer", "rich"):
+        for name in ("cli", "console"):
+            monkeypatch.delitem(sys.modules, f"quincunx.{name}")
+    monkeypatch.setattr(sys, "argv", ["quincunx", *verb])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    needed = err.splitlines()[-1]
+    assert needed == (
+        f"error: this command needs {missing}, which is not installed; pip install 'quincunx[{extra}]'"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_that_closes_early_is_no_traceback():
+    command = f"{sys.executable} -m quincunx cost rsbn110 --json | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout == '{\n  "netwo'
+    assert done.stderr == ""
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_resume_finishes(tmp_path):
+    arguments = ["train", *SMALL, "--epochs", "4", "--threads", "1", "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quincunx", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 90
+    while not (log.exists() and log.read_text().count("\n") >= 1):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, ""), err
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith("error: stopped")
+    assert "--resume" in sentence
+    assert "Traceback" not in err
+    kept = [json.loads(line) for line in log.read_text().splitlines()]
+    resumed = document(*arguments, "--resume")
+    assert 1 <= len(kept) < len(resumed["history"]) == 4
+    assert resumed["history"][: len(kept)] == kept
