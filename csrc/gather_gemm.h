@@ -168,12 +168,15 @@ QX_INLINE void convert(uint16_t from, float& to) {
   __builtin_memcpy(&to, &bits, 4);
 }
 
-constexpr int64_t kPackChannels = 8;  // few at a time, so that what is written strided stays in cache
+// few at a time and close together, so that what is written strided stays in cache
+constexpr int64_t kPackChannels = 32, kPackTaps = 9;
 
 template <class Op, class W>
 void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
   typedef typename Op::Packed P;
   constexpr int64_t step = Op::kStep;
+  constexpr int64_t kVector = kLanes * step, kTap = kPackChannels * kLanes;  // in the buffer
+  alignas(64) P together[kPackTaps * kTap];
   const Weight& w = *weight;
   const Tiling tiling(w.outputs);
   const Blocking blocking(w.channels);
@@ -190,15 +193,26 @@ void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
     const int64_t stop = least(first + kPackChannels, steps<Op>(length) * step);
     P* to = static_cast<P*>(packed) + (group * tiling.vectors + v0) * column + c0 * w.taps * width;
     const W* from = static_cast<const W*>(w.data) + group * w.group_stride + c0 * w.channel_stride;
-    for (int64_t lane = 0; lane < width; ++lane) {
-      const int64_t o = v0 * kLanes + lane;
-      for (int64_t i = first; i < stop; ++i) {
-        P* cell = to + (i / step) * width * step + lane * step + i % step;
-        if (o < w.outputs && i < length) {
-          const W* row = from + o * w.output_stride + i * w.channel_stride;
-          for (int64_t t = 0; t < w.taps; ++t) convert(row[t * w.tap_stride], cell[t * tap_size]);
-        } else {
-          for (int64_t t = 0; t < w.taps; ++t) cell[t * tap_size] = 0;
+    for (int64_t v = 0; v < nv; ++v) {
+      for (int64_t t0 = 0; t0 < w.taps; t0 += kPackTaps) {
+        const int64_t t_count = least(kPackTaps, w.taps - t0);
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int64_t o = (v0 + v) * kLanes + lane;
+          for (int64_t i = first; i < stop; ++i) {
+            P* cell = together + (i - first) / step * kVector + lane * step + i % step;
+            if (o < w.outputs && i < length) {
+              const W* row = from + o * w.output_stride + i * w.channel_stride + t0 * w.tap_stride;
+              for (int64_t t = 0; t < t_count; ++t) convert(row[t * w.tap_stride], cell[t * kTap]);
+            } else {
+              for (int64_t t = 0; t < t_count; ++t) cell[t * kTap] = 0;
+            }
+          }
+        }
+        for (int64_t t = 0; t < t_count; ++t) {
+          for (int64_t i = 0; i < (stop - first) / step; ++i) {
+            __builtin_memcpy(to + (t0 + t) * tap_size + (first / step + i) * width * step + v * kVector,
+                             together + t * kTap + i * kVector, kVector * sizeof(P));
+          }
         }
       }
     }
@@ -307,12 +321,20 @@ constexpr Tiles<Op> kTiles{};
 // ---------------------------------------------------------------- epilogue
 
 struct FinishRows {
-  int64_t rows, out[kMaxRows], residual[kMaxRows];  // offsets of the rows in their maps
+  int64_t rows, row[kMaxRows], image[kMaxRows];
 };
 
 template <class S>
 void finish_rows(const GatherGemm& g, const float* acc, int64_t width, const FinishRows& f, int64_t o0,
                  int64_t count) {
+  int64_t place[kMaxRows], residual_place[kMaxRows];
+  for (int64_t r = 0; r < f.rows; ++r) place[r] = (f.image[r] * g.rows_out + f.row[r]) * g.out_channels;
+  if (g.residual) {
+    for (int64_t r = 0; r < f.rows; ++r) {
+      const int64_t row = g.residual_rows ? g.residual_rows[f.row[r]] : f.row[r];
+      residual_place[r] = (f.image[r] * g.residual_size + row) * g.residual_channels;
+    }
+  }
   S* out = static_cast<S*>(g.out);
   S* out2 = static_cast<S*>(g.out2);
   const S* residual = static_cast<const S*>(g.residual);
@@ -324,11 +346,11 @@ void finish_rows(const GatherGemm& g, const float* acc, int64_t width, const Fin
     const vf shift = out2 ? load_some(g.shift2 + o, left) : vf{};
     for (int64_t r = 0; r < f.rows; ++r) {
       vf value = load(acc + r * width + v) + bias;
-      if (added > 0) value += load_some(residual + f.residual[r] + o, added);
+      if (added > 0) value += load_some(residual + residual_place[r] + o, added);
       if (g.activation != kNone) value = at_least(value, 0.0f);
       if (g.activation == kRelu6) value = at_most(value, 6.0f);
-      if (out) store_some(out + f.out[r] + o, value, left);
-      if (out2) store_some(out2 + f.out[r] + o, at_least(value * scale + shift, 0.0f), left);
+      if (out) store_some(out + place[r] + o, value, left);
+      if (out2) store_some(out2 + place[r] + o, at_least(value * scale + shift, 0.0f), left);
     }
   }
 }
@@ -414,6 +436,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
   const Tiling tiling(g.out_channels / g.channel_groups);
   const int64_t tiles = tiling.tiles * g.channel_groups;
   const int64_t column = g.num_taps * steps<Op>(channels) * Op::kStep * kLanes;
+  const int64_t image_size = g.rows_in * g.in_channels;
   const Blocking blocking(channels);
   const int32_t* index = g.index;
   const int32_t* out_rows = g.rows;
@@ -445,6 +468,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
         const int64_t panel = num_taps * steps<Op>(channels) * width * 4;
         const int64_t k_blocks = most(1, least(segments, ceil_div(panel, kPanelBytes)));
         const int64_t count_tiles = ceil_div(q1 - q0, kTileRows[nv]);
+        const int64_t least_rows = (q1 - q0) / count_tiles, larger = (q1 - q0) % count_tiles;
         Segments<Op> s{static_cast<const Packed*>(g.weight) + (channel_group * tiling.vectors + v0) * column,
                        taps, num_taps, g.num_taps, 0, 0, g.in_channels, blocking};
         const Input* x = static_cast<const Input*>(g.x) + channel_group * channels;
@@ -452,24 +476,21 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
           s.first = segments * k / k_blocks;
           s.last = segments * (k + 1) / k_blocks;
           walk.go_to(q0);
+          float* cell = acc;
           for (int64_t i = 0; i < count_tiles; ++i) {
-            const int64_t from = q0 + (q1 - q0) * i / count_tiles;
-            const int64_t to = q0 + (q1 - q0) * (i + 1) / count_tiles;
             TileRows<Op> rows;
             FinishRows finish;
-            finish.rows = to - from;
+            finish.rows = least_rows + (i < larger);
             for (int64_t r = 0; r < finish.rows; ++r) {
-              const int64_t row = out_rows[walk.position];
-              const int64_t other = g.residual_rows ? g.residual_rows[row] : row;
-              rows.x[r] = x + walk.image * g.rows_in * g.in_channels;
+              rows.x[r] = x + walk.image * image_size;
               rows.index[r] = index + walk.position * num_taps;
-              finish.out[r] = (walk.image * g.rows_out + row) * g.out_channels;
-              finish.residual[r] = (walk.image * g.residual_size + other) * g.residual_channels;
+              finish.row[r] = out_rows[walk.position];
+              finish.image[r] = walk.image;
               walk.step();
             }
-            float* cell = acc + (from - q0) * width;
             kTiles<Op>.at[nv][finish.rows](s, rows, cell, k == 0);
             if (k == k_blocks - 1) finish_rows<S>(g, cell, width, finish, o0, count);
+            cell += finish.rows * width;
           }
         }
       }
