@@ -191,6 +191,32 @@ def check_resumed(tmp_path, name, step, recipe):
         assert torch.equal(state["momentum_buffer"], two["state"][key]["momentum_buffer"])
 
 
+def test_what_a_network_draws_at_random_is_resumed_too(tmp_path):
+    def dropping():
+        model = network()
+        model.norm.register_forward_hook(lambda m, _, out: F.dropout(out, 0.5, m.training))
+        return model
+
+    _, whole = run(tmp_path / "whole", model=dropping())
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", model=stop_in(dropping(), 5, KeyboardInterrupt()))
+    torch.manual_seed(123)
+    _, model = run(tmp_path / "run", model=dropping(), resume=True)
+    assert_equal_states(model.state_dict(), whole.state_dict())
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(tmp_path):
+    seen = []
+    for seed in (0, 1):
+        model = network()
+        model.register_forward_pre_hook(lambda m, x: seen.append(x[0].sum((1, 2, 3))) if m.training else None)
+        run(tmp_path / str(seed), model=model, recipe=replace(TINY, augment=False), seed=seed)
+    epochs = [torch.cat(seen[i : i + 3]) for i in range(0, 18, 3)]
+    for i, epoch in enumerate(epochs):
+        torch.testing.assert_close(epoch.sort().values, epochs[0].sort().values)  # each image once
+        assert not any(torch.equal(epoch, other) for other in epochs[:i])
+
+
 def test_a_run_can_be_stopped_again_and_again(straight, tmp_path):
     with pytest.raises(Interrupted, match="after 0 of 3"):
         run(tmp_path / "run", model=stop_in(network(), 2, KeyboardInterrupt()))
@@ -569,10 +595,15 @@ def test_one_step_is_nesterov_sgd_with_weight_decay(tmp_path):
     data = pictures(6)
     recipe = Recipe(epochs=1, batch_size=6, lr=0.1, weight_decay=0.01, momentum=0.9)
     model, before = network(), network()
-    fit(model, data, recipe, tmp_path)
+    result = fit(model, data, recipe, tmp_path)
     before.train()
     pixels = data.train.images.permute(0, 3, 1, 2).float() / 255
-    F.cross_entropy(before((pixels - 0.4) / 0.3), data.train.labels).backward()
+    scores = before((pixels - 0.4) / 0.3)
+    loss = F.cross_entropy(scores, data.train.labels)
+    loss.backward()
+    wrong = float((scores.argmax(1) != data.train.labels).float().mean())
+    assert result["history"][0]["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert result["history"][0]["train_error"] == pytest.approx(wrong)
     for (name, after), old in zip(model.named_parameters(), before.parameters(), strict=True):
         gradient = old.grad + 0.01 * old
         wanted = old - 0.1 * (gradient + 0.9 * gradient)  # the first step's momentum is its gradient
