@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from quincunx.figures import Curve, learning_curves
 from quincunx.report import collect, label_of, lines, speed_words, verdicts, write_report
 
 SPEEDS = {"rrn14": 4.0, "rsbn14 2/4": 2.5, "rsbn14 1/4": 8.0}
@@ -264,6 +265,8 @@ def test_without_a_logarithm_of_zero(folder):
     # the 1/4 network makes no mistake at all; warnings are errors
     assert lines(collect(folder))[2].error == 0
     write_report(folder)
+    shown, floor = (learning_curves([Curve(0, "a", [1, 2], [5.0, e], 0.5)]).source for e in (0.0, 0.5))
+    assert shown == floor
 
 
 @pytest.mark.parametrize(
