@@ -544,6 +544,14 @@ void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, fl
   }
 }
 
+// The row's first channel, or zeros; without a branch, which borders would make unpredictable.
+QX_INLINE const float* gathered(const float* first_row, int32_t row, int64_t channels) {
+  const uintptr_t inside = reinterpret_cast<uintptr_t>(first_row) + row * channels * sizeof(float);
+  const uintptr_t outside = reinterpret_cast<uintptr_t>(kZeros);
+  const uintptr_t mask = static_cast<uintptr_t>(static_cast<intptr_t>(row >> 31));
+  return reinterpret_cast<const float*>(inside ^ ((inside ^ outside) & mask));
+}
+
 typedef void (*OuterFunction)(const float* const*, int64_t, const float*, int64_t, float*, bool);
 
 struct Outers {
@@ -639,13 +647,13 @@ void grad_run(const WeightGrad* problem, int64_t part, int64_t parts) {
       }
       const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
       const float* base = g.x + group * layout.channels + c0;
-      int64_t image = q0 / most(1, g.positions), p = q0 % most(1, g.positions);
+      int64_t p = q0 % most(1, g.positions);
+      const float* image = base + q0 / most(1, g.positions) * g.rows_in * g.in_channels;
       for (int64_t q = q0; q < q1; ++q) {
-        const int32_t row = g.index[p * g.num_taps + tap];
-        x[q - q0] = row < 0 ? kZeros : base + (image * g.rows_in + row) * g.in_channels;
+        x[q - q0] = gathered(image, g.index[p * g.num_taps + tap], g.in_channels);
         if (++p == g.positions) {
           p = 0;
-          ++image;
+          image += g.rows_in * g.in_channels;
         }
       }
       float* out = partial + layout.place(group, v0, nv, c0, c1, tap);
@@ -677,8 +685,8 @@ void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t
       store(sums + i * kLanes, sum);
     }
     // few channels at a time, so that what is read strided stays in cache
-    for (int64_t c = 0; c < c1 - c0; c += 8) {
-      const int64_t stop = least(c + 8, c1 - c0);
+    for (int64_t c = 0; c < c1 - c0; c += 16) {
+      const int64_t stop = least(c + 16, c1 - c0);
       for (int64_t lane = 0; lane < count; ++lane) {
         float* to = g.grad + ((group * layout.tiling.per_group + o_local + lane) * layout.channels + c0) * layout.taps;
         for (int64_t i = c; i < stop; ++i) {
