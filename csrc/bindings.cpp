@@ -28,12 +28,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kInt32Max = 0x7fffffff;
+constexpr double kMostValues = 1e18;  // of a map or a weight, so that 64-bit offsets cannot overflow
 
 int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                              std::nullopt, format);
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
+             MemoryFormat format = MemoryFormat::Contiguous) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::empty(sizes, type, std::nullopt, cpu, std::nullopt, format);
 }
 
 // ---------------------------------------------------------------- arguments
@@ -175,6 +177,8 @@ void set_shape(GatherGemm& g, const Map& x, int64_t out_channels, int64_t rows_o
   STD_TORCH_CHECK(activation >= 0 && activation <= quincunx::kRelu6,
                   "activation must be 0 (none), 1 (relu) or 2 (relu6), got ", activation);
   STD_TORCH_CHECK(rows_out <= kInt32Max, "the output has too many positions");
+  STD_TORCH_CHECK(double(x.channels + 64) * (out_channels + 64 * channel_groups) * num_taps < kMostValues,
+                  "the weight is too large");
   g.x = x.data;
   g.batch = x.batch;
   g.rows_in = x.rows();
@@ -330,6 +334,8 @@ Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& si
     } else {
       STD_TORCH_CHECK(offset >= 0 && offset % 32 == 0 && offset < (int64_t{1} << 40), "buffer ", i,
                       ": the offset must be a multiple of 32");
+      STD_TORCH_CHECK((double(offset) + double(map.channels) * map.rows()) * (batch + 1) < kMostValues, "buffer ",
+                      i, " is too large");
       arena = std::max(arena, offset + map.channels * map.rows());
     }
   }
