@@ -50,7 +50,8 @@ def left_in_torch(model):
         ("csbn20", {"sampling": "3/4"}, 22),
     ],
 )
-def test_our_networks_are_one_program(name, settings, convolutions):
+def test_our_networks_are_one_program(name, settings, convolutions, monkeypatch):
+    monkeypatch.setattr(program, "_prefers_torch", lambda *_: False)
     torch.manual_seed(1)
     model = settled(qx.networks.build(name, width=8, **settings))
     fused = fuse(model)

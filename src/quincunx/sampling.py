@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -410,17 +411,16 @@ def parse(text: str | Sampling) -> Sampling:
         return named
     if text.lstrip().startswith("{"):
         return from_spec(text)
-    head, _, rest = text.partition(":")
+    cosets = re.fullmatch(r"cosets:(\d+):(-?\d+,-?\d+(?:;-?\d+,-?\d+)*)", text)
+    others = re.fullmatch(r"(random|uniform):([\d.eE+-]+)(?::(\d+))?", text)
     try:
-        if head == "cosets":
-            period, _, pairs = rest.partition(":")
-            offsets = [(int(a), int(b)) for a, b in (p.split(",") for p in pairs.split(";"))]
-            return Cosets(int(period), offsets)
-        if head == "random":
-            rate, _, seed = rest.partition(":")
-            return Random(float(rate), int(seed or 0))
-        if head == "uniform":
-            return Uniform(float(rest))
+        if cosets is not None:
+            pairs = [tuple(map(int, pair.split(","))) for pair in cosets[2].split(";")]
+            return Cosets(int(cosets[1]), [(a, b) for a, b in pairs])
+        if others is not None and others[1] == "random":
+            return Random(float(others[2]), int(others[3] or 0))
+        if others is not None and others[3] is None:
+            return Uniform(float(others[2]))
     except ValueError as error:
         raise ValueError(f"sampling={text!r}: {error}") from error
     raise ValueError(

@@ -72,10 +72,9 @@ def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
 def _pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     flat = weight.detach().flatten(2)
     if transposed:
+        # per group the matrix of every tap is transposed; a view, the packing reads any strides
         outputs, inputs, taps = flat.shape
-        # per group the matrix of every tap is transposed
         flat = flat.view(groups, outputs // groups, inputs, taps).transpose(1, 2)
-        flat = flat.reshape(groups * inputs, outputs // groups, taps)
     packed: Tensor = torch.ops.quincunx_native.pack_weight(flat, groups)
     return packed
 
