@@ -7,12 +7,13 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 STAMP := $(VENV)/.quincunx-installed
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint format setup sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
+	@echo "make sanitize build the kernels' own test with sanitisers and run it"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
 	@echo "PYTHON=python3.x and VENV=folder choose the interpreter and the virtual environment"
@@ -42,6 +43,15 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the kernels on arrays of exactly their size, under AddressSanitizer and UBSan
+sanitize: build/test_kernel
+	build/test_kernel
+
+build/test_kernel: $(wildcard csrc/*)
+	@mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+		csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so

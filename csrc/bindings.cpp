@@ -20,6 +20,8 @@ namespace {
 using quincunx::ForwardKernels;
 using quincunx::GatherGemm;
 using quincunx::Kernels;
+using quincunx::Place;
+using quincunx::Places;
 using quincunx::Step;
 using quincunx::Weight;
 using quincunx::WeightGrad;
@@ -63,9 +65,10 @@ Map as_map(Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", t.dim());
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
+  // before a copy of it is made
+  STD_TORCH_CHECK(t.sizes()[1] <= kInt32Max && t.sizes()[2] * t.sizes()[3] <= kInt32Max, name, " is too large");
   if (!is_channels_last(t)) t = torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
   const auto sizes = t.sizes();
-  STD_TORCH_CHECK(sizes[1] <= kInt32Max && sizes[2] * sizes[3] <= kInt32Max, name, " is too large");
   return Map{static_cast<char*>(t.data_ptr()), sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
@@ -302,8 +305,9 @@ enum BufferKind : int64_t { kInput, kScratch, kOutput };
 
 struct Buffers {
   std::vector<Map> maps;
-  std::vector<Tensor> kept;  // copies of inputs, and the scratch arena
   std::vector<Tensor> outputs;
+  std::vector<Place> places;
+  int64_t arena = 0;  // bytes an image
 };
 
 Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -340,14 +344,12 @@ Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& si
     }
   }
   STD_TORCH_CHECK(count >= static_cast<int64_t>(inputs.size()), "every input must have a buffer");
-  if (arena > 0) {
-    buffers.kept.push_back(empty({arena * batch}, type));
-    char* base = static_cast<char*>(buffers.kept.back().data_ptr());
-    for (int64_t i = 0; i < count; ++i) {
-      if (sizes[i * kFields] == kScratch) {
-        buffers.maps[i].data = base + sizes[i * kFields + 4] * batch * size_of(type);
-      }
-    }
+  // the next image's maps begin on a cache line too
+  buffers.arena = (arena + 31) / 32 * 32 * size_of(type);
+  for (int64_t i = 0; i < count; ++i) {
+    const Map& map = buffers.maps[i];
+    const int64_t offset = sizes[i * kFields] == kScratch ? sizes[i * kFields + 4] * size_of(type) : -1;
+    buffers.places.push_back(Place{map.data, map.channels * map.rows() * size_of(type), offset});
   }
   return buffers;
 }
@@ -375,8 +377,10 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     return operands[i];
   };
   std::vector<Step> steps(code.size() / kFields);
+  std::vector<Places> used;
   for (size_t i = 0; i < steps.size(); ++i) {
     const int64_t* f = &code[i * kFields];
+    used.push_back(Places{f[kX], f[kResidual], f[kOut], f[kOut2]});
     GatherGemm& g = steps[i].problem;
     STD_TORCH_CHECK(f[kOut] >= 0 || f[kOut2] >= 0, "step ", i, " writes nothing");
     const Map& out = map(f[kOut] >= 0 ? f[kOut] : f[kOut2]);
@@ -384,12 +388,10 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     set_tables(g, {operand(f[kIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
     g.weight = operand(f[kWeight]).weight(kernels, packed_size(kernels, g));
     if (f[kBias] >= 0) g.bias = operand(f[kBias]).channels("bias", out.channels);
-    if (f[kOut] >= 0) g.out = out.data;
     if (f[kOut2] >= 0) {
       const Map& out2 = map(f[kOut2]);
       STD_TORCH_CHECK(out2.channels == out.channels && out2.rows() == out.rows(), "step ", i,
                       ": out and out2 must have one size");
-      g.out2 = out2.data;
       g.scale2 = operand(f[kScale2]).channels("scale2", out.channels);
       g.shift2 = operand(f[kShift2]).channels("shift2", out.channels);
     }
@@ -397,7 +399,6 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
       const Map& residual = map(f[kResidual]);
       STD_TORCH_CHECK(residual.channels == f[kResidualChannels] && residual.channels <= out.channels, "step ", i,
                       ": residual_channels must be the residual's channels, at most ", out.channels);
-      g.residual = residual.data;
       g.residual_size = residual.rows();
       g.residual_channels = static_cast<int32_t>(residual.channels);
       if (f[kResidualRows] >= 0) {
@@ -412,7 +413,28 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
       }
     }
   }
-  quincunx::run_steps(steps, kernels);
+  const int64_t batch = inputs[0].sizes()[0];
+  const int64_t images = quincunx::images_at_a_time(steps, batch, buffers.arena);
+  const int64_t places = images > 0 ? images * torch::stable::get_num_threads() : batch;
+  const Tensor arena = empty({buffers.arena * places / size_of(type)}, type);
+  char* base = static_cast<char*>(arena.data_ptr());
+  if (images > 0) {
+    quincunx::run_images(steps, used, buffers.places, base, buffers.arena, batch, images, kernels);
+  } else {
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const auto at = [&](int64_t number) -> char* {
+        if (number < 0) return nullptr;
+        const Place& place = buffers.places[number];
+        return place.offset < 0 ? place.base : base + place.offset * batch;
+      };
+      GatherGemm& g = steps[i].problem;
+      g.x = at(used[i].x);
+      g.residual = at(used[i].residual);
+      g.out = at(used[i].out);
+      g.out2 = at(used[i].out2);
+    }
+    quincunx::run_steps(steps, kernels);
+  }
   return buffers.outputs;
 }
 

@@ -23,7 +23,7 @@ namespace {
 constexpr int kLanes = QX_BYTES / 4;
 constexpr int kMaxNv = QX_MAX_NV;
 constexpr int kTileRows[kMaxNv + 1] = {1, QX_TILE_ROWS};
-constexpr int kMaxRows = 16;
+constexpr int kMaxRows = 28;
 constexpr int kUnroll = 2;
 // weights of one K block times one tile of output channels; stays in a level 2 cache with its input
 constexpr int64_t kPanelBytes = 320 * 1024;
@@ -35,7 +35,7 @@ constexpr int64_t kChunk = 192;
 constexpr int64_t kImages = 8, kLargeMap = 1024;
 // least multiply-adds that pay for handing work to another thread
 constexpr int64_t kMinPartMacs = 150000;
-constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kPartsPerThread = 4, kFewGroups = 16;
 // what a part costs besides its multiply-adds, counted in them: to begin, and a byte from a far cache
 constexpr double kPartMacs = 5000, kByteMacs = 2;
 
@@ -226,37 +226,87 @@ struct Segments {  // one K block: segments [first, last) of channel blocks time
   const typename Op::Packed* weight;  // of the output tile
   const int32_t* taps;                // of the tap group
   int64_t num_taps, all_taps, first, last, in_channels;
+  int64_t channel;  // the channel group's first
   Blocking blocking;
 };
 
+// The output rows of a chunk: where each reads and writes.
 template <class Op>
-struct TileRows {
-  const typename Op::Input* x[kMaxRows];  // the image's first row, at the channel group
-  const int32_t* index[kMaxRows];         // the position's taps
+struct Rows {
+  const typename Op::Input* x[kChunk];  // the image's first row
+  const int32_t* index[kChunk];         // the position's taps
+  int64_t place[kChunk];                // of the row's first channel in the output
+  int64_t residual[kChunk];             // and in the residual
 };
 
-// acc[rows][NV vectors] (+)= gathered rows times weights
-template <class Op, int ROWS, int NV>
-void tile(const Segments<Op>& s, const TileRows<Op>& rows, float* out, bool first) {
+template <class S>
+struct Epilogue {  // of one tile of output channels; pointers are at its first channel
+  const float *bias, *scale, *shift;
+  const S* residual;  // null where the tile lies beyond the residual's channels
+  S *out, *out2;
+  int64_t count, added;  // channels of the output and of the residual in this tile
+  int32_t activation;
+};
+
+QX_INLINE vf activated(vf value, int32_t activation) {
+  if (activation != kNone) value = at_least(value, 0.0f);
+  if (activation == kRelu6) value = at_most(value, 6.0f);
+  return value;
+}
+
+// where a tile is not full
+template <class Op, class S>
+void finish_partly(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, int64_t n, int64_t nv, const float* acc) {
+  for (int64_t v = 0; v * kLanes < e.count; ++v) {
+    const int64_t at = v * kLanes, left = e.count - at, added = e.residual ? e.added - at : 0;
+    const vf bias = e.bias ? load_some(e.bias + at, left) : vf{};
+    const vf scale = e.out2 ? load_some(e.scale + at, left) : vf{};
+    const vf shift = e.out2 ? load_some(e.shift + at, left) : vf{};
+    for (int64_t r = 0; r < n; ++r) {
+      vf value = load(acc + (r * nv + v) * kLanes) + bias;
+      if (added > 0) value += load_some(e.residual + rows.residual[q + r] + at, added);
+      value = activated(value, e.activation);
+      if (e.out) store_some(e.out + rows.place[q + r] + at, value, left);
+      if (e.out2) store_some(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f), left);
+    }
+  }
+}
+
+// Rows [q, q + ROWS): acc (+)= gathered rows times NV vectors of weights, finished if it is the last K block.
+template <class Op, class S, int ROWS, int NV>
+void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, float* memory, bool first,
+          bool last) {
   typedef typename Op::Input Input;
   constexpr int64_t kWidth = NV * kLanes;
+  const bool full = e.count == kWidth && (!e.residual || e.added >= kWidth);
+  if (last && full) {
+    // what the epilogue touches comes while the products are summed
+    for (int r = 0; r < ROWS; ++r) {
+      for (int64_t v = 0; v < kWidth; v += 64 / int64_t(sizeof(S))) {
+        if (e.residual) __builtin_prefetch(e.residual + rows.residual[q + r] + v, 0);
+        if (e.out) __builtin_prefetch(e.out + rows.place[q + r] + v, 1);
+        if (e.out2) __builtin_prefetch(e.out2 + rows.place[q + r] + v, 1);
+      }
+    }
+  }
   vf acc[ROWS][NV];
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = first ? vf{} : load(out + (r * NV + v) * kLanes);
+    for (int v = 0; v < NV; ++v) acc[r][v] = first ? vf{} : load(memory + (r * NV + v) * kLanes);
   }
   int64_t block = s.num_taps ? s.first / s.num_taps : 0;
   int64_t t = s.first - block * s.num_taps;
   for (int64_t i = s.first; i < s.last; ++i) {
     const int64_t c0 = s.blocking.start(block), length = s.blocking.length(block);
+    const int64_t channel = s.channel + c0;
     const Input* a[ROWS];
     int32_t all = -1;
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; ++r) {
-      const int32_t row = rows.index[r][t];
+      const int32_t row = rows.index[q + r][t];
       all &= row;
-      a[r] = row < 0 ? reinterpret_cast<const Input*>(kZeros) : rows.x[r] + row * s.in_channels + c0;
+      a[r] = row < 0 ? reinterpret_cast<const Input*>(kZeros) : rows.x[q + r] + row * s.in_channels + channel;
     }
     if (all >= 0) {
       const int64_t count = length / Op::kStep;
@@ -293,20 +343,40 @@ void tile(const Segments<Op>& s, const TileRows<Op>& rows, float* out, bool firs
       ++block;
     }
   }
+  if (last && full) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = v * kLanes;
+      const vf bias = e.bias ? load(e.bias + at) : vf{};
+      const vf scale = e.out2 ? load(e.scale + at) : vf{};
+      const vf shift = e.out2 ? load(e.shift + at) : vf{};
+#pragma GCC unroll 32
+      for (int r = 0; r < ROWS; ++r) {
+        vf value = acc[r][v] + bias;
+        if (e.residual) value += load(e.residual + rows.residual[q + r] + at);
+        value = activated(value, e.activation);
+        if (e.out) store(e.out + rows.place[q + r] + at, value);
+        if (e.out2) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
+      }
+    }
+    return;
+  }
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * kLanes, acc[r][v]);
+    for (int v = 0; v < NV; ++v) store(memory + (r * NV + v) * kLanes, acc[r][v]);
   }
+  if (last) finish_partly(e, rows, q, ROWS, NV, memory);
 }
 
 // every register tile there is, by vectors and rows
-template <class Op>
+template <class Op, class S>
 struct Tiles {
-  void (*at[kMaxNv + 1][kMaxRows + 1])(const Segments<Op>&, const TileRows<Op>&, float*, bool);
+  void (*at[kMaxNv + 1][kMaxRows + 1])(const Segments<Op>&, const Epilogue<S>&, const Rows<Op>&, int64_t, float*, bool,
+                                       bool);
   template <int NV, int ROWS>
   constexpr void fill() {
-    at[NV][ROWS] = &tile<Op, ROWS, NV>;
+    at[NV][ROWS] = &tile<Op, S, ROWS, NV>;
     if constexpr (ROWS > 1) {
       fill<NV, ROWS - 1>();
     } else if constexpr (NV > 1) {
@@ -315,45 +385,8 @@ struct Tiles {
   }
   constexpr Tiles() : at{} { fill<kMaxNv, kTileRows[kMaxNv]>(); }
 };
-template <class Op>
-constexpr Tiles<Op> kTiles{};
-
-// ---------------------------------------------------------------- epilogue
-
-struct FinishRows {
-  int64_t rows, row[kMaxRows], image[kMaxRows];
-};
-
-template <class S>
-void finish_rows(const GatherGemm& g, const float* acc, int64_t width, const FinishRows& f, int64_t o0,
-                 int64_t count) {
-  int64_t place[kMaxRows], residual_place[kMaxRows];
-  for (int64_t r = 0; r < f.rows; ++r) place[r] = (f.image[r] * g.rows_out + f.row[r]) * g.out_channels;
-  if (g.residual) {
-    for (int64_t r = 0; r < f.rows; ++r) {
-      const int64_t row = g.residual_rows ? g.residual_rows[f.row[r]] : f.row[r];
-      residual_place[r] = (f.image[r] * g.residual_size + row) * g.residual_channels;
-    }
-  }
-  S* out = static_cast<S*>(g.out);
-  S* out2 = static_cast<S*>(g.out2);
-  const S* residual = static_cast<const S*>(g.residual);
-  for (int64_t v = 0; v < count; v += kLanes) {
-    const int64_t o = o0 + v, left = count - v;
-    const int64_t added = residual ? least(left, g.residual_channels - o) : 0;
-    const vf bias = g.bias ? load_some(g.bias + o, left) : vf{};
-    const vf scale = out2 ? load_some(g.scale2 + o, left) : vf{};
-    const vf shift = out2 ? load_some(g.shift2 + o, left) : vf{};
-    for (int64_t r = 0; r < f.rows; ++r) {
-      vf value = load(acc + r * width + v) + bias;
-      if (added > 0) value += load_some(residual + residual_place[r] + o, added);
-      if (g.activation != kNone) value = at_least(value, 0.0f);
-      if (g.activation == kRelu6) value = at_most(value, 6.0f);
-      if (out) store_some(out + place[r] + o, value, left);
-      if (out2) store_some(out2 + place[r] + o, at_least(value * scale + shift, 0.0f), left);
-    }
-  }
-}
+template <class Op, class S>
+constexpr Tiles<Op, S> kTiles{};
 
 // ---------------------------------------------------------------- driver
 
@@ -426,11 +459,27 @@ struct Walk {
   }
 };
 
+template <class S>
+Epilogue<S> epilogue(const GatherGemm& g, int64_t o0, int64_t count) {
+  const auto at = [o0](const void* data) { return data ? static_cast<const S*>(data) + o0 : nullptr; };
+  const int64_t added = g.residual ? g.residual_channels - o0 : 0;
+  return Epilogue<S>{g.bias ? g.bias + o0 : nullptr,
+                     g.scale2 ? g.scale2 + o0 : nullptr,
+                     g.shift2 ? g.shift2 + o0 : nullptr,
+                     added > 0 ? at(g.residual) : nullptr,
+                     const_cast<S*>(at(g.out)),
+                     const_cast<S*>(at(g.out2)),
+                     count,
+                     added,
+                     g.activation};
+}
+
 template <class Op, class S>
 void run(const GatherGemm* problem, Cut cut, int64_t part) {
   typedef typename Op::Input Input;
   typedef typename Op::Packed Packed;
   alignas(64) float acc[kChunk * kMaxNv * kLanes];
+  Rows<Op> rows;
   const GatherGemm& g = *problem;
   const int64_t channels = g.in_channels / g.channel_groups;
   const Tiling tiling(g.out_channels / g.channel_groups);
@@ -450,8 +499,13 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
   for (int64_t group = 0; group < g.num_groups; ++group) {
     const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
     const int64_t total = positions * g.batch, row_work = most(1, num_taps);
-    const int64_t q_first = least(total, ceil_div(most(0, work_first - done), row_work));
-    const int64_t q_last = least(total, ceil_div(most(0, work_last - done), row_work));
+    // A part takes its share of every group, so that it stays at one place of the map and finds it in the
+    // cache of the thread that wrote it; many small groups are cut one behind the other.
+    const bool few = g.num_groups <= kFewGroups;
+    const int64_t q_first = few ? total * pp / cut.positions
+                                : least(total, ceil_div(most(0, work_first - done), row_work));
+    const int64_t q_last = few ? total * (pp + 1) / cut.positions
+                               : least(total, ceil_div(most(0, work_last - done), row_work));
     done += total * row_work;
     const int64_t segments = blocking.blocks * num_taps;
     Walk walk(g.batch, g.rows_in < kLargeMap ? kImages : kImages / 2, positions);
@@ -459,6 +513,18 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
       const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
+      walk.go_to(q0);
+      for (int64_t r = 0; r < q1 - q0; ++r) {
+        const int64_t row = out_rows[walk.position];
+        rows.x[r] = static_cast<const Input*>(g.x) + walk.image * image_size;
+        rows.index[r] = index + walk.position * num_taps;
+        rows.place[r] = (walk.image * g.rows_out + row) * g.out_channels;
+        if (g.residual) {
+          const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
+          rows.residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
+        }
+        walk.step();
+      }
       for (int64_t job = tile_first; job < tile_last; ++job) {
         const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
         const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;
@@ -470,27 +536,16 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
         const int64_t count_tiles = ceil_div(q1 - q0, kTileRows[nv]);
         const int64_t least_rows = (q1 - q0) / count_tiles, larger = (q1 - q0) % count_tiles;
         Segments<Op> s{static_cast<const Packed*>(g.weight) + (channel_group * tiling.vectors + v0) * column,
-                       taps, num_taps, g.num_taps, 0, 0, g.in_channels, blocking};
-        const Input* x = static_cast<const Input*>(g.x) + channel_group * channels;
+                       taps, num_taps, g.num_taps, 0, 0, g.in_channels, channel_group * channels, blocking};
+        const Epilogue<S> e = epilogue<S>(g, o0, count);
         for (int64_t k = 0; k < k_blocks; ++k) {
           s.first = segments * k / k_blocks;
           s.last = segments * (k + 1) / k_blocks;
-          walk.go_to(q0);
-          float* cell = acc;
+          int64_t q = 0;
           for (int64_t i = 0; i < count_tiles; ++i) {
-            TileRows<Op> rows;
-            FinishRows finish;
-            finish.rows = least_rows + (i < larger);
-            for (int64_t r = 0; r < finish.rows; ++r) {
-              rows.x[r] = x + walk.image * image_size;
-              rows.index[r] = index + walk.position * num_taps;
-              finish.row[r] = out_rows[walk.position];
-              finish.image[r] = walk.image;
-              walk.step();
-            }
-            kTiles<Op>.at[nv][finish.rows](s, rows, cell, k == 0);
-            if (k == k_blocks - 1) finish_rows<S>(g, cell, width, finish, o0, count);
-            cell += finish.rows * width;
+            const int64_t n = least_rows + (i < larger);
+            kTiles<Op, S>.at[nv][n](s, e, rows, q, acc + q * width, k == 0, k == k_blocks - 1);
+            q += n;
           }
         }
       }

@@ -12,7 +12,7 @@
 #define QX_ISA avx512
 #define QX_BYTES 64
 #define QX_MAX_NV 4
-#define QX_TILE_ROWS 16, 14, 8, 6
+#define QX_TILE_ROWS 20, 14, 8, 6
 #define QX_GRAD_ROWS 16, 12
 #include "gather_gemm.h"
 

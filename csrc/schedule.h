@@ -12,12 +12,18 @@
 
 namespace quincunx {
 
+// Neighbouring parts: their thread's first, but whoever has nothing else to do takes what is left.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};  // the first part that nobody has taken
+  int64_t last = 0;
+};
+
 struct Step {
   GatherGemm problem{};
   Cut cut{};
   int64_t parts = 0;
-  alignas(64) std::atomic<int64_t> next{0};  // the first part that nobody has taken
   alignas(64) std::atomic<int64_t> done{0};
+  std::vector<Share> shares;  // of the threads
 };
 
 inline int64_t parts_for(int64_t work, int64_t least_work) {
@@ -43,17 +49,80 @@ inline void relax(int64_t turn) {
 #endif
 }
 
-// Every thread takes the next part that is left, so that any number of threads, also one, does all.
-inline void work_on(std::vector<Step>& steps, const ForwardKernels& kernels) {
+// Any number of threads, also one, does all of the work.
+inline void work_on(std::vector<Step>& steps, int64_t thread, const ForwardKernels& kernels) {
   for (Step& step : steps) {
-    for (;;) {
-      const int64_t part = step.next.fetch_add(1, std::memory_order_relaxed);
-      if (part >= step.parts) break;
-      kernels.run(&step.problem, step.cut, part);
-      step.done.fetch_add(1, std::memory_order_release);
+    const int64_t count = step.shares.size();
+    for (int64_t i = 0; i < count; ++i) {
+      Share& share = step.shares[(thread + i) % count];
+      for (;;) {
+        if (share.next.load(std::memory_order_relaxed) >= share.last) break;
+        const int64_t part = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (part >= share.last) break;
+        kernels.run(&step.problem, step.cut, part);
+        step.done.fetch_add(1, std::memory_order_release);
+      }
     }
     for (int64_t turn = 0; step.done.load(std::memory_order_acquire) < step.parts; ++turn) relax(turn);
   }
+}
+
+// The maps of a program for some of its images: those in the arena have one place a thread.
+struct Places {
+  int64_t x, residual, out, out2;  // numbers of the step's maps, -1 for none
+};
+struct Place {
+  char* base = nullptr;     // of an input or output
+  int64_t image_bytes = 0;  // distance of its images
+  int64_t offset = -1;      // in the arena, bytes an image; -1 for inputs and outputs
+};
+
+// Images at a time through a whole program, so that its maps stay in a near cache; 0 where the steps had
+// better be shared among the threads one by one.
+inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, int64_t arena_bytes) {
+  constexpr int64_t kNearCache = 512 * 1024, kTileRows = 32, kFarRows = 256;
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t enough = 1;
+  for (const Step& step : steps) {
+    const GatherGemm& g = step.problem;
+    const int64_t weights = int64_t{4} * g.num_taps * g.in_channels / g.channel_groups * g.out_channels;
+    // weights that do not stay near are read once for as many rows as go through together
+    const int64_t rows = weights > kNearCache ? kFarRows : kTileRows;
+    enough = std::max(enough, (rows - 1) / std::max<int64_t>(1, g.rows_out) + 1);
+  }
+  const int64_t share = (batch + threads - 1) / threads;
+  const int64_t most = std::max(enough, kNearCache / std::max<int64_t>(1, arena_bytes));
+  const int64_t turns = (share + most - 1) / std::max<int64_t>(1, most);
+  const int64_t images = turns > 0 ? (share + turns - 1) / turns : 0;
+  // no thread waits long for the last one
+  const bool even = images * turns * threads * 9 <= batch * 10;
+  return batch > 1 && images >= enough && even ? images : 0;
+}
+
+inline void run_images(const std::vector<Step>& steps, const std::vector<Places>& maps, const std::vector<Place>& places,
+                       char* arena, int64_t arena_bytes, int64_t batch, int64_t images, const ForwardKernels& kernels) {
+  std::atomic<int64_t> next{0};
+  const int64_t chunks = (batch + images - 1) / images;
+  parallel(std::min<int64_t>(chunks, torch::stable::get_num_threads()), [&](int64_t thread) {
+    char* own = arena + thread * arena_bytes * images;
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      const int64_t first = chunk * images, count = std::min(images, batch - first);
+      const auto at = [&](int64_t number) -> char* {
+        if (number < 0) return nullptr;
+        const Place& place = places[number];
+        return place.offset < 0 ? place.base + first * place.image_bytes : own + place.offset * images;
+      };
+      for (size_t i = 0; i < steps.size(); ++i) {
+        GatherGemm g = steps[i].problem;
+        g.batch = count;
+        g.x = at(maps[i].x);
+        g.residual = at(maps[i].residual);
+        g.out = at(maps[i].out);
+        g.out2 = at(maps[i].out2);
+        kernels.run(&g, Cut{1, 1}, 0);
+      }
+    }
+  });
 }
 
 inline void run_steps(std::vector<Step>& steps, const ForwardKernels& kernels) {
@@ -64,7 +133,15 @@ inline void run_steps(std::vector<Step>& steps, const ForwardKernels& kernels) {
     step.parts = step.cut.outputs * step.cut.positions;
     widest = std::max(widest, std::min(step.parts, threads));
   }
-  parallel(widest, [&](int64_t) { work_on(steps, kernels); });
+  for (Step& step : steps) {
+    step.shares = std::vector<Share>(widest);
+    for (int64_t i = 0; i < widest; ++i) {
+      // parts that differ only in their output channels stand side by side
+      step.shares[i].next = step.parts * i / widest;
+      step.shares[i].last = step.parts * (i + 1) / widest;
+    }
+  }
+  parallel(widest, [&](int64_t thread) { work_on(steps, thread, kernels); });
 }
 
 }  // namespace quincunx

@@ -1,6 +1,5 @@
 // Checks every instruction set that this processor has against plain loops. Torch-free:
-//   g++ -std=c++17 -fsanitize=address,undefined -g -O1 csrc/test_kernel.cpp csrc/dispatch.cpp csrc/kernel_*.cpp
-//   ./a.out
+// make sanitize
 // Every array is a heap block of exactly its size, so that the sanitiser sees any access outside it.
 #include <cmath>
 #include <cstdio>

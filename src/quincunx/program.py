@@ -25,6 +25,9 @@ from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan, nearest_in
 
 __all__ = ["Program", "Shortcut", "Step"]
 
+# what a part of a program does: it reads values by name and adds others
+Stage = Callable[[dict[str, Tensor]], None]
+
 # elements; keeps every map of the arena on its own cache lines
 _ALIGN = 32
 # one native call less is worth this much time of a step
@@ -357,7 +360,7 @@ class Program(nn.Module):
         super().__init__()
         self.native_only = native_only
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
-        self._compiled: dict[tuple[Any, ...], list[Callable[[dict[str, Tensor]], None]]] = {}
+        self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
 
     def extra_repr(self) -> str:
         return f"{len(self.steps)} steps, ({', '.join(self.inputs)}) -> ({', '.join(self.outputs)})"
@@ -383,13 +386,11 @@ class Program(nn.Module):
             with _disable_current_modes():
                 stages = self._compile([tuple(tensor.shape) for tensor in arguments])
             self._compiled[key] = stages
-        values = dict(zip(self.inputs, arguments, strict=True))
         with torch.no_grad():
-            for stage in stages:
-                stage(values)
+            values = _run(stages, dict(zip(self.inputs, arguments, strict=True)))
         return tuple(values[name] for name in self.outputs)
 
-    def _compile(self, shapes: list[tuple[int, ...]]) -> list[Callable[[dict[str, Tensor]], None]]:
+    def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
         batch = shapes[0][0]
         maps = {
             name: _Map(shape[1], (shape[2], shape[3]))
@@ -408,12 +409,18 @@ class Program(nn.Module):
                 not native_here
                 or (not self.native_only and dense and not shape.fill and _prefers_torch(step, maps, batch))
             )
-        return self._stages(maps, by_torch)
+        mixed = self._stages(maps, by_torch)
+        if not native_here or not any(by_torch) or all(by_torch):
+            return mixed
+        # a step that torch runs faster also cuts a native call in two
+        whole = self._stages(maps, [False] * len(self.steps))
+        example = {name: _example(maps[name], batch, self.steps[0].weight.dtype) for name in self.inputs}
+        runs = {"mixed": partial(_run, mixed, example), "whole": partial(_run, whole, example)}
+        found = measure(runs, rounds=5, round_seconds=0.004)
+        return mixed if found["mixed"].speedup_over(found["whole"])[0] > 1 else whole
 
-    def _stages(
-        self, maps: dict[str, _Map], by_torch: list[bool]
-    ) -> list[Callable[[dict[str, Tensor]], None]]:
-        stages: list[Callable[[dict[str, Tensor]], None]] = []
+    def _stages(self, maps: dict[str, _Map], by_torch: list[bool]) -> list[Stage]:
+        stages: list[Stage] = []
         i = 0
         while i < len(self.steps):
             if by_torch[i]:
@@ -430,6 +437,13 @@ class Program(nn.Module):
         if filled:
             stages.append(partial(_fill_outputs, filled))
         return stages
+
+
+def _run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    values = dict(inputs)
+    for stage in stages:
+        stage(values)
+    return values
 
 
 def _reference_stage(step: Step, maps: dict[str, _Map], values: dict[str, Tensor]) -> None:
