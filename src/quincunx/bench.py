@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Case:
     batch: int
     dense: dict[str, Callable[[int], Run]]
     ours: dict[str, tuple[Callable[[int], Run], float]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Callable[[], dict[str, Any]] = dict
 
 
 # ---------------------------------------------------------------- the blocks
@@ -175,7 +176,7 @@ def blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
         low = _Regular(channels, CHESSBOARD).eval().bfloat16()
         ours["rSB 2/4 bfloat16"] = (_fused(low, half), ours["rSB 2/4"][1])
         peers = {name: _peer(name, dense, x) for name in (*DENSE_PEERS, "OpenVINO bfloat16")}
-        facts = {"peak_memory": _peaks({"rRB": dense, "rSB 2/4": _Regular(channels, CHESSBOARD).eval()}, x)}
+        facts = partial(_peaks, {"rRB": dense, "rSB 2/4": _Regular(channels, CHESSBOARD).eval()}, x)
         yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, facts)
         if channels < 64 or batch == 64:
             continue
@@ -257,15 +258,32 @@ def run_suite(
     threads: Sequence[int] = (1, 2),
     rounds: int = 11,
     round_seconds: float = 0.04,
-    progress: Callable[[str], None] = lambda _: None,
+    only: str = "",
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Time a suite; JSON-ready. Raises ValueError for an unknown suite."""
+    """Time a suite; JSON-ready.
+
+    Args:
+        name: a key of ``SUITES``.
+        threads: intra-op threads, one set of rows for each.
+        rounds, round_seconds: as in :func:`quincunx.latency.measure`.
+        only: leave out cases whose name does not contain this.
+        progress: called with the case, how many are done and how many there are.
+
+    Raises:
+        ValueError: an unknown suite, or no case left.
+        ModuleNotFoundError: the ``bench`` extra is not installed.
+    """
     if name not in SUITES:
         raise ValueError(f"suite={name!r}: expected one of {', '.join(SUITES)}")
-    rows = []
-    for case in SUITES[name]():
+    cases = [case for case in SUITES[name]() if only in case.name]
+    if not cases:
+        raise ValueError(f"only={only!r}: no case of {name} has that in its name")
+    rows: list[dict[str, Any]] = []
+    for case in cases:
         for count in threads:
-            progress(f"{case.name}, batch {case.batch}, {count} thread{'s' * (count > 1)}")
+            where = f"{case.name}, batch {case.batch}, {count} thread{'s' * (count > 1)}"
+            progress(where, len(rows), len(cases) * len(threads))
             rows.append(_run_case(case, count, rounds, round_seconds))
     return {
         "schema": 1,
@@ -304,7 +322,7 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
         "best_dense": best,
         "candidates": candidates,
         "timings": {name: timing.to_dict() for name, timing in found.items()},
-        **case.facts,
+        **case.facts(),
     }
 
 
@@ -339,8 +357,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _peaks(models: dict[str, nn.Module], x: Tensor) -> dict[str, int]:
-    return {name: peak_memory(_fused(model, x)(1)) for name, model in models.items()}
+def _peaks(models: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
+    return {"peak_memory": {name: peak_memory(_fused(model, x)(1)) for name, model in models.items()}}
 
 
 def peak_memory(run: Run) -> int:

@@ -16,14 +16,25 @@ from rich.console import Console
 
 import quincunx as qx
 from quincunx import recipes
-from quincunx.artifact import read_spec, spec_of
-from quincunx.console import complain, print_cost, print_facts, print_lines, say, show
+from quincunx.artifact import read_spec, spec_of, write_json
+from quincunx.bench import SUITES, run_suite
+from quincunx.console import complain, print_bench, print_cost, print_facts, print_lines, say, show
 from quincunx.cost import cost
 from quincunx.data import ImageData, load_data
 from quincunx.demo import file_name, run_demo
+from quincunx.figures import check_can_draw
 from quincunx.latency import environment
-from quincunx.report import label_of, verdicts, write_report
-from quincunx.train import ARTIFACT, CHECKPOINT, Interrupted, RunFailed, evaluate, fit, recipe_with
+from quincunx.report import label_of, speedup_figure, verdicts, write_report
+from quincunx.train import (
+    ARTIFACT,
+    CHECKPOINT,
+    Interrupted,
+    RunFailed,
+    evaluate,
+    fit,
+    progress_bar,
+    recipe_with,
+)
 
 __all__ = ["app", "main"]
 
@@ -342,6 +353,57 @@ def report_command(
         show({"report": str(page)})
         return
     say(f"wrote {page}")
+
+
+@app.command(
+    epilog=_example("quincunx bench blocks --threads 1,2 --out results"),
+    short_help="Time this machine against other engines.",
+)
+def bench(
+    suite: Annotated[str, typer.Argument(help=f"One of {', '.join(SUITES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result file and the figure.")] = Path("results"),
+    threads: Annotated[str, typer.Option(help="Numbers of threads, with commas.")] = "1,2",
+    rounds: Annotated[int, typer.Option(help="How often each candidate has its turn.", min=3)] = 11,
+    only: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Time ours against the best dense network, interleaved in one process; writes JSON and a figure.
+
+    ops: single convolutions. blocks: residual blocks in inference. training: forward and backward.
+    networks: whole networks, fused. Needs the bench extra (ONNX Runtime, OpenVINO).
+    """
+    with _bad_input():
+        counts = _parse_threads(threads)
+        check_can_draw()
+        _make_folder(out)
+        with _run(), progress_bar(not as_json) as bar:
+            task = bar.add_task(suite, total=None, state="")
+            result = run_suite(
+                suite,
+                threads=counts,
+                rounds=rounds,
+                only=only,
+                progress=lambda where, done, total: bar.update(
+                    task, completed=done, total=total, state=where
+                ),
+            )
+            bar.update(task, completed=len(result["rows"]), state="")
+            path = out / f"bench-{suite}.json"
+            write_json(path, result)
+            figure = out / f"bench-{suite}.svg"
+            figure.write_bytes(speedup_figure(result))
+    if as_json:
+        show(result)
+        return
+    print_bench(result)
+    say(f"wrote {path} and {figure}")
+
+
+def _parse_threads(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if not counts or min(counts) < 1 or len(counts) != len(text.split(",")):
+        raise ValueError(f"threads={text!r}: expected numbers with commas, such as 1,2")
+    return counts
 
 
 @app.command(epilog=_example("quincunx info --json"), short_help="Versions, processor, back end, networks.")

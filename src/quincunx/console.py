@@ -15,7 +15,7 @@ from rich.table import Table
 from quincunx.cost import Cost
 from quincunx.report import Line
 
-__all__ = ["complain", "print_cost", "print_facts", "print_lines", "say", "show"]
+__all__ = ["complain", "print_bench", "print_cost", "print_facts", "print_lines", "say", "show"]
 
 
 def complain(message: object) -> None:
@@ -101,3 +101,26 @@ def print_lines(rows: list[Line]) -> None:
             cells += [f"{1e3 * row.times[setting][0]:.2f}", f"{row.speedups[setting][0]:.2f}x"]
         table.add_row(*cells)
     _console().print(table)
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """Means and worst cases of a benchmark."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("against", "candidate"):
+        table.add_column(column)
+    for column in ("threads", "cases", "MAC\nratio", "speed-up\n(geo. mean)", "worst"):
+        table.add_column(column, justify="right")
+    table.add_column("worst case")
+    for row in result["summary"]:
+        table.add_row(
+            row["kind"],
+            row["candidate"],
+            str(row["threads"]),
+            str(row["cases"]),
+            f"{row['mac_ratio']:.2f}",
+            f"{row['mean']:.2f}x",
+            f"{row['worst']:.2f}x",
+            row["worst_case"],
+        )
+    _console().print(table)
+    say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")

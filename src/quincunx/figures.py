@@ -17,7 +17,7 @@ from quincunx.sampling import Sampling
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "Picture", "Point", "learning_curves", "sampling_picture", "scatter"]
+__all__ = ["Curve", "Picture", "Point", "learning_curves", "sampling_picture", "scatter", "speedups"]
 
 # Okabe and Ito's palette, told apart also by people who are colour-blind
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -184,6 +184,30 @@ def scatter(points: Sequence[Point], xlabel: str, title: str, unit: str) -> Pict
     _legend(figure, columns)
     said = "; ".join(f"{p.label}: {p.error:.2f}% at {p.x:.3g} {unit}" for p in points)
     return _picture(figure, title, f"{title}. {said}.")
+
+
+@_styled
+def speedups(points: Sequence[tuple[str, float, float]], title: str) -> Picture:
+    """Measured speed-up against MAC ratio, one mark a case; on the line time falls as MACs fall."""
+    names = list(dict.fromkeys(name for name, _, _ in points))
+    figure, axes, columns = _axes([_shorten(name) for name in names])
+    top = 1.1 * max(max(ratio, speedup) for _, ratio, speedup in points)
+    axes.plot(
+        [0, top], [0, top], color="#888888", linewidth=1, linestyle="--", label="time falls as MACs fall"
+    )
+    said = []
+    for i, name in enumerate(names):
+        colour, marker = _look(i)
+        found = [(ratio, speedup) for other, ratio, speedup in points if other == name]
+        axes.scatter(
+            *zip(*found, strict=True), s=22, alpha=0.75, color=colour, marker=marker, label=_shorten(name)
+        )
+        low, high = min(s for _, s in found), max(s for _, s in found)
+        said.append(f"{name}: {low:.2f}x to {high:.2f}x")
+    axes.set(xlabel="MACs of the dense network / ours", ylabel="speed-up over the best dense", xlim=(0, top))
+    axes.set_ylim(0, top)
+    _legend(figure, columns)
+    return _picture(figure, title, f"{title}. {'; '.join(said)}.")
 
 
 @_styled

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,8 +69,19 @@ def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
     return run
 
 
+# an export takes seconds and serves several engines and numbers of threads
+_EXPORTED: WeakKeyDictionary[nn.Module, dict[torch.Size, bytes]] = WeakKeyDictionary()
+
+
 def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
     """The model as ONNX, its shapes fixed."""
+    known = _EXPORTED.setdefault(model, {})
+    if x.shape not in known:
+        known[x.shape] = _export(model, x)
+    return known[x.shape]
+
+
+def _export(model: nn.Module, x: Tensor) -> bytes:
     with _quiet():
         program = torch.onnx.export(fold_batch_norm(model), (x,), dynamo=True, verbose=False)
     if program is None:

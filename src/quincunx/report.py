@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import statistics
@@ -20,10 +21,20 @@ from quincunx.figures import (
     learning_curves,
     sampling_picture,
     scatter,
+    speedups,
 )
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Random, Sampling, Uniform, parse
 
-__all__ = ["Line", "Results", "collect", "label_of", "lines", "verdicts", "write_report"]
+__all__ = [
+    "Line",
+    "Results",
+    "collect",
+    "label_of",
+    "lines",
+    "speedup_figure",
+    "verdicts",
+    "write_report",
+]
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SHORT: dict[Sampling, str] = {QUARTER: "1/4", CHESSBOARD: "2/4", THREE_QUARTERS: "3/4"}
@@ -411,3 +422,14 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def speedup_figure(result: dict[str, Any]) -> bytes:
+    """A benchmark's result file as an SVG of speed-up against MAC ratio."""
+    points = [
+        (f"{name}, {row['threads']} thread{'s' * (row['threads'] > 1)}", entry["mac_ratio"], entry["speedup"])
+        for row in result["rows"]
+        for name, entry in row["candidates"].items()
+    ]
+    title = f"Speed-up over the best dense, {result['suite']}, {result['environment']['cpu']}"
+    return base64.b64decode(speedups(points, title).source.partition(",")[2])
