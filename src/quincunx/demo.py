@@ -84,7 +84,7 @@ def run_demo(
     _make_room(out, list(models))
     for label, model in models.items():
         folder = out / "training" / file_name(label)
-        result = fit(model, images, chosen, folder, seed=seed, progress=progress)
+        result = fit(model, images, chosen, folder, seed=seed, progress=label if progress else False)
         write_json(out / f"{file_name(label)}.json", result)
     baseline, chessboard = list(models)[:2]
     save(models[chessboard], out / "model", info={"made_by": "demo", "data": images.describe()})

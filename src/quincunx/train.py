@@ -174,7 +174,7 @@ def fit(
     *,
     seed: int = 0,
     resume: bool = False,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -190,7 +190,7 @@ def fit(
         folder: of the run.
         seed: of order and augmentation.
         resume: go on from the folder's checkpoint, or start if there is none.
-        progress: show a bar.
+        progress: show a bar, under this name.
 
     Returns:
         The content of ``run.json``.
@@ -234,7 +234,7 @@ class _Run:
     def checkpoint(self) -> Path:
         return self.folder / CHECKPOINT
 
-    def go(self, resume: bool, progress: bool) -> dict[str, Any]:
+    def go(self, resume: bool, progress: bool | str) -> dict[str, Any]:
         if self.checkpoint.exists():
             if not resume:
                 raise FileExistsError(
@@ -247,10 +247,10 @@ class _Run:
             if not self.history:
                 self._save()
             self._write_log()
-            with progress_bar(progress) as bar:
+            with progress_bar(bool(progress)) as bar:
                 steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
                 task = bar.add_task(
-                    self.spec["name"],
+                    progress if isinstance(progress, str) else self.spec["name"],
                     total=steps * self.recipe.epochs,
                     completed=steps * len(self.history),
                     state="",
