@@ -227,7 +227,15 @@ struct Segments {  // one K block: segments [first, last) of channel blocks time
   const int32_t* taps;                // of the tap group
   int64_t num_taps, all_taps, first, last, in_channels;
   int64_t channel;  // the channel group's first
+  int64_t count;    // segments in all
+  // Weights from a far cache are fetched while the K block before is multiplied: lines for each step of
+  // K, 0 where the weights stay near, and how many tiles of this K block did so before.
+  int64_t ahead_lines, ahead_turn;
   Blocking blocking;
+  const typename Op::Packed* segment(int64_t block, int64_t tap, int64_t width) const {
+    const int64_t before = blocking.start(block) * all_taps;
+    return weight + (before + taps[tap] * steps<Op>(blocking.length(block)) * Op::kStep) * width;
+  }
 };
 
 // The output rows of a chunk: where each reads and writes.
@@ -310,12 +318,22 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
     }
     if (all >= 0) {
       const int64_t count = length / Op::kStep;
-      const float* b = reinterpret_cast<const float*>(
-          s.weight + (c0 * s.all_taps + s.taps[t] * steps<Op>(length) * Op::kStep) * kWidth);
-      const auto multiply = [&](int64_t k) __attribute__((always_inline)) {
+      const float* b = reinterpret_cast<const float*>(s.segment(block, t, kWidth));
+      const char* ahead = reinterpret_cast<const char*>(b);
+      const int64_t later = i + s.last - s.first;
+      const int64_t ahead_step = later < s.count ? 64 * s.ahead_lines : 0;
+      if (ahead_step) {
+        ahead = reinterpret_cast<const char*>(s.segment(later / s.num_taps, later % s.num_taps, kWidth)) +
+                s.ahead_turn * count * ahead_step;
+      }
+      const auto multiply = [&](int64_t k, bool fetch) __attribute__((always_inline)) {
         vf w[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) w[v] = load(b + k * kWidth + v * kLanes);
+        if (fetch) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += ahead_step;
+        }
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -323,11 +341,14 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
         }
       };
       int64_t k = 0;
+      if (NV == kMaxNv && ahead_step) {
+        for (; k < count; ++k) multiply(k, true);
+      }
       for (; k + kUnroll <= count; k += kUnroll) {
 #pragma GCC unroll 8
-        for (int u = 0; u < kUnroll; ++u) multiply(k + u);
+        for (int u = 0; u < kUnroll; ++u) multiply(k + u, false);
       }
-      for (; k < count; ++k) multiply(k);
+      for (; k < count; ++k) multiply(k, false);
       if (Op::kStep > 1 && length % Op::kStep) {
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
@@ -536,7 +557,10 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
         const int64_t count_tiles = ceil_div(q1 - q0, kTileRows[nv]);
         const int64_t least_rows = (q1 - q0) / count_tiles, larger = (q1 - q0) % count_tiles;
         Segments<Op> s{static_cast<const Packed*>(g.weight) + (channel_group * tiling.vectors + v0) * column,
-                       taps, num_taps, g.num_taps, 0, 0, g.in_channels, channel_group * channels, blocking};
+                       taps, num_taps, g.num_taps, 0, 0, g.in_channels, channel_group * channels,
+                       segments, 0, 0, blocking};
+        // one tile reads its weights once; more share the fetching
+        if (k_blocks > 1 && count_tiles > 1) s.ahead_lines = count_tiles < kMaxNv ? 2 : 1;
         const Epilogue<S> e = epilogue<S>(g, o0, count);
         for (int64_t k = 0; k < k_blocks; ++k) {
           s.first = segments * k / k_blocks;
@@ -544,6 +568,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
           int64_t q = 0;
           for (int64_t i = 0; i < count_tiles; ++i) {
             const int64_t n = least_rows + (i < larger);
+            s.ahead_turn = i;
             kTiles<Op, S>.at[nv][n](s, e, rows, q, acc + q * width, k == 0, k == k_blocks - 1);
             q += n;
           }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -364,6 +365,8 @@ def _peaks(models: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
 def peak_memory(run: Run) -> int:
     """The most bytes that torch's CPU allocator had given out during a call beyond those before it."""
     run()  # tables and packed weights are made once and stay
+    # the profiler's library would report each of its own steps on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(profile_memory=True) as profile:
         kept = run()
     del kept

@@ -325,8 +325,8 @@ def _prefers_torch(step: Step, maps: dict[str, _Map], batch: int) -> bool:
                 "ours": partial(ours.run, dict(values)),
                 "torch": partial(_reference, step, dict(values), maps),
             },
-            rounds=5,
-            round_seconds=0.004,
+            rounds=7,
+            round_seconds=0.005,
         )
         _FASTER[key] = found["torch"].speedup_over(found["ours"])[0] * _MARGIN > 1
     return _FASTER[key]
@@ -416,8 +416,8 @@ class Program(nn.Module):
         whole = self._stages(maps, [False] * len(self.steps))
         example = {name: _example(maps[name], batch, self.steps[0].weight.dtype) for name in self.inputs}
         runs = {"mixed": partial(_run, mixed, example), "whole": partial(_run, whole, example)}
-        found = measure(runs, rounds=5, round_seconds=0.004)
-        return mixed if found["mixed"].speedup_over(found["whole"])[0] > 1 else whole
+        found = measure(runs, rounds=9, round_seconds=0.01)
+        return mixed if found["mixed"].speedup_over(found["whole"])[0] * _MARGIN > 1 else whole
 
     def _stages(self, maps: dict[str, _Map], by_torch: list[bool]) -> list[Stage]:
         stages: list[Stage] = []

@@ -1,0 +1,116 @@
+"""Writes the tables of README.md from results/*.json: `python benchmarks/readme.py`; `--check` only compares."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from quincunx.report import collect, lines, verdicts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def demo() -> str:
+    found = collect(ROOT / "results" / "digits")
+    rows = lines(found)
+    settings = list(rows[0].times)
+    header = ["network", "test error", f"wrong of {rows[0].tested}", "M MACs", "MAC ratio"]
+    header += [f"ms, {s}" for s in settings] + [f"speed-up, {s}" for s in settings]
+    cells = [
+        [
+            row.label,
+            f"{100 * row.error:.2f}%",
+            f"{row.wrong:g}",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.mac_ratio:.2f}",
+            *(f"{1e3 * row.times[s][0]:.2f}" for s in settings),
+            *(f"{row.speedups[s][0]:.2f}x" for s in settings),
+        ]
+        for row in rows
+    ]
+    return table(header, cells) + "\n\n" + "\n".join(f"- {said}" for said in verdicts(rows))
+
+
+def bench(suite: str) -> str:
+    result = json.loads((ROOT / "results" / f"bench-{suite}.json").read_text(encoding="utf-8"))
+    header = ["ours / the fastest dense", "threads", "cases", "MAC ratio", "speed-up (geo. mean)", "worst"]
+    cells = [
+        [
+            f"{row['candidate']} / {row['kind'] or 'dense 3 x 3'}",
+            str(row["threads"]),
+            str(row["cases"]),
+            f"{row['mac_ratio']:.2f}",
+            f"{row['mean']:.2f}x",
+            f"{row['worst']:.2f}x ({row['worst_case']})",
+        ]
+        for row in result["summary"]
+        if "_over" not in row["candidate"]
+    ]
+    return table(header, cells)
+
+
+def networks() -> str:
+    result = json.loads((ROOT / "results" / "bench-networks.json").read_text(encoding="utf-8"))
+    header = [
+        "network",
+        "batch",
+        "threads",
+        "MAC ratio",
+        "speed-up over the dense one, fused",
+        "ms",
+        "dense, ms",
+    ]
+    names = [name for name in result["rows"][0]["timings"] if name not in result["rows"][0]["candidates"]]
+    header += [f"{name}, ms" for name in names if name != "ours, dense"]
+    cells = []
+    for row in result["rows"]:
+        (candidate, entry), *_ = row["candidates"].items()
+        times: dict[str, Any] = {name: timing["median_s"] for name, timing in row["timings"].items()}
+        speedup = times["ours, dense"] / times[candidate]
+        cells.append(
+            [
+                row["case"],
+                str(row["batch"]),
+                str(row["threads"]),
+                f"{entry['mac_ratio']:.2f}",
+                f"{speedup:.2f}x",
+                *(f"{1e3 * times[name]:.2f}" for name in (candidate, "ours, dense")),
+                *(f"{1e3 * times[name]:.2f}" for name in names if name != "ours, dense"),
+            ]
+        )
+    return table(header, cells)
+
+
+MADE = {
+    "demo": demo,
+    "blocks": lambda: bench("blocks"),
+    "ops": lambda: bench("ops"),
+    "training": lambda: bench("training"),
+    "networks": networks,
+}
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    text = fresh = path.read_text(encoding="utf-8")
+    for name, make in MADE.items():
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        fresh = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, fresh, flags=re.DOTALL)
+    if "--check" in sys.argv:
+        if fresh != text:
+            print("README.md: a table is not what results/*.json say; run python benchmarks/readme.py")
+        return int(fresh != text)
+    path.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

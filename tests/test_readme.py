@@ -1,0 +1,47 @@
+"""What the README says is so: its tables come from the result files, its example runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_result_files():
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_no_result_was_measured_on_changed_files():
+    """A commit with "+" behind it names code that nobody else has."""
+    for path in (ROOT / "results").rglob("*.json"):
+        commits = re.findall(r'"commit": "([^"]*)"', path.read_text(encoding="utf-8"))
+        assert commits, path
+        assert all(re.fullmatch(r"[0-9a-f]{7,40}", commit) for commit in commits), path
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code, scope)
+    assert scope["y"].shape == (8, 64, 256, 1)
+    assert scope["z"].shape == (8, 64, 32, 32)
+    assert isinstance(scope["fast"], torch.nn.Module)
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).exists()
