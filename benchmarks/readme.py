@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from results/*.json: `python benchmarks/readme.py`; `--check` only compares."""
+"""Writes the tables of README.md from results/*.json; with --check only compares."""
 
 from __future__ import annotations
 

@@ -280,6 +280,8 @@ def run_suite(
     cases = [case for case in SUITES[name]() if only in case.name]
     if not cases:
         raise ValueError(f"only={only!r}: no case of {name} has that in its name")
+    # before the work: what is edited while it runs was not measured
+    where_made = environment()
     rows: list[dict[str, Any]] = []
     for case in cases:
         for count in threads:
@@ -293,7 +295,7 @@ def run_suite(
         "backend": str(backend()),
         "rows": rows,
         "summary": summary(rows),
-        "environment": environment(),
+        "environment": where_made,
     }
 
 
