@@ -7,6 +7,10 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -34,10 +38,19 @@ constexpr double kMostValues = 1e18;  // of a map or a weight, so that 64-bit of
 
 int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
-             MemoryFormat format = MemoryFormat::Contiguous) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::empty(sizes, type, std::nullopt, cpu, std::nullopt, format);
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+  Tensor fresh = torch::stable::empty(sizes, type, std::nullopt,
+                                      torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
+#ifdef __linux__
+  // a large map comes in fresh pages, and each small one of them would cost a fault
+  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
+  const int64_t bytes = fresh.numel() * size_of(type);
+  if (bytes >= kLarge) {
+    const uintptr_t from = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + kPage - 1) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(from), bytes - kPage, MADV_HUGEPAGE);
+  }
+#endif
+  return fresh;
 }
 
 // ---------------------------------------------------------------- arguments

@@ -128,6 +128,10 @@ def both_halves(m, x):
     return F.relu(m.n1(m.up(F.relu(m.n2(y)), x.size()[2:])) + x)
 
 
+def sampled_pair(m, x):
+    return m.up(F.relu(m.down(x)), x.shape[2:]) + x
+
+
 def several(m, x):
     y = F.relu(m.c1(x))
     return y, {"deep": m.c2(y)}, m.c2(y) + m.c1(x)
@@ -170,6 +174,8 @@ CASES = {
     "halves": (both_halves, {"down": SampledConv2d(6, 9, 3, padding=1, groups=3, **CHESS), "n2": norm(9),
                              "up": SampledConvTranspose2d(9, 6, 3, padding=1, groups=3, **CHESS),
                              "n1": norm()}, 1),
+    "sampled pair": (sampled_pair, {"down": SampledConv2d(6, 9, 3, padding=1, **CHESS),
+                                    "up": SampledConvTranspose2d(9, 6, 3, padding=1, **CHESS)}, 1),
     "several outputs": (several, {"c1": conv(), "c2": conv()}, 1),
     "perforated": (perforated_chain, {"p1": PerforatedConv2d(6, 5, (3, 1), padding=(1, 0), **P),
                                       "n1": norm(8),
@@ -217,6 +223,13 @@ def test_any_network(case, prefer, monkeypatch):
         assert len(want) == len(got)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("case", ["projection", "halves", "sampled pair", "strided shortcut", "bottleneck"])
+def test_nothing_is_left_in_torch(case):
+    """Shortcuts, batch norms and activations all ride on convolutions."""
+    run, modules, _ = CASES[case]
+    assert set(left_in_torch(fuse(Net(run, **copy.deepcopy(modules))))) == {"<built-in function getitem>"}
 
 
 def test_the_model_is_left_as_it_was():

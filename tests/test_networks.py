@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ def blocks(model):
     return [list(stage) for stage in model.stages]
 
 
-@pytest.mark.parametrize("name", [n for n in qx.networks.names() if int(n.lstrip("rcsbn")) <= 47])
+SHALLOW = [n for n in qx.networks.names() if re.fullmatch(r"[rc]s?b?n(20|29|44|47)", n)]
+
+
+@pytest.mark.parametrize("name", SHALLOW)
 def test_every_named_network_maps_images_to_scores(name):
     model = qx.networks.build(name, num_classes=7, in_channels=1, width=4).eval()
     assert model(torch.randn(2, 1, 16, 16)).shape == (2, 7)
@@ -137,3 +141,82 @@ def test_activations_keep_their_scale_at_the_start():
 def test_refuses(arguments, settings, error, match):
     with pytest.raises(error, match=match):
         qx.networks.build(*arguments, **settings)
+
+
+# ---------------------------------------------------------------- ImageNet ResNets and PyramidNets
+
+
+def published_keys(depth):
+    """The state-dict keys of the published ImageNet ResNets, written down from their description."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = ["conv1.weight", *(f"bn1.{k}" for k in norm)]
+    counts = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[depth]
+    convolutions = 2 if depth < 50 else 3
+    for stage, count in enumerate(counts, 1):
+        for block in range(count):
+            at = f"layer{stage}.{block}"
+            for i in range(1, convolutions + 1):
+                keys += [f"{at}.conv{i}.weight", *(f"{at}.bn{i}.{k}" for k in norm)]
+            if block == 0 and (stage > 1 or depth >= 50):
+                keys += [f"{at}.downsample.0.weight", *(f"{at}.downsample.1.{k}" for k in norm)]
+    return [*keys, "fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(
+    ("depth", "params", "macs"),
+    [(18, 11_689_512, 1.814), (34, 21_797_672, 3.664), (50, 25_557_032, 4.089), (101, 44_549_160, 7.801)],
+)
+def test_resnets_are_the_published_ones(depth, params, macs):
+    model = qx.networks.build(f"resnet{depth}", 1000)
+    assert list(model.state_dict()) == published_keys(depth)
+    found = qx.cost(model, torch.zeros(1, 3, 224, 224))
+    assert found.params == params
+    assert found.macs / 1e9 == pytest.approx(macs, abs=6e-4)
+
+
+@pytest.mark.parametrize(("depth", "kept", "replaced"), [(18, 3, 5), (34, 3, 13), (50, 4, 12), (101, 4, 29)])
+def test_which_blocks_of_a_resnet_are_replaced(depth, kept, replaced):
+    model = qx.networks.build(f"sb-resnet{depth}", 10)
+    blocks = [block for i in range(1, 5) for block in getattr(model, f"layer{i}")]
+    sampled = [any(hasattr(m, "sampling") for m in block.modules()) for block in blocks]
+    assert (sampled.count(False), sampled.count(True)) == (kept, replaced)
+    firsts = {0, *torch.tensor([len(getattr(model, f"layer{i}")) for i in range(1, 4)]).cumsum(0).tolist()}
+    assert {i for i, s in enumerate(sampled) if not s} == (firsts if depth >= 50 else firsts - {0})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "sb-resnet18", "resnet50", "sb-resnet50"])
+def test_resnets_map_images_to_scores(name):
+    model = qx.networks.build(name, 7, 1).eval()
+    assert model(torch.randn(2, 1, 65, 64)).shape == (2, 7)
+
+
+def test_spatial_bottlenecks_save_what_the_design_says():
+    """PyramidNet-164, alpha 84: 0.745 to 0.553 G."""
+    x = torch.zeros(1, 3, 32, 32)
+    dense, sampled = (qx.networks.build(f"{kind}164-a84") for kind in ("pyramidnet", "sb-pyramidnet"))
+    assert qx.cost(dense, x).macs / 1e9 == pytest.approx(0.745, abs=1e-3)
+    # an odd number of channels has no half
+    assert qx.cost(sampled, x).macs / 1e9 == pytest.approx(0.553, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["pyramidnet20-a12", "sb-pyramidnet20-a12", "sb-pyramidnet119-a9"])
+def test_pyramids_map_images_to_scores_and_grow_evenly(name):
+    model = qx.networks.build(name, 7).eval()
+    assert model(torch.randn(2, 3, 17, 16)).shape == (2, 7)
+    outside = [block.bn3.num_features for block in model.blocks]
+    alpha = int(name.rpartition("a")[2])
+    assert outside[-1] == 16 + alpha
+    assert max(b - a for a, b in zip([16, *outside], outside, strict=False)) <= -(-alpha // len(outside))
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("resnet19", "resnet19: the depth must be one of 18, 34, 50, 101"),
+        ("pyramidnet111-a84", r"pyramidnet111: the depth must be 6n \+ 2 up to 110"),
+        ("pyramidnet110-a0", "alpha must be at least 1"),
+    ],
+)
+def test_refuses_other_depths(name, match):
+    with pytest.raises(ValueError, match=match):
+        qx.networks.build(name)

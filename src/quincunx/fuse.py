@@ -261,7 +261,9 @@ class _Absorber:
         norm = self._only_user(value)
         if norm is not None and (affine := _affine(self.model, norm)) is not None:
             step, value = _folded(step, *affine), norm
+            self.claimed.add(value)
         step, value = self._shortcut(step, value)
+        self.claimed.add(value)
         user = self._only_user(value)
         if user is not None and (kind := _activation(self.model, user)):
             step, value = replace(step, activation=kind), user
@@ -316,7 +318,7 @@ class _Absorber:
 
 def _is_map(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
-    maps = (nn.BatchNorm2d, nn.Conv2d, SampledConvTranspose2d, PerforatedConv2d, nn.MaxPool2d, nn.AvgPool2d)
+    maps = (*_CONVS, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
     if isinstance(_module(model, node), maps):
         return True
     if _activation(model, node) or _addition(node) is not None:

@@ -7,11 +7,10 @@ or the number of channels changes, every second position is taken and the new ch
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.networks.start import he_start
 from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
@@ -102,26 +101,12 @@ class PreResNet(nn.Module):
         self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            _start_values(module)
+        he_start(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stages(self.stem(x))))
         scores: Tensor = self.classifier(x.mean((2, 3)))
         return scores
-
-
-def _start_values(module: nn.Module) -> None:
-    """He initialisation; the first half of a linear spatial bottleneck has no ReLU in front of its
-    second half, so its gain is 1 there."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, RegularSBBlock):
-        for half in (module.down, module.up):
-            nn.init.normal_(half.weight, std=math.sqrt(2 / half.fan_in))
-    elif isinstance(module, SpatialBottleneck2d):
-        nn.init.normal_(module.down.weight, std=math.sqrt(2 / module.down.fan_in))
-        nn.init.normal_(module.up.weight, std=math.sqrt(1 / module.up.fan_in))
 
 
 def _blocks_per_stage(name: str, depth: int, convolutions: int) -> int:

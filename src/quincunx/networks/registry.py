@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from quincunx.networks import preresnet
+from quincunx.networks import preresnet, pyramidnet, resnet
 from quincunx.sampling import Sampling
 
 __all__ = ["build", "names", "network_spec"]
@@ -23,10 +23,21 @@ _NETWORKS: list[tuple[str, str, Factory]] = [
     (r"rsbn(\d+)", "rsbn{6n+2}", preresnet.rsbn),
     (r"crn(\d+)", "crn{9n+2}", preresnet.crn),
     (r"csbn(\d+)", "csbn{9n+2}", preresnet.csbn),
+    (r"resnet(\d+)", "resnet{18,34,50,101}", resnet.resnet),
+    (r"sb-resnet(\d+)", "sb-resnet{18,34,50,101}", resnet.sb_resnet),
+    (r"pyramidnet(\d+)-a(\d+)", "pyramidnet{depth}-a{alpha}", pyramidnet.pyramidnet),
+    (r"sb-pyramidnet(\d+)-a(\d+)", "sb-pyramidnet{depth}-a{alpha}", pyramidnet.sb_pyramidnet),
 ]
 _EXAMPLES = [
     *(f"{family}{depth}" for family in ("rrn", "rsbn") for depth in (20, 44, 62, 86, 110)),
     *(f"{family}{depth}" for family in ("crn", "csbn") for depth in (29, 47, 65, 83, 101)),
+    *(f"{family}{depth}" for family in ("resnet", "sb-resnet") for depth in (18, 34, 50, 101)),
+    *(
+        f"{family}{depth}-a{alpha}"
+        for family in ("pyramidnet", "sb-pyramidnet")
+        for depth in (110, 164)
+        for alpha in (84, 270)
+    ),
 ]
 
 
@@ -72,9 +83,8 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
         ]
         for key in settings:
             if key not in known:
-                raise ValueError(
-                    f"{key}={settings[key]!r}: {name} has no such setting; it has {', '.join(known)}"
-                )
+                has = ", ".join(known) or "none"
+                raise ValueError(f"{key}={settings[key]!r}: {name} has no such setting; it has {has}")
         network = factory(*(int(g) for g in match.groups()), num_classes, in_channels, **settings)
         # read by quincunx.save, which rebuilds the network from it
         network.quincunx_spec = network_spec(name, num_classes, in_channels, settings)  # type: ignore[assignment]

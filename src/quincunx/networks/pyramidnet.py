@@ -1,0 +1,148 @@
+"""PyramidNet (Han et al. 2017), additive, of regular blocks or channel bottlenecks, and its SB form.
+
+The number of channels grows by alpha / N at each of the N blocks, from 16 to 16 + alpha. A block has no
+ReLU in front of its first convolution and a batch norm behind its last. Shortcuts have no parameters:
+average pooling where the resolution changes, zeros for the channels that are new.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.networks.start import he_start
+from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.sampling import CHESSBOARD, Sampling, parse
+
+__all__ = ["PyramidNet", "pyramidnet", "sb_pyramidnet"]
+
+_STEM = 16
+_EXPANSION = 4
+# up to this depth the blocks are regular, as in the paper's 110; 164 and deeper are channel bottlenecks
+_REGULAR_DEPTHS = 110
+
+
+class _Block(nn.Module):
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.extra_channels, self.stride = outside - inside, stride
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels)) if self.extra_channels else x
+
+
+class RegularBlock(_Block):
+    """BN, 3 x 3, BN, ReLU, 3 x 3, BN; as a spatial bottleneck the pair is sampled and transposed."""
+
+    def __init__(self, inside: int, channels: int, stride: int, sampling: Sampling | None, down: str) -> None:
+        super().__init__(inside, channels, stride)
+        self.bn1 = nn.BatchNorm2d(inside)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.sampled = sampling is not None
+        if sampling is None:
+            self.conv1 = nn.Conv2d(inside, channels, 3, stride, 1, bias=False)
+            self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        else:
+            self.down = SampledDown2d(inside, channels, 3, sampling=sampling, down=down, bias=False)
+            self.up = SampledConvTranspose2d(channels, channels, 3, sampling=sampling, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sampled:
+            inner = F.relu(self.bn2(self.down(self.bn1(x))))
+            inner = self.bn3(self.up(inner, x.shape[2:]))
+        else:
+            inner = F.relu(self.bn2(self.conv1(self.bn1(x))))
+            inner = self.bn3(self.conv2(inner))
+        out: Tensor = inner + self.shortcut(x)
+        return out
+
+
+class BottleneckBlock(_Block):
+    """BN, 1 x 1, BN, ReLU, 3 x 3, BN, ReLU, 1 x 1, BN; ``spatial`` takes the place of the 3 x 3 (cSB)."""
+
+    def __init__(self, inside: int, channels: int, stride: int, spatial: nn.Module | None) -> None:
+        outside = channels * _EXPANSION
+        super().__init__(inside, outside, stride)
+        self.bn1 = nn.BatchNorm2d(inside)
+        self.conv1 = nn.Conv2d(inside, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = spatial or nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, outside, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(outside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv1(self.bn1(x))
+        inner = self.conv2(F.relu(self.bn2(inner)))
+        inner = self.bn4(self.conv3(F.relu(self.bn3(inner))))
+        out: Tensor = inner + self.shortcut(x)
+        return out
+
+
+class PyramidNet(nn.Module):
+    """Stem, three stages of growing blocks, batch norm and ReLU, global average pooling, classifier."""
+
+    def __init__(self, blocks: list[nn.Module], outside: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, _STEM, 3, 1, 1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(_STEM)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(outside)
+        self.classifier = nn.Linear(outside, num_classes)
+        he_start(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem_norm(self.stem(x)))
+        scores: Tensor = self.classifier(F.relu(self.norm(x)).mean((2, 3)))
+        return scores
+
+
+def _build(
+    depth: int, alpha: int, num_classes: int, in_channels: int, sampling: Sampling | None, down: str
+) -> PyramidNet:
+    convolutions = 2 if depth <= _REGULAR_DEPTHS else 3
+    n, rest = divmod(depth - 2, 3 * convolutions)
+    if n < 1 or rest:
+        raise ValueError(
+            f"pyramidnet{depth}: the depth must be 6n + 2 up to {_REGULAR_DEPTHS} (regular blocks), "
+            "9n + 2 beyond (channel bottlenecks)"
+        )
+    if alpha < 1:
+        raise ValueError(f"pyramidnet{depth}-a{alpha}: alpha must be at least 1")
+    blocks: list[nn.Module] = []
+    inside = _STEM
+    for i in range(3 * n):
+        channels = round(_STEM + alpha * (i + 1) / (3 * n))
+        stride = 2 if i in (n, 2 * n) else 1
+        if convolutions == 2:
+            blocks.append(RegularBlock(inside, channels, stride, sampling if stride == 1 else None, down))
+            inside = channels
+        else:
+            spatial: nn.Module | None = None
+            if sampling is not None and i % n > 0:
+                spatial = SpatialBottleneck2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
+            blocks.append(BottleneckBlock(inside, channels, stride, spatial))
+            inside = channels * _EXPANSION
+    return PyramidNet(blocks, inside, num_classes, in_channels)
+
+
+def pyramidnet(depth: int, alpha: int, num_classes: int = 10, in_channels: int = 3) -> PyramidNet:
+    """PyramidNet of a depth (110, 164, ...) and widening alpha (84, 270, ...)."""
+    return _build(depth, alpha, num_classes, in_channels, None, "stride")
+
+
+def sb_pyramidnet(
+    depth: int,
+    alpha: int,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    sampling: Sampling | str = CHESSBOARD,
+    down: str = "stride",
+) -> PyramidNet:
+    """The same with spatial bottlenecks: regular blocks but for those that change the resolution, channel
+    bottlenecks but for the first of each stage (Peng et al., arXiv:1809.02601, section 4.3)."""
+    return _build(depth, alpha, num_classes, in_channels, parse(sampling), down)
