@@ -427,7 +427,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     }
   }
   const int64_t batch = inputs[0].sizes()[0];
-  const int64_t images = quincunx::images_at_a_time(steps, batch, buffers.arena);
+  const int64_t images = quincunx::images_at_a_time(steps, batch, size_of(type));
   const int64_t places = images > 0 ? images * torch::stable::get_num_threads() : batch;
   const Tensor arena = empty({buffers.arena * places / size_of(type)}, type);
   char* base = static_cast<char*>(arena.data_ptr());

@@ -79,19 +79,21 @@ struct Place {
 
 // Images at a time through a whole program, so that its maps stay in a near cache; 0 where the steps had
 // better be shared among the threads one by one.
-inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, int64_t arena_bytes) {
-  constexpr int64_t kNearCache = 512 * 1024, kTileRows = 32, kFarRows = 256;
+inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, int64_t element_bytes) {
+  constexpr int64_t kNearCache = 512 * 1024, kTileRows = 32, kWeightsPerRow = 24 * 1024;
   const int64_t threads = torch::stable::get_num_threads();
-  int64_t enough = 1;
+  int64_t enough = 1, largest = 1;
   for (const Step& step : steps) {
     const GatherGemm& g = step.problem;
+    largest = std::max({largest, element_bytes * g.rows_in * g.in_channels, element_bytes * g.rows_out * g.out_channels});
     const int64_t weights = int64_t{4} * g.num_taps * g.in_channels / g.channel_groups * g.out_channels;
-    // weights that do not stay near are read once for as many rows as go through together
-    const int64_t rows = weights > kNearCache ? kFarRows : kTileRows;
+    // weights are read once for as many rows as go through together
+    const int64_t rows = std::max(kTileRows, weights / kWeightsPerRow);
     enough = std::max(enough, (rows - 1) / std::max<int64_t>(1, g.rows_out) + 1);
   }
   const int64_t share = (batch + threads - 1) / threads;
-  const int64_t most = std::max(enough, kNearCache / std::max<int64_t>(1, arena_bytes));
+  // a step reads one map and writes another
+  const int64_t most = std::max(enough, kNearCache / 2 / largest);
   const int64_t turns = (share + most - 1) / std::max<int64_t>(1, most);
   const int64_t images = turns > 0 ? (share + turns - 1) / turns : 0;
   // no thread waits long for the last one
