@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from quincunx import bench
 from quincunx.cli import app
+from quincunx.ops import backend
 from quincunx.peers import fold_batch_norm
 
 
@@ -62,6 +63,15 @@ def test_peak_memory_counts_what_a_call_allocates():
     assert bench.peak_memory(lambda: x + 1) == pytest.approx(4000, abs=64)
     assert bench.peak_memory(lambda: (x + 1) + 1) >= 8000
     assert bench.peak_memory(lambda: None) == 0
+
+
+@pytest.mark.parametrize(("channels", "side", "batch"), [(64, 28, 1), (16, 32, 8), (128, 14, 4)])
+def test_a_sampled_block_needs_less_memory_than_a_dense_one(channels, side, batch):
+    if backend().name != "native":
+        pytest.skip("the reference computes the dense convolution")
+    (case, *_) = bench.blocks(((channels, side, batch),))
+    peaks = case.facts()["peak_memory"]
+    assert peaks["rSB 2/4"] < peaks["rRB"]
 
 
 def test_folding_keeps_the_function():
