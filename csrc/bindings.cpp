@@ -435,16 +435,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     quincunx::run_images(steps, used, buffers.places, base, buffers.arena, batch, images, kernels);
   } else {
     for (size_t i = 0; i < steps.size(); ++i) {
-      const auto at = [&](int64_t number) -> char* {
-        if (number < 0) return nullptr;
-        const Place& place = buffers.places[number];
-        return place.offset < 0 ? place.base : base + place.offset * batch;
-      };
-      GatherGemm& g = steps[i].problem;
-      g.x = at(used[i].x);
-      g.residual = at(used[i].residual);
-      g.out = at(used[i].out);
-      g.out2 = at(used[i].out2);
+      quincunx::set_maps(steps[i].problem, used[i], buffers.places, base, 0, batch);
     }
     quincunx::run_steps(steps, kernels);
   }

@@ -77,6 +77,20 @@ struct Place {
   int64_t offset = -1;      // in the arena, bytes an image; -1 for inputs and outputs
 };
 
+// The maps of a step for the images from `first` on; `arena` holds the maps of `images` of them.
+inline void set_maps(GatherGemm& g, const Places& maps, const std::vector<Place>& places, char* arena, int64_t first,
+                     int64_t images) {
+  const auto at = [&](int64_t number) -> char* {
+    if (number < 0) return nullptr;
+    const Place& place = places[number];
+    return place.offset < 0 ? place.base + first * place.image_bytes : arena + place.offset * images;
+  };
+  g.x = at(maps.x);
+  g.residual = at(maps.residual);
+  g.out = at(maps.out);
+  g.out2 = at(maps.out2);
+}
+
 // Images at a time through a whole program, so that its maps stay in a near cache; 0 where the steps had
 // better be shared among the threads one by one.
 inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, int64_t element_bytes) {
@@ -109,18 +123,10 @@ inline void run_images(const std::vector<Step>& steps, const std::vector<Places>
     char* own = arena + thread * arena_bytes * images;
     for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
       const int64_t first = chunk * images, count = std::min(images, batch - first);
-      const auto at = [&](int64_t number) -> char* {
-        if (number < 0) return nullptr;
-        const Place& place = places[number];
-        return place.offset < 0 ? place.base + first * place.image_bytes : own + place.offset * images;
-      };
       for (size_t i = 0; i < steps.size(); ++i) {
         GatherGemm g = steps[i].problem;
         g.batch = count;
-        g.x = at(maps[i].x);
-        g.residual = at(maps[i].residual);
-        g.out = at(maps[i].out);
-        g.out2 = at(maps[i].out2);
+        set_maps(g, maps[i], places, own, first, images);
         kernels.run(&g, Cut{1, 1}, 0);
       }
     }

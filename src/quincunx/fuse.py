@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,15 +245,13 @@ class _Fused:
     step: Step
     main: fx.Node
     second: fx.Node | None
-    at: int
 
 
 class _Absorber:
     """Finds what rides on each convolution's output."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.claimed: set[fx.Node] = set()
 
     def absorb(self, node: fx.Node, step: Step) -> _Fused:
@@ -277,7 +275,7 @@ class _Absorber:
         step = replace(
             step, out=value.name if readers else None, out2=second.name if second is not None else None
         )
-        return _Fused(step, value, second, self.order[value])
+        return _Fused(step, value, second)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         users = list(node.users)
@@ -332,7 +330,7 @@ def _is_map(model: nn.Module, node: fx.Node) -> bool:
 def _lower(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """The graph with programs in place of the convolutions and what they absorbed."""
     _pool_outside(model, graph)
-    absorber = _Absorber(model, graph)
+    absorber = _Absorber(model)
     fused: dict[fx.Node, _Fused] = {}
     for node in graph.nodes:
         if (step := _start(model, node)) is not None:
@@ -442,8 +440,3 @@ def _attach(root: nn.Module, path: str, value: Any) -> None:
         setattr(root, last, value)
     elif last not in dict(root.named_buffers(recurse=False)):
         root.register_buffer(last, value)
-
-
-def programs(model: nn.Module) -> Iterator[Program]:
-    """The programs of a fused network."""
-    return (module for module in model.modules() if isinstance(module, Program))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.functional import Padding, expand_padding, pair
+from quincunx.plan import Geometry
 from quincunx.sampling import CHESSBOARD, Cosets, Sampling
 
 __all__ = ["PerforatedConv2d", "SampledConv2d", "SampledConvTranspose2d", "SpatialBottleneck2d"]
@@ -156,12 +157,8 @@ class PerforatedConv2d(SampledConv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        size = [
-            (x.shape[2 + i] + sum(self.padding[2 * i : 2 * i + 2]) - self.dilation[i] * (k - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i, k in enumerate(self.kernel_size)
-        ]
+        geometry = Geometry(self.kernel_size, self.stride, self.padding, self.dilation)
+        size = geometry.grid(x.shape[2], x.shape[3])
         return fill_nearest(super().forward(x), sampling=self.sampling, size=size)
 
 
