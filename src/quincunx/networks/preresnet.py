@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.networks.start import he_start
-from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.networks.pieces import check_positive, he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
 __all__ = ["PreResNet", "crn", "csbn", "rrn", "rsbn"]
@@ -55,28 +54,32 @@ class RegularSBBlock(_Block):
     def __init__(self, channels: int, sampling: Sampling, down: str) -> None:
         super().__init__(channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.down = SampledDown2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
+        first, second = sampled_pair(channels, channels, sampling, down)
+        self.down = first
         self.bn2 = nn.BatchNorm2d(channels)
-        self.up = SampledConvTranspose2d(channels, channels, 3, sampling=sampling, padding=1, bias=False)
+        self.up = second
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.bn2(self.down(F.relu(self.bn1(x)))))
-        out: Tensor = self.up(inner, x.shape[2:])
-        return out + self.shortcut(x)
+        return through_pair(F.relu(self.bn1(x)), self.down, self.bn2, self.up) + self.shortcut(x)
 
 
 class BottleneckBlock(_Block):
-    """cRB: 1 x 1, 3 x 3, 1 x 1; ``spatial`` takes the place of the 3 x 3 convolution (cSB)."""
+    """cRB: 1 x 1, 3 x 3, 1 x 1; with a sampling the 3 x 3 is a linear spatial bottleneck (cSB)."""
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, spatial: nn.Module | None = None
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        sampling: Sampling | None = None,
+        down: str = "stride",
     ) -> None:
         out_channels = channels * _EXPANSION
         super().__init__(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = spatial or nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = middle(channels, stride, sampling, down)
         self.bn3 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
 
@@ -120,11 +123,6 @@ def _blocks_per_stage(name: str, depth: int, convolutions: int) -> int:
     return n
 
 
-def _check_width(width: int) -> None:
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"width={width!r}: expected a positive integer")
-
-
 def _regular(
     name: str,
     depth: int,
@@ -135,7 +133,7 @@ def _regular(
     down: str,
 ) -> PreResNet:
     """Every block is replaced except the two that change the resolution."""
-    _check_width(width)
+    check_positive("width", width)
     n = _blocks_per_stage(name, depth, 2)
     stages: list[list[nn.Module]] = []
     channels = width
@@ -162,7 +160,7 @@ def _bottleneck(
     down: str,
 ) -> PreResNet:
     """Every block is replaced except the first of each stage."""
-    _check_width(width)
+    check_positive("width", width)
     n = _blocks_per_stage(name, depth, 3)
     stages: list[list[nn.Module]] = []
     outside = width
@@ -170,11 +168,8 @@ def _bottleneck(
         blocks: list[nn.Module] = []
         channels = width * 2**stage
         for i in range(n):
-            spatial: nn.Module | None = None
-            if sampling is not None and i > 0:
-                spatial = SpatialBottleneck2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
             stride = 2 if stage > 0 and i == 0 else 1
-            blocks.append(BottleneckBlock(outside, channels, stride, spatial))
+            blocks.append(BottleneckBlock(outside, channels, stride, sampling if i > 0 else None, down))
             outside = channels * _EXPANSION
         stages.append(blocks)
     return PreResNet(stages, outside, width, num_classes, in_channels)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.networks.start import he_start
-from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.networks.pieces import he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
 __all__ = ["PyramidNet", "pyramidnet", "sb_pyramidnet"]
@@ -46,30 +45,27 @@ class RegularBlock(_Block):
             self.conv1 = nn.Conv2d(inside, channels, 3, stride, 1, bias=False)
             self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         else:
-            self.down = SampledDown2d(inside, channels, 3, sampling=sampling, down=down, bias=False)
-            self.up = SampledConvTranspose2d(channels, channels, 3, sampling=sampling, padding=1, bias=False)
+            self.down, self.up = sampled_pair(inside, channels, sampling, down)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sampled:
-            inner = F.relu(self.bn2(self.down(self.bn1(x))))
-            inner = self.bn3(self.up(inner, x.shape[2:]))
+            inner = through_pair(self.bn1(x), self.down, self.bn2, self.up)
         else:
-            inner = F.relu(self.bn2(self.conv1(self.bn1(x))))
-            inner = self.bn3(self.conv2(inner))
-        out: Tensor = inner + self.shortcut(x)
+            inner = self.conv2(F.relu(self.bn2(self.conv1(self.bn1(x)))))
+        out: Tensor = self.bn3(inner) + self.shortcut(x)
         return out
 
 
 class BottleneckBlock(_Block):
-    """BN, 1 x 1, BN, ReLU, 3 x 3, BN, ReLU, 1 x 1, BN; ``spatial`` takes the place of the 3 x 3 (cSB)."""
+    """BN, 1 x 1, BN, ReLU, 3 x 3, BN, ReLU, 1 x 1, BN; with a sampling the 3 x 3 is a cSB."""
 
-    def __init__(self, inside: int, channels: int, stride: int, spatial: nn.Module | None) -> None:
+    def __init__(self, inside: int, channels: int, stride: int, sampling: Sampling | None, down: str) -> None:
         outside = channels * _EXPANSION
         super().__init__(inside, outside, stride)
         self.bn1 = nn.BatchNorm2d(inside)
         self.conv1 = nn.Conv2d(inside, channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = spatial or nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = middle(channels, stride, sampling, down)
         self.bn3 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, outside, 1, bias=False)
         self.bn4 = nn.BatchNorm2d(outside)
@@ -121,10 +117,7 @@ def _build(
             blocks.append(RegularBlock(inside, channels, stride, sampling if stride == 1 else None, down))
             inside = channels
         else:
-            spatial: nn.Module | None = None
-            if sampling is not None and i % n > 0:
-                spatial = SpatialBottleneck2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
-            blocks.append(BottleneckBlock(inside, channels, stride, spatial))
+            blocks.append(BottleneckBlock(inside, channels, stride, sampling if i % n else None, down))
             inside = channels * _EXPANSION
     return PyramidNet(blocks, inside, num_classes, in_channels)
 

@@ -1,24 +1,63 @@
-"""The ImageNet ResNets of He et al. (2016) and their spatial bottleneck forms.
+"""The ImageNet ResNets of He et al. (2016), their grouped and gated relatives, and all their spatial
+bottleneck forms.
 
-A dense network has the module names, and so the state-dict keys, under which its trained weights are
-commonly published: ``conv1``, ``layer1.0.conv1``, ``layer1.0.downsample.0``, ``fc``. In a block of three
-convolutions the stride is on the 3 x 3 one.
+ResNeXt (Xie et al. 2017) has grouped 3 x 3 convolutions, SE-ResNet (Hu et al. 2018) a gate per channel at
+the end of each block. A dense network has the module names, and so the state-dict keys, under which its
+trained weights are commonly published: ``conv1``, ``layer1.0.conv1``, ``layer1.0.downsample.0``,
+``layer1.0.se.fc1``, ``fc``. In a block of three convolutions the stride is on the 3 x 3 one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.networks.start import he_start
-from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.networks.pieces import check_positive, he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
-__all__ = ["ResNet", "resnet", "sb_resnet"]
+__all__ = ["ResNet", "resnet", "resnext", "sb_resnet", "sb_resnext", "sb_seresnet", "seresnet"]
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 _EXPANSION = {18: 1, 34: 1, 50: 4, 101: 4}
 _WIDTH = 64
+# channels of each of the 32 groups in the first stage: 32x4d and 32x8d
+_RESNEXT_GROUPS, _RESNEXT_WIDTH = 32, {50: 4, 101: 8}
+_REDUCTION = 16
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What distinguishes the families: sampling of the replaced blocks, groups, gates."""
+
+    sampling: Sampling | None = None
+    down: str = "stride"
+    groups: int = 1
+    group_width: int = _WIDTH
+    reduction: int | None = None
+
+
+class SqueezeExcitation(nn.Module):
+    """x * sigmoid(fc2(relu(fc1(mean of x over the map)))), a gate per channel.
+
+    Source: Hu et al., arXiv:1709.01507, section 3.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        inner = max(1, channels // reduction)
+        self.fc1 = nn.Conv2d(channels, inner, 1)
+        self.fc2 = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+        return x * torch.sigmoid(gate)
+
+
+def _gate(channels: int, reduction: int | None) -> nn.Module | None:
+    return None if reduction is None else SqueezeExcitation(channels, reduction)
 
 
 def _projection(inside: int, outside: int, stride: int) -> nn.Module | None:
@@ -27,58 +66,81 @@ def _projection(inside: int, outside: int, stride: int) -> nn.Module | None:
     return nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    """relu(residual + shortcut), the residual gated where the family has gates."""
+
+    se: nn.Module | None
+    downsample: nn.Module | None
+
+    def joined(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self.se is not None:
+            residual = self.se(residual)
+        return F.relu(residual + (x if self.downsample is None else self.downsample(x)))
+
+
+class BasicBlock(_Block):
     """Two 3 x 3 convolutions, batch norm behind each, ReLU after the addition."""
 
-    def __init__(self, inside: int, channels: int, stride: int) -> None:
+    def __init__(
+        self,
+        inside: int,
+        channels: int,
+        stride: int,
+        *,
+        shortcut: nn.Module | None = None,
+        reduction: int | None = None,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inside, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = _projection(inside, channels, stride)
+        self.se = _gate(channels, reduction)
+        self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.relu(self.bn1(self.conv1(x)))
-        inner = self.bn2(self.conv2(inner))
-        return F.relu(inner + (x if self.downsample is None else self.downsample(x)))
+        return self.joined(self.bn2(self.conv2(inner)), x)
 
 
-class BasicSBBlock(nn.Module):
+class BasicSBBlock(_Block):
     """rSB: sampled convolution, batch norm, ReLU, transposed convolution, batch norm; ReLU after the
     addition."""
 
-    def __init__(self, channels: int, sampling: Sampling, down: str) -> None:
+    def __init__(self, channels: int, sampling: Sampling, down: str, *, reduction: int | None = None) -> None:
         super().__init__()
-        self.down = SampledDown2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
+        first, second = sampled_pair(channels, channels, sampling, down)
+        self.down = first
         self.bn1 = nn.BatchNorm2d(channels)
-        self.up = SampledConvTranspose2d(channels, channels, 3, sampling=sampling, padding=1, bias=False)
+        self.up = second
         self.bn2 = nn.BatchNorm2d(channels)
+        self.se = _gate(channels, reduction)
+        self.downsample = None
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.down(x)))
-        return F.relu(self.bn2(self.up(inner, x.shape[2:])) + x)
+        return self.joined(self.bn2(through_pair(x, self.down, self.bn1, self.up)), x)
 
 
-class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1; ``spatial`` takes the place of the 3 x 3 convolution (cSB)."""
+class Bottleneck(_Block):
+    """1 x 1, 3 x 3, 1 x 1; with a sampling the 3 x 3 is a linear spatial bottleneck (cSB)."""
 
-    def __init__(self, inside: int, channels: int, stride: int, spatial: nn.Module | None = None) -> None:
+    def __init__(self, inside: int, channels: int, stride: int, kind: _Kind) -> None:
         super().__init__()
         outside = 4 * channels
-        self.conv1 = nn.Conv2d(inside, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = spatial or nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, outside, 1, bias=False)
+        width = channels * kind.group_width // _WIDTH * kind.groups
+        self.conv1 = nn.Conv2d(inside, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = middle(width, stride, kind.sampling, kind.down, groups=kind.groups)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outside, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outside)
+        self.se = _gate(outside, kind.reduction)
         self.downsample = _projection(inside, outside, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.relu(self.bn1(self.conv1(x)))
         inner = F.relu(self.bn2(self.conv2(inner)))
-        inner = self.bn3(self.conv3(inner))
-        return F.relu(inner + (x if self.downsample is None else self.downsample(x)))
+        return self.joined(self.bn3(self.conv3(inner)), x)
 
 
 class ResNet(nn.Module):
@@ -104,9 +166,10 @@ class ResNet(nn.Module):
         return scores
 
 
-def _build(depth: int, num_classes: int, in_channels: int, sampling: Sampling | None, down: str) -> ResNet:
-    if depth not in _STAGES:
-        raise ValueError(f"resnet{depth}: the depth must be one of {', '.join(map(str, _STAGES))}")
+def _build(name: str, depth: int, num_classes: int, in_channels: int, kind: _Kind) -> ResNet:
+    depths = _RESNEXT_WIDTH if name == "resnext" else _STAGES
+    if depth not in depths:
+        raise ValueError(f"{name}{depth}: the depth must be one of {', '.join(map(str, depths))}")
     expansion = _EXPANSION[depth]
     stages: list[list[nn.Module]] = []
     inside = _WIDTH
@@ -114,30 +177,29 @@ def _build(depth: int, num_classes: int, in_channels: int, sampling: Sampling | 
         channels, blocks = _WIDTH * 2**stage, []
         for i in range(count):
             stride = 2 if stage > 0 and i == 0 else 1
-            blocks.append(_block(inside, channels, stride, expansion, i > 0, sampling, down))
+            block = _regular if expansion == 1 else _bottleneck
+            blocks.append(block(inside, channels, stride, kind, i > 0))
             inside = channels * expansion
         stages.append(blocks)
     return ResNet(stages, inside, num_classes, in_channels)
 
 
-def _block(
-    inside: int, channels: int, stride: int, expansion: int, later: bool, sampling: Sampling | None, down: str
-) -> nn.Module:
-    """Regular blocks are replaced but for those that change the resolution, channel bottlenecks but for
-    the first of each stage."""
-    if expansion == 1:
-        if sampling is None or stride > 1:
-            return BasicBlock(inside, channels, stride)
-        return BasicSBBlock(channels, sampling, down)
-    spatial = None
-    if sampling is not None and later:
-        spatial = SpatialBottleneck2d(channels, channels, 3, sampling=sampling, down=down, bias=False)
-    return Bottleneck(inside, channels, stride, spatial)
+def _regular(inside: int, channels: int, stride: int, kind: _Kind, _: bool) -> nn.Module:
+    """Replaced but for the blocks that change the resolution."""
+    if kind.sampling is None or stride > 1:
+        shortcut = _projection(inside, channels, stride)
+        return BasicBlock(inside, channels, stride, shortcut=shortcut, reduction=kind.reduction)
+    return BasicSBBlock(channels, kind.sampling, kind.down, reduction=kind.reduction)
+
+
+def _bottleneck(inside: int, channels: int, stride: int, kind: _Kind, later: bool) -> nn.Module:
+    """Replaced but for the first block of each stage."""
+    return Bottleneck(inside, channels, stride, kind if later else replace(kind, sampling=None))
 
 
 def resnet(depth: int, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
     """ResNet-18, -34, -50 or -101."""
-    return _build(depth, num_classes, in_channels, None, "stride")
+    return _build("resnet", depth, num_classes, in_channels, _Kind())
 
 
 def sb_resnet(
@@ -149,4 +211,49 @@ def sb_resnet(
     down: str = "stride",
 ) -> ResNet:
     """The same with spatial bottlenecks (Peng et al., arXiv:1809.02601, section 4.5)."""
-    return _build(depth, num_classes, in_channels, parse(sampling), down)
+    return _build("resnet", depth, num_classes, in_channels, _Kind(parse(sampling), down))
+
+
+def _resnext(depth: int, num_classes: int, in_channels: int, sampling: Sampling | None, down: str) -> ResNet:
+    kind = _Kind(sampling, down, _RESNEXT_GROUPS, _RESNEXT_WIDTH.get(depth, 1))
+    return _build("resnext", depth, num_classes, in_channels, kind)
+
+
+def resnext(depth: int, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
+    """ResNeXt-50 32x4d or ResNeXt-101 32x8d (Xie et al., arXiv:1611.05431)."""
+    return _resnext(depth, num_classes, in_channels, None, "stride")
+
+
+def sb_resnext(
+    depth: int,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    *,
+    sampling: Sampling | str = CHESSBOARD,
+    down: str = "stride",
+) -> ResNet:
+    """The same with grouped linear spatial bottlenecks, each group of half as many channels inside."""
+    return _resnext(depth, num_classes, in_channels, parse(sampling), down)
+
+
+def seresnet(
+    depth: int, num_classes: int = 1000, in_channels: int = 3, *, reduction: int = _REDUCTION
+) -> ResNet:
+    """SE-ResNet-18, -34, -50 or -101; a gate has 1 / ``reduction`` of its block's channels inside."""
+    check_positive("reduction", reduction)
+    return _build("seresnet", depth, num_classes, in_channels, _Kind(reduction=reduction))
+
+
+def sb_seresnet(
+    depth: int,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    *,
+    sampling: Sampling | str = CHESSBOARD,
+    down: str = "stride",
+    reduction: int = _REDUCTION,
+) -> ResNet:
+    """The same with spatial bottlenecks; the gates read whole maps, as before."""
+    check_positive("reduction", reduction)
+    kind = _Kind(parse(sampling), down, reduction=reduction)
+    return _build("seresnet", depth, num_classes, in_channels, kind)

@@ -1,0 +1,72 @@
+"""What networks of several families share: where spatial bottlenecks stand in them, and start values."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.sampling import Sampling
+
+__all__ = ["check_positive", "he_start", "middle", "sampled_pair", "through_pair"]
+
+
+def middle(
+    channels: int, stride: int, sampling: Sampling | None, down: str = "stride", *, groups: int = 1
+) -> nn.Module:
+    """The 3 x 3 of a channel bottleneck: dense without a sampling, else a linear spatial bottleneck.
+
+    Source: cSB of Peng et al., arXiv:1809.02601, section 3.2.
+    """
+    if sampling is None:
+        return nn.Conv2d(channels, channels, 3, stride, 1, groups=groups, bias=False)
+    return SpatialBottleneck2d(channels, channels, 3, sampling=sampling, down=down, groups=groups, bias=False)
+
+
+def sampled_pair(
+    inside: int, channels: int, sampling: Sampling, down: str
+) -> tuple[SampledDown2d, SampledConvTranspose2d]:
+    """The two convolutions that stand in place of a regular block's pair, for :func:`through_pair`.
+
+    A block keeps them as ``down`` and ``up``, which is how :func:`he_start` finds them.
+    """
+    return (
+        SampledDown2d(inside, channels, 3, sampling=sampling, down=down, bias=False),
+        SampledConvTranspose2d(channels, channels, 3, sampling=sampling, padding=1, bias=False),
+    )
+
+
+def through_pair(x: Tensor, down: SampledDown2d, norm: nn.BatchNorm2d, up: SampledConvTranspose2d) -> Tensor:
+    """Sampled convolution, batch norm and ReLU on the sampled map, transposed convolution.
+
+    Source: rSB of Peng et al., arXiv:1809.02601, section 3.2.
+    """
+    out: Tensor = up(F.relu(norm(down(x))), x.shape[2:])
+    return out
+
+
+def he_start(network: nn.Module) -> None:
+    """He initialisation of dense and sampled convolutions.
+
+    A transposed convolution sums over computed positions only, which its fan-in says. No ReLU stands
+    between the halves of a linear spatial bottleneck, so its second half has gain 1.
+
+    Source: He et al., arXiv:1502.01852, section 2.2.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            continue
+        down, up = getattr(module, "down", None), getattr(module, "up", None)
+        if isinstance(down, SampledDown2d) and isinstance(up, SampledConvTranspose2d):
+            gain = 1 if isinstance(module, SpatialBottleneck2d) else 2
+            nn.init.normal_(down.weight, std=math.sqrt(2 / down.fan_in))
+            nn.init.normal_(up.weight, std=math.sqrt(gain / up.fan_in))
+
+
+def check_positive(name: str, value: int) -> None:
+    """Refuse what is no positive integer, naming the setting."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive integer")
