@@ -361,3 +361,18 @@ def test_conv_transpose_refuses(error, match, change):
 def test_fill_refuses(error, match, change):
     with pytest.raises(error, match=match):
         fill_nearest(**({"y": Y, "sampling": CHESSBOARD, "size": (6, 6)} | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_gives_parameters_their_own_gradients(dtype):
+    x, w, bias = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4)
+    leaves = [t.requires_grad_() for t in (x, w, bias)]
+    with torch.autocast("cpu", dtype=dtype):
+        y = qx.sampled_conv2d(x, w, bias, sampling=qx.CHESSBOARD, padding=1)
+        z = qx.sampled_conv_transpose2d(y, w, None, sampling=qx.CHESSBOARD, size=(6, 6), padding=1)
+        assert (y.dtype, z.dtype) == (dtype, dtype)
+        exact = qx.sampled_conv2d(x.double(), w.double(), bias.double(), sampling=qx.CHESSBOARD, padding=1)
+        assert exact.dtype == torch.float64
+    torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
+    z.sum().backward()
+    assert [t.grad.dtype for t in leaves] == [torch.float32] * 3

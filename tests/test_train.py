@@ -43,7 +43,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-TINY = Recipe("tiny", epochs=3, batch_size=8, lr=0.05, milestones=(0.5,), warmup=0.1, augment=True)
+TINY = Recipe("tiny", epochs=3, batch_size=8, lr=0.05, milestones=(0.5,), warmup=0.1, augment="cifar")
 
 
 def pictures(count=20, size=8, channels=1, classes=3, name="pictures", seed=5):
@@ -136,7 +136,7 @@ def test_the_result_says_how_it_was_made(straight):
     assert result["network"] == model.quincunx_spec
     assert result["recipe"] == json.loads(json.dumps(vars(TINY)))
     assert result["data"] == DATA.describe()
-    assert result["augment"] is True
+    assert result["augment"] == "cifar"
     assert result["cost"]["macs"] == qx.cost(model, torch.zeros(1, 1, 8, 8)).macs
     assert result["cost"]["params"] == sum(p.numel() for p in model.parameters())
     assert result["test_error"] == result["history"][-1]["test_error"]
@@ -210,7 +210,7 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own(tmp_path):
     for seed in (0, 1):
         model = network()
         model.register_forward_pre_hook(lambda m, x: seen.append(x[0].sum((1, 2, 3))) if m.training else None)
-        run(tmp_path / str(seed), model=model, recipe=replace(TINY, augment=False), seed=seed)
+        run(tmp_path / str(seed), model=model, recipe=replace(TINY, augment="none"), seed=seed)
     epochs = [torch.cat(seen[i : i + 3]) for i in range(0, 18, 3)]
     for i, epoch in enumerate(epochs):
         torch.testing.assert_close(epoch.sort().values, epochs[0].sort().values)  # each image once
@@ -611,12 +611,56 @@ def test_one_step_is_nesterov_sgd_with_weight_decay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "suits", "used"), [(None, True, True), (None, False, False), (True, False, True)]
+    ("told", "suits", "used"),
+    [(None, True, "cifar"), (None, False, "none"), ("cifar", False, "cifar"), ("none", True, "none")],
 )
 def test_the_data_set_says_whether_to_augment_unless_the_recipe_does(tmp_path, told, suits, used):
     data, recipe = replace(DATA, augment=suits), replace(TINY, epochs=1, augment=told)
     result, _ = run(tmp_path, data=data, recipe=recipe)
-    assert result["augment"] is used
+    assert result["augment"] == used
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_keeps_float32_weights_and_stays_near_float32(tmp_path, precision):
+    exact, _ = run(tmp_path / "exact", recipe=replace(TINY, epochs=2))
+    mixed, model = run(tmp_path / "mixed", recipe=replace(TINY, epochs=2, precision=precision))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ours, theirs = (r["history"][0]["train_loss"] for r in (mixed, exact))
+    assert ours != theirs, "nothing was computed in lower precision"
+    assert ours == pytest.approx(theirs, rel=0.05)
+    assert mixed["recipe"]["precision"] == precision
+
+
+def test_a_run_in_float16_resumes_with_the_scale_of_its_losses(tmp_path):
+    recipe = replace(TINY, precision="float16")
+    _, reference = run(tmp_path / "whole", recipe=recipe)
+    with pytest.raises(Interrupted, match="after 1 of 3"):
+        run(tmp_path / "parts", model=stop_in(network(), 5, KeyboardInterrupt()), recipe=recipe)
+    _, resumed = run(tmp_path / "parts", recipe=recipe, resume=True)
+    assert_equal_states(resumed.state_dict(), reference.state_dict())
+    ours, theirs = (read_checkpoint(tmp_path / p / "checkpoint.pt")["scaler"] for p in ("parts", "whole"))
+    assert ours == theirs
+    assert ours["_growth_tracker"] == 9, "one for every step, over the interruption"
+
+
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(tmp_path):
+    """Without batch norm, which normalises each part by itself."""
+    ends = []
+    for parts in (1, 3):
+        model = network()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+                module.train = lambda mode=True, m=module: m  # stays as it is
+        calls = []
+        model.register_forward_pre_hook(
+            lambda m, x, seen=calls: seen.append(len(x[0])) if m.training else None
+        )
+        run(tmp_path / str(parts), model=model, recipe=replace(TINY, epochs=1, accumulate=parts))
+        ends.append(model.state_dict())
+    assert calls == [3, 3, 2, 3, 3, 2, 2, 1, 1]
+    for name, ours in ends[1].items():
+        torch.testing.assert_close(ours, ends[0][name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_bar_is_for_people_only(capsys):

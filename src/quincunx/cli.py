@@ -180,8 +180,13 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, on every parameter.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Nesterov momentum.")] = None,
     augment: Annotated[
-        bool | None, typer.Option(help="Crop and flip; by default for all data but digits.")
+        str | None,
+        typer.Option(help="none, cifar (pad, crop, flip) or imagenet; by default as suits the data."),
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 (the default), or mixed: bfloat16 or float16.")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Parts in which a batch is computed.")] = None,
     sampling: Sampling = None,
     down: Down = None,
     width: Width = None,
@@ -209,6 +214,8 @@ def train(
             weight_decay=weight_decay,
             momentum=momentum,
             augment=augment,
+            precision=precision,
+            accumulate=accumulate,
         )
         settings = _settings(sampling, down, width)
         # what can be refused without the data is refused before a large data set is read

@@ -40,6 +40,10 @@ _VERSION = 1
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
 
 
+_AUGMENTATIONS = ("none", "cifar", "imagenet")
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
 class RunFailed(RuntimeError):
     """Training started and could not go on; the message says what is kept."""
 
@@ -61,7 +65,12 @@ class Recipe:
         warmup: share of the epochs in which the rate rises linearly from zero.
         weight_decay: on every parameter.
         momentum: of SGD, Nesterov's form.
-        augment: crop and flip; None lets the data set say.
+        augment: "none", "cifar" (pad, crop, flip) or "imagenet" (crop by scale and aspect, mirror,
+            jitter); None lets the data set say.
+        precision: "float32", or automatic mixed precision: convolutions and the maps between them in
+            "bfloat16" or, with scaled losses, "float16"; weights, batch statistics and loss in float32.
+        accumulate: parts in which a batch passes through the network before the weights change;
+            batch norm then normalises each part by itself.
         channels_last: memory format.
 
     Raises:
@@ -77,12 +86,14 @@ class Recipe:
     warmup: float = 0.0
     weight_decay: float = 1e-4
     momentum: float = 0.9
-    augment: bool | None = None
+    augment: str | None = None
+    precision: str = "float32"
+    accumulate: int = 1
     channels_last: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        for key in ("epochs", "batch_size"):
+        for key in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{key}={value!r}: expected an integer")
@@ -95,6 +106,9 @@ class Recipe:
             ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("augment", self.augment in (None, *_AUGMENTATIONS), f"one of {', '.join(_AUGMENTATIONS)}"),
+            ("precision", self.precision in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
+            ("accumulate", 1 <= self.accumulate <= self.batch_size, "from 1 to batch_size"),
         ):
             if not holds:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
@@ -217,7 +231,9 @@ class _Run:
         with inference_mode_of(model):
             _check_scores(model(example), data)
         self.cost = cost(model, example)
-        self.augment = data.augment if recipe.augment is None else recipe.augment
+        self.augment = recipe.augment or ("cifar" if data.augment else "none")
+        # float16 has too few exponents for small gradients: the loss is scaled up before it is derived
+        self.scaler = torch.amp.GradScaler("cpu", enabled=recipe.precision == "float16")
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
@@ -288,24 +304,21 @@ class _Run:
             self.data,
             self.recipe.batch_size,
             generator=generator,
-            augment=self.augment,
+            augment=self.augment != "none",
             channels_last=self.recipe.channels_last,
         )
         for step, (images, labels) in enumerate(epoch_batches):
             lr = self.recipe.lr_at((number * steps + step) / (self.recipe.epochs * steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            scores = self.model(images)
-            _check_scores(scores, self.data)
-            loss = F.cross_entropy(scores, labels)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise self._diverged("loss", value, number, step + 1, lr)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            total += value * len(labels)
-            wrong += int((scores.detach().argmax(1) != labels).sum())
+            loss, errors = self._derive(images, labels)
+            if not math.isfinite(loss):
+                raise self._diverged("loss", loss, number, step + 1, lr)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            total += loss * len(labels)
+            wrong += errors
             advance(f"epoch {number + 1} loss {total / ((step * self.recipe.batch_size) + len(labels)):.3f}")
         seconds = time.perf_counter() - began
         tested = evaluate(self.model, self.data.test, self.data)
@@ -323,6 +336,29 @@ class _Run:
             "seconds": seconds,
             "images_per_second": count / seconds,
         }
+
+    def _derive(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Mean loss and wrong answers of one batch, its gradients added to the parameters'."""
+        loss, wrong = 0.0, 0
+        for part, answers in zip(
+            images.tensor_split(self.recipe.accumulate),
+            labels.tensor_split(self.recipe.accumulate),
+            strict=True,
+        ):
+            if not len(answers):
+                continue
+            with self._autocast():
+                scores = self.model(part)
+            _check_scores(scores, self.data)
+            share = F.cross_entropy(scores.float(), answers) * (len(answers) / len(labels))
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            loss += float(share.detach())
+            wrong += int((scores.detach().argmax(1) != answers).sum())
+        return loss, wrong
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.recipe.precision)
+        return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
 
     def _diverged(self, what: str, value: float, number: int, step: int, lr: float) -> RunFailed:
         return RunFailed(
@@ -347,6 +383,7 @@ class _Run:
             "history": json.dumps(self.history),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         # written by Python, whose errors tell a full disk from a defect; torch's own writer does not
         buffer = io.BytesIO()
@@ -363,7 +400,7 @@ class _Run:
         ours = self._identity()
         try:
             theirs = json.loads(content["identity"])
-            state, momentum = content["model"], content["optimizer"]
+            state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
             history = json.loads(content["history"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
@@ -374,6 +411,8 @@ class _Run:
         try:
             self.model.load_state_dict(state)
             self.optimizer.load_state_dict(momentum)
+            if scale:
+                self.scaler.load_state_dict(scale)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.checkpoint}: does not fit the network ({error})") from error
         self.history, self.saved = history, len(history)

@@ -97,6 +97,18 @@ def _check_parameters(
             )
 
 
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All in autocast's dtype where it is on, as torch's own convolutions do; float64 stays as it is."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(value: Tensor) -> Tensor:
+        return value if value.dtype == torch.float64 else value.to(dtype)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
 def _check_grid(grid: tuple[int, int], size: Sequence[int], weight: Tensor) -> None:
     if grid[0] < 1 or grid[1] < 1:
         raise ValueError(
@@ -150,6 +162,7 @@ def sampled_conv2d(
     _check_sampling(sampling)
     _check_map("x", x)
     _check_map("weight", weight)
+    x, weight, bias = _autocast(x, weight, bias)
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("x", x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
@@ -206,6 +219,7 @@ def sampled_conv_transpose2d(
     _check_sampling(sampling)
     _check_map("y", y)
     _check_map("weight", weight)
+    y, weight, bias = _autocast(y, weight, bias)
     height, width = pair("size", size, 1)
     dilations = pair("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], (1, 1), dilations)
