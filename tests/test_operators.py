@@ -368,10 +368,10 @@ def test_autocast_computes_in_its_dtype_and_gives_parameters_their_own_gradients
     x, w, bias = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4)
     leaves = [t.requires_grad_() for t in (x, w, bias)]
     with torch.autocast("cpu", dtype=dtype):
-        y = qx.sampled_conv2d(x, w, bias, sampling=qx.CHESSBOARD, padding=1)
-        z = qx.sampled_conv_transpose2d(y, w, None, sampling=qx.CHESSBOARD, size=(6, 6), padding=1)
+        y = sampled_conv2d(x, w, bias, sampling=CHESSBOARD, padding=1)
+        z = sampled_conv_transpose2d(y, w, None, sampling=CHESSBOARD, size=(6, 6), padding=1)
         assert (y.dtype, z.dtype) == (dtype, dtype)
-        exact = qx.sampled_conv2d(x.double(), w.double(), bias.double(), sampling=qx.CHESSBOARD, padding=1)
+        exact = sampled_conv2d(x.double(), w.double(), bias.double(), sampling=CHESSBOARD, padding=1)
         assert exact.dtype == torch.float64
     torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
     z.sum().backward()
