@@ -74,7 +74,7 @@ def test_digits_are_the_whole_set_once():
     assert len(data.test) == 360
     assert data.train.images.shape[1:] == (32, 32, 1)
     assert data.train.images.dtype == torch.uint8
-    assert (data.size, data.in_channels, data.augment) == ((32, 32), 1, False)
+    assert (data.size, data.in_channels, data.augment) == ((32, 32), 1, "none")
     pixels, labels = sklearn.load_digits(return_X_y=True)
     # at the set's own size nothing is resampled, so every image can be found again
     small = load_data("digits", size=8)
@@ -111,7 +111,7 @@ def test_parts_and_classes(root, test_part, prefix, form):
     data = load_data(source)
     assert data.classes == ("cat", "dog")
     assert shades(data.train) == shades(data.test) == WANTED
-    assert data.augment
+    assert data.augment == "cifar"
     assert data.notes == ()
 
 
@@ -477,7 +477,7 @@ def numbered(count, height=6, width=5, channels=2):
     images = images.view(count, height, width, channels).to(torch.uint8)
     split = Split(images, torch.arange(count))
     return split, ImageData(
-        "numbered", split, split, ("a", "b"), (0.25,) * channels, (0.5,) * channels, augment=True
+        "numbered", split, split, ("a", "b"), (0.25,) * channels, (0.5,) * channels, augment="cifar"
     )
 
 
@@ -491,7 +491,7 @@ def pixels_of(images, data):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_without_a_generator_the_batches_are_the_images_in_order(channels_last):
     split, data = numbered(7)
-    found = list(batches(split, data, 3, augment=True, channels_last=channels_last))
+    found = list(batches(split, data, 3, augment="cifar", channels_last=channels_last))
     assert [len(labels) for _, labels in found] == [3, 3, 1]
     assert torch.cat([labels for _, labels in found]).tolist() == list(range(7))
     images = torch.cat([images for images, _ in found])
@@ -516,21 +516,22 @@ def test_an_epoch_is_a_permutation_that_the_generator_fixes(count, size, seed):
         assert torch.equal(pixels_of(images, data), split.images[labels].float())
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (8, 8), (3, 9), (1, 1)])
+@pytest.mark.parametrize("shape", [(6, 5), (8, 8), (3, 9), (1, 1), (32, 40)])
 def test_every_augmented_image_is_a_shifted_and_perhaps_flipped_padded_original(shape):
     height, width = shape
     split, data = numbered(60, height, width)
     generator = torch.Generator().manual_seed(0)
     mean = torch.tensor(data.mean) * 255  # the colour of the margin
-    padded = mean.round().expand(60, height + 8, width + 8, 2).clone()
-    padded[:, 4:-4, 4:-4] = split.images.float()
+    margin = max(1, round(min(shape) / 8))
+    padded = mean.round().expand(60, height + 2 * margin, width + 2 * margin, 2).clone()
+    padded[:, margin:-margin, margin:-margin] = split.images.float()
     shifts = set()
-    for images, labels in batches(split, data, 16, generator=generator, augment=True):
+    for images, labels in batches(split, data, 16, generator=generator, augment="cifar"):
         for image, label in zip(pixels_of(images, data), labels.tolist(), strict=True):
             fits = [
                 (top, left, flipped)
-                for top in range(9)
-                for left in range(9)
+                for top in range(2 * margin + 1)
+                for left in range(2 * margin + 1)
                 for flipped in (False, True)
                 if torch.equal(
                     padded[label, top : top + height, left : left + width].flip([1] if flipped else []), image
@@ -538,9 +539,9 @@ def test_every_augmented_image_is_a_shifted_and_perhaps_flipped_padded_original(
             ]
             assert fits
             shifts.update(fits[:1])
-    if min(shape) > 4:  # a small image may leave the picture and fit in many ways
-        assert {top for top, _, _ in shifts} == set(range(9))
-        assert {left for _, left, _ in shifts} == set(range(9))
+    if min(shape) > margin:  # a small image may leave the picture and fit in many ways
+        assert {top for top, _, _ in shifts} == set(range(2 * margin + 1))
+        assert {left for _, left, _ in shifts} == set(range(2 * margin + 1))
         assert {flipped for _, _, flipped in shifts} == {False, True}
 
 
@@ -549,7 +550,7 @@ def test_augmentation_is_fixed_by_the_generator_and_changes_with_it():
 
     def epoch(seed):
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat([x for x, _ in batches(split, data, 8, generator=generator, augment=True)])
+        return torch.cat([x for x, _ in batches(split, data, 8, generator=generator, augment="cifar")])
 
     assert torch.equal(epoch(1), epoch(1))
     assert not torch.equal(epoch(1), epoch(2))

@@ -32,6 +32,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", "
 _TRAIN_PARTS = {"train", "training"}
 _TEST_PARTS = {"test", "val", "valid", "validation"}
 _DECODE_AT_ONCE = 256
+AUGMENTATIONS = ("none", "cifar", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ImageData:
         train, test: the parts.
         classes: class names, by number.
         mean, std: per channel, of the training images in [0, 1].
-        augment: whether the paper's augmentation (crop, flip) suits it.
+        augment: the augmentation that suits it, as :func:`batches` names them.
         notes: what a person should know, such as a part that was held out.
     """
 
@@ -64,7 +65,7 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: bool
+    augment: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -152,7 +153,7 @@ def _digits(size: int | None) -> ImageData:
     )
     mean, std = _statistics(train_part.images)
     return ImageData(
-        "digits", train_part, test_part, tuple(str(d) for d in range(10)), mean, std, augment=False
+        "digits", train_part, test_part, tuple(str(d) for d in range(10)), mean, std, augment="none"
     )
 
 
@@ -270,7 +271,7 @@ class _Found:
         if not len(train):
             raise ValueError(f"{root}: no training images")
         mean, std = _statistics(train.images)
-        return ImageData(root.name, train, test, classes, mean, std, augment=True, notes=tuple(notes))
+        return ImageData(root.name, train, test, classes, mean, std, augment="cifar", notes=tuple(notes))
 
 
 def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -401,35 +402,75 @@ def batches(
     batch_size: int,
     *,
     generator: torch.Generator | None = None,
-    augment: bool = False,
+    augment: str = "none",
     channels_last: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of normalised images [B, C, H, W] and labels [B].
 
     Args:
         split: the images; ``data`` has their mean and deviation.
+        batch_size: images a step, of all processes together.
         generator: draws the order and the augmentation; without one, in order and unaugmented.
-        augment: pad four pixels on each side with the mean colour, crop at a random place, flip at
-            random (He et al. 2016; Peng et al., arXiv:1809.02601, section 4.1).
+        augment: "none"; "cifar": pad an eighth of the side (4 pixels of 32) on each side with the mean
+            colour, crop at a random place, flip at random (He et al. 2016; Peng et al.,
+            arXiv:1809.02601, section 4.1); "imagenet" is for photographs.
         channels_last: memory format of the batch.
+        rank, world: this process and how many there are. All draw the same; of each batch of b images
+            a process takes those from rank b / world to (rank + 1) b / world, which may be none.
+        workers: processes that decode; images in memory need none.
+
+    Raises:
+        ValueError: a value out of its range.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f"augment={augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank}, world={world}: expected a rank from 0 to world - 1")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers={workers}: expected at least 0")
+    return _from_memory(split, data, batch_size, generator, augment, channels_last, rank, world)
+
+
+def _from_memory(
+    split: Split,
+    data: ImageData,
+    batch_size: int,
+    generator: torch.Generator | None,
+    augment: str,
+    channels_last: bool,
+    rank: int,
+    world: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
     count = len(split)
     order = torch.randperm(count, generator=generator) if generator is not None else torch.arange(count)
     for start in range(0, count, batch_size):
-        chosen = order[start : start + batch_size]
+        whole = order[start : start + batch_size]
+        ours = slice(rank * len(whole) // world, (rank + 1) * len(whole) // world)
+        chosen = whole[ours]
         images = normalised(split.images[chosen], data.mean, data.std)
-        if augment and generator is not None:
-            images = _crop_and_flip(images, generator)
+        if augment == "cifar" and generator is not None:
+            images = _crop_and_flip(images, len(whole), ours, generator)
+        elif augment == "imagenet":
+            raise NotImplementedError("augment='imagenet'")
         batch = images.permute(0, 3, 1, 2)
         yield (batch if channels_last else batch.contiguous()), split.labels[chosen]
 
 
-def _crop_and_flip(images: Tensor, generator: torch.Generator, margin: int = 4) -> Tensor:
-    """Each image [H, W, C] of a batch shifted by up to ``margin`` and flipped, by one gather."""
+def _crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
+    """Each image [H, W, C] shifted by up to an eighth of its side and flipped, by one gather.
+
+    ``drawn`` images are drawn for, of which ``images`` are ``ours``.
+    """
     count, height, width, _ = images.shape
+    margin = max(1, round(min(height, width) / 8))
     padded = F.pad(images, (0, 0, margin, margin, margin, margin))
-    shifts = torch.randint(0, 2 * margin + 1, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < 0.5
+    shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours]
+    flip = torch.rand(drawn, 1, generator=generator)[ours] < 0.5
     rows = shifts[0] + torch.arange(height)
     ahead = torch.arange(width)
     cols = shifts[1] + torch.where(flip, width - 1 - ahead, ahead)
