@@ -8,6 +8,7 @@ Example:
     100
 """
 
+from quincunx.networks import weights
 from quincunx.networks.registry import build, names
 
-__all__ = ["build", "names"]
+__all__ = ["build", "names", "weights"]

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
 from quincunx.sampling import Sampling
 
-__all__ = ["check_positive", "he_start", "middle", "sampled_pair", "through_pair"]
+__all__ = [
+    "check_dropout",
+    "check_form",
+    "check_positive",
+    "he_start",
+    "middle",
+    "sampled_pair",
+    "through_pair",
+]
 
 
 def middle(
@@ -70,3 +78,16 @@ def check_positive(name: str, value: int) -> None:
     """Refuse what is no positive integer, naming the setting."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive integer")
+
+
+def check_dropout(value: float, name: str = "dropout") -> None:
+    """Refuse what is no probability."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r}: expected a number from 0 to less than 1")
+
+
+def check_form(value: str) -> bool:
+    """Whether a network is asked for as its paper has it, not as torchvision does."""
+    if value not in ("torchvision", "original"):
+        raise ValueError(f"form={value!r}: expected 'torchvision' or 'original'")
+    return value == "original"

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from quincunx.networks import preresnet, pyramidnet, resnet
+from quincunx.networks import (
+    alexnet,
+    cifar_resnet,
+    densenet,
+    googlenet,
+    preresnet,
+    pyramidnet,
+    resnet,
+    squeezenet,
+)
 from quincunx.sampling import Sampling
 
 __all__ = ["build", "names", "network_spec"]
@@ -25,8 +34,19 @@ _NETWORKS: list[tuple[str, str, Factory]] = [
     (r"csbn(\d+)", "csbn{9n+2}", preresnet.csbn),
     (r"resnet(\d+)", "resnet{18,34,50,101}", resnet.resnet),
     (r"sb-resnet(\d+)", "sb-resnet{18,34,50,101}", resnet.sb_resnet),
+    (r"resnext(\d+)", "resnext{50,101}", resnet.resnext),
+    (r"sb-resnext(\d+)", "sb-resnext{50,101}", resnet.sb_resnext),
+    (r"seresnet(\d+)", "seresnet{18,34,50,101}", resnet.seresnet),
+    (r"sb-seresnet(\d+)", "sb-seresnet{18,34,50,101}", resnet.sb_seresnet),
+    (r"densenet(\d+)", "densenet{121,161,169,201}", densenet.densenet),
+    (r"sb-densenet(\d+)", "sb-densenet{121,161,169,201}", densenet.sb_densenet),
     (r"pyramidnet(\d+)-a(\d+)", "pyramidnet{depth}-a{alpha}", pyramidnet.pyramidnet),
     (r"sb-pyramidnet(\d+)-a(\d+)", "sb-pyramidnet{depth}-a{alpha}", pyramidnet.sb_pyramidnet),
+    (r"cifar-resnet(\d+)", "cifar-resnet{6n+2}", cifar_resnet.cifar_resnet),
+    (r"sb-cifar-resnet(\d+)", "sb-cifar-resnet{6n+2}", cifar_resnet.sb_cifar_resnet),
+    ("alexnet", "alexnet", alexnet.alexnet),
+    ("googlenet", "googlenet", googlenet.googlenet),
+    ("squeezenet1_1", "squeezenet1_1", squeezenet.squeezenet1_1),
 ]
 _EXAMPLES = [
     *(f"{family}{depth}" for family in ("rrn", "rsbn") for depth in (20, 44, 62, 86, 110)),
@@ -38,11 +58,19 @@ _EXAMPLES = [
         for depth in (110, 164)
         for alpha in (84, 270)
     ),
+    *(f"{family}50" for family in ("resnext", "sb-resnext", "seresnet", "sb-seresnet")),
+    "densenet121",
+    "sb-densenet121",
+    *(f"{family}{depth}" for family in ("cifar-resnet", "sb-cifar-resnet") for depth in (20, 56)),
+    "alexnet",
+    "googlenet",
+    "squeezenet1_1",
 ]
 
 
 def names() -> list[str]:
-    """The networks of the paper's tables, by name; other depths of a family can be built too."""
+    """The networks of the papers' tables and their relatives, by name; other depths of a family can be
+    built too."""
     return list(_EXAMPLES)
 
 
@@ -53,8 +81,10 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
         name: such as "rrn20" or "rsbn20"; :func:`names` lists those of the papers.
         num_classes: outputs of the last layer.
         in_channels: channels of the input image.
-        settings: of the network's family; ``sampling`` (a sampling or its name), ``down``
-            ("stride" or "avgpool") and ``width`` for the CIFAR ResNets.
+        settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
+            "avgpool") of all SB forms, ``width`` of the CIFAR ResNets, ``reduction`` of SE-ResNets,
+            ``form`` ("torchvision" or "original") of AlexNet and GoogLeNet, ``aux`` of GoogLeNet,
+            ``dropout`` of the last three.
 
     Returns:
         The network. Its ``quincunx_spec`` is a JSON-ready dictionary that :func:`quincunx.save`

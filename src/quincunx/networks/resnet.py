@@ -146,7 +146,8 @@ class Bottleneck(_Block):
 class ResNet(nn.Module):
     """A 7 x 7 convolution of stride 2, max pooling, four stages, global average pooling, a classifier.
 
-    Maps [N, in_channels, H, W] to class scores [N, num_classes].
+    Maps [N, in_channels, H, W] to class scores [N, num_classes]; with a sampling of period K, H and W at
+    least 32 K - 31.
     """
 
     def __init__(
@@ -232,7 +233,10 @@ def sb_resnext(
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
 ) -> ResNet:
-    """The same with grouped linear spatial bottlenecks, each group of half as many channels inside."""
+    """The same with grouped linear spatial bottlenecks, each group of half as many channels inside.
+
+    Grouped convolutions have few of the MACs, hence little to save: 4.231 to 4.144 G for ResNeXt-50.
+    """
     return _resnext(depth, num_classes, in_channels, parse(sampling), down)
 
 

@@ -1,0 +1,284 @@
+"""Trained weights that others published, for the networks here.
+
+Nothing in a file is ever executed: torch checkpoints are read with ``weights_only=True``, arrays without
+pickling.
+
+Example:
+    >>> import tempfile
+    >>> from quincunx import networks
+    >>> state = networks.build("cifar-resnet8", num_classes=7, width=4).state_dict()
+    >>> path = tempfile.mkdtemp() + "/published.th"
+    >>> torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    >>> networks.weights.load("cifar-resnet8", path, width=4).linear.out_features
+    7
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from quincunx.networks.registry import build
+
+__all__ = ["from_caffe", "load", "read_checkpoint", "read_npz"]
+
+Arrays = Mapping[str, Sequence[Any]]
+
+_SHOWN = 10
+_INCEPTION = {
+    "1x1": "branch1",
+    "3x3_reduce": "branch2.0",
+    "3x3": "branch2.1",
+    "5x5_reduce": "branch3.0",
+    "5x5": "branch3.1",
+    "pool_proj": "branch4.1",
+}
+
+
+def _googlenet_layers(heads: bool) -> dict[str, str]:
+    layers = {"conv1/7x7_s2": "conv1.conv", "conv2/3x3_reduce": "conv2.conv", "conv2/3x3": "conv3.conv"}
+    for name in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"):
+        for layer, module in _INCEPTION.items():
+            layers[f"inception_{name}/{layer}"] = f"inception{name}.{module}.conv"
+    if heads:
+        for i in (1, 2):
+            layers[f"loss{i}/conv"] = f"aux{i}.conv.conv"
+            layers[f"loss{i}/fc"] = f"aux{i}.fc1"
+            layers[f"loss{i}/classifier"] = f"aux{i}.fc2"
+    return {**layers, "loss3/classifier": "fc"}
+
+
+def _squeezenet_layers() -> dict[str, str]:
+    layers = {"conv1": "features.0"}
+    # features 5 and 8 are poolings
+    for fire, at in zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True):
+        layers[f"fire{fire}/squeeze1x1"] = f"features.{at}.squeeze"
+        layers[f"fire{fire}/expand1x1"] = f"features.{at}.expand1x1"
+        layers[f"fire{fire}/expand3x3"] = f"features.{at}.expand3x3"
+    return {**layers, "conv10": "classifier.1"}
+
+
+def _caffe_layers(name: str, given: Arrays) -> tuple[dict[str, str], dict[str, Any]]:
+    """Caffe's layers and our modules, and the settings of the network that has them."""
+    if name == "alexnet":
+        layers = {f"conv{i}": f"features.conv{i}" for i in range(1, 6)}
+        layers |= {f"fc{i}": f"classifier.fc{i}" for i in (6, 7, 8)}
+        return layers, {"form": "original"}
+    if name == "googlenet":
+        heads = any(layer.startswith(("loss1/", "loss2/")) for layer in given)
+        return _googlenet_layers(heads), {"form": "original", "aux": heads}
+    if name == "squeezenet1_1":
+        return _squeezenet_layers(), {}
+    raise ValueError(f"name={name!r}: expected 'alexnet', 'googlenet' or 'squeezenet1_1'")
+
+
+def from_caffe(name: str, arrays: Arrays) -> dict[str, Tensor]:
+    """A state dict from the weights of the Caffe Model Zoo.
+
+    Caffe's kernels [out, in / groups, height, width] and matrices [out, in] are ours, and both flatten maps
+    by channel, row, column. Its images have their channels as blue, green, red: the first convolution's
+    channels are turned, so that the network takes **red, green, blue**, 0 to 255, less the means
+    123, 117, 104 (SqueezeNet: 123.68, 116.779, 103.939), at 227 x 227 (GoogLeNet: 224 x 224).
+
+    Args:
+        name: "alexnet" for bvlc_alexnet, "googlenet" for bvlc_googlenet, "squeezenet1_1" for
+            SqueezeNet v1.1.
+        arrays: layer name, as in deploy.prototxt, to [weight, bias], numpy arrays of numbers. Blobs with
+            leading ones, as older files have, are accepted. GoogLeNet may bring its auxiliary heads,
+            ``loss1/...`` and ``loss2/...``.
+
+    Returns:
+        float32 weights for ``build("alexnet", n, form="original")``,
+        ``build("googlenet", n, form="original", aux=...)`` or ``build("squeezenet1_1", n)``, n being the
+        outputs of the last layer.
+
+    Raises:
+        ValueError: another network, layers that are missing or unexpected, wrong shapes (at most ten of
+            each are named).
+        TypeError: ``arrays`` is no mapping of arrays.
+
+    Example:
+        >>> from_caffe("alexnet", {"conv1": [0, 0], "fc9": [0, 0]})
+        Traceback (most recent call last):
+        ...
+        ValueError: alexnet: missing conv2, conv3, conv4, conv5, fc6, fc7, fc8; unexpected fc9
+    """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays: expected a mapping of layer names, got {type(arrays).__name__}")
+    layers, settings = _caffe_layers(name, arrays)
+    _check_names(name, list(layers), list(arrays))
+    state: dict[str, Tensor] = {}
+    for layer, module in layers.items():
+        blobs = arrays[layer]
+        if not isinstance(blobs, Sequence) or len(blobs) != 2:
+            raise TypeError(f"arrays[{layer!r}]: expected [weight, bias]")
+        for key, blob in zip(("weight", "bias"), blobs, strict=True):
+            state[f"{module}.{key}"] = _tensor(f"arrays[{layer!r}]: {key}", blob)
+    expected = _shapes(name, _outputs(state, f"{layers[list(layers)[-1]]}.bias"), 3, settings)
+    for key, value in state.items():
+        extra = value.dim() - len(expected[key])
+        if extra > 0 and value.shape[:extra] == (1,) * extra:
+            state[key] = value.reshape(value.shape[extra:])
+    _check_shapes(name, expected, state)
+    first = next(iter(state))
+    state[first] = state[first].flip(1).contiguous()
+    return state
+
+
+def _tensor(what: str, blob: object) -> Tensor:
+    array = np.asarray(blob)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{what}: expected numbers, got {array.dtype}")
+    return torch.from_numpy(np.array(array, dtype=np.float32))
+
+
+def read_npz(path: str | Path) -> dict[str, list[Any]]:
+    """Layer names to [weight, bias] from a .npz file with keys LAYER/weight and LAYER/bias.
+
+    A weight may also be LAYER/kernel_hwio, whose axes are height, width, in, out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or a layer without one of the two.
+    """
+    path = Path(path)
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("one array, no archive of arrays")
+            for key in file:
+                layer, _, kind = key.rpartition("/")
+                if not layer or kind not in ("weight", "kernel_hwio", "bias"):
+                    raise ValueError(f"key {key!r}, expected LAYER/weight, LAYER/kernel_hwio or LAYER/bias")
+                array = file[key]
+                if kind == "kernel_hwio":
+                    if array.ndim != 4:
+                        raise ValueError(f"{key!r} has {array.ndim} axes, expected 4")
+                    kind, array = "weight", array.transpose(3, 2, 0, 1)
+                found.setdefault(layer, {})[kind] = array
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: no readable .npz file of layers ({error})") from error
+    if lone := [layer for layer, blobs in found.items() if len(blobs) < 2]:
+        raise ValueError(f"{path}: weight or bias is missing of {_some(lone)}")
+    return {layer: [blobs["weight"], blobs["bias"]] for layer, blobs in found.items()}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a torch checkpoint (.pth, .pt, .th) or a .safetensors file.
+
+    The state dict may lie under the key ``state_dict``; the prefix ``module.`` of parallel training is taken
+    off, and names of torchvision's first DenseNets (``denselayer1.norm.1``) become today's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a state dict, or one that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: object = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: no checkpoint of tensors ({reason})") from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path}: holds no state dict (names and tensors)")
+    state = {str(key): value for key, value in loaded.items()}
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
+
+
+def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
+    """A network with published weights, in evaluation mode.
+
+    Args:
+        name: as for :func:`quincunx.networks.build`; its numbers of classes and of input channels are those
+            of the weights.
+        path: a .npz file of Caffe weights (:func:`read_npz`, :func:`from_caffe`), or a state dict with
+            our keys (:func:`read_checkpoint`), which are torchvision's for the networks that it has.
+        settings: of the network. Caffe weights bring theirs: the original form, and GoogLeNet's heads.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown network or setting; weights that do not fit (missing and unexpected names and
+            wrong shapes, at most ten of each).
+    """
+    if Path(path).suffix == ".npz":
+        arrays = read_npz(path)
+        state = from_caffe(name, arrays)
+        own = _caffe_layers(name, arrays)[1]
+        if wrong := [key for key in own if settings.get(key, own[key]) != own[key]]:
+            key = wrong[0]
+            raise ValueError(f"{key}={settings[key]!r}: the weights in {path} have {key}={own[key]!r}")
+        settings = {**own, **settings}
+    else:
+        state = read_checkpoint(path)
+    with torch.device("meta"):
+        keys = list(build(name, **settings).state_dict())
+    # counters that older checkpoints do not have; no result depends on them
+    state |= {k: torch.tensor(0) for k in keys if k.endswith("num_batches_tracked") and k not in state}
+    _check_names(name, keys, list(state))
+    # the first weight reads the image, the last bias is the classifier's
+    num_classes, in_channels = _outputs(state, keys[-1]), _inputs(state, keys[0])
+    _check_shapes(name, _shapes(name, num_classes, in_channels, settings), state)
+    network = build(name, num_classes, in_channels, **settings)
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def _outputs(state: Mapping[str, Tensor], key: str) -> int:
+    return state[key].numel()
+
+
+def _inputs(state: Mapping[str, Tensor], key: str) -> int:
+    return state[key].shape[1] if state[key].dim() > 1 else 1
+
+
+def _shapes(
+    name: str, num_classes: int, in_channels: int, settings: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = build(name, num_classes, in_channels, **settings).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_names(name: str, expected: list[str], found: list[str]) -> None:
+    missing, unexpected = ([k for k in a if k not in b] for a, b in ((expected, found), (found, expected)))
+    parts = [
+        f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys
+    ]
+    if parts:
+        raise ValueError(f"{name}: {'; '.join(parts)}")
+
+
+def _check_shapes(name: str, expected: dict[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    wrong = [
+        f"{key} {tuple(state[key].shape)}, expected {shape}"
+        for key, shape in expected.items()
+        if tuple(state[key].shape) != shape
+    ]
+    if wrong:
+        raise ValueError(f"{name}: wrong shape of {_some(wrong)}")
