@@ -1,0 +1,23 @@
+"""Labelled images: small sets as bytes in memory, large ones streamed from files.
+
+Small sets (digits, CIFAR, folders and archives that fit) are kept as bytes [N, H, W, C] and are
+normalised, cropped and flipped a whole batch at a time, so that loading never starves a small network.
+Larger ones, such as ImageNet, are decoded and augmented in worker processes.
+"""
+
+from quincunx.data.epoch import AUGMENTATIONS, batches, normalised
+from quincunx.data.load import load_data
+from quincunx.data.sets import ImageData, Part, Split, Stream
+from quincunx.data.stream import WorkerFailed
+
+__all__ = [
+    "AUGMENTATIONS",
+    "ImageData",
+    "Part",
+    "Split",
+    "Stream",
+    "WorkerFailed",
+    "batches",
+    "load_data",
+    "normalised",
+]

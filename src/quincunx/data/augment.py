@@ -1,0 +1,192 @@
+"""Augmentation: of CIFAR and of photographs, one at a time in a worker or a whole batch in memory.
+
+A photograph in training is a random part of the image (8 to 100% of the area, aspect ratio 3/4 to 4/3;
+Szegedy et al. 2015), brought to the crop's side, mirrored half of the time, with changed brightness,
+contrast and saturation and a changed colour of the light, as ImageNet ResNets are trained (Gross and
+Wilber 2016; Peng et al., arXiv:1809.02601, section 4.3). Each change of colour takes colours affinely to
+colours, so the four together are one matrix and one offset an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quincunx.data.images import Pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Floats = NDArray[np.float64]
+
+_AREA = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+# draws of area and aspect ratio for one image, of which the first that lies inside is taken
+_TRIES = 10
+# the largest relative change of brightness, contrast and saturation
+_JITTER = 0.4
+# standard deviation of the lighting noise along each principal direction of colour
+_LIGHTING = 0.1
+# of ImageNet's colours in [0, 1]: roots of the covariance's eigenvalues, and its eigenvectors as columns
+# (Krizhevsky et al. 2012, section 4.1, with the values of Gross and Wilber 2016)
+_DEVIATION = np.array([0.2175, 0.0188, 0.0045])
+_DIRECTION = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+# of the three channels in a grey value (ITU-R BT.601)
+_GREY = np.array([0.299, 0.587, 0.114])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for n photographs.
+
+    Attributes:
+        parts: uniform, [n, 10, 2], for area and aspect ratio.
+        place: uniform, [n, 2], for top and left.
+        mirror: whether, [n].
+        strength: uniform, [n, 3], for brightness, contrast and saturation.
+        order: of these three, uniform, [n, 3]: by size.
+        light: normal, [n, 3].
+    """
+
+    parts: Floats
+    place: Floats
+    mirror: NDArray[np.bool_]
+    strength: Floats
+    order: Floats
+    light: Floats
+
+
+def draws_of_image(key: int, index: int) -> Draws:
+    """What the epoch's ``key`` and the image's number say, whoever asks."""
+    generator = np.random.default_rng((key, index))
+    uniform = generator.random(2 * _TRIES + 9)
+    return _arranged(uniform[None], generator.standard_normal((1, 3)))
+
+
+def draws_of_batch(count: int, generator: torch.Generator) -> Draws:
+    uniform = torch.rand(count, 2 * _TRIES + 9, generator=generator, dtype=torch.float64)
+    normal = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    return _arranged(uniform.numpy(), normal.numpy())
+
+
+def _arranged(uniform: Floats, normal: Floats) -> Draws:
+    parts, rest = uniform[:, : 2 * _TRIES].reshape(-1, _TRIES, 2), uniform[:, 2 * _TRIES :]
+    return Draws(parts, rest[:, :2], rest[:, 2] < 0.5, rest[:, 3:6], rest[:, 6:9], normal)
+
+
+def boxes(draws: Draws, height: int, width: int) -> Floats:
+    """(top, left, height, width) of a part of each H x W image, in pixels and fractions of them, [n, 4].
+
+    Where none of ten draws lies inside the image, its largest central part of an allowed aspect ratio.
+    """
+    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws.parts[:, :, 0])
+    low, high = map(math.log, _RATIO)
+    ratio = np.exp(low + (high - low) * draws.parts[:, :, 1])
+    tall, wide = np.sqrt(area / ratio), np.sqrt(area * ratio)
+    inside = (tall <= height) & (wide <= width)
+    each, first = np.arange(len(inside)), inside.argmax(1)
+    tall, wide = tall[each, first], wide[each, first]
+    top, left = draws.place[:, 0] * (height - tall), draws.place[:, 1] * (width - wide)
+    most_wide, most_tall = min(width, height * _RATIO[1]), min(height, width / _RATIO[0])
+    none = ~inside.any(1)
+    tall[none], wide[none] = most_tall, most_wide
+    top[none], left[none] = (height - most_tall) / 2, (width - most_wide) / 2
+    return np.stack([top, left, tall, wide], axis=1)
+
+
+def colour_maps(draws: Draws, mean: Floats) -> tuple[Floats, Floats]:
+    """(M, c) with which each image's colours x in [0, 1] become M x + c, [n, 3, 3] and [n, 3].
+
+    Brightness takes x to a x, saturation to a x + (1 - a) g(x), contrast to a x + (1 - a) times the mean
+    of g over the image, where g is the grey value and a = 1 + 0.4 u, u uniform in [-1, 1]; the three
+    come in random order, the light's colour last.
+
+    Args:
+        mean: colour of each image, [n, 3].
+    """
+    count = len(mean)
+    strength = 1 + _JITTER * (2 * draws.strength - 1)
+    order = draws.order.argsort(1)
+    grey = np.tile(_GREY, (3, 1))
+    matrix, offset = np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 3))
+    for step in range(3):
+        kind = order[:, step]
+        a = strength[np.arange(count), kind]
+        towards = np.where((kind == 2)[:, None, None], grey, 0.0)
+        now = np.einsum("nij,nj->ni", matrix, mean) + offset
+        constant = np.where(kind == 1, (1 - a) * (now @ _GREY), 0.0)
+        change = a[:, None, None] * np.eye(3) + (1 - a)[:, None, None] * towards
+        matrix = change @ matrix
+        offset = np.einsum("nij,nj->ni", change, offset) + constant[:, None]
+    return matrix, offset + (_LIGHTING * draws.light * _DEVIATION) @ _DIRECTION.T
+
+
+def photograph(image: Image, side: int, draws: Draws) -> Pixels:
+    """A training crop [side, side, 3] of one photograph of any size."""
+    from PIL import Image as pillow
+
+    top, left, tall, wide = boxes(draws, image.height, image.width)[0]
+    # a rounding error must not lead out of the image
+    corner = (left, top, min(left + wide, image.width), min(top + tall, image.height))
+    pixels = np.asarray(image.resize((side, side), pillow.Resampling.BICUBIC, box=corner), dtype=np.float32)
+    matrix, offset = colour_maps(draws, pixels.mean((0, 1), dtype=np.float64)[None] / 255)
+    changed = pixels.reshape(-1, 3) @ matrix[0].T.astype(np.float32)
+    changed += (255 * offset[0]).astype(np.float32)
+    found = changed.round().clip(0, 255).astype(np.uint8).reshape(side, side, 3)
+    return np.ascontiguousarray(found[:, ::-1]) if draws.mirror[0] else found
+
+
+def photographs(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
+    """Training crops [B, C, H, W] in [0, 1] of byte images [B, H, W, C], whole images at once.
+
+    ``drawn`` images are drawn for, of which ``images`` are ``ours``. Colours change if there are three.
+    """
+    count, height, width, channels = images.shape
+    draws = draws_of_batch(drawn, generator)
+    draws = Draws(*(getattr(draws, name)[ours] for name in Draws.__dataclass_fields__))
+    box = torch.from_numpy(boxes(draws, height, width))
+    top, left, tall, wide = box.unbind(1)
+    mirrored = torch.from_numpy(np.where(draws.mirror, -1.0, 1.0))
+    # from a place in the crop to one in the image, both in [-1, 1]
+    theta = torch.zeros(count, 2, 3, dtype=torch.float64)
+    theta[:, 0, 0], theta[:, 0, 2] = mirrored * wide / width, (2 * left + wide) / width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = tall / height, (2 * top + tall) / height - 1
+    shape = [count, channels, height, width]
+    grid = F.affine_grid(theta.float(), shape, align_corners=False)
+    # a part is never larger than the image, so it is never made smaller and needs no smoothing
+    found = F.grid_sample(
+        images.permute(0, 3, 1, 2).float().contiguous(), grid, padding_mode="border", align_corners=False
+    )
+    found /= 255
+    if channels == 3:
+        flat = found.flatten(2)
+        matrix, offset = colour_maps(draws, flat.mean(2).double().numpy())
+        found = torch.baddbmm(
+            torch.from_numpy(offset).float()[:, :, None], torch.from_numpy(matrix).float(), flat
+        ).view(shape)
+        found.clamp_(0, 1)
+    return found
+
+
+def crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
+    """Each image [H, W, C] shifted by up to an eighth of its side and flipped, by one gather.
+
+    ``drawn`` images are drawn for, of which ``images`` are ``ours``.
+    """
+    count, height, width, _ = images.shape
+    margin = max(1, round(min(height, width) / 8))
+    padded = F.pad(images, (0, 0, margin, margin, margin, margin))
+    shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours]
+    flip = torch.rand(drawn, 1, generator=generator)[ours] < 0.5
+    rows = shifts[0] + torch.arange(height)
+    ahead = torch.arange(width)
+    cols = shifts[1] + torch.where(flip, width - 1 - ahead, ahead)
+    which = torch.arange(count)[:, None, None]
+    return padded[which, rows[:, :, None], cols[:, None, :]]

@@ -1,0 +1,113 @@
+"""Published archives: a folder that keeps them, a download that is checked before it counts."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from quincunx.data import memory
+
+# bytes so far, and all bytes or None if that is unknown
+Progress = Callable[[int, int | None], None]
+
+_SECONDS = 30
+_CHUNK = 1 << 20
+
+
+def data_folder() -> Path:
+    """Where archives are kept: what QUINCUNX_DATA says, else ~/.cache/quincunx."""
+    said = os.environ.get("QUINCUNX_DATA")
+    return Path(said).expanduser() if said else Path.home() / ".cache" / "quincunx"
+
+
+def check_sum(path: Path, expected: str) -> None:
+    """Compare a file's MD5 with the published one.
+
+    Raises:
+        ValueError: another one.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise ValueError(
+            f"{path}: has the checksum (MD5) {digest.hexdigest()}, expected {expected}; it is cut short or "
+            "altered, so remove it and fetch it again"
+        )
+
+
+def fetch(url: str, expected: str, progress: Progress | None = None) -> Path:
+    """Download an archive into the data folder; it gets its name only when its checksum is right.
+
+    Args:
+        url: of the archive.
+        expected: its MD5.
+        progress: called with the bytes so far and all bytes (None if the server does not say).
+
+    Raises:
+        ConnectionError: it cannot be downloaded; says what to put where.
+        ValueError: what came is not what was published.
+        OSError: the folder cannot be written, or the disk is too small.
+    """
+    folder = data_folder()
+    path = folder / url.rpartition("/")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _receive(url, path, file.write, progress)
+        check_sum(temporary, expected)
+        # mkstemp makes files that only their owner can read
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except ValueError as error:
+        # the temporary file is gone when the user reads this
+        raise ValueError(f"{url}: {str(error).partition(': ')[2].partition(', so remove')[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _receive(url: str, path: Path, write: Callable[[bytes], object], progress: Progress | None) -> None:
+    try:
+        answer = urllib.request.urlopen(url, timeout=_SECONDS)
+    except (OSError, http.client.HTTPException) as error:
+        raise _unreachable(url, path, error) from error
+    with answer:
+        said = answer.headers.get("Content-Length", "")
+        total = int(said) if said.isdecimal() else None
+        free = shutil.disk_usage(path.parent).free
+        if total is not None and total > free:
+            raise OSError(
+                f"{path.parent}: {path.name} needs {memory.gigabytes(total)} of disk, "
+                f"{memory.gigabytes(free)} are free"
+            )
+        done = 0
+        while True:
+            try:
+                chunk = answer.read(_CHUNK)
+            except (OSError, http.client.HTTPException) as error:
+                raise _unreachable(url, path, error) from error
+            if not chunk:
+                break
+            write(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+        if total is not None and done < total:
+            raise _unreachable(url, path, f"the connection ended after {done} of {total} bytes")
+
+
+def _unreachable(url: str, path: Path, reason: object) -> ConnectionError:
+    return ConnectionError(
+        f"{path.name} is not in {path.parent} and could not be downloaded ({reason}); "
+        f"fetch {url} and put it there"
+    )

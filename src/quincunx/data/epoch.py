@@ -1,0 +1,117 @@
+"""One pass over a part of a data set, as batches of normalised images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quincunx.data.augment import crop_and_flip, photographs
+from quincunx.data.sets import ImageData, Part, Split
+from quincunx.data.stream import crops, default_workers
+
+AUGMENTATIONS = ("none", "cifar", "imagenet")
+
+
+def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Byte images [N, H, W, C] as floats of mean 0 and deviation 1, same layout."""
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return images.float().mul_(scale).add_(shift)
+
+
+def batches(
+    split: Part,
+    data: ImageData,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    augment: str = "none",
+    channels_last: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    workers: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of normalised images [B, C, H, W] and labels [B].
+
+    Args:
+        split: the images; ``data`` has their mean and deviation.
+        batch_size: images a step, of all processes together.
+        generator: draws the order and the augmentation; without one, in order and unaugmented.
+        augment: "none"; "cifar": pad an eighth of the side (4 pixels of 32) on each side with the mean
+            colour, crop at a random place, flip at random (He et al. 2016; Peng et al.,
+            arXiv:1809.02601, section 4.1); "imagenet": a random part of the image at full size, flipped
+            at random, its colours changed (:mod:`quincunx.data.augment` has the constants). That of a
+            streamed image depends on a number drawn once an epoch and on the image alone.
+        channels_last: memory format of the batch.
+        rank, world: this process and how many there are. All draw the same; of each batch of b images
+            a process takes those from rank b / world to (rank + 1) b / world, which may be none.
+        workers: processes that decode streamed images, 0 for this one; by default one a core, at most
+            eight. Images in memory need none.
+
+    Raises:
+        ValueError: a value out of its range; while reading, a streamed image that cannot be (named).
+        WorkerFailed: while reading, a worker process died.
+
+    Example:
+        >>> split = Split(torch.zeros(5, 8, 8, 3, dtype=torch.uint8), torch.arange(5))
+        >>> data = ImageData("black", split, split, ("a", "b"), (0.5,) * 3, (0.5,) * 3, "none")
+        >>> [(tuple(images.shape), labels.tolist()) for images, labels in batches(split, data, 3)]
+        [((3, 3, 8, 8), [0, 1, 2]), ((2, 3, 8, 8), [3, 4])]
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f"augment={augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank}, world={world}: expected a rank from 0 to world - 1")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers={workers}: expected at least 0")
+    count = default_workers() if workers is None else workers
+    found = _epoch(split, data, batch_size, generator, augment, rank, world, count)
+    return ((images if channels_last else images.contiguous(), labels) for images, labels in found)
+
+
+def _epoch(
+    split: Part,
+    data: ImageData,
+    batch_size: int,
+    generator: torch.Generator | None,
+    augment: str,
+    rank: int,
+    world: int,
+    workers: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in channels_last."""
+    count = len(split)
+    order = torch.randperm(count, generator=generator) if generator is not None else torch.arange(count)
+    wholes = [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    shares = [slice(rank * len(b) // world, (rank + 1) * len(b) // world) for b in wholes]
+    chosen = [whole[ours] for whole, ours in zip(wholes, shares, strict=True)]
+    if isinstance(split, Split):
+        pixels = split.images
+        read: Iterator[Tensor] = (pixels[some] for some in chosen)
+    else:
+        key = None
+        if augment == "imagenet" and generator is not None:
+            key = int(torch.randint(0, 2**62, (1,), generator=generator))
+        read = crops(split, [some.tolist() for some in chosen], key, workers)
+    for whole, ours, some, images in zip(wholes, shares, chosen, read, strict=True):
+        if augment == "imagenet" and generator is not None and isinstance(split, Split):
+            found = photographs(images, len(whole), ours, generator)
+            found = _normalised_planes(found, data).contiguous(memory_format=torch.channels_last)
+        else:
+            floats = normalised(images, data.mean, data.std)
+            if augment == "cifar" and generator is not None:
+                floats = crop_and_flip(floats, len(whole), ours, generator)
+            found = floats.permute(0, 3, 1, 2)
+        yield found, split.labels[some]
+
+
+def _normalised_planes(images: Tensor, data: ImageData) -> Tensor:
+    """The same of floats [N, C, H, W] in [0, 1], in place."""
+    shape = (1, -1, 1, 1)
+    scale = torch.tensor([1 / s for s in data.std]).view(shape)
+    shift = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)]).view(shape)
+    return images.mul_(scale).add_(shift)

@@ -1,0 +1,135 @@
+"""What a data set is: two parts, in memory or in files, and what is known of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# of ImageNet's training images in [0, 1], as everyone uses them
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images in memory: bytes [N, H, W, C] and class numbers [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return int(self.images.shape[1]), int(self.images.shape[2])
+
+    @property
+    def channels(self) -> int:
+        return int(self.images.shape[3])
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Photographs in files, decoded whenever they are needed.
+
+    Attributes:
+        files: their paths as bytes [N]; an array, since a list of a million names is slow to share
+            with worker processes.
+        labels: class numbers [N].
+        side: of the square crops, in pixels.
+    """
+
+    files: NDArray[np.bytes_]
+    labels: Tensor
+    side: int
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every crop."""
+        return self.side, self.side
+
+    @property
+    def channels(self) -> int:
+        return 3
+
+    def path(self, index: int) -> str:
+        """Where image ``index`` lies."""
+        return os.fsdecode(bytes(self.files[index]))
+
+
+Part = Split | Stream
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in two parts.
+
+    Attributes:
+        name: what it was loaded from.
+        train, test: the parts, both in memory or both streamed.
+        classes: class names, by number.
+        mean, std: per channel, of the training images in [0, 1]; of a streamed set ImageNet's usual ones.
+        augment: the augmentation that suits it, as :func:`quincunx.data.batches` names them.
+        notes: what a person should know, such as a part that was held out.
+    """
+
+    name: str
+    train: Part
+    test: Part
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.channels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return self.train.size
+
+    def describe(self) -> dict[str, object]:
+        """JSON-ready facts that tell two data sets apart."""
+        facts: dict[str, object] = {
+            "name": self.name,
+            "train": len(self.train),
+            "test": len(self.test),
+            "size": list(self.size),
+            "in_channels": self.in_channels,
+            "classes": list(self.classes),
+            "mean": [round(v, 6) for v in self.mean],
+            "std": [round(v, 6) for v in self.std],
+        }
+        # crops of whole photographs are other images than the same photographs cut once
+        return facts | ({"streamed": True} if isinstance(self.train, Stream) else {})
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of byte images, in [0, 1], by their histograms."""
+    means, deviations = [], []
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    for channel in range(images.shape[3]):
+        share = torch.zeros(256, dtype=torch.float64)
+        # a few at a time: counting takes wider numbers than bytes
+        for start in range(0, images.shape[0], 4096):
+            some = images[start : start + 4096, ..., channel]
+            share += torch.bincount(some.flatten().int(), minlength=256)
+        share /= share.sum()
+        mean = float((share * levels).sum())
+        means.append(mean)
+        # a constant channel is left as it is instead of being divided by zero
+        deviations.append(math.sqrt(float((share * (levels - mean) ** 2).sum())) or 1.0)
+    return tuple(means), tuple(deviations)

@@ -1,0 +1,102 @@
+"""Photographs decoded and augmented in worker processes, in the order in which they are wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from quincunx.data.augment import draws_of_image, photograph
+from quincunx.data.images import Entry, Pixels, centre, decoded
+from quincunx.data.sets import Stream
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# at test the shorter side has 256 pixels for a crop of 224
+_MARGIN = 256 / 224
+
+
+class WorkerFailed(RuntimeError):
+    """A process that decodes images died or failed."""
+
+
+def default_workers() -> int:
+    """One a core that this process may use, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+def readable(image: Image) -> Pixels:
+    """Nothing: that an image was decoded is all that is asked."""
+    return np.empty(0, dtype=np.uint8)
+
+
+class _Photographs(Dataset[Tensor]):
+    """What a worker holds: crops of a stream's images as bytes."""
+
+    def __init__(self, split: Stream, key: int | None) -> None:
+        self.split, self.key = split, key
+
+    def __getitems__(self, indices: list[int]) -> Tensor | str:
+        """Bytes [B, side, side, 3], or the sentence that names an unreadable image."""
+        side = self.split.side
+        found = torch.empty(len(indices), side, side, 3, dtype=torch.uint8)
+        for place, index in enumerate(indices):
+            pixels = self._crop(index)
+            if isinstance(pixels, str):
+                return pixels
+            found[place] = torch.from_numpy(pixels)
+        return found
+
+    def _crop(self, index: int) -> Pixels | str:
+        path, side = self.split.path(index), self.split.side
+        if self.key is None:
+            return decoded(
+                Entry(path, "", None, path), lambda image: centre(image, round(side * _MARGIN), side)
+            )
+        draws = draws_of_image(self.key, index)
+        return decoded(Entry(path, "", None, path), lambda image: photograph(image, side, draws))
+
+
+def _as_it_is(batch: Any) -> Any:
+    """What ``__getitems__`` returns is a batch already."""
+    return batch
+
+
+def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: int) -> Iterator[Tensor]:
+    """Byte images [B, side, side, 3] for each list of image numbers.
+
+    Args:
+        split: the images.
+        order: the image numbers of each batch; a list may be empty.
+        key: of the epoch, with the image's number all that an augmentation depends on; None for the
+            central crop of the image whose shorter side is 256 / 224 of the crop's.
+        workers: processes; 0 decodes in this one.
+
+    Raises:
+        ValueError: an unreadable image, named.
+        WorkerFailed: a worker died or failed.
+    """
+    loader = DataLoader(
+        _Photographs(split, key),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        # the global generator is the network's
+        generator=torch.Generator(),
+    )
+    iterator = iter(loader)
+    for _ in order:
+        try:
+            found = next(iterator)
+        except RuntimeError as error:
+            raise WorkerFailed(f"a process that decodes images failed: {error}") from error
+        if isinstance(found, str):
+            raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
+        yield found
