@@ -88,16 +88,18 @@ def load_data(
         )
     if test_source is not None and name in _NAMES:
         raise ValueError(f"test_source: {name} brings its own test part")
+    if stream and (name in _NAMES or not path.is_dir()):
+        raise ValueError(f"stream=True: only a folder of images is streamed, which {name} is not")
     if test_source is not None and not Path(test_source).exists():
         raise FileNotFoundError(f"test_source={str(test_source)!r}: no such file or folder")
     if name in cifar.SETS:
         path = cifar.obtain(name, progress)
     official = None if name == "digits" else cifar.find(path)
-    if stream and (name == "digits" or official is not None or not path.is_dir()):
-        raise ValueError(f"stream=True: only folders of images are streamed, which {name} is not; unpack it")
     if name == "digits":
         return _digits(size)
     if official is not None:
+        if stream:
+            raise ValueError(f"stream=True: only a folder of images is streamed, which {name} is not")
         if test_source is not None:
             raise ValueError(f"test_source: {name} brings its own test part")
         return cifar.load(path, *official, size)
