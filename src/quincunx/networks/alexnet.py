@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from quincunx.networks.pieces import check_dropout, check_form, he_start
+from quincunx.networks.pieces import check_dropout, check_form, he_start, local_response_norm
 
 __all__ = ["AlexNet", "alexnet"]
 
@@ -73,12 +73,11 @@ def _original(num_classes: int, in_channels: int, dropout: float) -> AlexNet:
     features: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(in_channels, 96, 11, 4),
         relu1=nn.ReLU(),
-        # constants as in Caffe, where alpha is divided by the number of neighbours as torch does
-        norm1=nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0),
+        norm1=local_response_norm(),
         pool1=nn.MaxPool2d(3, 2),
         conv2=nn.Conv2d(96, 256, 5, padding=2, groups=2),
         relu2=nn.ReLU(),
-        norm2=nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0),
+        norm2=local_response_norm(),
         pool2=nn.MaxPool2d(3, 2),
         conv3=nn.Conv2d(256, 384, 3, padding=1),
         relu3=nn.ReLU(),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.networks.pieces import check_dropout, check_form, he_start
+from quincunx.networks.pieces import check_dropout, check_form, he_start, local_response_norm
 
 __all__ = ["GoogLeNet", "googlenet"]
 
@@ -114,8 +114,7 @@ class GoogLeNet(nn.Module):
         self.aux2 = Head(528, num_classes, original, aux_dropout) if aux else None
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(_LAST, num_classes)
-        # Caffe's constants, alpha divided by the number of neighbours as torch does
-        self.norm: nn.Module = nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0) if original else nn.Identity()
+        self.norm: nn.Module = local_response_norm() if original else nn.Identity()
         # torchvision's last pooling is 2 x 2
         self.last_window = 3 if original else 2
         he_start(self)

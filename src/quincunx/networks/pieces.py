@@ -15,6 +15,7 @@ __all__ = [
     "check_form",
     "check_positive",
     "he_start",
+    "local_response_norm",
     "middle",
     "sampled_pair",
     "through_pair",
@@ -53,6 +54,14 @@ def through_pair(x: Tensor, down: SampledDown2d, norm: nn.BatchNorm2d, up: Sampl
     """
     out: Tensor = up(F.relu(norm(down(x))), x.shape[2:])
     return out
+
+
+def local_response_norm() -> nn.Module:
+    """x / (1 + alpha / 5 times the sum of x^2 over five neighbouring channels)^0.75, alpha = 1e-4.
+
+    Source: Krizhevsky et al. (NIPS 2012), section 3.3, with the constants of the Caffe Model Zoo.
+    """
+    return nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0)
 
 
 def he_start(network: nn.Module) -> None:
