@@ -6,6 +6,7 @@ from quincunx import networks
 from quincunx.artifact import load, save
 from quincunx.cost import Cost, cost
 from quincunx.fuse import fuse
+from quincunx.methods import Espace, LowRank
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
 from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import (
@@ -18,6 +19,8 @@ from quincunx.sampling import (
     Sampling,
     Uniform,
 )
+from quincunx.separable import EspaceConv2d, SeparableConv2d
+from quincunx.surgery import Accelerated, accelerate
 
 __version__ = _version("quincunx")
 
@@ -25,16 +28,22 @@ __all__ = [
     "CHESSBOARD",
     "QUARTER",
     "THREE_QUARTERS",
+    "Accelerated",
     "Cosets",
     "Cost",
+    "Espace",
+    "EspaceConv2d",
+    "LowRank",
     "PerforatedConv2d",
     "Positions",
     "Random",
     "SampledConv2d",
     "SampledConvTranspose2d",
     "Sampling",
+    "SeparableConv2d",
     "SpatialBottleneck2d",
     "Uniform",
+    "accelerate",
     "backend",
     "cost",
     "fill_nearest",

@@ -16,6 +16,8 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from quincunx import networks
+from quincunx.methods import build_module
+from quincunx.surgery import put
 
 __all__ = ["load", "read_json", "save", "spec_of", "write_atomically", "write_json"]
 
@@ -87,14 +89,16 @@ def spec_of(model: nn.Module) -> dict[str, Any]:
             f"model: {type(model).__name__} has no spec to build it from again; "
             "make it with qx.networks.build(...)"
         )
-    return spec
+    replaced = getattr(model, "quincunx_replaced", {})
+    return {**spec, "replaced": replaced} if replaced else spec
 
 
 def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = None) -> Path:
     """Write a model as a folder of ``spec.json`` and ``weights.safetensors``.
 
     Args:
-        model: a network made by :func:`quincunx.networks.build`.
+        model: a network made by :func:`quincunx.networks.build`, also one whose layers
+            :func:`quincunx.accelerate` has replaced.
         folder: made with its parents; an artifact that is there is replaced, but only once the new
             one is complete.
         info: JSON-ready facts to keep with it, such as its classes and normalisation.
@@ -239,6 +243,7 @@ def load(folder: str | Path) -> nn.Module:
             raise ValueError(f"model kind {described['kind']!r}, weights {spec['weights']['file']!r}")
         arguments = (described["name"], described["num_classes"], described["in_channels"])
         settings = dict(described["settings"])
+        replaced = dict(described.get("replaced", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / _SPEC}: incomplete or altered ({error!r})") from error
     if not weights.is_file():
@@ -246,11 +251,23 @@ def load(folder: str | Path) -> nn.Module:
     if _sha256(weights) != expected:
         raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {_SPEC}")
     try:
-        model = networks.build(*arguments, **settings)
-    except (TypeError, ValueError) as error:
+        model = _rebuilt(networks.build(*arguments, **settings), replaced)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{folder / _SPEC}: describes no network that can be built ({error})") from error
     try:
         load_model(model, str(weights), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: does not fit {arguments[0]} ({error})") from error
     return model.eval()
+
+
+def _rebuilt(model: nn.Module, replaced: dict[str, dict[str, Any]]) -> nn.Module:
+    """The network with the modules that ``accelerate`` noted in place of its own."""
+    made: dict[str, nn.Module] = {}
+    for name, spec in replaced.items():
+        model.get_submodule(name)  # refuses a name that is no layer of this network
+        made[name] = made[spec["as"]] if spec.get("kind") == "same" else build_module(spec)
+        model = put(model, name, made[name])
+    if replaced:
+        model.quincunx_replaced = replaced  # type: ignore[assignment]
+    return model

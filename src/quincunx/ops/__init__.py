@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from quincunx.ops.functional import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops.functional import fill_nearest, filled_conv2d, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.select import Backend, backend, register
 
-__all__ = ["Backend", "backend", "fill_nearest", "sampled_conv2d", "sampled_conv_transpose2d"]
+__all__ = [
+    "Backend",
+    "backend",
+    "fill_nearest",
+    "filled_conv2d",
+    "sampled_conv2d",
+    "sampled_conv_transpose2d",
+]
 
 register()

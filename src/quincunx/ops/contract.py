@@ -6,6 +6,7 @@ All three convolution operators are partial derivatives of one trilinear form,
 
 the sum over the computed positions p: ``conv`` gives dT/dy, ``conv_transpose`` dT/dx and
 ``conv_weight`` dT/dw. So each one's derivatives are the other two, to any order.
+``conv_filled`` is ``conv`` of ``fill`` without the filled map, which would lie on the grid ``size``.
 
 Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
 Every map an operator returns is in channels_last. A sampling travels as its ``spec`` text, which
@@ -34,6 +35,8 @@ OPERATORS = {
     "conv": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_transpose": f"(Tensor y, Tensor weight, Tensor? bias, SymInt[] size, {_GEOMETRY}) -> Tensor",
     "conv_weight": f"(Tensor x, Tensor y, int[] kernel, {_GEOMETRY}) -> Tensor",
+    "conv_filled": "(Tensor y, Tensor weight, Tensor? bias, str source, SymInt[] size, "
+    f"{_GEOMETRY}) -> Tensor",
     "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
     "collect": "(Tensor z, str sampling) -> Tensor",
 }
@@ -101,6 +104,23 @@ def _conv_weight_fake(
     return x.new_empty((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
 
 
+def _conv_filled_fake(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: str,
+    size: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
+    m = sampled_count(sampling, *geometry.grid(size[0], size[1]))
+    return _empty_map(y, (y.shape[0], weight.shape[0], m, 1))
+
+
 def _fill_fake(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
     return _empty_map(y, (y.shape[0], y.shape[1], size[0], size[1]))
 
@@ -114,6 +134,7 @@ for _name, _fake in (
     ("conv", _conv_fake),
     ("conv_transpose", _conv_transpose_fake),
     ("conv_weight", _conv_weight_fake),
+    ("conv_filled", _conv_filled_fake),
     ("fill", _fill_fake),
     ("collect", _collect_fake),
 ):
@@ -175,6 +196,26 @@ def _conv_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return to_x, to_y, None, None, None, None, None, None
 
 
+def _keep_conv_filled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weight, _, ctx.source, ctx.size, *ctx.geometry = inputs
+    ctx.save_for_backward(y, weight)
+
+
+def _conv_filled_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    y, weight = ctx.saved_tensors
+    need_y, need_weight, need_bias = ctx.needs_input_grad[:3]
+    to_y = to_weight = to_bias = None
+    if need_y:
+        to_filled = _OPS.conv_transpose(grad, weight, None, ctx.size, *ctx.geometry)
+        to_y = _OPS.collect(to_filled, ctx.source)
+    if need_weight:
+        filled = _OPS.fill(y, ctx.source, ctx.size)
+        to_weight = _OPS.conv_weight(filled, grad, weight.shape[2:], *ctx.geometry)
+    if need_bias:
+        to_bias = grad.sum((0, 2, 3))
+    return to_y, to_weight, to_bias, None, None, None, None, None, None, None
+
+
 def _keep_fill(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.sampling = inputs[1]
 
@@ -195,6 +236,7 @@ for _name, _backward, _keep in (
     ("conv", _conv_backward, _keep_conv),
     ("conv_transpose", _conv_transpose_backward, _keep_conv_transpose),
     ("conv_weight", _conv_weight_backward, _keep_conv_weight),
+    ("conv_filled", _conv_filled_backward, _keep_conv_filled),
     ("fill", _fill_backward, _keep_fill),
     ("collect", _collect_backward, _keep_collect),
 ):
@@ -205,7 +247,7 @@ for _name, _backward, _keep in (
 # torch counts two FLOPs for a multiply-add. A tap outside the map is counted, as it is for Conv2d.
 
 
-@register_flop_formula(torch.ops.quincunx.conv)
+@register_flop_formula([torch.ops.quincunx.conv, torch.ops.quincunx.conv_filled])
 def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     batch, _, m, _ = out_shape
     out_channels, in_channels, kh, kw = weight

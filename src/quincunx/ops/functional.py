@@ -10,7 +10,14 @@ from torch import Tensor
 from quincunx.plan import Geometry
 from quincunx.sampling import Sampling
 
-__all__ = ["expand_padding", "fill_nearest", "pair", "sampled_conv2d", "sampled_conv_transpose2d"]
+__all__ = [
+    "expand_padding",
+    "fill_nearest",
+    "filled_conv2d",
+    "pair",
+    "sampled_conv2d",
+    "sampled_conv_transpose2d",
+]
 
 Padding = int | Sequence[int] | str
 
@@ -275,3 +282,63 @@ def _check_count(y: Tensor, sampling: Sampling, grid: tuple[int, int]) -> None:
             f"y: expected [N, C, m, 1] with m={m} positions of {sampling!r} on the {grid[0]} x {grid[1]} "
             f"grid, got shape {tuple(y.shape)}"
         )
+
+
+def filled_conv2d(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    source: Sampling,
+    size: Sequence[int],
+    sampling: Sampling,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A sampled convolution of a sampled map that is read as if filled: the filled map is never made.
+
+    Equal to ``sampled_conv2d(fill_nearest(y, sampling=source, size=size), weight, bias, ...)``.
+
+    Args:
+        y: sampled map [N, C, m, 1].
+        weight: kernel [O, C / groups, kh, kw].
+        bias: [O] or None.
+        source: which positions of the H x W grid ``y`` holds.
+        size: (H, W).
+        sampling: which positions of the output grid are computed.
+        stride, padding, dilation, groups: as in :func:`sampled_conv2d`.
+
+    Returns:
+        The sampled map [N, O, m', 1] in channels_last.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a grid a sampling cannot be laid on.
+        TypeError: not a sampling, not floating point, or dtypes or devices that differ.
+
+    Source: Lin et al., ESPACE (AAAI 2017), eqs. 5 to 7.
+
+    Example:
+        >>> from quincunx.sampling import QUARTER, Uniform
+        >>> y, w = torch.randn(1, 3, 16, 1), torch.randn(4, 3, 1, 3)
+        >>> filled_conv2d(y, w, source=QUARTER, size=(8, 8), sampling=Uniform(0.5), padding=(0, 1)).shape
+        torch.Size([1, 4, 32, 1])
+    """
+    _check_sampling(source)
+    _check_sampling(sampling)
+    _check_map("y", y)
+    _check_map("weight", weight)
+    y, weight, bias = _autocast(y, weight, bias)
+    height, width = pair("size", size, 1)
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
+    _check_parameters("y", y, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
+    _check_count(y, source, (height, width))
+    grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(height, width)
+    _check_grid(grid, (height, width), weight)
+    sampling.count(*grid)
+    result: Tensor = torch.ops.quincunx.conv_filled(
+        y, weight, bias, source.spec, (height, width), sampling.spec, strides, paddings, dilations, groups
+    )
+    return result

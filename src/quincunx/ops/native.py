@@ -16,7 +16,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan
 
-__all__ = ["DTYPES", "conv", "conv_transpose", "conv_weight", "isa", "load", "pack", "unavailable"]
+__all__ = [
+    "DTYPES",
+    "conv",
+    "conv_filled",
+    "conv_transpose",
+    "conv_weight",
+    "isa",
+    "load",
+    "pack",
+    "unavailable",
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -117,6 +127,24 @@ def conv(
     plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
     taps = weight.shape[2] * weight.shape[3]
     return _gather_gemm(x, pack(weight, groups, False), bias, plan, weight.shape[0], taps, groups)
+
+
+def conv_filled(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: str,
+    size: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
+    plan = forward_plan(sampling, geometry, size[0], size[1], source=source)
+    taps = weight.shape[2] * weight.shape[3]
+    return _gather_gemm(y, pack(weight, groups, False), bias, plan, weight.shape[0], taps, groups)
 
 
 def conv_transpose(

@@ -17,7 +17,7 @@ from torch.nn.grad import conv2d_weight
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.plan import Geometry, nearest_index, position_index
 
-__all__ = ["collect", "conv", "conv_transpose", "conv_weight", "fill"]
+__all__ = ["collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill"]
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -102,6 +102,21 @@ def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
     index = nearest_index(sampling, height, width).to(y.device)
     dense = y.squeeze(3).index_select(2, index).view(y.shape[0], y.shape[1], height, width)
     return dense.contiguous(memory_format=CHANNELS_LAST)
+
+
+def conv_filled(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: str,
+    size: Sequence[int],
+    sampling: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return conv(fill(y, source, size), weight, bias, sampling, stride, padding, dilation, groups)
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:

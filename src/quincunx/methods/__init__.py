@@ -1,0 +1,55 @@
+"""Published methods: each a frozen dataclass of settings that says how it replaces a layer.
+
+Example:
+    >>> build_module({"kind": "masked", "in_channels": 3, "out_channels": 4, "kernel_size": 1,
+    ...               "sampling": qx.QUARTER.spec}).sampling == qx.QUARTER
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from quincunx.methods.espace import Espace
+from quincunx.methods.lrd import LowRank
+from quincunx.sampling import from_spec
+from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
+
+__all__ = ["Espace", "LowRank", "build_module"]
+
+
+def _espace(masks: list[str], **settings: Any) -> nn.Module:
+    first, second = (from_spec(mask) for mask in masks)
+    return EspaceConv2d(**settings, masks=(first, second))
+
+
+def _masked(sampling: str, **settings: Any) -> nn.Module:
+    return MaskedConv2d(**settings, sampling=from_spec(sampling))
+
+
+# what ``kind`` in a replacement's spec stands for
+_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "conv": nn.Conv2d,
+    "separable": SeparableConv2d,
+    "espace": _espace,
+    "masked": _masked,
+}
+
+
+def build_module(spec: dict[str, Any]) -> nn.Module:
+    """The module that a replacement's spec describes, with fresh weights.
+
+    Raises:
+        ValueError: not such a spec.
+    """
+    settings = dict(spec)
+    kind = settings.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"kind={kind!r}: no module of that kind; expected one of {', '.join(_KINDS)}")
+    try:
+        return _KINDS[kind](**settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{kind}: not the settings of such a module ({error})") from error

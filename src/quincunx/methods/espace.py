@@ -1,0 +1,172 @@
+"""ESPACE: low rank fitted on data, then masks, in every convolution (Lin et al. 2017)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor, nn
+
+from quincunx.methods.fitting import (
+    SeparableFit,
+    conv_of,
+    conv_settings,
+    convolution_refusal,
+    fit_record,
+)
+from quincunx.methods.lowrank import separable
+from quincunx.methods.masks import MASKS, Loss, impacts, mask_of
+from quincunx.sampling import Random
+from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
+from quincunx.streams import Context, Layer
+from quincunx.surgery import Replacement, Work
+
+__all__ = ["Espace"]
+
+
+@dataclass(frozen=True)
+class Espace(SeparableFit):
+    r"""A convolution as d x 1 then 1 x d of low rank, each computed at masked positions only.
+
+    First every layer, in forward order, is fitted to the original layer's responses on the input that
+    the layers fitted before give it (eq. 4). Then, on the network so far, the impact of each position
+    of both halves is estimated (eqs. 9 to 11), and the rate's share with the highest impact is
+    computed; the other positions take the value of the nearest computed one.
+
+    Args:
+        rank: K of each channel group: an integer, a share of the full rank, or "full"; as in
+            :class:`LowRank`.
+        rate: share of the positions that are computed, in (0, 1], or a pair for the two halves.
+        mask: "impact", "uniform" or "random".
+        pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
+        resize_masks: whether impact masks may be resized to inputs of another size; otherwise such
+            inputs are refused.
+        loss: for impact masks, of (output, target), summed over images; by default cross-entropy with
+            the targets, or with the network's own predictions where the data has none.
+        seed: of random masks, and of the positions that a fit draws.
+        data, budget, multiple, iterations, positions: as in :class:`LowRank`; a budget counts MACs
+            before masks.
+
+    Raises:
+        ValueError: a rate outside (0, 1], an unknown mask; what :class:`LowRank` refuses.
+        TypeError: a rate or rank that is no number.
+
+    Source: Lin, Ji, Chen, Huang, ESPACE (AAAI 2017).
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
+        >>> result = qx.accelerate(net, Espace(rank=4, rate=(0.5, 0.25), mask="uniform"))
+        >>> result.replaced["0"]["rates"]
+        [0.5, 0.25]
+    """
+
+    _: KW_ONLY
+    rate: float | tuple[float, float] = 0.25
+    mask: str = "impact"
+    pointwise: bool = False
+    resize_masks: bool = False
+    loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pair = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
+        if len(pair) != 2:
+            raise ValueError(f"rate={self.rate!r}: expected a number in (0, 1] or a pair of them")
+        for rate in pair:
+            Random(rate)  # refuses what is no rate
+        if self.mask not in MASKS:
+            raise ValueError(f"mask={self.mask!r}: expected one of {', '.join(MASKS)}")
+
+    @property
+    def name(self) -> str:
+        """ "espace"."""
+        return "espace"
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Of the vertical and of the horizontal half."""
+        return self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
+
+    def refuse(self, layer: Layer) -> str | None:
+        """Why a layer stays."""
+        impact = self.mask == "impact"
+        if conv_of(layer).kernel_size != (1, 1):
+            reason = self.separable_refusal(layer, self.data is not False)
+        elif self.pointwise:
+            reason = convolution_refusal(layer)
+        else:
+            reason = "1 x 1: no low rank here; pointwise=True masks it"
+        if reason is None and impact and layer.calls is not None and layer.calls > 1:
+            return f"called {layer.calls} times in a forward: its positions have no one impact"
+        return reason
+
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Choose all ranks; the fits follow, then the masks.
+
+        Raises:
+            ValueError: impact masks without calibration data.
+        """
+        if self.mask == "impact" and context.calibration is None:
+            raise ValueError(
+                "calibration=None: impact masks are estimated on data; give input batches, or choose "
+                "mask='uniform' or mask='random'"
+            )
+        with_data = context.calibration is not None if self.data is None else self.data
+        wide = [layer for layer in layers if conv_of(layer).kernel_size != (1, 1)]
+        ranks = self.ranks(wide, context, with_data) if wide else {}
+        return _EspaceWork(self, context, ranks, with_data)
+
+
+@dataclass(frozen=True)
+class _EspaceWork:
+    method: Espace
+    context: Context
+    ranks: dict[str, int]
+    with_data: bool
+
+    def replace(self, layer: Layer) -> Replacement:
+        """The layer of low rank, or of 1 x 1, without masks yet."""
+        conv = conv_of(layer)
+        if layer.name not in self.ranks:
+            same = copy.deepcopy(conv)
+            return Replacement(same, {"kind": "conv", **conv_settings(conv)}, {})
+        found = self.method.fitted(layer, self.ranks[layer.name], self.context, self.with_data)
+        module = separable(conv, found)
+        return Replacement(module, module.spec, fit_record(found))
+
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
+        """Masks for every layer, estimated on the network of low rank."""
+        found: dict[str, Tensor] = {}
+        if self.method.mask == "impact":
+            places = {place: half for name in done for place, half in _halves(name, done[name].module)}
+            found = impacts(self.context.network, places, self.context.data, self.method.loss)
+        return {name: self._masked(name, made, found) for name, made in done.items()}
+
+    def _masked(self, name: str, made: Replacement, found: dict[str, Tensor]) -> Replacement:
+        method, dense = self.method, made.module
+        resize = method.resize_masks
+        masks = {
+            place: mask_of(method.mask, rate, seed=method.seed, place=place, impact=found.get(place))
+            for (place, _), rate in zip(_halves(name, dense), method.rates, strict=False)
+        }
+        samplings = tuple(masks.values())
+        module: EspaceConv2d | MaskedConv2d
+        if isinstance(dense, SeparableConv2d):
+            settings = {key: value for key, value in dense.spec.items() if key != "kind"}
+            module = EspaceConv2d(**settings, masks=(samplings[0], samplings[1]), resize_masks=resize)
+        else:
+            settings = {key: value for key, value in made.spec.items() if key != "kind"}
+            module = MaskedConv2d(**settings, sampling=samplings[0], resize_masks=resize)
+        module.to(next(dense.parameters()))
+        module.load_state_dict(dense.state_dict())
+        record = {**made.record, "mask": method.mask, "rates": [mask.density for mask in samplings]}
+        maps = {f"impact{i}": found[place] for i, place in enumerate(masks, 1) if place in found}
+        return Replacement(module, module.spec, record, maps)
+
+
+def _halves(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The convolutions of a replacement that get a mask each, with names of their own."""
+    if isinstance(module, SeparableConv2d):
+        return [(f"{name}/1", module.vertical), (f"{name}/2", module.horizontal)]
+    return [(f"{name}/1", module)]

@@ -1,0 +1,157 @@
+"""What the methods that fit separable convolutions share: their settings, which layers, which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quincunx.methods.lowrank import Fit, fit, full_rank, kernel_energies, shortage
+from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
+from quincunx.methods.ranks import candidate, select_ranks
+from quincunx.streams import Context, Layer
+
+__all__ = ["SeparableFit", "conv_of", "conv_settings", "convolution_refusal", "fit_record"]
+
+
+def conv_of(layer: Layer) -> nn.Conv2d:
+    """The layer as the convolution it is."""
+    if not isinstance(layer.module, nn.Conv2d):
+        raise TypeError(f"layer {layer.name!r}: expected a Conv2d, got {type(layer.module).__name__}")
+    return layer.module
+
+
+def conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
+    """What builds a convolution like it, JSON-ready."""
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": list(conv.kernel_size),
+        "stride": list(conv.stride),
+        "padding": conv.padding if isinstance(conv.padding, str) else list(conv.padding),
+        "dilation": list(conv.dilation),
+        "groups": conv.groups,
+        "bias": conv.bias is not None,
+    }
+
+
+def convolution_refusal(layer: Layer) -> str | None:
+    """Why no method here can take a convolution."""
+    conv = conv_of(layer)
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}: only zeros are read outside the map"
+    return None
+
+
+@dataclass(frozen=True)
+class SeparableFit:
+    """The settings of a fit by separable convolutions; see :class:`quincunx.LowRank` for them."""
+
+    rank: int | float | str = 0.25
+    _: KW_ONLY
+    data: bool | None = None
+    budget: float | None = None
+    multiple: int = 16
+    iterations: int = 20
+    positions: int = POSITIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.rank_of(10**9)  # refuses what is no rank
+        for name, least in (("multiple", 1), ("iterations", 1), ("positions", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget={self.budget!r}: expected a positive share of the layers' MACs")
+        if self.data not in (None, True, False):
+            raise ValueError(f"data={self.data!r}: expected True, False or None")
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """Convolutions."""
+        return (nn.Conv2d,)
+
+    def rank_of(self, full: int) -> int:
+        """The rank of a layer whose full rank is given."""
+        rank = self.rank
+        if rank == "full":
+            return full
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+            raise TypeError(f"rank={rank!r}: expected an integer, a share in (0, 1] or 'full'")
+        if isinstance(rank, int):
+            if rank < 1:
+                raise ValueError(f"rank={rank}: expected at least 1")
+            return min(rank, full)
+        if not 0 < rank <= 1:
+            raise ValueError(f"rank={rank}: expected a share in (0, 1], or an integer")
+        return max(1, round(rank * full))
+
+    def separable_refusal(self, layer: Layer, with_data: bool) -> str | None:
+        """Why a convolution cannot become two."""
+        if (reason := convolution_refusal(layer)) is not None:
+            return reason
+        conv = conv_of(layer)
+        if conv.kernel_size == (1, 1):
+            return "a 1 x 1 kernel has no columns and rows to separate"
+        if conv.groups > 1 and conv.groups == conv.in_channels:
+            return "depthwise: a kernel of one channel has no channels to join"
+        if with_data and layer.calls is not None and layer.calls > 1:
+            return f"called {layer.calls} times in a forward: there is no one input to fit it to"
+        return None
+
+    def ranks(self, layers: Sequence[Layer], context: Context, with_data: bool) -> dict[str, int]:
+        """The rank of each layer: the one asked for, or that which a budget allows."""
+        if self.budget is None:
+            return {layer.name: self.rank_of(full_rank(conv_of(layer))) for layer in layers}
+        grams: dict[str, Tensor] = {}
+        if with_data:
+            grams = self._column_grams(layers, context)
+        energies = {x.name: kernel_energies(conv_of(x), grams.get(x.name)) for x in layers}
+        candidates = {layer.name: candidate(layer, energies[layer.name]) for layer in layers}
+        return select_ranks(candidates, self.budget, multiple=self.multiple)
+
+    def _column_grams(self, layers: Sequence[Layer], context: Context) -> dict[str, Tensor]:
+        """Second moments of the columns that each layer reads in the original network, in one pass."""
+        columns = {layer.name: _first_half(conv_of(layer)) for layer in layers}
+        sums = {name: Accumulator(conv, self.positions, self.seed) for name, conv in columns.items()}
+
+        def visit(name: str, x: Tensor, _: Tensor) -> None:
+            sums[name].add(x, columns[name](x))
+
+        context.survey(layers, visit)
+        return {name: found.finish().gram for name, found in sums.items()}
+
+    def fitted(self, layer: Layer, rank: int, context: Context, with_data: bool) -> Fit:
+        """The fit of one layer to what it sees now and answered in the original network."""
+        conv = conv_of(layer)
+        found: Moments | None = None
+        if with_data:
+            pairs = context.responses(layer)
+            found = moments(conv, pairs, positions=self.positions, seed=self.seed)
+            if (reason := shortage(conv, rank, found)) is not None:
+                raise ValueError(f"calibration: layer {layer.name!r}: {reason}")
+        return fit(conv, rank, found, iterations=self.iterations)
+
+
+def _first_half(conv: nn.Conv2d) -> nn.Conv2d:
+    """A vertical convolution that reads the columns ``conv`` reads; one channel a group will do."""
+    padding = conv.padding if isinstance(conv.padding, str) else (int(conv.padding[0]), 0)
+    return nn.Conv2d(
+        conv.in_channels,
+        conv.groups,
+        (conv.kernel_size[0], 1),
+        (conv.stride[0], 1),
+        padding,
+        (conv.dilation[0], 1),
+        conv.groups,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+
+
+def fit_record(found: Fit) -> dict[str, Any]:
+    """JSON-ready."""
+    return {"rank": found.rank, "response_error": found.response_error, "energy": found.energy}

@@ -1,0 +1,66 @@
+"""LRD: every convolution as d x 1 then 1 x d, dense (Jaderberg et al. 2014, scheme 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quincunx.methods.fitting import SeparableFit, conv_of, fit_record
+from quincunx.methods.lowrank import separable
+from quincunx.streams import Context, Layer
+from quincunx.surgery import Replacement, Work, each
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True)
+class LowRank(SeparableFit):
+    r"""A convolution as a vertical and a horizontal one with K channels between them.
+
+    .. math:: W_{n,c,i,j} \approx \sum_{k \le K} V_{k,c,i}\, T_{n,k,j}
+
+    Args:
+        rank: K of each channel group: an integer (of a layer of smaller full rank, that one), a share
+            of the full rank min(C dh, O dw) in (0, 1], or "full", which changes nothing but rounding.
+        data: fit V and T to the layer's responses on the calibration data; False truncates the SVD of
+            the weight; None does the first where there is calibration data.
+        budget: instead of ``rank``, the share of the layers' dense MACs that all of them together may
+            cost; ranks are chosen by PCA energies and rounded to multiples of ``multiple``.
+        multiple: of ranks chosen for a budget.
+        iterations: at most so many of the alternating least squares.
+        positions: most positions of an image that the fit sums over; of larger maps as many are drawn.
+        seed: of that draw.
+
+    Raises:
+        ValueError: a rank, budget or count outside its range.
+        TypeError: a rank of another type.
+
+    Source: Jaderberg et al., arXiv:1405.3866, scheme 2 (filter and data reconstruction); ranks: Zhang
+        et al., arXiv:1505.06798, section 3.4.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1))
+        >>> qx.accelerate(net, LowRank(rank=8)).model[0].vertical.weight.shape
+        torch.Size([8, 16, 3, 1])
+    """
+
+    @property
+    def name(self) -> str:
+        """ "lowrank"."""
+        return "lowrank"
+
+    def refuse(self, layer: Layer) -> str | None:
+        """Why a layer cannot become two convolutions."""
+        return self.separable_refusal(layer, self.data is not False)
+
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Choose all ranks, then fit layer by layer."""
+        with_data = context.calibration is not None if self.data is None else self.data
+        ranks = self.ranks(layers, context, with_data)
+
+        def replace(layer: Layer) -> Replacement:
+            found = self.fitted(layer, ranks[layer.name], context, with_data)
+            module = separable(conv_of(layer), found)
+            return Replacement(module, module.spec, fit_record(found))
+
+        return each(replace)

@@ -1,0 +1,182 @@
+"""Second moments of what a convolution reads and answers: all that fitting it to data needs.
+
+They are summed in float64 in one pass over the data; afterwards every rank and every iteration is
+linear algebra on them, and no data is touched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Accumulator", "Moments", "moments", "patches"]
+
+# of a layer on larger maps, positions are drawn: neighbours say nearly the same
+POSITIONS = 256
+# doubles of one block of patches
+_BLOCK = 1 << 23
+_STRIPE = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    r"""Centred second moments of patches p and responses y, for each channel group.
+
+    Attributes:
+        gram: G = E[(p - \bar p)(p - \bar p)^T], [g, P, P] with P = C / g * dh * dw, ordered (c, i, j).
+        cross: B = E[(p - \bar p)(y - \bar y)^T], [g, P, O / g].
+        power: E|y - \bar y|^2, [g].
+        mean_patch, mean_response: \bar p [g, P] and \bar y [g, O / g].
+        samples: how many positions of how many images were summed.
+        images: how many images.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    power: Tensor
+    mean_patch: Tensor
+    mean_response: Tensor
+    samples: int
+    images: int
+
+    def error(self, weight: Tensor) -> float:
+        r"""E|y - \bar y - W^T (p - \bar p)|^2 / E|y - \bar y|^2 of a weight [g, P, O / g]."""
+        weight = weight.to(self.gram)
+        squares = self.power - 2 * (weight * self.cross).sum((1, 2))
+        squares = squares + (weight * (self.gram @ weight)).sum((1, 2))
+        return relative(float(squares.sum()), float(self.power.sum()))
+
+
+def relative(squares: float, power: float) -> float:
+    """A squared error over the responses' power; 0 for both of a layer that always answers the same."""
+    return max(squares, 0.0) / power if power > 0 else 0.0
+
+
+def patches(conv: nn.Conv2d, x: Tensor, at: Tensor | None = None) -> Tensor:
+    """What a convolution reads at each position, [N, positions, C, dh, dw]; a view where it can be one.
+
+    Args:
+        conv: its geometry is used.
+        x: its input [N, C, H, W].
+        at: flat positions of the output grid, LongTensor; by default all of them.
+    """
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    x = F.pad(x, (left, right, top, bottom)).contiguous()
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    n, c, height, width = x.shape
+    rows, cols = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+    to_image, to_channel, to_row, to_col = x.stride()
+    view = x.as_strided(
+        (n, rows, cols, c, kh, kw),
+        (to_image, sh * to_row, sw * to_col, to_channel, dh * to_row, dw * to_col),
+    )
+    if at is None:
+        return view.flatten(1, 2)
+    return view[:, at // cols, at % cols]
+
+
+class Accumulator:
+    """Sums the moments of one layer, batch by batch.
+
+    Args:
+        conv: the layer; its geometry and groups are used.
+        positions: most positions of an image that are used; of larger maps as many are drawn, anew for
+            each batch.
+        seed: of that draw.
+    """
+
+    def __init__(self, conv: nn.Conv2d, positions: int = POSITIONS, seed: int = 0) -> None:
+        self.conv, self.positions, self.seed = conv, positions, seed
+        g = conv.groups
+        size = conv.in_channels // g * conv.kernel_size[0] * conv.kernel_size[1]
+        outputs = conv.out_channels // g
+        wide = {"dtype": torch.float64, "device": conv.weight.device}
+        self.gram = torch.zeros(g, size, size, **wide)  # type: ignore[call-overload]
+        self.cross = torch.zeros(g, size, outputs, **wide)  # type: ignore[call-overload]
+        self.power = torch.zeros(g, **wide)  # type: ignore[call-overload]
+        self.sum_patch = torch.zeros(g, size, **wide)  # type: ignore[call-overload]
+        self.sum_response = torch.zeros(g, outputs, **wide)  # type: ignore[call-overload]
+        self.samples = self.images = self.batches = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """A batch: inputs [N, C, H, W] and the responses [N, O, H', W'] they are to give."""
+        n, _, height, width = y.shape
+        at = None
+        if height * width > self.positions:
+            generator = torch.Generator().manual_seed(self.seed + self.batches)
+            at = torch.randperm(height * width, generator=generator)[: self.positions].sort().values
+            at = at.to(x.device)
+        y = y.flatten(2) if at is None else y.flatten(2)[:, :, at]
+        g, size, outputs = self.cross.shape
+        step = max(1, _BLOCK // (y.shape[2] * size * g))
+        for first in range(0, n, step):
+            read = patches(self.conv, x[first : first + step], at)
+            count = read.shape[0] * read.shape[1]
+            # [g, samples, size], each group's own channels
+            p = read.reshape(count, g, size).double().transpose(0, 1)
+            r = y[first : first + step].transpose(1, 2).reshape(count, g, outputs).double().transpose(0, 1)
+            for row in range(0, size, _STRIPE):
+                # the upper triangle in stripes; the rest is its mirror image
+                stripe = p[:, :, row : row + _STRIPE].transpose(1, 2)
+                self.gram[:, row : row + _STRIPE, row:] += stripe @ p[:, :, row:]
+            self.cross += p.transpose(1, 2) @ r
+            self.power += r.square().sum((1, 2))
+            self.sum_patch += p.sum(1)
+            self.sum_response += r.sum(1)
+        self.samples += n * y.shape[2]
+        self.images += n
+        self.batches += 1
+
+    def finish(self) -> Moments:
+        """The centred moments.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self.samples:
+            raise ValueError("moments: no batch was added")
+        n = self.samples
+        p, r = self.sum_patch / n, self.sum_response / n
+        upper = self.gram.triu()
+        gram = upper + upper.triu(1).transpose(1, 2)
+        return Moments(
+            gram=gram / n - p[:, :, None] * p[:, None, :],
+            cross=self.cross / n - p[:, :, None] * r[:, None, :],
+            power=self.power / n - r.square().sum(1),
+            mean_patch=p,
+            mean_response=r,
+            samples=n,
+            images=self.images,
+        )
+
+
+def moments(
+    conv: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], *, positions: int = POSITIONS, seed: int = 0
+) -> Moments:
+    """The moments of (input, response) pairs, in one pass.
+
+    Args:
+        conv: whose geometry and groups are used.
+        pairs: inputs [N, C, H, W] and responses [N, O, H', W'].
+        positions, seed: as in :class:`Accumulator`.
+
+    Raises:
+        ValueError: no pairs.
+
+    Source: the normal equations of Lin et al., ESPACE (AAAI 2017), eq. 4.
+
+    Example:
+        >>> conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+        >>> found = moments(conv, [(x, conv(x).detach())])
+        >>> found.samples, tuple(found.gram.shape)
+        (72, (1, 27, 27))
+    """
+    sums = Accumulator(conv, positions, seed)
+    with torch.no_grad():
+        for x, y in pairs:
+            sums.add(x, y)
+    return sums.finish()

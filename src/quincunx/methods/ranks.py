@@ -1,0 +1,118 @@
+"""The ranks of all layers together, under a budget of MACs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from quincunx.streams import Layer
+
+__all__ = ["Candidate", "candidate", "select_ranks"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the choice of one layer's rank is made from.
+
+    Attributes:
+        energies: PCA energies, falling; rank K keeps the first K.
+        macs: MACs of the layer for each unit of rank, for one image.
+        dense: MACs of the layer as it is.
+    """
+
+    energies: tuple[float, ...]
+    macs: int
+    dense: int
+
+    def kept(self, rank: int) -> float:
+        """Share of the energy that a rank keeps; 1 for a layer that has none."""
+        total = math.fsum(self.energies)
+        return math.fsum(self.energies[:rank]) / total if total > 0 else 1.0
+
+
+def candidate(layer: Layer, energies: Tensor) -> Candidate:
+    """A convolution's share in the choice.
+
+    MACs of rank K: K (dh C H' W + dw O H' W'), summed over the channel groups, for an H x W input.
+    """
+    conv = layer.module
+    if not isinstance(conv, nn.Conv2d):
+        raise TypeError(f"layer {layer.name!r}: expected a Conv2d, got {type(conv).__name__}")
+    (height, width), (_, wide) = layer.grid, layer.input_size
+    unit = conv.kernel_size[0] * conv.in_channels * height * wide
+    unit += conv.kernel_size[1] * conv.out_channels * height * width
+    dense = conv.weight.numel() * height * width
+    return Candidate(tuple(energies.tolist()), unit, dense)
+
+
+def select_ranks(layers: Mapping[str, Candidate], budget: float, *, multiple: int = 16) -> dict[str, int]:
+    r"""The rank of each layer, so that the product of kept PCA energies is large and the MACs fit.
+
+    .. math:: \max \prod_l \frac{\sum_{k \le K_l} \sigma_{l,k}}{\sum_k \sigma_{l,k}}
+              \quad\text{with}\quad \sum_l K_l m_l \le \text{budget} \sum_l M_l
+
+    Greedy: from full ranks, again and again the step down that loses the least of the logarithm for
+    each MAC saved; in the end what is left of the budget is given back where it gains most.
+
+    Args:
+        layers: a :class:`Candidate` for each layer, with energies sigma, m and M.
+        budget: share of the layers' dense MACs.
+        multiple: ranks are multiples of this, or the full rank; 16 fills a register tile.
+
+    Returns:
+        The rank of each layer.
+
+    Raises:
+        ValueError: a budget that is not positive, or less than what the smallest ranks cost.
+
+    Source: Zhang et al., arXiv:1505.06798, section 3.4.
+
+    Example:
+        >>> layers = {"a": Candidate((9.0, 1.0), 10, 40), "b": Candidate((5.0, 5.0), 10, 40)}
+        >>> select_ranks(layers, 0.4, multiple=1)
+        {'a': 1, 'b': 2}
+    """
+    if not budget > 0:
+        raise ValueError(f"budget={budget!r}: expected a positive share of the layers' MACs")
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"multiple={multiple!r}: expected a positive integer")
+    allowed = budget * sum(layer.dense for layer in layers.values())
+    steps = {name: _steps(len(layer.energies), multiple) for name, layer in layers.items()}
+    at = {name: len(choices) - 1 for name, choices in steps.items()}
+
+    def spent() -> int:
+        return sum(layers[name].macs * steps[name][i] for name, i in at.items())
+
+    def price(name: str, lower: int, upper: int) -> float:
+        """What the logarithm loses for each MAC between two steps."""
+        small, large = (layers[name].kept(steps[name][i]) for i in (lower, upper))
+        saved = layers[name].macs * (steps[name][upper] - steps[name][lower])
+        return (math.log(large) - math.log(small)) / saved if small > 0 else math.inf
+
+    while spent() > allowed:
+        lower = [name for name, i in at.items() if i > 0]
+        if not lower:
+            least = spent() / sum(layer.dense for layer in layers.values())
+            raise ValueError(
+                f"budget={budget!r}: the smallest ranks (multiples of {multiple}) already cost {least:.3g}"
+            )
+        chosen = min(lower, key=lambda name: price(name, at[name] - 1, at[name]))
+        at[chosen] -= 1
+    while True:
+        room = allowed - spent()
+        higher = [
+            name
+            for name, i in at.items()
+            if i + 1 < len(steps[name]) and layers[name].macs * (steps[name][i + 1] - steps[name][i]) <= room
+        ]
+        if not higher:
+            return {name: steps[name][i] for name, i in at.items()}
+        at[max(higher, key=lambda name: price(name, at[name], at[name] + 1))] += 1
+
+
+def _steps(full: int, multiple: int) -> list[int]:
+    """The ranks a layer may get, rising."""
+    return [*range(multiple, full, multiple), full]
