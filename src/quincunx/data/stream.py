@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,13 +49,13 @@ class _Photographs(Dataset[Tensor]):
     def __getitems__(self, indices: list[int]) -> Tensor | str:
         """Bytes [B, side, side, 3], or the sentence that names an unreadable image."""
         side = self.split.side
-        found = torch.empty(len(indices), side, side, 3, dtype=torch.uint8)
+        found = np.empty((len(indices), side, side, 3), dtype=np.uint8)
         for place, index in enumerate(indices):
             pixels = self._crop(index)
             if isinstance(pixels, str):
                 return pixels
-            found[place] = torch.from_numpy(pixels)
-        return found
+            found[place] = pixels
+        return torch.from_numpy(found)
 
     def _crop(self, index: int) -> Pixels | str:
         path, side = self.split.path(index), self.split.side
@@ -69,6 +72,21 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def _child_signal_kept() -> Iterator[None]:
+    """Take back what a loader does on the death of a child, which is to raise wherever this process is.
+
+    That could be in the middle of a checkpoint. Whoever waits for a batch looks after the workers anyway.
+    """
+    in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if in_main else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
 def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: int) -> Iterator[Tensor]:
     """Byte images [B, side, side, 3] for each list of image numbers.
 
@@ -81,7 +99,7 @@ def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: i
 
     Raises:
         ValueError: an unreadable image, named.
-        WorkerFailed: a worker died or failed.
+        WorkerFailed: a worker died, which is noticed within seconds, or failed.
     """
     loader = DataLoader(
         _Photographs(split, key),
@@ -91,7 +109,8 @@ def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: i
         # the global generator is the network's
         generator=torch.Generator(),
     )
-    iterator = iter(loader)
+    with _child_signal_kept():
+        iterator = iter(loader)
     for _ in order:
         try:
             found = next(iterator)
