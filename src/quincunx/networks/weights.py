@@ -155,14 +155,16 @@ def read_npz(path: str | Path) -> dict[str, list[Any]]:
     path = Path(path)
     found: dict[str, dict[str, Any]] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        # numpy leaves a file that it opened itself open where it cannot read it
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("one array, no archive of arrays")
-            for key in file:
+            for key in archive:
                 layer, _, kind = key.rpartition("/")
                 if not layer or kind not in ("weight", "kernel_hwio", "bias"):
                     raise ValueError(f"key {key!r}, expected LAYER/weight, LAYER/kernel_hwio or LAYER/bias")
-                array = file[key]
+                array = archive[key]
                 if kind == "kernel_hwio":
                     if array.ndim != 4:
                         raise ValueError(f"{key!r} has {array.ndim} axes, expected 4")
