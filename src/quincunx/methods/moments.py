@@ -141,12 +141,16 @@ class Accumulator:
             raise ValueError("moments: no batch was added")
         n = self.samples
         p, r = self.sum_patch / n, self.sum_response / n
+        raw = self.power / n
+        power = raw - r.square().sum(1)
+        # a response that never changes: what is left is rounding
+        power = power.where(power > 64 * torch.finfo(torch.float64).eps * raw, 0.0)
         upper = self.gram.triu()
         gram = upper + upper.triu(1).transpose(1, 2)
         return Moments(
             gram=gram / n - p[:, :, None] * p[:, None, :],
             cross=self.cross / n - p[:, :, None] * r[:, None, :],
-            power=self.power / n - r.square().sum(1),
+            power=power,
             mean_patch=p,
             mean_response=r,
             samples=n,

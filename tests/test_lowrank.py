@@ -1,0 +1,413 @@
+"""The low-rank fit against loops, autograd and brute force, and the ranks that a budget allows."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import quincunx as qx
+from quincunx.methods.lowrank import fit, full_rank, kernel_energies, samples_needed, separable, shortage
+from quincunx.methods.moments import Accumulator, moments
+from quincunx.methods.ranks import Candidate, select_ranks
+
+LAYERS = {
+    "plain": {"kernel_size": 3, "padding": 1},
+    "no bias": {"kernel_size": 3, "bias": False},
+    "grouped": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "strided": {"kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 2)},
+    "dilated": {"kernel_size": (3, 2), "dilation": (1, 2), "padding": 2},
+    "same": {"kernel_size": (3, 5), "padding": "same", "dilation": (2, 1)},
+    "one row": {"kernel_size": (1, 5), "padding": (0, 2)},
+}
+layers = pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS.keys())
+
+
+def conv(settings=None, channels=(8, 12), dtype=torch.float64):
+    return nn.Conv2d(*channels, **(settings or LAYERS["plain"]), dtype=dtype)
+
+
+def images(count, channels=8, size=11, seed=0):
+    """Maps whose positions and channels belong together, as those of real pictures do."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(channels, 3, 5, 5, generator=generator, dtype=torch.float64)
+    generator.manual_seed(seed)
+    source = torch.randn(count, 3, size + 4, size + 4, generator=generator, dtype=torch.float64)
+    return F.relu(F.conv2d(source, mix) + 1)
+
+
+def responses(layer, x):
+    with torch.no_grad():
+        return [(x, layer(x))]
+
+
+def product(found, groups):
+    """The weight [O, C / g, dh, dw] that the two halves amount to."""
+    vertical = found.vertical[..., 0].unflatten(0, (groups, found.rank))
+    horizontal = found.horizontal[:, :, 0].unflatten(0, (groups, -1))
+    return torch.einsum("gkci,gnkj->gncij", vertical, horizontal).flatten(0, 1)
+
+
+def error(layer, found, x):
+    """The relative response error, from the responses themselves."""
+    with torch.no_grad():
+        want, got = layer(x), separable(layer, found)(x)
+    spread = want - want.mean((0, 2, 3), keepdim=True)
+    return float((want - got).square().sum() / spread.square().sum())
+
+
+# ---------------------------------------------------------------- moments
+
+
+@layers
+def test_moments_are_those_of_patches_found_one_by_one(settings):
+    layer, x = conv(settings, (4, 6)), images(2, 4, 6)
+    y = layer(x).detach()
+    found = moments(layer, [(x[:1], y[:1]), (x[1:], y[1:])])
+    g, (kh, kw) = layer.groups, layer.kernel_size
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    read, answered = [[] for _ in range(g)], [[] for _ in range(g)]
+    for n, r, c in itertools.product(range(2), range(y.shape[2]), range(y.shape[3])):
+        rows = [r * layer.stride[0] + i * layer.dilation[0] for i in range(kh)]
+        cols = [c * layer.stride[1] + j * layer.dilation[1] for j in range(kw)]
+        for group in range(g):
+            channels = range(group * 4 // g, (group + 1) * 4 // g)
+            read[group].append([padded[n, ch, i, j] for ch in channels for i in rows for j in cols])
+            answered[group].append(y[n, group * 6 // g : (group + 1) * 6 // g, r, c].numpy())
+    for group in range(g):
+        p, a = np.array(read[group]), np.array(answered[group])
+        p_centred, a_centred = p - p.mean(0), a - a.mean(0)
+        for got, want in (
+            (found.gram, p_centred.T @ p_centred / len(p)),
+            (found.cross, p_centred.T @ a_centred / len(p)),
+            (found.power, (a_centred**2).sum() / len(p)),
+            (found.mean_patch, p.mean(0)),
+            (found.mean_response, a.mean(0)),
+        ):
+            np.testing.assert_allclose(got[group].numpy(), want, rtol=0, atol=1e-12 * np.abs(p).max() ** 2)
+    assert (found.samples, found.images) == (2 * y.shape[2] * y.shape[3], 2)
+
+
+def test_moments_in_blocks_and_stripes_are_the_same(monkeypatch):
+    layer, x = conv(), images(6)
+    whole = moments(layer, responses(layer, x))
+    monkeypatch.setattr("quincunx.methods.moments._BLOCK", 1)
+    monkeypatch.setattr("quincunx.methods.moments._STRIPE", 7)
+    parts = moments(layer, responses(layer, x))
+    for name in ("gram", "cross", "power"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+
+
+def test_of_large_maps_positions_are_drawn_by_the_seed():
+    layer, x = conv(), images(4)
+    some = moments(layer, responses(layer, x), positions=30)
+    assert some.samples == 120
+    again = moments(layer, responses(layer, x), positions=30)
+    assert torch.equal(some.gram, again.gram)
+    assert not torch.equal(some.gram, moments(layer, responses(layer, x), positions=30, seed=1).gram)
+    all_of_them = moments(layer, responses(layer, x), positions=121)
+    assert torch.equal(all_of_them.gram, moments(layer, responses(layer, x)).gram)
+
+
+def test_no_moments_of_nothing():
+    with pytest.raises(ValueError, match="no batch"):
+        Accumulator(conv()).finish()
+
+
+# ---------------------------------------------------------------- the fit
+
+
+@layers
+@pytest.mark.parametrize("with_data", [False, True])
+def test_full_rank_is_the_layer_itself(settings, with_data):
+    layer, x = conv(settings), images(3)
+    data = moments(layer, responses(layer, x)) if with_data else None
+    found = fit(layer, full_rank(layer), data)
+    torch.testing.assert_close(separable(layer, found)(x), layer(x), rtol=0, atol=1e-13)
+    assert found.energy == pytest.approx(1, abs=1e-14)
+    assert (found.bias is None) == (layer.bias is None)
+
+
+@layers
+def test_without_data_it_is_the_nearest_weight(settings):
+    """Eckart and Young: what is left are the smaller singular values."""
+    layer, rank = conv(settings), 2
+    found = fit(layer, rank)
+    whole, left = layer.weight.detach(), 0.0
+    for weight in whole.chunk(layer.groups):
+        n, c, kh, kw = weight.shape
+        matrix = weight.permute(1, 2, 0, 3).reshape(c * kh, n * kw)
+        left += float(torch.linalg.svdvals(matrix)[rank:].square().sum())
+    assert float((product(found, layer.groups) - whole).square().sum()) == pytest.approx(left, rel=1e-10)
+    assert found.energy == pytest.approx(1 - left / float(whole.square().sum()), rel=1e-10)
+    assert found.response_error is None
+    assert torch.equal(found.bias, layer.bias) if layer.bias is not None else found.bias is None
+
+
+@layers
+def test_a_layer_of_low_rank_is_recovered_to_machine_precision(settings):
+    """The responses are those of a layer of rank 3; the layer that is given is that one and noise."""
+    layer, x, rank = conv(settings), images(16), 3
+    target = separable(layer, fit(layer, rank))
+    with torch.no_grad():
+        exact = product(fit(layer, rank), layer.groups)
+        layer.weight.copy_(exact + 0.05 * torch.randn_like(exact))
+        y = target(x)
+    found = fit(layer, rank, moments(layer, [(x, y)]), iterations=300, tolerance=0)
+    assert found.history[1] > 1e-8  # it did not begin there
+    assert found.response_error < 1e-14
+    torch.testing.assert_close(separable(layer, found)(x), y, rtol=0, atol=1e-6 * float(y.abs().max()))
+
+
+@layers
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_error_falls_monotonically(settings, rank):
+    layer, x = conv(settings), images(12)
+    found = fit(layer, rank, moments(layer, responses(layer, x)), iterations=30, tolerance=0)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(found.history))
+    assert found.history[-1] < found.history[0]
+    assert found.history[-1] == pytest.approx(error(layer, found, x), rel=1e-9)
+
+
+@layers
+def test_the_end_is_stationary(settings):
+    """At the solution neither half, nor the bias, can be moved for a smaller error."""
+    layer, x = conv(settings), images(12)
+    found = fit(layer, 2, moments(layer, responses(layer, x)), iterations=2000, tolerance=0)
+    module = separable(layer, found)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    loss = (module(x) - layer(x).detach()).square().mean()
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    start = separable(layer, fit(layer, 2))
+    first = (start(x) - layer(x).detach()).square().mean()
+    at_start = torch.autograd.grad(first, list(start.parameters()))
+    assert all(float(g.norm()) < 1e-4 * float(max(s.norm() for s in at_start)) for g in gradients), [
+        float(g.norm()) for g in gradients
+    ]
+
+
+@layers
+def test_data_beats_the_weights_on_images_held_out(settings):
+    layer, x, unseen = conv(settings), images(64), images(32, seed=2)
+    data = moments(layer, responses(layer, x))
+    for rank in (1, 2, 4):
+        plain, fitted = fit(layer, rank), fit(layer, rank, data)
+        assert error(layer, fitted, unseen) < 0.9 * error(layer, plain, unseen)
+
+
+def test_channels_that_never_speak_keep_their_weights():
+    layer, x = conv(), images(8)
+    x[:, 3:] = 0
+    data = moments(layer, responses(layer, x))
+    found = fit(layer, 4, data)
+    assert found.vertical.isfinite().all()
+    # nothing in the data says more about them than the start does
+    moved = (separable(layer, found)(images(2)) - layer(images(2))).abs().max()
+    assert moved < 10 * layer(images(2)).abs().max()
+
+
+def test_a_layer_that_always_answers_the_same():
+    layer, x = conv(), images(4)
+    nn.init.zeros_(layer.weight)
+    found = fit(layer, 2, moments(layer, responses(layer, x)))
+    assert found.response_error == 0
+    torch.testing.assert_close(separable(layer, found)(x), layer(x), rtol=0, atol=1e-12)
+
+
+def test_one_pass_serves_all_ranks():
+    layer, x = conv(), images(12)
+    data = moments(layer, responses(layer, x))
+    errors = [fit(layer, rank, data).response_error for rank in range(1, full_rank(layer) + 1)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors[:12]))
+    assert errors[-1] < 1e-20
+
+
+def test_too_few_samples_say_how_many_images():
+    layer = conv(LAYERS["plain"], (8, 12))
+    x = images(1, size=6)
+    data = moments(layer, responses(layer, x))
+    assert samples_needed(layer, 12) == 37
+    assert shortage(layer, 11, data) is None
+    assert shortage(layer, full_rank(layer), data) is None
+    with pytest.raises(
+        ValueError, match=r"data: 1 images give 36 samples, but rank 12 needs .* 37.* 2 images"
+    ):
+        fit(layer, 12, data)
+
+
+@pytest.mark.parametrize("rank", [0, 25, 2.0, True, "full"])
+def test_rank_outside_the_layer(rank):
+    with pytest.raises(ValueError, match=r"rank=.*1 to 24"):
+        fit(conv(), rank)
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@layers
+def test_energies_are_those_of_the_partial_responses(settings):
+    layer, x = conv(settings), images(4)
+    g, kw, o = layer.groups, layer.kernel_size[1], layer.out_channels
+    column = nn.Conv2d(
+        8, g, (layer.kernel_size[0], 1), (layer.stride[0], 1), dilation=(layer.dilation[0], 1), groups=g
+    ).double()
+    padding = layer._reversed_padding_repeated_twice
+    x = F.pad(x, padding) if padding[2] else x
+    data = moments(column, [(x, column(x).detach())])
+    got = kernel_energies(layer, data.gram)
+    # the partial responses themselves: every column of every kernel as a convolution of its own
+    weight = layer.weight.detach().view(g, o // g, 8 // g, -1, kw).permute(0, 1, 4, 2, 3)
+    parts = F.conv2d(x, weight.reshape(o * kw, 8 // g, -1, 1), None, column.stride, 0, column.dilation, g)
+    values = parts.transpose(0, 1).flatten(1).unflatten(0, (g, -1))
+    values = values - values.mean(2, keepdim=True)
+    covariance = values @ values.transpose(1, 2) / values.shape[2]
+    want = torch.linalg.eigvalsh(covariance).flip(1)[:, : len(got)].sum(0)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want[0]))
+
+
+def best_ranks(layers, budget, multiple):
+    """Every choice there is; the largest product of kept energies."""
+    allowed = budget * sum(layer.dense for layer in layers.values())
+    options = [
+        sorted({*range(multiple, len(layer.energies), multiple), len(layer.energies)})
+        for layer in layers.values()
+    ]
+    choices = [
+        choice
+        for choice in itertools.product(*options)
+        if sum(k * layer.macs for k, layer in zip(choice, layers.values(), strict=True)) <= allowed
+    ]
+    return max(
+        math.prod(layer.kept(k) for k, layer in zip(choice, layers.values(), strict=True))
+        for choice in choices
+    )
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.5, 0.8])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_greedy_ranks_are_the_best_where_a_rank_costs_the_same_everywhere(budget, multiple):
+    generator = torch.Generator().manual_seed(5)
+    layers = {
+        name: Candidate(tuple(sorted(torch.rand(6, generator=generator).tolist(), reverse=True)), 10, 60)
+        for name in "abc"
+    }
+    ranks = select_ranks(layers, budget, multiple=multiple)
+    assert sum(10 * k for k in ranks.values()) <= budget * 180
+    kept = math.prod(layers[name].kept(k) for name, k in ranks.items())
+    assert kept == pytest.approx(best_ranks(layers, budget, multiple))
+
+
+def test_greedy_ranks_obey_the_budget_and_come_near_the_best_elsewhere():
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(20):
+        layers = {
+            name: Candidate(
+                tuple(sorted(torch.rand(5, generator=generator).pow(3).tolist(), reverse=True)),
+                int(torch.randint(5, 20, (), generator=generator)),
+                50,
+            )
+            for name in "abc"
+        }
+        ranks = select_ranks(layers, 0.6, multiple=1)
+        spent = sum(layers[name].macs * k for name, k in ranks.items())
+        assert spent <= 0.6 * 150
+        # nothing that would still fit is left on the table
+        room = 0.6 * 150 - spent
+        assert all(layers[name].macs > room or k == 5 for name, k in ranks.items())
+        kept = math.prod(layers[name].kept(k) for name, k in ranks.items())
+        assert kept > 0.85 * best_ranks(layers, 0.6, 1)
+
+
+def test_ranks_are_multiples_or_full():
+    layers = {name: Candidate(tuple(range(size, 0, -1)), 1, 40) for name, size in (("a", 40), ("b", 10))}
+    assert select_ranks(layers, 1e9) == {"a": 40, "b": 10}
+    assert select_ranks(layers, 42 / 80) == {"a": 32, "b": 10}
+    with pytest.raises(ValueError, match=r"budget=0\.1: .* already cost 0\.325"):
+        select_ranks(layers, 0.1)
+    with pytest.raises(ValueError, match="budget=0"):
+        select_ranks(layers, 0)
+    with pytest.raises(ValueError, match="multiple=0"):
+        select_ranks(layers, 1, multiple=0)
+
+
+# ---------------------------------------------------------------- the method
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 5, padding=2, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(12, 10, 3),
+    ).double()
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3}, {"rank": 0.5}, {"budget": 0.6, "multiple": 1}])
+def test_each_layer_is_fitted_to_what_the_approximated_network_gives_it(settings):
+    model, data = network(), [images(8, 3, 16, seed) for seed in (3, 4)]
+    result = qx.accelerate(model, qx.LowRank(**settings), calibration=data)
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            pairs = [(result.model[:i](x), model[: i + 1](x)) for x in data]
+            want = fit(model[i], result.replaced[str(i)]["rank"], moments(model[i], pairs))
+            for got, wanted in zip(
+                result.model[i].parameters(), (want.vertical, want.horizontal, want.bias), strict=True
+            ):
+                torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+            assert result.replaced[str(i)]["response_error"] == pytest.approx(want.response_error, rel=1e-6)
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_a_budget_is_kept_and_counted(with_data):
+    model, data = network(), [images(8, 3, 16)]
+    method = qx.LowRank(budget=0.5, multiple=1, data=with_data)
+    result = qx.accelerate(model, method, calibration=data)
+    before = sum(record["macs_before"] for record in result.replaced.values())
+    after = sum(record["macs_after"] for record in result.replaced.values())
+    assert 0.45 * before < after <= 0.5 * before
+    assert qx.cost(model, data[0][:1]).macs == before
+    assert qx.cost(result.model, data[0][:1]).macs == after
+    assert all((r["response_error"] is None) != with_data for r in result.replaced.values())
+
+
+def test_ranks_as_a_person_gives_them():
+    for given, wanted in ((1, 1), (71, 24), (0.25, 6), (1.0, 24), (0.001, 1), ("full", 24)):
+        assert qx.LowRank(given).rank_of(24) == wanted
+    assert qx.LowRank().rank_of(24) == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "settings"),
+    [
+        (ValueError, "rank=0", {"rank": 0}),
+        (ValueError, r"rank=1\.5", {"rank": 1.5}),
+        (ValueError, r"rank=nan", {"rank": math.nan}),
+        (TypeError, "rank='half'", {"rank": "half"}),
+        (TypeError, "rank=True", {"rank": True}),
+        (ValueError, "budget=0", {"budget": 0}),
+        (ValueError, "multiple=0", {"multiple": 0}),
+        (ValueError, r"iterations=2\.5", {"iterations": 2.5}),
+        (ValueError, "positions=0", {"positions": 0}),
+        (ValueError, "seed=-1", {"seed": -1}),
+        (ValueError, "data='yes'", {"data": "yes"}),
+    ],
+)
+@pytest.mark.parametrize("method", [qx.LowRank, qx.Espace])
+def test_bad_settings(method, error, match, settings):
+    with pytest.raises(error, match=match):
+        method(**settings)
+
+
+def test_data_that_is_not_there_and_data_too_small():
+    model = network()
+    with pytest.raises(ValueError, match="calibration=None"):
+        qx.accelerate(model, qx.LowRank(data=True))
+    few = r"calibration: layer '0': 1 images give 16 samples, but rank 8 needs at least 25, that is 2 images"
+    with pytest.raises(ValueError, match=few):
+        qx.accelerate(model, qx.LowRank(8), calibration=[images(1, 3, 8)])
