@@ -9,6 +9,7 @@ import resource
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,18 +21,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import quincunx as qx
 from quincunx import recipes
+from quincunx.checkpoint import read_checkpoint
 from quincunx.data import ImageData, Split, load_data
 from quincunx.latency import using_threads
-from quincunx.train import (
-    Interrupted,
-    Recipe,
-    RunFailed,
-    evaluate,
-    fit,
-    progress_bar,
-    read_checkpoint,
-    recipe_with,
-)
+from quincunx.recipes import Recipe, recipe_with
+from quincunx.train import Interrupted, RunFailed, evaluate, fit, progress_bar
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +50,7 @@ def pictures(count=20, size=8, channels=1, classes=3, name="pictures", seed=5):
 
     names = tuple("abcdefgh"[:classes])
     train, test = split(count), split(count // 2)
-    return ImageData(name, train, test, names, (0.4,) * channels, (0.3,) * channels, augment=False)
+    return ImageData(name, train, test, names, (0.4,) * channels, (0.3,) * channels, augment="none")
 
 
 DATA = pictures()
@@ -103,7 +97,7 @@ def stop_in(model, step, error):
 
 
 def leftovers(folder):
-    return [p.name for p in folder.rglob(".*")]
+    return [p.name for p in folder.rglob(".*") if p.name != ".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +113,7 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_a_checkpoint_a_log_a_result_and_an_artifact(straight):
     folder, result, model = straight
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "log.jsonl", "model", "run.json"]
+    assert sorted(p.name for p in folder.glob("[!.]*")) == ["checkpoint.pt", "log.jsonl", "model", "run.json"]
     assert json.loads((folder / "run.json").read_text()) == result
     assert [line["epoch"] for line in log_of(folder)] == [1, 2, 3]
     loaded = qx.load(folder / "model")
@@ -354,7 +348,7 @@ def test_what_lies_where_the_artifact_goes_is_seen_before_any_training(tmp_path)
     (tmp_path / "model" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"thesis\.tex.*not replaced"):
         run(tmp_path, model=stop_in(network(), 1, AssertionError("it trained")))
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert [p.name for p in tmp_path.glob("[!.]*")] == ["model"]
 
 
 OTHERS = {
@@ -612,7 +606,7 @@ def test_one_step_is_nesterov_sgd_with_weight_decay(tmp_path):
 
 @pytest.mark.parametrize(
     ("told", "suits", "used"),
-    [(None, True, "cifar"), (None, False, "none"), ("cifar", False, "cifar"), ("none", True, "none")],
+    [(None, "cifar", "cifar"), (None, "none", "none"), ("cifar", "none", "cifar"), ("none", "cifar", "none")],
 )
 def test_the_data_set_says_whether_to_augment_unless_the_recipe_does(tmp_path, told, suits, used):
     data, recipe = replace(DATA, augment=suits), replace(TINY, epochs=1, augment=told)
@@ -661,6 +655,40 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(tmp_path):
     assert calls == [3, 3, 2, 3, 3, 2, 2, 1, 1]
     for name, ours in ends[1].items():
         torch.testing.assert_close(ours, ends[0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    errors = []
+
+    def second(module, _):
+        if not errors:
+            with pytest.raises(RunFailed, match="another run is writing to it") as caught:
+                run(tmp_path, resume=True)
+            errors.append(caught.value)
+
+    model = network()
+    model.stem.register_forward_pre_hook(lambda m, x: second(m, x) if m.training else None)
+    run(tmp_path, model=model)
+    assert errors
+    run(tmp_path, resume=True)  # free again
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "checkpoint.shutil.disk_usage",
+            lambda _: SimpleNamespace(free=1000),
+            "only 0 MB are free",
+        ),
+        ("train._free_memory", lambda: 10_000, r"a step of 8 images needs 0\.0 GB.*--batch-size"),
+    ],
+)
+def test_too_little_disk_or_memory_is_said_before_training(tmp_path, monkeypatch, name, given, message):
+    monkeypatch.setattr(f"quincunx.{name}", given)
+    with pytest.raises(RunFailed, match=message):
+        run(tmp_path, model=stop_in(network(), 1, AssertionError("it trained")))
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_the_bar_is_for_people_only(capsys):

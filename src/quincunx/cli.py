@@ -24,6 +24,7 @@ from quincunx.data import ImageData, load_data
 from quincunx.demo import file_name, run_demo
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
+from quincunx.ranks import joined
 from quincunx.report import label_of, speedup_figure, verdicts, write_report
 from quincunx.train import (
     ARTIFACT,
@@ -33,7 +34,6 @@ from quincunx.train import (
     evaluate,
     fit,
     progress_bar,
-    recipe_with,
 )
 
 __all__ = ["app", "main"]
@@ -177,6 +177,11 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Shares of the epochs after which the rate falls, such as 0.5,0.75.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="What the rate is multiplied by there.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the epochs in which the rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, on every parameter.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Nesterov momentum.")] = None,
     augment: Annotated[
@@ -187,6 +192,7 @@ def train(
         str | None, typer.Option(help="float32 (the default), or mixed: bfloat16 or float16.")
     ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Parts in which a batch is computed.")] = None,
+    channels_first: Annotated[bool, typer.Option("--channels-first", help="Lay maps out as NCHW.")] = False,
     sampling: Sampling = None,
     down: Down = None,
     width: Width = None,
@@ -195,6 +201,7 @@ def train(
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -203,24 +210,32 @@ def train(
     Writes a checkpoint after each epoch, a log, the result (run.json) and the trained network (model).
     What --recipe names sets epochs, batch size, learning rate, weight decay and momentum; each can be
     set by itself as well.
+
+    On several processes or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m quincunx train ...;
+    the batch size is that of all of them, and a run whose process died goes on from its last checkpoint.
     """
-    with _bad_input():
+    with _bad_input(), joined(_check_device(device)) as ranks:
         _use(threads)
-        chosen = recipe_with(
+        chosen = recipes.recipe_with(
             recipes.by_name(recipe or ("digits" if data == "digits" else "short")),
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
+            milestones=_parse_shares(milestones),
+            gamma=gamma,
+            warmup=warmup,
             weight_decay=weight_decay,
             momentum=momentum,
             augment=augment,
             precision=precision,
             accumulate=accumulate,
+            channels_last=False if channels_first else None,
         )
         settings = _settings(sampling, down, width)
         # what can be refused without the data is refused before a large data set is read
         label = label_of(spec_of(qx.networks.build(network, **settings)))
         folder = out or Path("runs") / _run_name(network, label, settings, seed)
+        resume = resume or ranks.world > 1
         if (folder / CHECKPOINT).exists() and not resume:
             raise ValueError(
                 f"out={str(folder)!r}: holds a run already; --resume goes on with it, "
@@ -229,10 +244,14 @@ def train(
         _check_folder(folder)
         images = _load(data, test_data, size, skip_bad, as_json)
         torch.manual_seed(seed)
-        model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
+        model = qx.networks.build(network, len(images.classes), images.in_channels, **settings).to(device)
         _make_folder(folder)
         with _run():
-            result = fit(model, images, chosen, folder, seed=seed, resume=resume, progress=not as_json)
+            result = fit(
+                model, images, chosen, folder, seed=seed, resume=resume, progress=not as_json, ranks=ranks
+            )
+    if not ranks.first:
+        return
     if as_json:
         show(result)
         return
@@ -241,6 +260,14 @@ def train(
         f"of {len(images.test)} images, {result['cost']['macs'] / 1e6:.2f} M MACs, "
         f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}"
     )
+
+
+def _check_device(device: str) -> str:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch finds no GPU that it can use here")
+    return device
 
 
 def _use(threads: int | None) -> None:
@@ -404,6 +431,15 @@ def bench(
         return
     print_bench(result)
     say(f"wrote {path} and {figure}")
+
+
+def _parse_shares(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"milestones={text!r}: expected numbers with commas, such as 0.5,0.75") from None
 
 
 def _parse_threads(text: str) -> list[int]:

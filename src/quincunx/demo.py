@@ -20,8 +20,9 @@ from quincunx.data import ImageData, load_data
 from quincunx.figures import check_can_draw
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, environment, measure_models
+from quincunx.recipes import recipe_with
 from quincunx.report import Line, collect, label_of, lines, write_report
-from quincunx.train import CHECKPOINT, fit, progress_bar, recipe_with
+from quincunx.train import CHECKPOINT, fit, progress_bar
 
 __all__ = ["run_demo"]
 

@@ -1,13 +1,87 @@
-"""Named recipes: functions that return a :class:`quincunx.train.Recipe`."""
+"""How a network is trained: one dataclass, and named recipes, which are functions that return it."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from quincunx.train import Recipe
+from quincunx.data import AUGMENTATIONS
 
-__all__ = ["RECIPES", "by_name"]
+__all__ = ["RECIPES", "Recipe", "by_name", "recipe_with"]
+
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum and a step schedule.
+
+    Attributes:
+        name: of the recipe.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: learning rate at the start.
+        milestones: shares of the epochs after which the rate is multiplied by ``gamma``.
+        warmup: share of the epochs in which the rate rises linearly from zero.
+        weight_decay: on every parameter.
+        momentum: of SGD, Nesterov's form.
+        augment: "none", "cifar" (pad, crop, flip) or "imagenet" (crop by scale and aspect, mirror,
+            jitter); None lets the data set say.
+        precision: "float32", or automatic mixed precision: convolutions and the maps between them in
+            "bfloat16" or, with scaled losses, "float16"; weights, batch statistics and loss in float32.
+        accumulate: parts in which a batch passes through the network before the weights change;
+            batch norm then normalises each part by itself.
+        channels_last: memory format.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    name: str = "custom"
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 0.1
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup: float = 0.0
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    augment: str | None = None
+    precision: str = "float32"
+    accumulate: int = 1
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for key in ("epochs", "batch_size", "accumulate"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{key}={value!r}: expected an integer")
+        for key, holds, expected in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "shares of the epochs, in (0, 1)"),
+            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
+            ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("augment", self.augment in (None, *AUGMENTATIONS), f"one of {', '.join(AUGMENTATIONS)}"),
+            ("precision", self.precision in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
+            ("accumulate", 1 <= self.accumulate <= self.batch_size, "from 1 to batch_size"),
+        ):
+            if not holds:
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
+
+    def lr_at(self, progress: float) -> float:
+        """The learning rate after a share ``progress`` of all steps."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        return self.lr * self.gamma ** sum(progress >= m for m in self.milestones)
 
 
 def cifar() -> Recipe:
@@ -28,12 +102,32 @@ def short() -> Recipe:
     )
 
 
+def pyramidnet() -> Recipe:
+    """300 epochs, a tenth at 150 and 225, the rest as for CIFAR (Peng et al., 4.2; Han et al. 2017)."""
+    return dataclasses.replace(cifar(), name="pyramidnet", epochs=300)
+
+
+def imagenet() -> Recipe:
+    """100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 4.3)."""
+    return Recipe(
+        name="imagenet",
+        epochs=100,
+        batch_size=256,
+        lr=0.1,
+        milestones=(0.3, 0.6, 0.9),
+        weight_decay=1e-4,
+        augment="imagenet",
+    )
+
+
 def digits() -> Recipe:
     """For the 1,437 training digits: small batches, twelve epochs."""
     return Recipe(name="digits", epochs=12, batch_size=32, lr=0.1, milestones=(0.6, 0.85), warmup=0.04)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"cifar": cifar, "short": short, "digits": digits}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for recipe in (cifar, pyramidnet, imagenet, short, digits)
+}
 
 
 def by_name(name: str) -> Recipe:
@@ -51,3 +145,8 @@ def by_name(name: str) -> Recipe:
         listed = [*nearest, *(n for n in RECIPES if n not in nearest)]
         raise ValueError(f"recipe={name!r}: unknown recipe; nearest first: {', '.join(listed)}")
     return RECIPES[name]()
+
+
+def recipe_with(recipe: Recipe, **changes: Any) -> Recipe:
+    """A recipe with the given fields changed; None leaves a field as it is."""
+    return dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
 import math
-import pickle
+import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +23,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from quincunx.artifact import check_replaceable, save, spec_of, write_atomically, write_json
-from quincunx.cost import cost, inference_mode_of
+from quincunx.checkpoint import check_disk, difference, only_writer, read_checkpoint, write_checkpoint
+from quincunx.cost import Cost, cost, inference_mode_of
 from quincunx.data import ImageData, Split, batches
 from quincunx.latency import environment
+from quincunx.ranks import ALONE, Ranks, batch_norm_across
+from quincunx.recipes import Recipe
 
-__all__ = ["Evaluation", "Interrupted", "Recipe", "RunFailed", "evaluate", "fit", "read_checkpoint"]
+__all__ = ["Evaluation", "Interrupted", "RunFailed", "evaluate", "fit"]
 
-_FORMAT = "quincunx-checkpoint"
-_VERSION = 1
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
-
-
-_AUGMENTATIONS = ("none", "cifar", "imagenet")
-_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class RunFailed(RuntimeError):
@@ -53,74 +47,6 @@ class Interrupted(RunFailed):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a network is trained: SGD with Nesterov momentum and a step schedule.
-
-    Attributes:
-        name: of the recipe.
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: learning rate at the start.
-        milestones: shares of the epochs after which the rate is multiplied by ``gamma``.
-        warmup: share of the epochs in which the rate rises linearly from zero.
-        weight_decay: on every parameter.
-        momentum: of SGD, Nesterov's form.
-        augment: "none", "cifar" (pad, crop, flip) or "imagenet" (crop by scale and aspect, mirror,
-            jitter); None lets the data set say.
-        precision: "float32", or automatic mixed precision: convolutions and the maps between them in
-            "bfloat16" or, with scaled losses, "float16"; weights, batch statistics and loss in float32.
-        accumulate: parts in which a batch passes through the network before the weights change;
-            batch norm then normalises each part by itself.
-        channels_last: memory format.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    name: str = "custom"
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 0.1
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warmup: float = 0.0
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    augment: str | None = None
-    precision: str = "float32"
-    accumulate: int = 1
-    channels_last: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        for key in ("epochs", "batch_size", "accumulate"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{key}={value!r}: expected an integer")
-        for key, holds, expected in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "a positive number"),
-            ("milestones", all(0 < m < 1 for m in self.milestones), "shares of the epochs, in (0, 1)"),
-            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
-            ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("augment", self.augment in (None, *_AUGMENTATIONS), f"one of {', '.join(_AUGMENTATIONS)}"),
-            ("precision", self.precision in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
-            ("accumulate", 1 <= self.accumulate <= self.batch_size, "from 1 to batch_size"),
-        ):
-            if not holds:
-                raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
-
-    def lr_at(self, progress: float) -> float:
-        """The learning rate after a share ``progress`` of all steps."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        return self.lr * self.gamma ** sum(progress >= m for m in self.milestones)
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Mean cross-entropy and share of wrong answers (top-1 error, in [0, 1]) over ``images`` images."""
 
@@ -129,21 +55,32 @@ class Evaluation:
     images: int
 
 
-def evaluate(model: nn.Module, split: Split, data: ImageData, *, batch_size: int = 256) -> Evaluation:
+def evaluate(
+    model: nn.Module, split: Split, data: ImageData, *, batch_size: int = 256, ranks: Ranks = ALONE
+) -> Evaluation:
     """Loss and top-1 error of a network on one part of a data set.
+
+    Several processes take a share of the images each and all get the result for all of them.
 
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
     _check_channels(model, data)
+    device = _device_of(model)
     loss, wrong = 0.0, 0
     with inference_mode_of(model):
-        for images, labels in batches(split, data, batch_size):
-            scores = model(images)
+        for images, labels in batches(split, data, batch_size, rank=ranks.rank, world=ranks.world):
+            scores = model(images.to(device))
             _check_scores(scores, data)
-            loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-            wrong += int((scores.argmax(1) != labels).sum())
-    return Evaluation(loss / len(split), wrong / len(split), len(split))
+            answers = labels.to(device)
+            loss += float(F.cross_entropy(scores, answers, reduction="sum"))
+            wrong += int((scores.argmax(1) != answers).sum())
+    loss, errors = ranks.total([loss, wrong])
+    return Evaluation(loss / len(split), errors / len(split), len(split))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _check_channels(model: nn.Module, data: ImageData) -> None:
@@ -189,6 +126,7 @@ def fit(
     seed: int = 0,
     resume: bool = False,
     progress: bool | str = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -197,14 +135,22 @@ def fit(
     on the seed and the epoch's number alone, so a resumed run equals an uninterrupted one, bit for
     bit on the CPU with the same number of threads.
 
+    Several processes, each with the same arguments and its own ``ranks``, share each batch: the
+    recipe's batch size is that of all of them, batch norm takes its statistics over all of them, and
+    the losses are those of one process with the whole batch, up to rounding. The first one writes.
+    They always go on from a checkpoint that is there, since a launcher starts them again after one of
+    them died.
+
     Args:
-        model: a network made by :func:`quincunx.networks.build`; trained in place.
+        model: a network made by :func:`quincunx.networks.build`; trained in place, on the device
+            where it is.
         data: training and test images.
         recipe: how.
         folder: of the run.
         seed: of order and augmentation.
         resume: go on from the folder's checkpoint, or start if there is none.
         progress: show a bar, under this name.
+        ranks: this process's place among several, from :func:`quincunx.ranks.joined`.
 
     Returns:
         The content of ``run.json``.
@@ -213,27 +159,55 @@ def fit(
         ValueError: the network does not fit the data; the checkpoint is corrupt, or of another network,
             recipe, seed or data set; the folder holds something else where the artifact goes.
         FileExistsError: the folder holds a run and ``resume`` was not asked for.
-        RunFailed: the loss is not finite, or the disk is full; the last checkpoint is kept.
+        RunFailed: the loss is not finite, the disk is full or too small, another process writes to the
+            folder, or a step needs more memory than there is; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    return _Run(model, data, recipe, Path(folder), seed).go(resume, progress)
+    return _Run(model, data, recipe, Path(folder), seed, ranks).go(resume, progress)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # counts what the system would give up from its caches as well
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse a step whose maps alone, one for each layer, do not fit in the memory that is free."""
+    images = math.ceil(recipe.batch_size / ranks.world / recipe.accumulate)
+    values = sum(math.prod(row.output) for row in cost_of_one.rows)
+    needed = images * values * (4 if recipe.precision == "float32" else 2)
+    free = _free_memory()
+    if needed > free:
+        raise RunFailed(
+            f"a step of {images} images needs {needed / 1e9:.1f} GB for the layers' outputs alone, but only "
+            f"{free / 1e9:.1f} GB are free; a smaller --batch-size or a larger --accumulate needs less"
+        )
 
 
 class _Run:
     """The state of one training run."""
 
-    def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, folder: Path, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, data: ImageData, recipe: Recipe, folder: Path, seed: int, ranks: Ranks
+    ) -> None:
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
+        self.ranks = ranks
         self.spec = spec_of(model)
+        self.device = _device_of(model)
         _check_channels(model, data)
         height, width = data.size
-        example = torch.zeros(1, data.in_channels, height, width)
+        example = torch.zeros(1, data.in_channels, height, width, device=self.device)
         with inference_mode_of(model):
             _check_scores(model(example), data)
         self.cost = cost(model, example)
-        self.augment = recipe.augment or ("cifar" if data.augment else "none")
+        self.augment = recipe.augment or data.augment
         # float16 has too few exponents for small gradients: the loss is scaled up before it is derived
-        self.scaler = torch.amp.GradScaler("cpu", enabled=recipe.precision == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
@@ -243,6 +217,8 @@ class _Run:
             nesterov=recipe.momentum > 0,
             weight_decay=recipe.weight_decay,
         )
+        # what a step goes through: gradients of several processes are averaged by torch
+        self.stepped: nn.Module = model
         self.history: list[dict[str, float]] = []
         self.saved = 0
 
@@ -251,45 +227,82 @@ class _Run:
         return self.folder / CHECKPOINT
 
     def go(self, resume: bool, progress: bool | str) -> dict[str, Any]:
-        if self.checkpoint.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{self.folder}: holds a run already; --resume goes on with it, another --out starts anew"
+        with ExitStack() as stack:
+            try:
+                if self.ranks.first:
+                    stack.enter_context(only_writer(self.folder))
+                # whoever starts several processes starts them again after one of them died
+                self._begin(resume or self.ranks.world > 1)
+                if self.ranks.world > 1:
+                    stack.enter_context(batch_norm_across(self.model))
+                    self.stepped = DistributedDataParallel(self.model)
+                    # what is still there when the process ends can keep it from ending
+                    stack.callback(self._part)
+                return self._epochs(progress)
+            except KeyboardInterrupt:
+                kept = (
+                    f"whose checkpoint is in {self.checkpoint}; the same command with --resume goes on"
+                    if self.checkpoint.exists()
+                    else "before there was a checkpoint; the same command starts again"
                 )
-            self._restore()
-        # an artifact that cannot be written is better known before the training than after it
-        check_replaceable(self.folder / ARTIFACT)
-        try:
-            if not self.history:
-                self._save()
-            self._write_log()
-            with progress_bar(bool(progress)) as bar:
-                steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
-                task = bar.add_task(
-                    progress if isinstance(progress, str) else self.spec["name"],
-                    total=steps * self.recipe.epochs,
-                    completed=steps * len(self.history),
-                    state="",
-                )
-                while len(self.history) < self.recipe.epochs:
-                    entry = self._epoch(
-                        len(self.history), steps, lambda state: bar.update(task, advance=1, state=state)
-                    )
-                    self.history.append(entry)
-                    self._save()
-                    self._write_log()
-            return self._finish()
-        except KeyboardInterrupt:
-            kept = (
-                f"whose checkpoint is in {self.checkpoint}; the same command with --resume goes on"
-                if self.checkpoint.exists()
-                else "before there was a checkpoint; the same command starts again"
+                raise Interrupted(
+                    f"stopped after {self.saved} of {self.recipe.epochs} epochs, {kept}"
+                ) from None
+            except FileExistsError:
+                raise
+            except BlockingIOError as error:
+                raise RunFailed(str(error)) from error
+            except OSError as error:
+                raise RunFailed(
+                    f"{error}; the run's last whole checkpoint, if it had one, is still in {self.checkpoint}"
+                ) from error
+
+    def _part(self) -> None:
+        self.stepped = self.model
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _begin(self, resume: bool) -> None:
+        """Everything that may be refused before the first step."""
+        content = self.ranks.from_first(lambda: self._found(resume))
+        if content is not None:
+            self._restore(content)
+        # what cannot be written is better known before the training than after it
+        self.ranks.from_first(lambda: check_replaceable(self.folder / ARTIFACT))
+        state = sum(t.nbytes for t in self.model.state_dict().values())
+        # a checkpoint has weights and momentum, and the old one stays until the new one is written
+        self.ranks.from_first(lambda: check_disk(self.folder, 5 * state))
+        _check_memory(self.cost, self.recipe, self.ranks)
+        if not self.history:
+            self._save()
+        self._write_log()
+
+    def _found(self, resume: bool) -> dict[str, Any] | None:
+        if not self.checkpoint.exists():
+            return None
+        if not resume:
+            raise FileExistsError(
+                f"{self.folder}: holds a run already; --resume goes on with it, another --out starts anew"
             )
-            raise Interrupted(f"stopped after {self.saved} of {self.recipe.epochs} epochs, {kept}") from None
-        except OSError as error:
-            raise RunFailed(
-                f"{error}; the run's last whole checkpoint, if it had one, is still in {self.checkpoint}"
-            ) from error
+        return read_checkpoint(self.checkpoint)
+
+    def _epochs(self, progress: bool | str) -> dict[str, Any]:
+        with progress_bar(bool(progress) and self.ranks.first) as bar:
+            steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
+            task = bar.add_task(
+                progress if isinstance(progress, str) else self.spec["name"],
+                total=steps * self.recipe.epochs,
+                completed=steps * len(self.history),
+                state="",
+            )
+            while len(self.history) < self.recipe.epochs:
+                entry = self._epoch(
+                    len(self.history), steps, lambda state: bar.update(task, advance=1, state=state)
+                )
+                self.history.append(entry)
+                self._save()
+                self._write_log()
+        return self._finish()
 
     def _epoch(self, number: int, steps: int, advance: Any) -> dict[str, float]:
         # a large odd factor keeps the streams of neighbouring seeds and epochs apart
@@ -298,34 +311,36 @@ class _Run:
         torch.manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
         self.model.train()
         began = time.perf_counter()
-        total, wrong, lr = 0.0, 0, self.recipe.lr
+        total, wrong, lr, count = 0.0, 0.0, self.recipe.lr, len(self.data.train)
         epoch_batches = batches(
             self.data.train,
             self.data,
             self.recipe.batch_size,
             generator=generator,
-            augment=self.augment != "none",
+            augment=self.augment,
             channels_last=self.recipe.channels_last,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
         for step, (images, labels) in enumerate(epoch_batches):
             lr = self.recipe.lr_at((number * steps + step) / (self.recipe.epochs * steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.zero_grad(set_to_none=True)
-            loss, errors = self._derive(images, labels)
+            whole = min(self.recipe.batch_size, count - step * self.recipe.batch_size)
+            loss, errors = self._derive(images.to(self.device), labels.to(self.device), whole)
             if not math.isfinite(loss):
                 raise self._diverged("loss", loss, number, step + 1, lr)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            total += loss * len(labels)
+            total += loss * whole
             wrong += errors
-            advance(f"epoch {number + 1} loss {total / ((step * self.recipe.batch_size) + len(labels)):.3f}")
+            advance(f"epoch {number + 1} loss {total / (step * self.recipe.batch_size + whole):.3f}")
         seconds = time.perf_counter() - began
-        tested = evaluate(self.model, self.data.test, self.data)
+        tested = evaluate(self.model, self.data.test, self.data, ranks=self.ranks)
         if not math.isfinite(tested.loss):
             # the last step may be the one that broke the weights: they must not replace good ones
             raise self._diverged("test loss", tested.loss, number, steps, lr)
-        count = len(self.data.train)
         return {
             "epoch": number + 1,
             "lr": lr,
@@ -337,28 +352,40 @@ class _Run:
             "images_per_second": count / seconds,
         }
 
-    def _derive(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Mean loss and wrong answers of one batch, its gradients added to the parameters'."""
+    def _derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[float, float]:
+        """Mean loss and wrong answers of a batch of ``whole`` images, its gradients left at the parameters.
+
+        ``images`` are this process's share of the batch.
+        """
         loss, wrong = 0.0, 0
-        for part, answers in zip(
-            images.tensor_split(self.recipe.accumulate),
-            labels.tensor_split(self.recipe.accumulate),
-            strict=True,
+        parts = self.recipe.accumulate
+        for i, (part, answers) in enumerate(
+            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
         ):
-            if not len(answers):
+            # of several processes each takes part in every exchange, also without images of its own
+            if not len(answers) and self.ranks.world == 1:
                 continue
-            with self._autocast():
-                scores = self.model(part)
-            _check_scores(scores, self.data)
-            share = F.cross_entropy(scores.float(), answers) * (len(answers) / len(labels))
-            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            with self._exchange(last=i == parts - 1):
+                with self._autocast():
+                    scores = self.stepped(part)
+                _check_scores(scores, self.data)
+                share = F.cross_entropy(scores.float(), answers, reduction="sum") / whole
+                # torch takes the mean of the processes' gradients, where the sum is wanted
+                self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss += float(share.detach())
             wrong += int((scores.detach().argmax(1) != answers).sum())
-        return loss, wrong
+        loss, errors = self.ranks.total([loss, wrong])
+        return loss, errors
+
+    def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged once a step, with its last part."""
+        if isinstance(self.stepped, DistributedDataParallel) and not last:
+            return self.stepped.no_sync()
+        return nullcontext()
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.recipe.precision)
-        return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _diverged(self, what: str, value: float, number: int, step: int, lr: float) -> RunFailed:
         return RunFailed(
@@ -376,27 +403,26 @@ class _Run:
         }
 
     def _save(self) -> None:
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "identity": json.dumps(self._identity()),
-            "history": json.dumps(self.history),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        # written by Python, whose errors tell a full disk from a defect; torch's own writer does not
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_atomically(self.checkpoint, lambda path: _write_bytes(path, buffer.getbuffer()))
+        if self.ranks.first:
+            write_checkpoint(
+                self.checkpoint,
+                {
+                    "identity": json.dumps(self._identity()),
+                    "history": json.dumps(self.history),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                },
+            )
         self.saved = len(self.history)
 
     def _write_log(self) -> None:
+        if not self.ranks.first:
+            return
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         write_atomically(self.folder / LOG, lambda path: _write(path, lines))
 
-    def _restore(self) -> None:
-        content = read_checkpoint(self.checkpoint)
+    def _restore(self, content: dict[str, Any]) -> None:
         ours = self._identity()
         try:
             theirs = json.loads(content["identity"])
@@ -406,8 +432,8 @@ class _Run:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
         for part in ("network", "recipe", "data", "seed"):
             if theirs.get(part) != ours[part]:
-                difference = _difference(theirs.get(part), ours[part])
-                raise ValueError(f"{self.checkpoint}: a checkpoint of another {part}: {difference}")
+                changes = difference(theirs.get(part), ours[part])
+                raise ValueError(f"{self.checkpoint}: a checkpoint of another {part}: {changes}")
         try:
             self.model.load_state_dict(state)
             self.optimizer.load_state_dict(momentum)
@@ -424,7 +450,8 @@ class _Run:
             "kind": "train",
             **self._identity(),
             "augment": self.augment,
-            "device": "cpu",
+            "device": self.device.type,
+            "processes": self.ranks.world,
             "cost": {"macs": self.cost.macs, "params": self.cost.params},
             "test_error": last["test_error"],
             "test_loss": last["test_loss"],
@@ -433,64 +460,11 @@ class _Run:
             "environment": environment(),
         }
         info = {"data": self.data.describe(), "test_error": last["test_error"]}
-        save(self.model, self.folder / ARTIFACT, info=info)
-        write_json(self.folder / RESULT, result)
+        if self.ranks.first:
+            save(self.model, self.folder / ARTIFACT, info=info)
+            write_json(self.folder / RESULT, result)
         return result
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _write_bytes(path: Path, content: memoryview) -> None:
-    path.write_bytes(content)
-
-
-def _difference(theirs: Any, ours: Any) -> str:
-    """The fields in which two descriptions differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
-        return ", ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in differing)
-    return f"was {theirs!r}, now {ours!r}"
-
-
-# what zipfile and torch.load raise on damaged or foreign files
-_UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint's content; only tensors and plain values are ever unpickled.
-
-    Raises:
-        ValueError: a corrupt or foreign file.
-    """
-    try:
-        # torch itself reads damaged weights without a word
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: corrupt, or no checkpoint of quincunx ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path}: no checkpoint of quincunx")
-    if content.get("version") != _VERSION:
-        raise ValueError(f"{path}: version {content.get('version')!r}, but this program reads {_VERSION}")
-    return content
-
-
-def recipe_with(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe with the given fields changed; None leaves a field as it is."""
-    return dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})

@@ -1,0 +1,168 @@
+"""Several processes that train one network: which one this is, and what they share."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["ALONE", "Ranks", "batch_norm_across", "joined"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train together.
+
+    Attributes:
+        rank: of this process; the first one writes the run's files.
+        world: number of processes.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all processes."""
+        if self.world == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return [float(v) for v in sums]
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, on every process; what it raises is raised on every one."""
+        if self.world == 1:
+            return compute()
+        # the last entry is an error of the user's or the machine's, which the others must not wait for
+        message: list[Any] = [None, None]
+        if self.first:
+            try:
+                message[0] = compute()
+            except (ValueError, OSError, RuntimeError) as error:
+                message[1] = error
+        dist.broadcast_object_list(message, src=0)
+        if message[1] is not None:
+            raise message[1]
+        result: T = message[0]
+        return result
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Iterator[Ranks]:
+    """Within: this process's place among those that ``torchrun`` started; alone without it.
+
+    Processes speak by gloo on the CPU and by nccl on GPUs. Each takes the GPU of its local rank.
+
+    Raises:
+        RuntimeError: the others cannot be reached.
+
+    Example:
+        >>> with joined() as ranks:
+        ...     ranks.first
+        True
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, world = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps the addresses of processes that are gone, where those started anew would find
+        # them; on several machines the count differs, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # numbers that are summed for people stay on the CPU, hence gloo in both cases
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        yield Ranks(rank, world)
+    finally:
+        # an exchange that something still refers to would outlive the group and hang at the end
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def batch_norm_across(model: nn.Module) -> Iterator[None]:
+    """Within: batch norms that are training take mean and variance over all processes' images.
+
+    Each process's gradients are those of the losses of all of them, so that several processes train
+    as one does with the whole batch. On any device, unlike torch's ``SyncBatchNorm``.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.forward = partial(_normalise, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward  # the class's own is found again
+
+
+def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
+    if not norm.training:
+        result: Tensor = type(norm).forward(norm, x)
+        return result
+    others = [d for d in range(x.dim()) if d != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    wide = x.float()
+    # a process without images of this batch takes part with zeros
+    count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
+    dist.all_reduce(count)
+    images = max(float(count), 1.0)
+    mean = _summed(wide.sum(others)) / images
+    centred = wide - mean.view(shape)
+    # in two steps, since the difference of two large sums would lose the variance of a shifted map
+    variance = _summed(centred.square().sum(others)) / images
+    mean_so_far, variance_so_far, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean_so_far is not None and variance_so_far is not None and batches is not None:
+        with torch.no_grad():
+            batches.add_(1)
+            share = norm.momentum if norm.momentum is not None else 1 / float(batches)
+            mean_so_far.lerp_(mean.detach(), share)
+            variance_so_far.lerp_(variance.detach() * (images / max(images - 1, 1.0)), share)
+    result = centred * torch.rsqrt(variance + norm.eps).view(shape)
+    if norm.affine:
+        result = result * norm.weight.view(shape) + norm.bias.view(shape)
+    return result.to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """Over all processes; so is its gradient, since each process's loss depends on every term."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _summed(value: Tensor) -> Tensor:
+    result: Tensor = _Sum.apply(value)  # type: ignore[no-untyped-call]
+    return result
