@@ -142,8 +142,9 @@ def test_impact_says_what_is_wrong():
     mixed = [*batches(1), Batch(1, torch.randn(1, 2, 8, 8).double())]
     with pytest.raises(ValueError, match=r"'a': batch 1 has maps of \(8, 8\), earlier ones of \(6, 6\)"):
         impacts(network, {"a": network[0]}, mixed)
-    with pytest.raises(TypeError, match=r"logits .* got \(3, 2, 6, 6\); give a loss"):
-        impacts(nn.Sequential(nn.Identity()), {}, [Batch(0, torch.randn(3, 2, 6, 6))])
+    for last, got in ((nn.Flatten(0), r"\(324,\)"), (nn.MaxPool2d(2, return_indices=True), "tuple")):
+        with pytest.raises(TypeError, match=rf"logits .* got {got}; give a loss"):
+            impacts(nn.Sequential(network[0], last), {"a": network[0]}, batches(1)[:1])
 
 
 # ---------------------------------------------------------------- masks
@@ -175,4 +176,6 @@ def test_masks_by_name():
 
 def test_loss_of_targets_is_cross_entropy_summed():
     logits, target = torch.randn(4, 5), torch.tensor([0, 1, 4, 2])
+    maps = torch.randn(2, 5, 3, 4)
+    assert self_loss(maps, None) == F.cross_entropy(maps, maps.argmax(1), reduction="sum")
     assert self_loss(logits, target) == F.cross_entropy(logits, target, reduction="sum")

@@ -195,7 +195,7 @@ class Responses:
         original, network = self.context.original, self.context.network
         name = self.layer.name
         for batch in self.context.data:
-            with evaluation(original), torch.no_grad():
+            with evaluation(original), evaluation(network), torch.no_grad():
                 clean, response = _run_to(original, name, batch, True)
                 if self.context.changed:
                     seen, _ = _run_to(network, name, batch, False)

@@ -84,7 +84,7 @@ class Method(Protocol):
     def targets(self) -> tuple[type[nn.Module], ...]:
         """The classes of layers it may replace."""
 
-    def refuse(self, layer: Layer) -> str | None:
+    def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why it cannot take a layer; None if it can."""
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
@@ -194,7 +194,7 @@ def accelerate(
     """
     _check(model, method)
     data = None if calibration is None else Calibration(calibration, model)
-    network = copy.deepcopy(model)
+    network = _copied(model)
     found, skipped = _candidates(network, method, where)
     with evaluation(network):
         order = run_order(model, example_input, data)
@@ -202,7 +202,7 @@ def accelerate(
         context = Context(model, network, data)
         accepted = []
         for layer in layers:
-            if (reason := _reason(layer, order is not None) or method.refuse(layer)) is not None:
+            if (reason := _reason(layer, order is not None) or method.refuse(layer, context)) is not None:
                 skipped[layer.name] = reason
             else:
                 accepted.append(layer)
@@ -229,6 +229,13 @@ def _check(model: nn.Module, method: Method) -> None:
             if type(module).__module__.startswith(prefix):
                 at = f"its part {name!r}" if name else "it"
                 raise TypeError(f"model: {at} is a {type(module).__name__}; {advice}")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(f"model: cannot be copied ({str(error).splitlines()[0]})") from error
 
 
 # ---------------------------------------------------------------- which layers

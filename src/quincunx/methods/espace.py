@@ -88,11 +88,11 @@ class Espace(SeparableFit):
         """Of the vertical and of the horizontal half."""
         return self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
 
-    def refuse(self, layer: Layer) -> str | None:
+    def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""
         impact = self.mask == "impact"
         if conv_of(layer).kernel_size != (1, 1):
-            reason = self.separable_refusal(layer, self.data is not False)
+            reason = self.separable_refusal(layer, self.with_data(context))
         elif self.pointwise:
             reason = convolution_refusal(layer)
         else:
@@ -112,7 +112,7 @@ class Espace(SeparableFit):
                 "calibration=None: impact masks are estimated on data; give input batches, or choose "
                 "mask='uniform' or mask='random'"
             )
-        with_data = context.calibration is not None if self.data is None else self.data
+        with_data = self.with_data(context)
         wide = [layer for layer in layers if conv_of(layer).kernel_size != (1, 1)]
         ranks = self.ranks(wide, context, with_data) if wide else {}
         return _EspaceWork(self, context, ranks, with_data)

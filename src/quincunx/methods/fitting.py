@@ -89,6 +89,10 @@ class SeparableFit:
             raise ValueError(f"rank={rank}: expected a share in (0, 1], or an integer")
         return max(1, round(rank * full))
 
+    def with_data(self, context: Context) -> bool:
+        """Whether layers are fitted to data: as asked, by default where there is some."""
+        return context.calibration is not None if self.data is None else self.data
+
     def separable_refusal(self, layer: Layer, with_data: bool) -> str | None:
         """Why a convolution cannot become two."""
         if (reason := convolution_refusal(layer)) is not None:

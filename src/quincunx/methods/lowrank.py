@@ -74,7 +74,7 @@ def _matrices(conv: nn.Conv2d) -> Tensor:
     """The weight as [g, q, dw, n] in float64."""
     weight = conv.weight.detach().double()
     o, c, kh, kw = weight.shape
-    grouped = weight.view(conv.groups, o // conv.groups, c * kh, kw)
+    grouped = weight.reshape(conv.groups, o // conv.groups, c * kh, kw)
     return grouped.permute(0, 2, 3, 1)
 
 

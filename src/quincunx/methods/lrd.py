@@ -49,13 +49,13 @@ class LowRank(SeparableFit):
         """ "lowrank"."""
         return "lowrank"
 
-    def refuse(self, layer: Layer) -> str | None:
+    def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer cannot become two convolutions."""
-        return self.separable_refusal(layer, self.data is not False)
+        return self.separable_refusal(layer, self.with_data(context))
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
         """Choose all ranks, then fit layer by layer."""
-        with_data = context.calibration is not None if self.data is None else self.data
+        with_data = self.with_data(context)
         ranks = self.ranks(layers, context, with_data)
 
         def replace(layer: Layer) -> Replacement:

@@ -26,11 +26,13 @@ def self_loss(output: Any, target: Any) -> Tensor:
     """Cross-entropy, summed over images: with the targets, or with what the network predicts itself.
 
     Raises:
-        TypeError: the network's output is not a tensor of logits [N, classes].
+        TypeError: the network's output is not a tensor of logits [N, classes, ...].
     """
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f"loss=None: expected logits [N, classes] from the network, got {shape}; give a loss")
+    if not isinstance(output, Tensor) or output.dim() < 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"loss=None: expected logits [N, classes, ...] from the network, got {got}; give a loss"
+        )
     if target is None:
         target = output.detach().argmax(1)
     return F.cross_entropy(output, target, reduction="sum")
