@@ -157,12 +157,13 @@ def photographs(images: Tensor, drawn: int, ours: slice, generator: torch.Genera
     box = torch.from_numpy(boxes(draws, height, width))
     top, left, tall, wide = box.unbind(1)
     mirrored = torch.from_numpy(np.where(draws.mirror, -1.0, 1.0))
-    # from a place in the crop to one in the image, both in [-1, 1]
-    theta = torch.zeros(count, 2, 3, dtype=torch.float64)
-    theta[:, 0, 0], theta[:, 0, 2] = mirrored * wide / width, (2 * left + wide) / width - 1
-    theta[:, 1, 1], theta[:, 1, 2] = tall / height, (2 * top + tall) / height - 1
-    shape = [count, channels, height, width]
-    grid = F.affine_grid(theta.float(), shape, align_corners=False)
+    # of each pixel the place in the image, in [-1, 1]
+    grid = torch.empty(count, height, width, 2)
+    across, down = _middles(width), _middles(height)
+    grid[..., 0] = ((2 * left + wide)[:, None] / width - 1 + (mirrored * wide / width)[:, None] * across)[
+        :, None
+    ]
+    grid[..., 1] = ((2 * top + tall)[:, None] / height - 1 + (tall / height)[:, None] * down)[:, :, None]
     # a part is never larger than the image, so it is never made smaller and needs no smoothing
     found = F.grid_sample(
         images.permute(0, 3, 1, 2).float().contiguous(), grid, padding_mode="border", align_corners=False
@@ -173,23 +174,31 @@ def photographs(images: Tensor, drawn: int, ours: slice, generator: torch.Genera
         matrix, offset = colour_maps(draws, flat.mean(2).double().numpy())
         found = torch.baddbmm(
             torch.from_numpy(offset).float()[:, :, None], torch.from_numpy(matrix).float(), flat
-        ).view(shape)
+        ).view_as(found)
         found.clamp_(0, 1)
     return found
 
 
+def _middles(count: int) -> Tensor:
+    """Of so many pixels side by side in [-1, 1]."""
+    return (2 * torch.arange(count, dtype=torch.float64) + 1) / count - 1
+
+
 def crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
-    """Each image [H, W, C] shifted by up to an eighth of its side and flipped, by one gather.
+    """Each image [H, W, C] shifted by up to an eighth of its side, zeros coming in, and perhaps flipped.
 
     ``drawn`` images are drawn for, of which ``images`` are ``ours``.
     """
-    count, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     margin = max(1, round(min(height, width) / 8))
-    padded = F.pad(images, (0, 0, margin, margin, margin, margin))
-    shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours]
-    flip = torch.rand(drawn, 1, generator=generator)[ours] < 0.5
-    rows = shifts[0] + torch.arange(height)
-    ahead = torch.arange(width)
-    cols = shifts[1] + torch.where(flip, width - 1 - ahead, ahead)
-    which = torch.arange(count)[:, None, None]
-    return padded[which, rows[:, :, None], cols[:, None, :]]
+    shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours, 0] - margin
+    flips = torch.rand(drawn, 1, generator=generator)[ours, 0] < 0.5
+    found = torch.zeros_like(images)
+    # copies of whole runs of pixels: four times as fast as one gather of all pixels
+    each = zip(images, found, *shifts.tolist(), flips.tolist(), strict=True)
+    for image, target, down, right, flip in each:
+        part = image[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
+        if flip:
+            part, right = part.flip(1), -right
+        target[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)] = part
+    return found
