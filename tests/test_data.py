@@ -27,7 +27,7 @@ def encoded(value=128, size=(8, 8), mode="RGB", suffix="png"):
 def files_of(parts=("train", "test"), classes=("cat", "dog"), count=3):
     """{path: bytes} of a small data set."""
     return {
-        "/".join(filter(None, (part, name, f"{i}.png"))): encoded(SHADE.get(name, 90) + i)
+        "/".join(filter(None, (part, name, f"{i}.png"))): encoded((SHADE.get(name, 90) + i) % 256)
         for part in parts
         for name in classes
         for i in range(count)
@@ -153,13 +153,25 @@ def test_hidden_files_are_no_images(root):
 
 
 def test_order_is_by_name_whatever_the_disk_says(root):
-    files = files_of(count=12)
+    files = files_of(count=90)  # more than are decoded at once
     names = list(files)
     backwards = as_folder(root / "b", {name: files[name] for name in reversed(names)})
     forwards = as_folder(root / "f", files)
-    first, second = load_data(forwards), load_data(backwards)
-    assert torch.equal(first.train.images, second.train.images)
-    assert torch.equal(first.train.labels, second.train.labels)
+    numbers = sorted(range(90), key=lambda i: f"{i}.png")
+    for source in (forwards, backwards):
+        train = load_data(source, size=8).train
+        assert train.labels.tolist() == [0] * 90 + [1] * 90
+        wanted = [(shade + i) % 256 for shade in SHADE.values() for i in numbers]
+        assert train.images[:, 0, 0, 0].tolist() == wanted
+
+
+def test_an_archive_keeps_its_order(root):
+    files = files_of(count=90)
+    backwards = as_archive(root / "a.tar", {name: files[name] for name in reversed(list(files))})
+    train = load_data(backwards).train
+    assert train.labels.tolist() == [1] * 90 + [0] * 90
+    wanted = [(shade + i) % 256 for shade in reversed(SHADE.values()) for i in reversed(range(90))]
+    assert train.images[:, 0, 0, 0].tolist() == wanted
 
 
 # ---- pixels

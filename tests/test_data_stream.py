@@ -195,6 +195,8 @@ def test_an_image_is_augmented_alike_wherever_it_comes(photographs):
     ]
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 12
+    other = {image.numpy().tobytes() for images, _ in epoch(data, 4, 4) for image in images}
+    assert other.isdisjoint(found[0])
 
 
 @pytest.mark.parametrize("world", [2, 3])
