@@ -402,36 +402,39 @@ def scores_of(model, images):
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "accuracy"),
-    [("cifar-resnet20", "resnet20-12fca82f.th", 91.5), ("cifar-resnet56", "resnet56-4bfd9763.th", 92.6)],
+    ("name", "file", "count", "right"),
+    [
+        ("cifar-resnet20", "resnet20-12fca82f.th", 1000, 915),
+        ("cifar-resnet56", "resnet56-4bfd9763.th", 250, 234),
+    ],
 )
-def test_published_cifar_resnets_score_what_they_should(name, file, accuracy):
-    """On 1,000 test images; one image more or less is rounding."""
+def test_published_cifar_resnets_score_what_they_should(name, file, count, right):
+    """915 and 926 of 1,000 test images; one more or less is rounding."""
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     model = load(name, real(f"pretrained/{file}"))
     images, labels = [], []
     with tarfile.open(real("cifar10-png-small.tar.gz")) as archive:
         for member in archive:
             part, _, label = member.name.rpartition("/")[0].partition("/")[2].partition("/")
-            if part == "test" and member.isfile():
+            if part == "test" and member.isfile() and len(images) < count:
                 image = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB")
                 images.append(torch.from_numpy(np.array(image)))
                 labels.append(classes.index(label))
-    assert len(images) == 1000
     x = torch.stack(images).permute(0, 3, 1, 2) / 255
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     found = scores_of(model, (x - mean) / std).argmax(1) == torch.tensor(labels)
-    assert 100 * found.double().mean() == pytest.approx(accuracy, abs=0.11)
+    assert len(found) == count
+    assert int(found.sum()) == pytest.approx(right, abs=1)
 
 
 def test_published_squeezenet_scores_what_it_should():
-    """The first 100 of 500 images; all of them give 57.6% and 82.4%."""
+    """The first 50 of 500 images; all of them give 57.6% and 82.4%."""
     model = load("squeezenet1_1", real("pretrained/squeezenet_v1.1_imagenet.npz"))
     assert model.quincunx_spec["num_classes"] == 1000
     images, folder = {}, "imagenet-nips17-500/"
     with tarfile.open(real("imagenet-nips17-500.tar.gz")) as archive:
         table = archive.extractfile(f"{folder}labels.csv").read().decode()
-        rows = list(csv.DictReader(io.StringIO(table)))[:100]
+        rows = list(csv.DictReader(io.StringIO(table)))[:50]
         for row in rows:
             content = archive.extractfile(folder + row["file"]).read()
             image = (
@@ -442,5 +445,5 @@ def test_published_squeezenet_scores_what_it_should():
     labels = torch.tensor([int(row["ilsvrc_index"]) for row in rows])
     scores = scores_of(model, x - torch.tensor([123.68, 116.779, 103.939]).view(3, 1, 1))
     best = scores.topk(5).indices == labels[:, None]
-    assert int(best[:, 0].sum()) == pytest.approx(64, abs=1)
-    assert int(best.any(1).sum()) == pytest.approx(86, abs=1)
+    assert int(best[:, 0].sum()) == pytest.approx(29, abs=1)
+    assert int(best.any(1).sum()) == pytest.approx(43, abs=1)

@@ -1,4 +1,4 @@
-"""Networks by name.
+"""Networks by name, and weights that others published for them (``networks.weights.load``).
 
 Example:
     >>> from quincunx import networks

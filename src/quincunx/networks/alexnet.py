@@ -34,7 +34,7 @@ class AlexNet(nn.Module):
         self.features = features
         self.avgpool = nn.AdaptiveAvgPool2d(_LAST)
         self.classifier = classifier
-        he_start(self)
+        he_start(self, mode="fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))

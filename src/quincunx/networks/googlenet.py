@@ -117,7 +117,7 @@ class GoogLeNet(nn.Module):
         self.norm: nn.Module = local_response_norm() if original else nn.Identity()
         # torchvision's last pooling is 2 x 2
         self.last_window = 3 if original else 2
-        he_start(self)
+        he_start(self, mode="fan_in")
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         x = self.norm(_pooled(self.conv1(x)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,17 +65,19 @@ def local_response_norm() -> nn.Module:
     return nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0)
 
 
-def he_start(network: nn.Module) -> None:
+def he_start(network: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out") -> None:
     """He initialisation of dense and sampled convolutions.
 
-    A transposed convolution sums over computed positions only, which its fan-in says. No ReLU stands
-    between the halves of a linear spatial bottleneck, so its second half has gain 1.
+    ``mode`` says which fan of a dense convolution counts: "fan_out" keeps the scale of gradients, "fan_in"
+    that of activations, which a network without batch norm needs. A transposed convolution sums over
+    computed positions only, which its fan-in says. No ReLU stands between the halves of a linear spatial
+    bottleneck, so its second half has gain 1.
 
     Source: He et al., arXiv:1502.01852, section 2.2.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             continue
         down, up = getattr(module, "down", None), getattr(module, "up", None)
         if isinstance(down, SampledDown2d) and isinstance(up, SampledConvTranspose2d):

@@ -53,7 +53,7 @@ class SqueezeNet(nn.Module):
             Fire(512, 64, 256),
         )
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(512, num_classes, 1), nn.ReLU())
-        he_start(self)
+        he_start(self, mode="fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x)).mean((2, 3))  # type: ignore[no-any-return]
