@@ -274,6 +274,7 @@ def test_an_exception_in_a_worker_comes_with_its_message(photographs, monkeypatc
     data = streamed(photographs)
     with pytest.raises(caught, match="boom 7"):
         epoch(data, seed=1, workers=1)
+    assert not multiprocessing.active_children()
 
 
 def test_an_epoch_that_is_broken_off_leaves_no_worker(photographs):

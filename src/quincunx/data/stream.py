@@ -111,11 +111,21 @@ def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: i
     )
     with _child_signal_kept():
         iterator = iter(loader)
-    for _ in order:
-        try:
-            found = next(iterator)
-        except RuntimeError as error:
-            raise WorkerFailed(f"a process that decodes images failed: {error}") from error
-        if isinstance(found, str):
-            raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
-        yield found
+    try:
+        for _ in order:
+            found = _next(iterator)
+            if isinstance(found, str):
+                raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
+            yield found
+    finally:
+        # an error's traceback would keep the iterator, and with it the workers
+        stop = getattr(iterator, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
+
+
+def _next(iterator: Iterator[Tensor | str]) -> Tensor | str:
+    try:
+        return next(iterator)
+    except RuntimeError as error:
+        raise WorkerFailed(f"a process that decodes images failed: {error}") from error
