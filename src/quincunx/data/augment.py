@@ -51,7 +51,6 @@ class Draws:
         place: uniform, [n, 2], for top and left.
         mirror: whether, [n].
         strength: uniform, [n, 3], for brightness, contrast and saturation.
-        order: of these three, uniform, [n, 3]: by size.
         light: normal, [n, 3].
     """
 
@@ -59,26 +58,25 @@ class Draws:
     place: Floats
     mirror: NDArray[np.bool_]
     strength: Floats
-    order: Floats
     light: Floats
 
 
 def draws_of_image(key: int, index: int) -> Draws:
     """What the epoch's ``key`` and the image's number say, whoever asks."""
     generator = np.random.default_rng((key, index))
-    uniform = generator.random(2 * _TRIES + 9)
+    uniform = generator.random(2 * _TRIES + 6)
     return _arranged(uniform[None], generator.standard_normal((1, 3)))
 
 
 def draws_of_batch(count: int, generator: torch.Generator) -> Draws:
-    uniform = torch.rand(count, 2 * _TRIES + 9, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(count, 2 * _TRIES + 6, generator=generator, dtype=torch.float64)
     normal = torch.randn(count, 3, generator=generator, dtype=torch.float64)
     return _arranged(uniform.numpy(), normal.numpy())
 
 
 def _arranged(uniform: Floats, normal: Floats) -> Draws:
     parts, rest = uniform[:, : 2 * _TRIES].reshape(-1, _TRIES, 2), uniform[:, 2 * _TRIES :]
-    return Draws(parts, rest[:, :2], rest[:, 2] < 0.5, rest[:, 3:6], rest[:, 6:9], normal)
+    return Draws(parts, rest[:, :2], rest[:, 2] < 0.5, rest[:, 3:], normal)
 
 
 def boxes(draws: Draws, height: int, width: int) -> Floats:
@@ -104,28 +102,19 @@ def boxes(draws: Draws, height: int, width: int) -> Floats:
 def colour_maps(draws: Draws, mean: Floats) -> tuple[Floats, Floats]:
     """(M, c) with which each image's colours x in [0, 1] become M x + c, [n, 3, 3] and [n, 3].
 
-    Brightness takes x to a x, saturation to a x + (1 - a) g(x), contrast to a x + (1 - a) times the mean
-    of g over the image, where g is the grey value and a = 1 + 0.4 u, u uniform in [-1, 1]; the three
-    come in random order, the light's colour last.
+    Brightness takes x to a x, contrast to a x + (1 - a) times the mean of g over the image, saturation to
+    a x + (1 - a) g(x), where g is the grey value and a = 1 + 0.4 u, u uniform in [-1, 1]. Saturation
+    keeps g, so the three can be exchanged and no order is drawn; the light's colour is added last.
 
     Args:
         mean: colour of each image, [n, 3].
     """
-    count = len(mean)
-    strength = 1 + _JITTER * (2 * draws.strength - 1)
-    order = draws.order.argsort(1)
-    grey = np.tile(_GREY, (3, 1))
-    matrix, offset = np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 3))
-    for step in range(3):
-        kind = order[:, step]
-        a = strength[np.arange(count), kind]
-        towards = np.where((kind == 2)[:, None, None], grey, 0.0)
-        now = np.einsum("nij,nj->ni", matrix, mean) + offset
-        constant = np.where(kind == 1, (1 - a) * (now @ _GREY), 0.0)
-        change = a[:, None, None] * np.eye(3) + (1 - a)[:, None, None] * towards
-        matrix = change @ matrix
-        offset = np.einsum("nij,nj->ni", change, offset) + constant[:, None]
-    return matrix, offset + (_LIGHTING * draws.light * _DEVIATION) @ _DIRECTION.T
+    bright, contrast, colour = (1 + _JITTER * (2 * draws.strength - 1)).T[:, :, None]
+    keep, grey = np.eye(3), np.tile(_GREY, (3, 1))
+    mix = colour[:, :, None] * keep + (1 - colour[:, :, None]) * grey
+    light = (_LIGHTING * draws.light * _DEVIATION) @ _DIRECTION.T
+    offset = (1 - contrast) * bright * (mean @ _GREY)[:, None]
+    return (bright * contrast)[:, :, None] * mix, offset + light
 
 
 def photograph(image: Image, side: int, draws: Draws) -> Pixels:
