@@ -371,3 +371,27 @@ def test_bad_settings(error, match, settings):
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         qx.Espace().rate = 0.5
+
+
+class Residual(nn.Module):
+    """A layer whose output is added to: the sum is not constant where the layer's values are."""
+
+    def __init__(self):
+        super().__init__()
+        self.sparse = qx.EspaceConv2d(
+            6, 6, 3, rank=3, masks=(qx.Random(0.3, 1), qx.Random(0.3, 2)), padding=1
+        )
+        self.norm, self.dense = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        return self.dense(F.relu(self.norm(self.sparse(x)) + x))
+
+
+@pytest.mark.xfail(
+    qx.backend().name == "native",
+    reason="qx.fuse adds a shortcut to a perforated convolution's computed positions only",
+    strict=True,
+)
+def test_a_fused_shortcut_is_added_at_every_position():
+    net, x = Residual().eval(), torch.randn(2, 6, 9, 8)
+    torch.testing.assert_close(qx.fuse(net)(x), net(x), rtol=1e-4, atol=1e-5)
