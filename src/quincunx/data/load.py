@@ -92,16 +92,17 @@ def load_data(
         raise ValueError(f"stream=True: only a folder of images is streamed, which {name} is not")
     if test_source is not None and not Path(test_source).exists():
         raise FileNotFoundError(f"test_source={str(test_source)!r}: no such file or folder")
-    if name in cifar.SETS:
-        path = cifar.obtain(name, progress)
-    official = None if name == "digits" else cifar.find(path)
     if name == "digits":
         return _digits(size)
+    if name in cifar.SETS:
+        path = cifar.obtain(name, progress)
+    official = cifar.find(path)
     if official is not None:
-        if stream:
-            raise ValueError(f"stream=True: only a folder of images is streamed, which {name} is not")
-        if test_source is not None:
-            raise ValueError(f"test_source: {name} brings its own test part")
+        for option, given in (("stream=True", stream), (f"test_source={str(test_source)!r}", test_source)):
+            if given:
+                raise ValueError(
+                    f"{option}: {name} is an official CIFAR set, in memory with its own test part"
+                )
         return cifar.load(path, *official, size)
     sources = [(path, None), *([(Path(test_source), "test")] if test_source is not None else [])]
     folders = all(place.is_dir() for place, _ in sources)
