@@ -174,6 +174,31 @@ def test_error_falls_monotonically(settings, rank):
 
 
 @layers
+def test_one_iteration_gives_the_best_second_half_for_the_first_of_the_start(settings):
+    layer, x = conv(settings), images(12)
+    start = fit(layer, 2)
+    found = fit(layer, 2, moments(layer, responses(layer, x)), iterations=1)
+    first = separable(layer, start).vertical
+    second = separable(layer, found).horizontal
+    with torch.no_grad():
+        between, want = first(x), layer(x)
+        left = 0.0
+        padding = second._reversed_padding_repeated_twice
+        for part, answer in zip(
+            F.pad(between, padding).chunk(layer.groups, 1), want.chunk(layer.groups, 1), strict=True
+        ):
+            columns = [
+                part[:, :, :, j * second.dilation[1] :][:, :, :, :: second.stride[1]][..., : want.shape[3]]
+                for j in range(second.kernel_size[1])
+            ]
+            rows = torch.cat([*columns, torch.ones_like(columns[0][:, :1])], 1).transpose(0, 1).flatten(1).T
+            answers = answer.transpose(0, 1).flatten(1).T
+            left += float((answers - rows @ torch.linalg.lstsq(rows, answers).solution).square().sum())
+        spread = float((want - want.mean((0, 2, 3), keepdim=True)).square().sum())
+    assert found.response_error == pytest.approx(left / spread, rel=1e-6)
+
+
+@layers
 def test_the_end_is_stationary(settings):
     """At the solution neither half, nor the bias, can be moved for a smaller error."""
     layer, x = conv(settings), images(12)

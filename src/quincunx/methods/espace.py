@@ -80,7 +80,7 @@ class Espace(SeparableFit):
 
     @property
     def name(self) -> str:
-        """ "espace"."""
+        """What records and messages call it."""
         return "espace"
 
     @property

@@ -46,7 +46,7 @@ class LowRank(SeparableFit):
 
     @property
     def name(self) -> str:
-        """ "lowrank"."""
+        """What records and messages call it."""
         return "lowrank"
 
     def refuse(self, layer: Layer, context: Context) -> str | None:

@@ -83,7 +83,7 @@ def impacts(
                 # a copy goes on: what follows may write in place
                 return outputs[name].clone()
 
-            stack.callback(module.register_forward_hook(see).remove)
+            stack.callback(module.register_forward_hook(see, prepend=True).remove)
         for batch in data:
             outputs.clear()
             total = (loss or self_loss)(network(batch.input), batch.target)
