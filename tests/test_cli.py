@@ -16,7 +16,7 @@ from quincunx.__main__ import main
 from quincunx.cli import app
 
 SMALL = ("--network", "rsbn8", "--width", "4")
-VERBS = ("train", "evaluate", "cost", "report", "info", "demo")
+VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce")
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_too_little_memory_is_said(monkeypatch):
     def hungry(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 48 bytes.")
 
-    monkeypatch.setattr("quincunx.cli.cost", hungry)
+    monkeypatch.setattr("quincunx.cli.measuring.cost", hungry)
     assert "not enough memory for 48 bytes" in refused("cost", "rsbn8", code=1)
 
 
@@ -213,7 +213,7 @@ def test_a_defect_is_not_dressed_up_as_bad_input(monkeypatch):
     def broken(*_):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("quincunx.cli.cost", broken)
+    monkeypatch.setattr("quincunx.cli.measuring.cost", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         call("cost", "rsbn8")
 
@@ -281,3 +281,31 @@ def test_ctrl_c_keeps_the_checkpoint_and_resume_finishes(tmp_path):
     resumed = document(*arguments, "--resume")
     assert 1 <= len(kept) < len(resumed["history"]) == 4
     assert resumed["history"][: len(kept)] == kept
+
+
+def test_a_table_is_planned_without_any_data_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call("reproduce", "table2", "--plan", "--depths", "20", "--seeds", "0,1", "--json")
+    planned = json.loads(done.stdout)
+    assert [row["label"] for row in planned["rows"]] == ["rrn20", "rsbn20 1/4", "rsbn20 2/4", "rsbn20 3/4"]
+    assert planned["recipe"]["epochs"] == 400
+    assert not list(tmp_path.iterdir())
+    text = call("reproduce", "table2", "--plan", "--depths", "20").stdout
+    assert "hours left" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("table9",), "experiment='table9': unknown; nearest first: table"),
+        (("table1", "--depths", "21"), "depths=21: table1 has 20"),
+        (("table1", "--depths", "a"), "depths='a': expected different numbers with commas"),
+        (("table1", "--seeds", "0,0"), "seeds='0,0': expected different numbers with commas"),
+        (("table4",), "ImageNet has to be there already; give its folder with --data"),
+        (("table1", "--data", "nowhere"), "neither a path nor a known data set"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_said(arguments, message):
+    done = call("reproduce", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -691,6 +691,19 @@ def test_too_little_disk_or_memory_is_said_before_training(tmp_path, monkeypatch
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_auxiliary_classifiers_count_with_their_weight(tmp_path):
+    """GoogLeNet's heads: the loss is that of all three, the error the main one's."""
+    model = network()
+    plain = model.forward
+    model.forward = lambda x: (plain(x), plain(x)) if model.training else plain(x)
+    recipe = replace(TINY, epochs=1, batch_size=20, augment="none")
+    both, _ = run(tmp_path / "both", model=model, recipe=recipe)
+    alone, _ = run(tmp_path / "alone", recipe=recipe)
+    ours, theirs = both["history"][0], alone["history"][0]
+    assert ours["train_loss"] == pytest.approx(1.3 * theirs["train_loss"], rel=1e-5)
+    assert ours["train_error"] == theirs["train_error"]
+
+
 def test_the_bar_is_for_people_only(capsys):
     with progress_bar(False) as bar:
         bar.advance(bar.add_task("x", total=1, state=""))

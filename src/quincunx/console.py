@@ -14,8 +14,19 @@ from rich.table import Table
 
 from quincunx.cost import Cost
 from quincunx.report import Line
+from quincunx.reproduce import Compared, Planned
 
-__all__ = ["complain", "print_bench", "print_cost", "print_facts", "print_lines", "say", "show"]
+__all__ = [
+    "complain",
+    "print_bench",
+    "print_comparison",
+    "print_cost",
+    "print_facts",
+    "print_lines",
+    "print_plan",
+    "say",
+    "show",
+]
 
 
 def complain(message: object) -> None:
@@ -124,3 +135,42 @@ def print_bench(result: dict[str, Any]) -> None:
         )
     _console().print(table)
     say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")
+
+
+def print_plan(rows: list[Planned]) -> None:
+    """What an experiment would take."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("network")
+    for column in ("MACs\n(M)", "epochs", "runs", "done", "hours left\nhere, about"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        hours = "" if row.hours is None else f"{row.hours:.1f}"
+        table.add_row(
+            row.label, f"{row.macs / 1e6:.1f}", str(row.epochs), str(row.seeds), str(row.done), hours
+        )
+    _console().print(table)
+    if all(row.hours is not None for row in rows):
+        say(f"About {sum(row.hours or 0 for row in rows):.1f} hours in all, one run after the other.")
+
+
+def print_comparison(rows: list[Compared]) -> None:
+    """The paper's table with ours beside it."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("network")
+    for column in ("MACs (M)\nours", "\npaper", "test error (%)\nours", "\nruns", "\npaper", "p against"):
+        table.add_column(column, justify="right")
+    table.add_column("baseline")
+    for row in rows:
+        spread = "" if row.deviation is None else f" ± {row.deviation:.2f}"
+        table.add_row(
+            row.label,
+            f"{row.macs:.1f}",
+            "-" if row.paper_macs is None else f"{row.paper_macs:g}",
+            f"{row.mean:.2f}{spread}",
+            str(len(row.errors)),
+            "-" if row.paper_error is None else f"{row.paper_error:.2f}",
+            "" if row.baseline is None else "-" if row.p is None else f"{row.p:.3f}",
+            row.baseline or "",
+        )
+    _console().print(table)
+    say("Mean and deviation over seeds; p of Student's t-test, two-sided; the paper's as printed, if known.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from quincunx.figures import check_can_draw
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, environment, measure_models
 from quincunx.recipes import recipe_with
-from quincunx.report import Line, collect, label_of, lines, write_report
+from quincunx.report import Line, collect, file_name, label_of, lines, write_report
 from quincunx.train import CHECKPOINT, fit, progress_bar
 
 __all__ = ["run_demo"]
@@ -33,19 +31,6 @@ _NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
 )
 _BATCHES = (1, 64)
 _ROUNDS, _ROUNDS_AT_ONCE = 15, 3
-
-
-def file_name(label: str) -> str:
-    """A network's label as a file name that any system takes.
-
-    Example:
-        >>> file_name("rsbn20 2/4, width 8")
-        'rsbn20-2of4-width-8'
-    """
-    name = re.sub(r"[^\w.]+", "-", re.sub(r"(\d)/(\d)", r"\1of\2", label)).strip("-.")
-    if len(name) <= 80:
-        return name
-    return f"{name[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def run_demo(

@@ -33,6 +33,11 @@ class Picture:
     source: str
     alternative: str
 
+    @property
+    def content(self) -> bytes:
+        """The SVG file."""
+        return base64.b64decode(self.source.partition(",")[2])
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -49,7 +54,8 @@ class Curve:
 class Point:
     """A network at ``x`` with the middle half of its measurements (``low``, ``high``), error in percent.
 
-    ``look`` is its number on the page: it has the same colour and mark in every figure.
+    ``look`` is its number on the page: it has the same colour and mark in every figure. ``errors`` are
+    the least and the largest of several runs.
     """
 
     look: int
@@ -58,6 +64,7 @@ class Point:
     error: float
     low: float
     high: float
+    errors: tuple[float, float] | None = None
 
 
 def check_can_draw() -> None:
@@ -175,6 +182,7 @@ def scatter(points: Sequence[Point], xlabel: str, title: str, unit: str) -> Pict
     for point, label in zip(points, labels, strict=True):
         colour, marker = _look(point.look)
         axes.hlines(point.error, point.low, point.high, color=colour, linewidth=1.4)
+        axes.vlines(point.x, *(point.errors or (point.error, point.error)), color=colour, linewidth=1.4)
         axes.scatter(point.x, point.error, s=55, label=label, color=colour, marker=marker, zorder=3)
     axes.set(xlabel=xlabel, ylabel="test error (%)")
     axes.set_xlim(0, 1.1 * max(max(p.x, p.high) for p in points))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ __all__ = [
     "Line",
     "Results",
     "collect",
+    "curve_of",
+    "file_name",
     "label_of",
     "lines",
     "speedup_figure",
@@ -58,6 +61,19 @@ def label_of(network: dict[str, Any]) -> str:
     rest = {k: v for k, v in network["settings"].items() if k != "sampling"}
     down = rest.pop("down", "stride")
     return ", ".join([name, *([down] if down != "stride" else []), *(f"{k} {v}" for k, v in rest.items())])
+
+
+def file_name(label: str) -> str:
+    """A network's label as a file name that any system takes.
+
+    Example:
+        >>> file_name("rsbn20 2/4, width 8")
+        'rsbn20-2of4-width-8'
+    """
+    name = re.sub(r"[^\w.]+", "-", re.sub(r"(\d)/(\d)", r"\1of\2", label)).strip("-.")
+    if len(name) <= 80:
+        return name
+    return f"{name[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def _name_of(sampling: Sampling) -> str:
@@ -343,19 +359,21 @@ def verdicts(rows: list[Line]) -> list[str]:
 # ---------------------------------------------------------------- the page
 
 
+def curve_of(look: int, label: str, runs: Sequence[dict[str, Any]]) -> Curve:
+    """Test error by epoch; with several seeds, the mean over those that have the epoch."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for entry in run["history"]:
+            found.setdefault(entry["epoch"], []).append(100 * entry["test_error"])
+    # half an image
+    floor = 50 / runs[0]["data"]["test"]
+    return Curve(
+        look, label, sorted(found), [statistics.fmean(found[epoch]) for epoch in sorted(found)], floor
+    )
+
+
 def _pictures(results: Results, rows: list[Line]) -> list[Picture]:
-    curves = []
-    for i, network in enumerate(results.networks):
-        # with several seeds, the mean over those that have the epoch
-        found: dict[int, list[float]] = {}
-        for run in network.runs:
-            for entry in run["history"]:
-                found.setdefault(entry["epoch"], []).append(100 * entry["test_error"])
-        epochs = sorted(found)
-        errors = [statistics.fmean(found[epoch]) for epoch in epochs]
-        # half an image
-        floor = 50 / network.runs[0]["data"]["test"]
-        curves.append(Curve(i, network.label, epochs, errors, floor))
+    curves = [curve_of(i, network.label, network.runs) for i, network in enumerate(results.networks)]
     macs = [
         Point(i, row.label, row.macs / 1e6, 100 * row.error, row.macs / 1e6, row.macs / 1e6)
         for i, row in enumerate(rows)
@@ -432,4 +450,4 @@ def speedup_figure(result: dict[str, Any]) -> bytes:
         for name, entry in row["candidates"].items()
     ]
     title = f"Speed-up over the best dense, {result['suite']}, {result['environment']['cpu']}"
-    return base64.b64decode(speedups(points, title).source.partition(",")[2])
+    return speedups(points, title).content

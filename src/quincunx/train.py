@@ -28,13 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from quincunx.artifact import check_replaceable, save, spec_of, write_atomically, write_json
 from quincunx.checkpoint import check_disk, difference, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
-from quincunx.data import ImageData, Split, batches
+from quincunx.data import ImageData, Part, batches
 from quincunx.latency import environment
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
 from quincunx.recipes import Recipe
 
 __all__ = ["Evaluation", "Interrupted", "RunFailed", "evaluate", "fit"]
 
+# the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
+_AUXILIARY = 0.3
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
 
 
@@ -56,7 +58,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, split: Split, data: ImageData, *, batch_size: int = 256, ranks: Ranks = ALONE
+    model: nn.Module, split: Part, data: ImageData, *, batch_size: int = 256, ranks: Ranks = ALONE
 ) -> Evaluation:
     """Loss and top-1 error of a network on one part of a data set.
 
@@ -367,9 +369,13 @@ class _Run:
                 continue
             with self._exchange(last=i == parts - 1):
                 with self._autocast():
-                    scores = self.stepped(part)
+                    outputs = self.stepped(part)
+                scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
                 _check_scores(scores, self.data)
                 share = F.cross_entropy(scores.float(), answers, reduction="sum") / whole
+                for other in auxiliary:
+                    other_loss = F.cross_entropy(other.float(), answers, reduction="sum") / whole
+                    share = share + _AUXILIARY * other_loss
                 # torch takes the mean of the processes' gradients, where the sum is wanted
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss += float(share.detach())

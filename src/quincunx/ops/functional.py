@@ -106,7 +106,8 @@ def _check_parameters(
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in autocast's dtype where it is on, as torch's own convolutions do; float64 stays as it is."""
-    if not torch.is_autocast_enabled(x.device.type):
+    # some devices, such as "meta", have no autocast, and asking them raises
+    if not torch.amp.is_autocast_available(x.device.type) or not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 

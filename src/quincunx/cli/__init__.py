@@ -1,0 +1,37 @@
+"""The command line: verbs, each a library function. Exit code 2 for bad input, 1 for a failed run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+import quincunx as qx
+
+# the verbs register themselves; help lists them in this order
+from quincunx.cli import measuring, training  # noqa: F401
+from quincunx.cli.common import app
+from quincunx.console import say
+
+__all__ = ["app", "main"]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"quincunx {qx.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_verb(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The command line on this process's arguments."""
+    app(prog_name="quincunx")

@@ -1,0 +1,166 @@
+"""Verbs that measure and show: cost, bench, report, info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import quincunx as qx
+from quincunx import recipes
+from quincunx.artifact import write_json
+from quincunx.bench import SUITES, run_suite
+from quincunx.cli.common import (
+    Down,
+    Json,
+    Sampling,
+    Width,
+    app,
+    bad_input,
+    check_folder,
+    example,
+    make_folder,
+    running,
+    settings_of,
+)
+from quincunx.console import print_bench, print_cost, print_facts, say, show
+from quincunx.cost import cost
+from quincunx.figures import check_can_draw
+from quincunx.latency import environment
+from quincunx.report import speedup_figure, write_report
+from quincunx.train import progress_bar
+
+
+def _parse_input(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"input={text!r}: expected NxCxHxW, such as 1x3x32x32")
+    return shape
+
+
+@app.command(
+    "cost",
+    epilog=example("quincunx cost rsbn20 --sampling 1/4"),
+    short_help="MACs and parameters of a network.",
+)
+def cost_command(
+    network: Annotated[str, typer.Argument(help="Name, such as rrn20 or rsbn20.")],
+    input_shape: Annotated[str, typer.Option("--input", help="Example input as NxCxHxW.")] = "1x3x32x32",
+    num_classes: Annotated[int, typer.Option(help="Outputs of the last layer.")] = 10,
+    sampling: Sampling = None,
+    down: Down = None,
+    width: Width = None,
+    as_json: Json = False,
+) -> None:
+    """MACs and parameters of a network, per layer and in total."""
+    with bad_input():
+        shape = _parse_input(input_shape)
+        model = qx.networks.build(network, num_classes, shape[1], **settings_of(sampling, down, width))
+        with running():
+            found = cost(model, torch.zeros(shape))
+    if as_json:
+        show({"network": network, "input": list(shape), **found.to_dict()})
+        return
+    print_cost(network, shape, found)
+
+
+@app.command(
+    "report",
+    epilog=example("quincunx report results/demo"),
+    short_help="Draw a page from result files.",
+)
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder with results (run.json, ...).")],
+    out: Annotated[Path | None, typer.Option(help="The page; FOLDER/report.html by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw one self-contained page from the result files below a folder.
+
+    Networks are compared with the one that timings name as the baseline, else with the one of most MACs.
+    Runs of one network that differ in the seed alone are averaged.
+    """
+    with bad_input():
+        if out is not None:
+            check_folder(out.parent)
+        page = write_report(folder, out)
+    if as_json:
+        show({"report": str(page)})
+        return
+    say(f"wrote {page}")
+
+
+@app.command(
+    epilog=example("quincunx bench blocks --threads 1,2 --out results"),
+    short_help="Time this machine against other engines.",
+)
+def bench(
+    suite: Annotated[str, typer.Argument(help=f"One of {', '.join(SUITES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result file and the figure.")] = Path("results"),
+    threads: Annotated[str, typer.Option(help="Numbers of threads, with commas.")] = "1,2",
+    rounds: Annotated[int, typer.Option(help="How often each candidate has its turn.", min=3)] = 11,
+    only: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Time ours against the best dense network, interleaved in one process; writes JSON and a figure.
+
+    ops: single convolutions. blocks: residual blocks in inference. training: forward and backward.
+    networks: whole networks, fused. Needs the bench extra (ONNX Runtime, OpenVINO).
+    """
+    with bad_input():
+        counts = _parse_threads(threads)
+        check_can_draw()
+        make_folder(out)
+        with running(), progress_bar(not as_json) as bar:
+            task = bar.add_task(suite, total=None, state="")
+            result = run_suite(
+                suite,
+                threads=counts,
+                rounds=rounds,
+                only=only,
+                progress=lambda where, done, total: bar.update(
+                    task, completed=done, total=total, state=where
+                ),
+            )
+            bar.update(task, completed=len(result["rows"]), state="")
+            path = out / f"bench-{suite}.json"
+            write_json(path, result)
+            figure = out / f"bench-{suite}.svg"
+            figure.write_bytes(speedup_figure(result))
+    if as_json:
+        show(result)
+        return
+    print_bench(result)
+    say(f"wrote {path} and {figure}")
+
+
+def _parse_threads(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if not counts or min(counts) < 1 or len(counts) != len(text.split(",")):
+        raise ValueError(f"threads={text!r}: expected numbers with commas, such as 1,2")
+    return counts
+
+
+@app.command(epilog=example("quincunx info --json"), short_help="Versions, processor, back end, networks.")
+def info(as_json: Json = False) -> None:
+    """Versions, processor, which back end serves and why, and what can be built."""
+    with bad_input(), running():
+        serving = qx.backend()
+    facts = {
+        **environment(),
+        "backend": serving.name,
+        "backend_reason": serving.reason,
+        "isa": serving.isa,
+        "networks": qx.networks.names(),
+        "recipes": list(recipes.RECIPES),
+    }
+    if as_json:
+        show(facts)
+        return
+    print_facts(
+        {k.replace("_", " "): v for k, v in facts.items() if k not in ("time", "command") and v is not None}
+    )

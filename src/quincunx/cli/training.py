@@ -1,0 +1,343 @@
+"""Verbs that train: train, evaluate, demo, reproduce."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import quincunx as qx
+from quincunx import recipes
+from quincunx.artifact import read_spec, spec_of
+from quincunx.cli.common import (
+    Data,
+    Down,
+    Json,
+    Sampling,
+    Seed,
+    Size,
+    SkipBad,
+    TestData,
+    Threads,
+    Width,
+    app,
+    bad_input,
+    check_device,
+    check_folder,
+    example,
+    make_folder,
+    read_data,
+    running,
+    settings_of,
+    use_threads,
+)
+from quincunx.console import print_comparison, print_lines, print_plan, say, show
+from quincunx.data import ImageData
+from quincunx.demo import run_demo
+from quincunx.experiments import EXPERIMENTS
+from quincunx.experiments import by_name as experiment_by_name
+from quincunx.figures import check_can_draw
+from quincunx.latency import environment
+from quincunx.ranks import joined
+from quincunx.report import file_name, label_of, verdicts
+from quincunx.reproduce import plan, reproduce
+from quincunx.train import ARTIFACT, CHECKPOINT, Interrupted, RunFailed, evaluate, fit
+
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate at the start.")]
+Precision = Annotated[str | None, typer.Option(help="float32 (the default), or mixed: bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
+
+
+@app.command(
+    epilog=example("quincunx train --network rsbn20 --data digits --epochs 12 --out runs/first"),
+    short_help="Train a network.",
+)
+def train(
+    network: Annotated[str, typer.Option(help="Name, such as rrn20 or rsbn20.")] = "rsbn20",
+    data: Data = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/NETWORK and its settings by default.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(recipes.RECIPES)}; digits for the digits, else short."),
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Shares of the epochs after which the rate falls, such as 0.5,0.75.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="What the rate is multiplied by there.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the epochs in which the rate rises.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, on every parameter.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Nesterov momentum.")] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="none, cifar (pad, crop, flip) or imagenet; by default as suits the data."),
+    ] = None,
+    precision: Precision = None,
+    accumulate: Annotated[int | None, typer.Option(help="Parts in which a batch is computed.")] = None,
+    channels_first: Annotated[bool, typer.Option("--channels-first", help="Lay maps out as NCHW.")] = False,
+    sampling: Sampling = None,
+    down: Down = None,
+    width: Width = None,
+    test_data: TestData = None,
+    size: Size = None,
+    skip_bad: SkipBad = False,
+    seed: Seed = 0,
+    threads: Threads = None,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network.
+
+    Writes a checkpoint after each epoch, a log, the result (run.json) and the trained network (model).
+    What --recipe names sets epochs, batch size, learning rate, weight decay and momentum; each can be
+    set by itself as well.
+
+    On several processes or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m quincunx train ...;
+    the batch size is that of all of them, and a run whose process died goes on from its last checkpoint.
+    """
+    with bad_input(), joined(check_device(device)) as ranks:
+        use_threads(threads)
+        chosen = recipes.recipe_with(
+            recipes.by_name(recipe or ("digits" if data == "digits" else "short")),
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            milestones=_parse_shares(milestones),
+            gamma=gamma,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            augment=augment,
+            precision=precision,
+            accumulate=accumulate,
+            channels_last=False if channels_first else None,
+        )
+        settings = settings_of(sampling, down, width)
+        # what can be refused without the data is refused before a large data set is read
+        label = label_of(spec_of(qx.networks.build(network, **settings)))
+        folder = out or Path("runs") / _run_name(network, label, settings, seed)
+        resume = resume or ranks.world > 1
+        if (folder / CHECKPOINT).exists() and not resume:
+            raise ValueError(
+                f"out={str(folder)!r}: holds a run already; --resume goes on with it, "
+                "another --out starts anew"
+            )
+        check_folder(folder)
+        images = read_data(data, test_data, size, skip_bad, as_json)
+        torch.manual_seed(seed)
+        model = qx.networks.build(network, len(images.classes), images.in_channels, **settings).to(device)
+        make_folder(folder)
+        with running():
+            result = fit(
+                model, images, chosen, folder, seed=seed, resume=resume, progress=not as_json, ranks=ranks
+            )
+    if not ranks.first:
+        return
+    if as_json:
+        show(result)
+        return
+    say(
+        f"{label_of(result['network'])} on {images.name}: test error {100 * result['test_error']:.2f}% "
+        f"of {len(images.test)} images, {result['cost']['macs'] / 1e6:.2f} M MACs, "
+        f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}"
+    )
+
+
+def _parse_shares(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"milestones={text!r}: expected numbers with commas, such as 0.5,0.75") from None
+
+
+def _run_name(network: str, label: str, settings: dict[str, Any], seed: int) -> str:
+    """The network, and what was asked for beyond it, so that two runs do not meet in one folder."""
+    name = file_name(label) if settings else network
+    return f"{name}-seed{seed}" if seed else name
+
+
+@app.command(
+    "evaluate",
+    epilog=example("quincunx evaluate runs/rsbn20/model --data digits"),
+    short_help="Test error of a trained network.",
+)
+def evaluate_command(
+    artifact: Annotated[Path, typer.Argument(help="Folder written by qx.save, or a run's folder.")],
+    data: Data = "digits",
+    test_data: TestData = None,
+    size: Size = None,
+    skip_bad: SkipBad = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Loss and top-1 error of an artifact on the test part of a data set."""
+    with bad_input():
+        use_threads(threads)
+        if (artifact / ARTIFACT).is_dir():
+            artifact = artifact / ARTIFACT
+        model = qx.load(artifact)
+        trained_on = read_spec(artifact).get("info", {}).get("data", {})
+        images = read_data(data, test_data, size, skip_bad, as_json)
+        if trained_on.get("classes", list(images.classes)) != list(images.classes):
+            raise ValueError(f"data={data!r}: its classes are not those that {artifact} was trained on")
+        if "mean" in trained_on:
+            # a network is tested with the normalisation it was trained with
+            images = _renormalised(images, trained_on)
+        with running():
+            result = evaluate(model, images.test, images)
+    if as_json:
+        show({"artifact": str(artifact), "data": images.name, **vars(result), "environment": environment()})
+        return
+    say(
+        f"{artifact} on {images.name}: test error {100 * result.error:.2f}% of {result.images} images, "
+        f"loss {result.loss:.4f}"
+    )
+
+
+def _renormalised(images: ImageData, trained_on: dict[str, Any]) -> ImageData:
+    if len(trained_on["mean"]) != images.in_channels:
+        raise ValueError(
+            f"data={images.name!r}: images of {images.in_channels} channels, but the network takes "
+            f"{len(trained_on['mean'])}"
+        )
+    return replace(images, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
+
+
+@app.command(
+    epilog=example("quincunx demo --out results/demo"),
+    short_help="Train three small networks and compare them.",
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/demo"),
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 12,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small ResNet and its spatial bottleneck twins on digits; compare error, MACs and time.
+
+    Takes about two minutes on two cores. Replaces the results of an earlier demonstration in the
+    folder and nothing else.
+    """
+    with bad_input():
+        use_threads(threads)
+        check_folder(out)
+        with running():
+            try:
+                rows = run_demo(out, epochs=epochs, seed=seed, progress=not as_json)
+            except Interrupted:
+                raise RunFailed("stopped; the demonstration starts anew when it is called again") from None
+    if as_json:
+        show({"out": str(out), "verdicts": verdicts(rows), "rows": [vars(row) for row in rows]})
+        return
+    print_lines(rows)
+    for sentence in verdicts(rows):
+        say(sentence)
+    say(f"wrote {out / 'report.html'} and the artifact {out / 'model'} (qx.load({str(out / 'model')!r}))")
+
+
+@app.command(
+    "reproduce",
+    epilog=example("quincunx reproduce table1 --plan"),
+    short_help="Run a table of the paper, or plan it.",
+)
+def reproduce_command(
+    experiment: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="cifar10, cifar100, or images by class; by default the paper's."),
+    ] = None,
+    test_data: TestData = None,
+    size: Size = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; results/EXPERIMENT by default.")
+    ] = None,
+    depths: Annotated[str | None, typer.Option(help="Only networks of these depths, such as 20,44.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of each network's runs, with commas.")] = "0,1,2",
+    recipe: Annotated[str | None, typer.Option(help="Instead of the paper's, such as short.")] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Only list the runs, with MACs and an estimate of hours.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train every network of a table of the paper and print the table with ours beside the paper's.
+
+    Tables 1 to 3 and the down-sampling study are on CIFAR-10 (--data cifar100 for the other), table 4 on
+    ImageNet (--data FOLDER). Figures 3, 4 and 5 are drawn from tables 1, 2 and 4. Each run leaves one JSON
+    file; the same command again makes only what is missing. Runs under torchrun as train does.
+    """
+    with bad_input(), joined(check_device(device)) as ranks:
+        use_threads(threads)
+        chosen = experiment_by_name(experiment).at_depths(
+            _parse_numbers("depths", depths) if depths else None
+        )
+        trained = recipes.recipe_with(
+            recipes.by_name(recipe or chosen.recipe),
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            precision=precision,
+        )
+        runs, folder = _parse_numbers("seeds", seeds), out or Path("results") / chosen.name
+        check_can_draw()
+        if only_plan:
+            known = data if data in ("cifar10", "cifar100") else None
+            images = None if data in (None, known) else read_data(str(data), test_data, size, False, as_json)
+            with running():
+                planned = plan(chosen, trained, runs, folder, data=images, data_name=known)
+            if as_json:
+                show(
+                    {
+                        "experiment": chosen.name,
+                        "recipe": vars(trained),
+                        "rows": [vars(row) for row in planned],
+                    }
+                )
+            else:
+                say(f"{chosen.name}: {chosen.title}; recipe {trained.name}, {trained.epochs} epochs")
+                print_plan(planned)
+            return
+        if data is None and chosen.data == "imagenet":
+            raise ValueError("data: ImageNet has to be there already; give its folder with --data")
+        check_folder(folder)
+        images = read_data(data or chosen.data, test_data, size, False, as_json)
+        make_folder(folder)
+        with running():
+            rows = reproduce(
+                chosen, trained, runs, folder, images, progress=not as_json, ranks=ranks, device=device
+            )
+    if not ranks.first:
+        return
+    if as_json:
+        show({"experiment": chosen.name, "rows": [row.to_dict() for row in rows], "out": str(folder)})
+        return
+    say(
+        f"{chosen.name}: {chosen.title}, on {images.name}, recipe {trained.name} with {trained.epochs} epochs"
+    )
+    print_comparison(rows)
+    say(f"wrote {folder} ({chosen.figure[0]}.svg and one JSON a run)")
+
+
+def _parse_numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"{name}={text!r}: expected different numbers with commas, such as 0,1,2")
+    return [int(part) for part in parts]

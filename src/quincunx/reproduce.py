@@ -1,0 +1,273 @@
+"""Run a table of the paper, or say what it would take, and set ours beside the paper's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quincunx import networks
+from quincunx.artifact import read_json, spec_of, write_json
+from quincunx.checkpoint import difference
+from quincunx.cost import cost
+from quincunx.data import ImageData
+from quincunx.experiments import Entry, Experiment
+from quincunx.figures import Picture, Point, learning_curves, scatter
+from quincunx.ranks import ALONE, Ranks
+from quincunx.recipes import Recipe
+from quincunx.report import curve_of, file_name, label_of
+from quincunx.train import fit
+
+__all__ = ["Compared", "Planned", "compare", "figure_of", "plan", "reproduce"]
+
+# training images, side and classes of the paper's data sets
+_SHAPES = {
+    "cifar10": (50_000, 32, 10),
+    "cifar100": (50_000, 32, 100),
+    "imagenet": (1_281_167, 224, 1000),
+}
+# enough to time a step by, and not long to wait for
+_TIMED_MACS = 4e9
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One network's runs before they are made.
+
+    Attributes:
+        label: of the network.
+        macs: multiply-adds an image.
+        epochs, seeds: of its runs.
+        hours: estimate for all its runs here, from the time of a few steps; None if not timed.
+        done: runs whose result is there already.
+    """
+
+    label: str
+    macs: int
+    epochs: int
+    seeds: int
+    hours: float | None
+    done: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of the paper's table with ours beside it.
+
+    Attributes:
+        label: of the network.
+        macs, paper_macs: multiply-adds an image, in millions; the paper's as printed.
+        errors: test error in percent, one a seed.
+        mean, deviation: of them; no deviation of fewer than two.
+        p: Student's two-sided t-test against the row's baseline; None without two seeds of both.
+        paper_error: the paper's, in percent, on the same data set.
+        baseline: the label it is tested against.
+    """
+
+    label: str
+    macs: float
+    paper_macs: float | None
+    errors: tuple[float, ...]
+    mean: float
+    deviation: float | None
+    p: float | None
+    paper_error: float | None
+    baseline: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def _built(entry: Entry, num_classes: int, in_channels: int = 3) -> nn.Module:
+    return networks.build(entry.network, num_classes, in_channels, **dict(entry.settings))
+
+
+def _name(entry: Entry, seed: int) -> str:
+    spec = {"name": entry.network, "settings": dict(entry.settings)}
+    return f"{file_name(label_of(spec))}-seed{seed}"
+
+
+def plan(
+    experiment: Experiment,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    out: str | Path,
+    *,
+    data: ImageData | None = None,
+    data_name: str | None = None,
+    timed: bool = True,
+) -> list[Planned]:
+    """What an experiment would run, with MACs and an estimate of hours on this machine.
+
+    Args:
+        experiment: its rows.
+        recipe: of all its runs.
+        seeds: of each network's runs.
+        out: folder of the results; runs that are there count as done.
+        data: the images; without them the numbers of ``data_name`` or the experiment's data set.
+        data_name: "cifar10", "cifar100" or "imagenet".
+        timed: whether to time a few steps of each network.
+    """
+    if data is not None:
+        count, size, classes = len(data.train), data.size, len(data.classes)
+    else:
+        count, side, classes = _SHAPES[data_name or experiment.data]
+        size = (side, side)
+    planned = []
+    for entry in experiment.entries:
+        model = _built(entry, classes)
+        macs = cost(model, torch.zeros(1, 3, *size)).macs
+        done = sum((Path(out) / f"{_name(entry, seed)}.json").exists() for seed in seeds)
+        hours = None
+        if timed:
+            each = _seconds_an_image(model, macs, size, recipe) * count * recipe.epochs / 3600
+            hours = each * (len(seeds) - done)
+        planned.append(Planned(label_of(spec_of(model)), macs, recipe.epochs, len(seeds), hours, done))
+    return planned
+
+
+def _seconds_an_image(model: nn.Module, macs: int, size: tuple[int, int], recipe: Recipe) -> float:
+    """Of training, from the faster of two steps of a small batch after a first one."""
+    batch = max(2, min(recipe.batch_size, int(_TIMED_MACS / macs)))
+    images = torch.randn(batch, 3, *size).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.long)
+    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    dtype = getattr(torch, recipe.precision)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            scores = model(images)
+        F.cross_entropy(scores.float(), labels).backward()  # type: ignore[no-untyped-call]
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:]) / batch
+
+
+def reproduce(
+    experiment: Experiment,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    out: str | Path,
+    data: ImageData,
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+    device: str = "cpu",
+) -> list[Compared]:
+    """Train every network of an experiment with every seed, one JSON a run, and compare.
+
+    The folder gets ``NETWORK-seedN.json`` a run, the runs' own folders below ``runs``, and the figure.
+    A run whose JSON is there is not made again, one that was stopped goes on from its checkpoint.
+
+    Raises:
+        ValueError: the folder has a run of that name with another recipe or other data (the
+            difference is listed), or the networks do not fit the data.
+        RunFailed: a run could not go on.
+    """
+    out = Path(out)
+    results: list[list[dict[str, Any]]] = [[] for _ in experiment.entries]
+    for seed in seeds:
+        for i, entry in enumerate(experiment.entries):
+            results[i].append(_result(entry, seed, recipe, out, data, progress, ranks, device))
+    compared = compare(experiment, results)
+    if ranks.first:
+        picture = figure_of(experiment, results, compared)
+        (out / f"{experiment.figure[0]}.svg").write_bytes(picture.content)
+    return compared
+
+
+def _result(
+    entry: Entry,
+    seed: int,
+    recipe: Recipe,
+    out: Path,
+    data: ImageData,
+    progress: bool,
+    ranks: Ranks,
+    device: str,
+) -> dict[str, Any]:
+    """Of one run: read if it is there, else trained."""
+    torch.manual_seed(seed)
+    model = _built(entry, len(data.classes), data.in_channels).to(device)
+    name = _name(entry, seed)
+    path = out / f"{name}.json"
+    if path.exists():
+        found: dict[str, Any] = read_json(path)
+        wanted = {"network": spec_of(model), "recipe": _plain(recipe), "data": data.describe(), "seed": seed}
+        for part, ours in wanted.items():
+            if found.get(part) != ours:
+                changes = difference(found.get(part), ours)
+                raise ValueError(f"{path}: a run of another {part}: {changes}; another --out starts anew")
+        return found
+    title = f"{label_of(spec_of(model))}, seed {seed}"
+    shown = title if progress else False
+    folder = out / "runs" / name
+    result = fit(model, data, recipe, folder, seed=seed, resume=True, progress=shown, ranks=ranks)
+    if ranks.first:
+        write_json(path, result)
+    return result
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {**asdict(recipe), "milestones": list(recipe.milestones)}
+
+
+def compare(experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]]) -> list[Compared]:
+    """The table: the runs of each of the experiment's rows, as ``run.json`` has them, beside the paper's."""
+    labels = [label_of(runs[0]["network"]) for runs in results]
+    errors = [tuple(100 * run["test_error"] for run in runs) for runs in results]
+    rows = []
+    for entry, label, runs, found in zip(experiment.entries, labels, results, errors, strict=True):
+        versus = entry.versus
+        rows.append(
+            Compared(
+                label,
+                runs[0]["cost"]["macs"] / 1e6,
+                entry.paper_macs,
+                found,
+                statistics.fmean(found),
+                statistics.stdev(found) if len(found) > 1 else None,
+                None if versus is None else _p_value(errors[versus], found),
+                entry.paper_error(runs[0]["data"]["name"]),
+                None if versus is None else labels[versus],
+            )
+        )
+    return rows
+
+
+def _p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Of Student's t-test for equal means, two-sided, as in the paper."""
+    from scipy.stats import ttest_ind
+
+    if min(len(one), len(other)) < 2:
+        return None
+    with warnings.catch_warnings():
+        # equal errors of all seeds have no variance, hence no p value
+        warnings.simplefilter("ignore", RuntimeWarning)
+        p = float(ttest_ind(one, other).pvalue)
+    return p if math.isfinite(p) else None
+
+
+def figure_of(
+    experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]], rows: Sequence[Compared]
+) -> Picture:
+    """The figure that belongs to an experiment: error against MACs, or by epoch."""
+    if experiment.figure[1] == "epochs":
+        return learning_curves(
+            [curve_of(i, row.label, runs) for i, (row, runs) in enumerate(zip(rows, results, strict=True))]
+        )
+    points = [
+        Point(i, row.label, row.macs, row.mean, row.macs, row.macs, (min(row.errors), max(row.errors)))
+        for i, row in enumerate(rows)
+    ]
+    return scatter(points, "million MACs an image", f"Error against MACs: {experiment.title}", "M")
