@@ -100,7 +100,9 @@ def conv_weight(
 def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
     height, width = size
     index = nearest_index(sampling, height, width).to(y.device)
-    dense = y.squeeze(3).index_select(2, index).view(y.shape[0], y.shape[1], height, width)
+    # position by position: in channels_last all channels of one lie together
+    rows = y.squeeze(3).transpose(1, 2).index_select(1, index)
+    dense = rows.view(y.shape[0], height, width, y.shape[1]).permute(0, 3, 1, 2)
     return dense.contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -124,5 +126,6 @@ def collect(z: Tensor, sampling: str) -> Tensor:
     height, width = z.shape[2:]
     index = nearest_index(sampling, height, width).to(z.device)
     m = int(position_index(sampling, height, width).shape[0])
-    sums = z.new_zeros((z.shape[0], z.shape[1], m)).index_add(2, index, z.flatten(2))
-    return sums.unsqueeze(3).contiguous(memory_format=CHANNELS_LAST)
+    rows = z.permute(0, 2, 3, 1).flatten(1, 2)
+    sums = z.new_zeros((z.shape[0], m, z.shape[1])).index_add(1, index, rows)
+    return sums.transpose(1, 2).unsqueeze(3).contiguous(memory_format=CHANNELS_LAST)
