@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from quincunx import bench
 from quincunx.cli import app
+from quincunx.cost import cost
+from quincunx.networks import build
 from quincunx.ops import backend
 from quincunx.peers import fold_batch_norm
 
@@ -108,3 +110,28 @@ def test_command_writes_result_and_figure(monkeypatch, tmp_path):
     assert json.loads(result.stdout) == json.loads((tmp_path / "results/bench-training.json").read_text())
     assert (tmp_path / "results/bench-training.svg").read_bytes().lstrip().startswith(b"<?xml")
     assert math.isfinite(json.loads(result.stdout)["rows"][0]["candidates"]["rSB 2/4"]["speedup"])
+
+
+@pytest.mark.parametrize(
+    ("dense", "sampled", "side"), [("rrn20", "rsbn20", 32), ("resnet18", "sb-resnet18", 128)]
+)
+def test_the_free_baseline_costs_what_the_sampled_network_costs(dense, sampled, side):
+    networks = [build(name).eval() for name in (dense, sampled)]
+    small = bench._side_of_equal_cost(*networks, side)
+    assert 1 < small < side
+    wanted = cost(networks[1], torch.zeros(1, 3, side, side)).macs
+    found, less, more = (
+        cost(networks[0], torch.zeros(1, 3, s, s)).macs for s in (small, small - 1, small + 1)
+    )
+    assert abs(found - wanted) <= min(abs(less - wanted), abs(more - wanted))
+
+
+def test_whole_networks_are_timed_beside_smaller_images():
+    case = next(bench.whole([("rrn8", "rsbn8", 16, (2,))]))
+    assert case.batch == 2
+    assert next(iter(case.dense)) == "ours, dense"
+    (name, (_, ratio)), (free, (make, free_ratio)) = case.ours.items()
+    assert (name, ratio > 1) == ("rsbn8", True)
+    assert free.startswith("rrn8 at 1")
+    assert free_ratio == pytest.approx(ratio, rel=0.25)
+    assert make(1)().shape == (2, 10)

@@ -223,23 +223,44 @@ def _trained(model: nn.Module, x: Tensor) -> Callable[[int], Run]:
     return make
 
 
-def whole(
-    pairs: Sequence[tuple[str, str]] = (("rrn20", "rsbn20"), ("rrn110", "rsbn110"), ("crn29", "csbn29")),
-    batches: Sequence[int] = (1, 64),
-    side: int = 32,
-) -> Iterator[Case]:
-    """Whole networks, both fused; beside them the dense one on other engines."""
-    for first, second in pairs:
+# dense network, spatial bottleneck network, side of the image, batches
+PAIRS = (
+    *((f"rrn{d}", f"rsbn{d}", 32, (1, 8, 64)) for d in (20, 110)),
+    ("crn29", "csbn29", 32, (1, 8, 64)),
+    ("pyramidnet110-a84", "sb-pyramidnet110-a84", 32, (1, 8)),
+    ("pyramidnet164-a84", "sb-pyramidnet164-a84", 32, (1, 8)),
+    *((f"resnet{d}", f"sb-resnet{d}", 224, (1, 8)) for d in (18, 34, 50, 101)),
+)
+
+
+def whole(pairs: Sequence[tuple[str, str, int, Sequence[int]]] = PAIRS) -> Iterator[Case]:
+    """Whole networks, both fused; beside them the dense one on other engines and on smaller images."""
+    for first, second, side, batches in pairs:
+        torch.manual_seed(0)
         dense, sampled = networks.build(first).eval(), networks.build(second).eval()
+        small = _side_of_equal_cost(dense, sampled, side)
         for batch in batches:
-            x = _map(batch, 3, side)
+            x, less = _map(batch, 3, side), _map(batch, 3, small)
             peers = {
                 "ours, dense": _fused(dense, x),
                 **{n: _peer(n, dense, x) for n in ("torch eager", "ONNX Runtime", "OpenVINO")},
             }
-            yield Case(
-                f"{second} / {first}", batch, peers, {second: (_fused(sampled, x), _ratio(dense, sampled, x))}
-            )
+            whole_macs = cost(dense, x[:1]).macs
+            ours = {
+                second: (_fused(sampled, x), _ratio(dense, sampled, x)),
+                # what anybody can have without any method
+                f"{first} at {small}^2": (_fused(dense, less), whole_macs / cost(dense, less[:1]).macs),
+            }
+            yield Case(f"{second} / {first}", batch, peers, ours)
+
+
+def _side_of_equal_cost(dense: nn.Module, sampled: nn.Module, side: int) -> int:
+    """The image size at which the dense network's MACs are nearest to the other's at ``side``."""
+    wanted, whole_macs = (cost(model, _map(1, 3, side)).macs for model in (sampled, dense))
+    # strides round, so that MACs go up in steps: near the square root the best one is looked for
+    about = round(side * math.sqrt(wanted / whole_macs))
+    near = range(max(1, about - 4), min(side, about + 5))
+    return min(near, key=lambda s: abs(cost(dense, _map(1, 3, s)).macs - wanted))
 
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
