@@ -152,8 +152,15 @@ def test_hidden_files_are_no_images(root):
         assert shades(data.train) == WANTED
 
 
+@pytest.fixture
+def many_tasks(monkeypatch):
+    """Few images a task, so that tasks wait for each other."""
+    monkeypatch.setattr("quincunx.data.images._DECODE_AT_ONCE", 3)
+
+
+@pytest.mark.usefixtures("many_tasks")
 def test_order_is_by_name_whatever_the_disk_says(root):
-    files = files_of(count=90)  # more than are decoded at once
+    files = files_of(count=90)
     names = list(files)
     backwards = as_folder(root / "b", {name: files[name] for name in reversed(names)})
     forwards = as_folder(root / "f", files)
@@ -165,6 +172,7 @@ def test_order_is_by_name_whatever_the_disk_says(root):
         assert train.images[:, 0, 0, 0].tolist() == wanted
 
 
+@pytest.mark.usefixtures("many_tasks")
 def test_an_archive_keeps_its_order(root):
     files = files_of(count=90)
     backwards = as_archive(root / "a.tar", {name: files[name] for name in reversed(list(files))})

@@ -80,8 +80,8 @@ def written(root, form, files, kind):
     return packed(root / "some.tar.gz", form, files)
 
 
-def packed(path, form, files):
-    with tarfile.open(path, "w:gz") as archive:
+def packed(path, form, files, mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
         for name, content in {"readme.html": b"<html>", **files}.items():
             member = tarfile.TarInfo(f"{form.folder}/{name}")
             member.size = len(content)
@@ -197,7 +197,7 @@ def test_a_cut_file_is_refused(tmp_path, form, kind):
         load_data(source)
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["a"] * 10])
+@pytest.mark.parametrize("names", [["a", "b"], ["a"] * 10, [*"abcdefghij", "a"]])
 def test_wrong_class_names_are_refused(tmp_path, names):
     for form in cifar.FORMS[:2]:
         (tmp_path / form.folder).mkdir()
@@ -210,6 +210,13 @@ def test_a_truncated_archive_without_the_official_name_is_refused(tmp_path, form
     path = packed(tmp_path / "some.tar.gz", form, content_of(form)[0])
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"some\.tar\.gz: not a readable tar archive, or cut short"):
+        load_data(path)
+
+
+def test_a_plain_archive_cut_between_two_files_is_refused(tmp_path, form):
+    path = packed(tmp_path / "some.tar", form, content_of(form)[0], "w")
+    path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(300))
+    with pytest.raises(ValueError, match=r"some\.tar: not a readable tar archive, or cut short"):
         load_data(path)
 
 
