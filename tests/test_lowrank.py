@@ -401,6 +401,21 @@ def test_a_budget_is_kept_and_counted(with_data):
     assert all((r["response_error"] is None) != with_data for r in result.replaced.values())
 
 
+def test_a_budget_goes_where_the_data_needs_it():
+    """The second layer reads one channel eight times over, which only the data shows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+    ).double()
+    with torch.no_grad():
+        model[1].weight[1:] = model[1].weight[:1]
+    method, data = qx.LowRank(budget=0.5, multiple=1), [images(8, 3, 12)]
+    by_data = qx.accelerate(model, method, calibration=data).replaced
+    by_weights = qx.accelerate(model, method, example_input=data[0]).replaced
+    assert by_data["2"]["rank"] < by_weights["2"]["rank"]
+    assert by_data["0"]["rank"] > by_weights["0"]["rank"]
+
+
 def test_ranks_as_a_person_gives_them():
     for given, wanted in ((1, 1), (71, 24), (0.25, 6), (1.0, 24), (0.001, 1), ("full", 24)):
         assert qx.LowRank(given).rank_of(24) == wanted

@@ -149,12 +149,13 @@ def fit(
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= top:
         raise ValueError(f"rank={rank!r}: expected an integer from 1 to {top}, the full rank of this layer")
     matrices = _matrices(conv)
-    gram = None if data is None else _column_gram(conv, data.gram)
-    energies = kernel_energies(conv, gram)
-    total = float(energies.sum())
-    energy = float(energies[:rank].sum()) / total if total > 0 else 1.0
     g, q, kw, n = matrices.shape
     left, values, right = torch.linalg.svd(matrices.flatten(2), full_matrices=False)
+    energies = values.square().sum(0)
+    if data is not None:
+        energies = kernel_energies(conv, _column_gram(conv, data.gram))
+    total = float(energies.sum())
+    energy = float(energies[:rank].sum()) / total if total > 0 else 1.0
     v = left[:, :, :rank] * values[:, None, :rank].sqrt()
     t = (values[:, :rank, None].sqrt() * right[:, :rank]).view(g, rank, kw, n).transpose(1, 2)
     bias = None if conv.bias is None else conv.bias.detach().double()
