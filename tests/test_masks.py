@@ -158,6 +158,8 @@ def test_the_highest_are_computed_and_of_equals_the_first():
         assert "".join(str(int(b)) for b in mask.mask(2, 3).flatten()) == bits
         assert mask.count(2, 3) == qx.Random(rate).count(2, 3)
     assert highest(torch.zeros(3, 3), 1e-9).positions(3, 3).tolist() == [[0, 0]]
+    equal = torch.zeros(40, 50)
+    assert torch.equal(highest(equal, 0.3).mask(40, 50).flatten(), torch.arange(2000) < 600)
     with pytest.raises(ValueError, match="rate=0"):
         highest(impact, 0)
 
