@@ -166,20 +166,22 @@ def test_order_is_by_name_whatever_the_disk_says(root):
     forwards = as_folder(root / "f", files)
     numbers = sorted(range(90), key=lambda i: f"{i}.png")
     for source in (forwards, backwards):
-        train = load_data(source, size=8).train
-        assert train.labels.tolist() == [0] * 90 + [1] * 90
+        data = load_data(source, size=8)
         wanted = [(shade + i) % 256 for shade in SHADE.values() for i in numbers]
-        assert train.images[:, 0, 0, 0].tolist() == wanted
+        for split in (data.train, data.test):
+            assert split.labels.tolist() == [0] * 90 + [1] * 90
+            assert split.images[:, 0, 0, 0].tolist() == wanted
 
 
 @pytest.mark.usefixtures("many_tasks")
 def test_an_archive_keeps_its_order(root):
     files = files_of(count=90)
     backwards = as_archive(root / "a.tar", {name: files[name] for name in reversed(list(files))})
-    train = load_data(backwards).train
-    assert train.labels.tolist() == [1] * 90 + [0] * 90
+    data = load_data(backwards)
     wanted = [(shade + i) % 256 for shade in reversed(SHADE.values()) for i in reversed(range(90))]
-    assert train.images[:, 0, 0, 0].tolist() == wanted
+    for split in (data.train, data.test):
+        assert split.labels.tolist() == [1] * 90 + [0] * 90
+        assert split.images[:, 0, 0, 0].tolist() == wanted
 
 
 # ---- pixels
