@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import quincunx as qx
@@ -309,3 +311,36 @@ def test_what_cannot_be_reproduced_is_said(arguments, message):
     done = call("reproduce", *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_training_starts_from_an_artifact_or_published_weights_and_learns_from_a_teacher(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "pictures"
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in "ab":
+            (data / part / label).mkdir(parents=True)
+            for i in range(3):
+                pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / part / label / f"{i}.png")
+    common = ("--data", data, "--epochs", "1", "--json")
+    first = call("train", "--network", "cifar-resnet8", *common, "--out", "first")
+    assert first.exit_code == 0, first.stderr
+    further = call("train", "--start", "first", "--recipe", "finetune", *common, "--out", "second")
+    result = json.loads(further.stdout)
+    assert result["network"]["name"] == "cifar-resnet8"
+    assert result["recipe"]["every"] == 10_000
+    taught = ("train", "--network", "cifar-resnet8", "--teacher", "first/model", "--distill", "0.5", *common)
+    assert json.loads(call(*taught, "--out", "third").stdout)["recipe"]["distill"] == 0.5
+    refused = call("train", "--start", "first", "--width", "8", *common, "--out", "fourth")
+    assert refused.exit_code == 2
+    assert "the artifact says its own width" in refused.stderr
+
+    state = qx.networks.build("cifar-resnet8", 2, 3).state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, "published.th")
+    published = call(
+        "train", "--network", "cifar-resnet8", "--start", "published.th", *common, "--out", "fifth"
+    )
+    assert json.loads(published.stdout)["data"]["mean"] == [0.485, 0.456, 0.406]

@@ -8,8 +8,8 @@ import torch
 import quincunx as qx
 from quincunx import demo
 from quincunx.data import load_data
+from quincunx.evaluation import evaluate
 from quincunx.report import collect, lines
-from quincunx.train import evaluate
 
 LABELS = ["rrn14", "rsbn14 2/4", "rsbn14 1/4"]
 FILES = [

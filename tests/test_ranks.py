@@ -18,7 +18,7 @@ import torch
 from torch import nn
 import test_train as common
 from quincunx.ranks import joined
-from quincunx.train import evaluate, fit, RunFailed
+from quincunx.train import fit, RunFailed
 
 folder, case = sys.argv[1:]
 torch.set_num_threads(1)

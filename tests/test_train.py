@@ -23,9 +23,11 @@ import quincunx as qx
 from quincunx import recipes
 from quincunx.checkpoint import read_checkpoint
 from quincunx.data import ImageData, Split, load_data
+from quincunx.evaluation import evaluate
 from quincunx.latency import using_threads
+from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe, recipe_with
-from quincunx.train import Interrupted, RunFailed, evaluate, fit, progress_bar
+from quincunx.train import Interrupted, RunFailed, fit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -679,14 +681,14 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
         (
             "checkpoint.shutil.disk_usage",
             lambda _: SimpleNamespace(free=1000),
-            "only 0 MB are free",
+            "of disk, 0.0 MB are free there",
         ),
-        ("train._free_memory", lambda: 10_000, r"a step of 8 images needs 0\.0 GB.*--batch-size"),
+        ("data.memory.available", lambda: 10_000, r"a step of 8 images: needs .* MB of memory.*--batch-size"),
     ],
 )
 def test_too_little_disk_or_memory_is_said_before_training(tmp_path, monkeypatch, name, given, message):
     monkeypatch.setattr(f"quincunx.{name}", given)
-    with pytest.raises(RunFailed, match=message):
+    with pytest.raises((RunFailed, ValueError), match=message):
         run(tmp_path, model=stop_in(network(), 1, AssertionError("it trained")))
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -776,3 +778,63 @@ def test_an_unknown_recipe_lists_the_nearest_first(typed, nearest):
     with pytest.raises(ValueError, match=f"recipe='{typed}'.*nearest first: {nearest}, ") as caught:
         recipes.by_name(typed)
     assert all(name in str(caught.value) for name in recipes.RECIPES)
+
+
+# ---- learning from a teacher, fine-tuning
+
+
+def test_distillation_mixes_the_labels_with_the_softened_answers_of_the_teacher(tmp_path):
+    model, teacher = network(), network(seed=3)
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(20)  # far from even answers
+    recipe = replace(TINY, epochs=1, batch_size=20, augment="none", distill=0.7, temperature=3.0)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    result, _ = run(tmp_path, model=model, recipe=recipe, teacher=teacher)
+    assert_equal_states(teacher.state_dict(), before)
+
+    again = network()
+    again.load_state_dict(start)
+    images = (DATA.train.images.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.3
+    scores, wanted = again.train()(images), teacher.eval()(images)
+    soft = F.softmax(wanted / 3, 1)
+    divergence = (soft * (soft.log() - F.log_softmax(scores / 3, 1))).sum(1).mean()
+    loss = 0.3 * F.cross_entropy(scores, DATA.train.labels) + 0.7 * 9 * divergence
+    assert result["history"][0]["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("share", "teacher"), [(0.5, None), (0.0, "rsbn8")])
+def test_a_teacher_is_there_if_and_only_if_it_is_asked(tmp_path, share, teacher):
+    recipe = replace(TINY, distill=share)
+    with pytest.raises(ValueError, match=r"teacher: the recipe's distill=0"):
+        run(tmp_path, recipe=recipe, teacher=None if teacher is None else network(teacher))
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 classes"):
+        run(tmp_path, recipe=replace(TINY, distill=0.5), teacher=network(num_classes=4))
+
+
+def test_the_rate_falls_after_every_so_many_steps():
+    recipe = recipes.finetune()
+    assert [recipe.lr_at(0.5, step) for step in (0, 9_999, 10_000, 25_000)] == [1e-4, 1e-4, 5e-5, 2.5e-5]
+    assert replace(TINY, gamma=0.5, every=2, milestones=(0.5,)).lr_at(0.6, 5) == 0.05 * 0.5**3
+    with pytest.raises(ValueError, match="every=-1: expected at least 0"):
+        Recipe(every=-1)
+
+
+def test_a_recipe_survives_json_and_one_of_an_earlier_version_has_the_defaults():
+    recipe = replace(recipes.finetune(), augment="cifar", milestones=(0.5,))
+    assert recipes.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    earlier = {k: v for k, v in TINY.to_dict().items() if k not in ("every", "distill")}
+    assert recipes.from_dict(earlier) == TINY
+    with pytest.raises(ValueError, match="recipe: has no magic"):
+        recipes.from_dict({"magic": 1})
+
+
+def test_plain_momentum(tmp_path):
+    models = []
+    for nesterov in (True, False):
+        _, model = run(tmp_path / str(nesterov), recipe=replace(TINY, epochs=1, nesterov=nesterov))
+        models.append(model)
+    assert not torch.equal(models[0].stem.weight, models[1].stem.weight)

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from quincunx.artifact import write_atomically
+from quincunx.data.memory import gigabytes
 
 __all__ = ["check_disk", "difference", "only_writer", "read_checkpoint", "write_checkpoint"]
 
@@ -67,8 +68,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise OSError(
-            f"{folder}: checkpoints and the trained network need {needed / 1e6:.0f} MB, but only "
-            f"{free / 1e6:.0f} MB are free there"
+            f"{folder}: checkpoints and the trained network need {gigabytes(needed)} of disk, "
+            f"{gigabytes(free)} are free there"
         )
 
 

@@ -18,9 +18,10 @@ from quincunx.data import ImageData, load_data
 from quincunx.figures import check_can_draw
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, environment, measure_models
+from quincunx.progress import progress_bar
 from quincunx.recipes import recipe_with
 from quincunx.report import Line, collect, file_name, label_of, lines, write_report
-from quincunx.train import CHECKPOINT, fit, progress_bar
+from quincunx.train import CHECKPOINT, fit
 
 __all__ = ["run_demo"]
 

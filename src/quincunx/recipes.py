@@ -11,14 +11,14 @@ from typing import Any
 
 from quincunx.data import AUGMENTATIONS
 
-__all__ = ["RECIPES", "Recipe", "by_name", "recipe_with"]
+__all__ = ["RECIPES", "Recipe", "by_name", "from_dict", "recipe_with"]
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum and a step schedule.
+    """How a network is trained: SGD with momentum and a step schedule.
 
     Attributes:
         name: of the recipe.
@@ -26,9 +26,15 @@ class Recipe:
         batch_size: images a step.
         lr: learning rate at the start.
         milestones: shares of the epochs after which the rate is multiplied by ``gamma``.
+        every: steps after which it is multiplied by ``gamma``, again and again; 0 for never.
         warmup: share of the epochs in which the rate rises linearly from zero.
         weight_decay: on every parameter.
-        momentum: of SGD, Nesterov's form.
+        momentum: of SGD.
+        nesterov: whether in Nesterov's form.
+        distill: share of the loss that asks for a teacher's answers instead of the labels (Hinton et
+            al., arXiv:1503.02531): temperature^2 times the Kullback-Leibler divergence of the softened
+            distributions.
+        temperature: that softens them.
         augment: "none", "cifar" (pad, crop, flip) or "imagenet" (crop by scale and aspect, mirror,
             jitter); None lets the data set say.
         precision: "float32", or automatic mixed precision: convolutions and the maps between them in
@@ -47,9 +53,13 @@ class Recipe:
     lr: float = 0.1
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
+    every: int = 0
     warmup: float = 0.0
     weight_decay: float = 1e-4
     momentum: float = 0.9
+    nesterov: bool = True
+    distill: float = 0.0
+    temperature: float = 4.0
     augment: str | None = None
     precision: str = "float32"
     accumulate: int = 1
@@ -57,7 +67,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        for key in ("epochs", "batch_size", "accumulate"):
+        for key in ("epochs", "batch_size", "accumulate", "every"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{key}={value!r}: expected an integer")
@@ -67,6 +77,9 @@ class Recipe:
             ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "shares of the epochs, in (0, 1)"),
             ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
+            ("every", self.every >= 0, "at least 0"),
+            ("distill", 0 <= self.distill <= 1, "a share of the loss, in [0, 1]"),
+            ("temperature", 0 < self.temperature < math.inf, "a positive number"),
             ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
@@ -77,11 +90,16 @@ class Recipe:
             if not holds:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
 
-    def lr_at(self, progress: float) -> float:
-        """The learning rate after a share ``progress`` of all steps."""
+    def lr_at(self, progress: float, step: int = 0) -> float:
+        """The learning rate after a share ``progress`` of all steps, ``step`` in number."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
-        return self.lr * self.gamma ** sum(progress >= m for m in self.milestones)
+        falls = sum(progress >= m for m in self.milestones)
+        return self.lr * self.gamma ** (falls + (step // self.every if self.every else 0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; :func:`from_dict` reads it."""
+        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
 
 def cifar() -> Recipe:
@@ -120,14 +138,42 @@ def imagenet() -> Recipe:
     )
 
 
+def finetune() -> Recipe:
+    """Rate 1e-4 halved every 10,000 steps, momentum 0.95, weight decay 5e-4 (Lin et al., ESPACE, 2017)."""
+    return Recipe(
+        name="finetune",
+        epochs=5,
+        batch_size=64,
+        lr=1e-4,
+        milestones=(),
+        gamma=0.5,
+        every=10_000,
+        momentum=0.95,
+        nesterov=False,
+        weight_decay=5e-4,
+    )
+
+
 def digits() -> Recipe:
     """For the 1,437 training digits: small batches, twelve epochs."""
     return Recipe(name="digits", epochs=12, batch_size=32, lr=0.1, milestones=(0.6, 0.85), warmup=0.04)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (cifar, pyramidnet, imagenet, short, digits)
+    recipe.__name__: recipe for recipe in (cifar, pyramidnet, imagenet, short, finetune, digits)
 }
+
+
+def from_dict(fields: dict[str, Any]) -> Recipe:
+    """A recipe as :meth:`Recipe.to_dict` gave it; a field that was not there yet has its default.
+
+    Raises:
+        ValueError: a field that no recipe has, or a value out of its range.
+    """
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(Recipe)})
+    if unknown:
+        raise ValueError(f"recipe: has no {', '.join(unknown)}")
+    return Recipe(**fields)
 
 
 def by_name(name: str) -> Recipe:

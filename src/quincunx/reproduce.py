@@ -23,7 +23,7 @@ from quincunx.data import ImageData
 from quincunx.experiments import Entry, Experiment
 from quincunx.figures import Picture, Point, learning_curves, scatter
 from quincunx.ranks import ALONE, Ranks
-from quincunx.recipes import Recipe
+from quincunx.recipes import Recipe, from_dict
 from quincunx.report import curve_of, file_name, label_of
 from quincunx.train import fit
 
@@ -203,10 +203,16 @@ def _result(
     path = out / f"{name}.json"
     if path.exists():
         found: dict[str, Any] = read_json(path)
-        wanted = {"network": spec_of(model), "recipe": _plain(recipe), "data": data.describe(), "seed": seed}
+        there = {**found, "recipe": from_dict(found.get("recipe", {})).to_dict()}
+        wanted = {
+            "network": spec_of(model),
+            "recipe": recipe.to_dict(),
+            "data": data.describe(),
+            "seed": seed,
+        }
         for part, ours in wanted.items():
-            if found.get(part) != ours:
-                changes = difference(found.get(part), ours)
+            if there.get(part) != ours:
+                changes = difference(there.get(part), ours)
                 raise ValueError(f"{path}: a run of another {part}: {changes}; another --out starts anew")
         return found
     title = f"{label_of(spec_of(model))}, seed {seed}"
@@ -216,10 +222,6 @@ def _result(
     if ranks.first:
         write_json(path, result)
     return result
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return {**asdict(recipe), "milestones": list(recipe.milestones)}
 
 
 def compare(experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]]) -> list[Compared]:

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from quincunx.artifact import check_replaceable, save, spec_of, write_atomically, write_json
 from quincunx.checkpoint import check_disk, difference, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
-from quincunx.data import ImageData, Part, batches
+from quincunx.data import ImageData, batches, memory
+from quincunx.evaluation import check_channels, check_scores, device_of, evaluate
 from quincunx.latency import environment
+from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
-from quincunx.recipes import Recipe
+from quincunx.recipes import Recipe, from_dict
 
-__all__ = ["Evaluation", "Interrupted", "RunFailed", "evaluate", "fit"]
+__all__ = ["Interrupted", "RunFailed", "fit"]
 
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
@@ -48,77 +39,6 @@ class Interrupted(RunFailed):
     """Training was stopped by the user; the message says how to go on."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross-entropy and share of wrong answers (top-1 error, in [0, 1]) over ``images`` images."""
-
-    loss: float
-    error: float
-    images: int
-
-
-def evaluate(
-    model: nn.Module, split: Part, data: ImageData, *, batch_size: int = 256, ranks: Ranks = ALONE
-) -> Evaluation:
-    """Loss and top-1 error of a network on one part of a data set.
-
-    Several processes take a share of the images each and all get the result for all of them.
-
-    Raises:
-        ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
-    """
-    _check_channels(model, data)
-    device = _device_of(model)
-    loss, wrong = 0.0, 0
-    with inference_mode_of(model):
-        for images, labels in batches(split, data, batch_size, rank=ranks.rank, world=ranks.world):
-            scores = model(images.to(device))
-            _check_scores(scores, data)
-            answers = labels.to(device)
-            loss += float(F.cross_entropy(scores, answers, reduction="sum"))
-            wrong += int((scores.argmax(1) != answers).sum())
-    loss, errors = ranks.total([loss, wrong])
-    return Evaluation(loss / len(split), errors / len(split), len(split))
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _check_channels(model: nn.Module, data: ImageData) -> None:
-    taken = getattr(model, "quincunx_spec", {}).get("in_channels", data.in_channels)
-    if taken != data.in_channels:
-        raise ValueError(
-            f"model: takes images of {taken} channels, but those of {data.name} have {data.in_channels}"
-        )
-
-
-def _check_scores(scores: Tensor, data: ImageData) -> None:
-    if scores.dim() != 2 or scores.shape[1] != len(data.classes):
-        raise ValueError(
-            f"model: gives scores of shape {tuple(scores.shape)}, but {data.name} has "
-            f"{len(data.classes)} classes"
-        )
-
-
-@contextmanager
-def progress_bar(shown: bool) -> Iterator[Progress]:
-    """A bar with count, elapsed and remaining time, on standard error."""
-    from rich.console import Console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        yield bar
-
-
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -129,6 +49,7 @@ def fit(
     resume: bool = False,
     progress: bool | str = False,
     ranks: Ranks = ALONE,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -153,59 +74,63 @@ def fit(
         resume: go on from the folder's checkpoint, or start if there is none.
         progress: show a bar, under this name.
         ranks: this process's place among several, from :func:`quincunx.ranks.joined`.
+        teacher: whose answers a recipe with ``distill`` asks for; it is evaluated and left as it is.
 
     Returns:
         The content of ``run.json``.
 
     Raises:
-        ValueError: the network does not fit the data; the checkpoint is corrupt, or of another network,
+        ValueError: the network or its teacher does not fit the data; a teacher is missing, or there for
+            nothing; the checkpoint is corrupt, or of another network,
             recipe, seed or data set; the folder holds something else where the artifact goes.
         FileExistsError: the folder holds a run and ``resume`` was not asked for.
         RunFailed: the loss is not finite, the disk is full or too small, another process writes to the
             folder, or a step needs more memory than there is; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    return _Run(model, data, recipe, Path(folder), seed, ranks).go(resume, progress)
-
-
-def _free_memory() -> int:
-    """Bytes that can be had."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # counts what the system would give up from its caches as well
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return _Run(model, data, recipe, Path(folder), seed, ranks, teacher).go(resume, progress)
 
 
 def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
     """Refuse a step whose maps alone, one for each layer, do not fit in the memory that is free."""
     images = math.ceil(recipe.batch_size / ranks.world / recipe.accumulate)
     values = sum(math.prod(row.output) for row in cost_of_one.rows)
-    needed = images * values * (4 if recipe.precision == "float32" else 2)
-    free = _free_memory()
-    if needed > free:
-        raise RunFailed(
-            f"a step of {images} images needs {needed / 1e9:.1f} GB for the layers' outputs alone, but only "
-            f"{free / 1e9:.1f} GB are free; a smaller --batch-size or a larger --accumulate needs less"
-        )
+    memory.check(
+        f"a step of {images} images",
+        images * values * (4 if recipe.precision == "float32" else 2),
+        "a smaller --batch-size or a larger --accumulate needs less",
+    )
 
 
 class _Run:
     """The state of one training run."""
 
     def __init__(
-        self, model: nn.Module, data: ImageData, recipe: Recipe, folder: Path, seed: int, ranks: Ranks
+        self,
+        model: nn.Module,
+        data: ImageData,
+        recipe: Recipe,
+        folder: Path,
+        seed: int,
+        ranks: Ranks,
+        teacher: nn.Module | None,
     ) -> None:
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.ranks = ranks
         self.spec = spec_of(model)
-        self.device = _device_of(model)
-        _check_channels(model, data)
+        self.device = device_of(model)
+        check_channels(model, data)
         height, width = data.size
         example = torch.zeros(1, data.in_channels, height, width, device=self.device)
         with inference_mode_of(model):
-            _check_scores(model(example), data)
+            check_scores(model(example), data)
+        if (teacher is not None) != (recipe.distill > 0):
+            need = "needs a teacher" if teacher is None else "makes no use of the teacher"
+            raise ValueError(f"teacher: the recipe's distill={recipe.distill:g} {need}")
+        self.teacher = teacher
+        if teacher is not None:
+            with inference_mode_of(teacher):
+                check_scores(teacher(example), data)
         self.cost = cost(model, example)
         self.augment = recipe.augment or data.augment
         # float16 has too few exponents for small gradients: the loss is scaled up before it is derived
@@ -216,7 +141,7 @@ class _Run:
             model.parameters(),
             lr=recipe.lr,
             momentum=recipe.momentum,
-            nesterov=recipe.momentum > 0,
+            nesterov=recipe.nesterov and recipe.momentum > 0,
             weight_decay=recipe.weight_decay,
         )
         # what a step goes through: gradients of several processes are averaged by torch
@@ -325,7 +250,8 @@ class _Run:
             world=self.ranks.world,
         )
         for step, (images, labels) in enumerate(epoch_batches):
-            lr = self.recipe.lr_at((number * steps + step) / (self.recipe.epochs * steps))
+            taken = number * steps + step
+            lr = self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.zero_grad(set_to_none=True)
@@ -371,17 +297,37 @@ class _Run:
                 with self._autocast():
                     outputs = self.stepped(part)
                 scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-                _check_scores(scores, self.data)
-                share = F.cross_entropy(scores.float(), answers, reduction="sum") / whole
+                check_scores(scores, self.data)
+                wanted = self._asked(part)
+                share = self._loss(scores, answers, wanted) / whole
                 for other in auxiliary:
-                    other_loss = F.cross_entropy(other.float(), answers, reduction="sum") / whole
-                    share = share + _AUXILIARY * other_loss
+                    share = share + _AUXILIARY * self._loss(other, answers, wanted) / whole
                 # torch takes the mean of the processes' gradients, where the sum is wanted
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss += float(share.detach())
             wrong += int((scores.detach().argmax(1) != answers).sum())
         loss, errors = self.ranks.total([loss, wrong])
         return loss, errors
+
+    def _asked(self, images: Tensor) -> Tensor | None:
+        """The teacher's scores."""
+        if self.teacher is None:
+            return None
+        with inference_mode_of(self.teacher), self._autocast():
+            scores: Tensor = self.teacher(images)
+        return scores.float()
+
+    def _loss(self, scores: Tensor, answers: Tensor, wanted: Tensor | None) -> Tensor:
+        """Summed over images: cross-entropy with the labels, or its mixture with the teacher's answers."""
+        scores = scores.float()
+        plain = F.cross_entropy(scores, answers, reduction="sum")
+        if wanted is None:
+            return plain
+        heat, share = self.recipe.temperature, self.recipe.distill
+        soft = F.kl_div(
+            F.log_softmax(scores / heat, 1), F.log_softmax(wanted / heat, 1), reduction="sum", log_target=True
+        )
+        return (1 - share) * plain + share * heat**2 * soft
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once a step, with its last part."""
@@ -403,7 +349,7 @@ class _Run:
         """What a checkpoint must share with the run that resumes it."""
         return {
             "network": self.spec,
-            "recipe": {**asdict(self.recipe), "milestones": list(self.recipe.milestones)},
+            "recipe": self.recipe.to_dict(),
             "data": self.data.describe(),
             "seed": self.seed,
         }
@@ -432,6 +378,7 @@ class _Run:
         ours = self._identity()
         try:
             theirs = json.loads(content["identity"])
+            theirs["recipe"] = from_dict(theirs["recipe"]).to_dict()
             state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
             history = json.loads(content["history"])
         except (KeyError, TypeError, ValueError) as error:

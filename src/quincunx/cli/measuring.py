@@ -29,8 +29,8 @@ from quincunx.console import print_bench, print_cost, print_facts, say, show
 from quincunx.cost import cost
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
+from quincunx.progress import progress_bar
 from quincunx.report import speedup_figure, write_report
-from quincunx.train import progress_bar
 
 
 def _parse_input(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 import quincunx as qx
 from quincunx import recipes
@@ -37,6 +38,7 @@ from quincunx.cli.common import (
 from quincunx.console import print_comparison, print_lines, print_plan, say, show
 from quincunx.data import ImageData
 from quincunx.demo import run_demo
+from quincunx.evaluation import evaluate
 from quincunx.experiments import EXPERIMENTS
 from quincunx.experiments import by_name as experiment_by_name
 from quincunx.figures import check_can_draw
@@ -44,7 +46,7 @@ from quincunx.latency import environment
 from quincunx.ranks import joined
 from quincunx.report import file_name, label_of, verdicts
 from quincunx.reproduce import plan, reproduce
-from quincunx.train import ARTIFACT, CHECKPOINT, Interrupted, RunFailed, evaluate, fit
+from quincunx.train import ARTIFACT, CHECKPOINT, Interrupted, RunFailed, fit
 
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
@@ -59,6 +61,13 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 )
 def train(
     network: Annotated[str, typer.Option(help="Name, such as rrn20 or rsbn20.")] = "rsbn20",
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Train this artifact further, or published weights of --network, in a file."),
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Artifact whose answers are learned, with --distill.")
+    ] = None,
     data: Data = "digits",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/NETWORK and its settings by default.")
@@ -70,13 +79,17 @@ def train(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    every: Annotated[int | None, typer.Option(help="Steps after which the rate falls each time.")] = None,
     milestones: Annotated[
         str | None, typer.Option(help="Shares of the epochs after which the rate falls, such as 0.5,0.75.")
     ] = None,
     gamma: Annotated[float | None, typer.Option(help="What the rate is multiplied by there.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the epochs in which the rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, on every parameter.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Nesterov momentum.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None,
+    nesterov: Annotated[bool | None, typer.Option("--nesterov/--plain", help="Form of the momentum.")] = None,
+    distill: Annotated[float | None, typer.Option(help="Share of the loss that follows --teacher.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="That softens the teacher's answers.")] = None,
     augment: Annotated[
         str | None,
         typer.Option(help="none, cifar (pad, crop, flip) or imagenet; by default as suits the data."),
@@ -112,11 +125,15 @@ def train(
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
+            every=every,
             milestones=_parse_shares(milestones),
             gamma=gamma,
             warmup=warmup,
             weight_decay=weight_decay,
             momentum=momentum,
+            nesterov=nesterov,
+            distill=distill,
+            temperature=temperature,
             augment=augment,
             precision=precision,
             accumulate=accumulate,
@@ -124,7 +141,8 @@ def train(
         )
         settings = settings_of(sampling, down, width)
         # what can be refused without the data is refused before a large data set is read
-        label = label_of(spec_of(qx.networks.build(network, **settings)))
+        started = None if start is None else _started(network, start, settings)
+        label = label_of(spec_of(qx.networks.build(network, **settings) if started is None else started))
         folder = out or Path("runs") / _run_name(network, label, settings, seed)
         resume = resume or ranks.world > 1
         if (folder / CHECKPOINT).exists() and not resume:
@@ -135,11 +153,24 @@ def train(
         check_folder(folder)
         images = read_data(data, test_data, size, skip_bad, as_json)
         torch.manual_seed(seed)
-        model = qx.networks.build(network, len(images.classes), images.in_channels, **settings).to(device)
+        if started is None:
+            model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
+        else:
+            # a network goes on with the normalisation that it was trained with
+            model, images = started, _as_trained(images, start)
+        guide = None if teacher is None else qx.load(teacher).to(device)
         make_folder(folder)
         with running():
             result = fit(
-                model, images, chosen, folder, seed=seed, resume=resume, progress=not as_json, ranks=ranks
+                model.to(device),
+                images,
+                chosen,
+                folder,
+                seed=seed,
+                resume=resume,
+                progress=not as_json,
+                ranks=ranks,
+                teacher=guide,
             )
     if not ranks.first:
         return
@@ -185,16 +216,10 @@ def evaluate_command(
     """Loss and top-1 error of an artifact on the test part of a data set."""
     with bad_input():
         use_threads(threads)
-        if (artifact / ARTIFACT).is_dir():
-            artifact = artifact / ARTIFACT
+        artifact = _artifact_in(artifact)
         model = qx.load(artifact)
-        trained_on = read_spec(artifact).get("info", {}).get("data", {})
-        images = read_data(data, test_data, size, skip_bad, as_json)
-        if trained_on.get("classes", list(images.classes)) != list(images.classes):
-            raise ValueError(f"data={data!r}: its classes are not those that {artifact} was trained on")
-        if "mean" in trained_on:
-            # a network is tested with the normalisation it was trained with
-            images = _renormalised(images, trained_on)
+        # a network is tested with the normalisation it was trained with
+        images = _as_trained(read_data(data, test_data, size, skip_bad, as_json), artifact)
         with running():
             result = evaluate(model, images.test, images)
     if as_json:
@@ -206,7 +231,32 @@ def evaluate_command(
     )
 
 
-def _renormalised(images: ImageData, trained_on: dict[str, Any]) -> ImageData:
+def _started(network: str, start: Path, settings: dict[str, Any]) -> nn.Module:
+    """The network of an artifact, or of published weights in a file."""
+    if start.is_dir():
+        if settings:
+            raise ValueError(f"start={str(start)!r}: the artifact says its own {', '.join(settings)}")
+        return qx.load(_artifact_in(start))
+    return qx.networks.weights.load(network, start, **settings)
+
+
+def _artifact_in(folder: Path) -> Path:
+    """The artifact of a run, where a run's folder was given."""
+    return folder / ARTIFACT if (folder / ARTIFACT).is_dir() else folder
+
+
+def _as_trained(images: ImageData, start: Path | None) -> ImageData:
+    """The images with the mean and deviation of those that an artifact was trained on, if it has any."""
+    if start is None:
+        return images
+    if not start.is_dir():
+        mean, std = qx.networks.weights.normalisation(start)
+        return replace(images, mean=mean, std=std)
+    trained_on = read_spec(_artifact_in(start)).get("info", {}).get("data", {})
+    if trained_on.get("classes", list(images.classes)) != list(images.classes):
+        raise ValueError(f"data={images.name!r}: its classes are not those that {start} was trained on")
+    if "mean" not in trained_on:
+        return images
     if len(trained_on["mean"]) != images.in_channels:
         raise ValueError(
             f"data={images.name!r}: images of {images.in_channels} channels, but the network takes "

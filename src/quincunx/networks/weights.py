@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from quincunx.networks.registry import build
 
-__all__ = ["from_caffe", "load", "read_checkpoint", "read_npz"]
+__all__ = ["from_caffe", "load", "normalisation", "read_checkpoint", "read_npz"]
 
 Arrays = Mapping[str, Sequence[Any]]
 
@@ -244,6 +244,21 @@ def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
     network = build(name, num_classes, in_channels, **settings)
     network.load_state_dict(state)
     return network.eval()
+
+
+def normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, of values in [0, 1], with which the network of a published file was trained.
+
+    Caffe's networks (.npz) take values up to 255 less a mean colour; torch's take ImageNet's mean and
+    deviation, which those for CIFAR-10 took over.
+
+    Example:
+        >>> normalisation("resnet20.th")[0]
+        (0.485, 0.456, 0.406)
+    """
+    if Path(path).suffix == ".npz":
+        return (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _outputs(state: Mapping[str, Tensor], key: str) -> int:

@@ -1,0 +1,68 @@
+"""Loss and error of a network on a part of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.cost import inference_mode_of
+from quincunx.data import ImageData, Part, batches
+from quincunx.ranks import ALONE, Ranks
+
+__all__ = ["Evaluation", "check_channels", "check_scores", "device_of", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy and share of wrong answers (top-1 error, in [0, 1]) over ``images`` images."""
+
+    loss: float
+    error: float
+    images: int
+
+
+def evaluate(
+    model: nn.Module, split: Part, data: ImageData, *, batch_size: int = 256, ranks: Ranks = ALONE
+) -> Evaluation:
+    """Loss and top-1 error of a network on one part of a data set.
+
+    Several processes take a share of the images each and all get the result for all of them.
+
+    Raises:
+        ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
+    """
+    check_channels(model, data)
+    device = device_of(model)
+    loss, wrong = 0.0, 0
+    with inference_mode_of(model):
+        for images, labels in batches(split, data, batch_size, rank=ranks.rank, world=ranks.world):
+            scores = model(images.to(device))
+            check_scores(scores, data)
+            answers = labels.to(device)
+            loss += float(F.cross_entropy(scores, answers, reduction="sum"))
+            wrong += int((scores.argmax(1) != answers).sum())
+    loss, errors = ranks.total([loss, wrong])
+    return Evaluation(loss / len(split), errors / len(split), len(split))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def check_channels(model: nn.Module, data: ImageData) -> None:
+    taken = getattr(model, "quincunx_spec", {}).get("in_channels", data.in_channels)
+    if taken != data.in_channels:
+        raise ValueError(
+            f"model: takes images of {taken} channels, but those of {data.name} have {data.in_channels}"
+        )
+
+
+def check_scores(scores: Tensor, data: ImageData) -> None:
+    if scores.dim() != 2 or scores.shape[1] != len(data.classes):
+        raise ValueError(
+            f"model: gives scores of shape {tuple(scores.shape)}, but {data.name} has "
+            f"{len(data.classes)} classes"
+        )
