@@ -100,6 +100,15 @@ def test_gradients_are_those_of_the_explicit_chain(settings, masks):
         torch.testing.assert_close(g, w, rtol=0, atol=1e-11)
 
 
+def test_what_a_layer_returns_may_be_changed_in_place():
+    module = qx.EspaceConv2d(3, 4, 3, rank=2, masks=(qx.QUARTER, qx.QUARTER), padding=1)
+    x = torch.randn(2, 3, 6, 6)
+    want = torch.autograd.grad(F.relu(module(x)).sum(), list(module.parameters()))
+    got = torch.autograd.grad(F.relu(module(x), inplace=True).sum(), list(module.parameters()))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
 def test_positions_that_share_a_value_add_their_gradients():
     """Eq. 7: one computed position stands for four, so its bias collects all four."""
     module = qx.EspaceConv2d(1, 1, 1, rank=1, masks=(qx.QUARTER, qx.QUARTER)).double()

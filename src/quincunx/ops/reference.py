@@ -38,6 +38,11 @@ def _scatter(y: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
     return filled.view(y.shape[0], y.shape[1], *size)
 
 
+def _empty_map(like: Tensor, height: int, width: int) -> Tensor:
+    shape = (like.shape[0], like.shape[1], height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -100,10 +105,12 @@ def conv_weight(
 def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
     height, width = size
     index = nearest_index(sampling, height, width).to(y.device)
-    # position by position: in channels_last all channels of one lie together
-    rows = y.squeeze(3).transpose(1, 2).index_select(1, index)
-    dense = rows.view(y.shape[0], height, width, y.shape[1]).permute(0, 3, 1, 2)
-    return dense.contiguous(memory_format=CHANNELS_LAST)
+    # position by position: in channels_last all channels of one lie together. Written in place, so
+    # that the result is no view, which nobody could change in place
+    dense = _empty_map(y, height, width)
+    out = dense.permute(0, 2, 3, 1).view(y.shape[0], height * width, y.shape[1])
+    torch.index_select(y.squeeze(3).transpose(1, 2), 1, index, out=out)
+    return dense
 
 
 def conv_filled(
@@ -126,6 +133,6 @@ def collect(z: Tensor, sampling: str) -> Tensor:
     height, width = z.shape[2:]
     index = nearest_index(sampling, height, width).to(z.device)
     m = int(position_index(sampling, height, width).shape[0])
-    rows = z.permute(0, 2, 3, 1).flatten(1, 2)
-    sums = z.new_zeros((z.shape[0], m, z.shape[1])).index_add(1, index, rows)
-    return sums.transpose(1, 2).unsqueeze(3).contiguous(memory_format=CHANNELS_LAST)
+    sums = _empty_map(z, m, 1).zero_()
+    sums.squeeze(3).transpose(1, 2).index_add_(1, index, z.permute(0, 2, 3, 1).flatten(1, 2))
+    return sums
