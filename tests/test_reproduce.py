@@ -96,7 +96,7 @@ def test_a_table_leaves_one_result_a_run_and_its_figure(made):
 
 def test_the_same_command_again_makes_nothing_and_says_the_same(made, monkeypatch):
     out, rows = made
-    monkeypatch.setattr("quincunx.reproduce.fit", None)
+    monkeypatch.setattr("quincunx.reproduce.fit", lambda *_, **__: pytest.fail("it trained"))
     assert reproduce(by_name("table1").at_depths([20]), RECIPE, [0, 1], out, DATA) == rows
 
 

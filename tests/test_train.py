@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -838,3 +839,36 @@ def test_plain_momentum(tmp_path):
         _, model = run(tmp_path / str(nesterov), recipe=replace(TINY, epochs=1, nesterov=nesterov))
         models.append(model)
     assert not torch.equal(models[0].stem.weight, models[1].stem.weight)
+
+
+# ---- images that are read while training
+
+
+def photographs(folder, count=4):
+    for part in ("train", "test"):
+        for label in "abc":
+            (folder / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 255, (40, 48, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
+    return load_data(folder, size=16, stream=True)
+
+
+def test_a_streamed_set_trains_alike_with_any_number_of_workers(tmp_path):
+    data = photographs(tmp_path / "data")
+    recipe = replace(TINY, epochs=2, augment="imagenet")
+    logs = []
+    for workers in (0, 2):
+        model = network(in_channels=3)
+        result, _ = run(tmp_path / str(workers), model=model, data=data, recipe=recipe, workers=workers)
+        logs.append(log_of(tmp_path / str(workers)))
+        assert result["data"]["streamed"] is True
+    assert logs[0] == logs[1]
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_with_its_name_and_keeps_the_checkpoint(tmp_path):
+    data = photographs(tmp_path / "data")
+    (tmp_path / "data" / "train" / "b" / "2.png").write_bytes(b"no picture")
+    with pytest.raises(RunFailed, match=r"2\.png.*; the checkpoint after epoch 0 is kept in"):
+        run(tmp_path / "run", model=network(in_channels=3), data=data, recipe=TINY, workers=1)
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")

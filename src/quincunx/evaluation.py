@@ -25,7 +25,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, split: Part, data: ImageData, *, batch_size: int = 256, ranks: Ranks = ALONE
+    model: nn.Module,
+    split: Part,
+    data: ImageData,
+    *,
+    batch_size: int = 256,
+    ranks: Ranks = ALONE,
+    workers: int | None = None,
 ) -> Evaluation:
     """Loss and top-1 error of a network on one part of a data set.
 
@@ -38,7 +44,9 @@ def evaluate(
     device = device_of(model)
     loss, wrong = 0.0, 0
     with inference_mode_of(model):
-        for images, labels in batches(split, data, batch_size, rank=ranks.rank, world=ranks.world):
+        for images, labels in batches(
+            split, data, batch_size, rank=ranks.rank, world=ranks.world, workers=workers
+        ):
             scores = model(images.to(device))
             check_scores(scores, data)
             answers = labels.to(device)

@@ -6,8 +6,9 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def reproduce(
     progress: bool = False,
     ranks: Ranks = ALONE,
     device: str = "cpu",
+    workers: int | None = None,
 ) -> list[Compared]:
     """Train every network of an experiment with every seed, one JSON a run, and compare.
 
@@ -178,7 +180,10 @@ def reproduce(
     results: list[list[dict[str, Any]]] = [[] for _ in experiment.entries]
     for seed in seeds:
         for i, entry in enumerate(experiment.entries):
-            results[i].append(_result(entry, seed, recipe, out, data, progress, ranks, device))
+            run = partial(
+                fit, progress=_title(entry, seed) if progress else False, ranks=ranks, workers=workers
+            )
+            results[i].append(_result(run, entry, seed, recipe, out, data, ranks.first, device))
     compared = compare(experiment, results)
     if ranks.first:
         picture = figure_of(experiment, results, compared)
@@ -186,14 +191,18 @@ def reproduce(
     return compared
 
 
+def _title(entry: Entry, seed: int) -> str:
+    return f"{label_of({'name': entry.network, 'settings': dict(entry.settings)})}, seed {seed}"
+
+
 def _result(
+    run: Callable[..., dict[str, Any]],
     entry: Entry,
     seed: int,
     recipe: Recipe,
     out: Path,
     data: ImageData,
-    progress: bool,
-    ranks: Ranks,
+    writes: bool,
     device: str,
 ) -> dict[str, Any]:
     """Of one run: read if it is there, else trained."""
@@ -215,11 +224,8 @@ def _result(
                 changes = difference(there.get(part), ours)
                 raise ValueError(f"{path}: a run of another {part}: {changes}; another --out starts anew")
         return found
-    title = f"{label_of(spec_of(model))}, seed {seed}"
-    shown = title if progress else False
-    folder = out / "runs" / name
-    result = fit(model, data, recipe, folder, seed=seed, resume=True, progress=shown, ranks=ranks)
-    if ranks.first:
+    result = run(model, data, recipe, out / "runs" / name, seed=seed, resume=True)
+    if writes:
         write_json(path, result)
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from quincunx.artifact import check_replaceable, save, spec_of, write_atomically, write_json
 from quincunx.checkpoint import check_disk, difference, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
-from quincunx.data import ImageData, batches, memory
+from quincunx.data import ImageData, WorkerFailed, batches, memory
 from quincunx.evaluation import check_channels, check_scores, device_of, evaluate
 from quincunx.latency import environment
 from quincunx.progress import progress_bar
@@ -50,6 +51,7 @@ def fit(
     progress: bool | str = False,
     ranks: Ranks = ALONE,
     teacher: nn.Module | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -75,20 +77,21 @@ def fit(
         progress: show a bar, under this name.
         ranks: this process's place among several, from :func:`quincunx.ranks.joined`.
         teacher: whose answers a recipe with ``distill`` asks for; it is evaluated and left as it is.
+        workers: processes that decode streamed images; by default one a core, at most eight.
 
     Returns:
         The content of ``run.json``.
 
     Raises:
         ValueError: the network or its teacher does not fit the data; a teacher is missing, or there for
-            nothing; the checkpoint is corrupt, or of another network,
+            nothing; a step needs more memory than is free; the checkpoint is corrupt, or of another network,
             recipe, seed or data set; the folder holds something else where the artifact goes.
         FileExistsError: the folder holds a run and ``resume`` was not asked for.
-        RunFailed: the loss is not finite, the disk is full or too small, another process writes to the
-            folder, or a step needs more memory than there is; the last checkpoint is kept.
+        RunFailed: the loss is not finite, a streamed image cannot be read, the disk is full or too small,
+            or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    return _Run(model, data, recipe, Path(folder), seed, ranks, teacher).go(resume, progress)
+    return _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers).go(resume, progress)
 
 
 def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
@@ -114,9 +117,10 @@ class _Run:
         seed: int,
         ranks: Ranks,
         teacher: nn.Module | None,
+        workers: int | None,
     ) -> None:
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
-        self.ranks = ranks
+        self.ranks, self.workers = ranks, workers
         self.spec = spec_of(model)
         self.device = device_of(model)
         check_channels(model, data)
@@ -248,8 +252,9 @@ class _Run:
             channels_last=self.recipe.channels_last,
             rank=self.ranks.rank,
             world=self.ranks.world,
+            workers=self.workers,
         )
-        for step, (images, labels) in enumerate(epoch_batches):
+        for step, (images, labels) in enumerate(self._read(epoch_batches)):
             taken = number * steps + step
             lr = self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
             for group in self.optimizer.param_groups:
@@ -265,7 +270,7 @@ class _Run:
             wrong += errors
             advance(f"epoch {number + 1} loss {total / (step * self.recipe.batch_size + whole):.3f}")
         seconds = time.perf_counter() - began
-        tested = evaluate(self.model, self.data.test, self.data, ranks=self.ranks)
+        tested = evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
         if not math.isfinite(tested.loss):
             # the last step may be the one that broke the weights: they must not replace good ones
             raise self._diverged("test loss", tested.loss, number, steps, lr)
@@ -279,6 +284,19 @@ class _Run:
             "seconds": seconds,
             "images_per_second": count / seconds,
         }
+
+    def _read(self, source: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches; an image that cannot be read, or a worker that died, ends the run with its reason."""
+        while True:
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            except (ValueError, WorkerFailed) as error:
+                raise RunFailed(
+                    f"{error}; the checkpoint after epoch {self.saved} is kept in {self.checkpoint}"
+                ) from error
+            yield batch
 
     def _derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[float, float]:
         """Mean loss and wrong answers of a batch of ``whole`` images, its gradients left at the parameters.

@@ -35,7 +35,14 @@ Seed = Annotated[int, typer.Option(help="Fixes initial weights, data order and a
 Threads = Annotated[
     int | None, typer.Option(help="Threads to compute with; torch decides by default.", min=1)
 ]
-Data = Annotated[str, typer.Option(help="digits, or a folder or .tar.gz of images by class.")]
+Data = Annotated[
+    str, typer.Option(help="digits, cifar10, cifar100, or a folder or archive of images by class.")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--in-memory", help="Decode images when needed, or at once."),
+]
+Workers = Annotated[int | None, typer.Option(help="Processes that decode streamed images.", min=0)]
 Size = Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.", min=1)]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
 TestData = Annotated[
@@ -110,10 +117,26 @@ def settings_of(sampling: str | None, down: str | None, width: int | None) -> di
     return {k: v for k, v in given.items() if v is not None}
 
 
-def read_data(data: str, test_data: Path | None, size: int | None, skip_bad: bool, quiet: bool) -> ImageData:
+def read_data(
+    data: str,
+    test_data: Path | None,
+    size: int | None,
+    *,
+    skip_bad: bool = False,
+    stream: bool | None = None,
+    quiet: bool = False,
+) -> ImageData:
+    """The data set, with a sign of life while it is read; its notes go to standard error."""
     console = Console(stderr=True, quiet=quiet)
-    with console.status(f"reading {data}"):
-        loaded = load_data(data, test_source=test_data, size=size, skip_bad=skip_bad)
+    with console.status(f"reading {data}") as status:
+
+        def downloading(done: int, whole: int | None) -> None:
+            of = "" if whole is None else f" of {whole / 1e6:.0f}"
+            status.update(f"downloading {data}: {done / 1e6:.0f}{of} MB")
+
+        loaded = load_data(
+            data, test_source=test_data, size=size, skip_bad=skip_bad, stream=stream, progress=downloading
+        )
     for note in loaded.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
     return loaded

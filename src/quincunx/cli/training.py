@@ -21,9 +21,11 @@ from quincunx.cli.common import (
     Seed,
     Size,
     SkipBad,
+    Stream,
     TestData,
     Threads,
     Width,
+    Workers,
     app,
     bad_input,
     check_device,
@@ -103,6 +105,8 @@ def train(
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
+    stream: Stream = None,
+    workers: Workers = None,
     seed: Seed = 0,
     threads: Threads = None,
     device: Device = "cpu",
@@ -151,7 +155,7 @@ def train(
                 "another --out starts anew"
             )
         check_folder(folder)
-        images = read_data(data, test_data, size, skip_bad, as_json)
+        images = read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json)
         torch.manual_seed(seed)
         if started is None:
             model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
@@ -171,6 +175,7 @@ def train(
                 progress=not as_json,
                 ranks=ranks,
                 teacher=guide,
+                workers=workers,
             )
     if not ranks.first:
         return
@@ -210,6 +215,8 @@ def evaluate_command(
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
+    stream: Stream = None,
+    workers: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -219,9 +226,11 @@ def evaluate_command(
         artifact = _artifact_in(artifact)
         model = qx.load(artifact)
         # a network is tested with the normalisation it was trained with
-        images = _as_trained(read_data(data, test_data, size, skip_bad, as_json), artifact)
+        images = _as_trained(
+            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), artifact
+        )
         with running():
-            result = evaluate(model, images.test, images)
+            result = evaluate(model, images.test, images, workers=workers)
     if as_json:
         show({"artifact": str(artifact), "data": images.name, **vars(result), "environment": environment()})
         return
@@ -311,6 +320,8 @@ def reproduce_command(
     ] = None,
     test_data: TestData = None,
     size: Size = None,
+    stream: Stream = None,
+    workers: Workers = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; results/EXPERIMENT by default.")
     ] = None,
@@ -350,7 +361,11 @@ def reproduce_command(
         check_can_draw()
         if only_plan:
             known = data if data in ("cifar10", "cifar100") else None
-            images = None if data in (None, known) else read_data(str(data), test_data, size, False, as_json)
+            images = (
+                None
+                if data in (None, known)
+                else read_data(str(data), test_data, size, stream=stream, quiet=as_json)
+            )
             with running():
                 planned = plan(chosen, trained, runs, folder, data=images, data_name=known)
             if as_json:
@@ -368,11 +383,19 @@ def reproduce_command(
         if data is None and chosen.data == "imagenet":
             raise ValueError("data: ImageNet has to be there already; give its folder with --data")
         check_folder(folder)
-        images = read_data(data or chosen.data, test_data, size, False, as_json)
+        images = read_data(data or chosen.data, test_data, size, stream=stream, quiet=as_json)
         make_folder(folder)
         with running():
             rows = reproduce(
-                chosen, trained, runs, folder, images, progress=not as_json, ranks=ranks, device=device
+                chosen,
+                trained,
+                runs,
+                folder,
+                images,
+                progress=not as_json,
+                ranks=ranks,
+                device=device,
+                workers=workers,
             )
     if not ranks.first:
         return
