@@ -18,7 +18,7 @@ from quincunx.__main__ import main
 from quincunx.cli import app
 
 SMALL = ("--network", "rsbn8", "--width", "4")
-VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce")
+VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce", "accelerate")
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ def test_a_full_disk_fails_with_1(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("quincunx.train.write_atomically", full)
+    monkeypatch.setattr("quincunx.train.write_text", full)
     assert "No space left on device" in refused("train", *SMALL, "--epochs", 1, "--json", code=1)
 
 

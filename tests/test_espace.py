@@ -396,11 +396,6 @@ class Residual(nn.Module):
         return self.dense(F.relu(self.norm(self.sparse(x)) + x))
 
 
-@pytest.mark.xfail(
-    qx.backend().name == "native",
-    reason="qx.fuse adds a shortcut to a perforated convolution's computed positions only",
-    strict=True,
-)
 def test_a_fused_shortcut_is_added_at_every_position():
     net, x = Residual().eval(), torch.randn(2, 6, 9, 8)
     torch.testing.assert_close(qx.fuse(net)(x), net(x), rtol=1e-4, atol=1e-5)

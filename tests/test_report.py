@@ -370,7 +370,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
     page = write_report(folder)
     before = page.read_bytes()
     put(folder / "a.json", run(error=0.3))
-    monkeypatch.setattr("quincunx.report._write", _full_disk)
+    monkeypatch.setattr("quincunx.artifact._write_text", _full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(folder)
     assert page.read_bytes() == before

@@ -19,7 +19,7 @@ from quincunx import networks
 from quincunx.methods import build_module
 from quincunx.surgery import put
 
-__all__ = ["load", "read_json", "save", "spec_of", "write_atomically", "write_json"]
+__all__ = ["load", "read_json", "save", "spec_of", "write_atomically", "write_json", "write_text"]
 
 _FORMAT = "quincunx-artifact"
 _VERSION = 1
@@ -54,10 +54,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON (no NaN), atomically."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

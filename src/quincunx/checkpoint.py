@@ -75,10 +75,16 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def difference(theirs: Any, ours: Any) -> str:
     """The fields in which two descriptions differ, as a sentence's end."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
-        return ", ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in differing)
-    return f"was {theirs!r}, now {ours!r}"
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return f"was {theirs!r}, now {ours!r}"
+    found = []
+    for key in {**theirs, **ours}:
+        one, other = theirs.get(key), ours.get(key)
+        if one != other:
+            # of two nested descriptions only what differs
+            nested = isinstance(one, dict) and isinstance(other, dict) and {"name"} & {*one, *other}
+            found.append(f"{key} {difference(one, other) if nested else f'was {one!r}, now {other!r}'}")
+    return ", ".join(found)
 
 
 # what zipfile and torch.load raise on damaged or foreign files

@@ -12,12 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from quincunx.acceleration_report import acceleration_sentences
 from quincunx.cost import Cost
 from quincunx.report import Line
 from quincunx.reproduce import Compared, Planned
 
 __all__ = [
     "complain",
+    "print_acceleration",
     "print_bench",
     "print_comparison",
     "print_cost",
@@ -174,3 +176,28 @@ def print_comparison(rows: list[Compared]) -> None:
         )
     _console().print(table)
     say("Mean and deviation over seeds; p of Student's t-test, two-sided; the paper's as printed, if known.")
+
+
+def print_acceleration(result: dict[str, Any]) -> None:
+    """Each replaced layer before and after, and the network's error at each stage."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("layer")
+    for column in ("rank", "rates", "response\nerror", "MAC\nratio", "ms\nbefore", "ms\nafter", "speed-up"):
+        table.add_column(column, justify="right")
+    for row in result["layers"]:
+        rates, error = row.get("rates"), row.get("response_error")
+        table.add_row(
+            row["name"],
+            str(row.get("rank", "")),
+            "" if rates is None else ", ".join(f"{rate:.2g}" for rate in rates),
+            "" if error is None else f"{100 * error:.2f}%",
+            f"{row['macs_before'] / row['macs_after']:.2f}",
+            f"{1e3 * row['seconds_before']:.3f}",
+            f"{1e3 * row['seconds_after']:.3f}",
+            f"{row['speedup']['median']:.2f}x",
+        )
+    _console().print(table)
+    for name, reason in result["skipped"].items():
+        say(f"kept {name}: {reason}")
+    for sentence in acceleration_sentences(result):
+        say(sentence)

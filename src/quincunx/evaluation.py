@@ -12,7 +12,7 @@ from quincunx.cost import inference_mode_of
 from quincunx.data import ImageData, Part, batches
 from quincunx.ranks import ALONE, Ranks
 
-__all__ = ["Evaluation", "check_channels", "check_scores", "device_of", "evaluate"]
+__all__ = ["Evaluation", "check_channels", "check_scores", "device_of", "evaluate", "judged"]
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,39 @@ def evaluate(
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
+    losses, right = judged(
+        model, split, data, batch_size=batch_size, rank=ranks.rank, world=ranks.world, workers=workers
+    )
+    loss, errors = ranks.total([float(losses.sum()), float((~right).sum())])
+    return Evaluation(loss / len(split), errors / len(split), len(split))
+
+
+def judged(
+    model: nn.Module,
+    split: Part,
+    data: ImageData,
+    *,
+    batch_size: int = 256,
+    rank: int = 0,
+    world: int = 1,
+    workers: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (float64) and whether the answer was right, image by image, in the part's order.
+
+    Raises:
+        ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
+    """
     check_channels(model, data)
     device = device_of(model)
-    loss, wrong = 0.0, 0
+    losses, right = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
     with inference_mode_of(model):
-        for images, labels in batches(
-            split, data, batch_size, rank=ranks.rank, world=ranks.world, workers=workers
-        ):
+        for images, labels in batches(split, data, batch_size, rank=rank, world=world, workers=workers):
             scores = model(images.to(device))
             check_scores(scores, data)
             answers = labels.to(device)
-            loss += float(F.cross_entropy(scores, answers, reduction="sum"))
-            wrong += int((scores.argmax(1) != answers).sum())
-    loss, errors = ranks.total([loss, wrong])
-    return Evaluation(loss / len(split), errors / len(split), len(split))
+            losses.append(F.cross_entropy(scores.float(), answers, reduction="none").double().cpu())
+            right.append((scores.argmax(1) == answers).cpu())
+    return torch.cat(losses), torch.cat(right)
 
 
 def device_of(model: nn.Module) -> torch.device:

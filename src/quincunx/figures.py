@@ -17,7 +17,17 @@ from quincunx.sampling import Sampling
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "Picture", "Point", "learning_curves", "sampling_picture", "scatter", "speedups"]
+__all__ = [
+    "Curve",
+    "Picture",
+    "Point",
+    "layer_times",
+    "learning_curves",
+    "map_picture",
+    "sampling_picture",
+    "scatter",
+    "speedups",
+]
 
 # Okabe and Ito's palette, told apart also by people who are colour-blind
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -240,3 +250,45 @@ def sampling_picture(sampling: Sampling, name: str) -> Picture:
         f"{int(mask.sum())} of {mask.numel()}; the first row has columns "
         f"{', '.join(str(int(c)) for c in mask[0].nonzero().flatten()) or 'none'}.",
     )
+
+
+@_styled
+def layer_times(rows: Sequence[tuple[str, float, float]], title: str) -> Picture:
+    """Milliseconds of each layer before and after, a pair of bars a layer, the first layer on top."""
+    figure, axes, columns = _axes(["before", "after"])
+    figure.set_size_inches(5.0, 1.2 + 0.36 * len(rows))
+    for shift, look, which, label in ((-0.19, 0, 1, "before"), (0.19, 1, 2, "after")):
+        axes.barh(
+            [i + shift for i in range(len(rows))],
+            [row[which] for row in rows],
+            height=0.36,
+            color="#9a9a9a" if look == 0 else _COLOURS[look],
+            label=label,
+        )
+    axes.set_yticks(range(len(rows)), [_shorten(row[0]) for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms")
+    axes.grid(axis="y", visible=False)
+    _legend(figure, columns)
+    said = "; ".join(f"{name}: {before:.3g} to {after:.3g} ms" for name, before, after in rows)
+    return _picture(figure, title, f"{title}. {said}.")
+
+
+@_styled
+def map_picture(values: Sequence[Sequence[float]], computed: Sequence[Sequence[bool]], title: str) -> Picture:
+    """The impact of each position, bright where it is high, and a dot on those that are computed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.9, 1.9), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(values, cmap="viridis", aspect="equal")
+    places = [(r, c) for r, row in enumerate(computed) for c, there in enumerate(row) if there]
+    side = max(len(computed), len(computed[0]))
+    axes.scatter(
+        [c for _, c in places], [r for r, _ in places], s=(70 / side) ** 2 / 4, color="white", linewidths=0
+    )
+    axes.set_axis_off()
+    whole = len(computed) * len(computed[0])
+    grid = f"{len(computed)} x {len(computed[0])}"
+    text = f"Impact of each of {grid} positions; {len(places)} of {whole} are computed."
+    return _picture(figure, title, f"{title}. {text}")

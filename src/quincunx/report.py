@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quincunx.artifact import read_json, write_atomically
+from quincunx.artifact import read_json, write_text
 from quincunx.figures import (
     Curve,
     Picture,
@@ -34,12 +34,12 @@ __all__ = [
     "file_name",
     "label_of",
     "lines",
+    "render",
     "speedup_figure",
     "verdicts",
     "write_report",
 ]
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SHORT: dict[Sampling, str] = {QUARTER: "1/4", CHESSBOARD: "2/4", THREE_QUARTERS: "3/4"}
 
 
@@ -410,8 +410,6 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         ModuleNotFoundError: the ``report`` extra is not installed.
     """
     check_can_draw()
-    from jinja2 import Environment, StrictUndefined
-
     folder = Path(folder)
     page = Path(out) if out is not None else folder
     if page.is_dir() or out is None:
@@ -419,10 +417,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     results = collect(folder)
     rows = lines(results)
     samplings = {s: _name_of(s) for n in results.networks if (s := _sampling_of(n.spec)) is not None}
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    html = render(
+        "report.html.jinja",
         rows=rows,
         settings=[timing["setting"] for timing in results.timings],
         verdicts=verdicts(rows),
@@ -434,12 +430,22 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         timings=results.timings,
         standard_error=math.sqrt(rows[0].error * (1 - rows[0].error) / rows[0].tested),
     )
-    write_atomically(page, lambda path: _write(path, html))
+    write_text(page, html)
     return page
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def render(template: str, **values: Any) -> str:
+    """A page from one of the package's templates."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def speedup_figure(result: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from quincunx.artifact import check_replaceable, save, spec_of, write_atomically, write_json
+from quincunx.artifact import check_replaceable, save, spec_of, write_json, write_text
 from quincunx.checkpoint import check_disk, difference, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
 from quincunx.data import ImageData, WorkerFailed, batches, memory
@@ -390,7 +390,7 @@ class _Run:
         if not self.ranks.first:
             return
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        write_atomically(self.folder / LOG, lambda path: _write(path, lines))
+        write_text(self.folder / LOG, lines)
 
     def _restore(self, content: dict[str, Any]) -> None:
         ours = self._identity()
@@ -435,7 +435,3 @@ class _Run:
             save(self.model, self.folder / ARTIFACT, info=info)
             write_json(self.folder / RESULT, result)
         return result
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ import typer
 import quincunx as qx
 
 # the verbs register themselves; help lists them in this order
-from quincunx.cli import measuring, training  # noqa: F401
+from quincunx.cli import accelerating, measuring, training  # noqa: F401
 from quincunx.cli.common import app
 from quincunx.console import say
 

@@ -6,16 +6,20 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from torch import nn
 
+import quincunx as qx
+from quincunx.artifact import read_spec
 from quincunx.console import complain
 from quincunx.data import ImageData, load_data
-from quincunx.train import RunFailed
+from quincunx.train import ARTIFACT, RunFailed
 
 app = typer.Typer(
     name="quincunx",
@@ -140,6 +144,40 @@ def read_data(
     for note in loaded.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
     return loaded
+
+
+def started(network: str, start: Path, settings: dict[str, Any]) -> nn.Module:
+    """The network of an artifact, or of published weights in a file."""
+    if start.is_dir():
+        if settings:
+            raise ValueError(f"start={str(start)!r}: the artifact says its own {', '.join(settings)}")
+        return qx.load(artifact_in(start))
+    return qx.networks.weights.load(network, start, **settings)
+
+
+def artifact_in(folder: Path) -> Path:
+    """The artifact of a run, where a run's folder was given."""
+    return folder / ARTIFACT if (folder / ARTIFACT).is_dir() else folder
+
+
+def as_trained(images: ImageData, start: Path | None) -> ImageData:
+    """The images with the mean and deviation of those that an artifact was trained on, if it has any."""
+    if start is None:
+        return images
+    if not start.is_dir():
+        mean, std = qx.networks.weights.normalisation(start)
+        return replace(images, mean=mean, std=std)
+    trained_on = read_spec(artifact_in(start)).get("info", {}).get("data", {})
+    if trained_on.get("classes", list(images.classes)) != list(images.classes):
+        raise ValueError(f"data={images.name!r}: its classes are not those that {start} was trained on")
+    if "mean" not in trained_on:
+        return images
+    if len(trained_on["mean"]) != images.in_channels:
+        raise ValueError(
+            f"data={images.name!r}: images of {images.in_channels} channels, but the network takes "
+            f"{len(trained_on['mean'])}"
+        )
+    return replace(images, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
 
 
 def check_device(device: str) -> str:

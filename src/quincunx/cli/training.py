@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
 import quincunx as qx
 from quincunx import recipes
-from quincunx.artifact import read_spec, spec_of
+from quincunx.artifact import spec_of
 from quincunx.cli.common import (
     Data,
     Down,
@@ -27,6 +25,8 @@ from quincunx.cli.common import (
     Width,
     Workers,
     app,
+    artifact_in,
+    as_trained,
     bad_input,
     check_device,
     check_folder,
@@ -35,10 +35,10 @@ from quincunx.cli.common import (
     read_data,
     running,
     settings_of,
+    started,
     use_threads,
 )
 from quincunx.console import print_comparison, print_lines, print_plan, say, show
-from quincunx.data import ImageData
 from quincunx.demo import run_demo
 from quincunx.evaluation import evaluate
 from quincunx.experiments import EXPERIMENTS
@@ -145,8 +145,8 @@ def train(
         )
         settings = settings_of(sampling, down, width)
         # what can be refused without the data is refused before a large data set is read
-        started = None if start is None else _started(network, start, settings)
-        label = label_of(spec_of(qx.networks.build(network, **settings) if started is None else started))
+        before = None if start is None else started(network, start, settings)
+        label = label_of(spec_of(qx.networks.build(network, **settings) if before is None else before))
         folder = out or Path("runs") / _run_name(network, label, settings, seed)
         resume = resume or ranks.world > 1
         if (folder / CHECKPOINT).exists() and not resume:
@@ -157,11 +157,11 @@ def train(
         check_folder(folder)
         images = read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json)
         torch.manual_seed(seed)
-        if started is None:
+        if before is None:
             model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
         else:
             # a network goes on with the normalisation that it was trained with
-            model, images = started, _as_trained(images, start)
+            model, images = before, as_trained(images, start)
         guide = None if teacher is None else qx.load(teacher).to(device)
         make_folder(folder)
         with running():
@@ -223,10 +223,10 @@ def evaluate_command(
     """Loss and top-1 error of an artifact on the test part of a data set."""
     with bad_input():
         use_threads(threads)
-        artifact = _artifact_in(artifact)
+        artifact = artifact_in(artifact)
         model = qx.load(artifact)
         # a network is tested with the normalisation it was trained with
-        images = _as_trained(
+        images = as_trained(
             read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), artifact
         )
         with running():
@@ -238,40 +238,6 @@ def evaluate_command(
         f"{artifact} on {images.name}: test error {100 * result.error:.2f}% of {result.images} images, "
         f"loss {result.loss:.4f}"
     )
-
-
-def _started(network: str, start: Path, settings: dict[str, Any]) -> nn.Module:
-    """The network of an artifact, or of published weights in a file."""
-    if start.is_dir():
-        if settings:
-            raise ValueError(f"start={str(start)!r}: the artifact says its own {', '.join(settings)}")
-        return qx.load(_artifact_in(start))
-    return qx.networks.weights.load(network, start, **settings)
-
-
-def _artifact_in(folder: Path) -> Path:
-    """The artifact of a run, where a run's folder was given."""
-    return folder / ARTIFACT if (folder / ARTIFACT).is_dir() else folder
-
-
-def _as_trained(images: ImageData, start: Path | None) -> ImageData:
-    """The images with the mean and deviation of those that an artifact was trained on, if it has any."""
-    if start is None:
-        return images
-    if not start.is_dir():
-        mean, std = qx.networks.weights.normalisation(start)
-        return replace(images, mean=mean, std=std)
-    trained_on = read_spec(_artifact_in(start)).get("info", {}).get("data", {})
-    if trained_on.get("classes", list(images.classes)) != list(images.classes):
-        raise ValueError(f"data={images.name!r}: its classes are not those that {start} was trained on")
-    if "mean" not in trained_on:
-        return images
-    if len(trained_on["mean"]) != images.in_channels:
-        raise ValueError(
-            f"data={images.name!r}: images of {images.in_channels} channels, but the network takes "
-            f"{len(trained_on['mean'])}"
-        )
-    return replace(images, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
 
 
 @app.command(

@@ -1,0 +1,349 @@
+"""A trained network made faster by a method: fitted, re-normalised, fine-tuned, judged and timed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from quincunx.artifact import save, spec_of, write_json
+from quincunx.cost import cost, inference_mode_of
+from quincunx.data import ImageData, batches
+from quincunx.evaluation import judged
+from quincunx.fuse import fuse
+from quincunx.journal import FolderJournal
+from quincunx.latency import Timing, environment, measure
+from quincunx.progress import progress_bar
+from quincunx.recipes import Recipe
+from quincunx.streams import Layer
+from quincunx.surgery import Accelerated, Method, Replacement, accelerate
+from quincunx.train import fit
+
+__all__ = ["accelerate_trained", "mcnemar", "reestimate_batch_norm", "sample"]
+
+
+def sample(data: ImageData, count: int, seed: int = 0, batch_size: int = 50) -> list[tuple[Tensor, Tensor]]:
+    """Unaugmented batches of ``count`` training images drawn at random, fewer if there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[tuple[Tensor, Tensor]] = []
+    left = count
+    for images, labels in batches(data.train, data, batch_size, generator=generator):
+        found.append((images[:left], labels[:left]))
+        left -= len(found[-1][1])
+        if left < 1:
+            break
+    return found
+
+
+def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> int:
+    """Set each batch norm's mean and variance to those of some inputs; weights stay as they are.
+
+    A layer that was replaced gives its successors other maps, whose statistics the network does not
+    know. Each batch counts alike (momentum 1 / number of batches).
+
+    Returns:
+        The number of batch norms.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(3)
+        >>> reestimate_batch_norm(norm, [torch.full((4, 3, 2, 2), 5.0)]), norm.running_mean[0].item()
+        (1, 5.0)
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return 0
+    kept = [(norm, norm.momentum) for norm in norms]
+    with inference_mode_of(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        try:
+            for batch in inputs:
+                model(batch)
+        finally:
+            for norm, momentum in kept:
+                norm.momentum = momentum
+    return len(norms)
+
+
+def mcnemar(before: Tensor, after: Tensor) -> dict[str, float]:
+    """McNemar's exact two-sided test of two networks on the same images, from which were right.
+
+    Returns:
+        "lost" (right before, wrong after), "won", and "p" of a difference as large by chance.
+
+    Example:
+        >>> found = mcnemar(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+        >>> found["lost"], found["won"], found["p"]
+        (1, 0, 1.0)
+    """
+    from scipy.stats import binomtest
+
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    p = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
+    return {"lost": lost, "won": won, "p": p}
+
+
+def accelerate_trained(
+    model: nn.Module,
+    method: Method,
+    data: ImageData,
+    out: str | Path,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    normalisation: int = 2000,
+    recipe: Recipe | None = None,
+    batch: int = 8,
+    rounds: int = 11,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Make a trained network faster and say what it cost: error at each stage, time of each layer.
+
+    The folder gets ``accelerate.json`` (the result), ``model`` (the artifact), ``layers`` (finished
+    layers, which the same call does not make again) and, with a recipe, ``finetune`` (that run).
+
+    Args:
+        model: a trained network with a spec; it is left as it is.
+        method: such as ``qx.Espace()``.
+        data: its training images calibrate and fine-tune, its test images judge.
+        out: folder of the results.
+        layers: patterns of layer names such as "stages.*.conv2"; by default every layer.
+        calibration: training images the method is given.
+        normalisation: training images by which batch norm is estimated anew.
+        recipe: of fine-tuning; a ``distill`` above 0 makes the original network the teacher.
+        batch: images of the timed inputs.
+        rounds: how often each candidate is timed.
+        seed: of the draws and of fine-tuning.
+        workers: processes that decode streamed images.
+        progress: show bars.
+
+    Returns:
+        The content of ``accelerate.json``.
+
+    Raises:
+        ValueError: the network does not fit the data; what the method refuses; a pattern that matches
+            nothing; finished layers of another run in the folder.
+        RunFailed: fine-tuning could not go on.
+    """
+    out = Path(out)
+    original = model.eval()
+    state = hashlib.sha256(b"".join(_bytes(t) for t in original.state_dict().values())).hexdigest()
+    settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    identity = {
+        "network": spec_of(original),
+        "weights": state,
+        "method": {"name": method.name, **settings},
+        "data": data.describe(),
+        "layers": list(layers),
+        "calibration": calibration,
+        "seed": seed,
+    }
+    journal = FolderJournal(out / "layers", identity)
+    images = sample(data, calibration, seed)
+    height, width = data.size
+    one = torch.zeros(1, data.in_channels, height, width)
+    judge = partial(judged, split=data.test, data=data, workers=workers)
+    stages = [_Stage("before", original, judge)]
+    where = _where(original, layers)
+    meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
+    with _watched(journal, len(meant), progress) as watched:
+        found = accelerate(original, method, where=where, calibration=images, journal=watched)
+    fast = found.model.eval()
+    stages.append(_Stage("after replacing", fast, judge))
+    if any(isinstance(m, _BatchNorm) for m in fast.modules()):
+        kept = _renormalised(fast, images, [x for x, _ in sample(data, normalisation, seed + 1, 100)])
+        doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
+        stages.append(_Stage(f"after re-estimating batch norm{doubt}", fast, judge))
+    if recipe is not None:
+        fit(
+            fast,
+            data,
+            recipe,
+            out / "finetune",
+            seed=seed,
+            resume=True,
+            progress="fine-tuning" if progress else False,
+            teacher=original if recipe.distill > 0 else None,
+            workers=workers,
+        )
+        stages.append(_Stage("after fine-tuning", fast, judge))
+    result = {
+        "schema": 1,
+        "kind": "accelerate",
+        **{key: value for key, value in identity.items() if key != "network"},
+        "network": spec_of(original),
+        "recipe": None if recipe is None else recipe.to_dict(),
+        "images": {"train": len(data.train), "test": len(data.test)},
+        "stages": [stage.against(stages[0]) for stage in stages],
+        "skipped": found.skipped,
+        "recalled": journal.recalled,
+        "cost": {key: _cost(m, one) for key, m in (("before", original), ("after", fast))},
+        **_timed(original, found, one, batch, rounds, progress),
+        "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
+        "environment": environment(),
+    }
+    save(fast, out / "model", info={"data": data.describe(), "test_error": result["stages"][-1]["error"]})
+    write_json(out / "accelerate.json", result)
+    return result
+
+
+def _renormalised(
+    model: nn.Module, images: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]
+) -> bool:
+    """Estimate batch norm anew, and take it back where that raises the loss on the given images."""
+
+    def loss() -> float:
+        with inference_mode_of(model):
+            return sum(float(F.cross_entropy(model(x), y, reduction="sum")) for x, y in images)
+
+    before, state = loss(), copy.deepcopy(model.state_dict())
+    reestimate_batch_norm(model, inputs)
+    if loss() <= before:
+        return True
+    model.load_state_dict(state)
+    return False
+
+
+def _bytes(value: Tensor) -> bytes:
+    return (
+        bytes(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) if value.dim() else b""
+    )
+
+
+def _cost(model: nn.Module, one: Tensor) -> dict[str, int]:
+    found = cost(model, one)
+    return {"macs": found.macs, "params": found.params}
+
+
+def _where(model: nn.Module, patterns: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+    """Which layers the patterns mean; all without any.
+
+    Raises:
+        ValueError: one of them matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            some = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+            raise ValueError(
+                f"layers={pattern!r}: no layer has such a name; there are {', '.join(some[:10])}"
+            )
+    return lambda name, _: not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+
+
+class _Stage:
+    """The network at one point: which test images it has right."""
+
+    def __init__(self, name: str, model: nn.Module, judge: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.name = name
+        self.losses, self.right = judge(model)
+
+    def against(self, first: _Stage) -> dict[str, Any]:
+        wrong = int((~self.right).sum())
+        facts = {"name": self.name, "loss": float(self.losses.mean()), "error": wrong / len(self.right)}
+        return facts if self is first else {**facts, **mcnemar(first.right, self.right)}
+
+
+class _Watched:
+    """A journal that also tells a person which layer is finished."""
+
+    def __init__(self, journal: FolderJournal, tell: Callable[[str], None]) -> None:
+        self.journal, self.tell = journal, tell
+
+    def recall(self, layer: Layer) -> Replacement | None:
+        self.tell(f"at {layer.name}")
+        return self.journal.recall(layer)
+
+    def keep(self, layer: Layer, replacement: Replacement) -> None:
+        self.journal.keep(layer, replacement)
+        self.tell(f"{layer.name} done")
+
+
+@contextmanager
+def _watched(journal: FolderJournal, layers: int, progress: bool) -> Iterator[_Watched]:
+    with progress_bar(progress) as bar:
+        task = bar.add_task("layers", total=layers, state="")
+
+        def tell(what: str) -> None:
+            bar.update(task, advance=what.endswith("done"), state=what)
+
+        yield _Watched(journal, tell)
+
+
+def _timed(
+    original: nn.Module, found: Accelerated, one: Tensor, batch: int, rounds: int, progress: bool
+) -> dict[str, Any]:
+    """Milliseconds of each replaced layer and of the whole network, before and after, both fused."""
+    shapes = _input_shapes(original, list(found.replaced), one)
+    rows = []
+    with progress_bar(progress) as bar:
+        task = bar.add_task("timing", total=len(found.replaced) + 1, state="")
+        for name, record in found.replaced.items():
+            bar.update(task, state=name)
+            pair = (original.get_submodule(name), found.model.get_submodule(name))
+            timings = _measured(pair, (batch, *shapes[name][1:]), rounds)
+            rows.append({"name": name, **record, **_ratio(timings)})
+            bar.update(task, advance=1)
+        bar.update(task, state="whole network")
+        whole = _ratio(_measured((original, found.model), (batch, *one.shape[1:]), rounds))
+        bar.update(task, advance=1)
+    how = f"qx.fuse before and after, channels_last, {torch.get_num_threads()} threads, batch {batch}"
+    return {"layers": rows, "whole": whole, "batch": batch, "how": how}
+
+
+def _input_shapes(model: nn.Module, names: Sequence[str], one: Tensor) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: shapes.setdefault(name, tuple(inputs[0].shape)) and None
+        )
+        for name in names
+    ]
+    try:
+        with inference_mode_of(model):
+            model(one)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _measured(pair: tuple[nn.Module, nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, Timing]:
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def make(model: nn.Module) -> Callable[[], object]:
+        fused = fuse(model)
+
+        def run() -> object:
+            with torch.inference_mode():
+                return fused(x)
+
+        return run
+
+    return measure({"before": make(pair[0]), "after": make(pair[1])}, rounds=rounds)
+
+
+def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:
+    middle, low, high = timings["after"].speedup_over(timings["before"])
+    return {
+        **{f"seconds_{key}": timing.median for key, timing in timings.items()},
+        "speedup": {"median": middle, "q1": low, "q3": high},
+        "threads": timings["after"].threads,
+        "rounds": len(timings["after"].seconds),
+    }

@@ -1,0 +1,86 @@
+"""The page of one acceleration, from its result file and its artifact's description. Reads JSON only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quincunx.artifact import read_json, read_spec, write_text
+from quincunx.figures import Picture, layer_times, map_picture, sampling_picture
+from quincunx.report import label_of, render, speed_words
+from quincunx.sampling import from_spec
+
+__all__ = ["acceleration_sentences", "write_acceleration_report"]
+
+
+def acceleration_sentences(result: dict[str, Any]) -> list[str]:
+    """What was gained and what it cost, in words."""
+    cost, whole = result["cost"], result["whole"]
+    speed = whole["speedup"]
+    before, after = (cost[key]["macs"] for key in ("before", "after"))
+    many = "s" if whole["threads"] > 1 else ""
+    times = [f"{1e3 * whole[f'seconds_{key}']:.2f} ms {key}" for key in ("before", "after")]
+    said = [
+        f"{before / 1e6:.1f} M MACs became {after / 1e6:.1f} M, {before / after:.2f} times fewer; the whole "
+        f"network at batch {result['batch']} on {whole['threads']} thread{many} is "
+        f"{speed_words(speed['median'], speed['q1'], speed['q3'])}: {', '.join(times)}."
+    ]
+    tested = result["data"]["test"]
+    for stage in result["stages"]:
+        text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {tested:,} images"
+        if "lost" in stage:
+            text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
+        said.append(f"{text}.")
+    slower = [row["name"] for row in result["layers"] if row["speedup"]["median"] < 1]
+    if slower:
+        said.append(f"No faster than before: {', '.join(slower)}.")
+    return said
+
+
+def write_acceleration_report(folder: str | Path) -> Path:
+    """Write ``report.html`` beside ``accelerate.json``: one file that needs no other.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: no result or no artifact there.
+        ValueError: a file that is not JSON, or not the result of an acceleration.
+        ModuleNotFoundError: the ``report`` extra is not installed.
+    """
+    folder = Path(folder)
+    place = folder / "accelerate.json"
+    result = read_json(place)
+    if not isinstance(result, dict) or result.get("kind") != "accelerate" or result.get("schema") != 1:
+        raise ValueError(f"{place}: not the result of an acceleration")
+    rows = result["layers"]
+    times = [(row["name"], 1e3 * row["seconds_before"], 1e3 * row["seconds_after"]) for row in rows]
+    html = render(
+        "acceleration.html.jinja",
+        title=f"{label_of(result['network'])} by {result['method']['name']}",
+        result=result,
+        rows=rows,
+        sentences=acceleration_sentences(result),
+        times=layer_times(times, f"Time of each layer, batch {result['batch']}"),
+        masks=_masks(result, read_spec(folder / "model")),
+    )
+    page = folder / "report.html"
+    write_text(page, html)
+    return page
+
+
+def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:
+    """The computed positions of every layer: on its impact map where there is one."""
+    pictures: list[Picture] = []
+    for name, replaced in spec["model"].get("replaced", {}).items():
+        texts = replaced.get("masks") or [replaced[key] for key in ("sampling",) if key in replaced]
+        maps = result["maps"].get(name, {})
+        for i, text in enumerate(texts, 1):
+            sampling, values = from_spec(text), maps.get(f"impact{i}")
+            title = f"{name}, {'vertical' if i == 1 else 'horizontal'}" if len(texts) > 1 else name
+            if values is None:
+                pictures.append(sampling_picture(sampling, title))
+            else:
+                computed = sampling.mask(len(values), len(values[0])).tolist()
+                pictures.append(map_picture(values, computed, title))
+    return pictures

@@ -1,0 +1,203 @@
+"""From a trained network to a faster one: what is fitted, judged, timed, resumed and shown."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import quincunx as qx
+from quincunx.acceleration import accelerate_trained, mcnemar, reestimate_batch_norm, sample
+from quincunx.acceleration_report import acceleration_sentences, write_acceleration_report
+from quincunx.journal import FolderJournal
+from quincunx.recipes import Recipe
+from test_cli import call
+from test_train import pictures
+
+DATA = pictures(count=60, size=8, channels=3)
+METHOD = qx.Espace(rank=0.5, rate=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return qx.networks.build("cifar-resnet8", 3, 3).eval()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("accelerated")
+    recipe = Recipe("tiny", epochs=1, batch_size=20, lr=0.01, augment="none", distill=0.5)
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    result = accelerate_trained(
+        model, METHOD, DATA, out, layers=["layer1.*"], calibration=40, recipe=recipe, batch=2, rounds=3
+    )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), "the original network was changed"
+    return out, result
+
+
+def test_the_result_says_what_each_stage_and_layer_gave(made):
+    out, result = made
+    assert json.loads((out / "accelerate.json").read_text()) == result
+    names = [stage["name"] for stage in result["stages"]]
+    assert names[:2] == ["before", "after replacing"]
+    assert names[2].startswith("after re-estimating batch norm")
+    assert names[3] == "after fine-tuning"
+    assert [row["name"] for row in result["layers"]] == ["layer1.0.conv1", "layer1.0.conv2"]
+    for row in result["layers"]:
+        assert row["macs_after"] < row["macs_before"]
+        assert row["seconds_before"] > 0
+        assert row["rates"] == [0.5, 0.5]
+    # 3 x 3, 16 to 16 channels on 8 x 8 with 24 channels between, half of the positions of both halves
+    saved = sum(row["macs_before"] - row["macs_after"] for row in result["layers"])
+    assert saved == 2 * (64 * 9 * 16 * 16 - 2 * 32 * 3 * 16 * 24)
+    assert result["cost"]["before"]["macs"] - result["cost"]["after"]["macs"] == saved
+    assert result["skipped"]["conv1"] == "left out by where"
+    assert set(result["maps"]) == {"layer1.0.conv1", "layer1.0.conv2"}
+
+
+def test_the_artifact_is_the_network_that_was_judged(made):
+    out, result = made
+    model = qx.load(out / "model")
+    assert type(model.layer1[0].conv1) is qx.EspaceConv2d
+    images = (DATA.test.images.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.3
+    wrong = (model(images).argmax(1) != DATA.test.labels).float().mean()
+    assert float(wrong) == pytest.approx(result["stages"][-1]["error"])
+    torch.testing.assert_close(qx.fuse(model)(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+def test_the_page_shows_layers_masks_and_sentences(made):
+    out, result = made
+    text = write_acceleration_report(out).read_text()
+    for row in result["layers"]:
+        assert row["name"] in text
+    assert text.count("<figure>") == 4
+    assert len(re.findall('<img src="data:image/svg', text)) == 5
+    assert "http" not in re.sub(r"data:image[^\"]*", "", text), "it needs nothing from elsewhere"
+    for sentence in acceleration_sentences(result):
+        assert sentence.replace("'", "&#39;") in text
+    (out / "foreign").mkdir()
+    (out / "foreign" / "accelerate.json").write_text('{"kind": "train"}')
+    with pytest.raises(ValueError, match="not the result of an acceleration"):
+        write_acceleration_report(out / "foreign")
+
+
+def test_finished_layers_are_not_fitted_again(tmp_path, monkeypatch):
+    real, seen = FolderJournal.keep, []
+
+    def stopping(self, layer, replacement):
+        real(self, layer, replacement)
+        seen.append(layer.name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderJournal, "keep", stopping)
+    options = {"calibration": 60, "batch": 1, "rounds": 3, "layers": ["layer1*", "layer2*"]}
+    with pytest.raises(KeyboardInterrupt):
+        accelerate_trained(network(), METHOD, DATA, tmp_path / "run", **options)
+    monkeypatch.setattr(FolderJournal, "keep", real)
+    resumed = accelerate_trained(network(), METHOD, DATA, tmp_path / "run", **options)
+    assert resumed["recalled"] == seen
+    straight = accelerate_trained(network(), METHOD, DATA, tmp_path / "straight", **options)
+    one, other = (qx.load(tmp_path / place / "model") for place in ("run", "straight"))
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert resumed["stages"][-1]["error"] == straight["stages"][-1]["error"]
+    with pytest.raises(ValueError, match=r"another run: method rank was '0\.5', now '0\.25'; another --out"):
+        accelerate_trained(network(), qx.Espace(rank=0.25, rate=0.5), DATA, tmp_path / "run", **options)
+    with pytest.raises(ValueError, match="another run: weights was"):
+        accelerate_trained(network(seed=1), METHOD, DATA, tmp_path / "run", **options)
+    for path in (tmp_path / "run" / "layers").glob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="its weights are not there or damaged"):
+        accelerate_trained(network(), METHOD, DATA, tmp_path / "run", **options)
+
+
+def test_a_pattern_that_means_no_layer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"layers='layer9\.\*': no layer has such a name; there are conv1"):
+        accelerate_trained(network(), METHOD, DATA, tmp_path, layers=["layer9.*"], calibration=20)
+
+
+def test_batch_norm_is_estimated_from_the_inputs_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.BatchNorm2d(4))
+    net[1].running_mean.fill_(9)
+    inputs = [torch.randn(8, 3, 5, 5) for _ in range(3)]
+    weights = copy.deepcopy([p.detach() for p in net.parameters()])
+    net.eval()
+    assert reestimate_batch_norm(net, inputs) == 2
+    maps = [net[0](x) for x in inputs]
+    mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
+    variance = torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0)
+    torch.testing.assert_close(net[1].running_mean, mean.detach())
+    torch.testing.assert_close(net[1].running_var, variance.detach())
+    assert not any(m.training for m in net.modules())
+    assert net[1].momentum == 0.1
+    assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+    assert reestimate_batch_norm(nn.Conv2d(3, 4, 1), inputs) == 0
+
+
+def test_mcnemar_is_a_binomial_test_of_the_images_that_changed():
+    before = torch.tensor([True] * 30 + [False] * 10)
+    after = torch.tensor([True] * 18 + [False] * 12 + [True] * 3 + [False] * 7)
+    found = mcnemar(before, after)
+    assert (found["lost"], found["won"]) == (12, 3)
+    assert found["p"] == pytest.approx(2 * stats.binom.cdf(3, 15, 0.5))
+    assert mcnemar(before, before) == {"lost": 0, "won": 0, "p": 1.0}
+
+
+def test_a_sample_is_drawn_once_without_augmentation():
+    found = sample(DATA, 35, seed=3, batch_size=10)
+    assert [len(y) for _, y in found] == [10, 10, 10, 5]
+    again = sample(DATA, 35, seed=3, batch_size=10)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(found, again, strict=True))
+    assert sum(len(y) for _, y in sample(DATA, 1000)) == 60
+    keys = [x.sum().item() for batch, _ in found for x in batch]
+    assert len(set(keys)) == 35
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "network='nothing': not the folder of an artifact or a run"),
+        ((".", "--method", "magic"), "method='magic': expected one of espace"),
+        ((".", "--rate", "2"), r"rate=2.0: expected a number in (0, 1]"),
+        ((".", "--rate", "a"), "rate='a': expected one number or two with a comma"),
+        ((".", "--rank", "much"), "rank='much': expected a number, a share in (0, 1] or full"),
+        ((".", "--rank", "3", "--rank-budget", "0.5"), "rank_budget: chooses the ranks by itself"),
+        ((".", "--method", "lowrank", "--mask", "random"), "lowrank computes every position"),
+        ((".",), "spec.json"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = call("accelerate", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_verb_from_a_trained_run_to_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("--network", "rrn8", "--epochs", "1", "--threads", "1", "--json")
+    assert call("train", *small, "--out", "run").exit_code == 0
+    fast = ("--method", "lowrank", "--rank-budget", "0.7", "--calibration", "60", "--rounds", "3")
+    done = call("accelerate", "run", *fast, "--threads", "1", "--finetune-epochs", "1", "--lr", "0.001")
+    assert done.exit_code == 0, done.stderr
+    assert "MACs became" in done.stdout
+    result = json.loads((tmp_path / "fast" / "accelerate.json").read_text())
+    assert result["recipe"]["lr"] == 0.001
+    assert result["cost"]["after"]["macs"] < 0.8 * result["cost"]["before"]["macs"]
+    assert (tmp_path / "fast" / "report.html").exists()
