@@ -30,7 +30,7 @@ from quincunx.streams import Layer
 from quincunx.surgery import Accelerated, Method, Replacement, accelerate
 from quincunx.train import fit
 
-__all__ = ["accelerate_trained", "mcnemar", "reestimate_batch_norm", "sample"]
+__all__ = ["accelerate_trained", "mcnemar", "reestimate_batch_norm", "sample", "time_method"]
 
 
 def sample(data: ImageData, count: int, seed: int = 0, batch_size: int = 50) -> list[tuple[Tensor, Tensor]]:
@@ -219,6 +219,35 @@ def _renormalised(
     return False
 
 
+def time_method(
+    model: nn.Module,
+    method: Method,
+    size: tuple[int, int],
+    *,
+    layers: Sequence[str] = (),
+    batch: int = 8,
+    rounds: int = 11,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Times before and after a method that needs no data: as :func:`accelerate_trained`, without errors.
+
+    Args:
+        model: a network; its weights need not be trained, since times do not depend on them.
+        method: one that is fitted to the weights alone, with masks that need no data.
+        size: (H, W) of the input.
+        layers, batch, rounds, progress: as in :func:`accelerate_trained`.
+    """
+    spec = spec_of(model)
+    one = torch.zeros(1, spec["in_channels"], *size)
+    found = accelerate(model.eval(), method, where=_where(model, layers), example_input=one)
+    return {
+        "network": spec,
+        "cost": {key: _cost(m, one) for key, m in (("before", model), ("after", found.model))},
+        "skipped": found.skipped,
+        **_timed(model, found, one, batch, rounds, progress),
+    }
+
+
 def _bytes(value: Tensor) -> bytes:
     return (
         bytes(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) if value.dim() else b""
@@ -249,13 +278,18 @@ def _where(model: nn.Module, patterns: Sequence[str]) -> Callable[[str, nn.Modul
 class _Stage:
     """The network at one point: which test images it has right."""
 
-    def __init__(self, name: str, model: nn.Module, judge: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, name: str, model: nn.Module, judge: Callable[..., tuple[Tensor, ...]]) -> None:
         self.name = name
-        self.losses, self.right = judge(model)
+        self.losses, self.right, self.among = judge(model)
 
     def against(self, first: _Stage) -> dict[str, Any]:
         wrong = int((~self.right).sum())
-        facts = {"name": self.name, "loss": float(self.losses.mean()), "error": wrong / len(self.right)}
+        facts = {
+            "name": self.name,
+            "loss": float(self.losses.mean()),
+            "error": wrong / len(self.right),
+            "top5_error": float((~self.among).double().mean()),
+        }
         return facts if self is first else {**facts, **mcnemar(first.right, self.right)}
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quincunx.acceleration_report import acceleration_sentences
+from quincunx.comparison import Compared as MethodPoint
 from quincunx.cost import Cost
 from quincunx.report import Line
 from quincunx.reproduce import Compared, Planned
@@ -21,11 +22,13 @@ __all__ = [
     "complain",
     "print_acceleration",
     "print_bench",
+    "print_compared",
     "print_comparison",
     "print_cost",
     "print_facts",
     "print_lines",
     "print_plan",
+    "print_speeds",
     "say",
     "show",
 ]
@@ -201,3 +204,44 @@ def print_acceleration(result: dict[str, Any]) -> None:
         say(f"kept {name}: {reason}")
     for sentence in acceleration_sentences(result):
         say(sentence)
+
+
+def print_compared(rows: list[MethodPoint]) -> None:
+    """Every setting of every method; a star marks those on the Pareto front of error and speed."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("method", "setting"):
+        table.add_column(column)
+    for column in (
+        *("error lost\n(points)", "speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "front"),
+        *("paper:\nspeed-up", "\npoints"),
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        printed = [row.paper.get(key) for key in ("speedup", "drop")]
+        table.add_row(
+            row.series,
+            row.label,
+            f"{row.drop:+.2f}",
+            f"{row.speedup:.2f}x",
+            f"{row.layers_speedup:.2f}x",
+            f"{row.mac_ratio:.2f}",
+            f"{row.bytes / 1e3:.0f}",
+            "*" if row.front else "",
+            *("" if value is None else f"{value:g}" for value in printed),
+        )
+    _console().print(table)
+
+
+def print_speeds(rows: list[dict[str, Any]]) -> None:
+    """Measured speed-ups beside ratios of MACs and what the paper prints."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("setting")
+    for column in ("layers:\nMAC ratio", "\nspeed-up", "network:\nMAC ratio", "\nspeed-up", "paper"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [
+            f"{row[part][key]:.2f}" for part in ("layers", "network") for key in ("mac_ratio", "speedup")
+        ]
+        paper = row["paper"].get("speedup")
+        table.add_row(row["label"], *cells, "" if paper is None else f"{paper:g}")
+    _console().print(table)

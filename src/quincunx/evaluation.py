@@ -40,7 +40,7 @@ def evaluate(
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
-    losses, right = judged(
+    losses, right, _ = judged(
         model, split, data, batch_size=batch_size, rank=ranks.rank, world=ranks.world, workers=workers
     )
     loss, errors = ranks.total([float(losses.sum()), float((~right).sum())])
@@ -56,15 +56,17 @@ def judged(
     rank: int = 0,
     world: int = 1,
     workers: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (float64) and whether the answer was right, image by image, in the part's order.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image by image, in the part's order: cross-entropy (float64), and whether the right answer was the
+    first, or among the first five.
 
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
     check_channels(model, data)
     device = device_of(model)
-    losses, right = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
+    losses = [torch.zeros(0, dtype=torch.float64)]
+    right, among = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
     with inference_mode_of(model):
         for images, labels in batches(split, data, batch_size, rank=rank, world=world, workers=workers):
             scores = model(images.to(device))
@@ -72,7 +74,9 @@ def judged(
             answers = labels.to(device)
             losses.append(F.cross_entropy(scores.float(), answers, reduction="none").double().cpu())
             right.append((scores.argmax(1) == answers).cpu())
-    return torch.cat(losses), torch.cat(right)
+            first = scores.topk(min(5, scores.shape[1])).indices
+            among.append((first == answers[:, None]).any(1).cpu())
+    return torch.cat(losses), torch.cat(right), torch.cat(among)
 
 
 def device_of(model: nn.Module) -> torch.device:

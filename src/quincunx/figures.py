@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Curve",
+    "Mark",
     "Picture",
     "Point",
     "layer_times",
@@ -27,6 +28,7 @@ __all__ = [
     "sampling_picture",
     "scatter",
     "speedups",
+    "tradeoff",
 ]
 
 # Okabe and Ito's palette, told apart also by people who are colour-blind
@@ -75,6 +77,16 @@ class Point:
     low: float
     high: float
     errors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One setting of a method: what it gains across, and the points of error it loses."""
+
+    series: str
+    label: str
+    gain: float
+    drop: float
 
 
 def check_can_draw() -> None:
@@ -292,3 +304,25 @@ def map_picture(values: Sequence[Sequence[float]], computed: Sequence[Sequence[b
     grid = f"{len(computed)} x {len(computed[0])}"
     text = f"Impact of each of {grid} positions; {len(places)} of {whole} are computed."
     return _picture(figure, title, f"{title}. {text}")
+
+
+@_styled
+def tradeoff(marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str) -> Picture:
+    """Points of error lost against what is gained, a line a series; hollow marks are a paper's own."""
+    series = list(dict.fromkeys(mark.series for mark in marks))
+    figure, axes, columns = _axes([_shorten(name) for name in series])
+    for i, name in enumerate(series):
+        colour, marker = _look(i)
+        points = sorted((mark.gain, mark.drop) for mark in marks if mark.series == name)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=_shorten(name))
+        theirs = [(mark.gain, mark.drop) for mark in printed if mark.series == name]
+        if theirs:
+            axes.scatter(
+                *zip(*theirs, strict=True), s=45, facecolors="none", edgecolors=colour, marker=marker
+            )
+    axes.axhline(0, color="#888888", linewidth=1, linestyle="--")
+    axes.set(xlabel=xlabel, ylabel="test error lost (points)")
+    _legend(figure, columns)
+    said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
+    note = " Hollow marks are printed in the paper." if printed else ""
+    return _picture(figure, f"Error lost against {xlabel}", f"{said}.{note}")

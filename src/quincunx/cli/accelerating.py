@@ -1,18 +1,21 @@
-"""The verb that makes a trained network faster."""
+"""Verbs that make a trained network faster: accelerate, compare; and what the ESPACE paper shows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from torch import nn
 
 import quincunx as qx
 from quincunx import recipes
 from quincunx.acceleration import accelerate_trained
 from quincunx.acceleration_report import write_acceleration_report
+from quincunx.artifact import write_json
 from quincunx.cli.common import (
     Data,
     Json,
@@ -34,8 +37,11 @@ from quincunx.cli.common import (
     started,
     use_threads,
 )
-from quincunx.console import print_acceleration, say, show
+from quincunx.comparison import SWEEPS, Compared, compare_methods, comparison_pictures
+from quincunx.console import print_acceleration, print_compared, print_facts, print_speeds, say, show
+from quincunx.espace_experiments import espace_by_name, time_points
 from quincunx.figures import check_can_draw
+from quincunx.latency import environment
 from quincunx.surgery import Method
 
 Settings = dict[str, Any]
@@ -179,3 +185,159 @@ def _rate(text: str | None) -> float | tuple[float, ...] | None:
     except ValueError:
         raise ValueError(f"rate={text!r}: expected one number or two with a comma, such as 0.25") from None
     return rates[0] if len(rates) == 1 else rates
+
+
+@app.command(
+    "compare",
+    epilog=example("quincunx compare runs/rrn20 --methods espace,lrd --data cifar10"),
+    short_help="Several methods on one trained network.",
+)
+def compare_command(
+    network: Annotated[str, typer.Argument(help="Artifact or run, or a network's name with --weights.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Published weights of the named network, in a file.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}, with commas.")] = ",".join(SWEEPS),
+    data: Data = "digits",
+    test_data: TestData = None,
+    size: Size = None,
+    skip_bad: SkipBad = False,
+    stream: Stream = None,
+    workers: Workers = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only layers of these names, with commas; * stands for anything.")
+    ] = None,
+    calibration: Annotated[int, typer.Option(help="Training images to fit on.", min=1)] = 500,
+    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning each; 0 for none.", min=0)] = 0,
+    recipe: Annotated[str, typer.Option(help="Of fine-tuning.")] = "finetune",
+    lr: Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")] = None,
+    batch: Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="How often each layer is timed.", min=3)] = 11,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("compared"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Accelerate one trained network by several methods, each at several settings, and set them side by side.
+
+    All have the same data, the same fine-tuning and the same timing. Each setting leaves a folder with its
+    JSON, artifact and page; the same command again makes only what is missing. Writes comparison.json and
+    the figures drop-speed.svg, drop-macs.svg and drop-bytes.svg.
+    """
+    with bad_input():
+        use_threads(threads)
+        points = []
+        for name in (part.strip() for part in methods.split(",")):
+            if name not in SWEEPS:
+                raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
+            points += SWEEPS[name]()
+        further = None
+        if finetune_epochs:
+            further = recipes.recipe_with(recipes.by_name(recipe), epochs=finetune_epochs, lr=lr)
+        check_can_draw()
+        check_folder(out)
+        model, start = _trained(network, weights)
+        found = read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json)
+        make_folder(out)
+        with running():
+            rows = compare_methods(
+                model,
+                points,
+                as_trained(found, start),
+                out,
+                recipe=further,
+                tell=_telling(as_json),
+                layers=[] if layers is None else [part.strip() for part in layers.split(",")],
+                calibration=calibration,
+                batch=batch,
+                rounds=rounds,
+                seed=seed,
+                workers=workers,
+                progress=not as_json,
+            )
+            _draw(rows, out)
+    if as_json:
+        show({"rows": [row.to_dict() for row in rows], "out": str(out)})
+        return
+    print_compared(rows)
+    say(f"wrote {out}")
+
+
+def _telling(quiet: bool) -> Callable[[str], None]:
+    console = Console(stderr=True, quiet=quiet)
+    return lambda text: console.print(text, markup=False, highlight=False)
+
+
+def _draw(rows: list[Compared], out: Path) -> None:
+    for name, picture in comparison_pictures(rows).items():
+        (out / f"{name}.svg").write_bytes(picture.content)
+
+
+def reproduce_espace(
+    name: str,
+    weights: Path | None,
+    data: str | None,
+    *,
+    test_data: Path | None,
+    stream: bool | None,
+    workers: int | None,
+    out: Path,
+    epochs: int | None,
+    batch: int,
+    rounds: int,
+    threads: int | None,
+    only_plan: bool,
+    as_json: bool,
+) -> None:
+    """A figure or table of the ESPACE paper: speeds, and errors where the trained network is given."""
+    with bad_input():
+        use_threads(threads)
+        experiment = espace_by_name(name)
+        if (weights is None) != (data is None):
+            raise ValueError("weights, data: errors need both, speeds need neither")
+        if only_plan:
+            planned = [f"{point.series}, {point.label}" for point in experiment.points]
+            if as_json:
+                show({"experiment": name, "points": planned})
+            else:
+                say(f"{name}: {experiment.title}")
+                print_facts({f"{i}": text for i, text in enumerate(planned, 1)})
+            return
+        check_can_draw()
+        check_folder(out)
+        make_folder(out)
+        settings = dict(experiment.settings)
+        timing: Settings = {"batch": batch, "rounds": rounds, "progress": not as_json}
+        if weights is None or data is None:
+            model = qx.networks.build(experiment.network, 1000, 3, **settings)
+            with running():
+                rows = time_points(experiment, model, **timing)
+                content = {"schema": 1, "kind": name, "rows": rows, "environment": environment()}
+                write_json(out / f"{name}.json", content)
+            as_rows, table = rows, partial(print_speeds, rows)
+        else:
+            model = qx.networks.weights.load(experiment.network, weights, **settings)
+            images = read_data(data, test_data, experiment.side, stream=stream, quiet=as_json)
+            tuned = recipes.recipe_with(recipes.finetune(), epochs=epochs) if epochs else None
+            with running():
+                compared = compare_methods(
+                    model,
+                    experiment.points,
+                    as_trained(images, weights),
+                    out,
+                    recipe=tuned,
+                    tell=_telling(as_json),
+                    layers=experiment.layers,
+                    workers=workers,
+                    **timing,
+                )
+                _draw(compared, out)
+            as_rows, table = [row.to_dict() for row in compared], partial(print_compared, compared)
+    if as_json:
+        show({"experiment": name, "rows": as_rows})
+        return
+    say(f"{name}: {experiment.title}")
+    table()
+    if experiment.note:
+        say(experiment.note)
+    say(f"wrote {out}")

@@ -11,6 +11,7 @@ import typer
 import quincunx as qx
 from quincunx import recipes
 from quincunx.artifact import spec_of
+from quincunx.cli.accelerating import reproduce_espace
 from quincunx.cli.common import (
     Data,
     Down,
@@ -40,6 +41,7 @@ from quincunx.cli.common import (
 )
 from quincunx.console import print_comparison, print_lines, print_plan, say, show
 from quincunx.demo import run_demo
+from quincunx.espace_experiments import ESPACE_EXPERIMENTS
 from quincunx.evaluation import evaluate
 from quincunx.experiments import EXPERIMENTS
 from quincunx.experiments import by_name as experiment_by_name
@@ -279,7 +281,12 @@ def demo(
     short_help="Run a table of the paper, or plan it.",
 )
 def reproduce_command(
-    experiment: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    experiment: Annotated[
+        str, typer.Argument(help=f"One of {', '.join((*EXPERIMENTS, *ESPACE_EXPERIMENTS))}.")
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="ESPACE: the trained network's weights, in a file.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="cifar10, cifar100, or images by class; by default the paper's."),
@@ -298,6 +305,8 @@ def reproduce_command(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     precision: Precision = None,
+    batch: Annotated[int, typer.Option(help="ESPACE: images of the timed inputs.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="ESPACE: how often each layer is timed.", min=3)] = 11,
     threads: Threads = None,
     device: Device = "cpu",
     only_plan: Annotated[
@@ -310,7 +319,27 @@ def reproduce_command(
     Tables 1 to 3 and the down-sampling study are on CIFAR-10 (--data cifar100 for the other), table 4 on
     ImageNet (--data FOLDER). Figures 3, 4 and 5 are drawn from tables 1, 2 and 4. Each run leaves one JSON
     file; the same command again makes only what is missing. Runs under torchrun as train does.
+
+    ESPACE's figures and tables are timed on this machine; with --weights and --data of the trained network
+    their errors are measured too, after --epochs of fine-tuning.
     """
+    if experiment in ESPACE_EXPERIMENTS:
+        reproduce_espace(
+            experiment,
+            weights,
+            data,
+            test_data=test_data,
+            stream=stream,
+            workers=workers,
+            out=out or Path("results") / experiment,
+            epochs=epochs,
+            batch=batch,
+            rounds=rounds,
+            threads=threads,
+            only_plan=only_plan,
+            as_json=as_json,
+        )
+        return
     with bad_input(), joined(check_device(device)) as ranks:
         use_threads(threads)
         chosen = experiment_by_name(experiment).at_depths(

@@ -1,0 +1,197 @@
+"""Several methods, or settings of one, on the same trained network: accuracy lost against what is gained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quincunx.acceleration import accelerate_trained
+from quincunx.artifact import read_json, save, write_json
+from quincunx.data import ImageData
+from quincunx.figures import Mark, Picture, tradeoff
+from quincunx.methods import Espace, LowRank
+from quincunx.recipes import Recipe
+from quincunx.report import file_name
+from quincunx.surgery import Method
+
+__all__ = ["SWEEPS", "Compared", "Point", "compare_methods", "comparison_pictures", "on_front"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of one method.
+
+    Attributes:
+        series: what is drawn as one line, such as "espace, impact masks".
+        label: of this point in it, such as "rate 1/4".
+        method: its settings.
+        paper: what the paper prints for it: "speedup", "drop" (points of error); empty if unknown.
+    """
+
+    series: str
+    label: str
+    method: Method
+    paper: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What became of a point.
+
+    Attributes:
+        series, label: of the point.
+        drop: test error after, less that before, in points.
+        speedup: of the whole network, measured.
+        layers_speedup: of the replaced layers together, measured.
+        mac_ratio: MACs before over after.
+        bytes: of the weights on disk; ``bytes_before`` of the original's.
+        front: whether no other point is at least as good in both drop and speed-up.
+        paper: what the paper prints.
+    """
+
+    series: str
+    label: str
+    drop: float
+    speedup: float
+    layers_speedup: float
+    mac_ratio: float
+    bytes: int
+    bytes_before: int
+    front: bool
+    paper: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def _espace(masks: Sequence[str] = ("impact",)) -> list[Point]:
+    rates = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
+    return [
+        Point(f"espace, {mask}", f"rate {text}", Espace(rank=0.5, rate=rate, mask=mask))
+        for mask in masks
+        for rate, text in rates
+    ]
+
+
+def _lowrank() -> list[Point]:
+    return [Point("lowrank", f"rank {share:g}", LowRank(rank=share)) for share in (0.6, 0.5, 0.35, 0.25)]
+
+
+# name -> the points that draw a method's curve
+SWEEPS: dict[str, Callable[[], list[Point]]] = {"espace": _espace, "lrd": _lowrank}
+
+
+def compare_methods(
+    model: nn.Module,
+    points: Iterable[Point],
+    data: ImageData,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> list[Compared]:
+    """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
+
+    All points have the same data, fine-tuning and timing. A point whose result is there is not made again.
+
+    Args:
+        model: a trained network with a spec.
+        points: the settings; their series and labels together must differ.
+        data, recipe, options: as in :func:`quincunx.acceleration.accelerate_trained`.
+        out: folder; each point gets ``SERIES-LABEL`` in it.
+        tell: called with each point's name before it is made.
+
+    Raises:
+        ValueError: two points of one name; what a method refuses.
+        RunFailed: fine-tuning could not go on.
+    """
+    out, found = Path(out), []
+    before = save(model, out / "original") / "weights.safetensors"
+    names: set[str] = set()
+    for point in points:
+        name = file_name(f"{point.series} {point.label}")
+        if name in names:
+            raise ValueError(f"points: two are called {point.series}, {point.label}")
+        names.add(name)
+        tell(f"{point.series}, {point.label}")
+        folder = out / name
+        place = folder / "accelerate.json"
+        result = (
+            read_json(place)
+            if place.exists()
+            else accelerate_trained(model, point.method, data, folder, recipe=recipe, **options)
+        )
+        found.append((point, result, (folder / "model" / "weights.safetensors").stat().st_size))
+    drops = [_drop(result) for _, result, _ in found]
+    gains = [result["whole"]["speedup"]["median"] for _, result, _ in found]
+    front = on_front(list(zip(drops, gains, strict=True)))
+    rows = [
+        _row(point, result, size, before.stat().st_size, best)
+        for (point, result, size), best in zip(found, front, strict=True)
+    ]
+    write_json(
+        out / "comparison.json", {"schema": 1, "kind": "comparison", "rows": [r.to_dict() for r in rows]}
+    )
+    return rows
+
+
+def _drop(result: dict[str, Any]) -> float:
+    last, first = (float(result["stages"][i]["error"]) for i in (-1, 0))
+    return 100 * (last - first)
+
+
+def _row(point: Point, result: dict[str, Any], size: int, before: int, best: bool) -> Compared:
+    layers, cost = result["layers"], result["cost"]
+    dense, fast = (sum(row[f"seconds_{key}"] for row in layers) for key in ("before", "after"))
+    return Compared(
+        point.series,
+        point.label,
+        _drop(result),
+        result["whole"]["speedup"]["median"],
+        dense / fast if fast else 1.0,
+        cost["before"]["macs"] / cost["after"]["macs"],
+        size,
+        before,
+        best,
+        dict(point.paper),
+    )
+
+
+def comparison_pictures(rows: Sequence[Compared]) -> dict[str, Picture]:
+    """Points of error lost against measured speed-up, fewer MACs, and bytes on disk, one line a series."""
+    faces: dict[str, tuple[str, Callable[[Compared], float]]] = {
+        "drop-speed": ("speed-up of the whole network, measured", lambda row: row.speedup),
+        "drop-macs": ("MACs before / after", lambda row: row.mac_ratio),
+        "drop-bytes": ("bytes on disk before / after", lambda row: row.bytes_before / row.bytes),
+    }
+    return {
+        name: tradeoff(
+            [Mark(row.series, row.label, across(row), row.drop) for row in rows],
+            [
+                Mark(row.series, row.label, row.paper["speedup"], row.paper["drop"])
+                for row in rows
+                if name == "drop-speed" and {"speedup", "drop"} <= set(row.paper)
+            ],
+            label,
+        )
+        for name, (label, across) in faces.items()
+    }
+
+
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which (drop, speed-up) are on the Pareto front: no other one is as good in both and better in one.
+
+    Example:
+        >>> on_front([(0.0, 1.5), (1.0, 2.0), (1.0, 1.2)])
+        [True, True, False]
+    """
+    return [
+        not any(d <= drop and s >= speed and (d, s) != (drop, speed) for d, s in points)
+        for drop, speed in points
+    ]

@@ -1,0 +1,145 @@
+"""Methods side by side: the same data and timing for all, the front, the papers' points, the figures."""
+
+import json
+
+import pytest
+import torch
+
+import quincunx as qx
+from quincunx.comparison import SWEEPS, Compared, Point, compare_methods, comparison_pictures, on_front
+from quincunx.espace_experiments import ESPACE_EXPERIMENTS, espace_by_name, time_points
+from test_acceleration import DATA, network
+from test_cli import call
+
+POINTS = [
+    Point("masks", "rate 1/2", qx.Espace(rank=0.5, rate=0.5), (("speedup", 1.5), ("drop", 0.3))),
+    Point("masks", "rate 1/4", qx.Espace(rank=0.5, rate=0.25)),
+    Point("low rank", "rank 16", qx.LowRank(rank=16)),
+]
+OPTIONS = {"calibration": 40, "batch": 1, "rounds": 3, "layers": ["layer1.*"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared")
+    return out, compare_methods(network(), POINTS, DATA, out, **OPTIONS)
+
+
+def test_every_point_has_its_folder_and_its_row(made):
+    out, rows = made
+    assert [(row.series, row.label) for row in rows] == [(p.series, p.label) for p in POINTS]
+    for row, name in zip(rows, ("masks-rate-1of2", "masks-rate-1of4", "low-rank-rank-16"), strict=True):
+        result = json.loads((out / name / "accelerate.json").read_text())
+        errors = [stage["error"] for stage in result["stages"]]
+        assert row.drop == pytest.approx(100 * (errors[-1] - errors[0]))
+        assert row.mac_ratio == result["cost"]["before"]["macs"] / result["cost"]["after"]["macs"] > 1
+        assert row.bytes == (out / name / "model" / "weights.safetensors").stat().st_size
+        assert row.bytes_before == (out / "original" / "weights.safetensors").stat().st_size
+    assert rows[1].mac_ratio > rows[0].mac_ratio > rows[2].mac_ratio > 1
+    assert rows[0].paper == {"speedup": 1.5, "drop": 0.3}
+    assert json.loads((out / "comparison.json").read_text())["rows"] == [row.to_dict() for row in rows]
+
+
+def test_points_that_are_there_are_not_made_again(made, monkeypatch):
+    out, rows = made
+    monkeypatch.setattr("quincunx.comparison.accelerate_trained", lambda *_, **__: pytest.fail("made again"))
+    assert compare_methods(network(), POINTS, DATA, out, **OPTIONS) == rows
+
+
+def test_two_points_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two are called masks, rate 1/2"):
+        compare_methods(network(), [POINTS[0]] * 2, DATA, tmp_path, **OPTIONS)
+
+
+def test_the_front():
+    points = [(0.0, 1.0), (0.5, 2.0), (0.5, 2.0), (0.6, 1.9), (-0.1, 0.9), (1.0, 3.0), (1.0, 2.5)]
+    assert on_front(points) == [True, True, True, False, True, True, False]
+
+
+def row(series, label, lost, gain, **paper):
+    return Compared(series, label, lost, gain, gain, 2 * gain, 50, 100, True, paper)
+
+
+def test_figures_say_what_they_show():
+    rows = [row("a", "x", 1.0, 2.0, speedup=1.5, drop=0.5), row("b", "y", -0.25, 1.2)]
+    pictures = comparison_pictures(rows)
+    assert set(pictures) == {"drop-speed", "drop-macs", "drop-bytes"}
+    assert "a, x: +1.00 points at 2.00; b, y: -0.25 points at 1.20" in pictures["drop-speed"].alternative
+    assert "Hollow marks" in pictures["drop-speed"].alternative
+    assert "a, x: +1.00 points at 4.00" in pictures["drop-macs"].alternative
+    assert "Hollow" not in pictures["drop-bytes"].alternative
+    assert pictures["drop-bytes"].content.startswith(b"<?xml")
+
+
+def test_every_sweep_has_settings_that_can_be_used():
+    for make in SWEEPS.values():
+        points = make()
+        assert len({(p.series, p.label) for p in points}) == len(points) > 2
+
+
+@pytest.mark.parametrize("name", ESPACE_EXPERIMENTS)
+def test_every_espace_experiment_finds_its_layers(name):
+    experiment = espace_by_name(name)
+    model = qx.networks.build(experiment.network, 10, 3, **dict(experiment.settings))
+    convs = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert set(experiment.layers) <= convs
+    plain = experiment.without_data()
+    assert len({p.label for p in plain.points}) == len(plain.points)
+    printed = {k: v for p in experiment.points for k, v in dict(p.paper).items()}
+    assert {k: v for p in plain.points for k, v in dict(p.paper).items()} == printed
+    assert all(getattr(p.method, "mask", "uniform") == "uniform" for p in plain.points)
+
+
+def test_the_papers_layers_have_the_papers_ranks_and_shapes():
+    alexnet = qx.networks.build("alexnet", 10, 3, form="original")
+    conv2 = alexnet.get_submodule(espace_by_name("espace-figure3").layers[0])
+    assert (conv2.in_channels, conv2.out_channels, conv2.kernel_size, conv2.groups) == (96, 256, (5, 5), 2)
+    googlenet = qx.networks.build("googlenet", 10, 3, form="original")
+    conv3b = googlenet.get_submodule(espace_by_name("espace-figure4").layers[0])
+    assert (conv3b.in_channels, conv3b.out_channels, conv3b.kernel_size) == (128, 192, (3, 3))
+    with pytest.raises(ValueError, match="nearest first: espace-figure3"):
+        espace_by_name("espace-figure33")
+
+
+def test_speeds_need_no_data():
+    experiment = espace_by_name("espace-figure3")
+    few = type(experiment)(
+        "few", "two points", "cifar-resnet8", (), 16, ("layer1.*",), (POINTS[0], POINTS[2])
+    )
+    rows = time_points(few, network(), batch=1, rounds=3)
+    assert [r["label"] for r in rows] == ["rate 1/2", "rank 16"]
+    # rank 24 of 16 channels: 2 * 3 * 16 * 24 for 9 * 16 * 16, at about half of the positions
+    assert rows[0]["layers"]["mac_ratio"] == pytest.approx(2.0, rel=0.05)
+    assert rows[1]["layers"]["mac_ratio"] == pytest.approx(1.5)
+    assert all(r[part]["speedup"] > 0 for r in rows for part in ("layers", "network"))
+
+
+def test_the_verbs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("--network", "rrn8", "--epochs", "1", "--threads", "1", "--json", "--out", "run")
+    assert call("train", *small).exit_code == 0
+    monkeypatch.setitem(SWEEPS, "lrd", lambda: [POINTS[2]])
+    done = call(
+        "compare", "run", "--methods", "lrd", "--calibration", "60", "--rounds", "3", "--threads", "1"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "low rank" in done.stdout
+    assert {p.name for p in (tmp_path / "compared").glob("*.svg")} == {
+        "drop-speed.svg",
+        "drop-macs.svg",
+        "drop-bytes.svg",
+    }
+    refused = call("compare", "run", "--methods", "magic")
+    assert (refused.exit_code, "methods='magic': expected some of" in refused.stderr) == (2, True)
+    half = call("reproduce", "espace-figure3", "--data", "digits")
+    assert (half.exit_code, "errors need both, speeds need neither" in half.stderr) == (2, True)
+    planned = call("reproduce", "espace-table2", "--plan", "--json")
+    assert json.loads(planned.stdout)["points"][-1] == "impact masks, rate 1/5"
