@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 
 import quincunx as qx
+from quincunx import acceleration
 from quincunx.acceleration import accelerate_trained, mcnemar, reestimate_batch_norm, sample
 from quincunx.acceleration_report import acceleration_sentences, write_acceleration_report
 from quincunx.journal import FolderJournal
@@ -21,12 +22,7 @@ DATA = pictures(count=60, size=8, channels=3)
 METHOD = qx.Espace(rank=0.5, rate=0.5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed=0):
@@ -201,3 +197,17 @@ def test_the_verb_from_a_trained_run_to_a_page(tmp_path, monkeypatch):
     assert result["recipe"]["lr"] == 0.001
     assert result["cost"]["after"]["macs"] < 0.8 * result["cost"]["before"]["macs"]
     assert (tmp_path / "fast" / "report.html").exists()
+
+
+def test_batch_norm_is_left_as_it_was_where_the_new_estimate_raises_the_loss():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
+    net[3].weight.data.mul_(50)
+    inputs = [torch.randn(16, 3, 2, 2) for _ in range(3)]
+    images = [(x, net(x).argmax(1)) for x in inputs]  # it has them all right
+    before = copy.deepcopy(net.state_dict())
+    assert not acceleration._renormalised(net, images, [torch.full((4, 3, 2, 2), 9.0)])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net[0].running_mean.fill_(30)
+    assert acceleration._renormalised(net, images, inputs)
+    assert net[0].running_mean.abs().max() < 1

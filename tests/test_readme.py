@@ -30,14 +30,19 @@ def test_no_result_was_measured_on_changed_files():
         assert all(re.fullmatch(r"[0-9a-f]{7,40}", commit) for commit in commits), path
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_examples_run(tmp_path, monkeypatch):
+    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(code, scope)
+    exec(first, scope)
     assert scope["y"].shape == (8, 64, 256, 1)
     assert scope["z"].shape == (8, 64, 32, 32)
     assert isinstance(scope["fast"], torch.nn.Module)
+    scope["model"] = scope["qx"].networks.build("cifar-resnet8")
+    scope["images"] = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 10) for _ in range(2)]
+    exec(second, scope)
+    assert scope["result"].replaced["layer1.0.conv1"]["rates"] == [0.5, 0.5]
+    assert scope["result"].model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, flags=re.MULTILINE))

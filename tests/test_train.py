@@ -30,14 +30,7 @@ from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe, recipe_with
 from quincunx.train import Interrupted, RunFailed, fit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads cost tiny networks more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TINY = Recipe("tiny", epochs=3, batch_size=8, lr=0.05, milestones=(0.5,), warmup=0.1, augment="cifar")

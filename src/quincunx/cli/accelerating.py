@@ -46,6 +46,18 @@ from quincunx.surgery import Method
 
 Settings = dict[str, Any]
 
+Network = Annotated[str, typer.Argument(help="Artifact or run, or a network's name with --weights.")]
+Weights = Annotated[Path | None, typer.Option(help="Published weights of the named network, in a file.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Only layers of these names, with commas; * stands for anything.")
+]
+Calibration = Annotated[int, typer.Option(help="Training images to fit on.", min=1)]
+FinetuneEpochs = Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 for none.", min=0)]
+FinetuneRecipe = Annotated[str, typer.Option(help="Of fine-tuning.")]
+FinetuneRate = Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")]
+Batch = Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)]
+Rounds = Annotated[int, typer.Option(help="How often each layer is timed.", min=3)]
+
 
 def _espace(settings: Settings) -> Method:
     return qx.Espace(**settings)
@@ -67,10 +79,8 @@ METHODS: dict[str, Callable[[Settings], Method]] = {"espace": _espace, "lowrank"
     short_help="Make a trained network faster.",
 )
 def accelerate_command(
-    network: Annotated[str, typer.Argument(help="Artifact or run, or a network's name with --weights.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Published weights of the named network, in a file.")
-    ] = None,
+    network: Network,
+    weights: Weights = None,
     data: Data = "digits",
     test_data: TestData = None,
     size: Size = None,
@@ -88,21 +98,19 @@ def accelerate_command(
         str | None, typer.Option(help="Share of computed positions, one number or two with a comma.")
     ] = None,
     mask: Annotated[str | None, typer.Option(help="Which positions: impact, uniform or random.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Only layers of these names, with commas; * stands for anything.")
-    ] = None,
-    calibration: Annotated[int, typer.Option(help="Training images to fit on.", min=1)] = 500,
-    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 for none.", min=0)] = 0,
-    recipe: Annotated[str, typer.Option(help="Of fine-tuning.")] = "finetune",
-    lr: Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")] = None,
+    layers: Layers = None,
+    calibration: Calibration = 500,
+    finetune_epochs: FinetuneEpochs = 0,
+    recipe: FinetuneRecipe = "finetune",
+    lr: FinetuneRate = None,
     precision: Annotated[
         str | None, typer.Option(help="Of fine-tuning: float32 (the default), bfloat16 or float16.")
     ] = None,
     distill: Annotated[
         float | None, typer.Option(help="Share of the loss that follows the original network.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)] = 8,
-    rounds: Annotated[int, typer.Option(help="How often each layer is timed.", min=3)] = 11,
+    batch: Batch = 8,
+    rounds: Rounds = 11,
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("fast"),
     seed: Seed = 0,
     threads: Threads = None,
@@ -193,10 +201,8 @@ def _rate(text: str | None) -> float | tuple[float, ...] | None:
     short_help="Several methods on one trained network.",
 )
 def compare_command(
-    network: Annotated[str, typer.Argument(help="Artifact or run, or a network's name with --weights.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Published weights of the named network, in a file.")
-    ] = None,
+    network: Network,
+    weights: Weights = None,
     methods: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}, with commas.")] = ",".join(SWEEPS),
     data: Data = "digits",
     test_data: TestData = None,
@@ -204,15 +210,13 @@ def compare_command(
     skip_bad: SkipBad = False,
     stream: Stream = None,
     workers: Workers = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Only layers of these names, with commas; * stands for anything.")
-    ] = None,
-    calibration: Annotated[int, typer.Option(help="Training images to fit on.", min=1)] = 500,
-    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning each; 0 for none.", min=0)] = 0,
-    recipe: Annotated[str, typer.Option(help="Of fine-tuning.")] = "finetune",
-    lr: Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")] = None,
-    batch: Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)] = 8,
-    rounds: Annotated[int, typer.Option(help="How often each layer is timed.", min=3)] = 11,
+    layers: Layers = None,
+    calibration: Calibration = 500,
+    finetune_epochs: FinetuneEpochs = 0,
+    recipe: FinetuneRecipe = "finetune",
+    lr: FinetuneRate = None,
+    batch: Batch = 8,
+    rounds: Rounds = 11,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("compared"),
     seed: Seed = 0,
     threads: Threads = None,
