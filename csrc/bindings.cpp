@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -24,6 +26,7 @@ namespace {
 using quincunx::ForwardKernels;
 using quincunx::GatherGemm;
 using quincunx::Kernels;
+using quincunx::LookupConv;
 using quincunx::Place;
 using quincunx::Places;
 using quincunx::Step;
@@ -314,6 +317,85 @@ Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, i
   return grad;
 }
 
+// x [N, C, H, W], codebooks [groups * M, K, width], assignments [groups * M, T, O / groups]
+Tensor lookup_conv(Tensor x, const Tensor& codebooks, const Tensor& assignments, std::optional<Tensor> bias,
+                   const Tensor& slots, const Tensor& offsets, const Tensor& rows,
+                   std::vector<int64_t> out_size, int64_t channel_groups) {
+  const Map in = as_map(x, "x", ScalarType::Float);
+  const ScalarType type = assignments.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Short,
+                  "assignments must be uint8 or int16, got ", torch::headeronly::toString(type));
+  for (const Tensor* t : {&codebooks, &assignments}) {
+    STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->dim() == 3 && t->numel() > 0,
+                    "codebooks and assignments must be contiguous, on the CPU, of 3 dimensions and not empty");
+  }
+  STD_TORCH_CHECK(codebooks.scalar_type() == ScalarType::Float, "codebooks must be float32");
+  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
+                      out_size[1] <= kInt32Max,
+                  "out_size must be (height, width)");
+  const auto books = codebooks.sizes(), given = assignments.sizes();
+  const int64_t subspaces = books[0], codewords = books[1], width = books[2], num_taps = given[1];
+  STD_TORCH_CHECK(channel_groups >= 1 && channel_groups <= subspaces && subspaces % channel_groups == 0 &&
+                      given[0] == subspaces && given[2] <= kInt32Max / channel_groups,
+                  "channel_groups = ", channel_groups, " does not fit the codebooks and assignments");
+  GatherGemm shape{};
+  set_shape(shape, in, channel_groups * given[2], out_size[0] * out_size[1], num_taps, channel_groups, 0);
+  const int64_t channels = in.channels / channel_groups, per_group = subspaces / channel_groups;
+  STD_TORCH_CHECK(width <= channels && (channels - 1) / width + 1 == per_group, per_group, " subspaces of ",
+                  width, " channels do not make ", channels, " channels");
+  STD_TORCH_CHECK(codewords <= (type == ScalarType::Byte ? 256 : 32767), "too many codewords: ", codewords);
+  LookupConv g{};
+  g.wide = type == ScalarType::Short;
+  g.assignments = assignments.data_ptr();
+  const int64_t count = assignments.numel();
+  // unsigned, so that a negative one is too large
+  const auto greatest = [count](const auto* values) {
+    return count > 0 ? int64_t{*std::max_element(values, values + count)} : 0;
+  };
+  const int64_t highest = g.wide ? greatest(static_cast<const uint16_t*>(g.assignments))
+                                 : greatest(static_cast<const uint8_t*>(g.assignments));
+  STD_TORCH_CHECK(highest < codewords, "assignments must lie in [0, ", codewords, "), got ", highest);
+  Operand slot_table(slots), offset_table(offsets), row_table(rows);
+  int64_t offset_count;
+  g.slots = slot_table.table("slots", &g.num_slots);
+  g.offsets = offset_table.table("offsets", &offset_count);
+  g.rows = row_table.table("rows", &g.positions);
+  STD_TORCH_CHECK(offset_count == num_taps, "offsets must have ", num_taps, " entries, got ", offset_count);
+  STD_TORCH_CHECK(g.num_slots <= kInt32Max / 4 && g.positions <= kInt32Max / 4, "the map is too large");
+  slot_table.within("slots", -1, in.rows());
+  offset_table.within("offsets", 0, kInt32Max / 4);
+  row_table.within("rows", -1, shape.rows_out);
+  std::vector<int32_t> order(num_taps);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return g.offsets[a] < g.offsets[b]; });
+  g.order = order.data();
+  g.x = reinterpret_cast<const float*>(in.data);
+  g.codebooks = static_cast<const float*>(codebooks.data_ptr());
+  if (bias) g.bias = Operand(*bias).channels("bias", shape.out_channels);
+  g.batch = in.batch;
+  g.rows_in = shape.rows_in;
+  g.rows_out = shape.rows_out;
+  g.in_channels = shape.in_channels;
+  g.out_channels = shape.out_channels;
+  g.channel_groups = shape.channel_groups;
+  g.subspaces = static_cast<int32_t>(per_group);
+  g.codewords = static_cast<int32_t>(codewords);
+  g.width = static_cast<int32_t>(width);
+  g.num_taps = shape.num_taps;
+  Tensor out = empty({in.batch, shape.out_channels, out_size[0], out_size[1]}, ScalarType::Float,
+                     MemoryFormat::ChannelsLast);
+  g.out = static_cast<float*>(out.data_ptr());
+  const auto& kernels = quincunx::kernels().lookup;
+  const int64_t look_ups = in.batch * g.positions * count, least_work = 100000;
+  const int64_t parts = quincunx::parts_for(look_ups, least_work);
+  const int64_t floats = kernels.scratch_floats(&g, parts);
+  STD_TORCH_CHECK(floats <= kInt32Max, "the tables are too large");
+  Tensor scratch = empty({floats * parts}, ScalarType::Float);
+  g.scratch = static_cast<float*>(scratch.data_ptr());
+  quincunx::parallel(parts, [&](int64_t part) { kernels.run(&g, part, parts); });
+  return out;
+}
+
 enum BufferKind : int64_t { kInput, kScratch, kOutput };
 
 struct Buffers {
@@ -454,6 +536,9 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
       "Tensor index, Tensor rows, Tensor taps, Tensor groups, int[] out_size, int out_channels, int num_taps, "
       "int channel_groups, int activation) -> (Tensor, Tensor)");
   m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups) -> Tensor");
+  m.def(
+      "lookup_conv(Tensor x, Tensor codebooks, Tensor assignments, Tensor? bias, Tensor slots, "
+      "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");
   m.def("run_program(Tensor[] inputs, Tensor[] tensors, int[] buffers, int[] code) -> Tensor[]");
   m.def("isa() -> str");
   m.def("available_isas() -> str");
@@ -463,6 +548,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("gather_gemm", TORCH_BOX(&gather_gemm));
   m.impl("weight_grad", TORCH_BOX(&weight_grad));
+  m.impl("lookup_conv", TORCH_BOX(&lookup_conv));
   m.impl("run_program", TORCH_BOX(&run_program));
 }
 

@@ -51,6 +51,26 @@ struct WeightGrad {
   int32_t in_channels, out_channels, channel_groups, num_taps;
 };
 
+// out[n, rows[q], o] = bias[o] + sum over taps t and subspaces m of
+//     <codebooks[m, assignments[m, t, o]], x[n, slots[offsets[t] + q], m * width ...]>
+// for each channel group with its own channels and subspaces. A slot of -1, or behind the last one, reads
+// zeros, and so do the channels that the last subspace lacks; a position whose row is -1 is not written.
+struct LookupConv {
+  const float* x;           // [batch, rows_in, in_channels]
+  const float* codebooks;   // [channel_groups * subspaces, codewords, width]
+  const void* assignments;  // [channel_groups * subspaces, num_taps, out_channels / channel_groups]
+  const float* bias;        // [out_channels] or null
+  const int32_t* slots;     // [num_slots]: input rows
+  const int32_t* offsets;   // [num_taps]
+  const int32_t* order;     // [num_taps]: the taps by ascending offset
+  const int32_t* rows;      // [positions]: output rows
+  float* out;               // [batch, rows_out, out_channels]
+  float* scratch;           // scratch_floats() of them for each part
+  int64_t batch, rows_in, rows_out, num_slots, positions;
+  int32_t in_channels, out_channels, channel_groups, subspaces, codewords, width, num_taps;
+  bool wide;  // assignments are int16, else uint8
+};
+
 // Into how many parts a gather GEMM is cut along its outputs and its positions. The outputs do not
 // depend on it.
 struct Cut {
@@ -74,10 +94,17 @@ struct GradKernels {
   void (*finish)(const WeightGrad*, int64_t part, int64_t parts, int64_t run_parts);
 };
 
+// The sums do not depend on the number of parts.
+struct LookupKernels {
+  int64_t (*scratch_floats)(const LookupConv*, int64_t parts);
+  void (*run)(const LookupConv*, int64_t part, int64_t parts);
+};
+
 struct Kernels {
   ForwardKernels f32;
   ForwardKernels bf16;
   GradKernels grad;
+  LookupKernels lookup;
   // least and greatest of the values and 0
   void (*extremes)(const int32_t* values, int64_t count, int32_t* low, int32_t* high);
 };

@@ -15,12 +15,14 @@
 #define QX_TILE_ROWS 12, 6
 #define QX_GRAD_ROWS 12, 6
 #include "gather_gemm.h"
+#include "lookup_conv.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
     quincunx::avx2::forward_kernels<quincunx::avx2::Float, float>(),
     quincunx::avx2::forward_kernels<quincunx::avx2::WideBf16, uint16_t>(),
     quincunx::avx2::kGrad,
+    quincunx::avx2::kLookup,
     &quincunx::avx2::extremes,
 };
 

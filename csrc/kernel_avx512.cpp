@@ -15,12 +15,14 @@
 #define QX_TILE_ROWS 20, 14, 8, 6
 #define QX_GRAD_ROWS 16, 12
 #include "gather_gemm.h"
+#include "lookup_conv.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
     quincunx::avx512::forward_kernels<quincunx::avx512::Float, float>(),
     quincunx::avx512::forward_kernels<quincunx::avx512::WideBf16, uint16_t>(),
     quincunx::avx512::kGrad,
+    quincunx::avx512::kLookup,
     &quincunx::avx512::extremes,
 };
 

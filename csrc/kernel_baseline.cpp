@@ -14,11 +14,13 @@
 #define QX_GRAD_ROWS 12, 6
 #endif
 #include "gather_gemm.h"
+#include "lookup_conv.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
     quincunx::baseline::forward_kernels<quincunx::baseline::Float, float>(),
     quincunx::baseline::forward_kernels<quincunx::baseline::WideBf16, uint16_t>(),
     quincunx::baseline::kGrad,
+    quincunx::baseline::kLookup,
     &quincunx::baseline::extremes,
 };

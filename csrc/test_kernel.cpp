@@ -1,11 +1,13 @@
 // Checks every instruction set that this processor has against plain loops. Torch-free:
 // make sanitize
 // Every array is a heap block of exactly its size, so that the sanitiser sees any access outside it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <string>
@@ -215,6 +217,80 @@ void check_grad(const std::string& name, const GradKernels& kernels, const Case&
   }
 }
 
+void check_lookup(const std::string& name, const LookupKernels& kernels) {
+  const int64_t groups = pick({1, 1, 2}), channels = pick({1, 3, 8, 17}), outputs = pick({1, 3, 40, 71});
+  const int64_t width = std::min(channels, pick({1, 3, 4, 8})), subspaces = (channels + width - 1) / width;
+  const int64_t codewords = pick({2, 5, 64, 300}), taps = pick({1, 2, 9, 25}), batch = pick({0, 1, 2});
+  const int64_t rows_in = pick({1, 7, 40}), positions = pick({0, 1, 4, 5, 16, 33, 70, 900});
+  const int64_t count = groups * subspaces * taps * outputs, parts = pick({1, 2, 5});
+  Array codebooks(groups * subspaces * codewords * width, false), bias(groups * outputs, false);
+  Array x(batch * rows_in * groups * channels, false);
+  std::vector<int32_t> slots, offsets, order(taps), rows, values;
+  // some taps far from each other, some near, some reading behind the last slot
+  for (int64_t t = 0; t < taps; ++t) offsets.push_back(generator() % pick({1, 30, 2000}));
+  for (int64_t i = pick({0, 50, 1000}); i > 0; --i) slots.push_back(int32_t(generator() % (rows_in + 1)) - 1);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return offsets[a] < offsets[b]; });
+  int32_t rows_out = 0;
+  for (int64_t q = 0; q < positions; ++q) rows.push_back(generator() % 4 ? rows_out++ : -1);
+  const std::unique_ptr<uint8_t[]> narrow_values(new uint8_t[count]);
+  const std::unique_ptr<int16_t[]> wide_values(new int16_t[count]);
+  for (int64_t i = 0; i < count; ++i) {
+    values.push_back(generator() % codewords);
+    narrow_values[i] = uint8_t(values[i]);
+    wide_values[i] = int16_t(values[i]);
+  }
+  for (auto* table : {&slots, &offsets, &order, &rows}) *table = exact(*table);
+  Array out(batch * rows_out * groups * outputs, false, false);
+  LookupConv g{};
+  g.x = x.floats();
+  g.codebooks = codebooks.floats();
+  g.wide = codewords > 256 || generator() % 2;
+  g.assignments = g.wide ? static_cast<const void*>(wide_values.get()) : narrow_values.get();
+  g.bias = generator() % 2 ? bias.floats() : nullptr;
+  g.slots = slots.data();
+  g.offsets = offsets.data();
+  g.order = order.data();
+  g.rows = rows.data();
+  g.out = out.floats();
+  g.batch = batch;
+  g.rows_in = rows_in;
+  g.rows_out = rows_out;
+  g.num_slots = slots.size();
+  g.positions = positions;
+  g.in_channels = groups * channels;
+  g.out_channels = groups * outputs;
+  g.channel_groups = groups;
+  g.subspaces = subspaces;
+  g.codewords = codewords;
+  g.width = width;
+  g.num_taps = taps;
+  Array scratch(kernels.scratch_floats(&g, parts) * parts, false, false);
+  g.scratch = scratch.floats();
+  for (int64_t part = parts; part-- > 0;) kernels.run(&g, part, parts);
+  for (int64_t n = 0; n < batch; ++n) {
+    for (int64_t q = 0; q < positions; ++q) {
+      for (int64_t o = 0; rows[q] >= 0 && o < groups * outputs; ++o) {
+        const int64_t group = o / outputs;
+        double sum = g.bias ? bias[o] : 0, size = std::abs(sum);
+        for (int64_t t = 0; t < taps; ++t) {
+          const size_t slot = offsets[t] + q;
+          const int64_t row = slot < slots.size() ? slots[slot] : -1;
+          for (int64_t c = 0; row >= 0 && c < channels; ++c) {
+            const int64_t subspace = group * subspaces + c / width;
+            const int64_t word = values[(subspace * taps + t) * outputs + o % outputs];
+            const double term = double(codebooks[(subspace * codewords + word) * width + c % width]) *
+                                x[(n * rows_in + row) * groups * channels + group * channels + c];
+            sum += term;
+            size += std::abs(term);
+          }
+        }
+        compare(name + " lookup", out[(n * rows_out + rows[q]) * groups * outputs + o], sum, size, 2e-6);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -227,6 +303,7 @@ int main(int argc, char** argv) {
       check_forward(name + " float32", kernels.f32, false, c);
       check_forward(name + " bfloat16", kernels.bf16, true, c);
       check_grad(name, kernels.grad, c);
+      if (i % 4 == 0) check_lookup(name, kernels.lookup);
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from quincunx.sampling import Cosets, from_spec
 
-__all__ = ["Geometry", "Plan", "adjoint_plan", "forward_plan", "nearest_index", "position_index"]
+__all__ = [
+    "Geometry",
+    "Plan",
+    "ShiftPlan",
+    "adjoint_plan",
+    "forward_plan",
+    "nearest_index",
+    "position_index",
+    "shift_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -236,3 +245,67 @@ def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, u
     if len(used.unique(dim=0)) * 8 <= len(used):  # type: ignore[no-untyped-call]
         return used
     return torch.ones_like(used)
+
+
+@dataclass(frozen=True)
+class ShiftPlan:
+    """A dense convolution in which a tap is a shift: position q reads slot offsets[tap] + q.
+
+    Attributes:
+        slots: int32, the input row of each slot, -1 for "outside".
+        offsets: int32 [taps].
+        rows: int32, the output row of each position, -1 for one that only keeps the others in step.
+        out_size: the output map's (height, width).
+    """
+
+    slots: Tensor
+    offsets: Tensor
+    rows: Tensor
+    out_size: tuple[int, int]
+
+
+@lru_cache(maxsize=1024)
+def shift_plan(geometry: Geometry, height: int, width: int) -> ShiftPlan:
+    """Slots in which every tap reads neighbours for neighbouring positions, whatever the stride.
+
+    Input positions with equal residues modulo the stride form a plane, in which neighbouring outputs
+    read neighbours. A plane's rows lie one behind the other with a gap of zeros as wide as taps reach
+    beyond a row's end or beginning, so that this gap serves both.
+    """
+    grid = geometry.grid(height, width)
+    rows = [_phase(geometry, 0, i) for i in range(geometry.kernel[0])]
+    cols = [_phase(geometry, 1, j) for j in range(geometry.kernel[1])]
+    top, low = min(shift for _, shift in rows), max(shift for _, shift in rows)
+    before = max(0, -min(shift for _, shift in cols))
+    pitch = grid[1]
+    for phase, shift in cols:
+        length = len(range(phase, width, geometry.stride[1]))
+        pitch = max(pitch, length + max(before, grid[1] + shift - length))
+    lines, planes = grid[0] + low - top, sorted({(a, b) for a, _ in rows for b, _ in cols})
+    size = lines * pitch + before
+    slots = torch.full((len(planes), size), -1)
+    for number, (a, b) in enumerate(planes):
+        r = torch.arange(top, top + lines)[:, None] * geometry.stride[0] + a
+        c = torch.arange(pitch)[None] * geometry.stride[1] + b
+        inside = (r >= 0) & (r < height) & (c < width)
+        slots[number, before:] = torch.where(inside, r * width + c, -1).flatten()
+    offsets = [
+        planes.index((a, b)) * size + (down - top) * pitch + right + before
+        for a, down in rows
+        for b, right in cols
+    ]
+    count = (grid[0] - 1) * pitch + grid[1]
+    q = torch.arange(count)
+    row, col = torch.div(q, pitch, rounding_mode="floor"), q % pitch
+    return ShiftPlan(
+        slots=slots.flatten().int(),
+        offsets=torch.tensor(offsets, dtype=torch.int32),
+        rows=torch.where(col < grid[1], row * grid[1] + col, -1).int(),
+        out_size=grid,
+    )
+
+
+def _phase(geometry: Geometry, axis: int, tap: int) -> tuple[int, int]:
+    """Which plane a tap reads along an axis, and how far from the output's own place in it."""
+    start = tap * geometry.dilation[axis] - geometry.padding[2 * axis]
+    return start % geometry.stride[axis], start // geometry.stride[axis]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quincunx.ops.contract import CHANNELS_LAST
-from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan
+from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan, shift_plan
 
 __all__ = [
     "DTYPES",
@@ -24,6 +24,7 @@ __all__ = [
     "conv_weight",
     "isa",
     "load",
+    "lookup",
     "pack",
     "unavailable",
 ]
@@ -184,3 +185,30 @@ def conv_weight(
         groups,
     )
     return gradient.view(y.shape[1], x.shape[1] // groups, *kernel).to(x.dtype)
+
+
+def lookup(
+    x: Tensor,
+    codebooks: Tensor,
+    assignments: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Tables and their sums are float32; a bfloat16 map is widened before and rounded after."""
+    plan = shift_plan(Geometry.make(kernel, stride, padding, dilation), x.shape[2], x.shape[3])
+    y: Tensor = torch.ops.quincunx_native.lookup_conv(
+        x.float(),
+        codebooks.float().contiguous(),
+        assignments.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        plan.slots,
+        plan.offsets,
+        plan.rows,
+        plan.out_size,
+        groups,
+    )
+    return y.to(x.dtype)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from quincunx.ops.contract import CHANNELS_LAST
+from quincunx.ops.lookup import decoded
 from quincunx.plan import Geometry, nearest_index, position_index
 
-__all__ = ["collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill"]
+__all__ = ["collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill", "lookup"]
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -136,3 +137,20 @@ def collect(z: Tensor, sampling: str) -> Tensor:
     sums = _empty_map(z, m, 1).zero_()
     sums.squeeze(3).transpose(1, 2).index_add_(1, index, z.permute(0, 2, 3, 1).flatten(1, 2))
     return sums
+
+
+def lookup(
+    x: Tensor,
+    codebooks: Tensor,
+    assignments: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The codebooks decoded to a weight, and a convolution with it."""
+    weight = decoded(codebooks, assignments, x.shape[1] // groups, kernel, groups)
+    y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return y.contiguous(memory_format=CHANNELS_LAST)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quincunx.ops import contract, native, reference
+from quincunx.ops import contract, lookup, native, reference
 
 __all__ = ["Backend", "backend", "register"]
 
@@ -102,7 +102,7 @@ def _on_cpu(name: str) -> Callable[..., Tensor]:
 
 def register() -> None:
     """The reference for every device; on the CPU whichever back end serves."""
-    for name in contract.OPERATORS:
+    for name in (*contract.OPERATORS, *lookup.OPERATORS):
         contract.implement(name, getattr(reference, name), "CompositeExplicitAutograd")
         if hasattr(native, name):
             contract.implement(name, _on_cpu(name), "CPU")
