@@ -6,9 +6,10 @@ from quincunx import networks
 from quincunx.artifact import load, save
 from quincunx.cost import Cost, cost
 from quincunx.fuse import fuse
-from quincunx.methods import Espace, LowRank
+from quincunx.methods import QCNN, Espace, LowRank
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
 from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.quantised import QuantConv2d, QuantLinear
 from quincunx.sampling import (
     CHESSBOARD,
     QUARTER,
@@ -26,6 +27,7 @@ __version__ = _version("quincunx")
 
 __all__ = [
     "CHESSBOARD",
+    "QCNN",
     "QUARTER",
     "THREE_QUARTERS",
     "Accelerated",
@@ -36,6 +38,8 @@ __all__ = [
     "LowRank",
     "PerforatedConv2d",
     "Positions",
+    "QuantConv2d",
+    "QuantLinear",
     "Random",
     "SampledConv2d",
     "SampledConvTranspose2d",

@@ -21,12 +21,15 @@ from torch import Tensor, fx, nn
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d, window_means
 from quincunx.plan import Geometry
 from quincunx.program import Program, Shortcut, Step
+from quincunx.quantised import QuantConv2d, QuantLinear
 
 __all__ = ["fuse"]
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _CONVS = (nn.Conv2d, SampledConv2d, SampledConvTranspose2d)
+# they run as they are
+_WHOLE = (QuantConv2d, QuantLinear)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
 
 
@@ -70,7 +73,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _CONVS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*_CONVS, *_WHOLE)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> fx.Graph:
@@ -319,7 +322,7 @@ class _Absorber:
 
 def _is_map(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
-    maps = (*_CONVS, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+    maps = (*_CONVS, QuantConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
     if isinstance(_module(model, node), maps):
         return True
     if _activation(model, node) or _addition(node) is not None:

@@ -15,10 +15,12 @@ from torch import nn
 
 from quincunx.methods.espace import Espace
 from quincunx.methods.lrd import LowRank
+from quincunx.methods.qcnn import QCNN
+from quincunx.quantised import QuantConv2d, QuantLinear
 from quincunx.sampling import from_spec
 from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 
-__all__ = ["Espace", "LowRank", "build_module"]
+__all__ = ["QCNN", "Espace", "LowRank", "build_module"]
 
 
 def _espace(masks: list[str], **settings: Any) -> nn.Module:
@@ -36,6 +38,8 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "separable": SeparableConv2d,
     "espace": _espace,
     "masked": _masked,
+    "quantised-conv": QuantConv2d,
+    "quantised-linear": QuantLinear,
 }
 
 

@@ -1,0 +1,191 @@
+"""Q-CNN: weights of convolutions and fully connected layers as codewords (Wu et al. 2016)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quincunx.methods.fitting import convolution_refusal
+from quincunx.methods.moments import POSITIONS, moments
+from quincunx.methods.product import Quantisation, bits_per_weight, quantise
+from quincunx.quantised import QuantConv2d, QuantLinear, check_codebook
+from quincunx.streams import Context, Layer
+from quincunx.surgery import Replacement, Work, each
+
+__all__ = ["QCNN"]
+
+
+@dataclass(frozen=True)
+class QCNN:
+    r"""Product quantisation: the weight's sub-vectors of C' input channels become codewords out of K.
+
+    Codebooks are found by k-means. With calibration data they are corrected, layer by layer from the
+    input up: each layer's codewords and assignments minimise the error of its responses,
+
+    .. math:: E\,|y - W' * x - b|^2,
+
+    on the input that the layers quantised before give it. The bias then takes up the mean error; a layer
+    without bias gets one. Convolutions become :class:`QuantConv2d`, fully connected layers
+    :class:`QuantLinear`. Needs scipy.
+
+    Args:
+        subspace: C'. Where it does not divide a layer's channels the last subspace is padded with zeros.
+        codewords: K; stored in a byte each up to 256, in two beyond.
+        data: True corrects on data, False quantises the weight alone; None does the first where there is
+            calibration data.
+        iterations: at most so many sweeps of the correction.
+        positions: most positions of an image that the correction sums over; of larger maps as many are
+            drawn.
+        linear: whether fully connected layers are quantised too.
+        seed: of k-means and of that draw.
+
+    Raises:
+        ValueError: fewer than 2 codewords, a subspace below 1, a count outside its range. Layers that a
+            setting does not fit are skipped, with the numbers as the reason: fewer channels than C',
+            fewer sub-vectors than K.
+
+    Source: Wu, Leng, Wang, Hu, Cheng, arXiv:1512.06473, sections 3.1 to 3.3.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1))
+        >>> record = qx.accelerate(net, QCNN(subspace=4, codewords=32)).replaced["0"]
+        >>> record["subspace"], record["codewords"], record["kind"]
+        (4, 32, 'QuantConv2d')
+    """
+
+    subspace: int = 8
+    codewords: int = 128
+    _: KW_ONLY
+    data: bool | None = None
+    iterations: int = 4
+    positions: int = POSITIONS
+    linear: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("subspace", 1), ("iterations", 1), ("positions", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_codebook(self.subspace, self.codewords, self.subspace, None)
+        for name, allowed in (("data", (None, True, False)), ("linear", (True, False))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
+
+    @property
+    def name(self) -> str:
+        """What records and messages call it."""
+        return "qcnn"
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """Convolutions, and fully connected layers where asked."""
+        return (nn.Conv2d, nn.Linear) if self.linear else (nn.Conv2d,)
+
+    def with_data(self, context: Context) -> bool:
+        """Whether layers are corrected on data: as asked, by default where there is some."""
+        return context.calibration is not None if self.data is None else self.data
+
+    def refuse(self, layer: Layer, context: Context) -> str | None:
+        """Why a layer stays."""
+        conv = _as_conv(layer.module)
+        if isinstance(layer.module, nn.Conv2d):
+            if (reason := convolution_refusal(layer)) is not None:
+                return reason
+            if conv.groups > 1 and conv.groups == conv.in_channels:
+                return "depthwise: a kernel of one channel has no sub-vectors"
+        taps = conv.kernel_size[0] * conv.kernel_size[1]
+        vectors = taps * conv.out_channels // conv.groups
+        try:
+            check_codebook(self.subspace, self.codewords, conv.in_channels // conv.groups, vectors)
+        except ValueError as error:
+            return str(error)
+        if self.with_data(context) and layer.calls is not None and layer.calls > 1:
+            return f"called {layer.calls} times in a forward: there is no one input to correct it on"
+        return None
+
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Quantise layer by layer.
+
+        Raises:
+            ModuleNotFoundError: scipy is not installed.
+        """
+        if importlib.util.find_spec("scipy") is None:
+            raise ModuleNotFoundError("QCNN needs scipy for k-means: pip install 'quincunx[train]'")
+        with_data = self.with_data(context)
+
+        def replace(layer: Layer) -> Replacement:
+            conv, data = _as_conv(layer.module), None
+            if with_data:
+                pairs = context.responses(layer)
+                if isinstance(layer.module, nn.Linear):
+                    pairs = _as_maps(pairs)  # type: ignore[assignment]
+                data = moments(conv, pairs, positions=self.positions, seed=self.seed)
+            found = quantise(
+                conv, self.subspace, self.codewords, data, iterations=self.iterations, seed=self.seed
+            )
+            module = quantised(layer.module, found)
+            record = {
+                "subspace": self.subspace,
+                "codewords": self.codewords,
+                "bits": bits_per_weight(found, conv.weight.numel()),
+                "weight_error": found.weight_error,
+                "plain_response_error": found.plain_error,
+                "response_error": found.response_error,
+            }
+            return Replacement(module, module.spec, record)
+
+        return each(replace)
+
+
+def _as_conv(module: nn.Module) -> nn.Conv2d:
+    """A fully connected layer as the 1 x 1 convolution it is, with the same parameters; or the layer."""
+    if isinstance(module, nn.Conv2d):
+        return module
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"expected a Conv2d or a Linear, got {type(module).__name__}")
+    conv = nn.Conv2d(module.in_features, module.out_features, 1, bias=module.bias is not None, device="meta")
+    conv.weight = nn.Parameter(module.weight.detach()[:, :, None, None], requires_grad=False)
+    conv.bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
+    return conv
+
+
+def _as_maps(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a fully connected layer reads and answers, each input as a map of one position."""
+    for x, y in pairs:
+        yield x.reshape(-1, x.shape[-1], 1, 1), y.reshape(-1, y.shape[-1], 1, 1)
+
+
+def quantised(module: nn.Module, found: Quantisation) -> QuantConv2d | QuantLinear:
+    """A quantisation as a module in place of the layer it was made for."""
+    _, k, width = found.codebooks.shape
+    made: QuantConv2d | QuantLinear
+    bias = found.bias is not None
+    if isinstance(module, nn.Conv2d):
+        left, right, top, bottom = module._reversed_padding_repeated_twice
+        made = QuantConv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            subspace=width,
+            codewords=k,
+            stride=module.stride,
+            padding=(top, bottom, left, right),
+            dilation=module.dilation,
+            groups=module.groups,
+            bias=bias,
+        )
+    else:
+        conv = _as_conv(module)
+        made = QuantLinear(conv.in_channels, conv.out_channels, subspace=width, codewords=k, bias=bias)
+    made.to(found.codebooks)
+    with torch.no_grad():
+        made.codebooks.copy_(found.codebooks)
+        made.assignments.copy_(found.assignments)
+        if found.bias is not None and made.bias is not None:
+            made.bias.copy_(found.bias)
+    return made
