@@ -23,7 +23,7 @@ constexpr int64_t kBlockVectors = 3;
 // outputs that a part has at least, since every part makes its own tables
 constexpr int64_t kLeastOutputs = 32;
 // up to so many positions are looked up one by one
-constexpr int64_t kFewPositions = 4;
+constexpr int64_t kFewPositions = 2;
 
 struct OneLane {
   typedef float V;
@@ -79,7 +79,8 @@ LookupShape lookup_shape(const LookupConv& g, int64_t parts) {
   const int64_t outputs = g.out_channels / g.channel_groups;
   s.lanes = g.positions <= kFewPositions ? 1 : kLanes;
   s.block = s.lanes == 1 ? 1 : kLanes * least(kBlockVectors, ceil_div(g.positions, kLanes));
-  s.together = most(1, least(g.subspaces, kPassVectors / (int64_t{g.codewords} * g.num_taps)));
+  const int64_t vectors = s.lanes == 1 ? kPassVectors * kLanes : kPassVectors;
+  s.together = most(1, least(g.subspaces, vectors / (int64_t{g.codewords} * g.num_taps)));
   for (int64_t n = 1;; ++n) {
     s.chunk = most(s.block, round_up(ceil_div(g.positions, n), s.block));
     s.slots = each_range(g, s.chunk, s.lanes, nullptr, [](int64_t, int64_t, int64_t) {});
@@ -183,6 +184,38 @@ void look_up_all(const float* table, const int32_t* terms, int64_t count, int64_
   for (; o < outputs; ++o) look_up<L, NV, 1>(table, terms + o, count, outputs, sums + o * NV * L::kWidth);
 }
 
+// The same for one position, straight from the assignments: sums[o] += from[i][which[i][o] * slots]
+template <class I, int N>
+QX_INLINE void add_terms(const float* const* from, const I* const* which, int64_t slots, int64_t outputs,
+                         float* sums) {
+  for (int64_t o = 0; o < outputs; ++o) {
+    float sum = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum += from[i][which[i][o] * slots];
+    sums[o] += sum;
+  }
+}
+
+// for the terms of `together` subspaces
+template <class I>
+void add_all_terms(const LookupConv& g, const LookupShape& s, int64_t subspace, int64_t together, int64_t o0,
+                   int64_t outputs, const int32_t* local, const float* table, float* sums) {
+  constexpr int kTogether = 8;
+  const int64_t all_outputs = g.out_channels / g.channel_groups, count = together * g.num_taps;
+  const float* from[kTogether];
+  const I* which[kTogether];
+  int filled = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    from[filled] = table + i / g.num_taps * g.codewords * s.slots + local[i % g.num_taps];
+    which[filled++] = static_cast<const I*>(g.assignments) + (subspace * g.num_taps + i) * all_outputs + o0;
+    if (filled == kTogether) {
+      add_terms<I, kTogether>(from, which, s.slots, outputs, sums);
+      filled = 0;
+    }
+  }
+  for (int i = 0; i < filled; ++i) add_terms<I, 1>(from + i, which + i, s.slots, outputs, sums);
+}
+
 template <class I>
 void fill_terms(const I* assignments, int64_t count, int64_t slots, int64_t base, int32_t* terms) {
   for (int64_t o = 0; o < count; ++o) terms[o] = static_cast<int32_t>(assignments[o] * slots + base);
@@ -245,13 +278,21 @@ void look_up_chunk(const LookupConv& g, const LookupShape& s, int64_t job, float
       const int64_t subspace = group * g.subspaces + m0 + m;
       make_table<L>(g.codebooks + subspace * g.codewords * g.width, x + m * g.width * s.slots, g.codewords,
                     g.width, s.slots, table + m * g.codewords * s.slots);
-      for (int64_t t = 0; t < g.num_taps; ++t) {
+      for (int64_t t = 0; L::kWidth > 1 && t < g.num_taps; ++t) {
         const int64_t from = (subspace * g.num_taps + t) * all_outputs + o0;
         const int64_t base = m * g.codewords * s.slots + local[t];
         int32_t* to = terms + (m * g.num_taps + t) * outputs;
         if (g.wide) fill_terms(static_cast<const int16_t*>(g.assignments) + from, outputs, s.slots, base, to);
         else fill_terms(static_cast<const uint8_t*>(g.assignments) + from, outputs, s.slots, base, to);
       }
+    }
+    if (L::kWidth == 1) {
+      const int64_t first = group * g.subspaces + m0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const auto add = g.wide ? &add_all_terms<int16_t> : &add_all_terms<uint8_t>;
+        add(g, s, first, together, o0, outputs, local, table + b, sums + b * outputs);
+      }
+      continue;
     }
     const int64_t count = together * g.num_taps, passes = ceil_div(count, kTermsPerPass);
     for (int64_t b = 0; b < blocks; ++b) {
