@@ -390,7 +390,7 @@ def error(layer, found, x):
 def test_correction_never_raises_the_error_and_generalises(arguments):
     layer, x, held = conv(arguments), images(24), images(24, seed=7)
     plain, found = quantise(layer, 4, 12), quantise(layer, 4, 12, known(layer, x))
-    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(found.history))
+    assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(found.history))
     assert found.plain_error == found.history[0]
     # taps share codewords, so that a 1 x 1 kernel leaves least to win
     most = 0.98 if layer.kernel_size == (1, 1) else 0.9
@@ -404,8 +404,9 @@ def test_correction_never_raises_the_error_and_generalises(arguments):
 
 def test_few_samples_do_not_spoil_a_layer():
     layer, held = conv(), images(24, seed=7)
-    found = quantise(layer, 4, 12, known(layer, images(1)))
-    assert error(layer, found, held) < 1.05 * error(layer, quantise(layer, 4, 12), held)
+    found = quantise(layer, 4, 12, known(layer, images(1, size=6)))
+    assert found.response_error < found.plain_error
+    assert error(layer, found, held) < 0.9 * error(layer, quantise(layer, 4, 12), held)
 
 
 @layers
@@ -421,7 +422,7 @@ def test_a_weight_of_few_distinct_sub_vectors_is_recovered(arguments, with_data)
             words = torch.randn(5, part.shape[1], dtype=torch.float64)
             which = torch.randint(5, (part.shape[0], *part.shape[2:]))
             part.copy_(words[which].permute(0, 3, 1, 2))
-    found = quantise(layer, 4, 5, known(layer, x) if with_data else None)
+    found = quantise(layer, 4, 7, known(layer, x) if with_data else None)
     torch.testing.assert_close(quantised(layer, found).decoded(), layer.weight, rtol=0, atol=1e-9)
     torch.testing.assert_close(quantised(layer, found)(x), layer(x), rtol=0, atol=1e-9)
     assert found.weight_error < 1e-16
@@ -449,8 +450,8 @@ def test_codewords_solve_the_least_squares_problem():
 @pytest.mark.parametrize("taps", [1, 3])
 def test_assignments_are_the_best_one_by_one(taps):
     generator = torch.Generator().manual_seed(4)
-    k, width, outputs = 5, 2, 3
-    half = torch.randn(40, taps * width, generator=generator, dtype=torch.float64)
+    k, width, outputs = 5, 2, 40
+    half = torch.randn(40, taps * width, generator=generator, dtype=torch.float64) + 1
     answers = torch.randn(40, outputs, generator=generator, dtype=torch.float64)
     words = torch.randn(k, width, generator=generator, dtype=torch.float64)
     which = torch.randint(k, (taps, outputs), generator=generator)

@@ -25,7 +25,7 @@ _KMEANS_STEPS = 20
 _RIDGE = 1e-9
 # Few samples say little about a weight of many rows: it is also held near the original weight, by this
 # share of the mean power of an input for as many samples as the weight has rows, and less for more.
-_HOLD = 0.1
+_HOLD = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,10 @@ def quantise(
     .. math:: \min_{d, a, b} E\,|y - W' * x - b|^2
 
     by block coordinate descent: of one subspace after the other, the others fixed, the codewords are
-    solved by least squares and each sub-vector then takes the best codeword. What is returned is the
-    sweep with the least response error, so that it is never more than the plain quantisation's.
+    solved by least squares and each sub-vector then takes the best codeword. Both also hold W' near W,
+    with 2 P / samples times the mean power of an input as weight, since a few samples say little about P
+    rows. What is returned is the sweep with the least response error, so that it is never more than the
+    plain quantisation's.
 
     Args:
         conv: the layer, with zero padding.
