@@ -100,6 +100,36 @@ struct LookupKernels {
   void (*run)(const LookupConv*, int64_t part, int64_t parts);
 };
 
+// weights of one bit, 1 for +1 and 0 for -1: bit (c taps + t) % 8 of byte (c taps + t) / 8 of an output's row
+struct BinaryWeight {
+  const uint8_t* bits;  // [groups outputs, row_bytes]
+  int64_t row_bytes, groups, outputs, channels, taps;  // outputs and channels: of one group
+};
+
+// out[n, p, o] = scale[o] * sum over t, c of x[n, index[p, t], c] W[o, c, t] + bias[o], W being +1 and -1
+struct BinaryGemm {
+  const float* x;          // [batch, rows_in, in_channels]
+  const uint32_t* packed;
+  const float* scale;      // [out_channels] or null
+  const float* bias;       // [out_channels] or null
+  const int32_t* index;    // [positions, num_taps], -1 reads zeros
+  float* out;              // [batch, positions, out_channels]
+  int64_t batch, rows_in, positions;
+  int64_t window;          // of BinaryKernels
+  int32_t in_channels, out_channels, channel_groups, num_taps;
+};
+
+// Parts may run in any order and at the same time, each with a scratch of its own. The outputs do not
+// depend on how many there are.
+struct BinaryKernels {
+  int64_t (*packed_words)(int64_t out_channels, int64_t channels_per_group, int64_t taps, int64_t groups);
+  void (*pack)(const BinaryWeight*, uint32_t* packed);
+  int64_t (*window)(const BinaryGemm*);  // sets how much scratch is needed
+  int64_t (*scratch_floats)(const BinaryGemm*);
+  int64_t (*parts)(const BinaryGemm*, int64_t threads);
+  void (*run)(const BinaryGemm*, float* scratch, int64_t part, int64_t parts);
+};
+
 struct Kernels {
   ForwardKernels f32;
   ForwardKernels bf16;
@@ -107,6 +137,7 @@ struct Kernels {
   LookupKernels lookup;
   // least and greatest of the values and 0
   void (*extremes)(const int32_t* values, int64_t count, int32_t* low, int32_t* high);
+  BinaryKernels binary;
 };
 
 }  // namespace quincunx

@@ -8,14 +8,18 @@
 #else
 #pragma GCC target("arch=x86-64-v3")
 #endif
+#include <immintrin.h>
 
 #define QX_ISA avx2
 #define QX_BYTES 32
 #define QX_MAX_NV 2
 #define QX_TILE_ROWS 12, 6
 #define QX_GRAD_ROWS 12, 6
+#define QX_BINARY_ROWS 8, 4
+#define QX_LOOK_UP(table, code) ((vf)_mm256_permutevar8x32_ps((__m256)(table), (__m256i)(code)))
 #include "gather_gemm.h"
 #include "lookup_conv.h"
+#include "binary_gemm.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
@@ -24,6 +28,7 @@ const quincunx::Kernels qx_kernels_avx2 = {
     quincunx::avx2::kGrad,
     quincunx::avx2::kLookup,
     &quincunx::avx2::extremes,
+    quincunx::avx2::kBinary,
 };
 
 #if defined(__clang__)

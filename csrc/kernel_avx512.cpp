@@ -8,14 +8,20 @@
 #else
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #endif
+#include <immintrin.h>
 
 #define QX_ISA avx512
 #define QX_BYTES 64
 #define QX_MAX_NV 4
 #define QX_TILE_ROWS 20, 14, 8, 6
 #define QX_GRAD_ROWS 16, 12
+#define QX_BINARY_ROWS 20, 10, 8, 6
+#define QX_BINARY_SPREAD
+// every lane asked for: without a mask GCC warns of the undefined lanes that there would be
+#define QX_LOOK_UP(table, code) ((vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(code), (__m512)(table)))
 #include "gather_gemm.h"
 #include "lookup_conv.h"
+#include "binary_gemm.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
@@ -24,6 +30,7 @@ const quincunx::Kernels qx_kernels_avx512 = {
     quincunx::avx512::kGrad,
     quincunx::avx512::kLookup,
     &quincunx::avx512::extremes,
+    quincunx::avx512::kBinary,
 };
 
 #if defined(__clang__)

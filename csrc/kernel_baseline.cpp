@@ -8,13 +8,16 @@
 #define QX_MAX_NV 4
 #define QX_TILE_ROWS 12, 12, 8, 6
 #define QX_GRAD_ROWS 16, 12
+#define QX_BINARY_ROWS 8, 8, 5, 4
 #else
 #define QX_MAX_NV 2
 #define QX_TILE_ROWS 12, 6
 #define QX_GRAD_ROWS 12, 6
+#define QX_BINARY_ROWS 6, 3
 #endif
 #include "gather_gemm.h"
 #include "lookup_conv.h"
+#include "binary_gemm.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
@@ -23,4 +26,5 @@ const quincunx::Kernels qx_kernels_baseline = {
     quincunx::baseline::kGrad,
     quincunx::baseline::kLookup,
     &quincunx::baseline::extremes,
+    quincunx::baseline::kBinary,
 };

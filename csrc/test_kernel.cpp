@@ -291,6 +291,63 @@ void check_lookup(const std::string& name, const LookupKernels& kernels) {
   }
 }
 
+void check_binary(const std::string& name, const BinaryKernels& kernels, Case c) {
+  c.rows_in = pick({1, 7, 40, 700});  // of the last, tables are kept for some rows only
+  const int64_t positions = pick({0, 1, 9, 300}), parts = pick({1, 2, 5}), out = c.out();
+  const int64_t row_bytes = (c.in_per * c.taps + 7) / 8;
+  Array x(c.batch * c.rows_in * c.in(), false), scale(out, false), bias(out, false);
+  Array result(c.batch * positions * out, false, false);
+  std::vector<uint8_t> bits(out * row_bytes);
+  for (uint8_t& byte : bits) byte = static_cast<uint8_t>(generator());
+  // near each other, as a kernel's taps are, or anywhere
+  const int64_t spread = generator() % 2 ? 3 : c.rows_in;
+  std::vector<int32_t> index;
+  for (int64_t i = 0; i < positions * c.taps; ++i) {
+    const int64_t row = i / c.taps * c.rows_in / (positions + 1) + generator() % spread;
+    index.push_back(generator() % 4 ? std::min(row, c.rows_in - 1) : -1);
+  }
+  index = exact(index);
+  const BinaryWeight w{bits.data(), row_bytes, c.groups, c.out_per, c.in_per, c.taps};
+  const int64_t words = kernels.packed_words(out, c.in_per, c.taps, c.groups);
+  const std::unique_ptr<uint32_t[]> packed(new uint32_t[words]);
+  kernels.pack(&w, packed.get());
+  BinaryGemm g{};
+  g.x = x.floats();
+  g.packed = packed.get();
+  g.scale = generator() % 2 ? scale.floats() : nullptr;
+  g.bias = generator() % 2 ? bias.floats() : nullptr;
+  g.index = index.data();
+  g.out = result.floats();
+  g.batch = c.batch;
+  g.rows_in = c.rows_in;
+  g.positions = positions;
+  g.in_channels = int32_t(c.in());
+  g.out_channels = int32_t(out);
+  g.channel_groups = int32_t(c.groups);
+  g.num_taps = int32_t(c.taps);
+  g.window = kernels.window(&g);
+  for (int64_t part = parts; part-- > 0;) {
+    Array scratch(kernels.scratch_floats(&g), false, false);
+    kernels.run(&g, scratch.floats(), part, parts);
+  }
+  for (int64_t i = 0; i < result.count; ++i) {
+    const int64_t o = i % out, p = i / out % positions, n = i / out / positions;
+    double sum = 0, size = 0;
+    for (int64_t t = 0; t < c.taps; ++t) {
+      const int64_t from = index[p * c.taps + t];
+      for (int64_t k = 0; from >= 0 && k < c.in_per; ++k) {
+        const int64_t at = k * c.taps + t;
+        const double term = x[(n * c.rows_in + from) * c.in() + o / c.out_per * c.in_per + k];
+        sum += bits[o * row_bytes + at / 8] >> at % 8 & 1 ? term : -term;
+        size += std::abs(term);
+      }
+    }
+    const double factor = g.scale ? scale[o] : 1;
+    sum = factor * sum + (g.bias ? bias[o] : 0);
+    compare(name + " binary", result[i], sum, size * std::abs(factor), 2e-6);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -304,6 +361,7 @@ int main(int argc, char** argv) {
       check_forward(name + " bfloat16", kernels.bf16, true, c);
       check_grad(name, kernels.grad, c);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
+      check_binary(name, kernels.binary, c);
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }

@@ -1,12 +1,15 @@
 r"""The operators: schema, shapes, derivatives and MACs. No arithmetic; back ends bring that.
 
-All three convolution operators are partial derivatives of one trilinear form,
+The three sampled convolution operators are partial derivatives of one trilinear form,
 
 .. math:: T(x, w, y) = \sum_{n,p} \langle y_{n,p}, (w * x)_{n,p} \rangle,
 
 the sum over the computed positions p: ``conv`` gives dT/dy, ``conv_transpose`` dT/dx and
 ``conv_weight`` dT/dw. So each one's derivatives are the other two, to any order.
 ``conv_filled`` is ``conv`` of ``fill`` without the filled map, which would lie on the grid ``size``.
+
+``binary_conv`` is the dense convolution with weights +1 and -1, each given as one bit; it is for inference
+and has no derivatives.
 
 Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
 Every map an operator returns is in channels_last. A sampling travels as its ``spec`` text, which
@@ -39,6 +42,8 @@ OPERATORS = {
     f"{_GEOMETRY}) -> Tensor",
     "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
     "collect": "(Tensor z, str sampling) -> Tensor",
+    "binary_conv": "(Tensor x, Tensor bits, Tensor? scale, Tensor? bias, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
 }
 for _name, _schema in OPERATORS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
@@ -130,6 +135,21 @@ def _collect_fake(z: Tensor, sampling: str) -> Tensor:
     return _empty_map(z, (z.shape[0], z.shape[1], m, 1))
 
 
+def _binary_conv_fake(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    grid = Geometry.make(kernel, stride, padding, dilation).grid(x.shape[2], x.shape[3])
+    return _empty_map(x, (x.shape[0], bits.shape[0], *grid))
+
+
 for _name, _fake in (
     ("conv", _conv_fake),
     ("conv_transpose", _conv_transpose_fake),
@@ -137,6 +157,7 @@ for _name, _fake in (
     ("conv_filled", _conv_filled_fake),
     ("fill", _fill_fake),
     ("collect", _collect_fake),
+    ("binary_conv", _binary_conv_fake),
 ):
     torch.library.register_fake(f"quincunx::{_name}", _fake, lib=_LIBRARY)
 
@@ -232,6 +253,14 @@ def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _OPS.fill(grad, ctx.sampling, ctx.size), None
 
 
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _binary_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    raise NotImplementedError("binary_conv: packed weights are for inference; train with BinaryConv2d")
+
+
 for _name, _backward, _keep in (
     ("conv", _conv_backward, _keep_conv),
     ("conv_transpose", _conv_transpose_backward, _keep_conv_transpose),
@@ -239,6 +268,7 @@ for _name, _backward, _keep in (
     ("conv_filled", _conv_filled_backward, _keep_conv_filled),
     ("fill", _fill_backward, _keep_fill),
     ("collect", _collect_backward, _keep_collect),
+    ("binary_conv", _binary_conv_backward, _keep_nothing),
 ):
     torch.library.register_autograd(f"quincunx::{_name}", _backward, setup_context=_keep, lib=_LIBRARY)
 
@@ -266,3 +296,12 @@ def _conv_weight_flops(x: Any, y: Any, *_: Any, out_shape: Any, **__: Any) -> in
     batch, _, m, _ = y
     out_channels, in_channels, kh, kw = out_shape
     return int(2 * batch * m * out_channels * in_channels * kh * kw)
+
+
+@register_flop_formula(torch.ops.quincunx.binary_conv)
+def _binary_conv_flops(
+    x: Any, bits: Any, scale: Any, bias: Any, kernel: Any, *where: Any, out_shape: Any, **__: Any
+) -> int:
+    """An addition counted as the multiply-add that it stands for."""
+    batch, out_channels, height, width = out_shape
+    return int(2 * batch * height * width * out_channels * (x[1] // where[3]) * kernel[0] * kernel[1])

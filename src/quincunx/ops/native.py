@@ -6,7 +6,7 @@ up, so that a second call with the same shapes and weights does no table or pack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
@@ -18,6 +18,8 @@ from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan, shift_plan
 
 __all__ = [
     "DTYPES",
+    "binary_conv",
+    "binary_unavailable",
     "conv",
     "conv_filled",
     "conv_transpose",
@@ -31,7 +33,7 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# weight -> {transposed: (version, address, groups, packed)}; entries go when the weight goes
+# weight -> {use: (what it depends on, packed)}; entries go when the weight goes
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -58,6 +60,13 @@ def unavailable(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def binary_unavailable(x: Tensor, bits: Tensor) -> str | None:
+    """Why the kernel for weights of one bit cannot take a map; None if it can."""
+    if x.dtype != torch.float32:
+        return f"the native back end adds up one-bit weights in float32, not {x.dtype}"
+    return None
+
+
 def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """The kernel's layout of a weight [O, C / groups, kh, kw], kept until the weight changes.
 
@@ -67,15 +76,20 @@ def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     Args:
         transposed: the weight is that of the adjoint, so its roles of input and output are swapped.
     """
+    return _kept(weight, transposed, (groups, transposed), _pack)
+
+
+def _kept(weight: Tensor, use: bool | str, settings: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
+    """What ``make(weight, *settings)`` gives, made anew only when the weight or the settings change."""
     # tensors made in inference mode have no version counter, and nothing can be said about them
     if weight.is_inference():
-        return _pack(weight, groups, transposed)
+        return make(weight, *settings)
     entries = _PACKED.setdefault(weight, {})  # type: ignore[no-untyped-call]
-    state = (weight._version, weight.data_ptr(), weight.dtype, groups)
-    entry = entries.get(transposed)
+    state = (weight._version, weight.data_ptr(), weight.dtype, settings)
+    entry = entries.get(use)
     if entry is None or entry[0] != state:
-        entry = (state, _pack(weight, groups, transposed))
-        entries[transposed] = entry
+        entry = (state, make(weight, *settings))
+        entries[use] = entry
     packed: Tensor = entry[1]
     return packed
 
@@ -212,3 +226,30 @@ def lookup(
         groups,
     )
     return y.to(x.dtype)
+
+
+def binary_conv(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    plan = forward_plan("", Geometry.make(kernel, stride, padding, dilation), x.shape[2], x.shape[3])
+    taps = kernel[0] * kernel[1]
+    result: Tensor = torch.ops.quincunx_native.binary_gemm(
+        x,
+        _kept(bits, "binary", (x.shape[1] // groups, taps, groups), torch.ops.quincunx_native.binary_pack),
+        None if scale is None else scale.float().contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        plan.index,
+        plan.out_size,
+        bits.shape[0],
+        taps,
+        groups,
+    )
+    return result

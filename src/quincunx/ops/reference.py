@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from quincunx.ops.bits import unpack_signs
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.lookup import decoded
 from quincunx.plan import Geometry, nearest_index, position_index
 
-__all__ = ["collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill", "lookup"]
+__all__ = ["binary_conv", "collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill", "lookup"]
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -153,4 +154,24 @@ def lookup(
     """The codebooks decoded to a weight, and a convolution with it."""
     weight = decoded(codebooks, assignments, x.shape[1] // groups, kernel, groups)
     y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return y.contiguous(memory_format=CHANNELS_LAST)
+
+
+def binary_conv(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    weight = unpack_signs(bits, (x.shape[1] // groups, *kernel), x.dtype)
+    y = F.conv2d(_pad(x, padding), weight, None, tuple(stride), 0, tuple(dilation), groups)
+    if scale is not None:
+        y = y * scale.to(y.dtype).view(-1, 1, 1)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(-1, 1, 1)
     return y.contiguous(memory_format=CHANNELS_LAST)

@@ -82,11 +82,12 @@ def _warn_once() -> None:
 
 def _on_cpu(name: str) -> Callable[..., Tensor]:
     fast, slow = getattr(native, name), getattr(reference, name)
+    unavailable = native.binary_unavailable if name == "binary_conv" else native.unavailable
 
     def run(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
         serving = backend()
         if serving.name == "native":
-            refusal = native.unavailable(first, second)
+            refusal = unavailable(first, second)
             if refusal is None:
                 result: Tensor = fast(first, second, *rest)
                 return result
