@@ -23,6 +23,7 @@ _HEAVY = (
     "PIL",
     "sklearn",
     "scipy",
+    "tensorly",
     "pandas",
     "typer",
     "rich",

@@ -4,9 +4,10 @@ from importlib.metadata import version as _version
 
 from quincunx import networks
 from quincunx.artifact import load, save
+from quincunx.binary import BinaryConv2d, BinaryLinear
 from quincunx.cost import Cost, cost
 from quincunx.fuse import fuse
-from quincunx.methods import QCNN, Espace, LowRank
+from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
 from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.quantised import QuantConv2d, QuantLinear
@@ -20,17 +21,22 @@ from quincunx.sampling import (
     Sampling,
     Uniform,
 )
-from quincunx.separable import EspaceConv2d, SeparableConv2d
+from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
 from quincunx.surgery import Accelerated, accelerate
 
 __version__ = _version("quincunx")
 
 __all__ = [
     "CHESSBOARD",
+    "CP",
     "QCNN",
     "QUARTER",
     "THREE_QUARTERS",
     "Accelerated",
+    "BinaryConnect",
+    "BinaryConv2d",
+    "BinaryLinear",
+    "CPConv2d",
     "Cosets",
     "Cost",
     "Espace",

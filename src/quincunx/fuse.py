@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from quincunx.methods.binaryconnect import pack_binary
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d, window_means
 from quincunx.plan import Geometry
 from quincunx.program import Program, Shortcut, Step
@@ -38,9 +39,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Batch norm is folded, w' = w \gamma / \sigma and b' = \beta + (b - \mu) \gamma / \sigma; bias,
     residual and activation run in the convolutions' epilogues; sampled maps stay compact between
-    layers. On the native back end consecutive convolutions are one call, and each dense convolution
-    goes to torch's own kernel or to ours, whichever is faster for its shape here (measured at the first
-    input of a shape, once a process).
+    layers. Binary layers get their form with one bit a weight. On the native back end consecutive
+    convolutions are one call, and each dense convolution goes to torch's own kernel or to ours, whichever
+    is faster for its shape here (measured at the first input of a shape, once a process).
 
     Args:
         model: any network that ``torch.fx`` can trace, float32 or bfloat16, on the CPU; it stays as
@@ -61,7 +62,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    own = copy.deepcopy(model).eval().requires_grad_(False)
+    own = pack_binary(copy.deepcopy(model)).eval().requires_grad_(False)
     if isinstance(own, (nn.Conv2d, SampledConv2d)):
         own = nn.Sequential(own)  # a single layer is a network too
     graph = _trace(own)

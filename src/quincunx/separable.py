@@ -15,7 +15,7 @@ from quincunx.ops.functional import Padding, expand_padding, pair
 from quincunx.plan import Geometry
 from quincunx.sampling import Positions, Sampling, from_spec
 
-__all__ = ["EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "resized"]
+__all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "resized"]
 
 
 class SeparableConv2d(nn.Module):
@@ -67,6 +67,73 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.horizontal(self.vertical(x))  # type: ignore[no-any-return]
+
+
+class CPConv2d(nn.Module):
+    r"""Four convolutions that are one of CP rank R: 1 x 1 to R channels, d x 1 and 1 x d on each, 1 x 1.
+
+    .. math:: W_{n,c,i,j} = \sum_{r \le R} A_{n,r}\, B_{c,r}\, V_{i,r}\, H_{j,r}
+
+    Maps [N, C, H, W] to [N, O, H', W'] as ``nn.Conv2d`` does.
+    MACs: R (C H W + dh H' W + dw H' W' + O H' W') for R in each of the groups, C and O of a group.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: of the convolution
+            it stands for; stride and padding are split into a vertical and a horizontal part.
+        rank: R, of each group.
+        bias: whether the last one adds one.
+
+    Raises:
+        ValueError: channels that do not divide by ``groups``, a non-positive rank.
+
+    Source: Lebedev et al., arXiv:1412.6553, eqs. 3 to 8.
+
+    Example:
+        >>> CPConv2d(16, 32, 3, rank=8, padding=1)(torch.randn(1, 16, 10, 10)).shape
+        torch.Size([1, 32, 10, 10])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        *,
+        rank: int,
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_rank(rank)
+        wide = rank * groups
+        # the spatial part is a separable convolution of rank 1 for each of the R channels
+        self.spatial = SeparableConv2d(
+            wide,
+            wide,
+            kernel_size,
+            rank=1,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=wide,
+            bias=False,
+        )
+        self.first = nn.Conv2d(in_channels, wide, 1, groups=groups, bias=False)
+        self.last = nn.Conv2d(wide, out_channels, 1, groups=groups, bias=bias)
+        self.spec = self.spatial.spec | {
+            "kind": "cp",
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "rank": rank,
+            "groups": groups,
+            "bias": bias,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.spatial(self.first(x)))  # type: ignore[no-any-return]
 
 
 class EspaceConv2d(nn.Module):
@@ -270,6 +337,11 @@ def resized(spec: str, height: int, width: int) -> Positions:
     return Positions(kept)
 
 
+def _check_rank(rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}: expected a positive integer")
+
+
 class _Settings:
     """The settings of a separable convolution, and those of its halves."""
 
@@ -285,8 +357,7 @@ class _Settings:
         bias: bool,
         rank: int,
     ) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank={rank!r}: expected a positive integer")
+        _check_rank(rank)
         kernel, strides = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
         dilations = pair("dilation", dilation, 1)
         top, bottom, left, right = expand_padding(padding, kernel, strides, dilations)

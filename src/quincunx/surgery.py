@@ -18,7 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quincunx.streams import Calibration, Context, Layer, evaluation, run_order
 
-__all__ = ["Accelerated", "Journal", "Method", "Replacement", "Work", "accelerate", "each", "put"]
+__all__ = [
+    "Accelerated",
+    "Journal",
+    "Method",
+    "Replacement",
+    "Work",
+    "accelerate",
+    "carry_hooks",
+    "each",
+    "put",
+]
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -341,11 +351,16 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     module.eval().requires_grad_(weight.requires_grad)
-    for name in _HOOKS:
-        setattr(module, name, getattr(layer.module, name))
+    carry_hooks(layer.module, module)
     for name in layer.names:
         context.network = put(context.network, name, module)
     context.changed = True
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of the one whose place it takes."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
 
 
 def put(network: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -13,14 +13,17 @@ from typing import Any
 
 from torch import nn
 
+from quincunx.binary import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
+from quincunx.methods.binaryconnect import BinaryConnect
+from quincunx.methods.cp import CP
 from quincunx.methods.espace import Espace
 from quincunx.methods.lrd import LowRank
 from quincunx.methods.qcnn import QCNN
 from quincunx.quantised import QuantConv2d, QuantLinear
 from quincunx.sampling import from_spec
-from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
+from quincunx.separable import CPConv2d, EspaceConv2d, MaskedConv2d, SeparableConv2d
 
-__all__ = ["QCNN", "Espace", "LowRank", "build_module"]
+__all__ = ["CP", "QCNN", "BinaryConnect", "Espace", "LowRank", "build_module"]
 
 
 def _espace(masks: list[str], **settings: Any) -> nn.Module:
@@ -40,6 +43,11 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "masked": _masked,
     "quantised-conv": QuantConv2d,
     "quantised-linear": QuantLinear,
+    "cp": CPConv2d,
+    "binary_conv": BinaryConv2d,
+    "binary_linear": BinaryLinear,
+    "packed_conv": PackedConv2d,
+    "packed_linear": PackedLinear,
 }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["pack_signs", "row_bytes", "unpack_signs"]
@@ -31,9 +32,10 @@ def pack_signs(weight: Tensor) -> Tensor:
     if not bool(weight.isfinite().all()):
         raise ValueError("weight: holds values that are not finite, and those have no sign")
     flat = (weight >= 0).flatten(1)
-    padded = torch.nn.functional.pad(flat, (0, 8 * row_bytes(flat.shape[1]) - flat.shape[1]))
+    padded = F.pad(flat, (0, 8 * row_bytes(flat.shape[1]) - flat.shape[1]))
     powers = 2 ** torch.arange(8, device=weight.device)
-    return (padded.unflatten(1, (-1, 8)) * powers).sum(2).to(torch.uint8)
+    bytes_of = (padded.view(len(padded), -1, 8) * powers).sum(2)
+    return bytes_of.to(torch.uint8)
 
 
 def unpack_signs(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -45,4 +47,4 @@ def unpack_signs(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
     """
     single = bits[:, :, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1
     kept = single.flatten(1)[:, : math.prod(shape)]
-    return (2 * kept.to(dtype) - 1).unflatten(1, tuple(shape))
+    return (2 * kept.to(dtype) - 1).reshape(len(bits), *shape)

@@ -1,0 +1,161 @@
+"""BinaryConnect: weights of one bit, trained with real ones behind them (Courbariaux et al. 2015)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quincunx.binary import BinaryConv2d, BinaryLinear
+from quincunx.methods.fitting import conv_settings
+from quincunx.ops.bits import row_bytes
+from quincunx.streams import Context, Layer
+from quincunx.surgery import Replacement, Work, carry_hooks, each, put
+
+__all__ = ["BinaryConnect", "pack_binary"]
+
+_SCALES = ("mean", "glorot", None)
+
+
+@dataclass(frozen=True)
+class BinaryConnect:
+    r"""Convolutions and linear layers with weights +1 and -1, to be trained further.
+
+    .. math:: y_o = s_o \, (\text{sign}(w_o) * x) + b_o
+
+    The replacement is a :class:`BinaryConv2d` or :class:`BinaryLinear`, whose real weights are the
+    layer's own, divided by their largest magnitude so that they fill [-1, 1]. The signs of a trained
+    network are only where training starts: without it accuracy is lost. After training,
+    :meth:`pack` (or ``qx.fuse``) makes the form for inference.
+
+    Args:
+        stochastic: draw the signs in training, +1 with probability (w + 1) / 2.
+        scale: s: "mean", the mean magnitude of each output channel's weights, so that responses keep
+            their size (Rastegari et al., arXiv:1603.05279, not in BinaryConnect); "glorot", the layer's
+            initial scale sqrt(1.5 / (fan in + fan out)); None for s = 1, as in the paper, for networks
+            whose batch norms are trained again.
+
+    Raises:
+        ValueError: another ``scale``.
+        TypeError: ``stochastic`` is not a bool.
+
+    Source: Courbariaux, Bengio, David, arXiv:1511.00363.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU())
+        >>> result = qx.accelerate(net, BinaryConnect())
+        >>> result.replaced["0"]["weight_bytes_before"], result.replaced["0"]["weight_bytes_packed"]
+        (18432, 576)
+    """
+
+    _: KW_ONLY
+    stochastic: bool = False
+    scale: str | None = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stochastic, bool):
+            raise TypeError(f"stochastic={self.stochastic!r}: expected True or False")
+        if self.scale not in _SCALES:
+            raise ValueError(f"scale={self.scale!r}: expected 'mean', 'glorot' or None")
+
+    @property
+    def name(self) -> str:
+        """What records and messages call it."""
+        return "binaryconnect"
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """Convolutions and linear layers."""
+        return (nn.Conv2d, nn.Linear)
+
+    def refuse(self, layer: Layer, context: Context) -> str | None:
+        """Why a layer stays."""
+        module = layer.module
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r}: only zeros are read outside the map"
+        weight = module.get_parameter("weight")
+        if not bool(weight.isfinite().all()):
+            return "its weight is not finite, and has no signs"
+        return None
+
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Each layer by itself."""
+        return each(self._replacement)
+
+    def _replacement(self, layer: Layer) -> Replacement:
+        conv = layer.module
+        own: BinaryConv2d | BinaryLinear
+        scaled = self.scale is not None
+        if isinstance(conv, nn.Conv2d):
+            own = BinaryConv2d(**conv_settings(conv), stochastic=self.stochastic, scale=scaled)
+        elif isinstance(conv, nn.Linear):
+            own = BinaryLinear(
+                conv.in_features,
+                conv.out_features,
+                bias=conv.bias is not None,
+                stochastic=self.stochastic,
+                scale=scaled,
+            )
+        else:
+            raise TypeError(f"layer {layer.name!r}: expected a Conv2d or Linear, got {type(conv).__name__}")
+        weight = conv.weight.detach()
+        own.to(weight)
+        with torch.no_grad():
+            largest = weight.abs().max()
+            own.weight.copy_(weight / largest if largest > 0 else weight)
+            if own.bias is not None and conv.bias is not None:
+                own.bias.copy_(conv.bias)
+            if own.scale is not None:
+                own.scale.copy_(self._scales(weight))
+        count = weight[0].numel()
+        record = {
+            "scale": self.scale,
+            "stochastic": self.stochastic,
+            "weight_bytes_before": weight.numel() * weight.element_size(),
+            "weight_bytes_packed": len(weight) * row_bytes(count),
+        }
+        return Replacement(own, own.spec, record)
+
+    def _scales(self, weight: Tensor) -> Tensor:
+        if self.scale == "mean":
+            return weight.abs().flatten(1).mean(1)
+        taps = weight[0, 0].numel()
+        fans = weight.shape[1] * taps + weight.shape[0] * taps
+        return weight.new_full((len(weight),), math.sqrt(1.5 / fans))
+
+    @staticmethod
+    def pack(model: nn.Module) -> nn.Module:
+        """A copy of a network whose binary layers have their form for inference: one bit a weight.
+
+        ``qx.save`` then writes the bits; the real weights, and with them training, are left behind.
+
+        Raises:
+            ValueError: a binary layer with a weight that is not finite.
+
+        Example:
+            >>> net = qx.accelerate(qx.networks.build("rrn8"), BinaryConnect()).model
+            >>> type(BinaryConnect.pack(net).get_submodule("stem")).__name__
+            'PackedConv2d'
+        """
+        return pack_binary(copy.deepcopy(model))
+
+
+def pack_binary(network: nn.Module) -> nn.Module:
+    """The network itself with its binary layers replaced by packed ones, and its notes for ``qx.save``."""
+    notes = dict(getattr(network, "quincunx_replaced", {}))
+    made: dict[int, nn.Module] = {}
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if isinstance(module, (BinaryConv2d, BinaryLinear)):
+            if id(module) not in made:
+                made[id(module)] = packed = module.pack()
+                carry_hooks(module, packed)
+                if name in notes:
+                    notes[name] = packed.spec
+            network = put(network, name, made[id(module)])
+    if notes:
+        network.quincunx_replaced = notes  # type: ignore[assignment]
+    return network
