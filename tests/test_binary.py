@@ -23,7 +23,7 @@ LAYERS = {
     "depthwise": {"kernel_size": 3, "groups": 6, "padding": 2},
     "strided": {"kernel_size": (3, 5), "stride": (2, 3), "padding": (0, 2)},
     "dilated": {"kernel_size": (3, 2), "dilation": (1, 2), "padding": 2},
-    "same": {"kernel_size": (4, 3), "padding": "same"},
+    "same": {"kernel_size": (4, 3), "padding": "same", "dilation": (2, 1)},
     "1 x 1": {"kernel_size": 1},
 }
 layers = pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS.keys())

@@ -72,12 +72,21 @@ class _Binary(nn.Module):
             self.clip()
         return binarised(self.weight, self.stochastic and self.training)
 
-    def _packed_state(self) -> dict[str, Tensor]:
+    def pack(self) -> nn.Module:
+        """The same layer in its form for inference.
+
+        Raises:
+            ValueError: a weight that is not finite.
+        """
+        settings = {name: value for name, value in self.spec.items() if name not in ("kind", "stochastic")}
+        form = PackedConv2d if self.spec["kind"] == "binary_conv" else PackedLinear
+        packed = form(**settings).to(self.weight)
         state = {"bits": pack_signs(self.weight.detach())}
         for name in ("scale", "bias"):
             if (value := getattr(self, name)) is not None:
-                state[name] = value.detach().clone()
-        return state
+                state[name] = value.detach()
+        packed.load_state_dict(state)
+        return packed.train(self.training)
 
 
 class BinaryConv2d(_Binary):
@@ -145,17 +154,6 @@ class BinaryConv2d(_Binary):
         y = y * self.scale.view(-1, 1, 1)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
-    def pack(self) -> PackedConv2d:
-        """The same layer in its form for inference.
-
-        Raises:
-            ValueError: a weight that is not finite.
-        """
-        settings = {name: value for name, value in self.spec.items() if name not in ("kind", "stochastic")}
-        packed = PackedConv2d(**settings).to(self.weight)
-        packed.load_state_dict(self._packed_state())
-        return packed.train(self.training)
-
     def extra_repr(self) -> str:
         return _shown(self.spec)
 
@@ -202,17 +200,6 @@ class BinaryLinear(_Binary):
             return F.linear(x, weight, self.bias)
         y = F.linear(x, weight) * self.scale
         return y if self.bias is None else y + self.bias
-
-    def pack(self) -> PackedLinear:
-        """The same layer in its form for inference.
-
-        Raises:
-            ValueError: a weight that is not finite.
-        """
-        settings = {name: value for name, value in self.spec.items() if name not in ("kind", "stochastic")}
-        packed = PackedLinear(**settings).to(self.weight)
-        packed.load_state_dict(self._packed_state())
-        return packed.train(self.training)
 
     def extra_repr(self) -> str:
         return _shown(self.spec)
