@@ -156,8 +156,8 @@ class CP:
 
     The kernel of each channel group is decomposed by itself, on the weights alone; calibration data is
     used to report the response error. The decomposition can be degenerate: large components that cancel.
-    The network is meant to be trained further, with a small learning rate (the paper's is below a
-    tenth of the original one), or it diverges.
+    The network is meant to be trained further, as in the paper, and that needs a small learning rate, or
+    it diverges.
 
     Args:
         rank: R of each group: an integer, a share of the rank at which any kernel is matched, which is
