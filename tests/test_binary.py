@@ -283,7 +283,7 @@ def test_both_forms_are_saved_and_loaded(tmp_path):
         }
         for f in ("trained", "packed")
     ]
-    assert kinds == [{"binary_conv", "binary_linear"}, {"packed_conv", "packed_linear"}]
+    assert kinds == [{"binary-conv", "binary-linear"}, {"packed-conv", "packed-linear"}]
     again = qx.load(tmp_path / "trained")
     assert again.get_submodule("stem").stochastic
     # training goes on from the real weights
@@ -321,6 +321,7 @@ def test_packing_keeps_hooks_modes_sharing_and_the_rest():
     packed = qx.BinaryConnect.pack(model)
     assert packed[0] is packed[2]
     assert packed[0].training
+    assert not qx.BinaryConnect.pack(copy.deepcopy(model).eval())[0].training
     packed(torch.randn(1, 4, 5, 5))
     assert seen == [PackedConv2d, PackedConv2d]
     assert isinstance(qx.BinaryConnect.pack(qx.BinaryLinear(3, 2)), PackedLinear)
@@ -373,7 +374,7 @@ def test_layers_that_stay_say_why():
         (lambda: qx.BinaryConv2d(4, 6, 3, scale=2.0), TypeError, "scale=2.0"),
         (lambda: qx.BinaryLinear(4, 0), ValueError, "out_features=0"),
         (lambda: qx.BinaryLinear(4.0, 2), TypeError, "in_features=4.0"),
-        (lambda: build_module({"kind": "packed_conv", "in_channels": 0}), ValueError, "packed_conv"),
+        (lambda: build_module({"kind": "packed-conv", "in_channels": 0}), ValueError, "packed-conv"),
         (lambda: qx.BinaryConv2d(4, 6, 3).pack()(torch.randn(1, 8, 5, 5)), ValueError, r"\(1, 8, 5, 5\)"),
         (lambda: qx.BinaryConv2d(4, 6, 3).pack()(torch.randn(1, 4, 2, 5)), ValueError, "2 x 5"),
         (lambda: qx.BinaryLinear(4, 6).pack()(torch.randn(1, 5)), ValueError, "5 features"),

@@ -79,7 +79,7 @@ class _Binary(nn.Module):
             ValueError: a weight that is not finite.
         """
         settings = {name: value for name, value in self.spec.items() if name not in ("kind", "stochastic")}
-        form = PackedConv2d if self.spec["kind"] == "binary_conv" else PackedLinear
+        form = PackedConv2d if self.spec["kind"] == "binary-conv" else PackedLinear
         packed = form(**settings).to(self.weight)
         state = {"bits": pack_signs(self.weight.detach())}
         for name in ("scale", "bias"):
@@ -137,7 +137,7 @@ class BinaryConv2d(_Binary):
         self.spec = _conv_spec(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, scale
         )
-        self.spec |= {"kind": "binary_conv", "stochastic": stochastic}
+        self.spec |= {"kind": "binary-conv", "stochastic": stochastic}
         self.geometry, self.groups = _geometry(self.spec), groups
         self._start((out_channels, in_channels // groups, *self.geometry.kernel), bias, stochastic, scale)
 
@@ -191,7 +191,7 @@ class BinaryLinear(_Binary):
     ) -> None:
         super().__init__()
         self.spec = _linear_spec(in_features, out_features, bias, scale)
-        self.spec |= {"kind": "binary_linear", "stochastic": stochastic}
+        self.spec |= {"kind": "binary-linear", "stochastic": stochastic}
         self._start((out_features, in_features), bias, stochastic, scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class PackedConv2d(nn.Module):
         self.spec = _conv_spec(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, scale
         )
-        self.spec |= {"kind": "packed_conv"}
+        self.spec |= {"kind": "packed-conv"}
         self.geometry, self.groups = _geometry(self.spec), groups
         _packed_buffers(
             self, out_channels, in_channels // groups * math.prod(self.geometry.kernel), bias, scale
@@ -288,7 +288,7 @@ class PackedLinear(nn.Module):
         self, in_features: int, out_features: int, *, bias: bool = True, scale: bool = False
     ) -> None:
         super().__init__()
-        self.spec = _linear_spec(in_features, out_features, bias, scale) | {"kind": "packed_linear"}
+        self.spec = _linear_spec(in_features, out_features, bias, scale) | {"kind": "packed-linear"}
         _packed_buffers(self, out_features, in_features, bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -44,10 +44,10 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "quantised-conv": QuantConv2d,
     "quantised-linear": QuantLinear,
     "cp": CPConv2d,
-    "binary_conv": BinaryConv2d,
-    "binary_linear": BinaryLinear,
-    "packed_conv": PackedConv2d,
-    "packed_linear": PackedLinear,
+    "binary-conv": BinaryConv2d,
+    "binary-linear": BinaryLinear,
+    "packed-conv": PackedConv2d,
+    "packed-linear": PackedLinear,
 }
 
 
