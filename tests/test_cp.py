@@ -98,6 +98,13 @@ def test_components_that_cancel_are_reported():
     assert not replaced(nn.Conv2d(6, 6, 3), 2)[1]["degenerate"]
 
 
+def test_the_largest_component_is_measured_against_the_kernel():
+    """Two components at right angles, three times and once as large."""
+    weight = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+    weight[0, 0, 0, 0], weight[1, 1, 1, 1] = 3, 1
+    assert decompose(weight, 2, tolerance=1e-14).largest == pytest.approx(3 / 10**0.5, rel=1e-6)
+
+
 def test_a_kernel_of_zeros_has_zeros():
     found = decompose(torch.zeros(3, 4, 3, 3), 2)
     assert found.error == 0
