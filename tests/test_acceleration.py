@@ -173,7 +173,7 @@ def test_a_sample_is_drawn_once_without_augmentation():
         ((".", "--rate", "a"), "rate='a': expected one number or two with a comma"),
         ((".", "--rank", "much"), "rank='much': expected a number, a share in (0, 1] or full"),
         ((".", "--rank", "3", "--rank-budget", "0.5"), "rank_budget: chooses the ranks by itself"),
-        ((".", "--method", "lowrank", "--mask", "random"), "lowrank computes every position"),
+        ((".", "--method", "lrd", "--mask", "random"), "mask='random': lrd has no such setting"),
         ((".",), "spec.json"),
     ],
 )
@@ -189,7 +189,7 @@ def test_the_verb_from_a_trained_run_to_a_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ("--network", "rrn8", "--epochs", "1", "--threads", "1", "--json")
     assert call("train", *small, "--out", "run").exit_code == 0
-    fast = ("--method", "lowrank", "--rank-budget", "0.7", "--calibration", "60", "--rounds", "3")
+    fast = ("--method", "lrd", "--rank-budget", "0.7", "--calibration", "60", "--rounds", "3")
     done = call("accelerate", "run", *fast, "--threads", "1", "--finetune-epochs", "1", "--lr", "0.001")
     assert done.exit_code == 0, done.stderr
     assert "MACs became" in done.stdout

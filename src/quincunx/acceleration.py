@@ -362,7 +362,8 @@ def _measured(pair: tuple[nn.Module, nn.Module], shape: tuple[int, ...], rounds:
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     def make(model: nn.Module) -> Callable[[], object]:
-        fused = fuse(model)
+        # within a network a layer that fx cannot trace stays whole
+        fused = fuse(nn.Sequential(model))
 
         def run() -> object:
             with torch.inference_mode():

@@ -13,7 +13,7 @@ from quincunx.acceleration import accelerate_trained
 from quincunx.artifact import read_json, save, write_json
 from quincunx.data import ImageData
 from quincunx.figures import Mark, Picture, tradeoff
-from quincunx.methods import Espace, LowRank
+from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank
 from quincunx.recipes import Recipe
 from quincunx.report import file_name
 from quincunx.surgery import Method
@@ -79,11 +79,30 @@ def _espace(masks: Sequence[str] = ("impact",)) -> list[Point]:
 
 
 def _lowrank() -> list[Point]:
-    return [Point("lowrank", f"rank {share:g}", LowRank(rank=share)) for share in (0.6, 0.5, 0.35, 0.25)]
+    return [Point("LRD", f"rank {share:g}", LowRank(rank=share)) for share in (0.6, 0.5, 0.35, 0.25)]
+
+
+def _cp() -> list[Point]:
+    return [Point("CPD", f"rank {share:g}", CP(rank=share)) for share in (0.5, 0.35, 0.2)]
+
+
+def _binary() -> list[Point]:
+    return [Point("BinaryConnect", "1 bit", BinaryConnect())]
+
+
+def _qcnn() -> list[Point]:
+    settings = ((4, 64), (6, 64), (6, 128), (8, 128))
+    return [Point("Q-CNN", f"{c} per codeword, {k}", QCNN(subspace=c, codewords=k)) for c, k in settings]
 
 
 # name -> the points that draw a method's curve
-SWEEPS: dict[str, Callable[[], list[Point]]] = {"espace": _espace, "lrd": _lowrank}
+SWEEPS: dict[str, Callable[[], list[Point]]] = {
+    "espace": _espace,
+    "lrd": _lowrank,
+    "cpd": _cp,
+    "binaryconnect": _binary,
+    "qcnn": _qcnn,
+}
 
 
 def compare_methods(

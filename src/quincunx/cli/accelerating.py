@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,18 +60,33 @@ Batch = Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)]
 Rounds = Annotated[int, typer.Option(help="How often each layer is timed.", min=3)]
 
 
-def _espace(settings: Settings) -> Method:
-    return qx.Espace(**settings)
+METHODS: dict[str, type] = {
+    "espace": qx.Espace,
+    "lrd": qx.LowRank,
+    "cpd": qx.CP,
+    "binaryconnect": qx.BinaryConnect,
+    "qcnn": qx.QCNN,
+}
 
 
-def _lowrank(settings: Settings) -> Method:
-    for name in ("rate", "mask"):
-        if name in settings:
-            raise ValueError(f"{name}={settings[name]!r}: lowrank computes every position; it has no masks")
-    return qx.LowRank(**settings)
+def _method(name: str, settings: Settings) -> Method:
+    """A method with the settings that were given.
+
+    Raises:
+        ValueError: an unknown method, or a setting that it has not or refuses.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method={name!r}: expected one of {', '.join(METHODS)}")
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = {field.name for field in fields(METHODS[name])}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{_OPTIONS.get(key, key)}={value!r}: {name} has no such setting")
+    method: Method = METHODS[name](**given)
+    return method
 
 
-METHODS: dict[str, Callable[[Settings], Method]] = {"espace": _espace, "lowrank": _lowrank}
+_OPTIONS = {"budget": "rank_budget"}
 
 
 @app.command(
@@ -98,6 +114,8 @@ def accelerate_command(
         str | None, typer.Option(help="Share of computed positions, one number or two with a comma.")
     ] = None,
     mask: Annotated[str | None, typer.Option(help="Which positions: impact, uniform or random.")] = None,
+    subspace: Annotated[int | None, typer.Option(help="qcnn: channels a codeword stands for.")] = None,
+    codewords: Annotated[int | None, typer.Option(help="qcnn: of each codebook.")] = None,
     layers: Layers = None,
     calibration: Calibration = 500,
     finetune_epochs: FinetuneEpochs = 0,
@@ -124,12 +142,19 @@ def accelerate_command(
     """
     with bad_input():
         use_threads(threads)
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-        settings = {"rank": _rank(rank), "budget": rank_budget, "rate": _rate(rate), "mask": mask}
         if rank is not None and rank_budget is not None:
             raise ValueError("rank_budget: chooses the ranks by itself; leave --rank out")
-        chosen = METHODS[method]({**{k: v for k, v in settings.items() if v is not None}, "seed": seed})
+        settings = {
+            "rank": _rank(rank),
+            "budget": rank_budget,
+            "rate": _rate(rate),
+            "mask": mask,
+            "subspace": subspace,
+            "codewords": codewords,
+            # methods that draw nothing have no seed
+            "seed": seed or None,
+        }
+        chosen = _method(method, settings)
         further = None
         if finetune_epochs:
             further = recipes.recipe_with(
