@@ -23,10 +23,10 @@ from quincunx.data import ImageData, batches
 from quincunx.evaluation import judged
 from quincunx.fuse import fuse
 from quincunx.journal import FolderJournal
-from quincunx.latency import Timing, environment, measure
+from quincunx.latency import Timing, environment, measure_models
 from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe
-from quincunx.streams import Layer
+from quincunx.streams import Layer, run_order
 from quincunx.surgery import Accelerated, Method, Replacement, accelerate
 from quincunx.train import fit
 
@@ -323,14 +323,15 @@ def _timed(
     original: nn.Module, found: Accelerated, one: Tensor, batch: int, rounds: int, progress: bool
 ) -> dict[str, Any]:
     """Milliseconds of each replaced layer and of the whole network, before and after, both fused."""
-    shapes = _input_shapes(original, list(found.replaced), one)
+    with inference_mode_of(original):
+        order = run_order(original, one, None) or {}
     rows = []
     with progress_bar(progress) as bar:
         task = bar.add_task("timing", total=len(found.replaced) + 1, state="")
         for name, record in found.replaced.items():
             bar.update(task, state=name)
             pair = (original.get_submodule(name), found.model.get_submodule(name))
-            timings = _measured(pair, (batch, *shapes[name][1:]), rounds)
+            timings = _measured(pair, (batch, *order[name][1][1:]), rounds)
             rows.append({"name": name, **record, **_ratio(timings)})
             bar.update(task, advance=1)
         bar.update(task, state="whole network")
@@ -340,38 +341,12 @@ def _timed(
     return {"layers": rows, "whole": whole, "batch": batch, "how": how}
 
 
-def _input_shapes(model: nn.Module, names: Sequence[str], one: Tensor) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: shapes.setdefault(name, tuple(inputs[0].shape)) and None
-        )
-        for name in names
-    ]
-    try:
-        with inference_mode_of(model):
-            model(one)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes
-
-
 def _measured(pair: tuple[nn.Module, nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, Timing]:
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-    def make(model: nn.Module) -> Callable[[], object]:
-        # within a network a layer that fx cannot trace stays whole
-        fused = fuse(nn.Sequential(model))
-
-        def run() -> object:
-            with torch.inference_mode():
-                return fused(x)
-
-        return run
-
-    return measure({"before": make(pair[0]), "after": make(pair[1])}, rounds=rounds)
+    # within a network a layer that fx cannot trace stays whole
+    fused = {key: fuse(nn.Sequential(model)) for key, model in zip(("before", "after"), pair, strict=True)}
+    return measure_models(fused, x, rounds=rounds)
 
 
 def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:

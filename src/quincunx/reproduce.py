@@ -18,15 +18,14 @@ from torch import nn
 
 from quincunx import networks
 from quincunx.artifact import read_json, spec_of, write_json
-from quincunx.checkpoint import difference
 from quincunx.cost import cost
 from quincunx.data import ImageData
 from quincunx.experiments import Entry, Experiment
 from quincunx.figures import Picture, Point, learning_curves, scatter
 from quincunx.ranks import ALONE, Ranks
-from quincunx.recipes import Recipe, from_dict
+from quincunx.recipes import Recipe
 from quincunx.report import curve_of, file_name, label_of
-from quincunx.train import fit
+from quincunx.train import fit, identity_of, other_part
 
 __all__ = ["Compared", "Planned", "compare", "figure_of", "plan", "reproduce"]
 
@@ -93,9 +92,12 @@ def _built(entry: Entry, num_classes: int, in_channels: int = 3) -> nn.Module:
     return networks.build(entry.network, num_classes, in_channels, **dict(entry.settings))
 
 
+def _label(entry: Entry) -> str:
+    return label_of({"name": entry.network, "settings": dict(entry.settings)})
+
+
 def _name(entry: Entry, seed: int) -> str:
-    spec = {"name": entry.network, "settings": dict(entry.settings)}
-    return f"{file_name(label_of(spec))}-seed{seed}"
+    return f"{file_name(_label(entry))}-seed{seed}"
 
 
 def plan(
@@ -181,7 +183,10 @@ def reproduce(
     for seed in seeds:
         for i, entry in enumerate(experiment.entries):
             run = partial(
-                fit, progress=_title(entry, seed) if progress else False, ranks=ranks, workers=workers
+                fit,
+                progress=f"{_label(entry)}, seed {seed}" if progress else False,
+                ranks=ranks,
+                workers=workers,
             )
             results[i].append(_result(run, entry, seed, recipe, out, data, ranks.first, device))
     compared = compare(experiment, results)
@@ -189,10 +194,6 @@ def reproduce(
         picture = figure_of(experiment, results, compared)
         (out / f"{experiment.figure[0]}.svg").write_bytes(picture.content)
     return compared
-
-
-def _title(entry: Entry, seed: int) -> str:
-    return f"{label_of({'name': entry.network, 'settings': dict(entry.settings)})}, seed {seed}"
 
 
 def _result(
@@ -212,17 +213,9 @@ def _result(
     path = out / f"{name}.json"
     if path.exists():
         found: dict[str, Any] = read_json(path)
-        there = {**found, "recipe": from_dict(found.get("recipe", {})).to_dict()}
-        wanted = {
-            "network": spec_of(model),
-            "recipe": recipe.to_dict(),
-            "data": data.describe(),
-            "seed": seed,
-        }
-        for part, ours in wanted.items():
-            if there.get(part) != ours:
-                changes = difference(there.get(part), ours)
-                raise ValueError(f"{path}: a run of another {part}: {changes}; another --out starts anew")
+        other = other_part(found, identity_of(spec_of(model), recipe, data, seed))
+        if other is not None:
+            raise ValueError(f"{path}: a run of another {other}; another --out starts anew")
         return found
     result = run(model, data, recipe, out / "runs" / name, seed=seed, resume=True)
     if writes:

@@ -25,7 +25,7 @@ from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
 from quincunx.recipes import Recipe, from_dict
 
-__all__ = ["Interrupted", "RunFailed", "fit"]
+__all__ = ["Interrupted", "RunFailed", "fit", "identity_of", "other_part"]
 
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
@@ -103,6 +103,27 @@ def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
         images * values * (4 if recipe.precision == "float32" else 2),
         "a smaller --batch-size or a larger --accumulate needs less",
     )
+
+
+def identity_of(network: dict[str, Any], recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
+    """What two runs must share to be the same run, JSON-ready."""
+    return {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
+
+
+def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first part in which a run is another one than :func:`identity_of` says, and how; None if none is.
+
+    Raises:
+        ValueError: its recipe is none.
+    """
+    for part, wanted in ours.items():
+        found = theirs.get(part)
+        if part == "recipe":
+            # a field that was not there yet has its default
+            found = from_dict(found or {}).to_dict()
+        if found != wanted:
+            return f"{part}: {difference(found, wanted)}"
+    return None
 
 
 class _Run:
@@ -365,12 +386,7 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
-        return {
-            "network": self.spec,
-            "recipe": self.recipe.to_dict(),
-            "data": self.data.describe(),
-            "seed": self.seed,
-        }
+        return identity_of(self.spec, self.recipe, self.data, self.seed)
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -395,16 +411,13 @@ class _Run:
     def _restore(self, content: dict[str, Any]) -> None:
         ours = self._identity()
         try:
-            theirs = json.loads(content["identity"])
-            theirs["recipe"] = from_dict(theirs["recipe"]).to_dict()
+            other = other_part({**json.loads(content["identity"])}, ours)
             state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
             history = json.loads(content["history"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
-        for part in ("network", "recipe", "data", "seed"):
-            if theirs.get(part) != ours[part]:
-                changes = difference(theirs.get(part), ours[part])
-                raise ValueError(f"{self.checkpoint}: a checkpoint of another {part}: {changes}")
+        if other is not None:
+            raise ValueError(f"{self.checkpoint}: a checkpoint of another {other}")
         try:
             self.model.load_state_dict(state)
             self.optimizer.load_state_dict(momentum)

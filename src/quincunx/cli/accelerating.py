@@ -173,7 +173,7 @@ def accelerate_command(
                 chosen,
                 images,
                 out,
-                layers=[] if layers is None else [part.strip() for part in layers.split(",")],
+                layers=_patterns(layers),
                 calibration=calibration,
                 recipe=further,
                 batch=batch,
@@ -199,6 +199,10 @@ def _trained(network: str, weights: Path | None) -> tuple[nn.Module, Path]:
             f"network={network!r}: not the folder of an artifact or a run; a network's name needs --weights"
         )
     return started("", Path(network), {}), Path(network)
+
+
+def _patterns(text: str | None) -> list[str]:
+    return [] if text is None else [part.strip() for part in text.split(",")]
 
 
 def _rank(text: str | None) -> int | float | str | None:
@@ -250,7 +254,7 @@ def compare_command(
     """Accelerate one trained network by several methods, each at several settings, and set them side by side.
 
     All have the same data, the same fine-tuning and the same timing. Each setting leaves a folder with its
-    JSON, artifact and page; the same command again makes only what is missing. Writes comparison.json and
+    JSON and artifact; the same command again makes only what is missing. Writes comparison.json and
     the figures drop-speed.svg, drop-macs.svg and drop-bytes.svg.
     """
     with bad_input():
@@ -276,7 +280,7 @@ def compare_command(
                 out,
                 recipe=further,
                 tell=_telling(as_json),
-                layers=[] if layers is None else [part.strip() for part in layers.split(",")],
+                layers=_patterns(layers),
                 calibration=calibration,
                 batch=batch,
                 rounds=rounds,
