@@ -7,7 +7,7 @@ from quincunx.artifact import load, save
 from quincunx.binary import BinaryConv2d, BinaryLinear
 from quincunx.cost import Cost, cost
 from quincunx.fuse import fuse
-from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank
+from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
 from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.quantised import QuantConv2d, QuantLinear
@@ -21,8 +21,9 @@ from quincunx.sampling import (
     Sampling,
     Uniform,
 )
+from quincunx.search import accelerate
 from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
-from quincunx.surgery import Accelerated, accelerate
+from quincunx.surgery import Accelerated
 
 __version__ = _version("quincunx")
 
@@ -51,6 +52,7 @@ __all__ = [
     "SampledConvTranspose2d",
     "Sampling",
     "SeparableConv2d",
+    "SpatialBottleneck",
     "SpatialBottleneck2d",
     "Uniform",
     "accelerate",

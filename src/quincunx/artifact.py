@@ -17,9 +17,18 @@ from torch import nn
 
 from quincunx import networks
 from quincunx.methods import build_module
-from quincunx.surgery import put
+from quincunx.surgery import Attached, put
 
-__all__ = ["load", "read_json", "save", "spec_of", "write_atomically", "write_json", "write_text"]
+__all__ = [
+    "difference",
+    "load",
+    "read_json",
+    "save",
+    "spec_of",
+    "write_atomically",
+    "write_json",
+    "write_text",
+]
 
 _FORMAT = "quincunx-artifact"
 _VERSION = 1
@@ -79,6 +88,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def difference(theirs: Any, ours: Any) -> str:
+    """The fields in which two descriptions differ, as a sentence's end."""
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return f"was {theirs!r}, now {ours!r}"
+    found = []
+    for key in {**theirs, **ours}:
+        one, other = theirs.get(key), ours.get(key)
+        if one != other:
+            # of two nested descriptions only what differs
+            nested = isinstance(one, dict) and isinstance(other, dict) and {"name"} & {*one, *other}
+            found.append(f"{key} {difference(one, other) if nested else f'was {one!r}, now {other!r}'}")
+    return ", ".join(found)
 
 
 def spec_of(model: nn.Module) -> dict[str, Any]:
@@ -272,6 +295,9 @@ def _rebuilt(model: nn.Module, replaced: dict[str, dict[str, Any]]) -> nn.Module
         model.get_submodule(name)  # refuses a name that is no layer of this network
         made[name] = made[spec["as"]] if spec.get("kind") == "same" else build_module(spec)
         model = put(model, name, made[name])
+    for module in made.values():
+        if isinstance(module, Attached):
+            module.attach(model)
     if replaced:
         model.quincunx_replaced = replaced  # type: ignore[assignment]
     return model

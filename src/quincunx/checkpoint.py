@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from quincunx.artifact import write_atomically
 from quincunx.data.memory import gigabytes
 
-__all__ = ["check_disk", "difference", "only_writer", "read_checkpoint", "write_checkpoint"]
+__all__ = ["check_disk", "only_writer", "read_checkpoint", "write_checkpoint"]
 
 _FORMAT = "quincunx-checkpoint"
 _VERSION = 2
@@ -71,20 +71,6 @@ def check_disk(folder: Path, needed: int) -> None:
             f"{folder}: checkpoints and the trained network need {gigabytes(needed)} of disk, "
             f"{gigabytes(free)} are free there"
         )
-
-
-def difference(theirs: Any, ours: Any) -> str:
-    """The fields in which two descriptions differ, as a sentence's end."""
-    if not isinstance(theirs, dict) or not isinstance(ours, dict):
-        return f"was {theirs!r}, now {ours!r}"
-    found = []
-    for key in {**theirs, **ours}:
-        one, other = theirs.get(key), ours.get(key)
-        if one != other:
-            # of two nested descriptions only what differs
-            nested = isinstance(one, dict) and isinstance(other, dict) and {"name"} & {*one, *other}
-            found.append(f"{key} {difference(one, other) if nested else f'was {one!r}, now {other!r}'}")
-    return ", ".join(found)
 
 
 # what zipfile and torch.load raise on damaged or foreign files

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from quincunx.methods.binaryconnect import pack_binary
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d, window_means
+from quincunx.paired import PairedDown2d, PairedUp2d
 from quincunx.plan import Geometry
 from quincunx.program import Program, Shortcut, Step
 from quincunx.quantised import QuantConv2d, QuantLinear
@@ -68,6 +69,7 @@ def fuse(model: nn.Module) -> nn.Module:
     graph = _trace(own)
     _drop_nothings(own, graph)
     _out_of_place(own, graph)
+    _give_sizes(own, graph)
     with torch.no_grad():
         return _lower(own, graph).eval()
 
@@ -122,6 +124,19 @@ def _out_of_place(model: nn.Module, graph: fx.Graph) -> None:
                 node.target = str(node.target).rstrip("_")
             if "inplace" in node.kwargs:
                 node.kwargs = {**node.kwargs, "inplace": False}
+
+
+def _give_sizes(model: nn.Module, graph: fx.Graph) -> None:
+    """Second halves of pairs are told the size of the first's input, which else is noted at run time."""
+    firsts: dict[int, fx.Node] = {}
+    for node in list(graph.nodes):
+        module = _module(model, node)
+        if isinstance(module, PairedDown2d):
+            firsts[id(module.grid)] = node
+        elif isinstance(module, PairedUp2d) and len(node.args) == 1 and id(module.grid) in firsts:
+            with graph.inserting_before(node):
+                shape = graph.call_function(getattr, (firsts[id(module.grid)].args[0], "shape"))
+                node.args = (*node.args, graph.call_function(operator.getitem, (shape, slice(2, None, None))))
 
 
 # ---------------------------------------------------------------- what a node is

@@ -11,8 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from quincunx.artifact import read_json, write_json
-from quincunx.checkpoint import difference
+from quincunx.artifact import difference, read_json, write_json
 from quincunx.methods import build_module
 from quincunx.streams import Layer
 from quincunx.surgery import Replacement

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Batch", "Calibration", "Context", "Layer", "Responses", "evaluation", "run_order"]
 
+T = TypeVar("T")
 Visit = Callable[[str, Tensor, Tensor], None]
 
 
@@ -248,7 +249,12 @@ class Context:
         original: the user's network, read only.
         network: the copy that is being changed.
         changed: whether a layer of it has been replaced.
+        pairs: convolutions with nothing but a norm and an activation between them, on one grid.
+        kept: what :meth:`once` keeps; None for nothing.
     """
+
+    pairs: tuple[tuple[Layer, Layer], ...] = ()
+    kept: dict[Any, Any] | None = None
 
     def __init__(self, original: nn.Module, network: nn.Module, calibration: Calibration | None) -> None:
         self.original, self.network, self.calibration = original, network, calibration
@@ -268,6 +274,15 @@ class Context:
     def responses(self, layer: Layer) -> Responses:
         """What a layer sees in the changed network and answered in the original one."""
         return Responses(self, layer)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What ``make`` gives; kept for each key while no layer is changed, if ``kept`` is a dict."""
+        if self.kept is None or self.changed:
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
+        found: T = self.kept[key]
+        return found
 
     def survey(self, layers: Sequence[Layer], visit: Visit) -> None:
         """One pass of the original network over the data: ``visit(name, input, output)`` at each call.

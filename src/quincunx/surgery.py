@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from quincunx.eligible import Where, chosen, eligible, in_order, pairs_of, reason_of
 from quincunx.streams import Calibration, Context, Layer, evaluation, run_order
 
 __all__ = [
     "Accelerated",
+    "Attached",
     "Journal",
     "Method",
     "Replacement",
+    "Where",
     "Work",
     "accelerate",
     "carry_hooks",
     "each",
+    "prepare",
     "put",
+    "tried",
 ]
-
-Where = Callable[[str, nn.Module], bool]
 
 _WRAPPERS = {
     "torch.nn.parallel": "pass what it wraps (its .module)",
@@ -60,7 +64,8 @@ class Replacement:
         module: the new module. Surgery gives it the layer's device, training mode, memory format,
             hooks and ``requires_grad``.
         spec: JSON-ready; from it ``quincunx.methods.build_module`` makes such a module again.
-        record: JSON-ready facts for people, such as rank, rates and response error.
+        record: JSON-ready facts for people, such as rank, rates and response error; "macs_after" where
+            the module cannot be run on the layer's input, and "method" where another one made it.
         maps: tensors that a report draws, such as impact maps.
     """
 
@@ -95,7 +100,11 @@ class Method(Protocol):
         """The classes of layers it may replace."""
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why it cannot take a layer; None if it can."""
+        """Why it cannot take a layer; None if it can.
+
+        A method with an attribute ``pairs`` that is true finds in ``context.pairs`` which layers can be
+        taken two by two.
+        """
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
         """Start on a network, knowing all layers that will be replaced, in forward order.
@@ -116,6 +125,14 @@ class Journal(Protocol):
 
     def keep(self, layer: Layer, replacement: Replacement) -> None:
         """Called once for each layer as it is finished."""
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """A module that works together with another one of its network."""
+
+    def attach(self, network: nn.Module) -> None:
+        """Find the other one; called whenever the module was put in a network."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,7 @@ class Accelerated:
             method tells, such as "rank", "rates" and "response_error".
         skipped: for each layer of the method's kind that stays, the reason.
         maps: for each replaced layer the tensors a report draws, such as impact maps.
+        search: of a network made for a target: target, attempts, choice and scores, JSON-ready; else None.
 
     Example:
         >>> result = accelerate(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), qx.LowRank(rank=4))
@@ -157,6 +175,7 @@ class Accelerated:
     replaced: dict[str, dict[str, Any]]
     skipped: dict[str, str]
     maps: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
 
 
 def accelerate(
@@ -177,7 +196,9 @@ def accelerate(
     Args:
         model: any network; it is left as it is.
         method: such as ``qx.Espace()`` or ``qx.LowRank()``.
-        where: says for (name, module) whether the layer may be replaced; by default all.
+        where: which layers may be replaced, by default all: a function of (name, module), or names, or
+            pairs of names for a method that takes two convolutions at once (see
+            :class:`quincunx.SpatialBottleneck`).
         example_input: a tensor [N, C, H, W] or a tuple of arguments; tells the layers' order and
             sizes. By default the first batch of ``calibration``.
         calibration: input batches, or (input, target) pairs, that can be read several times: a list
@@ -202,17 +223,12 @@ def accelerate(
         >>> result.replaced["2"]["macs_before"], result.replaced["2"]["macs_after"]
         (36864, 6912)
     """
-    _check(model, method)
-    data = None if calibration is None else Calibration(calibration, model)
-    network = _copied(model)
-    found, skipped = _candidates(network, method, where)
+    network = _copied(_checked(model, method))
     with evaluation(network):
-        order = run_order(model, example_input, data)
-        layers = _in_order(found, order, skipped)
-        context = Context(model, network, data)
+        context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
         accepted = []
         for layer in layers:
-            if (reason := _reason(layer, order is not None) or method.refuse(layer, context)) is not None:
+            if (reason := reason_of(layer, ran) or method.refuse(layer, context)) is not None:
                 skipped[layer.name] = reason
             else:
                 accepted.append(layer)
@@ -229,7 +245,45 @@ def accelerate(
     return Accelerated(context.network, records, skipped, {n: r.maps for n, r in done.items() if r.maps})
 
 
-def _check(model: nn.Module, method: Method) -> None:
+def prepare(
+    model: nn.Module,
+    method: Method,
+    *,
+    where: Where | None = None,
+    example_input: Tensor | tuple[Any, ...] | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> tuple[Context, list[Layer], dict[str, str]]:
+    """A copy of a network to try methods on, its layers of a method's classes, and why others are left out.
+
+    Arguments and errors are those of :func:`accelerate`; ``method`` says classes and whether there are pairs.
+    """
+    network = _copied(_checked(model, method)).eval()
+    context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
+    fit = [layer for layer in layers if reason_of(layer, ran) is None]
+    skipped |= {layer.name: str(reason_of(layer, ran)) for layer in layers if layer not in fit}
+    return context, fit, skipped
+
+
+def _prepared(
+    model: nn.Module,
+    network: nn.Module,
+    method: Method,
+    where: Where | None,
+    example_input: Tensor | tuple[Any, ...] | None,
+    calibration: Iterable[Any] | None,
+) -> tuple[Context, list[Layer], dict[str, str], bool]:
+    data = None if calibration is None else Calibration(calibration, model)
+    may, named = chosen(network, where)
+    found, skipped = eligible(network, method.targets, may)
+    order = run_order(model, example_input, data)
+    layers = in_order(found, order, skipped)
+    context = Context(model, network, data)
+    if getattr(method, "pairs", False):
+        context.pairs = pairs_of(network, layers, order, named)
+    return context, layers, skipped, order is not None
+
+
+def _checked(model: nn.Module, method: Method) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(method, type) or not all(hasattr(method, part) for part in ("refuse", "begin", "targets")):
@@ -239,6 +293,7 @@ def _check(model: nn.Module, method: Method) -> None:
             if type(module).__module__.startswith(prefix):
                 at = f"its part {name!r}" if name else "it"
                 raise TypeError(f"model: {at} is a {type(module).__name__}; {advice}")
+    return model
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -246,72 +301,6 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise TypeError(f"model: cannot be copied ({str(error).splitlines()[0]})") from error
-
-
-# ---------------------------------------------------------------- which layers
-
-
-def _candidates(
-    network: nn.Module, method: Method, where: Where | None
-) -> tuple[list[tuple[tuple[str, ...], nn.Module]], dict[str, str]]:
-    """Every module of the method's classes, once, with all its names; and what is left out at once."""
-    places: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        if isinstance(module, method.targets):
-            places.setdefault(id(module), ([], module))[0].append(name)
-    found, skipped = [], {}
-    for names, module in places.values():
-        if where is not None and not any(where(name, module) for name in names):
-            skipped[names[0]] = "left out by where"
-        elif (reason := _unfit(network, names[0], module, method.targets)) is not None:
-            skipped[names[0]] = reason
-        else:
-            found.append((tuple(names), module))
-    return found, skipped
-
-
-def _unfit(
-    network: nn.Module, name: str, module: nn.Module, targets: tuple[type[nn.Module], ...]
-) -> str | None:
-    """Why a module cannot be what its class says."""
-    if type(module) not in targets:
-        return f"a {type(module).__name__}, whose forward may be another one than its base class's"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed anew at each call (weight norm or pruning): make it permanent first"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or weight.is_meta:
-        return f"its weight is a {type(weight.data).__name__} on {weight.device}"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    for other_name, other in network.named_modules():
-        if other is not module and any(p is weight for p in other._parameters.values()):
-            return f"its weight is shared with {other_name or '(network)'}"
-    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
-        return "it has state-dict hooks, which know its parameters by name"
-    return None
-
-
-def _in_order(
-    found: list[tuple[tuple[str, ...], nn.Module]],
-    order: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] | None,
-    skipped: dict[str, str],
-) -> list[Layer]:
-    if order is None:
-        return [Layer(names[0], names, module) for names, module in found]
-    layers = []
-    for names, module in found:
-        if names[0] in order:
-            layers.append(Layer(names[0], names, module, *order[names[0]]))
-        else:
-            skipped[names[0]] = "never called for this input"
-    position = {name: i for i, name in enumerate(order)}
-    return sorted(layers, key=lambda layer: position[layer.name])
-
-
-def _reason(layer: Layer, ran: bool) -> str | None:
-    if ran and not (layer.input_shape and layer.output_shape):
-        return "called with or returns something else than one tensor"
-    return None
 
 
 # ---------------------------------------------------------------- replacing
@@ -344,6 +333,30 @@ def _replace(
     return done
 
 
+@contextmanager
+def tried(context: Context, method: Method, layers: Sequence[Layer]) -> Iterator[dict[str, Replacement]]:
+    """Within: a method's replacements of some layers are in the context's network; after, it is as before.
+
+    Raises:
+        ValueError: what the method refuses, a layer that it leaves among it.
+    """
+    skipped: dict[str, str] = {}
+    changed = context.changed
+    try:
+        for layer in layers:
+            if (reason := method.refuse(layer, context)) is not None:
+                raise ValueError(f"layer {layer.name!r}: {reason}")
+        done = _replace(method, list(layers), context, None, skipped)
+        for name, reason in skipped.items():
+            raise ValueError(f"layer {name!r}: {reason}")
+        yield done
+    finally:
+        for layer in layers:
+            for name in layer.names:
+                context.network = put(context.network, name, layer.module)
+        context.changed = changed
+
+
 def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     """Put a module in a layer's places, with the layer's device, dtype, layout and hooks."""
     weight = layer.module.get_parameter("weight")
@@ -354,6 +367,8 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     carry_hooks(layer.module, module)
     for name in layer.names:
         context.network = put(context.network, name, module)
+    if isinstance(module, Attached):
+        module.attach(context.network)
     context.changed = True
 
 
@@ -374,11 +389,13 @@ def put(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 def _record(method: Method, layer: Layer, made: Replacement) -> dict[str, Any]:
     module = made.module
-    record: dict[str, Any] = {"method": method.name, "kind": type(module).__name__, **made.record}
+    record: dict[str, Any] = {"method": method.name, "kind": type(module).__name__}
     record["macs_before"] = record["macs_after"] = None
+    record.update(made.record)
     if layer.input_shape is not None:
         record["macs_before"] = _macs(layer.module, layer.input_shape)
-        record["macs_after"] = _macs(module, layer.input_shape)
+        if record["macs_after"] is None:
+            record["macs_after"] = _macs(module, layer.input_shape)
     if len(layer.names) > 1:
         record["names"] = list(layer.names)
     if hooks := len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from quincunx.artifact import check_replaceable, save, spec_of, write_json, write_text
-from quincunx.checkpoint import check_disk, difference, only_writer, read_checkpoint, write_checkpoint
+from quincunx.artifact import check_replaceable, difference, save, spec_of, write_json, write_text
+from quincunx.checkpoint import check_disk, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
 from quincunx.data import ImageData, WorkerFailed, batches, memory
 from quincunx.evaluation import check_channels, check_scores, device_of, evaluate

@@ -14,16 +14,29 @@ from typing import Any
 from torch import nn
 
 from quincunx.binary import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
+from quincunx.methods.assigned import Assigned
 from quincunx.methods.binaryconnect import BinaryConnect
 from quincunx.methods.cp import CP
 from quincunx.methods.espace import Espace
 from quincunx.methods.lrd import LowRank
 from quincunx.methods.qcnn import QCNN
+from quincunx.methods.spatialbottleneck import SpatialBottleneck
+from quincunx.nn import SpatialBottleneck2d
+from quincunx.paired import PairedDown2d, PairedUp2d
 from quincunx.quantised import QuantConv2d, QuantLinear
 from quincunx.sampling import from_spec
 from quincunx.separable import CPConv2d, EspaceConv2d, MaskedConv2d, SeparableConv2d
 
-__all__ = ["CP", "QCNN", "BinaryConnect", "Espace", "LowRank", "build_module"]
+__all__ = [
+    "CP",
+    "QCNN",
+    "Assigned",
+    "BinaryConnect",
+    "Espace",
+    "LowRank",
+    "SpatialBottleneck",
+    "build_module",
+]
 
 
 def _espace(masks: list[str], **settings: Any) -> nn.Module:
@@ -31,8 +44,11 @@ def _espace(masks: list[str], **settings: Any) -> nn.Module:
     return EspaceConv2d(**settings, masks=(first, second))
 
 
-def _masked(sampling: str, **settings: Any) -> nn.Module:
-    return MaskedConv2d(**settings, sampling=from_spec(sampling))
+def _sampled(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def build(sampling: str, **settings: Any) -> nn.Module:
+        return kind(**settings, sampling=from_spec(sampling))
+
+    return build
 
 
 # what ``kind`` in a replacement's spec stands for
@@ -40,7 +56,10 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "conv": nn.Conv2d,
     "separable": SeparableConv2d,
     "espace": _espace,
-    "masked": _masked,
+    "masked": _sampled(MaskedConv2d),
+    "paired-down": _sampled(PairedDown2d),
+    "paired-up": _sampled(PairedUp2d),
+    "spatial-bottleneck": _sampled(SpatialBottleneck2d),
     "quantised-conv": QuantConv2d,
     "quantised-linear": QuantLinear,
     "cp": CPConv2d,

@@ -133,8 +133,10 @@ class SeparableFit:
         conv = conv_of(layer)
         found: Moments | None = None
         if with_data:
-            pairs = context.responses(layer)
-            found = moments(conv, pairs, positions=self.positions, seed=self.seed)
+            found = context.once(
+                (layer.name, self.positions, self.seed),
+                lambda: moments(conv, context.responses(layer), positions=self.positions, seed=self.seed),
+            )
             if (reason := shortage(conv, rank, found)) is not None:
                 raise ValueError(f"calibration: layer {layer.name!r}: {reason}")
         return fit(conv, rank, found, iterations=self.iterations)

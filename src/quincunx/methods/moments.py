@@ -87,10 +87,13 @@ class Accumulator:
         positions: most positions of an image that are used; of larger maps as many are drawn, anew for
             each batch.
         seed: of that draw.
+        among: flat positions of the output grid that count, LongTensor; by default all.
     """
 
-    def __init__(self, conv: nn.Conv2d, positions: int = POSITIONS, seed: int = 0) -> None:
-        self.conv, self.positions, self.seed = conv, positions, seed
+    def __init__(
+        self, conv: nn.Conv2d, positions: int = POSITIONS, seed: int = 0, among: Tensor | None = None
+    ) -> None:
+        self.conv, self.positions, self.seed, self.among = conv, positions, seed, among
         g = conv.groups
         size = conv.in_channels // g * conv.kernel_size[0] * conv.kernel_size[1]
         outputs = conv.out_channels // g
@@ -105,11 +108,12 @@ class Accumulator:
     def add(self, x: Tensor, y: Tensor) -> None:
         """A batch: inputs [N, C, H, W] and the responses [N, O, H', W'] they are to give."""
         n, _, height, width = y.shape
-        at = None
-        if height * width > self.positions:
+        at, count = self.among, height * width if self.among is None else len(self.among)
+        if count > self.positions:
             generator = torch.Generator().manual_seed(self.seed + self.batches)
-            at = torch.randperm(height * width, generator=generator)[: self.positions].sort().values
-            at = at.to(x.device)
+            drawn = torch.randperm(count, generator=generator)[: self.positions].sort().values
+            at = drawn if at is None else at.cpu()[drawn]
+        at = None if at is None else at.to(x.device)
         y = y.flatten(2) if at is None else y.flatten(2)[:, :, at]
         g, size, outputs = self.cross.shape
         step = max(1, _BLOCK // (y.shape[2] * size * g))

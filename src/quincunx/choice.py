@@ -1,0 +1,196 @@
+"""What a search chooses from and towards: candidates, targets, and the best choice for a target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from quincunx.methods import Assigned, Espace, LowRank, SpatialBottleneck
+from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS
+from quincunx.surgery import Method
+
+__all__ = ["CANDIDATES", "Candidate", "Search", "Target", "candidates_named", "choose", "label_of"]
+
+# what "auto" tries in each layer, by method
+CANDIDATES: dict[str, tuple[Method, ...]] = {
+    "sb": tuple(SpatialBottleneck(s) for s in (QUARTER, CHESSBOARD, THREE_QUARTERS)),
+    "espace": tuple(
+        Espace(rank=rank, rate=rate, mask="uniform") for rank, rate in ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25))
+    ),
+    "lrd": tuple(LowRank(rank=rank) for rank in (0.5, 0.25)),
+}
+
+
+def candidates_named(names: str | Iterable[str]) -> tuple[Method, ...]:
+    """The candidates of some methods; of all of them for "auto".
+
+    Raises:
+        ValueError: a method without candidates.
+
+    Example:
+        >>> len(candidates_named("sb"))
+        3
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        if name not in CANDIDATES and name != "auto":
+            raise ValueError(f"method={name!r}: expected auto or some of {', '.join(CANDIDATES)}")
+    chosen = list(CANDIDATES) if "auto" in wanted else wanted
+    return tuple(method for name in chosen for method in CANDIDATES[name])
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a search is to reach; one of the first three, or ``max_drop`` alone.
+
+    Args:
+        speedup: seconds before over seconds after, both fused, on this machine.
+        latency_ms: milliseconds of one call after.
+        macs: MACs after: "50%" of those before, or a number for one image.
+        max_drop: points of accuracy that may be lost on the calibration data (without labels: of
+            agreement with the network itself). Alone, the fastest network within it is looked for.
+
+    Raises:
+        ValueError: nothing or too much was asked for, or a value that makes no sense.
+    """
+
+    speedup: float | None = None
+    latency_ms: float | None = None
+    macs: str | float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        asked = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+        if not asked:
+            raise ValueError("target: one of speedup, latency_ms, macs and max_drop is needed")
+        if len([name for name in asked if name != "max_drop"]) > 1:
+            raise ValueError(f"target: {' and '.join(asked)} cannot be asked for together")
+        if self.speedup is not None and not self.speedup > 1:
+            raise ValueError(f"speedup={self.speedup!r}: expected more than 1")
+        for name in ("latency_ms", "max_drop"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value!r}: expected a number that is not negative")
+        if self.macs is not None:
+            self.macs_of(1)
+
+    def macs_of(self, before: int) -> float:
+        """The MACs that are allowed for a network of ``before``."""
+        text = str(self.macs)
+        try:
+            value = float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
+        except ValueError:
+            value = -1.0
+        if not value > 0:
+            raise ValueError(f"macs={self.macs!r}: expected a share such as '50%' or a positive number")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what was asked for."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the command line asks :func:`search` for, in place of a method.
+
+    Attributes:
+        target: to reach.
+        methods: names in ``CANDIDATES``, or "auto".
+        time_budget: seconds of scoring.
+        scores: file of the score table; by default ``scores.json`` in the result's folder.
+    """
+
+    target: Target
+    methods: tuple[str, ...] = ("auto",)
+    time_budget: float | None = None
+    scores: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What records and messages call it."""
+        return "+".join(self.methods)
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """The classes of layers that its candidates replace."""
+        return Assigned({f"{i}": m for i, m in enumerate(candidates_named(self.methods))}).targets
+
+
+@dataclass
+class Candidate:
+    """A method for one layer or pair, and its scores.
+
+    Attributes:
+        layers: one name, or two of a pair.
+        label: the method's settings, in words.
+        macs_saved: for one image.
+        seconds_saved: [first quartile, median, third] of a call, measured in the whole network.
+        loss: mean Kullback-Leibler divergence from the original network's answers, of this one alone.
+        why_not: why it cannot be chosen, if so.
+    """
+
+    layers: tuple[str, ...]
+    label: str
+    method: Method
+    macs_saved: int = 0
+    seconds_saved: tuple[float, float, float] | None = None
+    loss: float | None = None
+    why_not: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The median of the seconds saved."""
+        return self.seconds_saved[1] if self.seconds_saved is not None else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**{k: v for k, v in vars(self).items() if k != "method"}, "method": repr(self.method)}
+
+
+def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> list[Candidate]:
+    """The rows of least loss that together gain what is wanted, at most one for each layer; if it cannot be
+    reached, those of the greatest gain.
+
+    Source: a multiple-choice knapsack, solved by HiGHS as an integer program.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    losses = np.array([max(row.loss or 0.0, 0.0) for row in rows])
+    names = sorted({name for row in rows for name in row.layers})
+    once = np.array([[float(name in row.layers) for row in rows] for name in names])
+    scale = max(max(abs(g) for g in gains), 1e-30)
+    gain = np.array(gains) / scale
+    # loss decides; of equal losses the greater gain
+    cost_of = losses / max(losses.max(), 1e-30) - 1e-6 * gain
+    limits = [LinearConstraint(once, ub=np.ones(len(names)))]
+    found = None
+    if np.isfinite(wanted):
+        limits_wanted = [*limits, LinearConstraint(gain[None, :], lb=wanted / scale)]
+        found = milp(cost_of, constraints=limits_wanted, integrality=np.ones(len(rows)), bounds=Bounds(0, 1))
+    if found is None or found.x is None:
+        found = milp(-gain, constraints=limits, integrality=np.ones(len(rows)), bounds=Bounds(0, 1))
+    return [row for row, taken in zip(rows, found.x, strict=True) if taken > 0.5]
+
+
+def label_of(method: Method, pair: bool = False) -> str:
+    """A method's settings in a few words.
+
+    Example:
+        >>> label_of(Espace(rank=0.5, rate=0.25)), label_of(SpatialBottleneck(), pair=True)
+        ('espace, rank 0.5, rate 0.25, impact', 'sb of the pair, density 0.5')
+    """
+    words = [f"{method.name} of the pair" if pair else method.name]
+    if isinstance(method, SpatialBottleneck):
+        words.append(f"density {method.sampling.density:g}")
+        words += ["avgpool"] if method.down == "avgpool" else []
+    else:
+        words += [f"{name} {getattr(method, name)}" for name in ("rank", "rate") if hasattr(method, name)]
+        words += [str(method.mask)] if hasattr(method, "mask") else []
+    return ", ".join(words)

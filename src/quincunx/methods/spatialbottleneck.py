@@ -1,0 +1,399 @@
+"""Spatial bottlenecks in a trained network, fitted by least squares on responses (Peng et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.methods.fitting import conv_of, convolution_refusal
+from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
+from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d, half_padding
+from quincunx.paired import PairedDown2d, PairedUp2d
+from quincunx.pairs import keeps_grid
+from quincunx.sampling import CHESSBOARD, Sampling
+from quincunx.streams import Context, Layer
+from quincunx.surgery import Replacement, Work
+
+__all__ = ["SpatialBottleneck"]
+
+# of the mean of the patches' variances; it pulls towards the start, so what the data does not show stays
+_RIDGE = 1e-6
+# values of the targets of one block of images
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class SpatialBottleneck:
+    r"""Two convolutions, or one, by a convolution to some positions and a transposed one back to all.
+
+    A *pair* of convolutions with at most a norm and an activation in between (the paper's rSB) keeps its
+    first half's weights, now at the sampling's positions alone; the second half W_2 answers what the
+    original second convolution answered:
+
+    .. math:: \min_{W_2, b} E\,|y - W_2^T * \uparrow a(W_1 * x)_{\text{sampling}} - b|^2
+
+    A *single* convolution D1 -> D2 (the paper's cSB) becomes a linear bottleneck D1 -> D_mid -> D2. Its
+    first half are the D_mid directions of x that tell most about the responses around a position (reduced
+    rank regression); the second is solved for as above.
+
+    Args:
+        sampling: the positions between the halves.
+        down: "stride", or "avgpool" for the paper's ablation.
+        pairs, singles: whether pairs are taken, and convolutions that are in none.
+        mid_share: D_mid of singles as a share of D1 D2 / (D1 + D2), which keeps the parameter count.
+        data: fit to calibration data (True), to the weights alone (False), or by default to the data if
+            there is some. Weights alone: pairs keep their weights, scaled by 1 / density; singles
+            are fitted to noise.
+        positions: most positions of an image that a fit uses.
+        seed: of their draw, and of the noise.
+
+    Raises:
+        ValueError: an unknown ``down``, a share that is not positive, neither pairs nor singles.
+        TypeError: ``sampling`` is not one.
+
+    Source: Peng et al., arXiv:1809.02601, section 3; starting from trained weights is this library's.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        >>> result = qx.accelerate(net, SpatialBottleneck(), calibration=[torch.randn(8, 3, 8, 8)])
+        >>> made = result.replaced["2"]
+        >>> made["pair"], made["macs_before"], made["macs_after"]
+        (['0', '2'], 36864, 18432)
+    """
+
+    sampling: Sampling = CHESSBOARD
+    _: KW_ONLY
+    down: str = "stride"
+    pairs: bool = True
+    singles: bool = True
+    mid_share: float = 1.0
+    data: bool | None = None
+    positions: int = POSITIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        SampledDown2d(1, 1, sampling=self.sampling, down=self.down)  # refuses what is no such half
+        if not self.mid_share > 0:
+            raise ValueError(f"mid_share={self.mid_share!r}: expected a positive share")
+        if not (self.pairs or self.singles):
+            raise ValueError("pairs=False, singles=False: nothing is left to replace")
+        for name, least in (("positions", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+
+    @property
+    def name(self) -> str:
+        """What records and messages call it."""
+        return "sb"
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """Convolutions."""
+        return (nn.Conv2d,)
+
+    def refuse(self, layer: Layer, context: Context) -> str | None:
+        """Why a layer stays."""
+        conv = conv_of(layer)
+        if (reason := convolution_refusal(layer)) is not None:
+            return reason
+        if max(conv.kernel_size) == 1:
+            return "1 x 1: it would leave the positions between the computed ones empty"
+        if set(conv.stride) != {1}:
+            return "strided: it changes the resolution, where the paper keeps the convolution"
+        if not keeps_grid(conv):
+            return "its result has another size than its input"
+        if layer.output_shape is not None:
+            try:
+                self.sampling.count(*layer.grid)
+            except ValueError as error:
+                return str(error)
+        if self.pairs and any(layer.name in (a.name, b.name) for a, b in context.pairs):
+            return None
+        if not self.singles:
+            return "no other convolution on its grid makes a pair with it"
+        if conv.groups == conv.in_channels:
+            return "depthwise: a bottleneck of one channel saves nothing"
+        if self.with_data(context) and layer.calls is not None and layer.calls > 1:
+            return f"called {layer.calls} times in a forward: there is no one input to fit it to"
+        return None
+
+    def with_data(self, context: Context) -> bool:
+        """Whether layers are fitted to data: as asked, by default where there is some."""
+        return context.calibration is not None if self.data is None else self.data
+
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Start; the fits follow layer by layer.
+
+        Raises:
+            ValueError: ``data=True`` and there is none.
+        """
+        with_data = self.with_data(context)
+        if with_data:
+            context.data  # noqa: B018 - says so where there is none
+        taken = {layer.name for layer in layers}
+        pairs = [(a, b) for a, b in context.pairs if self.pairs and {a.name, b.name} <= taken]
+        return _BottleneckWork(self, context, {x.name: (a, b) for a, b in pairs for x in (a, b)}, with_data)
+
+
+@dataclass(frozen=True)
+class _BottleneckWork:
+    method: SpatialBottleneck
+    context: Context
+    pair_of: dict[str, tuple[Layer, Layer]]
+    with_data: bool
+
+    def replace(self, layer: Layer) -> Replacement:
+        """A half of a pair, or a whole bottleneck."""
+        if layer.name not in self.pair_of:
+            return self._single(layer)
+        first, second = self.pair_of[layer.name]
+        made = self._first(layer) if layer is first else self._second(layer, first.name)
+        return Replacement(
+            made.module, made.spec, {**self._record(layer), **made.record, "pair": [first.name, second.name]}
+        )
+
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
+        """Nothing more."""
+        return {}
+
+    def _record(self, layer: Layer) -> dict[str, object]:
+        record: dict[str, object] = {"sampling": self.method.sampling.spec}
+        if layer.name in self.pair_of and layer.output_shape is not None:
+            weight = conv_of(layer).weight
+            record["macs_after"] = self.method.sampling.count(*layer.grid) * weight.numel()
+        return record
+
+    def _settings(self, conv: nn.Conv2d) -> dict[str, object]:
+        return {
+            "in_channels": conv.in_channels,
+            "out_channels": conv.out_channels,
+            "kernel_size": list(conv.kernel_size),
+            "dilation": list(conv.dilation),
+            "groups": conv.groups,
+            "sampling": self.method.sampling.spec,
+        }
+
+    def _first(self, layer: Layer) -> Replacement:
+        conv = conv_of(layer)
+        bias = conv.bias is not None
+        spec = {"kind": "paired-down", **self._settings(conv), "down": self.method.down, "bias": bias}
+        module = PairedDown2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            sampling=self.method.sampling,
+            down=self.method.down,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=bias,
+        )
+        module.load_state_dict(conv.state_dict())
+        return Replacement(module, spec, {})
+
+    def _second(self, layer: Layer, partner: str) -> Replacement:
+        conv = conv_of(layer)
+        bias = conv.bias is not None or self.with_data
+        spec = {"kind": "paired-up", **self._settings(conv), "partner": partner, "bias": bias}
+        module = PairedUp2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            sampling=self.method.sampling,
+            partner=partner,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=bias,
+        ).to(conv.weight)
+        with torch.no_grad():
+            module.weight.copy_(_transposed(conv.weight, conv.groups) / self.method.sampling.density)
+            if module.bias is not None:
+                module.bias.zero_() if conv.bias is None else module.bias.copy_(conv.bias)
+        record: dict[str, object] = {}
+        if self.with_data:
+            size = layer.output_shape[-2:] if layer.output_shape is not None else None
+            pairs = self.context.responses(layer)
+            record["response_error"] = self._solve(layer, conv, module, _spread(self.method, pairs, size))
+        return Replacement(module, spec, record)
+
+    def _single(self, layer: Layer) -> Replacement:
+        method, conv = self.method, conv_of(layer)
+        g = conv.groups
+        keeping = conv.in_channels * conv.out_channels / (conv.in_channels + conv.out_channels)
+        mid = g * max(1, round(method.mid_share * keeping / g))
+        bias = conv.bias is not None or self.with_data
+        settings = {
+            **self._settings(conv),
+            "mid_channels": mid,
+            "down": method.down,
+            "bias": bias,
+        }
+        module = SpatialBottleneck2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            sampling=method.sampling,
+            mid_channels=mid,
+            down=method.down,
+            groups=g,
+            bias=bias,
+            dilation=conv.dilation,
+        ).to(conv.weight)
+        pairs: Iterable[tuple[Tensor, Tensor]]
+        pairs = self.context.responses(layer) if self.with_data else _Noise(conv, method)
+        with torch.no_grad():
+            _solve_codes(conv, module, pairs, method)
+            coded = ((module.down(x), y) for x, y in pairs)
+            last = _like(conv, mid, conv.out_channels)
+            error = self._solve(layer, last, module.up, _spread(method, coded, None))
+            if not self.with_data and conv.bias is not None and module.up.bias is not None:
+                module.up.bias.copy_(conv.bias)
+        record = {**self._record(layer), "mid_channels": mid}
+        if self.with_data:
+            record["response_error"] = error
+        return Replacement(module, {"kind": "spatial-bottleneck", **settings}, record)
+
+    def _solve(
+        self,
+        layer: Layer,
+        conv: nn.Conv2d,
+        up: SampledConvTranspose2d,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+    ) -> float:
+        """Set a second half to the least squares solution; the error that is left, relative.
+
+        Seen from the filled map it is a convolution with ``conv``'s geometry, so ``conv``'s moments do.
+        """
+        found = moments(conv, pairs, positions=self.method.positions, seed=self.method.seed)
+        needed = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1] + 1
+        if found.samples < needed:
+            images = -(-needed * found.images // found.samples)
+            raise ValueError(
+                f"calibration: layer {layer.name!r}: {found.images} images give {found.samples} samples, but "
+                f"its second half needs at least {needed}, that is {images} images"
+            )
+        start = _matrix(_transposed(up.weight.detach(), conv.groups, back=True), conv.groups)
+        solution = _regression(found, start)
+        o, c, kh, kw = conv.weight.shape
+        weight = solution.transpose(1, 2).reshape(o, c, kh, kw)
+        with torch.no_grad():
+            up.weight.copy_(_transposed(weight, conv.groups))
+            if up.bias is not None:
+                shift = found.mean_response - (solution * found.mean_patch[:, :, None]).sum(1)
+                up.bias.copy_(shift.flatten())
+        return found.error(solution)
+
+
+class _Noise:
+    """Inputs that show every direction alike, and the layer's answers to them, again and again."""
+
+    def __init__(self, conv: nn.Conv2d, method: SpatialBottleneck) -> None:
+        self.conv, self.method = conv, method
+        unknowns = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
+        used = max(1.0, min(256, method.positions) * method.sampling.density)
+        self.batches = max(1, -(-4 * unknowns // int(8 * used)))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.method.seed)
+        for _ in range(self.batches):
+            x = torch.randn(8, self.conv.in_channels, 16, 16, generator=generator).to(self.conv.weight)
+            yield (
+                x,
+                F.conv2d(
+                    x,
+                    self.conv.weight,
+                    None,
+                    1,
+                    self.conv.padding,
+                    self.conv.dilation,
+                    self.conv.groups,
+                ),
+            )
+
+
+def _transposed(weight: Tensor, groups: int, back: bool = False) -> Tensor:
+    """The weight [C, O / g, kh, kw] of the transposed convolution that does, on the filled map, what a
+    convolution with [O, C / g, kh, kw] does; ``back``: the other way."""
+    first, second, kh, kw = weight.shape
+    grouped = weight.view(groups, first // groups, second, kh, kw).transpose(1, 2).flip((3, 4))
+    return grouped.reshape(groups * second, first // groups, kh, kw)
+
+
+def _matrix(weight: Tensor, groups: int) -> Tensor:
+    """A convolution's weight as [g, P, O / g] in float64."""
+    return weight.double().reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+
+
+def _regression(found: Moments, start: Tensor) -> Tensor:
+    """The weight [g, P, O / g] of the least error, near ``start`` where the data says nothing."""
+    scale = found.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+    damped = found.gram + torch.diag_embed((_RIDGE * scale)[:, None].expand(found.gram.shape[:2]))
+    step = torch.cholesky_solve(found.cross - found.gram @ start, torch.linalg.cholesky(damped))
+    return start + step
+
+
+def _spread(
+    method: SpatialBottleneck, pairs: Iterable[tuple[Tensor, Tensor]], size: Sequence[int] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs whose sampled inputs are put on a map of zeros."""
+    for y, response in pairs:
+        height, width = response.shape[-2:] if size is None else size
+        mask = method.sampling.mask(height, width).flatten().to(y.device)
+        filled = y.new_zeros(y.shape[0], y.shape[1], height * width)
+        filled[:, :, mask] = y.flatten(2)
+        yield filled.view(*y.shape[:2], height, width), response
+
+
+def _solve_codes(
+    conv: nn.Conv2d,
+    module: SpatialBottleneck2d,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    method: SpatialBottleneck,
+) -> None:
+    """Set the first half to the directions of a patch that tell most about the responses around it.
+
+    With G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under the kernel, these are the
+    leading ones of L^-1 B B^T L^-T, turned back by L^-T.
+    """
+    down, (kh, kw) = module.down, _two(conv.kernel_size)
+    taps, g = kh * kw, conv.groups
+    seen = _like(conv, conv.in_channels, conv.out_channels * taps)
+    sums: Accumulator | None = None
+    for x, y in pairs:
+        height, width = y.shape[-2:]
+        if sums is None:
+            mask = method.sampling.mask(height, width).flatten()
+            sums = Accumulator(seen, method.positions, method.seed, mask.nonzero().flatten())
+        step = max(1, _BLOCK // (taps * y[0].numel()))
+        for part in range(0, len(x), step):
+            around = F.unfold(
+                y[part : part + step], (kh, kw), conv.dilation, half_padding((kh, kw), _two(conv.dilation))
+            )
+            sums.add(x[part : part + step], around.view(len(around), -1, height, width))
+    if sums is None:
+        raise ValueError("calibration: holds no batches")
+    found = sums.finish()
+    scale = found.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+    damped = found.gram + torch.diag_embed((_RIDGE * scale)[:, None].expand(found.gram.shape[:2]))
+    factor = torch.linalg.cholesky(damped)
+    told = torch.linalg.solve_triangular(factor, found.cross, upper=False)
+    leading = torch.linalg.eigh(told @ told.transpose(1, 2)).eigenvectors.flip(2)
+    count = down.out_channels // g
+    directions = torch.linalg.solve_triangular(factor.transpose(1, 2), leading[:, :, :count], upper=True)
+    down.weight.copy_(directions.transpose(1, 2).reshape(down.weight.shape))
+
+
+def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution with another one's geometry and groups."""
+    kernel, dilation = _two(conv.kernel_size), _two(conv.dilation)
+    padding = half_padding(kernel, dilation)
+    made = nn.Conv2d(in_channels, out_channels, kernel, 1, padding, dilation, conv.groups)
+    return made.to(conv.weight)  # device and dtype
+
+
+def _two(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]

@@ -1,0 +1,312 @@
+"""The score table of a search: what each candidate alone costs in accuracy and saves in time, measured."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.artifact import difference, read_json, write_json
+from quincunx.choice import Candidate, label_of
+from quincunx.cost import cost, inference_mode_of
+from quincunx.fuse import fuse
+from quincunx.latency import Timing, measure_models
+from quincunx.methods import Assigned, build_module
+from quincunx.streams import Calibration, Layer
+from quincunx.surgery import Attached, Method, Where, prepare, put, tried
+
+__all__ = ["Scores", "inference_form"]
+
+_ROUNDS = 11
+_BUDGET = "not scored: the time budget was used up"
+
+
+def inference_form(model: nn.Module) -> nn.Module:
+    """The fused copy where the network can be traced, else a copy in channels_last."""
+    try:
+        return fuse(model)
+    except TypeError:
+        return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+class Scores:
+    """Every candidate of a network, its loss alone in the network and the time it saves there.
+
+    Args:
+        model, calibration, candidates, where, example_input, tell: as in :func:`quincunx.search.search`.
+
+    Attributes:
+        rows: the candidates.
+        layers: name -> layer, in forward order.
+        skipped: layers that no candidate may replace, and why.
+        answers: log-probabilities of the original network, batch by batch.
+        dense: its fused form.
+        macs: of one image.
+        choices: what was chosen before, by target; kept in the table.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Iterable[Any],
+        candidates: Sequence[Method],
+        where: Where | None,
+        example_input: Tensor | None,
+        tell: Callable[[str, float], None],
+    ) -> None:
+        self.model, self.candidates, self.tell = model, candidates, tell
+        first = next(iter(Calibration(calibration, model))).input
+        self.example = first[:8] if example_input is None else example_input
+        # classes of layers, and whether pairs are to be found
+        asked = Assigned({f"{i}": method for i, method in enumerate(candidates)})
+        self.context, layers, self.skipped = prepare(
+            model, asked, where=where, example_input=first[:1], calibration=calibration
+        )
+        self.pairs = self.context.pairs
+        self.layers = {layer.name: layer for layer in layers}
+        self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
+        self.rows = [row for unit in self.units for row in self._rows_of(unit)]
+        self.macs = cost(model, self.example[:1]).macs
+        self.dense = inference_form(model)
+        self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.choices: dict[str, dict[str, Any]] = {}
+        with inference_mode_of(model):
+            self.answers = [model(batch.input).float().log_softmax(-1) for batch in self.context.data]
+
+    def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
+        for method in self.candidates:
+            together = bool(getattr(method, "pairs", False))
+            if len(unit) == 2 and not together:
+                continue
+            alone = method
+            if len(unit) == 1 and hasattr(method, "pairs"):
+                alone = dataclasses.replace(method, pairs=False, singles=True)  # type: ignore[type-var]
+            yield Candidate(tuple(layer.name for layer in unit), label_of(alone, len(unit) == 2), alone)
+
+    # ------------------------------------------------------------ scoring
+
+    def fill(self, table: Path | None, time_budget: float | None) -> None:
+        """Time and score every candidate that the table does not know yet."""
+        began = time.perf_counter()
+        self._recall(table)
+        classes: dict[str, list[tuple[Layer, ...]]] = {}
+        for unit in self.units:
+            classes.setdefault(_shape_of(unit), []).append(unit)
+        todo = [row for row in self.rows if not _finished(row)]
+        for units in classes.values():
+            self._time_class(units)
+            for unit in units:
+                names = tuple(layer.name for layer in unit)
+                for row in self.rows:
+                    if row.layers != names or _finished(row):
+                        continue
+                    if time_budget is not None and time.perf_counter() - began > time_budget:
+                        row.why_not = _BUDGET
+                        continue
+                    self._score(unit, row)
+                    left = sum(not _finished(other) for other in todo)
+                    self.tell(f"{' + '.join(names)}: {row.label}", 1 - left / len(todo))
+                self.context.kept = None
+                self.write(table)
+
+    def _loss(self, network: nn.Module) -> float:
+        total, count = 0.0, 0
+        with inference_mode_of(network):
+            for batch, answer in zip(self.context.data, self.answers, strict=True):
+                given = network(batch.input).float().log_softmax(-1)
+                total += float(F.kl_div(given, answer, reduction="sum", log_target=True))
+                count += len(batch.input)
+        return total / count
+
+    @contextmanager
+    def _tried(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[list[dict[str, Any]]]:
+        """Within: the candidate alone is in the network; its modules' specs."""
+        self.context.pairs = tuple(pair for pair in self.pairs if pair == unit)
+        if self.context.kept is None:
+            self.context.kept = {}
+        with tried(self.context, row.method, unit) as done:
+            row.macs_saved = sum(_macs_saved(layer, done[layer.name].record, done) for layer in unit)
+            self.specs[_shape_of(unit), row.label] = specs = [done[layer.name].spec for layer in unit]
+            yield specs
+
+    def _score(self, unit: tuple[Layer, ...], row: Candidate) -> None:
+        with _excused(row), self._tried(unit, row):
+            row.loss = self._loss(self.context.network)
+            if not np.isfinite(row.loss):
+                row.loss, row.why_not = None, "its answers are not finite"
+
+    def _time_class(self, units: list[tuple[Layer, ...]]) -> None:
+        """Time each candidate on all units of one shape at once, in the whole network."""
+        names = [tuple(layer.name for layer in unit) for unit in units]
+        rows = [row for row in self.rows if row.layers in names]
+        waiting = [r for r in rows if r.layers == names[0] and r.seconds_saved is None and r.why_not is None]
+        networks: dict[str, nn.Module] = {}
+        for row in waiting:
+            self.tell(f"timing {row.label} in {' + '.join(row.layers)}", -1.0)
+            with _excused(row):
+                with self._tried(units[0], row) as specs:
+                    if row.loss is None:
+                        row.loss = self._loss(self.context.network)
+                networks[row.label] = inference_form(self._sketch([(unit, specs) for unit in units]))
+            if row.why_not is not None:
+                for other in rows:
+                    if other.label == row.label:
+                        other.why_not = row.why_not
+        if not networks:
+            return
+        timings = measure_models({"": self.dense, **networks}, self._timed_input(), rounds=_ROUNDS)
+        for row in rows:
+            if row.label in networks:
+                row.seconds_saved = _saved(timings[""], timings[row.label], len(units))
+                if row.seconds_saved[0] <= 0:
+                    row.why_not = "no gain, stays dense"
+
+    def _timed_input(self) -> Tensor:
+        return self.example.contiguous(memory_format=torch.channels_last)
+
+    def _sketch(self, chosen: Sequence[tuple[tuple[Layer, ...], list[dict[str, Any]]]]) -> nn.Module:
+        """A copy of the network with modules of these specs and fresh weights: as fast as the fitted one."""
+        network = copy.deepcopy(self.model).eval()
+        made: list[nn.Module] = []
+        for unit, specs in chosen:
+            for layer, spec in zip(unit, specs, strict=True):
+                # a second half knows its first half by name
+                own = {**spec, "partner": unit[0].name} if "partner" in spec else spec
+                weight = layer.module.get_parameter("weight")
+                made.append(build_module(own).to(weight).eval().requires_grad_(False))
+                for name in layer.names:
+                    network = put(network, name, made[-1])
+        for module in made:
+            if isinstance(module, Attached):
+                module.attach(network)
+        return network
+
+    # ------------------------------------------------------------ the table
+
+    def _identity(self) -> dict[str, Any]:
+        layers = [f"{x.name} {x.module} {tuple(x.input_shape or ())[1:]}" for x in self.layers.values()]
+        weights = sum(float(p.detach().double().abs().sum()) for p in self.model.parameters())
+        images = sum(float(batch.input.double().abs().sum()) for batch in self.context.data)
+        return {
+            "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16],
+            "weights": weights,
+            "images": images,
+            "example": list(self.example.shape),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _recall(self, table: Path | None) -> None:
+        if table is None or not table.exists():
+            return
+        content = read_json(table)
+        if content.get("identity") != self._identity():
+            raise ValueError(
+                f"{table}: scores of another search: {difference(content.get('identity'), self._identity())}"
+            )
+        kept = {(tuple(entry["layers"]), entry["method"]): entry for entry in content["rows"]}
+        for row in self.rows:
+            entry = kept.get((row.layers, repr(row.method)))
+            if entry is not None:
+                saved = entry["seconds_saved"]
+                row.macs_saved, row.loss, row.why_not = entry["macs_saved"], entry["loss"], entry["why_not"]
+                if row.why_not == _BUDGET:
+                    row.why_not = None
+                row.seconds_saved = None if saved is None else (saved[0], saved[1], saved[2])
+        self.specs = {(shape, label): specs for shape, label, specs in content["specs"]}
+        self.choices = content["choices"]
+
+    def write(self, table: Path | None) -> None:
+        """Put the table in its file, if it has one."""
+        if table is not None:
+            write_json(
+                table,
+                {
+                    "schema": 1,
+                    "kind": "scores",
+                    "identity": self._identity(),
+                    "rows": [row.to_dict() for row in self.rows],
+                    "specs": [[shape, label, specs] for (shape, label), specs in self.specs.items()],
+                    "choices": self.choices,
+                },
+            )
+
+    # ------------------------------------------------------------ the whole network
+
+    def attempt(self, chosen: Sequence[Candidate]) -> dict[str, Any]:
+        """A choice's predicted and measured times; seconds of one call."""
+        if not chosen:
+            before = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)[""].median
+            return {"layers": 0, "before": before, "predicted": before, "after": before, "speedup": 1.0}
+        sketch = self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen])
+        timings = measure_models(
+            {"": self.dense, "fast": inference_form(sketch)}, self._timed_input(), rounds=_ROUNDS
+        )
+        middle, low, high = timings["fast"].speedup_over(timings[""])
+        before = timings[""].median
+        return {
+            "layers": sum(len(row.layers) for row in chosen),
+            "before": before,
+            "predicted": before - sum(row.seconds for row in chosen),
+            "after": before / middle,
+            "speedup": middle,
+            "quartiles": [low, high],
+        }
+
+    def _unit(self, row: Candidate) -> tuple[Layer, ...]:
+        return tuple(self.layers[name] for name in row.layers)
+
+    def _specs_of(self, row: Candidate) -> list[dict[str, Any]]:
+        return self.specs[_shape_of(self._unit(row)), row.label]
+
+
+def _finished(row: Candidate) -> bool:
+    return row.why_not is not None or (row.loss is not None and row.seconds_saved is not None)
+
+
+def _shape_of(unit: tuple[Layer, ...]) -> str:
+    """Alike for units that are as fast as each other."""
+    return " + ".join(f"{tuple(x.input_shape or ())[1:]} {x.module}" for x in unit)
+
+
+def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, float]:
+    """Quartiles over the rounds of what one unit saves."""
+    each = (np.array(before.seconds) - np.array(after.seconds)) / units
+    low, middle, high = np.percentile(each, [25, 50, 75])
+    return float(low), float(middle), float(high)
+
+
+def _macs_saved(layer: Layer, record: Mapping[str, Any], done: Mapping[str, Any]) -> int:
+    before = layer.output_shape[-2] * layer.output_shape[-1] * layer.module.get_parameter("weight").numel()  # type: ignore[index]
+    after = record.get("macs_after")
+    if after is None:
+        x = torch.zeros(1, *tuple(layer.input_shape or ())[1:]).to(layer.module.get_parameter("weight"))
+        after = cost(done[layer.name].module, x).macs
+    return int(before - after)
+
+
+@contextmanager
+def _excused(row: Candidate) -> Iterator[None]:
+    """Within: what keeps one candidate from being tried is noted, and the search goes on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    except ValueError as error:
+        row.why_not = str(error)
+    except MemoryError:
+        row.why_not = "not enough memory for it"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        row.why_not = "not enough memory for it"

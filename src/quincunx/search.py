@@ -1,0 +1,352 @@
+"""A method for each layer of a network so that it meets a target, from measured losses and times."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quincunx.choice import Candidate, Target, candidates_named, choose
+from quincunx.cost import inference_mode_of
+from quincunx.methods import Assigned
+from quincunx.scores import Scores
+from quincunx.surgery import Accelerated, Journal, Method, Where
+from quincunx.surgery import accelerate as replace_by
+
+__all__ = ["Found", "accelerate", "search", "shortfall"]
+
+# choices that are timed before the nearest one is taken
+_CORRECTIONS = 6
+_BISECTIONS = 5
+
+
+@dataclass
+class Found:
+    """What :func:`search` found.
+
+    Attributes:
+        result: the network, as :func:`quincunx.accelerate` gives it.
+        rows: every candidate with its scores.
+        chosen: those that are in the network.
+        met: whether the target was met by measurement.
+        record: JSON-ready: target, predicted and measured times, every attempt.
+    """
+
+    result: Accelerated
+    rows: list[Candidate]
+    chosen: list[Candidate]
+    met: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def search(
+    model: nn.Module,
+    target: Target,
+    calibration: Iterable[Any],
+    *,
+    candidates: Sequence[Method] = (),
+    where: Where | None = None,
+    example_input: Tensor | None = None,
+    table: str | Path | None = None,
+    time_budget: float | None = None,
+    dry_run: bool = False,
+    journal: Journal | None = None,
+    tell: Callable[[str, float], None] = lambda *_: None,
+) -> Found:
+    r"""Choose a method for every layer, by its measured time and its loss, so that a target is met.
+
+    Each candidate is put alone in the network: its loss is the mean Kullback-Leibler divergence of the
+    answers on the calibration data; its time is measured in place, in the fused network, on all layers of
+    its shape at once. Candidates that save no time are dropped. The rest is a choice of at most one
+    candidate for each layer,
+
+    .. math:: \min_x \sum_c x_c \ell_c \quad\text{s.t.}\quad \sum_c x_c t_c \ge t_{\text{wanted}},
+
+    solved exactly as an integer program; the network of the choice is timed and the wanted saving is
+    corrected until the target is met or everything was chosen. Then the layers are fitted in forward order.
+
+    Args:
+        model: any network that ``accelerate`` takes.
+        target: what to reach.
+        calibration: batches as for :func:`quincunx.accelerate`.
+        candidates: methods to choose from; by default those of "auto".
+        where: which layers may be replaced.
+        example_input: what is timed, [N, C, H, W]; by default the first calibration batch's first 8.
+        table: file of the scores; one that is there is gone on with, so that another target needs no new
+            forward pass.
+        time_budget: seconds after which no further candidate is scored.
+        dry_run: stop before the fit; the result holds the choice and the estimate alone.
+        journal: of the fit, as for :func:`quincunx.surgery.accelerate`.
+        tell: called with what is done now and the share of the scoring that is done.
+
+    Raises:
+        ValueError: the table is of another network or other data; what ``accelerate`` refuses.
+
+    Source: the choice under a budget follows Zhang et al., arXiv:1505.06798, section 3.4, with measured
+        times in place of MACs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        ...                     nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images = [torch.randn(16, 3, 16, 16)]
+        >>> found = search(net, Target(macs="80%"), images, candidates=[qx.SpatialBottleneck()])
+        >>> [row.label for row in found.rows if row.layers == ("0", "2")]
+        ['sb of the pair, density 0.5']
+    """
+    began = time.perf_counter()
+    place = None if table is None else Path(table)
+    scores = Scores(
+        model, calibration, tuple(candidates) or candidates_named("auto"), where, example_input, tell
+    )
+    scores.fill(place, time_budget)
+    scored = time.perf_counter() - began
+    key = json.dumps(target.to_dict(), sort_keys=True)
+    builder = _Builder(scores, target, calibration, where, journal, dry_run)
+    # a resumed run is not to choose another network
+    found = builder.again(scores.choices[key]) if key in scores.choices else builder.chosen()
+    scores.choices[key] = {name: found.record[name] for name in ("met", "attempts", "chosen")}
+    scores.write(place)
+    found.record["seconds"] = {"scoring": scored, "all": time.perf_counter() - began}
+    return found
+
+
+def accelerate(
+    model: nn.Module,
+    method: Method | str | Sequence[str] = "auto",
+    *,
+    where: Where | None = None,
+    example_input: Tensor | tuple[Any, ...] | None = None,
+    calibration: Iterable[Any] | None = None,
+    journal: Journal | None = None,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    macs: str | float | None = None,
+    max_drop: float | None = None,
+    scores: str | Path | None = None,
+    time_budget: float | None = None,
+) -> Accelerated:
+    """A copy of a network made faster: by one method in all its layers, or so that a target is met.
+
+    With a method, and no target, every layer that it can take is replaced; see
+    :func:`quincunx.surgery.accelerate`. With a target each layer gets the method, or none, that
+    :func:`search` chooses by loss and measured time.
+
+    Args:
+        model: any network; it is left as it is.
+        method: such as ``qx.Espace()``; with a target also names ("auto", "sb", "espace", "lrd").
+        where: which layers may be replaced, by default all: a function of (name, module), or names, or
+            pairs of names of convolutions that are taken at once.
+        example_input: [N, C, H, W] or a tuple of arguments; tells the layers' order and sizes, and is what a
+            search times. By default taken from ``calibration``.
+        calibration: input batches, or (input, target) pairs, that can be read several times.
+        journal: keeps each layer as it is finished.
+        speedup: seconds before over seconds after.
+        latency_ms: milliseconds of one call after.
+        macs: MACs after, "50%" or a number for one image.
+        max_drop: points of accuracy that may be lost; alone, the fastest such network is looked for.
+        scores: file that keeps a search's scores, so that another target costs no new forward pass.
+        time_budget: seconds of scoring.
+
+    Returns:
+        An :class:`Accelerated`; ``.search`` tells of a search. A warning says so if a target is not met.
+
+    Raises:
+        TypeError: not a module or a method; a name without a target; a wrapped, compiled, scripted or
+            quantised network.
+        ValueError: a target without calibration data, and what methods refuse.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1),
+        ...                     nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images = [torch.randn(16, 8, 32, 32)]
+        >>> accelerate(net, qx.SpatialBottleneck(), calibration=images).replaced["0"]["macs_after"]
+        589824
+        >>> found = accelerate(net, "sb", calibration=images, macs="99%")
+        >>> found.search["target"]
+        {'macs': '99%'}
+    """
+    asked = {"speedup": speedup, "latency_ms": latency_ms, "macs": macs, "max_drop": max_drop}
+    if all(value is None for value in asked.values()):
+        if isinstance(method, (str, Sequence)):
+            raise TypeError(
+                f"method={method!r}: without a target expected a method such as qx.Espace(); a name needs "
+                "speedup, latency_ms, macs or max_drop"
+            )
+        return replace_by(
+            model, method, where=where, example_input=example_input, calibration=calibration, journal=journal
+        )
+    target = Target(**asked)  # type: ignore[arg-type]
+    if calibration is None:
+        raise ValueError("calibration=None: a search scores candidates on data; give input batches")
+    if isinstance(example_input, tuple):
+        raise TypeError("example_input: a search times one tensor [N, C, H, W], got a tuple")
+    found = search(
+        model,
+        target,
+        calibration,
+        candidates=candidates_named(method) if isinstance(method, (str, Sequence)) else (method,),
+        where=where,
+        example_input=example_input,
+        table=scores,
+        time_budget=time_budget,
+        journal=journal,
+    )
+    if not found.met:
+        warnings.warn(f"accelerate: {shortfall(found.record)}", UserWarning, stacklevel=2)
+    return dataclasses.replace(found.result, search=found.record)
+
+
+def shortfall(record: Mapping[str, Any]) -> str:
+    """How far a search came that did not meet its target, in words."""
+    asked = ", ".join(f"{key}={value}" for key, value in record["target"].items())
+    attempts = record["attempts"]
+    if not attempts or not record["chosen"]:
+        return f"the target {asked} is out of reach: no candidate can be used"
+    best = max(attempts, key=lambda attempt: attempt["speedup"])
+    return f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
+
+
+@dataclass
+class _Builder:
+    """From scores to a network that meets a target."""
+
+    scores: Scores
+    target: Target
+    calibration: Iterable[Any]
+    where: Where | None
+    journal: Journal | None
+    dry_run: bool
+
+    def again(self, kept: dict[str, Any]) -> Found:
+        """The network of an earlier choice for this target."""
+        wanted = [(tuple(entry["layers"]), entry["label"]) for entry in kept["chosen"]]
+        rows = [row for row in self.scores.rows if (row.layers, row.label) in wanted]
+        return self._built(rows, kept["met"], kept["attempts"])
+
+    def chosen(self) -> Found:
+        """The choice that meets the target by measurement, or comes nearest, and its network."""
+        usable = [r for r in self.scores.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
+        if not usable:
+            chosen: list[Candidate] = []
+            return self._built(chosen, False, [])
+        if self.target.max_drop is not None and len(self.target.to_dict()) == 1:
+            return self._within_drop(usable)
+        attempts: list[dict[str, Any]] = []
+        if self.target.macs is not None:
+            wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
+            chosen = choose(usable, [float(row.macs_saved) for row in usable], wanted)
+            met = sum(row.macs_saved for row in chosen) >= wanted
+            attempts.append(self.scores.attempt(chosen))
+            return self._built(chosen, met, attempts)
+        return self._by_time(usable)
+
+    def _by_time(self, usable: list[Candidate]) -> Found:
+        """Choose, time the whole network, and ask for more until the time is reached or all is chosen."""
+        saved = [row.seconds for row in usable]
+        most = _sum(choose(usable, saved, float("inf")))
+        attempts = [self.scores.attempt([])]
+        best: list[Candidate] = []
+        asked = self._missing(attempts[0])
+        for _ in range(_CORRECTIONS):
+            chosen = choose(usable, saved, asked)
+            attempts.append(self.scores.attempt(chosen))
+            now = attempts[-1]
+            if self._missing(now) <= 0:
+                return self._built(chosen, True, attempts)
+            if now["speedup"] >= max(attempt["speedup"] for attempt in attempts):
+                best = chosen
+            if _sum(chosen) >= most * (1 - 1e-9):
+                break
+            # what is missing, at the rate at which this choice paid
+            paid = (now["before"] - now["after"]) / _sum(chosen)
+            asked = _sum(chosen) + 1.02 * self._missing(now) / min(max(paid, 0.2), 1.0)
+        return self._built(best, False, attempts)
+
+    def _missing(self, attempt: dict[str, Any]) -> float:
+        """Seconds by which a network is too slow."""
+        return float(attempt["after"]) - self._seconds_wanted(attempt["before"])
+
+    def _seconds_wanted(self, before: float) -> float:
+        if self.target.speedup is not None:
+            return before / self.target.speedup
+        return float(self.target.latency_ms or 0.0) / 1e3
+
+    def _built(self, chosen: list[Candidate], met: bool, attempts: list[dict[str, Any]]) -> Found:
+        record = {
+            "target": self.target.to_dict(),
+            "met": met,
+            "attempts": attempts,
+            "chosen": [{"layers": list(row.layers), "label": row.label} for row in chosen],
+            "candidates": [row.to_dict() for row in self.scores.rows],
+        }
+        if self.dry_run or not chosen:
+            result = Accelerated(copy.deepcopy(self.scores.model), {}, dict(self.scores.skipped))
+        else:
+            result = replace_by(
+                self.scores.model,
+                Assigned({name: row.method for row in chosen for name in row.layers}),
+                where=self.where,
+                calibration=self.calibration,
+                journal=self.journal,
+            )
+        result.skipped.update(self._reasons(chosen))
+        return Found(result, self.scores.rows, chosen, met, record)
+
+    def _reasons(self, chosen: Sequence[Candidate]) -> dict[str, str]:
+        """Why each layer that no chosen candidate holds stays."""
+        taken = {name for row in chosen for name in row.layers}
+        reasons: dict[str, str] = {}
+        for name in self.scores.layers:
+            if name not in taken:
+                own = [row for row in self.scores.rows if name in row.layers]
+                why = {row.why_not for row in own if row.why_not}
+                usable = any(row.why_not is None for row in own)
+                reasons[name] = "the target is met without it" if usable else "; ".join(sorted(why))
+        return reasons
+
+    def _within_drop(self, usable: list[Candidate]) -> Found:
+        """The fastest network whose accuracy falls by no more than is allowed, by bisection."""
+        saved = [row.seconds for row in usable]
+        most = _sum(choose(usable, saved, float("inf")))
+        # each is fitted anew, so what a journal kept is another network's
+        trial = dataclasses.replace(self, journal=None, dry_run=False)
+        low, high, share, best = 0.0, 1.0, 1.0, None
+        attempts: list[dict[str, Any]] = []
+        for _ in range(_BISECTIONS):
+            chosen = choose(usable, saved, share * most)
+            found = trial._built(chosen, True, [])
+            drop = 100 * (self._right(self.scores.model) - self._right(found.result.model))
+            attempts.append({**self.scores.attempt(chosen), "drop": drop})
+            if drop <= float(self.target.max_drop or 0.0):
+                low, best = share, found
+                if share == 1.0:
+                    break
+            else:
+                high = share
+            share = (low + high) / 2
+        if best is None:
+            best = self._built([], False, [])
+        best.record["attempts"] = attempts
+        return best
+
+    def _right(self, network: nn.Module) -> float:
+        """Share of the calibration images whose label, or the network's own answer, is given."""
+        right = count = 0
+        with inference_mode_of(network):
+            for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
+                wanted = batch.target if isinstance(batch.target, Tensor) else answer.argmax(-1)
+                right += int((network(batch.input).argmax(-1) == wanted).sum())
+                count += len(batch.input)
+        return right / count
+
+
+def _sum(rows: Sequence[Candidate]) -> float:
+    return sum(row.seconds for row in rows)
