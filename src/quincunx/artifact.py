@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from quincunx import networks
 from quincunx.methods import build_module
+from quincunx.networks.weights import fill, place_of
 from quincunx.surgery import Attached, put
 
 __all__ = [
     "difference",
     "load",
+    "name_of",
+    "note_factory",
     "read_json",
     "save",
     "spec_of",
@@ -29,6 +33,8 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+Factory = Callable[[], nn.Module]
 
 _FORMAT = "quincunx-artifact"
 _VERSION = 1
@@ -108,33 +114,78 @@ def spec_of(model: nn.Module) -> dict[str, Any]:
     """The JSON-ready description from which a model can be built again.
 
     Raises:
-        ValueError: the model was not built by :func:`quincunx.networks.build`.
+        ValueError: the model was not built by :func:`quincunx.networks.build`, and no factory is noted.
     """
     spec = getattr(model, "quincunx_spec", None)
     if not isinstance(spec, dict):
         raise ValueError(
             f"model: {type(model).__name__} has no spec to build it from again; "
-            "make it with qx.networks.build(...)"
+            "make it with qx.networks.build(...), or say which function of yours makes it: "
+            'factory="package.module:function"'
         )
     replaced = getattr(model, "quincunx_replaced", {})
     return {**spec, "replaced": replaced} if replaced else spec
 
 
-def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = None) -> Path:
+def note_factory(model: nn.Module, factory: str) -> nn.Module:
+    """Note in a network which function makes it; :func:`spec_of` then describes the network by that.
+
+    Args:
+        model: any network; changed in place by the note alone.
+        factory: "package.module:function"; the function takes no arguments and returns such a network.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: a text of another form.
+
+    Example:
+        >>> spec_of(note_factory(nn.Linear(2, 2), "mynets.small:make"))
+        {'kind': 'factory', 'factory': 'mynets.small:make'}
+    """
+    check_factory(factory)
+    model.quincunx_spec = {"kind": "factory", "factory": factory}  # type: ignore[assignment]
+    return model
+
+
+def check_factory(factory: object, what: str = "factory") -> None:
+    """Refuse what is not of the form package.module:function.
+
+    Raises:
+        ValueError: another text, or none.
+    """
+    name = r"[^\W\d]\w*"
+    path = rf"{name}(\.{name})*"
+    if not isinstance(factory, str) or not re.fullmatch(rf"{path}:{path}", factory):
+        raise ValueError(f"{what}={factory!r}: expected package.module:function, such as mynets.small:make")
+
+
+def name_of(spec: dict[str, Any]) -> str:
+    """The name in a network's spec, or the factory that is noted there."""
+    return str(spec["factory"] if spec.get("kind") == "factory" else spec["name"])
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = None, factory: str | None = None
+) -> Path:
     """Write a model as a folder of ``spec.json`` and ``weights.safetensors``.
 
     Args:
-        model: a network made by :func:`quincunx.networks.build`, also one whose layers
-            :func:`quincunx.accelerate` has replaced.
+        model: a network made by :func:`quincunx.networks.build`, or any other with a ``factory``; also one
+            whose layers :func:`quincunx.accelerate` has replaced.
         folder: made with its parents; an artifact that is there is replaced, but only once the new
             one is complete.
         info: JSON-ready facts to keep with it, such as its classes and normalisation.
+        factory: which function of yours makes the network, as "package.module:function". It is noted for
+            people to read and never imported: :func:`load` must be given the function.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: a model without a spec; a folder that holds something else.
+        ValueError: a model without a spec or factory; a state dict that holds more than tensors; a folder
+            that holds something else.
         OSError: it cannot be written; what was there before is still there.
 
     Example:
@@ -143,7 +194,13 @@ def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = 
         >>> sorted(p.name for p in folder.iterdir())
         ['spec.json', 'weights.safetensors']
     """
-    spec = spec_of(model)
+    if factory is not None:
+        check_factory(factory)
+        replaced = getattr(model, "quincunx_replaced", {})
+        spec = {"kind": "factory", "factory": factory, **({"replaced": replaced} if replaced else {})}
+    else:
+        spec = spec_of(model)
+    state = _written(model)
     check_replaceable(folder)
     # where a link leads, so that the link stays and the temporary folder is on the same disk
     place = Path(folder).resolve()
@@ -153,7 +210,7 @@ def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = 
         weights = fresh / _WEIGHTS
         try:
             # the metadata marks a PyTorch file for other readers
-            save_model(model, str(weights), metadata={"format": "pt"})
+            save_file(state, str(weights), metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder}: the weights cannot be written ({error})") from error
         write_json(
@@ -172,6 +229,35 @@ def save(model: nn.Module, folder: str | Path, *, info: dict[str, Any] | None = 
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return Path(folder)
+
+
+def _written(model: nn.Module) -> dict[str, Tensor]:
+    """What goes to disk: each tensor in memory of its own, of tied weights the first alone.
+
+    Raises:
+        ValueError: the state dict holds something else than tensors.
+    """
+    found: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+    for name, value in check_state(model).items():
+        found.setdefault(place_of(value), (name, value))
+    # a view of a larger tensor would not be written without the rest
+    whole = {name: value.untyped_storage().nbytes() == value.nbytes for name, value in found.values()}
+    return {n: v.contiguous() if whole[n] else v.clone().contiguous() for n, v in found.values()}
+
+
+def check_state(model: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict, which an artifact can hold.
+
+    Raises:
+        ValueError: it holds something else than tensors.
+    """
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model: its state has a {type(value).__name__} under {name!r}; an artifact holds tensors"
+            )
+    return state
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -247,18 +333,33 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
     return spec
 
 
-def load(folder: str | Path) -> nn.Module:
-    """Read a model that :func:`save` wrote; in evaluation mode, on the CPU. Nothing is unpickled.
+def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
+    """Read a model that :func:`save` wrote; in evaluation mode, on the CPU.
+
+    Nothing in the folder is executed: nothing is unpickled, and the name of a function that was noted there
+    is not imported. Only the function that you pass is called.
+
+    Args:
+        folder: the artifact.
+        factory: for a network of your own, the function that makes it: without arguments, as it was before
+            its layers were replaced. Its weights do not matter.
 
     Raises:
         FileNotFoundError: the folder or one of its files is not there.
-        ValueError: a corrupt or foreign artifact.
+        ValueError: a corrupt or foreign artifact; ``factory`` is missing, or given for nothing; its network
+            is not the one whose weights these are (missing and unexpected names and wrong shapes).
+        TypeError: ``factory`` is no function, or returns no network.
 
     Example:
         >>> import tempfile
         >>> folder = save(networks.build("rrn8"), tempfile.mkdtemp() + "/small")
         >>> type(load(folder)).__name__
         'PreResNet'
+        >>> def make():
+        ...     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> folder = save(make(), folder, factory="mynets:make")
+        >>> load(folder, factory=make)[0].out_channels
+        8
     """
     folder = Path(folder)
     spec = read_spec(folder)
@@ -266,26 +367,67 @@ def load(folder: str | Path) -> nn.Module:
         described = spec["model"]
         expected = spec["weights"]["sha256"]
         weights = folder / spec["weights"]["file"]
-        if described["kind"] != "network" or weights.parent != folder:
+        if described["kind"] not in ("network", "factory") or weights.parent != folder:
             raise ValueError(f"model kind {described['kind']!r}, weights {spec['weights']['file']!r}")
-        arguments = (described["name"], described["num_classes"], described["in_channels"])
-        settings = dict(described["settings"])
+        name = name_of(described)
+        if described["kind"] == "factory":
+            check_factory(described["factory"])
+        else:
+            arguments = (described["name"], described["num_classes"], described["in_channels"])
+            settings = dict(described["settings"])
         replaced = dict(described.get("replaced", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / _SPEC}: incomplete or altered ({error!r})") from error
+    _check_given(folder, described, factory)
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: missing from the artifact")
     if _sha256(weights) != expected:
         raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {_SPEC}")
+    # what a function of the user raises is the user's to see
+    own = None if factory is None else made_by(factory)
     try:
-        model = _rebuilt(networks.build(*arguments, **settings), replaced)
+        model = _rebuilt(networks.build(*arguments, **settings) if own is None else own, replaced)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{folder / _SPEC}: describes no network that can be built ({error})") from error
+        told = "describes no network that can be built" if own is None else f"does not fit {name}'s network"
+        raise ValueError(f"{folder / _SPEC}: {told} ({error})") from error
+    if own is not None:
+        note_factory(model, name)
     try:
-        load_model(model, str(weights), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights}: does not fit {arguments[0]} ({error})") from error
+        state = load_file(str(weights))
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: does not fit {name} ({error})") from error
+    fill(model, state, f"{weights}: does not fit {name}")
     return model.eval()
+
+
+def _check_given(folder: Path, described: dict[str, Any], factory: object) -> None:
+    """Refuse an artifact of a factory without one, and one of a named network with one."""
+    if described["kind"] != "factory":
+        if factory is not None:
+            raise ValueError(f"factory: {folder} holds {described['name']}, which needs none")
+        return
+    module, _, function = described["factory"].partition(":")
+    imported = f"from {module} import {function.partition('.')[0]}"
+    told = f"{imported}; qx.load({folder.as_posix()!r}, factory={function})"
+    if factory is None:
+        raise ValueError(
+            f"{folder}: holds a network made by {described['factory']!r}, and nothing that a file names is "
+            f"imported unasked; if you trust that module: {told}"
+        )
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(f"factory={factory!r}: expected a function that returns the network: {told}")
+
+
+def made_by(factory: Factory) -> nn.Module:
+    """What a factory returns.
+
+    Raises:
+        TypeError: no network.
+    """
+    model: object = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"factory: returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model
 
 
 def _rebuilt(model: nn.Module, replaced: dict[str, dict[str, Any]]) -> nn.Module:

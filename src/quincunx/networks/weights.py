@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from quincunx.networks.registry import build
 
-__all__ = ["from_caffe", "load", "normalisation", "read_checkpoint", "read_npz"]
+__all__ = ["fill", "from_caffe", "load", "normalisation", "read_checkpoint", "read_npz"]
 
 Arrays = Mapping[str, Sequence[Any]]
 
@@ -246,6 +246,54 @@ def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
     return network.eval()
 
 
+def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Put weights into a network whose names and sizes must be theirs.
+
+    Args:
+        model: filled in place; its weights are undefined if this raises. Of tied weights one may stand
+            for all.
+        state: name to tensor.
+        what: what the weights are, the beginning of a refusal.
+
+    Raises:
+        ValueError: missing and unexpected names and wrong shapes, at most ten of each.
+
+    Example:
+        >>> fill(nn.Linear(3, 2), {"weight": torch.zeros(2, 4), "b": torch.zeros(2)}, "my.pt")
+        Traceback (most recent call last):
+        ...
+        ValueError: my.pt: missing bias; unexpected b; wrong shape of weight (2, 4), expected (2, 3)
+    """
+    expected, state = model.state_dict(), dict(state)
+    for name, value in expected.items():
+        if name not in state:
+            tied = [k for k in state if k in expected and place_of(expected[k]) == place_of(value)]
+            state.update({name: state[tied[0]]} if tied else {})
+    try:
+        # torch itself knows the names that a module's older versions had
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        missing, unexpected = _apart(list(expected), list(state))
+        wrong = _wrong_shapes({k: tuple(v.shape) for k, v in expected.items() if k in state}, state)
+        if not wrong:
+            raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+    else:
+        wrong = []
+    if parts := [*_differences(missing, unexpected), *([f"wrong shape of {_some(wrong)}"] if wrong else [])]:
+        raise ValueError(f"{what}: {'; '.join(parts)}")
+
+
+def place_of(value: Tensor) -> tuple[object, ...]:
+    """Where a tensor's values are in memory; tied weights have it in common."""
+    return (
+        value.untyped_storage().data_ptr(),
+        value.storage_offset(),
+        value.shape,
+        value.stride(),
+        value.dtype,
+    )
+
+
 def normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation, of values in [0, 1], with which the network of a published file was trained.
 
@@ -283,19 +331,29 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _check_names(name: str, expected: list[str], found: list[str]) -> None:
-    missing, unexpected = ([k for k in a if k not in b] for a, b in ((expected, found), (found, expected)))
-    parts = [
-        f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys
-    ]
-    if parts:
+    if parts := _differences(*_apart(expected, found)):
         raise ValueError(f"{name}: {'; '.join(parts)}")
 
 
+def _apart(expected: Sequence[str], found: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names that are missing, and names that are unexpected."""
+    return [k for k in expected if k not in found], [k for k in found if k not in expected]
+
+
+def _differences(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
+    return [
+        f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys
+    ]
+
+
 def _check_shapes(name: str, expected: dict[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
-    wrong = [
+    if wrong := _wrong_shapes(expected, state):
+        raise ValueError(f"{name}: wrong shape of {_some(wrong)}")
+
+
+def _wrong_shapes(expected: dict[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    return [
         f"{key} {tuple(state[key].shape)}, expected {shape}"
         for key, shape in expected.items()
         if tuple(state[key].shape) != shape
     ]
-    if wrong:
-        raise ValueError(f"{name}: wrong shape of {_some(wrong)}")
