@@ -466,7 +466,7 @@ def test_any_damage_to_a_checkpoint_is_noticed_or_harmless(straight, tmp_path_fa
 
 UNFIT = {
     "channels": (DATA, {"in_channels": 3}, "takes images of 3 channels, but those of pictures have 1"),
-    "classes": (DATA, {"num_classes": 4}, r"scores of shape \(1, 4\), but pictures has 3 classes"),
+    "classes": (DATA, {"num_classes": 4}, "its head has 4 outputs, but pictures has 3 classes"),
 }
 
 
@@ -475,7 +475,7 @@ def test_a_network_that_does_not_fit_the_data_leaves_no_run(tmp_path, data, sett
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", model=network(**settings), data=data)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match=message.replace(r"\(1, ", r"\(10, ")):
+    with pytest.raises(ValueError, match=message):
         evaluate(network(**settings), data.test, data)
 
 

@@ -118,7 +118,7 @@ def accelerate_trained(
     layers, which the same call does not make again) and, with a recipe, ``finetune`` (that run).
 
     Args:
-        model: a trained network with a spec; it is left as it is.
+        model: a trained network with a spec or a noted factory; it is left as it is.
         method: such as ``qx.Espace()``.
         data: its training images calibrate and fine-tune, its test images judge.
         out: folder of the results.
@@ -335,18 +335,36 @@ def _timed(
             rows.append({"name": name, **record, **_ratio(timings)})
             bar.update(task, advance=1)
         bar.update(task, state="whole network")
-        whole = _ratio(_measured((original, found.model), (batch, *one.shape[1:]), rounds))
+        unfused = _unfused(original) or _unfused(found.model)
+        networks = (original, found.model)
+        whole = _ratio(_measured(networks, (batch, *one.shape[1:]), rounds, fused=unfused is None))
         bar.update(task, advance=1)
-    how = f"qx.fuse before and after, channels_last, {torch.get_num_threads()} threads, batch {batch}"
-    return {"layers": rows, "whole": whole, "batch": batch, "how": how}
+    engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
+    how = f"{engine} before and after, channels_last, {torch.get_num_threads()} threads, batch {batch}"
+    return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
 
 
-def _measured(pair: tuple[nn.Module, nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, Timing]:
+def _unfused(model: nn.Module) -> str | None:
+    """Why a network cannot be fused, as one with a forward that depends on its data; None if it can."""
+    try:
+        fuse(model)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _measured(
+    pair: tuple[nn.Module, nn.Module], shape: tuple[int, ...], rounds: int, *, fused: bool = True
+) -> dict[str, Timing]:
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    models = dict(zip(("before", "after"), pair, strict=True))
+    if not fused:
+        layout = torch.channels_last
+        models = {k: copy.deepcopy(m).to(memory_format=layout) for k, m in models.items()}  # type: ignore[call-overload]
+        return measure_models(models, x, rounds=rounds)
     # within a network a layer that fx cannot trace stays whole
-    fused = {key: fuse(nn.Sequential(model)) for key, model in zip(("before", "after"), pair, strict=True)}
-    return measure_models(fused, x, rounds=rounds)
+    return measure_models({k: fuse(nn.Sequential(m)) for k, m in models.items()}, x, rounds=rounds)
 
 
 def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:

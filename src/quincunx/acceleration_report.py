@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quincunx.artifact import read_json, read_spec, write_text
+from quincunx.artifact import lines_to_load, read_json, read_spec, write_text
 from quincunx.figures import Picture, layer_times, map_picture, sampling_picture
 from quincunx.report import label_of, render, speed_words
 from quincunx.sampling import from_spec
 
-__all__ = ["acceleration_sentences", "write_acceleration_report"]
+__all__ = ["acceleration_sentences", "usage", "write_acceleration_report"]
 
 
 def acceleration_sentences(result: dict[str, Any]) -> list[str]:
@@ -34,7 +34,24 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     slower = [row["name"] for row in result["layers"] if row["speedup"]["median"] < 1]
     if slower:
         said.append(f"No faster than before: {', '.join(slower)}.")
+    if result.get("unfused"):
+        said.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
     return said
+
+
+def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
+    """The lines of Python with which a person uses the network that an acceleration left in a folder.
+
+    Example:
+        >>> for line in usage({"network": {"kind": "factory", "factory": "mynets:make"}}, "fast"):
+        ...     print(line)
+        import quincunx as qx
+        from mynets import make
+        model = qx.fuse(qx.load("fast/model", factory=make))
+    """
+    *imports, loaded = lines_to_load(result["network"], Path(folder) / "model")
+    fused = loaded if result.get("unfused") else f"qx.fuse({loaded})"
+    return ["import quincunx as qx", *imports, f"model = {fused}"]
 
 
 def write_acceleration_report(folder: str | Path) -> Path:
@@ -61,6 +78,7 @@ def write_acceleration_report(folder: str | Path) -> Path:
         result=result,
         rows=rows,
         sentences=acceleration_sentences(result),
+        usage=usage(result, folder),
         times=layer_times(times, f"Time of each layer, batch {result['batch']}"),
         masks=_masks(result, read_spec(folder / "model")),
     )

@@ -406,9 +406,7 @@ def _check_given(folder: Path, described: dict[str, Any], factory: object) -> No
         if factory is not None:
             raise ValueError(f"factory: {folder} holds {described['name']}, which needs none")
         return
-    module, _, function = described["factory"].partition(":")
-    imported = f"from {module} import {function.partition('.')[0]}"
-    told = f"{imported}; qx.load({folder.as_posix()!r}, factory={function})"
+    told = "; ".join(lines_to_load(described, folder))
     if factory is None:
         raise ValueError(
             f"{folder}: holds a network made by {described['factory']!r}, and nothing that a file names is "
@@ -416,6 +414,23 @@ def _check_given(folder: Path, described: dict[str, Any], factory: object) -> No
         )
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TypeError(f"factory={factory!r}: expected a function that returns the network: {told}")
+
+
+def lines_to_load(described: dict[str, Any], folder: str | Path) -> list[str]:
+    """What a person writes after ``import quincunx as qx`` to load an artifact with this spec.
+
+    Example:
+        >>> lines_to_load({"kind": "factory", "factory": "mynets:make"}, "fast/model")
+        ['from mynets import make', 'qx.load("fast/model", factory=make)']
+    """
+    place = json.dumps(Path(folder).as_posix(), ensure_ascii=False)
+    if described["kind"] != "factory":
+        return [f"qx.load({place})"]
+    module, _, function = described["factory"].partition(":")
+    return [
+        f"from {module} import {function.partition('.')[0]}",
+        f"qx.load({place}, factory={function})",
+    ]
 
 
 def made_by(factory: Factory) -> nn.Module:

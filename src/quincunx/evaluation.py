@@ -91,9 +91,13 @@ def check_channels(model: nn.Module, data: ImageData) -> None:
         )
 
 
-def check_scores(scores: Tensor, data: ImageData) -> None:
-    if scores.dim() != 2 or scores.shape[1] != len(data.classes):
+def check_scores(scores: object, data: ImageData) -> None:
+    known = f"{data.name} has {len(data.classes)} classes"
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"model: gives a {type(scores).__name__}, expected a tensor of scores; {known}")
+    if scores.dim() != 2:
         raise ValueError(
-            f"model: gives scores of shape {tuple(scores.shape)}, but {data.name} has "
-            f"{len(data.classes)} classes"
+            f"model: gives scores of shape {tuple(scores.shape)}, expected [images, classes]; {known}"
         )
+    if scores.shape[1] != len(data.classes):
+        raise ValueError(f"model: its head has {scores.shape[1]} outputs, but {known}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quincunx.artifact import read_json, write_text
+from quincunx.artifact import name_of, read_json, write_text
 from quincunx.figures import (
     Curve,
     Picture,
@@ -44,6 +44,8 @@ _SHORT: dict[Sampling, str] = {QUARTER: "1/4", CHESSBOARD: "2/4", THREE_QUARTERS
 
 
 def _sampling_of(network: dict[str, Any]) -> Sampling | None:
+    if network.get("kind") == "factory":
+        return None
     if network["name"].startswith(("rsbn", "csbn")) or "sampling" in network["settings"]:
         return parse(network["settings"].get("sampling", CHESSBOARD))
     return None
@@ -56,8 +58,10 @@ def label_of(network: dict[str, Any]) -> str:
         >>> label_of({"name": "rsbn20", "settings": {"sampling": "1/4", "width": 8}})
         'rsbn20 1/4, width 8'
     """
-    sampling = _sampling_of(network)
-    name = network["name"] if sampling is None else f"{network['name']} {_name_of(sampling)}"
+    sampling, name = _sampling_of(network), name_of(network)
+    if network.get("kind") == "factory":
+        return name
+    name = name if sampling is None else f"{name} {_name_of(sampling)}"
     rest = {k: v for k, v in network["settings"].items() if k != "sampling"}
     down = rest.pop("down", "stride")
     return ", ".join([name, *([down] if down != "stride" else []), *(f"{k} {v}" for k, v in rest.items())])

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from quincunx.artifact import check_replaceable, difference, save, spec_of, write_json, write_text
+from quincunx.artifact import (
+    check_replaceable,
+    difference,
+    name_of,
+    save,
+    spec_of,
+    write_json,
+    write_text,
+)
 from quincunx.checkpoint import check_disk, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
 from quincunx.data import ImageData, WorkerFailed, batches, memory
@@ -67,8 +75,8 @@ def fit(
     them died.
 
     Args:
-        model: a network made by :func:`quincunx.networks.build`; trained in place, on the device
-            where it is.
+        model: a network made by :func:`quincunx.networks.build`, or one whose factory is noted; trained
+            in place, on the device where it is.
         data: training and test images.
         recipe: how.
         folder: of the run.
@@ -242,7 +250,7 @@ class _Run:
         with progress_bar(bool(progress) and self.ranks.first) as bar:
             steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
             task = bar.add_task(
-                progress if isinstance(progress, str) else self.spec["name"],
+                progress if isinstance(progress, str) else name_of(self.spec),
                 total=steps * self.recipe.epochs,
                 completed=steps * len(self.history),
                 state="",

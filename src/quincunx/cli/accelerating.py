@@ -10,12 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import nn
 
 import quincunx as qx
 from quincunx import recipes
 from quincunx.acceleration import accelerate_trained
-from quincunx.acceleration_report import write_acceleration_report
+from quincunx.acceleration_report import usage, write_acceleration_report
 from quincunx.artifact import write_json
 from quincunx.cli.common import (
     Data,
@@ -35,9 +34,9 @@ from quincunx.cli.common import (
     make_folder,
     read_data,
     running,
-    started,
     use_threads,
 )
+from quincunx.cli.trained import Input, Mean, Model, Std, Weights, trained
 from quincunx.comparison import SWEEPS, Compared, compare_methods, comparison_pictures
 from quincunx.console import print_acceleration, print_compared, print_facts, print_speeds, say, show
 from quincunx.espace_experiments import espace_by_name, time_points
@@ -47,8 +46,9 @@ from quincunx.surgery import Method
 
 Settings = dict[str, Any]
 
-Network = Annotated[str, typer.Argument(help="Artifact or run, or a network's name with --weights.")]
-Weights = Annotated[Path | None, typer.Option(help="Published weights of the named network, in a file.")]
+Network = Annotated[
+    str | None, typer.Argument(help="Artifact or run, or a network's name with --weights; or --model.")
+]
 Layers = Annotated[
     str | None, typer.Option(help="Only layers of these names, with commas; * stands for anything.")
 ]
@@ -95,8 +95,12 @@ _OPTIONS = {"budget": "rank_budget"}
     short_help="Make a trained network faster.",
 )
 def accelerate_command(
-    network: Network,
+    network: Network = None,
+    model: Model = None,
     weights: Weights = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
     data: Data = "digits",
     test_data: TestData = None,
     size: Size = None,
@@ -162,14 +166,14 @@ def accelerate_command(
             )
         check_can_draw()
         check_folder(out)
-        model, start = _trained(network, weights)
-        images = as_trained(
-            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), start
+        found = trained(network, weights, model, input_shape, seed)
+        images = found.suited(
+            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
         )
         make_folder(out)
         with running():
             result = accelerate_trained(
-                model,
+                found.model,
                 chosen,
                 images,
                 out,
@@ -187,18 +191,9 @@ def accelerate_command(
         show(result)
         return
     print_acceleration(result)
-    say(f"wrote {page} and the artifact {out / 'model'} (qx.fuse(qx.load({str(out / 'model')!r})))")
-
-
-def _trained(network: str, weights: Path | None) -> tuple[nn.Module, Path]:
-    """The network, and what it was read from."""
-    if weights is not None:
-        return started(network, weights, {}), weights
-    if not Path(network).is_dir():
-        raise ValueError(
-            f"network={network!r}: not the folder of an artifact or a run; a network's name needs --weights"
-        )
-    return started("", Path(network), {}), Path(network)
+    say(f"wrote {page} and the artifact {out / 'model'}; to use it:")
+    for line in usage(result, out):
+        say(f"  {line}")
 
 
 def _patterns(text: str | None) -> list[str]:
@@ -230,8 +225,12 @@ def _rate(text: str | None) -> float | tuple[float, ...] | None:
     short_help="Several methods on one trained network.",
 )
 def compare_command(
-    network: Network,
+    network: Network = None,
+    model: Model = None,
     weights: Weights = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
     methods: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}, with commas.")] = ",".join(SWEEPS),
     data: Data = "digits",
     test_data: TestData = None,
@@ -269,14 +268,16 @@ def compare_command(
             further = recipes.recipe_with(recipes.by_name(recipe), epochs=finetune_epochs, lr=lr)
         check_can_draw()
         check_folder(out)
-        model, start = _trained(network, weights)
-        found = read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json)
+        found = trained(network, weights, model, input_shape, seed)
+        images = found.suited(
+            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
+        )
         make_folder(out)
         with running():
             rows = compare_methods(
-                model,
+                found.model,
                 points,
-                as_trained(found, start),
+                images,
                 out,
                 recipe=further,
                 tell=_telling(as_json),

@@ -116,6 +116,21 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"out={str(folder)!r}: cannot be made ({error.strerror})") from error
 
 
+def parse_input(text: str) -> tuple[int, ...]:
+    """The shape that NxCxHxW says.
+
+    Raises:
+        ValueError: another form.
+    """
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"input={text!r}: expected NxCxHxW, such as 1x3x32x32")
+    return shape
+
+
 def settings_of(sampling: str | None, down: str | None, width: int | None) -> dict[str, Any]:
     given = {"sampling": sampling, "down": down, "width": width}
     return {k: v for k, v in given.items() if v is not None}

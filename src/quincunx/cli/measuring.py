@@ -22,6 +22,7 @@ from quincunx.cli.common import (
     check_folder,
     example,
     make_folder,
+    parse_input,
     running,
     settings_of,
 )
@@ -31,16 +32,6 @@ from quincunx.figures import check_can_draw
 from quincunx.latency import environment
 from quincunx.progress import progress_bar
 from quincunx.report import speedup_figure, write_report
-
-
-def _parse_input(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        shape = ()
-    if len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"input={text!r}: expected NxCxHxW, such as 1x3x32x32")
-    return shape
 
 
 @app.command(
@@ -59,7 +50,7 @@ def cost_command(
 ) -> None:
     """MACs and parameters of a network, per layer and in total."""
     with bad_input():
-        shape = _parse_input(input_shape)
+        shape = parse_input(input_shape)
         model = qx.networks.build(network, num_classes, shape[1], **settings_of(sampling, down, width))
         with running():
             found = cost(model, torch.zeros(shape))

@@ -39,6 +39,7 @@ from quincunx.cli.common import (
     started,
     use_threads,
 )
+from quincunx.cli.trained import Input, Mean, Model, Std, Weights, judged_network
 from quincunx.console import print_comparison, print_lines, print_plan, say, show
 from quincunx.demo import run_demo
 from quincunx.espace_experiments import ESPACE_EXPERIMENTS
@@ -212,7 +213,14 @@ def _run_name(network: str, label: str, settings: dict[str, Any], seed: int) -> 
     short_help="Test error of a trained network.",
 )
 def evaluate_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder written by qx.save, or a run's folder.")],
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Folder written by qx.save, or a run's folder; or --model.")
+    ] = None,
+    model: Model = None,
+    weights: Weights = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
     data: Data = "digits",
     test_data: TestData = None,
     size: Size = None,
@@ -222,22 +230,27 @@ def evaluate_command(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Loss and top-1 error of an artifact on the test part of a data set."""
+    """Loss and top-1 error of a network on the test part of a data set.
+
+    The network is an artifact, or what a function of yours makes (--model), with --weights or its own. An
+    artifact of such a network needs both: the folder, and --model.
+    """
     with bad_input():
         use_threads(threads)
-        artifact = artifact_in(artifact)
-        model = qx.load(artifact)
-        # a network is tested with the normalisation it was trained with
-        images = as_trained(
-            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), artifact
+        found = judged_network(artifact, weights, model, input_shape)
+        images = found.suited(
+            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
         )
         with running():
-            result = evaluate(model, images.test, images, workers=workers)
+            result = evaluate(found.model, images.test, images, workers=workers)
+    place = None if found.start is None else str(artifact_in(found.start))
     if as_json:
-        show({"artifact": str(artifact), "data": images.name, **vars(result), "environment": environment()})
+        own = {} if model is None else {"model": model}
+        facts = {"artifact": place, **own, "data": images.name, **vars(result)}
+        show({**facts, "environment": environment()})
         return
     say(
-        f"{artifact} on {images.name}: test error {100 * result.error:.2f}% of {result.images} images, "
+        f"{place or model} on {images.name}: test error {100 * result.error:.2f}% of {result.images} images, "
         f"loss {result.loss:.4f}"
     )
 

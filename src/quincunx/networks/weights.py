@@ -19,7 +19,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +177,15 @@ def read_npz(path: str | Path) -> dict[str, list[Any]]:
     return {layer: [blobs["weight"], blobs["bias"]] for layer, blobs in found.items()}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, *, known: Collection[str] = ()) -> dict[str, Tensor]:
     """A state dict from a torch checkpoint (.pth, .pt, .th) or a .safetensors file.
 
     The state dict may lie under the key ``state_dict``; the prefix ``module.`` of parallel training is taken
     off, and names of torchvision's first DenseNets (``denselayer1.norm.1``) become today's.
+
+    Args:
+        path: the file.
+        known: names that the network has; they stay as they are.
 
     Raises:
         FileNotFoundError: no such file.
@@ -203,9 +207,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError(f"{path}: holds no state dict (names and tensors)")
     state = {str(key): value for key, value in loaded.items()}
-    if all(key.startswith("module.") for key in state):
+    if all(key.startswith("module.") and key not in known for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
+    dotted = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
+    return {k if k in known else re.sub(dotted, r"\1\2", k): v for k, v in state.items()}
 
 
 def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
