@@ -275,6 +275,152 @@ def test_damaged_weights_with_a_right_checksum_are_refused(saved):
             qx.load(saved)
 
 
+# ---- a network that a function of the user makes
+
+
+class Own(nn.Module):
+    """Tied weights, a view of a larger tensor, and a forward of its own."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3)])
+        self.encode = nn.Linear(channels, 5, bias=False)
+        self.decode = nn.Linear(channels, 5, bias=False)
+        self.decode.weight = self.encode.weight
+        self.register_buffer("table", torch.arange(100.0).view(10, 10)[2:4, ::2])
+
+    def forward(self, x):
+        for part in self.parts:
+            x = torch.relu(part(x))
+        x = x.mean((2, 3))
+        return self.encode(x) + 2 * self.decode(x) + self.table.sum()
+
+
+def accelerated(seed=0):
+    torch.manual_seed(seed)
+    return qx.accelerate(Own(), qx.LowRank(rank=3), example_input=torch.zeros(1, 3, 9, 9)).model
+
+
+def test_a_network_of_the_user_comes_back_with_its_function(tmp_path):
+    model, x = accelerated().eval(), torch.randn(2, 3, 9, 9)
+    qx.save(model, tmp_path / "own", factory="mynets.small:Own.make")
+    assert read_spec(tmp_path / "own")["model"]["factory"] == "mynets.small:Own.make"
+    torch.manual_seed(99)
+    loaded = qx.load(tmp_path / "own", factory=Own)
+    assert torch.equal(loaded(x), model(x))
+    assert not loaded.training
+    assert type(loaded.parts[1]) is qx.SeparableConv2d
+    assert loaded.encode.weight is loaded.decode.weight
+    # what was loaded can be saved without naming the function again, and reads the same
+    again = qx.save(loaded, tmp_path / "again")
+    assert contents(again) == contents(tmp_path / "own")
+    # only once a function is named, or noted, is a network one that can be saved
+    with pytest.raises(ValueError, match=r"no spec to build it from again.*factory="):
+        qx.save(model, tmp_path / "unnamed")
+
+
+def test_a_named_function_is_never_imported_by_load(tmp_path, monkeypatch):
+    (tmp_path / "trap.py").write_text("import pathlib\npathlib.Path(__file__).with_suffix('.hit').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    qx.save(Own(), tmp_path / "own", factory="trap:make")
+    with pytest.raises(
+        ValueError, match="made by 'trap:make', and nothing that a file names is imported"
+    ) as told:
+        qx.load(tmp_path / "own")
+    line = f'from trap import make; qx.load("{tmp_path}/own", factory=make)'
+    assert str(told.value).endswith(line)
+    with pytest.raises(TypeError, match="factory='trap:make': expected a function"):
+        qx.load(tmp_path / "own", factory="trap:make")
+    with pytest.raises(TypeError, match=r"factory=Own\("):
+        qx.load(tmp_path / "own", factory=Own())
+    assert not (tmp_path / "trap.hit").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["make", "mynets.make", ":make", "mynets:", "my nets:make", "a:b:c", "os.:x", 3]
+)
+def test_a_factory_of_another_form_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"factory=.*: expected package\.module:function"):
+        qx.save(Own(), tmp_path / "own", factory=text)
+    assert list(tmp_path.iterdir()) == []
+    qx.save(Own(), tmp_path / "own", factory="mynets:make")
+    respec(tmp_path / "own", lambda spec: spec["model"].update(factory=text))
+    with pytest.raises(ValueError, match="incomplete or altered"):
+        qx.load(tmp_path / "own", factory=Own)
+
+
+def wider():
+    return Own(channels=6)
+
+
+def other():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5))
+
+
+def failing():
+    raise LookupError("as the function of the user says")
+
+
+@pytest.mark.parametrize(
+    ("factory", "kind", "message"),
+    [
+        (
+            wider,
+            ValueError,
+            r"does not fit mynets:make: wrong shape of parts\.0\.weight \(4, 3, 3, 3\), expected \(6,",
+        ),
+        (
+            other,
+            ValueError,
+            r"missing 0\.weight, 0\.bias, 1\.weight, 1\.bias; unexpected encode\.weight, parts",
+        ),
+        (dict, TypeError, "factory: returned a dict, expected a torch.nn.Module"),
+        (failing, LookupError, "as the function of the user says"),
+    ],
+)
+def test_a_function_that_makes_another_network_is_refused(tmp_path, factory, kind, message):
+    qx.save(Own(), tmp_path / "own", factory="mynets:make")
+    with pytest.raises(kind, match=message):
+        qx.load(tmp_path / "own", factory=factory)
+
+
+def test_replaced_layers_that_the_function_does_not_make_are_refused(tmp_path):
+    qx.save(accelerated(), tmp_path / "own", factory="mynets:make")
+    with pytest.raises(ValueError, match=r"spec\.json: does not fit mynets:make's network"):
+        qx.load(tmp_path / "own", factory=other)
+
+
+def test_a_function_for_an_artifact_that_needs_none_is_refused(saved):
+    with pytest.raises(ValueError, match=r"factory: .* holds rsbn8, which needs none"):
+        qx.load(saved, factory=Own)
+
+
+def test_a_named_function_wins_over_the_spec_of_the_package(tmp_path):
+    # a head of the user's own: the spec no longer builds this network
+    def make():
+        model = network("rrn8")
+        model.extra = nn.Linear(2, 2)
+        return model
+
+    qx.save(make(), tmp_path / "own", factory="mynets:make")
+    assert qx.load(tmp_path / "own", factory=make).quincunx_spec["factory"] == "mynets:make"
+
+
+def test_a_state_that_is_no_tensor_is_refused_before_anything_is_written(tmp_path):
+    class Remembers(Own):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(
+        ValueError, match="its state has a dict under '_extra_state'; an artifact holds tensors"
+    ):
+        qx.save(Remembers(), tmp_path / "own", factory="mynets:make")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- a full disk
 
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import quincunx as qx
-from quincunx.networks.weights import from_caffe, load, read_checkpoint, read_npz
+from quincunx.networks.weights import fill, from_caffe, load, read_checkpoint, read_npz
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -447,3 +448,39 @@ def test_published_squeezenet_scores_what_it_should():
     best = scores.topk(5).indices == labels[:, None]
     assert int(best[:, 0].sum()) == pytest.approx(29, abs=1)
     assert int(best.any(1).sum()) == pytest.approx(43, abs=1)
+
+
+def test_names_that_the_network_has_stay_as_they_are(tmp_path):
+    names = ["module.denselayer1.norm.1.weight", "module.denselayer1.norm.1.bias"]
+    torch.save({name: torch.ones(2) for name in names}, tmp_path / "own.pt")
+    assert list(read_checkpoint(tmp_path / "own.pt", known=names)) == names
+    assert list(read_checkpoint(tmp_path / "own.pt")) == [
+        "denselayer1.norm1.weight",
+        "denselayer1.norm1.bias",
+    ]
+
+
+def test_a_network_is_filled_whatever_its_older_names_and_tied_weights():
+    class Renamed(nn.Linear):
+        def _load_from_state_dict(self, state, prefix, *rest):
+            state[prefix + "weight"] = state.pop(prefix + "kernel")
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    net = Renamed(2, 2)
+    fill(net, {"kernel": torch.eye(2), "bias": torch.zeros(2)}, "w")
+    assert torch.equal(net.weight, torch.eye(2))
+    # counters that older checkpoints do not have
+    norm = nn.BatchNorm2d(2)
+    state = {k: v + 1 for k, v in norm.state_dict().items() if k != "num_batches_tracked"}
+    fill(norm, state, "w")
+    assert torch.equal(norm.running_mean, torch.ones(2))
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    fill(tied, {"1.weight": torch.eye(2), "0.bias": torch.ones(2), "1.bias": torch.zeros(2)}, "w")
+    assert torch.equal(tied[0].weight, torch.eye(2))
+    # equal values are not tied weights
+    alike = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    alike[1].bias.copy_(alike[0].bias)
+    state = {key: value for key, value in alike.state_dict().items() if key != "0.bias"}
+    with pytest.raises(ValueError, match=r"w: missing 0\.bias$"):
+        fill(alike, state, "w")

@@ -105,7 +105,11 @@ def difference(theirs: Any, ours: Any) -> str:
         one, other = theirs.get(key), ours.get(key)
         if one != other:
             # of two nested descriptions only what differs
-            nested = isinstance(one, dict) and isinstance(other, dict) and {"name"} & {*one, *other}
+            nested = (
+                isinstance(one, dict)
+                and isinstance(other, dict)
+                and not {"name", "factory"}.isdisjoint({**one, **other})
+            )
             found.append(f"{key} {difference(one, other) if nested else f'was {one!r}, now {other!r}'}")
     return ", ".join(found)
 

@@ -193,9 +193,8 @@ def _maker(text: str) -> Callable[[], nn.Module]:
     except AttributeError as error:
         raise ValueError(f"model={text!r}: {name} has no {path}") from error
     if isinstance(function, nn.Module) or not callable(function):
-        raise ValueError(
-            f"model={text!r}: is a {type(function).__name__}, expected a function that returns the network"
-        )
+        kind = type(function).__name__
+        raise ValueError(f"model={text!r}: is of type {kind}, expected a function that returns the network")
 
     def make() -> nn.Module:
         try:
