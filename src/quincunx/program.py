@@ -323,7 +323,7 @@ def _prefers_torch(step: Step, maps: dict[str, _Map], batch: int) -> bool:
         found = measure(
             {
                 "ours": partial(ours.run, dict(values)),
-                "torch": partial(_reference, step, dict(values), maps),
+                "torch": partial(_reference_stage, step, maps, dict(values)),
             },
             rounds=7,
             round_seconds=0.005,
