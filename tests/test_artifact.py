@@ -279,7 +279,7 @@ def test_damaged_weights_with_a_right_checksum_are_refused(saved):
 
 
 class Own(nn.Module):
-    """Tied weights, a view of a larger tensor, and a forward of its own."""
+    """Tied weights, overlapping views of a larger tensor, and a forward of its own."""
 
     def __init__(self, channels=4):
         super().__init__()
@@ -287,13 +287,15 @@ class Own(nn.Module):
         self.encode = nn.Linear(channels, 5, bias=False)
         self.decode = nn.Linear(channels, 5, bias=False)
         self.decode.weight = self.encode.weight
-        self.register_buffer("table", torch.arange(100.0).view(10, 10)[2:4, ::2])
+        table = torch.arange(100.0).view(10, 10)
+        self.register_buffer("rows", table[2:4])
+        self.register_buffer("more", table[3:5])
 
     def forward(self, x):
         for part in self.parts:
             x = torch.relu(part(x))
         x = x.mean((2, 3))
-        return self.encode(x) + 2 * self.decode(x) + self.table.sum()
+        return self.encode(x) + 2 * self.decode(x) + self.rows.sum() - self.more.mean()
 
 
 def accelerated(seed=0):
@@ -372,7 +374,7 @@ def failing():
         (
             other,
             ValueError,
-            r"missing 0\.weight, 0\.bias, 1\.weight, 1\.bias; unexpected encode\.weight, parts",
+            r"missing 0\.weight, 0\.bias, 1\.weight, 1\.bias; unexpected encode\.weight, more, parts",
         ),
         (dict, TypeError, "factory: returned a dict, expected a torch.nn.Module"),
         (failing, LookupError, "as the function of the user says"),
