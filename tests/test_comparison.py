@@ -88,7 +88,9 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
     model = qx.networks.build("cifar-resnet8", 3, 3).eval()
     recipe = Recipe("tiny", epochs=1, batch_size=30, lr=0.001, augment="none")
     rows = compare_methods(model, points, DATA, tmp_path, recipe=recipe, **{**OPTIONS, "calibration": 60})
-    assert [row.series for row in rows] == ["espace, impact", "LRD", "CPD", "BinaryConnect", "Q-CNN"]
+    assert [row.series for row in rows] == [
+        *("espace, impact", "LRD", "CPD", "BinaryConnect", "Q-CNN", "spatial bottleneck")
+    ]
     assert all(row.speedup > 0 and row.bytes > 0 for row in rows)
     assert any(row.front for row in rows)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from quincunx.artifact import save, spec_of, write_json
+from quincunx.choice import Search, candidates_named
 from quincunx.cost import cost, inference_mode_of
 from quincunx.data import ImageData, batches
 from quincunx.evaluation import judged
@@ -26,11 +27,23 @@ from quincunx.journal import FolderJournal
 from quincunx.latency import Timing, environment, measure_models
 from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe
+from quincunx.search import search
 from quincunx.streams import Layer, run_order
-from quincunx.surgery import Accelerated, Method, Replacement, accelerate
-from quincunx.train import fit
+from quincunx.surgery import Accelerated, Journal, Method, Replacement, accelerate
+from quincunx.train import StopRule, fit
 
-__all__ = ["accelerate_trained", "mcnemar", "reestimate_batch_norm", "sample", "time_method"]
+__all__ = [
+    "accelerate_trained",
+    "mcnemar",
+    "plan_for_target",
+    "reestimate_batch_norm",
+    "sample",
+    "searched",
+    "time_method",
+]
+
+# epochs without progress after which a fine-tuning towards an accuracy ends
+_PATIENCE = 5
 
 
 def sample(data: ImageData, count: int, seed: int = 0, batch_size: int = 50) -> list[tuple[Tensor, Tensor]]:
@@ -98,7 +111,7 @@ def mcnemar(before: Tensor, after: Tensor) -> dict[str, float]:
 
 def accelerate_trained(
     model: nn.Module,
-    method: Method,
+    method: Method | Search,
     data: ImageData,
     out: str | Path,
     *,
@@ -119,13 +132,15 @@ def accelerate_trained(
 
     Args:
         model: a trained network with a spec or a noted factory; it is left as it is.
-        method: such as ``qx.Espace()``.
+        method: such as ``qx.Espace()``, or a search for a target.
         data: its training images calibrate and fine-tune, its test images judge.
         out: folder of the results.
         layers: patterns of layer names such as "stages.*.conv2"; by default every layer.
         calibration: training images the method is given.
         normalisation: training images by which batch norm is estimated anew.
-        recipe: of fine-tuning; a ``distill`` above 0 makes the original network the teacher.
+        recipe: of fine-tuning; a ``distill`` above 0 makes the original network the teacher. With a
+            target's ``max_drop`` it ends once the test error is within it, or stays for
+            some epochs.
         batch: images of the timed inputs.
         rounds: how often each candidate is timed.
         seed: of the draws and of fine-tuning.
@@ -155,14 +170,16 @@ def accelerate_trained(
     }
     journal = FolderJournal(out / "layers", identity)
     images = sample(data, calibration, seed)
-    height, width = data.size
-    one = torch.zeros(1, data.in_channels, height, width)
+    one = torch.zeros(1, data.in_channels, *data.size)
     judge = partial(judged, split=data.test, data=data, workers=workers)
     stages = [_Stage("before", original, judge)]
     where = _where(original, layers)
-    meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
-    with _watched(journal, len(meant), progress) as watched:
-        found = accelerate(original, method, where=where, calibration=images, journal=watched)
+    if isinstance(method, Search):
+        found = searched(original, method, images, out, where, batch, progress, journal)
+    else:
+        meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
+        with _watched(journal, len(meant), progress) as watched:
+            found = accelerate(original, method, where=where, calibration=images, journal=watched)
     fast = found.model.eval()
     stages.append(_Stage("after replacing", fast, judge))
     if any(isinstance(m, _BatchNorm) for m in fast.modules()):
@@ -180,6 +197,7 @@ def accelerate_trained(
             progress="fine-tuning" if progress else False,
             teacher=original if recipe.distill > 0 else None,
             workers=workers,
+            stop=_stop_rule(method, stages[0]),
         )
         stages.append(_Stage("after fine-tuning", fast, judge))
     result = {
@@ -191,6 +209,7 @@ def accelerate_trained(
         "images": {"train": len(data.train), "test": len(data.test)},
         "stages": [stage.against(stages[0]) for stage in stages],
         "skipped": found.skipped,
+        "search": found.search,
         "recalled": journal.recalled,
         "cost": {key: _cost(m, one) for key, m in (("before", original), ("after", fast))},
         **_timed(original, found, one, batch, rounds, progress),
@@ -200,6 +219,68 @@ def accelerate_trained(
     save(fast, out / "model", info={"data": data.describe(), "test_error": result["stages"][-1]["error"]})
     write_json(out / "accelerate.json", result)
     return result
+
+
+def searched(
+    model: nn.Module,
+    method: Search,
+    images: list[tuple[Tensor, Tensor]],
+    out: Path,
+    where: Callable[[str, nn.Module], bool],
+    batch: int,
+    progress: bool,
+    journal: Journal | None = None,
+    *,
+    dry_run: bool = False,
+) -> Accelerated:
+    """What a search finds, with a bar; its scores are kept in the folder or where it says."""
+    with progress_bar(progress) as bar:
+        task = bar.add_task("searching", total=1.0, state="")
+
+        def tell(what: str, share: float) -> None:
+            bar.update(task, state=what, completed=share if share >= 0 else None)
+
+        found = search(
+            model,
+            method.target,
+            images,
+            candidates=candidates_named(method.methods),
+            where=where,
+            example_input=torch.randn(batch, *images[0][0].shape[1:]),
+            table=method.scores or out / "scores.json",
+            time_budget=method.time_budget,
+            dry_run=dry_run,
+            journal=journal,
+            tell=tell,
+        )
+    return dataclasses.replace(found.result, search=found.record)
+
+
+def plan_for_target(
+    model: nn.Module,
+    method: Search,
+    data: ImageData,
+    out: str | Path,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    batch: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What a search would choose, with its estimates, and nothing more; arguments as in
+    :func:`accelerate_trained`."""
+    images = sample(data, calibration, seed)
+    where = _where(model, layers)
+    found = searched(model.eval(), method, images, Path(out), where, batch, progress, dry_run=True)
+    return found.search or {}
+
+
+def _stop_rule(method: Method | Search, before: _Stage) -> StopRule | None:
+    """Of fine-tuning towards an accuracy; None where none was asked for."""
+    if not isinstance(method, Search) or method.target.max_drop is None:
+        return None
+    return StopRule(before.error + method.target.max_drop / 100, _PATIENCE)
 
 
 def _renormalised(
@@ -282,12 +363,15 @@ class _Stage:
         self.name = name
         self.losses, self.right, self.among = judge(model)
 
+    @property
+    def error(self) -> float:
+        return int((~self.right).sum()) / len(self.right)
+
     def against(self, first: _Stage) -> dict[str, Any]:
-        wrong = int((~self.right).sum())
         facts = {
             "name": self.name,
             "loss": float(self.losses.mean()),
-            "error": wrong / len(self.right),
+            "error": self.error,
             "top5_error": float((~self.among).double().mean()),
         }
         return facts if self is first else {**facts, **mcnemar(first.right, self.right)}
@@ -330,9 +414,11 @@ def _timed(
         task = bar.add_task("timing", total=len(found.replaced) + 1, state="")
         for name, record in found.replaced.items():
             bar.update(task, state=name)
-            pair = (original.get_submodule(name), found.model.get_submodule(name))
-            timings = _measured(pair, (batch, *order[name][1][1:]), rounds)
-            rows.append({"name": name, **record, **_ratio(timings)})
+            names = record.get("pair", [name])
+            if name == names[0]:
+                both = [_chain(model, names) for model in (original, found.model)]
+                timings = _measured((both[0], both[1]), (batch, *order[name][1][1:]), rounds)
+                rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
             bar.update(task, advance=1)
         bar.update(task, state="whole network")
         unfused = _unfused(original) or _unfused(found.model)
@@ -342,6 +428,18 @@ def _timed(
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
     how = f"{engine} before and after, channels_last, {torch.get_num_threads()} threads, batch {batch}"
     return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+
+
+def _chain(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A layer, or the two of a pair with a ReLU between them."""
+    parts = [model.get_submodule(name) for name in names]
+    return parts[0] if len(parts) == 1 else nn.Sequential(parts[0], nn.ReLU(), parts[1])
+
+
+def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """One row for the layers that are replaced together."""
+    macs = {key: sum(record[key] for record in records) for key in ("macs_before", "macs_after")}
+    return {"name": " + ".join(names), **records[0], **records[-1], **macs}
 
 
 def _unfused(model: nn.Module) -> str | None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.artifact import lines_to_load, read_json, read_spec, write_text
-from quincunx.figures import Picture, layer_times, map_picture, sampling_picture
+from quincunx.figures import Dot, Picture, candidate_scores, layer_times, map_picture, sampling_picture
 from quincunx.report import label_of, render, speed_words
 from quincunx.sampling import from_spec
 
-__all__ = ["acceleration_sentences", "usage", "write_acceleration_report"]
+__all__ = ["acceleration_sentences", "search_sentences", "usage", "write_acceleration_report"]
 
 
 def acceleration_sentences(result: dict[str, Any]) -> list[str]:
@@ -25,6 +25,8 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         f"network at batch {result['batch']} on {whole['threads']} thread{many} is "
         f"{speed_words(speed['median'], speed['q1'], speed['q3'])}: {', '.join(times)}."
     ]
+    if result.get("search"):
+        said += search_sentences(result["search"])
     tested = result["data"]["test"]
     for stage in result["stages"]:
         text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {tested:,} images"
@@ -36,6 +38,30 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         said.append(f"No faster than before: {', '.join(slower)}.")
     if result.get("unfused"):
         said.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
+    return said
+
+
+def search_sentences(record: dict[str, Any]) -> list[str]:
+    """Whether a search reached its target, and how well its estimate was, in words."""
+    wanted = {
+        "speedup": "{} times as fast",
+        "latency_ms": "{} ms",
+        "macs": "{} MACs",
+        "max_drop": "at most {} points of accuracy lost",
+    }
+    asked = ", ".join(wanted[key].format(value) for key, value in record["target"].items())
+    usable = sum(row["why_not"] is None for row in record["candidates"])
+    said = [
+        f"Target: {asked}. {'Met' if record['met'] else 'Out of reach; this is the best that was found'}. "
+        f"{len(record['candidates'])} candidates, {usable} of them faster than what they would replace."
+    ]
+    last = record["attempts"][-1] if record["attempts"] else None
+    if last is not None and last["layers"]:
+        times = [1e3 * last[key] for key in ("before", "predicted", "after")]
+        said.append(
+            f"The choice in the whole network: {times[0]:.2f} ms before, {times[1]:.2f} ms predicted, "
+            f"{times[2]:.2f} ms measured ({100 * (times[1] / times[2] - 1):+.0f}%)."
+        )
     return said
 
 
@@ -80,6 +106,7 @@ def write_acceleration_report(folder: str | Path) -> Path:
         sentences=acceleration_sentences(result),
         usage=usage(result, folder),
         times=layer_times(times, f"Time of each layer, batch {result['batch']}"),
+        scores=_scores(result.get("search")),
         masks=_masks(result, read_spec(folder / "model")),
     )
     page = folder / "report.html"
@@ -87,9 +114,28 @@ def write_acceleration_report(folder: str | Path) -> Path:
     return page
 
 
+def _scores(record: dict[str, Any] | None) -> Picture | None:
+    """What each candidate that can be used costs and saves, the chosen ones marked."""
+    if record is None:
+        return None
+    chosen = {(tuple(row["layers"]), row["label"]) for row in record["chosen"]}
+    dots = [
+        Dot(
+            row["label"].partition(",")[0],
+            1e6 * row["seconds_saved"][1],
+            max(row["loss"], 0.0),
+            (tuple(row["layers"]), row["label"]) in chosen,
+        )
+        for row in record["candidates"]
+        if row["why_not"] is None and row["loss"] is not None
+    ]
+    return candidate_scores(dots) if dots else None
+
+
 def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:
     """The computed positions of every layer: on its impact map where there is one."""
     pictures: list[Picture] = []
+    plain: dict[str, list[str]] = {}
     for name, replaced in spec["model"].get("replaced", {}).items():
         texts = replaced.get("masks") or [replaced[key] for key in ("sampling",) if key in replaced]
         maps = result["maps"].get(name, {})
@@ -97,8 +143,11 @@ def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:
             sampling, values = from_spec(text), maps.get(f"impact{i}")
             title = f"{name}, {'vertical' if i == 1 else 'horizontal'}" if len(texts) > 1 else name
             if values is None:
-                pictures.append(sampling_picture(sampling, title))
+                plain.setdefault(text, []).append(title)
             else:
                 computed = sampling.mask(len(values), len(values[0])).tolist()
                 pictures.append(map_picture(values, computed, title))
+    for text, titles in plain.items():
+        title = titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more"
+        pictures.append(sampling_picture(from_spec(text), title))
     return pictures

@@ -13,9 +13,10 @@ from quincunx.acceleration import accelerate_trained
 from quincunx.artifact import read_json, save, write_json
 from quincunx.data import ImageData
 from quincunx.figures import Mark, Picture, tradeoff
-from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank
+from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
 from quincunx.recipes import Recipe
 from quincunx.report import file_name
+from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS
 from quincunx.surgery import Method
 
 __all__ = ["SWEEPS", "Compared", "Point", "compare_methods", "comparison_pictures", "on_front"]
@@ -95,6 +96,11 @@ def _qcnn() -> list[Point]:
     return [Point("Q-CNN", f"{c} per codeword, {k}", QCNN(subspace=c, codewords=k)) for c, k in settings]
 
 
+def _sb() -> list[Point]:
+    samplings = ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
+    return [Point("spatial bottleneck", text, SpatialBottleneck(sampling)) for sampling, text in samplings]
+
+
 # name -> the points that draw a method's curve
 SWEEPS: dict[str, Callable[[], list[Point]]] = {
     "espace": _espace,
@@ -102,6 +108,7 @@ SWEEPS: dict[str, Callable[[], list[Point]]] = {
     "cpd": _cp,
     "binaryconnect": _binary,
     "qcnn": _qcnn,
+    "sb": _sb,
 }
 
 

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from quincunx.acceleration_report import acceleration_sentences
+from quincunx.acceleration_report import acceleration_sentences, search_sentences
 from quincunx.comparison import Compared as MethodPoint
 from quincunx.cost import Cost
 from quincunx.report import Line
@@ -203,6 +203,27 @@ def print_acceleration(result: dict[str, Any]) -> None:
     for name, reason in result["skipped"].items():
         say(f"kept {name}: {reason}")
     for sentence in acceleration_sentences(result):
+        say(sentence)
+
+
+def print_search(record: dict[str, Any]) -> None:
+    """What a search chose, layer by layer, with what each candidate costs and saves."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("layers", "method"):
+        table.add_column(column)
+    for column in ("loss", "us saved"):
+        table.add_column(column, justify="right")
+    scored = {(tuple(row["layers"]), row["label"]): row for row in record["candidates"]}
+    for row in record["chosen"]:
+        found = scored[tuple(row["layers"]), row["label"]]
+        table.add_row(
+            " + ".join(row["layers"]),
+            row["label"],
+            f"{found['loss']:.2g}",
+            f"{1e6 * found['seconds_saved'][1]:.0f}",
+        )
+    _console().print(table)
+    for sentence in search_sentences(record):
         say(sentence)
 
 

@@ -89,6 +89,16 @@ class Mark:
     drop: float
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A candidate of a search: microseconds saved, loss, and whether it was chosen."""
+
+    series: str
+    saved: float
+    loss: float
+    chosen: bool
+
+
 def check_can_draw() -> None:
     """Refuse before long work what would fail at its end.
 
@@ -326,3 +336,32 @@ def tradeoff(marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str) -> Pic
     said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
     note = " Hollow marks are printed in the paper." if printed else ""
     return _picture(figure, f"Error lost against {xlabel}", f"{said}.{note}")
+
+
+@_styled
+def candidate_scores(dots: Sequence[Dot]) -> Picture:
+    """Loss of each candidate alone against the time it saves; filled marks were chosen."""
+    series = list(dict.fromkeys(dot.series for dot in dots))
+    figure, axes, columns = _axes([_shorten(name) for name in series])
+    # on a logarithmic axis nothing stays visible at zero
+    floor = max(min((d.loss for d in dots if d.loss > 0), default=1e-6), 1e-6)
+    for i, name in enumerate(series):
+        colour, marker = _look(i)
+        for chosen in (False, True):
+            own = [dot for dot in dots if dot.series == name and dot.chosen is chosen]
+            face = colour if chosen else "none"
+            axes.scatter(
+                [dot.saved for dot in own],
+                [max(dot.loss, floor) for dot in own],
+                s=30,
+                edgecolors=colour,
+                facecolors=face,
+                marker=marker,
+                label=_shorten(name) if chosen else None,
+            )
+    axes.set_yscale("log")
+    axes.set(xlabel="microseconds saved in the network", ylabel="loss (divergence) alone")
+    _legend(figure, columns)
+    taken = sum(dot.chosen for dot in dots)
+    text = f"{len(dots)} candidates, {taken} of them chosen (filled)."
+    return _picture(figure, "What each candidate costs and saves", f"Loss against time saved. {text}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
 from quincunx.recipes import Recipe, from_dict
 
-__all__ = ["Interrupted", "RunFailed", "fit", "identity_of", "other_part"]
+__all__ = ["Interrupted", "RunFailed", "StopRule", "fit", "identity_of", "other_part"]
 
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
@@ -48,6 +49,34 @@ class Interrupted(RunFailed):
     """Training was stopped by the user; the message says how to go on."""
 
 
+@dataclass(frozen=True)
+class StopRule:
+    """When a run ends before its last epoch.
+
+    Attributes:
+        error: it ends once the test error is no greater; None for never.
+        patience: it ends after so many epochs without a lower test error; None for never.
+
+    Example:
+        >>> StopRule(patience=2).reason([{"test_error": e} for e in (0.3, 0.2, 0.25, 0.2)])
+        'no lower test error in 2 epochs'
+    """
+
+    error: float | None = None
+    patience: int | None = None
+
+    def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """Why a run with this history is over; None if it is not."""
+        errors = [entry["test_error"] for entry in history]
+        if not errors:
+            return None
+        if self.error is not None and errors[-1] <= self.error:
+            return f"the test error is within {100 * self.error:.2f}%"
+        if self.patience is not None and len(errors) - 1 - errors.index(min(errors)) >= self.patience:
+            return f"no lower test error in {self.patience} epochs"
+        return None
+
+
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -60,6 +89,7 @@ def fit(
     ranks: Ranks = ALONE,
     teacher: nn.Module | None = None,
     workers: int | None = None,
+    stop: StopRule | None = None,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -86,6 +116,7 @@ def fit(
         ranks: this process's place among several, from :func:`quincunx.ranks.joined`.
         teacher: whose answers a recipe with ``distill`` asks for; it is evaluated and left as it is.
         workers: processes that decode streamed images; by default one a core, at most eight.
+        stop: ends the run early; "stopped" in the result then says why.
 
     Returns:
         The content of ``run.json``.
@@ -99,7 +130,8 @@ def fit(
             or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    return _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers).go(resume, progress)
+    run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, stop or StopRule())
+    return run.go(resume, progress)
 
 
 def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
@@ -147,7 +179,9 @@ class _Run:
         ranks: Ranks,
         teacher: nn.Module | None,
         workers: int | None,
+        stop: StopRule,
     ) -> None:
+        self.stop = stop
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.ranks, self.workers = ranks, workers
         self.spec = spec_of(model)
@@ -255,7 +289,7 @@ class _Run:
                 completed=steps * len(self.history),
                 state="",
             )
-            while len(self.history) < self.recipe.epochs:
+            while len(self.history) < self.recipe.epochs and self.stop.reason(self.history) is None:
                 entry = self._epoch(
                     len(self.history), steps, lambda state: bar.update(task, advance=1, state=state)
                 )
@@ -451,6 +485,8 @@ class _Run:
             "history": self.history,
             "environment": environment(),
         }
+        if len(self.history) < self.recipe.epochs:
+            result["stopped"] = self.stop.reason(self.history)
         info = {"data": self.data.describe(), "test_error": last["test_error"]}
         if self.ranks.first:
             save(self.model, self.folder / ARTIFACT, info=info)

@@ -13,9 +13,10 @@ from rich.console import Console
 
 import quincunx as qx
 from quincunx import recipes
-from quincunx.acceleration import accelerate_trained
+from quincunx.acceleration import accelerate_trained, plan_for_target
 from quincunx.acceleration_report import usage, write_acceleration_report
 from quincunx.artifact import write_json
+from quincunx.choice import CANDIDATES, Search, Target, candidates_named
 from quincunx.cli.common import (
     Data,
     Json,
@@ -38,10 +39,19 @@ from quincunx.cli.common import (
 )
 from quincunx.cli.trained import Input, Mean, Model, Std, Weights, trained
 from quincunx.comparison import SWEEPS, Compared, compare_methods, comparison_pictures
-from quincunx.console import print_acceleration, print_compared, print_facts, print_speeds, say, show
+from quincunx.console import (
+    print_acceleration,
+    print_compared,
+    print_facts,
+    print_search,
+    print_speeds,
+    say,
+    show,
+)
 from quincunx.espace_experiments import espace_by_name, time_points
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
+from quincunx.sampling import parse
 from quincunx.surgery import Method
 
 Settings = dict[str, Any]
@@ -66,6 +76,7 @@ METHODS: dict[str, type] = {
     "cpd": qx.CP,
     "binaryconnect": qx.BinaryConnect,
     "qcnn": qx.QCNN,
+    "sb": qx.SpatialBottleneck,
 }
 
 
@@ -107,7 +118,34 @@ def accelerate_command(
     skip_bad: SkipBad = False,
     stream: Stream = None,
     workers: Workers = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "espace",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(METHODS)}; by default espace. With a target auto, the default, or "
+            f"some of {', '.join(CANDIDATES)} with commas."
+        ),
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Target: times as fast, measured here.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Target: milliseconds of one batch.")] = None,
+    macs: Annotated[str | None, typer.Option(help="Target: MACs, as 50% or a number for one image.")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Target: points of accuracy that may be lost; with another one it ends fine-tuning."
+        ),
+    ] = None,
+    time_budget: Annotated[
+        str | None, typer.Option(help="Time for scoring candidates, as 30m, 90s or 1h.")
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores of an earlier search to go on with: its scores.json.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only search, and say what would be replaced and gained.")
+    ] = False,
+    sampling: Annotated[
+        str | None, typer.Option(help="sb: computed positions, 1/4, 2/4 (the default), 3/4 or others.")
+    ] = None,
     rank: Annotated[
         str | None, typer.Option(help="Of each layer: a number, a share such as 0.5, or full.")
     ] = None,
@@ -141,8 +179,11 @@ def accelerate_command(
     """Replace the convolutions of a trained network by faster ones and say what it gains and costs.
 
     Layers are fitted one by one to training images, in the order of the network; batch norm is estimated
-    anew, then the network may be fine-tuned. Writes the artifact (model), the result (accelerate.json) and
-    report.html. The same command again goes on after an interruption: finished layers are not fitted again.
+    anew, then the network may be fine-tuned. With a target (--speedup, --latency-ms, --macs or --max-drop)
+    each layer gets the method, or none, that a search chooses by the loss and the time it measures; if the
+    target is out of reach the best network is kept and the exit code is 1. Writes the artifact (model), the
+    result (accelerate.json) and report.html. The same command again goes on after an interruption: finished
+    layers are not fitted again.
     """
     with bad_input():
         use_threads(threads)
@@ -155,10 +196,22 @@ def accelerate_command(
             "mask": mask,
             "subspace": subspace,
             "codewords": codewords,
-            # methods that draw nothing have no seed
-            "seed": seed or None,
+            "sampling": None if sampling is None else parse(sampling),
         }
-        chosen = _method(method, settings)
+        asked = {"speedup": speedup, "latency_ms": latency_ms, "macs": macs, "max_drop": max_drop}
+        chosen: Method | Search
+        if any(value is not None for value in asked.values()):
+            chosen = _search(method, asked, settings, time_budget, scores)
+        else:
+            for name, given in (
+                ("time_budget", time_budget),
+                ("scores", scores),
+                ("dry_run", dry_run or None),
+            ):
+                if given is not None:
+                    raise ValueError(f"{name}: needs a target, such as --speedup 2")
+            # methods that draw nothing have no seed
+            chosen = _method(method or "espace", {**settings, "seed": seed or None})
         further = None
         if finetune_epochs:
             further = recipes.recipe_with(
@@ -171,6 +224,17 @@ def accelerate_command(
             read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
         )
         make_folder(out)
+        if dry_run and isinstance(chosen, Search):
+            with running():
+                plan = plan_for_target(
+                    found.model, chosen, images, out, layers=_patterns(layers), calibration=calibration,
+                    batch=batch, seed=seed, progress=not as_json,
+                )  # fmt: skip
+            if as_json:
+                show(plan)
+            else:
+                print_search(plan)
+            raise typer.Exit(0 if plan["met"] else 1)
         with running():
             result = accelerate_trained(
                 found.model,
@@ -189,11 +253,47 @@ def accelerate_command(
             page = write_acceleration_report(out)
     if as_json:
         show(result)
-        return
-    print_acceleration(result)
-    say(f"wrote {page} and the artifact {out / 'model'}; to use it:")
-    for line in usage(result, out):
-        say(f"  {line}")
+    else:
+        print_acceleration(result)
+        say(f"wrote {page} and the artifact {out / 'model'}; to use it:")
+        for line in usage(result, out):
+            say(f"  {line}")
+    if result["search"] is not None and not result["search"]["met"]:
+        raise typer.Exit(1)
+
+
+def _search(
+    methods: str | None,
+    asked: Settings,
+    settings: Settings,
+    time_budget: str | None,
+    scores: Path | None,
+) -> Search:
+    """A search for a target.
+
+    Raises:
+        ValueError: a setting that the search chooses by itself, a target or method that there is not.
+    """
+    for key, value in settings.items():
+        if value is not None:
+            raise ValueError(f"{_OPTIONS.get(key, key)}: a search for a target chooses it; leave it out")
+    names = tuple(name.strip() for name in (methods or "auto").split(","))
+    candidates_named(names)
+    if scores is not None and not scores.is_file():
+        raise ValueError(f"scores={str(scores)!r}: no such file")
+    return Search(Target(**asked), names, None if time_budget is None else _duration(time_budget), scores)
+
+
+def _duration(text: str) -> float:
+    """Seconds of a text such as 30m."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        seconds = float(text[:-1]) * unit
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"time_budget={text!r}: expected a time such as 30m, 90s or 1h")
+    return seconds
 
 
 def _patterns(text: str | None) -> list[str]:

@@ -162,7 +162,8 @@ class _BottleneckWork:
         return {}
 
     def _record(self, layer: Layer) -> dict[str, object]:
-        record: dict[str, object] = {"sampling": self.method.sampling.spec}
+        sampling = self.method.sampling
+        record: dict[str, object] = {"sampling": sampling.spec, "rates": [sampling.density]}
         if layer.name in self.pair_of and layer.output_shape is not None:
             weight = conv_of(layer).weight
             record["macs_after"] = self.method.sampling.count(*layer.grid) * weight.numel()
