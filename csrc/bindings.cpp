@@ -32,6 +32,7 @@ using quincunx::Places;
 using quincunx::Step;
 using quincunx::Weight;
 using quincunx::WeightGrad;
+using quincunx::WindowMax;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -396,6 +397,38 @@ Tensor lookup_conv(Tensor x, const Tensor& codebooks, const Tensor& assignments,
   return out;
 }
 
+Tensor window_max(Tensor x, const Tensor& index, const Tensor& starts, std::vector<int64_t> out_size) {
+  const ScalarType type = map_type(x);
+  const Map in = as_map(x, "x", type);
+  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
+                      out_size[1] <= kInt32Max && out_size[0] * out_size[1] <= kInt32Max,
+                  "out_size must be (height, width)");
+  Operand index_table(index), starts_table(starts);
+  WindowMax g{};
+  int64_t entries, count;
+  g.index = index_table.table("index", &entries);
+  g.starts = starts_table.table("starts", &count);
+  g.positions = out_size[0] * out_size[1];
+  STD_TORCH_CHECK(count == g.positions + 1, "starts must have ", g.positions + 1, " entries, got ", count);
+  STD_TORCH_CHECK(g.starts[0] == 0 && g.starts[count - 1] == entries && std::is_sorted(g.starts, g.starts + count),
+                  "starts must ascend from 0 to the ", entries, " entries of index");
+  // an empty map has no row that could be named
+  STD_TORCH_CHECK(entries == 0 || in.rows() > 0, "x has no positions");
+  index_table.within("index", 0, std::max<int64_t>(in.rows(), 1));
+  g.x = in.data;
+  g.batch = in.batch;
+  g.rows_in = in.rows();
+  g.channels = in.channels;
+  Tensor out = empty({in.batch, in.channels, out_size[0], out_size[1]}, type, MemoryFormat::ChannelsLast);
+  g.out = out.data_ptr();
+  const auto& kernels = quincunx::kernels().max;
+  const auto run = type == ScalarType::Float ? kernels.f32 : kernels.bf16;
+  const int64_t least_work = 100000;
+  const int64_t parts = quincunx::parts_for(g.batch * (entries + g.positions) * g.channels, least_work);
+  quincunx::parallel(parts, [&](int64_t part) { run(&g, part, parts); });
+  return out;
+}
+
 enum BufferKind : int64_t { kInput, kScratch, kOutput };
 
 struct Buffers {
@@ -540,6 +573,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
       "lookup_conv(Tensor x, Tensor codebooks, Tensor assignments, Tensor? bias, Tensor slots, "
       "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");
   m.def("run_program(Tensor[] inputs, Tensor[] tensors, int[] buffers, int[] code) -> Tensor[]");
+  m.def("window_max(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def("isa() -> str");
   m.def("available_isas() -> str");
 }
@@ -550,6 +584,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
   m.impl("weight_grad", TORCH_BOX(&weight_grad));
   m.impl("lookup_conv", TORCH_BOX(&lookup_conv));
   m.impl("run_program", TORCH_BOX(&run_program));
+  m.impl("window_max", TORCH_BOX(&window_max));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {

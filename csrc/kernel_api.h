@@ -130,6 +130,21 @@ struct BinaryKernels {
   void (*run)(const BinaryGemm*, float* scratch, int64_t part, int64_t parts);
 };
 
+// out[n, p, c] = max over e in [starts[p], starts[p + 1]) of x[n, index[e], c]; of no rows -infinity
+struct WindowMax {
+  const void* x;          // [batch, rows_in, channels]
+  const int32_t* index;   // input rows
+  const int32_t* starts;  // [positions + 1]
+  void* out;              // [batch, positions, channels]
+  int64_t batch, rows_in, positions, channels;
+};
+
+// Parts may run in any order and at the same time.
+struct MaxKernels {
+  void (*f32)(const WindowMax*, int64_t part, int64_t parts);
+  void (*bf16)(const WindowMax*, int64_t part, int64_t parts);
+};
+
 struct Kernels {
   ForwardKernels f32;
   ForwardKernels bf16;
@@ -138,6 +153,7 @@ struct Kernels {
   // least and greatest of the values and 0
   void (*extremes)(const int32_t* values, int64_t count, int32_t* low, int32_t* high);
   BinaryKernels binary;
+  MaxKernels max;
 };
 
 }  // namespace quincunx

@@ -20,6 +20,7 @@
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
+#include "window_max.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
@@ -29,6 +30,7 @@ const quincunx::Kernels qx_kernels_avx2 = {
     quincunx::avx2::kLookup,
     &quincunx::avx2::extremes,
     quincunx::avx2::kBinary,
+    quincunx::avx2::kMax,
 };
 
 #if defined(__clang__)

@@ -22,6 +22,7 @@
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
+#include "window_max.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
@@ -31,6 +32,7 @@ const quincunx::Kernels qx_kernels_avx512 = {
     quincunx::avx512::kLookup,
     &quincunx::avx512::extremes,
     quincunx::avx512::kBinary,
+    quincunx::avx512::kMax,
 };
 
 #if defined(__clang__)

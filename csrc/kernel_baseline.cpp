@@ -18,6 +18,7 @@
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
+#include "window_max.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
@@ -27,4 +28,5 @@ const quincunx::Kernels qx_kernels_baseline = {
     quincunx::baseline::kLookup,
     &quincunx::baseline::extremes,
     quincunx::baseline::kBinary,
+    quincunx::baseline::kMax,
 };

@@ -348,6 +348,31 @@ void check_binary(const std::string& name, const BinaryKernels& kernels, Case c)
   }
 }
 
+void check_max(const std::string& name, const MaxKernels& kernels, bool bf16) {
+  const int64_t batch = pick({0, 1, 3}), rows_in = pick({1, 7, 40}), positions = pick({0, 1, 5, 30});
+  const int64_t channels = pick({1, 3, 15, 16, 17, 100}), parts = pick({1, 2, 5});
+  Array x(batch * rows_in * channels, bf16), result(batch * positions * channels, bf16, false);
+  if (x.count > 0) x.set(generator() % x.count, std::nanf(""));
+  std::vector<int32_t> index, starts{0};
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t count = pick({0, 1, 2, 9}); count > 0; --count) index.push_back(generator() % rows_in);
+    starts.push_back(index.size());
+  }
+  index = exact(index), starts = exact(starts);
+  const WindowMax g{x.bytes.get(), index.data(), starts.data(), result.bytes.get(), batch, rows_in, positions, channels};
+  for (int64_t part = parts; part-- > 0;) (bf16 ? kernels.bf16 : kernels.f32)(&g, part, parts);
+  for (int64_t i = 0; i < result.count; ++i) {
+    const int64_t c = i % channels, p = i / channels % positions, n = i / channels / positions;
+    float best = -std::numeric_limits<float>::infinity();
+    for (int64_t e = starts[p]; e < starts[p + 1]; ++e) {
+      const float v = x[(n * rows_in + index[e]) * channels + c];
+      if (std::isnan(v) || v > best) best = v;
+    }
+    const float got = result[i];
+    if (got != best && !(std::isnan(got) && std::isnan(best))) compare(name + " max", got, best, 0, -1);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -362,6 +387,7 @@ int main(int argc, char** argv) {
       check_grad(name, kernels.grad, c);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);
+      for (bool bf16 : {false, true}) check_max(name, kernels.max, bf16);
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }

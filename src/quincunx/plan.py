@@ -9,10 +9,11 @@ a sampled map does no multiplication by a structural zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quincunx.sampling import Cosets, from_spec
@@ -21,11 +22,14 @@ __all__ = [
     "Geometry",
     "Plan",
     "ShiftPlan",
+    "WindowPlan",
     "adjoint_plan",
     "forward_plan",
     "nearest_index",
+    "nearest_shares",
     "position_index",
     "shift_plan",
+    "window_plan",
 ]
 
 
@@ -61,6 +65,22 @@ class Geometry:
         rows = (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
         cols = (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
         return rows, cols
+
+    def rounded_up(self, height: int, width: int) -> Geometry:
+        """With the padding below and right, also negative, that a pooling in ceil mode has.
+
+        H' = ceil((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, less one where the last window
+        would begin behind the map.
+        """
+        behind = []
+        for axis, length in enumerate((height, width)):
+            before, after = self.padding[2 * axis : 2 * axis + 2]
+            reach, stride = self.dilation[axis] * (self.kernel[axis] - 1) + 1, self.stride[axis]
+            count = -((reach - length - before - after) // stride) + 1
+            if (count - 1) * stride >= length + before:
+                count -= 1
+            behind.append((count - 1) * stride + reach - length - before)
+        return replace(self, padding=(self.padding[0], behind[0], self.padding[2], behind[1]))
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,13 @@ def nearest_index(spec: str, height: int, width: int) -> Tensor:
     """
     mask = from_spec(spec).mask(height, width)
     return _nearest(mask)
+
+
+@lru_cache(maxsize=1024)
+def nearest_shares(spec: str, height: int, width: int) -> Tensor:
+    """The part of the grid that each computed position stands for, float32 [m]; they add up to 1."""
+    index, m = nearest_index(spec, height, width), position_index(spec, height, width).shape[0]
+    return index.bincount(minlength=m).double().div(height * width).float()
 
 
 def _nearest(mask: Tensor) -> Tensor:
@@ -301,6 +328,47 @@ def shift_plan(geometry: Geometry, height: int, width: int) -> ShiftPlan:
         slots=slots.flatten().int(),
         offsets=torch.tensor(offsets, dtype=torch.int32),
         rows=torch.where(col < grid[1], row * grid[1] + col, -1).int(),
+        out_size=grid,
+    )
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """The rows behind each window of a pooling, none of them twice, int32.
+
+    Attributes:
+        index: window after window, the input rows.
+        starts: [windows + 1]; where each window's rows begin in ``index``, and its end.
+        out_size: the output map's (height, width).
+    """
+
+    index: Tensor
+    starts: Tensor
+    out_size: tuple[int, int]
+
+
+@lru_cache(maxsize=1024)
+def window_plan(source: str, geometry: Geometry, height: int, width: int) -> WindowPlan:
+    """Rows of a sampled map in the windows of a pooling of the H x W map filled from it.
+
+    Args:
+        source: sampling of the map; empty for every position.
+
+    Raises:
+        ValueError: no window fits.
+    """
+    grid = geometry.grid(height, width)
+    if grid[0] < 1 or grid[1] < 1:
+        raise ValueError(f"a pooling by {geometry.kernel} does not fit a padded map of {(height, width)}")
+    table = _input_rows(geometry, torch.arange(grid[0] * grid[1]), grid[1], height, width)
+    if source:
+        table = torch.where(table >= 0, nearest_index(source, height, width)[table.clamp_min(0)], -1)
+    table = table.sort(dim=1).values
+    fresh = table >= 0
+    fresh[:, 1:] &= table[:, 1:] != table[:, :-1]
+    return WindowPlan(
+        index=table[fresh].int(),
+        starts=F.pad(fresh.sum(1).cumsum(0), (1, 0)).int(),
         out_size=grid,
     )
 

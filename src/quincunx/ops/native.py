@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quincunx.ops.contract import CHANNELS_LAST
-from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan, shift_plan
+from quincunx.plan import Geometry, Plan, WindowPlan, adjoint_plan, forward_plan, shift_plan
 
 __all__ = [
     "DTYPES",
@@ -29,6 +29,7 @@ __all__ = [
     "lookup",
     "pack",
     "unavailable",
+    "window_max",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -252,4 +253,10 @@ def binary_conv(
         taps,
         groups,
     )
+    return result
+
+
+def window_max(x: Tensor, plan: WindowPlan) -> Tensor:
+    """Max pooling through a table: of each window the greatest value, of an empty one -infinity."""
+    result: Tensor = torch.ops.quincunx_native.window_max(x, plan.index, plan.starts, plan.out_size)
     return result
