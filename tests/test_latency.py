@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quincunx.latency import Timing, environment, measure, measure_models, using_threads
+from quincunx import latency
+from quincunx.latency import Timing, environment, measure, measure_models, speed_ratio, using_threads
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30)
 
@@ -97,6 +98,72 @@ def test_candidates_take_turns(rounds, warmup):
     assert all(s > 0 for timing in found.values() for s in timing.seconds)
     # at least the warm-up, one call to size the rounds, and one a round
     assert all(calls.count(name) >= warmup + 1 + rounds for name in "abc")
+
+
+# ---- a decision at run time, by a clock that only calls move
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(latency, "perf_counter", lambda: self.now)
+
+    def function(self, name, *seconds):
+        """One that takes each of these times in turn."""
+        left = []
+
+        def run():
+            left[:] = left or list(seconds)
+            self.calls.append(name)
+            self.now += left.pop(0)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "options", "rounds"),
+    [
+        (0.010, 0.020, {}, 3),  # clear
+        (0.020, 0.010, {}, 3),
+        (0.010, 0.011, {}, 7),  # close: all rounds
+        (0.011, 0.010, {}, 7),
+        (0.010, 0.013, {"level": 1.25}, 7),  # clear of 1, but close to the level
+        (0.010, 0.016, {"level": 1.25}, 3),
+        (0.010, 0.010, {"level": 1.25}, 3),
+        (0.010, 0.011, {"rounds": 4}, 4),
+        (0.100, 0.110, {}, 3),  # close, but the budget is spent
+        (0.100, 0.110, {"budget": 9.0}, 7),
+        (0.020, 0.022, {}, 6),  # 0.084 s to begin with, 0.042 s a round
+    ],
+)
+def test_a_decision_takes_no_longer_than_it_needs(one, other, options, rounds, monkeypatch):
+    clock = Clock(monkeypatch)
+    ratio = speed_ratio(clock.function("one", one), clock.function("other", other), **options)
+    assert ratio == pytest.approx(other / one)
+    # each once to warm up and once to size the rounds
+    assert clock.calls == ["one"] * 2 + ["other"] * 2 + ["one", "other"] * rounds
+
+
+def test_short_calls_are_repeated_in_a_round(monkeypatch):
+    clock = Clock(monkeypatch)
+    ratio = speed_ratio(
+        clock.function("one", 2**-10), clock.function("other", 2**-8), round_seconds=2**-7, rounds=5
+    )
+    assert ratio == 4
+    assert (clock.calls.count("one"), clock.calls.count("other")) == (2 + 3 * 8, 2 + 3 * 2)
+
+
+def test_one_slow_round_decides_nothing(monkeypatch):
+    clock = Clock(monkeypatch)
+    # the third round of the first one is disturbed
+    one = clock.function("one", 0.01, 0.01, 0.01, 0.01, 0.5, *[0.01] * 10)
+    assert speed_ratio(one, clock.function("other", 0.02), budget=9.0) == pytest.approx(2)
+    assert clock.calls.count("one") == 2 + 7
+
+
+def test_too_few_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds=2: expected at least 3"):
+        speed_ratio(lambda: None, lambda: None, rounds=2)
 
 
 # ---- what is put back
