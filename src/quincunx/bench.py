@@ -22,8 +22,9 @@ from quincunx.nn import SampledConv2d, SampledConvTranspose2d, SpatialBottleneck
 from quincunx.ops import backend
 from quincunx.peers import PEERS, Run
 from quincunx.plan import Geometry
-from quincunx.program import Program, Step
+from quincunx.program import Program
 from quincunx.sampling import CHESSBOARD, QUARTER, Random, Sampling
+from quincunx.steps import Step
 
 __all__ = ["SUITES", "Case", "run_suite", "summary"]
 

@@ -15,34 +15,44 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quincunx.methods.binaryconnect import pack_binary
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d, window_means
-from quincunx.paired import PairedDown2d, PairedUp2d
+from quincunx.nodes import (
+    CONVS,
+    activation,
+    addition,
+    affine_of,
+    drop_nothings,
+    follower,
+    give_sizes,
+    is_map,
+    module_of,
+    out_of_place,
+    padded_channels,
+    size_of,
+    subsampled,
+    trace,
+)
 from quincunx.plan import Geometry
-from quincunx.program import Program, Shortcut, Step
-from quincunx.quantised import QuantConv2d, QuantLinear
+from quincunx.program import Program
+from quincunx.separable import MaskedConv2d
+from quincunx.steps import Follower, Shortcut, Step, keeps_compact
 
 __all__ = ["fuse"]
-
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
-_CONVS = (nn.Conv2d, SampledConv2d, SampledConvTranspose2d)
-# they run as they are
-_WHOLE = (QuantConv2d, QuantLinear)
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
 
 
 def fuse(model: nn.Module) -> nn.Module:
     r"""An inference copy of a network, as fast as this machine's back end makes it.
 
     Batch norm is folded, w' = w \gamma / \sigma and b' = \beta + (b - \mu) \gamma / \sigma; bias,
-    residual and activation run in the convolutions' epilogues; sampled maps stay compact between
-    layers. Binary layers get their form with one bit a weight. On the native back end consecutive
-    convolutions are one call, and each dense convolution goes to torch's own kernel or to ours, whichever
-    is faster for its shape here (measured at the first input of a shape, once a process).
+    residual and activation run in the convolutions' epilogues. Maps of which only some positions are
+    computed stay compact between layers: pointwise operations and 1 x 1 convolutions are done at those
+    positions, while max pooling, global means and other convolutions read them through tables. Binary
+    layers get their form with one bit a weight. On the native back end consecutive convolutions are one
+    call, and each dense convolution goes to torch's own kernel or to ours, whichever is faster for its
+    shape here (measured at the first input of a shape, once a process).
 
     Args:
         model: any network that ``torch.fx`` can trace, float32 or bfloat16, on the CPU; it stays as
@@ -66,145 +76,12 @@ def fuse(model: nn.Module) -> nn.Module:
     own = pack_binary(copy.deepcopy(model)).eval().requires_grad_(False)
     if isinstance(own, (nn.Conv2d, SampledConv2d)):
         own = nn.Sequential(own)  # a single layer is a network too
-    graph = _trace(own)
-    _drop_nothings(own, graph)
-    _out_of_place(own, graph)
-    _give_sizes(own, graph)
+    graph = trace(own)
+    drop_nothings(own, graph)
+    out_of_place(own, graph)
+    give_sizes(own, graph)
     with torch.no_grad():
         return _lower(own, graph).eval()
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*_CONVS, *_WHOLE)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
-        raise TypeError(
-            f"model: {type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
-            "fuse the parts of it that can be"
-        ) from error
-
-
-def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _drop_nothings(model: nn.Module, graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if isinstance(_module(model, node), _NOTHING):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
-def _out_of_place(model: nn.Module, graph: fx.Graph) -> None:
-    """In-place additions and activations made ordinary: who reads the changed value afterwards is made
-    to read the result."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        module = _module(model, node)
-        inplace = (
-            getattr(module, "inplace", False)
-            or node.target in (operator.iadd, "add_", "relu_", torch.relu_, F.relu_)
-            or node.kwargs.get("inplace", False)
-        )
-        if inplace and node.args and isinstance(node.args[0], fx.Node):
-            changed = node.args[0]
-            for user in list(changed.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(changed, node)
-            if module is not None:
-                module.inplace = False  # type: ignore[assignment]
-            elif node.op == "call_function":
-                node.target = torch.add if node.target is operator.iadd else F.relu
-            elif node.op == "call_method":
-                node.target = str(node.target).rstrip("_")
-            if "inplace" in node.kwargs:
-                node.kwargs = {**node.kwargs, "inplace": False}
-
-
-def _give_sizes(model: nn.Module, graph: fx.Graph) -> None:
-    """Second halves of pairs are told the size of the first's input, which else is noted at run time."""
-    firsts: dict[int, fx.Node] = {}
-    for node in list(graph.nodes):
-        module = _module(model, node)
-        if isinstance(module, PairedDown2d):
-            firsts[id(module.grid)] = node
-        elif isinstance(module, PairedUp2d) and len(node.args) == 1 and id(module.grid) in firsts:
-            with graph.inserting_before(node):
-                shape = graph.call_function(getattr, (firsts[id(module.grid)].args[0], "shape"))
-                node.args = (*node.args, graph.call_function(operator.getitem, (shape, slice(2, None, None))))
-
-
-# ---------------------------------------------------------------- what a node is
-
-
-def _activation(model: nn.Module, node: fx.Node) -> int:
-    """1 for ReLU, 2 for ReLU6, 0 for anything else."""
-    module = _module(model, node)
-    if isinstance(module, nn.ReLU) or (node.op != "call_module" and node.target in _RELUS):
-        return 1
-    sixth = isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0)
-    return 2 if sixth or node.target is F.relu6 else 0
-
-
-def _addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two maps that a node adds."""
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or node.kwargs:
-        return None
-    if len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args):
-        return node.args[0], node.args[1]  # type: ignore[return-value]
-    return None
-
-
-def _affine(model: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) of a batch norm in evaluation mode, float64."""
-    norm = _module(model, node)
-    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
-        return None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift + norm.bias.double() if norm.bias is not None else shift
-
-
-def _subsampled(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """A node x[:, :, ::s, ::s] as (x, s)."""
-    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
-        return None
-    whole = slice(None, None, None)
-    index = node.args[1]
-    steps = [i.step for i in index[2:] if isinstance(i, slice) and i.start is None and i.stop is None]
-    if len(index) != 4 or index[:2] != (whole, whole) or len(steps) != 2 or steps[0] != steps[1]:
-        return None
-    return (node.args[0], steps[0]) if isinstance(steps[0], int) and steps[0] > 1 else None  # type: ignore[return-value]
-
-
-def _padded_channels(node: fx.Node) -> fx.Node | None:
-    """The map that a node pads with zero channels behind its own."""
-    if node.target is not F.pad or len(node.args) != 2:
-        return None
-    if node.kwargs.get("mode", "constant") != "constant" or node.kwargs.get("value"):
-        return None
-    amounts = node.args[1]
-    zero = isinstance(amounts, tuple) and len(amounts) == 6 and not any(amounts[:5])
-    return node.args[0] if zero and isinstance(amounts[5], int) and amounts[5] >= 0 else None  # type: ignore[return-value,index]
-
-
-def _size_of(node: object) -> fx.Node | None:
-    """The map whose height and width an argument is: x.shape[2:], x.shape[-2:] or x.size()[2:]."""
-    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
-        return None
-    shape, index = node.args
-    if index not in (slice(2, None, None), slice(-2, None, None)) or not isinstance(shape, fx.Node):
-        return None
-    is_shape = shape.target is getattr and shape.args[1] == "shape"
-    is_size = shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1
-    return shape.args[0] if is_shape or is_size else None  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------- steps
@@ -212,15 +89,15 @@ def _size_of(node: object) -> fx.Node | None:
 
 def _start(model: nn.Module, node: fx.Node) -> Step | None:
     """The step of a convolution node with nothing riding on it yet; None if it has to stay in torch."""
-    module = _module(model, node)
-    if not isinstance(module, _CONVS) or len(node.args) + len(node.kwargs) > 2:
+    module = module_of(model, node)
+    if not isinstance(module, CONVS) or len(node.args) + len(node.kwargs) > 2:
         return None
     if module.weight.device.type != "cpu" or not isinstance(node.args[0], fx.Node):
         return None
     bias = None if module.bias is None else module.bias.float()
     weight, source = module.weight.detach(), node.args[0].name
     if isinstance(module, SampledConvTranspose2d):
-        like = _size_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("size"))
+        like = size_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("size"))
         if like is None:
             return None
         geometry = Geometry(module.kernel_size, (1, 1), module.padding, module.dilation)
@@ -230,7 +107,9 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     if isinstance(module, SampledConv2d):
         kind = "filled" if isinstance(module, PerforatedConv2d) else "sampled"
         geometry = Geometry(module.kernel_size, module.stride, module.padding, module.dilation)
-        return Step(kind, source, weight, bias, geometry, module.groups, module.sampling.spec)
+        resize = module.resize_masks if isinstance(module, MaskedConv2d) else None
+        spec = module.sampling.spec
+        return Step(kind, source, weight, bias, geometry, module.groups, spec, resize_masks=resize)
     if module.padding_mode != "zeros":
         return None
     # a Conv2d in words ("same", "valid") keeps its padding here, (left, right, top, bottom)
@@ -261,7 +140,7 @@ def _folded(step: Step, scale: Tensor, shift: Tensor) -> Step:
 class _Fused:
     """A step and the nodes it stands for."""
 
-    step: Step
+    step: Step | Follower
     main: fx.Node
     second: fx.Node | None
 
@@ -276,13 +155,13 @@ class _Absorber:
     def absorb(self, node: fx.Node, step: Step) -> _Fused:
         value = node
         norm = self._only_user(value)
-        if norm is not None and (affine := _affine(self.model, norm)) is not None:
+        if norm is not None and (affine := affine_of(self.model, norm)) is not None:
             step, value = _folded(step, *affine), norm
             self.claimed.add(value)
         step, value = self._shortcut(step, value)
         self.claimed.add(value)
         user = self._only_user(value)
-        if user is not None and (kind := _activation(self.model, user)):
+        if user is not None and (kind := activation(self.model, user)):
             step, value = replace(step, activation=kind), user
         self.claimed.add(value)
         before = set(self.claimed)
@@ -305,18 +184,18 @@ class _Absorber:
             # the sum differs at positions that share a computed value
             return step, value
         user = self._only_user(value)
-        if user is None or (terms := _addition(user)) is None or terms[0] is terms[1]:
+        if user is None or (terms := addition(user)) is None or terms[0] is terms[1]:
             return step, value
         other = terms[1] if terms[0] is value else terms[0]
         stride, base = 1, other
         if len(other.users) == 1:
-            inner = _padded_channels(other) or other
+            inner = padded_channels(other) or other
             if inner is other or len(inner.users) == 1:
-                found = _subsampled(inner)
+                found = subsampled(inner)
                 base, stride = found if found is not None else (inner, 1)
             else:
                 base = inner
-        if not _is_map(self.model, base):
+        if not is_map(self.model, base):
             return step, value
         return replace(step, shortcut=Shortcut(base.name, stride)), user
 
@@ -324,26 +203,16 @@ class _Absorber:
         """The batch norm and ReLU, or the ReLU alone, that some block puts in front of its first
         convolution."""
         for user in value.users:
-            if user not in self.claimed and _activation(self.model, user) == 1:
+            if user not in self.claimed and activation(self.model, user) == 1:
                 self.claimed.add(user)
                 ones = torch.ones(step.out_channels)
                 return replace(step, scale2=ones, shift2=torch.zeros_like(ones)), user
         for norm in value.users:
-            affine, relu = _affine(self.model, norm), self._only_user(norm)
-            if affine is not None and relu is not None and _activation(self.model, relu) == 1:
+            affine, relu = affine_of(self.model, norm), self._only_user(norm)
+            if affine is not None and relu is not None and activation(self.model, relu) == 1:
                 self.claimed.update((norm, relu))
                 return replace(step, scale2=affine[0].float(), shift2=affine[1].float()), relu
         return step, None
-
-
-def _is_map(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
-    maps = (*_CONVS, QuantConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
-    if isinstance(_module(model, node), maps):
-        return True
-    if _activation(model, node) or _addition(node) is not None:
-        return any(_is_map(model, a) for a in node.all_input_nodes)
-    return any(isinstance(_module(model, user), maps) for user in node.users)
 
 
 # ---------------------------------------------------------------- the new graph
@@ -358,6 +227,7 @@ def _lower(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         if (step := _start(model, node)) is not None:
             found = absorber.absorb(node, step)
             fused[found.main] = found
+    _follow(model, graph, fused, absorber.claimed)
     seconds = {f.second: f for f in fused.values() if f.second is not None}
     by_name = {node.name: node for node in graph.nodes}
 
@@ -374,10 +244,35 @@ def _lower(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _Writer(model, graph, fused, seconds, live, needs).write()
 
 
+def _follow(model: nn.Module, graph: fx.Graph, fused: dict[fx.Node, _Fused], claimed: set[fx.Node]) -> None:
+    """Adds the nodes that can read compact maps as they are to the fused ones."""
+    compact: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        owner = fused.get(node)
+        if owner is not None and isinstance(owner.step, Step):
+            fill = _fill(owner.step, {other.name: spec for other, spec in compact.items()})
+            if fill:
+                compact.update({value: fill for value in (owner.main, owner.second) if value is not None})
+        elif node not in claimed and (found := follower(model, node, compact)) is not None:
+            step, fill = found
+            fused[node] = _Fused(step, node, None)
+            if fill:
+                compact[node] = fill
+
+
+def _fill(step: Step, fills: dict[str, str]) -> str:
+    """The sampling whose nearest computed positions stand for a step's output; empty for every one."""
+    if step.kind == "filled":
+        return step.sampling
+    source = fills.get(step.source, "")
+    shortcut = fills.get(step.shortcut.source, "") if step.shortcut else source
+    return source if keeps_compact(step, source, shortcut) else ""
+
+
 def _pool_outside(model: nn.Module, graph: fx.Graph) -> None:
     """A down-sampling half by average pooling, as the pooling and the sampled convolution it is."""
     for node in list(graph.nodes):
-        module = _module(model, node)
+        module = module_of(model, node)
         if isinstance(module, SampledDown2d) and module.window > 1:
             with graph.inserting_before(node):
                 pooled = graph.call_function(window_means, (node.args[0], module.window))
@@ -411,9 +306,10 @@ class _Writer:
     def write(self) -> fx.GraphModule:
         for node in self.graph.nodes:
             owner = self.fused.get(node)
-            if owner is not None and (node in self.live or owner.second in self.live):
-                self.pending.append(owner)
-            elif node in self.live and node not in self.seconds and node not in self.fused:
+            if owner is not None and self._joins(owner):
+                if node in self.live or owner.second in self.live:
+                    self.pending.append(owner)
+            elif node in self.live and node not in self.seconds:
                 if self._written_by_pending() & set(node.all_input_nodes):
                     self._flush()
                 self.copied[node] = self.result.node_copy(node, lambda n: self.copied[n])
@@ -425,6 +321,12 @@ class _Writer:
             elif node.op == "get_attr":
                 _attach(root, str(node.target), operator.attrgetter(str(node.target))(self.model))
         return fx.GraphModule(root, self.result, type(self.model).__name__)
+
+    def _joins(self, owner: _Fused) -> bool:
+        """A map that has left its program is filled: what would have followed there is an ordinary node."""
+        return isinstance(owner.step, Step) or self._written_by_pending().issuperset(
+            owner.main.all_input_nodes
+        )
 
     def _written_by_pending(self) -> set[fx.Node]:
         return {node for owner in self.pending for node in (owner.main, owner.second) if node is not None}

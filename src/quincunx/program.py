@@ -3,7 +3,8 @@
 A *step* is a convolution (dense, sampled or transposed) with everything that can ride on its output:
 bias, residual, activation, and a second output relu(out scale + shift), the pre-activation of the
 next block. A *program* is a list of steps; on the CPU consecutive steps are one native call, and maps
-between them stay compact in one arena.
+between them stay compact in one arena. Between convolutions there may be what else reads compact maps, a
+*follower*, which is a call of its own.
 """
 
 from __future__ import annotations
@@ -14,16 +15,27 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from quincunx.latency import measure
+from quincunx.latency import speed_ratio
 from quincunx.ops import backend, native
-from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan, nearest_index, position_index
+from quincunx.steps import (
+    Follower,
+    Map,
+    Step,
+    fill_maps,
+    follow,
+    followed,
+    output,
+    reference,
+    settled,
+    shortcut_rows,
+    tables,
+)
 
-__all__ = ["Program", "Shortcut", "Step"]
+__all__ = ["Program"]
 
 # what a part of a program does: it reads values by name and adds others
 Stage = Callable[[dict[str, Tensor]], None]
@@ -32,103 +44,6 @@ Stage = Callable[[dict[str, Tensor]], None]
 _ALIGN = 32
 # one native call less is worth this much time of a step
 _MARGIN = 0.95
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """What is added to a step's output: another map, every ``stride``-th position of it, padded with
-    zero channels."""
-
-    source: str
-    stride: int = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One convolution and its epilogue.
-
-    out = act(conv(source) + bias + shortcut), out2 = relu(out scale2 + shift2).
-
-    Attributes:
-        kind: "dense", "sampled" (to a sampled map), "filled" (sampled, read by others as if filled
-            from the nearest computed position) or "transposed" (from a sampled map).
-        weight: [O, C / groups, kh, kw]; of "transposed" [C, O / groups, kh, kw].
-        like: of "transposed", the map whose height and width the output has.
-        out, out2: names of the outputs, None for one that nobody reads.
-    """
-
-    kind: str
-    source: str
-    weight: Tensor
-    bias: Tensor | None
-    geometry: Geometry
-    groups: int
-    sampling: str = ""
-    like: str | None = None
-    shortcut: Shortcut | None = None
-    activation: int = 0
-    out: str | None = None
-    out2: str | None = None
-    scale2: Tensor | None = None
-    shift2: Tensor | None = None
-
-    @property
-    def out_channels(self) -> int:
-        return self.weight.shape[1] * self.groups if self.kind == "transposed" else self.weight.shape[0]
-
-    @property
-    def taps(self) -> int:
-        return self.weight.shape[2] * self.weight.shape[3]
-
-    @property
-    def reads(self) -> list[str]:
-        return [self.source] + ([self.shortcut.source] if self.shortcut else [])
-
-    @property
-    def needs(self) -> list[str]:
-        """What it reads, and the map whose size alone it takes."""
-        return self.reads + ([self.like] if self.like else [])
-
-    @property
-    def writes(self) -> list[str]:
-        return [name for name in (self.out, self.out2) if name is not None]
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A value's shape: what a consumer sees, [channels, *size], and the rows that are stored."""
-
-    channels: int
-    size: tuple[int, int]
-    fill: str = ""  # spec of the sampling whose nearest computed position stands for each position
-
-    @property
-    def stored(self) -> tuple[int, int]:
-        return (_count(self.fill, self.size), 1) if self.fill else self.size
-
-    @property
-    def numel(self) -> int:
-        return self.channels * self.stored[0] * self.stored[1]
-
-
-def _count(spec: str, size: tuple[int, int]) -> int:
-    return int(position_index(spec, *size).shape[0])
-
-
-def _output(step: Step, maps: dict[str, _Map]) -> _Map:
-    if step.like is not None:
-        return _Map(step.out_channels, maps[step.like].size)
-    grid = step.geometry.grid(*maps[step.source].size)
-    if step.kind == "sampled":
-        return _Map(step.out_channels, (_count(step.sampling, grid), 1))
-    return _Map(step.out_channels, grid, step.sampling if step.kind == "filled" else "")
-
-
-def _plan(step: Step, maps: dict[str, _Map]) -> Plan:
-    source = maps[step.source]
-    if step.kind == "transposed":
-        return adjoint_plan(step.sampling, step.geometry, *_output(step, maps).size)
-    return forward_plan(step.sampling, step.geometry, *source.size, source=source.fill or None)
 
 
 def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, **__: Any) -> int:
@@ -152,54 +67,6 @@ def _count_flops() -> None:
     register_flop_formula(torch.ops.quincunx_native.run_program)(_program_flops)
 
 
-@lru_cache(maxsize=1024)
-def _shortcut_rows(size: tuple[int, int], stride: int, fill: str, out: _Map) -> Tensor:
-    """The stored row of the shortcut's source behind each stored row of the output, int32."""
-    height, width = size
-    positions = torch.arange(height * width).view(height, width)[::stride, ::stride]
-    if positions.numel() != out.size[0] * out.size[1]:
-        raise ValueError(f"a shortcut from {size} by stride {stride} does not meet an output of {out.size}")
-    rows = positions.flatten()
-    if out.fill:
-        rows = rows[position_index(out.fill, *out.size)]
-    if fill:
-        rows = nearest_index(fill, height, width)[rows]
-    return rows.int()
-
-
-def _reference(step: Step, values: dict[str, Tensor], maps: dict[str, _Map]) -> None:
-    """A step by torch's operators and those of the contract; adds its outputs to ``values``."""
-    geometry, x = step.geometry, values[step.source]
-    bias = None if step.bias is None else step.bias.to(step.weight.dtype)
-    where = (geometry.stride, geometry.padding, geometry.dilation, step.groups)
-    if step.kind == "transposed":
-        size = _output(step, maps).size
-        out = torch.ops.quincunx.conv_transpose(x, step.weight, bias, size, step.sampling, *where)
-    elif step.kind == "dense":
-        top, bottom, left, right = geometry.padding
-        padding: tuple[int, int] = (top, left)
-        if top != bottom or left != right:
-            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        out = F.conv2d(x, step.weight, bias, geometry.stride, padding, geometry.dilation, step.groups)
-    else:
-        out = torch.ops.quincunx.conv(x, step.weight, bias, step.sampling, *where)
-        if step.kind == "filled":
-            out = torch.ops.quincunx.fill(out, step.sampling, geometry.grid(*x.shape[2:]))
-    if step.shortcut is not None:
-        other, stride = values[step.shortcut.source], step.shortcut.stride
-        if stride > 1:
-            other = other[:, :, ::stride, ::stride]
-        missing = out.shape[1] - other.shape[1]
-        out = out + (F.pad(other, (0, 0, 0, 0, 0, missing)) if missing else other)
-    if step.activation:
-        out = F.relu(out) if step.activation == 1 else F.relu6(out)
-    if step.out is not None:
-        values[step.out] = out
-    if step.out2 is not None and step.scale2 is not None and step.shift2 is not None:
-        scale, shift = (t.to(out.dtype).view(1, -1, 1, 1) for t in (step.scale2, step.shift2))
-        values[step.out2] = F.relu(out * scale + shift)
-
-
 # ---------------------------------------------------------------- native segments
 
 
@@ -220,7 +87,7 @@ class _Segment:
         values.update(zip(self.outputs, found, strict=True))
 
 
-def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, _Map]) -> dict[str, int]:
+def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) -> dict[str, int]:
     """First fit: an offset for each map inside the segment, none overlapping one that is still read."""
     first = {name: i for i, step in enumerate(steps) for name in step.writes}
     last = {name: i for i, step in enumerate(steps) for name in step.reads}
@@ -241,7 +108,7 @@ def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, _Map])
     return offsets
 
 
-def _segment(steps: Sequence[Step], maps: dict[str, _Map], wanted: set[str]) -> _Segment:
+def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _Segment:
     """Tables, packed weights, buffers and code of consecutive steps."""
     written = [name for step in steps for name in step.writes]
     read = [name for step in steps for name in step.reads]
@@ -267,13 +134,13 @@ def _segment(steps: Sequence[Step], maps: dict[str, _Map], wanted: set[str]) -> 
         return known[id(tensor)]
 
     for step in steps:
-        plan, out = _plan(step, maps), _output(step, maps)
+        plan, out = tables(step, maps), output(step, maps)
         residual, rows, channels = -1, None, 0
         if step.shortcut is not None:
             source = maps[step.shortcut.source]
             residual, channels = numbers[step.shortcut.source], source.channels
             if step.shortcut.stride > 1 or source.fill or out.fill:
-                rows = _shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
+                rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
         segment.code += [
             numbers[step.source],
             number(native.pack(step.weight, step.groups, step.kind == "transposed")),
@@ -301,7 +168,7 @@ def _segment(steps: Sequence[Step], maps: dict[str, _Map], wanted: set[str]) -> 
 _FASTER: dict[tuple[Any, ...], bool] = {}
 
 
-def _prefers_torch(step: Step, maps: dict[str, _Map], batch: int) -> bool:
+def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
     """Whether torch's convolution is faster for a dense step of this shape; measured once a process."""
     shortcut = maps[step.shortcut.source] if step.shortcut else None
     key = (
@@ -320,19 +187,16 @@ def _prefers_torch(step: Step, maps: dict[str, _Map], batch: int) -> bool:
     if key not in _FASTER:
         values = {name: _example(maps[name], batch, step.weight.dtype) for name in step.reads}
         ours = _segment([step], maps, set(step.writes))
-        found = measure(
-            {
-                "ours": partial(ours.run, dict(values)),
-                "torch": partial(_reference_stage, step, maps, dict(values)),
-            },
-            rounds=7,
-            round_seconds=0.005,
+        ratio = speed_ratio(
+            partial(_reference_stage, step, maps, dict(values)),
+            partial(ours.run, dict(values)),
+            level=1 / _MARGIN,
         )
-        _FASTER[key] = found["torch"].speedup_over(found["ours"])[0] * _MARGIN > 1
+        _FASTER[key] = ratio * _MARGIN > 1
     return _FASTER[key]
 
 
-def _example(shape: _Map, batch: int, dtype: torch.dtype) -> Tensor:
+def _example(shape: Map, batch: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(batch, shape.channels, *shape.stored).to(dtype, memory_format=torch.channels_last)
 
 
@@ -343,7 +207,7 @@ class Program(nn.Module):
     """Steps as a module: maps in, maps out. Its weights are constants, in packed layout where used.
 
     Args:
-        steps: in order.
+        steps: in order, convolutions and what follows them; all in the dtype of the first convolution.
         inputs: names of the arguments.
         outputs: names of the values returned.
         native_only: never torch's own convolution, not even where it is faster.
@@ -351,7 +215,7 @@ class Program(nn.Module):
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        steps: Sequence[Step | Follower],
         inputs: Sequence[str],
         outputs: Sequence[str],
         *,
@@ -360,25 +224,28 @@ class Program(nn.Module):
         super().__init__()
         self.native_only = native_only
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
+        self._weight = next(step.weight for step in steps if isinstance(step, Step))
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its maps."""
+        return self._weight.dtype
 
     def extra_repr(self) -> str:
         return f"{len(self.steps)} steps, ({', '.join(self.inputs)}) -> ({', '.join(self.outputs)})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
-        weight = self.steps[0].weight
-        moved = fn(weight[:0])
-        if moved.dtype != weight.dtype or moved.device != weight.device:
+        moved = fn(self._weight[:0])
+        if moved.dtype != self.dtype or moved.device != self._weight.device:
             raise RuntimeError("a fused network is frozen: convert the model first, then call qx.fuse")
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         for name, tensor in zip(self.inputs, arguments, strict=True):
-            if tensor.dtype != self.steps[0].weight.dtype:
-                raise TypeError(
-                    f"{name}: {tensor.dtype}, but the network was fused in {self.steps[0].weight.dtype}"
-                )
+            if tensor.dtype != self.dtype:
+                raise TypeError(f"{name}: {tensor.dtype}, but the network was fused in {self.dtype}")
         key = (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
         stages = self._compiled.get(key)
         if stages is None:
@@ -393,49 +260,60 @@ class Program(nn.Module):
     def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
         batch = shapes[0][0]
         maps = {
-            name: _Map(shape[1], (shape[2], shape[3]))
-            for name, shape in zip(self.inputs, shapes, strict=True)
+            name: Map(shape[1], (shape[2], shape[3])) for name, shape in zip(self.inputs, shapes, strict=True)
         }
-        native_here = backend().name == "native" and self.steps[0].weight.dtype in native.DTYPES
-        by_torch = []
-        for step in self.steps:
-            shape = _output(step, maps)
-            dense = step.kind == "dense" and not maps[step.source].fill
+        native_here = backend().name == "native" and self.dtype in native.DTYPES
+        steps: list[Step | Follower] = []
+        by_torch: dict[int, bool] = {}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Follower):
+                shape = followed(step, maps)
+            else:
+                step = settled(step, maps)
+                shape = output(step, maps)
+            steps.append(step)
             # outside a native segment there are no compact filled maps
-            plain = _Map(shape.channels, shape.size)
+            plain = Map(shape.channels, shape.size)
             for name in step.writes:
                 maps[name] = shape if native_here else plain
-            by_torch.append(
-                not native_here
-                or (not self.native_only and dense and not shape.fill and _prefers_torch(step, maps, batch))
-            )
-        mixed = self._stages(maps, by_torch)
-        if not native_here or not any(by_torch) or all(by_torch):
+            if isinstance(step, Step):
+                dense = step.kind == "dense" and not maps[step.source].fill and not shape.fill
+                by_torch[number] = not native_here or (
+                    not self.native_only and dense and _prefers_torch(step, maps, batch)
+                )
+        mixed = self._stages(steps, maps, {number for number, torchs in by_torch.items() if torchs})
+        if not native_here or not any(by_torch.values()) or all(by_torch.values()):
             return mixed
         # a step that torch runs faster also cuts a native call in two
-        whole = self._stages(maps, [False] * len(self.steps))
-        example = {name: _example(maps[name], batch, self.steps[0].weight.dtype) for name in self.inputs}
-        runs = {"mixed": partial(_run, mixed, example), "whole": partial(_run, whole, example)}
-        found = measure(runs, rounds=9, round_seconds=0.01)
-        return mixed if found["mixed"].speedup_over(found["whole"])[0] * _MARGIN > 1 else whole
+        whole = self._stages(steps, maps, set())
+        example = {name: _example(maps[name], batch, self.dtype) for name in self.inputs}
+        ratio = speed_ratio(partial(_run, mixed, example), partial(_run, whole, example), level=1 / _MARGIN)
+        return mixed if ratio * _MARGIN > 1 else whole
 
-    def _stages(self, maps: dict[str, _Map], by_torch: list[bool]) -> list[Stage]:
+    def _stages(
+        self, steps: Sequence[Step | Follower], maps: dict[str, Map], by_torch: set[int]
+    ) -> list[Stage]:
         stages: list[Stage] = []
-        i = 0
-        while i < len(self.steps):
-            if by_torch[i]:
-                stages.append(partial(_reference_stage, self.steps[i], maps))
-                i += 1
-                continue
-            end = i
-            while end < len(self.steps) and not by_torch[end]:
-                end += 1
-            later = {name for step in self.steps[end:] for name in step.reads} | set(self.outputs)
-            stages.append(_segment(self.steps[i:end], maps, later).run)
-            i = end
+        segment: list[Step] = []
+        for number, step in enumerate(steps):
+            alone: Stage | None = None
+            if isinstance(step, Follower):
+                alone = partial(follow, step, maps)
+            elif number in by_torch:
+                alone = partial(_reference_stage, step, maps)
+            else:
+                segment.append(step)
+            if segment and (alone is not None or number == len(steps) - 1):
+                # a step that stands alone reads what the segment before it wrote
+                rest = steps[number if alone is not None else number + 1 :]
+                later = {name for other in rest for name in other.reads} | set(self.outputs)
+                stages.append(_segment(segment, maps, later).run)
+                segment = []
+            if alone is not None:
+                stages.append(alone)
         filled = [(name, maps[name]) for name in self.outputs if maps[name].fill]
         if filled:
-            stages.append(partial(_fill_outputs, filled))
+            stages.append(partial(fill_maps, filled))
         return stages
 
 
@@ -446,14 +324,9 @@ def _run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor
     return values
 
 
-def _reference_stage(step: Step, maps: dict[str, _Map], values: dict[str, Tensor]) -> None:
+def _reference_stage(step: Step, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
     local = {name: values[name] for name in step.reads}
     # others may still read the compact maps
-    _fill_outputs([(name, maps[name]) for name in step.reads if maps[name].fill], local)
-    _reference(step, local, maps)
+    fill_maps([(name, maps[name]) for name in step.reads], local)
+    reference(step, local, maps)
     values.update({name: local[name] for name in step.writes})
-
-
-def _fill_outputs(filled: Sequence[tuple[str, _Map]], values: dict[str, Tensor]) -> None:
-    for name, shape in filled:
-        values[name] = torch.ops.quincunx.fill(values[name], shape.fill, shape.size)

@@ -15,7 +15,7 @@ from quincunx.ops.functional import Padding, expand_padding, pair
 from quincunx.plan import Geometry
 from quincunx.sampling import Positions, Sampling, from_spec
 
-__all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "resized"]
+__all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "laid", "resized"]
 
 
 class SeparableConv2d(nn.Module):
@@ -283,15 +283,7 @@ class MaskedConv2d(PerforatedConv2d):
         Raises:
             ValueError: it belongs to another one and may not be resized.
         """
-        mask = self.sampling
-        if not isinstance(mask, Positions) or mask.size == size:
-            return mask
-        if not self.resize_masks:
-            raise ValueError(
-                f"grid {size[0]} x {size[1]}: this mask was estimated on {mask.size[0]} x {mask.size[1]}; "
-                "estimate it again on inputs of this size, or ask for resize_masks=True"
-            )
-        return resized(mask.spec, *size)
+        return laid(self.sampling, size, self.resize_masks)
 
     def forward(
         self,
@@ -318,6 +310,22 @@ class MaskedConv2d(PerforatedConv2d):
         else:
             y = filled_conv2d(x, self.weight, self.bias, source=source, size=size, **where)
         return y if compact else fill_nearest(y, sampling=mask, size=grid)
+
+
+def laid(mask: Sampling, size: tuple[int, int], resize: bool) -> Sampling:
+    """A mask on a grid; only explicit positions belong to one.
+
+    Raises:
+        ValueError: they belong to another one and may not be resized.
+    """
+    if not isinstance(mask, Positions) or mask.size == size:
+        return mask
+    if not resize:
+        raise ValueError(
+            f"grid {size[0]} x {size[1]}: this mask was estimated on {mask.size[0]} x {mask.size[1]}; "
+            "estimate it again on inputs of this size, or ask for resize_masks=True"
+        )
+    return resized(mask.spec, *size)
 
 
 @lru_cache(maxsize=1024)

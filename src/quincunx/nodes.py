@@ -1,0 +1,349 @@
+"""What the nodes of a traced network are: which ones a convolution can take along, and which ones can read
+maps in compact form.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from quincunx.nn import SampledConv2d, SampledConvTranspose2d
+from quincunx.paired import PairedDown2d, PairedUp2d
+from quincunx.plan import Geometry
+from quincunx.quantised import QuantConv2d, QuantLinear
+from quincunx.steps import Follower
+
+__all__ = [
+    "CONVS",
+    "activation",
+    "addition",
+    "affine_of",
+    "drop_nothings",
+    "follower",
+    "give_sizes",
+    "is_map",
+    "module_of",
+    "out_of_place",
+    "padded_channels",
+    "size_of",
+    "subsampled",
+    "trace",
+]
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
+CONVS = (nn.Conv2d, SampledConv2d, SampledConvTranspose2d)
+# they run as they are
+_WHOLE = (QuantConv2d, QuantLinear)
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*CONVS, *_WHOLE)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
+        raise TypeError(
+            f"model: {type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
+            "fuse the parts of it that can be"
+        ) from error
+
+
+def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def drop_nothings(model: nn.Module, graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if isinstance(module_of(model, node), _NOTHING):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def out_of_place(model: nn.Module, graph: fx.Graph) -> None:
+    """In-place additions and activations made ordinary: who reads the changed value afterwards is made
+    to read the result."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        module = module_of(model, node)
+        inplace = (
+            getattr(module, "inplace", False)
+            or node.target in (operator.iadd, "add_", "relu_", torch.relu_, F.relu_)
+            or node.kwargs.get("inplace", False)
+        )
+        if inplace and node.args and isinstance(node.args[0], fx.Node):
+            changed = node.args[0]
+            for user in list(changed.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(changed, node)
+            if module is not None:
+                module.inplace = False  # type: ignore[assignment]
+            elif node.op == "call_function":
+                node.target = torch.add if node.target is operator.iadd else F.relu
+            elif node.op == "call_method":
+                node.target = str(node.target).rstrip("_")
+            if "inplace" in node.kwargs:
+                node.kwargs = {**node.kwargs, "inplace": False}
+
+
+def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
+    """Second halves of pairs are told the size of the first's input, which else is noted at run time."""
+    firsts: dict[int, fx.Node] = {}
+    for node in list(graph.nodes):
+        module = module_of(model, node)
+        if isinstance(module, PairedDown2d):
+            firsts[id(module.grid)] = node
+        elif isinstance(module, PairedUp2d) and len(node.args) == 1 and id(module.grid) in firsts:
+            with graph.inserting_before(node):
+                shape = graph.call_function(getattr, (firsts[id(module.grid)].args[0], "shape"))
+                node.args = (*node.args, graph.call_function(operator.getitem, (shape, slice(2, None, None))))
+
+
+# ---------------------------------------------------------------- what a node is
+
+
+def activation(model: nn.Module, node: fx.Node) -> int:
+    """1 for ReLU, 2 for ReLU6, 0 for anything else."""
+    module = module_of(model, node)
+    if isinstance(module, nn.ReLU) or (node.op != "call_module" and node.target in _RELUS):
+        return 1
+    sixth = isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0)
+    return 2 if sixth or node.target is F.relu6 else 0
+
+
+def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two maps that a node adds."""
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or node.kwargs:
+        return None
+    if len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args):
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    return None
+
+
+def affine_of(model: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """(scale, shift) of a batch norm in evaluation mode, float64."""
+    norm = module_of(model, node)
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift + norm.bias.double() if norm.bias is not None else shift
+
+
+def subsampled(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """A node x[:, :, ::s, ::s] as (x, s)."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    whole = slice(None, None, None)
+    index = node.args[1]
+    steps = [i.step for i in index[2:] if isinstance(i, slice) and i.start is None and i.stop is None]
+    if len(index) != 4 or index[:2] != (whole, whole) or len(steps) != 2 or steps[0] != steps[1]:
+        return None
+    return (node.args[0], steps[0]) if isinstance(steps[0], int) and steps[0] > 1 else None  # type: ignore[return-value]
+
+
+def padded_channels(node: fx.Node) -> fx.Node | None:
+    """The map that a node pads with zero channels behind its own."""
+    if node.target is not F.pad or len(node.args) != 2:
+        return None
+    if node.kwargs.get("mode", "constant") != "constant" or node.kwargs.get("value"):
+        return None
+    amounts = node.args[1]
+    zero = isinstance(amounts, tuple) and len(amounts) == 6 and not any(amounts[:5])
+    return node.args[0] if zero and isinstance(amounts[5], int) and amounts[5] >= 0 else None  # type: ignore[return-value,index]
+
+
+def size_of(node: object) -> fx.Node | None:
+    """The map whose height and width an argument is: x.shape[2:], x.shape[-2:] or x.size()[2:]."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return None
+    shape, index = node.args
+    if index not in (slice(2, None, None), slice(-2, None, None)) or not isinstance(shape, fx.Node):
+        return None
+    is_shape = shape.target is getattr and shape.args[1] == "shape"
+    is_size = shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1
+    return shape.args[0] if is_shape or is_size else None  # type: ignore[return-value]
+
+
+def is_map(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
+    maps = (*CONVS, QuantConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+    if isinstance(module_of(model, node), maps):
+        return True
+    if activation(model, node) or addition(node) is not None:
+        return any(is_map(model, a) for a in node.all_input_nodes)
+    return any(isinstance(module_of(model, user), maps) for user in node.users)
+
+
+# ---------------------------------------------------------------- what reads maps in compact form
+
+# of each position by itself, in evaluation mode
+_POINTWISE_MODULES = (
+    nn.ReLU,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Softplus,
+    nn.LocalResponseNorm,
+)
+_POINTWISE_FUNCTIONS = {
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid),
+    *(F.softplus, F.sigmoid, F.tanh, F.local_response_norm, torch.relu, torch.sigmoid, torch.tanh),
+    *(operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum),
+}
+_POINTWISE_METHODS = {"relu", "sigmoid", "tanh", "add", "sub", "mul"}
+_POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """A function of maps and of constants behind them."""
+
+    function: Callable[..., Tensor]
+    rest: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, *maps: Tensor) -> Tensor:
+        return self.function(*maps, *self.rest, **self.named)
+
+
+def _concatenated(*maps: Tensor) -> Tensor:
+    return torch.cat(maps, 1)
+
+
+def follower(model: nn.Module, node: fx.Node, compact: Mapping[fx.Node, str]) -> tuple[Follower, str] | None:
+    """A node as a step between convolutions, and the fill of its result; None if it needs filled maps.
+
+    Args:
+        compact: the fill of each map that is stored in compact form.
+    """
+    maps = node.all_input_nodes
+    if not maps or not all(other in compact for other in maps):
+        return None
+    if (found := _max_pooling(model, node)) is not None or (found := _mean(model, node)) is not None:
+        return found, ""
+    fill = compact[maps[0]]
+    if any(compact[other] != fill for other in maps):
+        return None
+    found = _concatenation(node) or _pointwise(model, node)
+    return None if found is None else (found, fill)
+
+
+def _names(maps: Sequence[object]) -> tuple[str, ...] | None:
+    """Of maps; None if there is none, or something else among them."""
+    names = tuple(other.name for other in maps if isinstance(other, fx.Node))
+    return names if names and len(names) == len(maps) else None
+
+
+def _constants(values: Iterable[object]) -> bool:
+    return all(value is None or isinstance(value, (bool, int, float, str)) for value in values)
+
+
+def _pointwise(model: nn.Module, node: fx.Node) -> Follower | None:
+    module, count = module_of(model, node), len(node.args)
+    while count and not isinstance(node.args[count - 1], fx.Node):
+        count -= 1
+    sources, rest = _names(node.args[:count]), node.args[count:]
+    if sources is None or not _constants((*rest, *node.kwargs.values())):
+        return None
+    function: Callable[..., Tensor]
+    if isinstance(module, _POINTWISE_MODULES) or affine_of(model, node) is not None:
+        if module is None or rest or node.kwargs:
+            return None
+        function = module
+    elif node.op == "call_function" and node.target in _POINTWISE_FUNCTIONS:
+        function = _Applied(node.target, rest, node.kwargs)
+    elif node.op == "call_method" and node.target in _POINTWISE_METHODS:
+        function = _Applied(getattr(Tensor, str(node.target)), rest, node.kwargs)
+    else:
+        return None
+    return Follower("pointwise", sources, function, node.name)
+
+
+def _concatenation(node: fx.Node) -> Follower | None:
+    if node.target not in (torch.cat, torch.concat) or set(node.kwargs) - {"dim"}:
+        return None
+    maps, dim = node.args[0] if node.args else None, node.kwargs.get("dim", 0)
+    if len(node.args) > 1:
+        dim = node.args[1]
+    sources = _names(maps) if dim in (1, -3) and isinstance(maps, Sequence) else None
+    return None if sources is None else Follower("concat", sources, _concatenated, node.name)
+
+
+def _max_pooling(model: nn.Module, node: fx.Node) -> Follower | None:
+    module = module_of(model, node)
+    if isinstance(module, nn.MaxPool2d):
+        given = {name: getattr(module, name) for name in _POOLING[1:]}
+    elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
+        given = dict(zip(_POOLING, node.args, strict=False)) | node.kwargs
+        given.pop("input", None)
+    else:
+        return None
+    kernel = _both(given["kernel_size"])
+    stride = _both(given.get("stride") or given["kernel_size"])
+    padding, dilation = _both(given.get("padding", 0)), _both(given.get("dilation", 1))
+    if kernel is None or stride is None or padding is None or dilation is None:
+        return None
+    # what torch refuses is left to it
+    fits = all(2 * padding[i] <= kernel[i] for i in (0, 1)) and min(*kernel, *stride, *dilation) > 0
+    if given.get("return_indices", False) or not fits or min(padding) < 0:
+        return None
+    window = Geometry(kernel, stride, (padding[0], padding[0], padding[1], padding[1]), dilation)
+    function = _Applied(F.max_pool2d, (), given)
+    source = node.all_input_nodes[0].name
+    return Follower("maxpool", (source,), function, node.name, window, bool(given.get("ceil_mode", False)))
+
+
+def _both(value: object) -> tuple[int, int] | None:
+    """An integer or a pair of them as (vertical, horizontal)."""
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    first, *others = values * 2 if len(values) == 1 else values
+    if len(others) != 1 or not isinstance(first, int) or not isinstance(others[0], int):
+        return None
+    return first, others[0]
+
+
+def _mean(model: nn.Module, node: fx.Node) -> Follower | None:
+    """The mean over all positions."""
+    module, x = module_of(model, node), node.all_input_nodes[0]
+    keepdim: object = True
+    function: Callable[..., Tensor]
+    if isinstance(module, nn.AdaptiveAvgPool2d) and _both(module.output_size) == (1, 1):
+        function = module
+    elif node.target is F.adaptive_avg_pool2d and len(node.args) == 2 and _both(node.args[1]) == (1, 1):
+        function = _Applied(F.adaptive_avg_pool2d, (1,), {})
+    elif node.target in (torch.mean, "mean") and node.op in ("call_function", "call_method"):
+        named = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+        dims, keepdim = named.get("dim"), named.get("keepdim", False)
+        two = isinstance(dims, Sequence) and sorted(d % 4 if isinstance(d, int) else 0 for d in dims) == [
+            2,
+            3,
+        ]
+        if not two or not isinstance(keepdim, bool) or set(named) - {"input", "self", "dim", "keepdim"}:
+            return None
+        function = _Applied(torch.mean, (), {"dim": (2, 3), "keepdim": keepdim})
+    else:
+        return None
+    return Follower("mean", (x.name,), function, node.name, keepdim=bool(keepdim))
