@@ -213,6 +213,25 @@ def test_pooling_reads_the_compact_map(net):
     assert not [shape for shape in calls.shapes if len(shape) == 4 and shape[2] * shape[3] == 99]
 
 
+def test_maps_that_nobody_reads_any_more_are_let_go(monkeypatch):
+    """As in the network itself: of a long chain with calls in between only the newest maps are there."""
+    monkeypatch.setattr(program, "_prefers_torch", lambda *_: True)
+    model = Net(
+        lambda m, x: m.last(F.max_pool2d(m.c(F.max_pool2d(F.relu(m.a(x) + m.b(x)), 2)), 2)),
+        a=perforated(qx.QUARTER), b=perforated(qx.QUARTER), c=conv(size=3), last=conv(),
+    )  # fmt: skip
+    held = []
+    follow = program.follow
+
+    def noting(step, maps, values):
+        held.append(sorted(values))
+        follow(step, maps, values)
+
+    monkeypatch.setattr(program, "follow", noting)
+    fuse(model)(torch.randn(1, 6, 12, 12))
+    assert [len(names) for names in held[-3:]] == [2, 1, 1]  # both terms; their sum; its activation
+
+
 @needs_native
 def test_pointwise_convolutions_are_computed_at_the_sampled_positions_only(monkeypatch):
     monkeypatch.setattr(program, "_prefers_torch", lambda *_: False)

@@ -10,7 +10,7 @@ between them stay compact in one arena. Between convolutions there may be what e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -37,8 +37,21 @@ from quincunx.steps import (
 
 __all__ = ["Program"]
 
-# what a part of a program does: it reads values by name and adds others
-Stage = Callable[[dict[str, Tensor]], None]
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a program.
+
+    Attributes:
+        run: reads values by name and adds others.
+        reads: the names.
+        spent: values that nobody reads afterwards; their memory goes to the maps that follow.
+    """
+
+    run: Callable[[dict[str, Tensor]], None]
+    reads: frozenset[str]
+    spent: frozenset[str] = frozenset()
+
 
 # elements; keeps every map of the arena on its own cache lines
 _ALIGN = 32
@@ -298,29 +311,36 @@ class Program(nn.Module):
         for number, step in enumerate(steps):
             alone: Stage | None = None
             if isinstance(step, Follower):
-                alone = partial(follow, step, maps)
+                alone = Stage(partial(follow, step, maps), frozenset(step.reads))
             elif number in by_torch:
-                alone = partial(_reference_stage, step, maps)
+                alone = Stage(partial(_reference_stage, step, maps), frozenset(step.reads))
             else:
                 segment.append(step)
             if segment and (alone is not None or number == len(steps) - 1):
                 # a step that stands alone reads what the segment before it wrote
                 rest = steps[number if alone is not None else number + 1 :]
                 later = {name for other in rest for name in other.reads} | set(self.outputs)
-                stages.append(_segment(segment, maps, later).run)
+                native_call = _segment(segment, maps, later)
+                stages.append(Stage(native_call.run, frozenset(native_call.inputs)))
                 segment = []
             if alone is not None:
                 stages.append(alone)
         filled = [(name, maps[name]) for name in self.outputs if maps[name].fill]
         if filled:
-            stages.append(partial(fill_maps, filled))
+            stages.append(Stage(partial(fill_maps, filled), frozenset(name for name, _ in filled)))
+        wanted = frozenset(self.outputs)
+        for number in reversed(range(len(stages))):
+            stages[number] = replace(stages[number], spent=stages[number].reads - wanted)
+            wanted |= stages[number].reads
         return stages
 
 
 def _run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     values = dict(inputs)
     for stage in stages:
-        stage(values)
+        stage.run(values)
+        for name in stage.spent:
+            del values[name]
     return values
 
 
