@@ -337,10 +337,8 @@ def _mean(model: nn.Module, node: fx.Node) -> Follower | None:
     elif node.target in (torch.mean, "mean") and node.op in ("call_function", "call_method"):
         named = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
         dims, keepdim = named.get("dim"), named.get("keepdim", False)
-        two = isinstance(dims, Sequence) and sorted(d % 4 if isinstance(d, int) else 0 for d in dims) == [
-            2,
-            3,
-        ]
+        places = [d % 4 if isinstance(d, int) else 0 for d in dims] if isinstance(dims, Sequence) else []
+        two = sorted(places) == [2, 3]
         if not two or not isinstance(keepdim, bool) or set(named) - {"input", "self", "dim", "keepdim"}:
             return None
         function = _Applied(torch.mean, (), {"dim": (2, 3), "keepdim": keepdim})
