@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -343,6 +343,93 @@ def test_a_fused_copy_of_it_is_another_one():
     fused, x = fuse(model), torch.randn(SIZES[0])
     same(copy.deepcopy(fused)(x), fused(x))
     assert any(isinstance(s, Follower) for p in fused.modules() if isinstance(p, Program) for s in p.steps)
+
+
+# ---------------------------------------------------------------- any network
+
+MASKS = (qx.QUARTER, qx.Random(0.3, 1), qx.Uniform(0.25))
+
+
+@st.composite
+def lines(draw):
+    """Operations (name, the values they read, code) on maps that so far are known to fit them."""
+    shapes, found = [(4, 11, 9)], []  # the input, then the result of each operation
+    for _ in range(draw(st.integers(3, 9))):
+        # the newest maps more often than old ones
+        at = max(0, len(shapes) - 1 - draw(st.sampled_from([0, 0, 0, 1, 2, 4])))
+        channels, *size = shapes[at]
+        twins = [i for i, other in enumerate(shapes) if other[1:] == (*size,)]
+        other = draw(st.sampled_from(twins))
+        name = draw(
+            st.sampled_from(
+                ("masked", "masked", "conv1", "conv1", "conv3", "relu", "norm", "pool", "cat", "add", "add")
+            )
+        )
+        code = draw(st.integers(0, 17))
+        if name == "cat" and channels + shapes[other][0] > 16:
+            continue
+        if name == "add" and channels != shapes[other][0]:
+            continue
+        if name == "pool" and min(size) < 4:
+            continue
+        found.append((name, at, other, code))
+        if name == "cat":
+            channels += shapes[other][0]
+        elif name in ("masked", "conv1", "conv3"):
+            channels = 4
+        elif name == "pool":
+            size = F.max_pool2d(torch.zeros(1, 1, *size), *_pool(code)).shape[2:]
+        shapes.append((channels, *size))
+    return shapes, found
+
+
+def _pool(code):
+    """(kernel, stride, padding, dilation, ceil)."""
+    return 2 + code % 2, 1 + code // 2 % 3, code % 2, 1, code >= 9
+
+
+def built(shapes, found):
+    modules = {}
+    for i, (name, at, _, code) in enumerate(found):
+        inner = shapes[at][0]
+        if name == "masked":
+            size = 1 + 2 * (code // 3 % 2)
+            modules[f"m{i}"] = PerforatedConv2d(inner, 4, size, sampling=MASKS[code % 3], padding=size // 2)
+        elif name in ("conv1", "conv3"):
+            size = int(name[-1])
+            modules[f"m{i}"] = nn.Conv2d(inner, 4, size, padding=size // 2)
+        elif name == "norm":
+            modules[f"m{i}"] = nn.BatchNorm2d(inner)
+
+    def run(m, x):
+        values, read = [x], set()
+        for i, (name, at, other, code) in enumerate(found):
+            y, z = values[at], values[other]
+            read |= {at, other} if name in ("cat", "add") else {at}
+            if name == "relu":
+                values.append(F.relu(y))
+            elif name == "pool":
+                values.append(F.max_pool2d(y, *_pool(code)))
+            elif name == "cat":
+                values.append(torch.cat([y, z], 1))
+            elif name == "add":
+                values.append(y + z)
+            else:
+                values.append(m.get_submodule(f"m{i}")(y))
+        return tuple(value for i, value in enumerate(values) if i not in read)
+
+    return Net(run, **modules)
+
+
+@given(lines(), st.booleans())
+@settings(max_examples=120)
+def test_any_line_of_operations(line, prefer_torch):
+    model = built(*line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "_prefers_torch", lambda *_: prefer_torch)
+        fused, x = fuse(model), torch.randn(2, 4, 11, 9)
+        with torch.no_grad():
+            same(fused(x), model(x))
 
 
 # ---------------------------------------------------------------- other grids
