@@ -285,13 +285,6 @@ def test_no_gradient_is_kept():
     assert not fused(torch.randn(1, 3, 16, 16)).requires_grad
 
 
-def test_a_dense_step_with_a_perforated_shortcut_is_measured_on_the_filled_map():
-    """Which kernel takes it is measured with maps of the sizes that it gets."""
-    model = Net(lambda m, x: m.p1(x) + m.c1(x), p1=PerforatedConv2d(6, 6, 3, padding=1, **P), c1=conv())
-    x = torch.randn(2, 6, 8, 10)
-    torch.testing.assert_close(fuse(model)(x), model(x), **CLOSE)
-
-
 def test_macs_of_a_fused_network_are_those_of_the_network():
     if backend().name != "native":
         pytest.skip("the reference runs the network's own operators")
