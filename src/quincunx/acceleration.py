@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from quincunx.artifact import save, spec_of, write_json
-from quincunx.choice import Search, candidates_named
+from quincunx.choice import Search, candidates_named, pair_name
 from quincunx.cost import cost, inference_mode_of
 from quincunx.data import ImageData, batches
 from quincunx.evaluation import judged
@@ -426,7 +426,9 @@ def _timed(
         whole = _ratio(_measured(networks, (batch, *one.shape[1:]), rounds, fused=unfused is None))
         bar.update(task, advance=1)
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
-    how = f"{engine} before and after, channels_last, {torch.get_num_threads()} threads, batch {batch}"
+    threads = torch.get_num_threads()
+    many = "s" if threads > 1 else ""
+    how = f"{engine} before and after, channels_last, {threads} thread{many}, batch {batch}"
     return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
 
 
@@ -439,7 +441,7 @@ def _chain(model: nn.Module, names: Sequence[str]) -> nn.Module:
 def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """One row for the layers that are replaced together."""
     macs = {key: sum(record[key] for record in records) for key in ("macs_before", "macs_after")}
-    return {"name": " + ".join(names), **records[0], **records[-1], **macs}
+    return {"name": pair_name(names), **records[0], **records[-1], **macs}
 
 
 def _unfused(model: nn.Module) -> str | None:

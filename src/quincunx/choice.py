@@ -15,7 +15,16 @@ from quincunx.methods import Assigned, Espace, LowRank, SpatialBottleneck
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS
 from quincunx.surgery import Method
 
-__all__ = ["CANDIDATES", "Candidate", "Search", "Target", "candidates_named", "choose", "label_of"]
+__all__ = [
+    "CANDIDATES",
+    "Candidate",
+    "Search",
+    "Target",
+    "candidates_named",
+    "choose",
+    "label_of",
+    "pair_name",
+]
 
 # what "auto" tries in each layer, by method
 CANDIDATES: dict[str, tuple[Method, ...]] = {
@@ -177,6 +186,17 @@ def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> 
     if found is None or found.x is None:
         found = milp(-gain, constraints=limits, integrality=np.ones(len(rows)), bounds=Bounds(0, 1))
     return [row for row, taken in zip(rows, found.x, strict=True) if taken > 0.5]
+
+
+def pair_name(names: Sequence[str]) -> str:
+    """A layer's name, or those of a pair, what they share said once.
+
+    Example:
+        >>> pair_name(["layer1.0.conv1", "layer1.0.conv2"])
+        'layer1.0.conv1 + conv2'
+    """
+    parent, dot, _ = names[0].rpartition(".")
+    return " + ".join([names[0], *(name.removeprefix(parent + dot) for name in names[1:])])
 
 
 def label_of(method: Method, pair: bool = False) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quincunx.acceleration_report import acceleration_sentences, search_sentences
+from quincunx.choice import pair_name
 from quincunx.comparison import Compared as MethodPoint
 from quincunx.cost import Cost
 from quincunx.report import Line
@@ -217,7 +218,7 @@ def print_search(record: dict[str, Any]) -> None:
     for row in record["chosen"]:
         found = scored[tuple(row["layers"]), row["label"]]
         table.add_row(
-            " + ".join(row["layers"]),
+            pair_name(row["layers"]),
             row["label"],
             f"{found['loss']:.2g}",
             f"{1e6 * found['seconds_saved'][1]:.0f}",

@@ -172,6 +172,13 @@ def _axes(labels: Sequence[str]) -> tuple[Figure, Any, int]:
     return figure, axes, columns
 
 
+def _log_labels(axes: Any, subs: tuple[int, ...]) -> None:
+    """Plain numbers at powers of ten times ``subs``."""
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _legend(figure: Figure, columns: int) -> None:
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.4)
 
@@ -198,9 +205,7 @@ def learning_curves(curves: Sequence[Curve]) -> Picture:
         )
     axes.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_labels(axes, (1, 2, 5))
     _legend(figure, columns)
     ends = "; ".join(f"{c.label} ends at {c.errors[-1]:.2f}%" for c in curves if c.errors)
     return _picture(figure, "Learning curves", f"Test error by epoch, logarithmic scale. {ends}.")
@@ -359,8 +364,8 @@ def candidate_scores(dots: Sequence[Dot]) -> Picture:
                 marker=marker,
                 label=_shorten(name) if chosen else None,
             )
-    axes.set_yscale("log")
-    axes.set(xlabel="microseconds saved in the network", ylabel="loss (divergence) alone")
+    axes.set(xlabel="microseconds saved in the network", ylabel="loss (divergence) alone", yscale="log")
+    _log_labels(axes, (1,))
     _legend(figure, columns)
     taken = sum(dot.chosen for dot in dots)
     text = f"{len(dots)} candidates, {taken} of them chosen (filled)."

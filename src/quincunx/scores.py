@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.artifact import difference, read_json, write_json
-from quincunx.choice import Candidate, label_of
+from quincunx.choice import Candidate, label_of, pair_name
 from quincunx.cost import cost, inference_mode_of
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, measure_models
@@ -53,6 +53,7 @@ class Scores:
         answers: log-probabilities of the original network, batch by batch.
         dense: its fused form.
         macs: of one image.
+        reference: seconds of one call of the dense network, to which shares saved are applied.
         choices: what was chosen before, by target; kept in the table.
     """
 
@@ -81,6 +82,7 @@ class Scores:
         self.dense = inference_form(model)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
+        self.reference = 0.0
         with inference_mode_of(model):
             self.answers = [model(batch.input).float().log_softmax(-1) for batch in self.context.data]
 
@@ -100,6 +102,9 @@ class Scores:
         """Time and score every candidate that the table does not know yet."""
         began = time.perf_counter()
         self._recall(table)
+        if not self.reference:
+            timed = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)
+            self.reference = timed[""].median
         classes: dict[str, list[tuple[Layer, ...]]] = {}
         for unit in self.units:
             classes.setdefault(_shape_of(unit), []).append(unit)
@@ -116,7 +121,7 @@ class Scores:
                         continue
                     self._score(unit, row)
                     left = sum(not _finished(other) for other in todo)
-                    self.tell(f"{' + '.join(names)}: {row.label}", 1 - left / len(todo))
+                    self.tell(f"{pair_name(names)}: {row.label}", 1 - left / len(todo))
                 self.context.kept = None
                 self.write(table)
 
@@ -153,7 +158,7 @@ class Scores:
         waiting = [r for r in rows if r.layers == names[0] and r.seconds_saved is None and r.why_not is None]
         networks: dict[str, nn.Module] = {}
         for row in waiting:
-            self.tell(f"timing {row.label} in {' + '.join(row.layers)}", -1.0)
+            self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
             with _excused(row):
                 with self._tried(units[0], row) as specs:
                     if row.loss is None:
@@ -168,7 +173,9 @@ class Scores:
         timings = measure_models({"": self.dense, **networks}, self._timed_input(), rounds=_ROUNDS)
         for row in rows:
             if row.label in networks:
-                row.seconds_saved = _saved(timings[""], timings[row.label], len(units))
+                shares = _saved(timings[""], timings[row.label], len(units))
+                low, middle, high = (share * self.reference for share in shares)
+                row.seconds_saved = (low, middle, high)
                 if row.seconds_saved[0] <= 0:
                     row.why_not = "no gain, stays dense"
 
@@ -224,7 +231,7 @@ class Scores:
                     row.why_not = None
                 row.seconds_saved = None if saved is None else (saved[0], saved[1], saved[2])
         self.specs = {(shape, label): specs for shape, label, specs in content["specs"]}
-        self.choices = content["choices"]
+        self.choices, self.reference = content["choices"], content["reference"]
 
     def write(self, table: Path | None) -> None:
         """Put the table in its file, if it has one."""
@@ -237,6 +244,7 @@ class Scores:
                     "identity": self._identity(),
                     "rows": [row.to_dict() for row in self.rows],
                     "specs": [[shape, label, specs] for (shape, label), specs in self.specs.items()],
+                    "reference": self.reference,
                     "choices": self.choices,
                 },
             )
@@ -280,8 +288,11 @@ def _shape_of(unit: tuple[Layer, ...]) -> str:
 
 
 def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, float]:
-    """Quartiles over the rounds of what one unit saves."""
-    each = (np.array(before.seconds) - np.array(after.seconds)) / units
+    """Quartiles over the rounds of the share of the network's time that one unit saves.
+
+    A round's two times lie side by side, so shares hold where the machine's speed drifts.
+    """
+    each = (1 - np.array(after.seconds) / np.array(before.seconds)) / units
     low, middle, high = np.percentile(each, [25, 50, 75])
     return float(low), float(middle), float(high)
 

@@ -345,10 +345,10 @@ def tried(context: Context, method: Method, layers: Sequence[Layer]) -> Iterator
     try:
         for layer in layers:
             if (reason := method.refuse(layer, context)) is not None:
-                raise ValueError(f"layer {layer.name!r}: {reason}")
+                raise ValueError(reason)
         done = _replace(method, list(layers), context, None, skipped)
-        for name, reason in skipped.items():
-            raise ValueError(f"layer {name!r}: {reason}")
+        for reason in skipped.values():
+            raise ValueError(reason)
         yield done
     finally:
         for layer in layers:
