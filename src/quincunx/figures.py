@@ -174,6 +174,8 @@ def _axes(labels: Sequence[str]) -> tuple[Figure, Any, int]:
 
 def _log_labels(axes: Any, subs: tuple[int, ...]) -> None:
     """Plain numbers at powers of ten times ``subs``."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -186,7 +188,7 @@ def _legend(figure: Figure, columns: int) -> None:
 @_styled
 def learning_curves(curves: Sequence[Curve]) -> Picture:
     """Test error by epoch, logarithmic."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator
 
     labels = [_shorten(curve.label) for curve in curves]
     figure, axes, columns = _axes(labels)
