@@ -81,9 +81,19 @@ def test_every_sweep_has_settings_that_can_be_used():
         assert len({(p.series, p.label) for p in points}) == len(points) > 0
 
 
+def test_the_masks_are_drawn_at_the_same_rates_random_ones_by_several_seeds():
+    points = SWEEPS["masks"]()
+    rates = {p.method.rate for p in points if p.series == "espace, impact"}
+    assert len(rates) == 5
+    for mask in ("uniform", "random"):
+        assert {p.method.rate for p in points if p.method.mask == mask} == rates
+    drawn = [p.method for p in points if p.method.mask == "random"]
+    assert {(m.rate, m.seed) for m in drawn} == {(rate, seed) for rate in rates for seed in (0, 1, 2)}
+
+
 def test_every_method_goes_through_the_same_comparison(tmp_path):
     """One setting each of all, fine-tuned alike, saved, loaded and timed."""
-    points = [SWEEPS[name]()[0] for name in SWEEPS]
+    points = [SWEEPS[name]()[0] for name in SWEEPS if name != "masks"]
     torch.manual_seed(0)
     model = qx.networks.build("cifar-resnet8", 3, 3).eval()
     recipe = Recipe("tiny", epochs=1, batch_size=30, lr=0.001, augment="none")

@@ -70,13 +70,28 @@ class Compared:
         return asdict(self)
 
 
-def _espace(masks: Sequence[str] = ("impact",)) -> list[Point]:
-    rates = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
+_RATES = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
+_SEEDS = 3
+
+
+def _espace(mask: str = "impact") -> list[Point]:
     return [
         Point(f"espace, {mask}", f"rate {text}", Espace(rank=0.5, rate=rate, mask=mask))
-        for mask in masks
-        for rate, text in rates
+        for rate, text in _RATES
     ]
+
+
+def _masks() -> list[Point]:
+    drawn = [
+        Point(
+            "espace, random",
+            f"rate {text}, seed {seed}",
+            Espace(rank=0.5, rate=rate, mask="random", seed=seed),
+        )
+        for rate, text in _RATES
+        for seed in range(_SEEDS)
+    ]
+    return [*_espace(), *_espace("uniform"), *drawn]
 
 
 def _lowrank() -> list[Point]:
@@ -101,7 +116,7 @@ def _sb() -> list[Point]:
     return [Point("spatial bottleneck", text, SpatialBottleneck(sampling)) for sampling, text in samplings]
 
 
-# name -> the points that draw a method's curve
+# name -> the points that draw a method's curve; "masks" are those of ESPACE's three kinds
 SWEEPS: dict[str, Callable[[], list[Point]]] = {
     "espace": _espace,
     "lrd": _lowrank,
@@ -109,6 +124,7 @@ SWEEPS: dict[str, Callable[[], list[Point]]] = {
     "binaryconnect": _binary,
     "qcnn": _qcnn,
     "sb": _sb,
+    "masks": _masks,
 }
 
 

@@ -331,7 +331,7 @@ def compare_command(
     input_shape: Input = None,
     mean: Mean = None,
     std: Std = None,
-    methods: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}, with commas.")] = ",".join(SWEEPS),
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}, with commas.")] = ",".join(METHODS),
     data: Data = "digits",
     test_data: TestData = None,
     size: Size = None,
