@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quincunx as qx
-from quincunx import demo
+from quincunx import demo, timings
 from quincunx.data import load_data
 from quincunx.evaluation import evaluate
 from quincunx.report import collect, lines
@@ -30,7 +30,7 @@ def ran(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_ROUNDS", 6)
+        patch.setattr(timings, "_ROUNDS", 6)
         patch.setattr(demo, "_BATCHES", (1, 8))
         folder = tmp_path_factory.mktemp("demo") / "results"
         yield folder, demo.run_demo(folder, epochs=1)

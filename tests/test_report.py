@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 import pytest
 
 from quincunx.figures import Curve, learning_curves
+from quincunx.latency import Timing
 from quincunx.report import collect, label_of, lines, speed_words, verdicts, write_report
+from quincunx.timings import time_runs
 
 SPEEDS = {"rrn14": 4.0, "rsbn14 2/4": 2.5, "rsbn14 1/4": 8.0}
 
@@ -259,6 +261,32 @@ def test_the_baseline_is_the_one_that_was_timed_against(folder):
     assert rows[1].mac_ratio == 26 / 40
     assert "1.54x its MACs" not in verdicts(rows)[1]
     assert verdicts(rows)[0].startswith("rrn20: 1.54x its MACs")
+
+
+def test_runs_are_timed_from_what_their_results_say(folder, monkeypatch):
+    for old in folder.glob("t*.json"):
+        old.unlink()
+    seen = []
+
+    def measured(models, example, rounds):
+        seen.append((list(models), tuple(example.shape)))
+        return {name: Timing(name, 1, (1.0 + i,) * rounds) for i, name in enumerate(models)}
+
+    monkeypatch.setattr("quincunx.timings.measure_models", measured)
+    written = time_runs(folder, [1, 8])
+    assert [path.name for path in written] == ["latency-batch1.json", "latency-batch8.json"]
+    assert set(map(str, seen)) == {
+        str((["rrn14", "rsbn14 2/4", "rsbn14 1/4"], (batch, 1, 32, 32))) for batch in (1, 8)
+    }
+    rows = lines(collect(folder))
+    assert [row.speedups["batch 8"][0] for row in rows] == [1.0, 1 / 2, 1 / 3]
+    time_runs(folder, [1, 8], "rsbn14 1/4")
+    assert lines(collect(folder))[0].label == "rsbn14 1/4"
+    with pytest.raises(ValueError, match="baseline='rrn99': expected one of "):
+        time_runs(folder, [1], "rrn99")
+    put(folder / "own.json", {**run(), "network": {"kind": "factory", "factory": "a:b", "name": "a:b"}})
+    with pytest.raises(ValueError, match="no network of this package"):
+        time_runs(folder, [1])
 
 
 def test_without_a_logarithm_of_zero(folder):

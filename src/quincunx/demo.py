@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quincunx import networks, recipes
 from quincunx.artifact import read_json, save, spec_of, write_json
-from quincunx.data import ImageData, load_data
+from quincunx.data import load_data
 from quincunx.figures import check_can_draw
-from quincunx.fuse import fuse
-from quincunx.latency import Timing, environment, measure_models
-from quincunx.progress import progress_bar
 from quincunx.recipes import recipe_with
 from quincunx.report import Line, collect, file_name, label_of, lines, write_report
+from quincunx.timings import time_networks
 from quincunx.train import CHECKPOINT, fit
 
 __all__ = ["run_demo"]
@@ -31,7 +27,6 @@ _NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
     ("rsbn14", {"sampling": "1/4"}),
 )
 _BATCHES = (1, 64)
-_ROUNDS, _ROUNDS_AT_ONCE = 15, 3
 
 
 def run_demo(
@@ -75,8 +70,12 @@ def run_demo(
         write_json(out / f"{file_name(label)}.json", result)
     baseline, chessboard = list(models)[:2]
     save(models[chessboard], out / "model", info={"made_by": "demo", "data": images.describe()})
+    example = (images.in_channels, *images.size)
     for batch in _BATCHES:
-        write_json(out / f"latency-batch{batch}.json", _timed(models, baseline, batch, images, progress))
+        write_json(
+            out / f"latency-batch{batch}.json",
+            time_networks(models, baseline, batch, example, progress=progress),
+        )
     write_report(out)
     return lines(collect(out))
 
@@ -121,44 +120,3 @@ def _refusing(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path}: not written by an earlier demonstration, so not replaced; choose another --out"
         ) from None
-
-
-def _timed(
-    models: Mapping[str, nn.Module], baseline: str, batch: int, images: ImageData, progress: bool
-) -> dict[str, Any]:
-    """The content of a latency result file."""
-    height, width = images.size
-    example = torch.randn(batch, images.in_channels, height, width)
-    example = example.contiguous(memory_format=torch.channels_last)
-    # every network gets the same treatment for inference, the ordinary one included
-    fused = {label: fuse(model.eval()) for label, model in models.items()}
-    timings = _in_parts(fused, example, f"timing at batch {batch}", progress)
-    rows = {}
-    for name, timing in timings.items():
-        ratio, low, high = timing.speedup_over(timings[baseline])
-        rows[name] = {**timing.to_dict(), "speedup": {"median": ratio, "q1": low, "q3": high}}
-    return {
-        "schema": 1,
-        "kind": "latency",
-        "setting": f"batch {batch}",
-        "how": f"inference by qx.fuse, channels_last, {torch.get_num_threads()} threads, medians",
-        "rounds": _ROUNDS,
-        "baseline": baseline,
-        "rows": rows,
-        "environment": environment(),
-    }
-
-
-def _in_parts(
-    models: Mapping[str, nn.Module], example: Tensor, title: str, progress: bool
-) -> dict[str, Timing]:
-    """A few rounds at a time, so that the bar moves; a bar drawn within a round would be timed with it."""
-    timings: dict[str, Timing] = {}
-    with progress_bar(progress) as bar:
-        task = bar.add_task(title, total=_ROUNDS, state="rounds")
-        for _ in range(_ROUNDS // _ROUNDS_AT_ONCE):
-            for name, part in measure_models(models, example, rounds=_ROUNDS_AT_ONCE).items():
-                before = timings[name].seconds if name in timings else ()
-                timings[name] = replace(part, seconds=before + part.seconds)
-            bar.update(task, advance=_ROUNDS_AT_ONCE)
-    return timings

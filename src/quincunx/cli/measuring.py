@@ -16,6 +16,7 @@ from quincunx.cli.common import (
     Down,
     Json,
     Sampling,
+    Threads,
     Width,
     app,
     bad_input,
@@ -25,6 +26,7 @@ from quincunx.cli.common import (
     parse_input,
     running,
     settings_of,
+    use_threads,
 )
 from quincunx.console import print_bench, print_cost, print_facts, say, show
 from quincunx.cost import cost
@@ -32,6 +34,7 @@ from quincunx.figures import check_can_draw
 from quincunx.latency import environment
 from quincunx.progress import progress_bar
 from quincunx.report import speedup_figure, write_report
+from quincunx.timings import time_runs
 
 
 @app.command(
@@ -68,6 +71,10 @@ def cost_command(
 def report_command(
     folder: Annotated[Path, typer.Argument(help="Folder with results (run.json, ...).")],
     out: Annotated[Path | None, typer.Option(help="The page; FOLDER/report.html by default.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time the runs' networks first, at these batch sizes, such as 1,8.")
+    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Draw one self-contained page from the result files below a folder.
@@ -78,6 +85,12 @@ def report_command(
     with bad_input():
         if out is not None:
             check_folder(out.parent)
+        use_threads(threads)
+        if time is not None:
+            check_can_draw()
+            batches = _parse_counts("time", time)
+            with running():
+                time_runs(folder, batches, progress=not as_json)
         page = write_report(folder, out)
     if as_json:
         show({"report": str(page)})
@@ -103,7 +116,7 @@ def bench(
     networks: whole networks, fused. Needs the bench extra (ONNX Runtime, OpenVINO).
     """
     with bad_input():
-        counts = _parse_threads(threads)
+        counts = _parse_counts("threads", threads)
         check_can_draw()
         make_folder(out)
         with running(), progress_bar(not as_json) as bar:
@@ -129,10 +142,10 @@ def bench(
     say(f"wrote {path} and {figure}")
 
 
-def _parse_threads(text: str) -> list[int]:
+def _parse_counts(name: str, text: str) -> list[int]:
     counts = [int(part) for part in text.split(",") if part.strip().isdigit()]
     if not counts or min(counts) < 1 or len(counts) != len(text.split(",")):
-        raise ValueError(f"threads={text!r}: expected numbers with commas, such as 1,2")
+        raise ValueError(f"{name}={text!r}: expected numbers with commas, such as 1,2")
     return counts
 
 
