@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quincunx.report import collect, lines, verdicts
+from quincunx.report import collect, lines, pictures, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,12 +84,42 @@ def networks() -> str:
     return table(header, cells)
 
 
+def trained(name: str) -> str:
+    """Runs with several seeds; the figure of error against time is written beside their JSON."""
+    folder = ROOT / "results" / name
+    found = collect(folder)
+    rows = lines(found)
+    settings = list(rows[0].times)
+    header = ["network", "test error", "seeds", "M MACs", "MAC ratio"]
+    header += [f"ms, {s}" for s in settings] + [f"speed-up, {s}" for s in settings]
+    cells = []
+    for row in rows:
+        spread = "" if row.deviation is None else f" ± {100 * row.deviation:.2f}"
+        cells.append(
+            [
+                row.label,
+                f"{100 * row.error:.2f}{spread}%",
+                str(row.seeds),
+                f"{row.macs / 1e6:.2f}",
+                f"{row.mac_ratio:.2f}",
+                *(f"{1e3 * row.times[s][0]:.2f}" for s in settings),
+                *(f"{row.speedups[s][0]:.2f}x" for s in settings),
+            ]
+        )
+    drawn = pictures(found, rows)
+    if "--check" not in sys.argv:
+        (folder / "error-time.svg").write_bytes(drawn[-1].content)
+    figure = f"![{drawn[-1].alternative}](results/{name}/error-time.svg)"
+    return f"{table(header, cells)}\n\n{figure}"
+
+
 MADE = {
     "demo": demo,
     "blocks": lambda: bench("blocks"),
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
     "networks": networks,
+    "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
 }
 
 

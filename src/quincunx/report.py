@@ -34,6 +34,7 @@ __all__ = [
     "file_name",
     "label_of",
     "lines",
+    "pictures",
     "render",
     "speedup_figure",
     "verdicts",
@@ -376,7 +377,8 @@ def curve_of(look: int, label: str, runs: Sequence[dict[str, Any]]) -> Curve:
     )
 
 
-def _pictures(results: Results, rows: list[Line]) -> list[Picture]:
+def pictures(results: Results, rows: list[Line]) -> list[Picture]:
+    """Learning curves, and error against MACs and against each measured time."""
     curves = [curve_of(i, network.label, network.runs) for i, network in enumerate(results.networks)]
     macs = [
         Point(i, row.label, row.macs / 1e6, 100 * row.error, row.macs / 1e6, row.macs / 1e6)
@@ -426,7 +428,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         rows=rows,
         settings=[timing["setting"] for timing in results.timings],
         verdicts=verdicts(rows),
-        pictures=_pictures(results, rows),
+        pictures=pictures(results, rows),
         samplings=[sampling_picture(sampling, name) for sampling, name in samplings.items()],
         run=results.networks[0].runs[0],
         seeds=sorted({run["seed"] for run in results.runs}),
