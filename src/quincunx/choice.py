@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,12 @@ class Target:
             raise ValueError("target: one of speedup, latency_ms, macs and max_drop is needed")
         if len([name for name in asked if name != "max_drop"]) > 1:
             raise ValueError(f"target: {' and '.join(asked)} cannot be asked for together")
+        for name in ("speedup", "latency_ms", "max_drop"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{name}={value!r}: expected a number")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value!r}: expected a finite number")
         if self.speedup is not None and not self.speedup > 1:
             raise ValueError(f"speedup={self.speedup!r}: expected more than 1")
         for name in ("latency_ms", "max_drop"):
@@ -96,7 +103,7 @@ class Target:
             value = float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
         except ValueError:
             value = -1.0
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"macs={self.macs!r}: expected a share such as '50%' or a positive number")
         return value
 
@@ -165,27 +172,52 @@ class Candidate:
 
 def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> list[Candidate]:
     """The rows of least loss that together gain what is wanted, at most one for each layer; if it cannot be
-    reached, those of the greatest gain.
+    reached, those of the greatest gain, to a millionth.
 
     Source: a multiple-choice knapsack, solved by HiGHS as an integer program.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
+    if not rows or wanted <= 0:
+        return []
     losses = np.array([max(row.loss or 0.0, 0.0) for row in rows])
     names = sorted({name for row in rows for name in row.layers})
     once = np.array([[float(name in row.layers) for row in rows] for name in names])
     scale = max(max(abs(g) for g in gains), 1e-30)
     gain = np.array(gains) / scale
-    # loss decides; of equal losses the greater gain
-    cost_of = losses / max(losses.max(), 1e-30) - 1e-6 * gain
-    limits = [LinearConstraint(once, ub=np.ones(len(names)))]
-    found = None
-    if np.isfinite(wanted):
-        limits_wanted = [*limits, LinearConstraint(gain[None, :], lb=wanted / scale)]
-        found = milp(cost_of, constraints=limits_wanted, integrality=np.ones(len(rows)), bounds=Bounds(0, 1))
-    if found is None or found.x is None:
-        found = milp(-gain, constraints=limits, integrality=np.ones(len(rows)), bounds=Bounds(0, 1))
-    return [row for row, taken in zip(rows, found.x, strict=True) if taken > 0.5]
+    found, worst, least = None, float(losses.max()), wanted / scale
+    while np.isfinite(wanted):
+        # loss decides; of equal losses the greater gain
+        cost_of = losses / max(worst, 1e-30) - 1e-6 * gain
+        better = _solved(cost_of, once, losses <= worst, gain, least)
+        if better is None:
+            break
+        found, total = better, float(losses[better].sum())
+        if np.array(gains)[better].sum() < wanted and least == wanted / scale:
+            least += 2e-6  # the solver's tolerance
+        elif total < worst / 2:
+            worst = total  # exact to a millionth of the greatest loss, so without those that are too great
+        else:
+            break
+    if found is None:
+        found = _solved(-gain, once, losses >= 0, gain, -np.inf)
+        most = 0.0 if found is None else float(np.array(gains)[found].sum())
+        # what gains as much with less loss
+        return choose(rows, gains, most * (1 - 1e-6))
+    return [row for row, taken in zip(rows, found, strict=True) if taken]
+
+
+def _solved(
+    cost_of: np.ndarray, once: np.ndarray, allowed: np.ndarray, gain: np.ndarray, least: float
+) -> np.ndarray | None:
+    """Which columns are of least cost, each row of ``once`` taken at most once; None if none gain enough."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    limits = [LinearConstraint(once, ub=np.ones(len(once)))]
+    if np.isfinite(least):
+        limits.append(LinearConstraint(gain[None, :], lb=least))
+    bounds = Bounds(0, allowed.astype(float))
+    options = {"mip_rel_gap": 0.0}
+    found = milp(cost_of, constraints=limits, integrality=np.ones(len(gain)), bounds=bounds, options=options)
+    return None if found.x is None else found.x > 0.5
 
 
 def pair_name(names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ def chosen(
 
     Raises:
         TypeError: neither a function nor names and pairs of them.
-        ValueError: a name that the network has not.
+        ValueError: a name that the network has not, or a layer in two pairs.
     """
     if where is None or callable(where):
         return where, None
@@ -31,11 +31,13 @@ def chosen(
     pairs: dict[str, str] = {}
     for entry in [where] if isinstance(where, str) else where:
         ends = (entry,) if isinstance(entry, str) else tuple(entry)
-        if len(ends) > 2 or not all(isinstance(end, str) for end in ends):
+        if len(ends) not in (1, 2) or not all(isinstance(end, str) for end in ends):
             raise TypeError(f"where: {entry!r}: expected a layer's name or two names")
-        names.update(ends)
         if len(ends) == 2:
+            if twice := {ends[0], ends[1]} & {*pairs, *pairs.values()} or set(ends[:1]) & set(ends[1:]):
+                raise ValueError(f"where: {entry!r}: {min(twice)!r} cannot be in a pair twice")
             pairs[ends[0]] = ends[1]
+        names.update(ends)
     known = dict(network.named_modules(remove_duplicate=False))
     if unknown := sorted(names - set(known)):
         raise ValueError(f"where: the network has no layer {unknown[0]!r}")
@@ -51,9 +53,9 @@ def pairs_of(
     """The pairs that the user named, or else those that the network's graph shows.
 
     Raises:
-        ValueError: a named pair whose two are not on one grid.
+        ValueError: a named pair whose two are not on one grid, or not one after the other.
     """
-    by_name = {layer.name: layer for layer in layers if layer.calls in (1, None)}
+    by_name = {name: layer for layer in layers if layer.calls in (1, None) for name in layer.names}
     if named is not None:
         for first, second in named.items():
             for name in (first, second):
@@ -62,6 +64,8 @@ def pairs_of(
                         f"where: {first!r} and {second!r} are no pair: {name!r} has to be a convolution "
                         "larger than 1 x 1 that keeps the map's size and is called once"
                     )
+            if (reason := _apart(by_name[first], by_name[second], layers)) is not None:
+                raise ValueError(f"where: {first!r} and {second!r} are no pair: {reason}")
         return tuple((by_name[first], by_name[second]) for first, second in named.items())
     pairs = find_pairs(network)
     for name, reason in pairs.untraced.items():
@@ -75,6 +79,17 @@ def pairs_of(
         for first, second in pairs.found
         if first in by_name and second in by_name and _runs_once(pairs.within[first], order)
     )
+
+
+def _apart(first: Layer, second: Layer, layers: Sequence[Layer]) -> str | None:
+    """Why a convolution cannot read what another one answers; ``layers`` are in forward order."""
+    if first.output_shape is None:
+        return None
+    if layers.index(first) >= layers.index(second):
+        return f"{second.name!r} runs first"
+    if first.output_shape != second.input_shape:
+        return f"maps of {first.output_shape} come out, and {second.input_shape} go in"
+    return None
 
 
 def _runs_once(name: str, order: Order | None) -> bool:

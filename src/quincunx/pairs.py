@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,7 +89,8 @@ def find_pairs(network: nn.Module) -> Pairs:
     within: dict[str, str] = {}
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
-    _search(network, "", found, within, untraced)
+    # a copy, since a forward may store what it computes, and a tracer's stand-ins are not to stay
+    _search(copy.deepcopy(network), "", found, within, untraced)
     return Pairs(tuple(found.items()), within, untraced)
 
 

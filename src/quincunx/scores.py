@@ -7,8 +7,9 @@ import dataclasses
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from quincunx.fuse import fuse
 from quincunx.latency import Timing, measure_models
 from quincunx.methods import Assigned, build_module
 from quincunx.streams import Calibration, Layer
-from quincunx.surgery import Attached, Method, Where, prepare, put, tried
+from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, prepare, put, tried
 
-__all__ = ["Scores", "inference_form"]
+__all__ = ["BUDGET", "Scores", "inference_form"]
 
 _ROUNDS = 11
-_BUDGET = "not scored: the time budget was used up"
+BUDGET = "not scored: the time budget was used up"
 
 
 def inference_form(model: nn.Module) -> nn.Module:
@@ -52,9 +53,13 @@ class Scores:
         skipped: layers that no candidate may replace, and why.
         answers: log-probabilities of the original network, batch by batch.
         dense: its fused form.
-        macs: of one image.
+        macs: of one calibration image.
         reference: seconds of one call of the dense network, to which shares saved are applied.
         choices: what was chosen before, by target; kept in the table.
+
+    Raises:
+        TypeError: no network, or its answer is no tensor [N, classes].
+        ValueError: answers that are not finite, or calibration data that is not the same each time.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Scores:
         example_input: Tensor | None,
         tell: Callable[[str, float], None],
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model, self.candidates, self.tell = model, candidates, tell
         first = next(iter(Calibration(calibration, model))).input
         self.example = first[:8] if example_input is None else example_input
@@ -78,13 +85,23 @@ class Scores:
         self.layers = {layer.name: layer for layer in layers}
         self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
-        self.macs = cost(model, self.example[:1]).macs
+        self.macs = cost(model, first[:1]).macs
         self.dense = inference_form(model)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
         self.reference = 0.0
+        self.marks, self.answers = [], []
         with inference_mode_of(model):
-            self.answers = [model(batch.input).float().log_softmax(-1) for batch in self.context.data]
+            for batch in self.context.data:
+                self.marks.append(_mark(batch.input))
+                self.answers.append(_answer(model, batch.input))
+                if not self.answers[-1].isfinite().all():
+                    raise ValueError(f"calibration: batch {batch.index}: the answers are not finite")
+        if [_mark(batch.input) for batch in self.context.data] != self.marks:
+            raise ValueError(
+                "calibration: gives other batches each time it is read, so candidates cannot be compared; "
+                "turn off shuffling and augmentation"
+            )
 
     def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
         for method in self.candidates:
@@ -93,6 +110,8 @@ class Scores:
                 continue
             alone = method
             if len(unit) == 1 and hasattr(method, "pairs"):
+                if not getattr(method, "singles", True):
+                    continue
                 alone = dataclasses.replace(method, pairs=False, singles=True)  # type: ignore[type-var]
             yield Candidate(tuple(layer.name for layer in unit), label_of(alone, len(unit) == 2), alone)
 
@@ -100,24 +119,25 @@ class Scores:
 
     def fill(self, table: Path | None, time_budget: float | None) -> None:
         """Time and score every candidate that the table does not know yet."""
-        began = time.perf_counter()
+        ends = float("inf") if time_budget is None else time.perf_counter() + time_budget
         self._recall(table)
-        if not self.reference:
-            timed = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)
-            self.reference = timed[""].median
         classes: dict[str, list[tuple[Layer, ...]]] = {}
         for unit in self.units:
             classes.setdefault(_shape_of(unit), []).append(unit)
         todo = [row for row in self.rows if not _finished(row)]
         for units in classes.values():
-            self._time_class(units)
+            if not self.reference and time.perf_counter() < ends:
+                timed = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)
+                self.reference = timed[""].median
+            if time.perf_counter() < ends:
+                self._time_class(units)
             for unit in units:
                 names = tuple(layer.name for layer in unit)
                 for row in self.rows:
                     if row.layers != names or _finished(row):
                         continue
-                    if time_budget is not None and time.perf_counter() - began > time_budget:
-                        row.why_not = _BUDGET
+                    if time.perf_counter() >= ends:
+                        row.why_not = BUDGET
                         continue
                     self._score(unit, row)
                     left = sum(not _finished(other) for other in todo)
@@ -129,21 +149,21 @@ class Scores:
         total, count = 0.0, 0
         with inference_mode_of(network):
             for batch, answer in zip(self.context.data, self.answers, strict=True):
-                given = network(batch.input).float().log_softmax(-1)
+                given = _answer(network, batch.input)
                 total += float(F.kl_div(given, answer, reduction="sum", log_target=True))
                 count += len(batch.input)
         return total / count
 
     @contextmanager
-    def _tried(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[list[dict[str, Any]]]:
-        """Within: the candidate alone is in the network; its modules' specs."""
+    def _tried(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[None]:
+        """Within: the candidate alone is in the network; its modules' specs are kept."""
         self.context.pairs = tuple(pair for pair in self.pairs if pair == unit)
         if self.context.kept is None:
             self.context.kept = {}
         with tried(self.context, row.method, unit) as done:
-            row.macs_saved = sum(_macs_saved(layer, done[layer.name].record, done) for layer in unit)
-            self.specs[_shape_of(unit), row.label] = specs = [done[layer.name].spec for layer in unit]
-            yield specs
+            row.macs_saved = sum(_macs_saved(layer, done[layer.name]) for layer in unit)
+            self.specs[_shape_of(unit), repr(row.method)] = [done[layer.name].spec for layer in unit]
+            yield
 
     def _score(self, unit: tuple[Layer, ...], row: Candidate) -> None:
         with _excused(row), self._tried(unit, row):
@@ -153,27 +173,25 @@ class Scores:
 
     def _time_class(self, units: list[tuple[Layer, ...]]) -> None:
         """Time each candidate on all units of one shape at once, in the whole network."""
-        names = [tuple(layer.name for layer in unit) for unit in units]
-        rows = [row for row in self.rows if row.layers in names]
-        waiting = [r for r in rows if r.layers == names[0] and r.seconds_saved is None and r.why_not is None]
+        unit_of = {tuple(layer.name for layer in unit): unit for unit in units}
+        rows = [r for r in self.rows if r.layers in unit_of and r.seconds_saved is None and r.why_not is None]
         networks: dict[str, nn.Module] = {}
-        for row in waiting:
-            self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
-            with _excused(row):
-                with self._tried(units[0], row) as specs:
-                    if row.loss is None:
-                        row.loss = self._loss(self.context.network)
-                networks[row.label] = inference_form(self._sketch([(unit, specs) for unit in units]))
-            if row.why_not is not None:
-                for other in rows:
-                    if other.label == row.label:
-                        other.why_not = row.why_not
+        for row in rows:
+            method = repr(row.method)
+            # the first unit that the method can take stands for all
+            if method not in networks:
+                self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
+                self._score(unit_of[row.layers], row)
+                if row.why_not is None:
+                    specs = self.specs[_shape_of(units[0]), method]
+                    with _excused(row):
+                        networks[method] = inference_form(self._sketch([(unit, specs) for unit in units]))
         if not networks:
             return
         timings = measure_models({"": self.dense, **networks}, self._timed_input(), rounds=_ROUNDS)
         for row in rows:
-            if row.label in networks:
-                shares = _saved(timings[""], timings[row.label], len(units))
+            if row.why_not is None and repr(row.method) in networks:
+                shares = _saved(timings[""], timings[repr(row.method)], len(units))
                 low, middle, high = (share * self.reference for share in shares)
                 row.seconds_saved = (low, middle, high)
                 if row.seconds_saved[0] <= 0:
@@ -201,14 +219,14 @@ class Scores:
 
     # ------------------------------------------------------------ the table
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         layers = [f"{x.name} {x.module} {tuple(x.input_shape or ())[1:]}" for x in self.layers.values()]
         weights = sum(float(p.detach().double().abs().sum()) for p in self.model.parameters())
-        images = sum(float(batch.input.double().abs().sum()) for batch in self.context.data)
         return {
             "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16],
             "weights": weights,
-            "images": images,
+            "images": hashlib.sha256("".join(self.marks).encode()).hexdigest()[:16],
             "example": list(self.example.shape),
             "threads": torch.get_num_threads(),
         }
@@ -217,9 +235,9 @@ class Scores:
         if table is None or not table.exists():
             return
         content = read_json(table)
-        if content.get("identity") != self._identity():
+        if content.get("identity") != self._identity:
             raise ValueError(
-                f"{table}: scores of another search: {difference(content.get('identity'), self._identity())}"
+                f"{table}: scores of another search: {difference(content.get('identity'), self._identity)}"
             )
         kept = {(tuple(entry["layers"]), entry["method"]): entry for entry in content["rows"]}
         for row in self.rows:
@@ -227,10 +245,10 @@ class Scores:
             if entry is not None:
                 saved = entry["seconds_saved"]
                 row.macs_saved, row.loss, row.why_not = entry["macs_saved"], entry["loss"], entry["why_not"]
-                if row.why_not == _BUDGET:
+                if row.why_not == BUDGET:
                     row.why_not = None
                 row.seconds_saved = None if saved is None else (saved[0], saved[1], saved[2])
-        self.specs = {(shape, label): specs for shape, label, specs in content["specs"]}
+        self.specs = {(shape, method): specs for shape, method, specs in content["specs"]}
         self.choices, self.reference = content["choices"], content["reference"]
 
     def write(self, table: Path | None) -> None:
@@ -241,9 +259,9 @@ class Scores:
                 {
                     "schema": 1,
                     "kind": "scores",
-                    "identity": self._identity(),
+                    "identity": self._identity,
                     "rows": [row.to_dict() for row in self.rows],
-                    "specs": [[shape, label, specs] for (shape, label), specs in self.specs.items()],
+                    "specs": [[shape, method, specs] for (shape, method), specs in self.specs.items()],
                     "reference": self.reference,
                     "choices": self.choices,
                 },
@@ -275,7 +293,11 @@ class Scores:
         return tuple(self.layers[name] for name in row.layers)
 
     def _specs_of(self, row: Candidate) -> list[dict[str, Any]]:
-        return self.specs[_shape_of(self._unit(row)), row.label]
+        return self.specs[_shape_of(self._unit(row)), repr(row.method)]
+
+    def usable(self) -> list[Candidate]:
+        """The candidates that a choice may hold."""
+        return [r for r in self.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
 
 
 def _finished(row: Candidate) -> bool:
@@ -297,13 +319,24 @@ def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, flo
     return float(low), float(middle), float(high)
 
 
-def _macs_saved(layer: Layer, record: Mapping[str, Any], done: Mapping[str, Any]) -> int:
-    before = layer.output_shape[-2] * layer.output_shape[-1] * layer.module.get_parameter("weight").numel()  # type: ignore[index]
-    after = record.get("macs_after")
-    if after is None:
-        x = torch.zeros(1, *tuple(layer.input_shape or ())[1:]).to(layer.module.get_parameter("weight"))
-        after = cost(done[layer.name].module, x).macs
-    return int(before - after)
+def _macs_saved(layer: Layer, made: Replacement) -> int:
+    shape = layer.input_shape or ()
+    after = made.record.get("macs_after")
+    return layer_macs(layer.module, shape) - (layer_macs(made.module, shape) if after is None else int(after))
+
+
+def _answer(network: nn.Module, x: Tensor) -> Tensor:
+    """Log-probabilities [N, classes, ...]."""
+    answer = network(x)
+    if not isinstance(answer, Tensor) or answer.dim() < 2:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise TypeError(f"model: a search compares answers [N, classes], got {got}")
+    return answer.float().log_softmax(1)
+
+
+def _mark(x: Tensor) -> str:
+    """The same for the same values alone."""
+    return hashlib.sha256(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quincunx.choice import Candidate, Target, candidates_named, choose
 from quincunx.cost import inference_mode_of
 from quincunx.methods import Assigned
-from quincunx.scores import Scores
+from quincunx.scores import BUDGET, Scores
 from quincunx.surgery import Accelerated, Journal, Method, Where
 from quincunx.surgery import accelerate as replace_by
 
@@ -103,6 +103,8 @@ def search(
     """
     began = time.perf_counter()
     place = None if table is None else Path(table)
+    if where is not None and not callable(where) and not isinstance(where, str):
+        where = list(where)  # it is read twice
     scores = Scores(
         model, calibration, tuple(candidates) or candidates_named("auto"), where, example_input, tell
     )
@@ -110,9 +112,12 @@ def search(
     scored = time.perf_counter() - began
     key = json.dumps(target.to_dict(), sort_keys=True)
     builder = _Builder(scores, target, calibration, where, journal, dry_run)
-    # a resumed run is not to choose another network
-    found = builder.again(scores.choices[key]) if key in scores.choices else builder.chosen()
-    scores.choices[key] = {name: found.record[name] for name in ("met", "attempts", "chosen")}
+    # a resumed run is not to choose another network, unless there is more to choose from now
+    among = [[list(row.layers), repr(row.method)] for row in scores.usable()]
+    kept = scores.choices.get(key)
+    found = builder.chosen() if kept is None or kept["among"] != among else builder.again(kept)
+    names = ("met", "attempts", "chosen")
+    scores.choices[key] = {"among": among, **{name: found.record[name] for name in names}}
     scores.write(place)
     found.record["seconds"] = {"scoring": scored, "all": time.perf_counter() - began}
     return found
@@ -209,9 +214,14 @@ def shortfall(record: Mapping[str, Any]) -> str:
     asked = ", ".join(f"{key}={value}" for key, value in record["target"].items())
     attempts = record["attempts"]
     if not attempts or not record["chosen"]:
-        return f"the target {asked} is out of reach: no candidate can be used"
+        left = sum(row["why_not"] == BUDGET for row in record["candidates"])
+        late = f"; {left} were not scored within the time budget" if left else ""
+        return f"the target {asked} is out of reach: no candidate can be used{late}"
     best = max(attempts, key=lambda attempt: attempt["speedup"])
-    return f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
+    told = f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
+    if "macs" in record["target"]:
+        told += f", with {record['macs'] / 1e6:.1f} M MACs"
+    return told + (f", and loses {record['drop']:.1f} points" if "drop" in record else "")
 
 
 @dataclass
@@ -227,16 +237,13 @@ class _Builder:
 
     def again(self, kept: dict[str, Any]) -> Found:
         """The network of an earlier choice for this target."""
-        wanted = [(tuple(entry["layers"]), entry["label"]) for entry in kept["chosen"]]
-        rows = [row for row in self.scores.rows if (row.layers, row.label) in wanted]
+        wanted = [(tuple(entry["layers"]), entry["method"]) for entry in kept["chosen"]]
+        rows = [row for row in self.scores.rows if (row.layers, repr(row.method)) in wanted]
         return self._built(rows, kept["met"], kept["attempts"])
 
     def chosen(self) -> Found:
         """The choice that meets the target by measurement, or comes nearest, and its network."""
-        usable = [r for r in self.scores.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
-        if not usable:
-            chosen: list[Candidate] = []
-            return self._built(chosen, False, [])
+        usable = self.scores.usable()
         if self.target.max_drop is not None and len(self.target.to_dict()) == 1:
             return self._within_drop(usable)
         attempts: list[dict[str, Any]] = []
@@ -255,6 +262,8 @@ class _Builder:
         attempts = [self.scores.attempt([])]
         best: list[Candidate] = []
         asked = self._missing(attempts[0])
+        if asked <= 0 or not usable:
+            return self._built(best, asked <= 0, attempts)
         for _ in range(_CORRECTIONS):
             chosen = choose(usable, saved, asked)
             attempts.append(self.scores.attempt(chosen))
@@ -284,8 +293,11 @@ class _Builder:
             "target": self.target.to_dict(),
             "met": met,
             "attempts": attempts,
-            "chosen": [{"layers": list(row.layers), "label": row.label} for row in chosen],
+            "chosen": [
+                {"layers": list(r.layers), "label": r.label, "method": repr(r.method)} for r in chosen
+            ],
             "candidates": [row.to_dict() for row in self.scores.rows],
+            "macs": self.scores.macs - sum(row.macs_saved for row in chosen),
         }
         if self.dry_run or not chosen:
             result = Accelerated(copy.deepcopy(self.scores.model), {}, dict(self.scores.skipped))
@@ -297,19 +309,23 @@ class _Builder:
                 calibration=self.calibration,
                 journal=self.journal,
             )
-        result.skipped.update(self._reasons(chosen))
+            if self.target.max_drop is not None:
+                drop = 100 * (self._right(self.scores.model) - self._right(result.model))
+                met = met and drop <= self.target.max_drop
+                record["drop"], record["met"] = drop, met
+        result.skipped.update(self._reasons(chosen, met))
         return Found(result, self.scores.rows, chosen, met, record)
 
-    def _reasons(self, chosen: Sequence[Candidate]) -> dict[str, str]:
+    def _reasons(self, chosen: Sequence[Candidate], met: bool) -> dict[str, str]:
         """Why each layer that no chosen candidate holds stays."""
+        left = "the target is met without it" if met else "not in the best network found"
         taken = {name for row in chosen for name in row.layers}
         reasons: dict[str, str] = {}
         for name in self.scores.layers:
             if name not in taken:
                 own = [row for row in self.scores.rows if name in row.layers]
-                why = {row.why_not for row in own if row.why_not}
-                usable = any(row.why_not is None for row in own)
-                reasons[name] = "the target is met without it" if usable else "; ".join(sorted(why))
+                why = {row.why_not for row in own if row.why_not} if own else {"no candidate takes it"}
+                reasons[name] = left if any(row.why_not is None for row in own) else "; ".join(sorted(why))
         return reasons
 
     def _within_drop(self, usable: list[Candidate]) -> Found:
@@ -320,20 +336,19 @@ class _Builder:
         trial = dataclasses.replace(self, journal=None, dry_run=False)
         low, high, share, best = 0.0, 1.0, 1.0, None
         attempts: list[dict[str, Any]] = []
-        for _ in range(_BISECTIONS):
+        for _ in range(_BISECTIONS if usable else 0):
             chosen = choose(usable, saved, share * most)
             found = trial._built(chosen, True, [])
-            drop = 100 * (self._right(self.scores.model) - self._right(found.result.model))
-            attempts.append({**self.scores.attempt(chosen), "drop": drop})
-            if drop <= float(self.target.max_drop or 0.0):
+            attempts.append({**self.scores.attempt(chosen), "drop": found.record["drop"]})
+            if found.met:
                 low, best = share, found
                 if share == 1.0:
                     break
             else:
                 high = share
             share = (low + high) / 2
-        if best is None:
-            best = self._built([], False, [])
+        if best is None or self.dry_run:
+            best = self._built([] if best is None else best.chosen, best is not None, [])
         best.record["attempts"] = attempts
         return best
 
@@ -342,9 +357,9 @@ class _Builder:
         right = count = 0
         with inference_mode_of(network):
             for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
-                wanted = batch.target if isinstance(batch.target, Tensor) else answer.argmax(-1)
-                right += int((network(batch.input).argmax(-1) == wanted).sum())
-                count += len(batch.input)
+                wanted = batch.target if isinstance(batch.target, Tensor) else answer.argmax(1)
+                right += int((network(batch.input).argmax(1) == wanted).sum())
+                count += wanted.numel()
         return right / count
 
 

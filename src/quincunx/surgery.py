@@ -31,6 +31,7 @@ __all__ = [
     "accelerate",
     "carry_hooks",
     "each",
+    "layer_macs",
     "prepare",
     "put",
     "tried",
@@ -393,9 +394,9 @@ def _record(method: Method, layer: Layer, made: Replacement) -> dict[str, Any]:
     record["macs_before"] = record["macs_after"] = None
     record.update(made.record)
     if layer.input_shape is not None:
-        record["macs_before"] = _macs(layer.module, layer.input_shape)
+        record["macs_before"] = layer_macs(layer.module, layer.input_shape)
         if record["macs_after"] is None:
-            record["macs_after"] = _macs(module, layer.input_shape)
+            record["macs_after"] = layer_macs(module, layer.input_shape)
     if len(layer.names) > 1:
         record["names"] = list(layer.names)
     if hooks := len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks):
@@ -403,8 +404,11 @@ def _record(method: Method, layer: Layer, made: Replacement) -> dict[str, Any]:
     return record
 
 
-def _macs(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """For one image. ``forward`` and not a call: the user's hooks are not to see this."""
+def layer_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """A layer's MACs for one image of an input's shape.
+
+    ``forward`` and not a call: the user's hooks are not to see this.
+    """
     parameter = next(module.parameters())
     x = torch.zeros((1, *shape[1:]), device=parameter.device, dtype=parameter.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

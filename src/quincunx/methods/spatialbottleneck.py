@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from quincunx.methods.fitting import conv_of, convolution_refusal
 from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
-from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d, half_padding
+from quincunx.nn import (
+    SampledConvTranspose2d,
+    SampledDown2d,
+    SpatialBottleneck2d,
+    half_padding,
+    window_means,
+)
 from quincunx.paired import PairedDown2d, PairedUp2d
 from quincunx.pairs import keeps_grid
-from quincunx.sampling import CHESSBOARD, Sampling
+from quincunx.sampling import CHESSBOARD, Cosets, Positions, Sampling
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work
 
@@ -24,6 +30,8 @@ __all__ = ["SpatialBottleneck"]
 _RIDGE = 1e-6
 # values of the targets of one block of images
 _BLOCK = 1 << 24
+# of a variance: a map of zeros divides nothing by zero
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,10 @@ class SpatialBottleneck:
 
     def __post_init__(self) -> None:
         SampledDown2d(1, 1, sampling=self.sampling, down=self.down)  # refuses what is no such half
-        if not self.mid_share > 0:
+        if not 0 < self.mid_share < float("inf"):
             raise ValueError(f"mid_share={self.mid_share!r}: expected a positive share")
+        if self.data not in (None, True, False):
+            raise ValueError(f"data={self.data!r}: expected True, False or None")
         if not (self.pairs or self.singles):
             raise ValueError("pairs=False, singles=False: nothing is left to replace")
         for name, least in (("positions", 1), ("seed", 0)):
@@ -112,8 +122,13 @@ class SpatialBottleneck:
                 self.sampling.count(*layer.grid)
             except ValueError as error:
                 return str(error)
-        if self.pairs and any(layer.name in (a.name, b.name) for a, b in context.pairs):
+        if self.pairs and any(layer in pair for pair in context.pairs):
             return None
+        return self.refuse_single(layer, context)
+
+    def refuse_single(self, layer: Layer, context: Context) -> str | None:
+        """Why a convolution that is in no pair stays."""
+        conv = conv_of(layer)
         if not self.singles:
             return "no other convolution on its grid makes a pair with it"
         if conv.groups == conv.in_channels:
@@ -147,10 +162,11 @@ class _BottleneckWork:
     pair_of: dict[str, tuple[Layer, Layer]]
     with_data: bool
 
-    def replace(self, layer: Layer) -> Replacement:
+    def replace(self, layer: Layer) -> Replacement | str:
         """A half of a pair, or a whole bottleneck."""
         if layer.name not in self.pair_of:
-            return self._single(layer)
+            # its partner may have stayed, or have been given to another method
+            return self.method.refuse_single(layer, self.context) or self._single(layer)
         first, second = self.pair_of[layer.name]
         made = self._first(layer) if layer is first else self._second(layer, first.name)
         return Replacement(
@@ -192,7 +208,7 @@ class _BottleneckWork:
             dilation=conv.dilation,
             groups=conv.groups,
             bias=bias,
-        )
+        ).to(conv.weight)
         module.load_state_dict(conv.state_dict())
         return Replacement(module, spec, {})
 
@@ -216,16 +232,17 @@ class _BottleneckWork:
                 module.bias.zero_() if conv.bias is None else module.bias.copy_(conv.bias)
         record: dict[str, object] = {}
         if self.with_data:
-            size = layer.output_shape[-2:] if layer.output_shape is not None else None
             pairs = self.context.responses(layer)
-            record["response_error"] = self._solve(layer, conv, module, _spread(self.method, pairs, size))
+            record["response_error"] = self._solve(layer, conv, module, _spread(self.method, pairs))
         return Replacement(module, spec, record)
 
     def _single(self, layer: Layer) -> Replacement:
         method, conv = self.method, conv_of(layer)
         g = conv.groups
         keeping = conv.in_channels * conv.out_channels / (conv.in_channels + conv.out_channels)
-        mid = g * max(1, round(method.mid_share * keeping / g))
+        # more channels than values in a patch would say nothing new
+        most = conv.in_channels // g * conv.kernel_size[0] * conv.kernel_size[1]
+        mid = g * min(max(1, round(method.mid_share * keeping / g)), most)
         bias = conv.bias is not None or self.with_data
         settings = {
             **self._settings(conv),
@@ -245,12 +262,13 @@ class _BottleneckWork:
             dilation=conv.dilation,
         ).to(conv.weight)
         pairs: Iterable[tuple[Tensor, Tensor]]
-        pairs = self.context.responses(layer) if self.with_data else _Noise(conv, method)
+        pairs = self.context.responses(layer) if self.with_data else _Noise(conv, mid, method)
         with torch.no_grad():
-            _solve_codes(conv, module, pairs, method)
+            _solve_codes(layer, module, pairs, method)
             coded = ((module.down(x), y) for x, y in pairs)
             last = _like(conv, mid, conv.out_channels)
-            error = self._solve(layer, last, module.up, _spread(method, coded, None))
+            module.up.weight.zero_()  # a channel that the data does not show adds nothing
+            error = self._solve(layer, last, module.up, _spread(method, coded))
             if not self.with_data and conv.bias is not None and module.up.bias is not None:
                 module.up.bias.copy_(conv.bias)
         record = {**self._record(layer), "mid_channels": mid}
@@ -270,13 +288,7 @@ class _BottleneckWork:
         Seen from the filled map it is a convolution with ``conv``'s geometry, so ``conv``'s moments do.
         """
         found = moments(conv, pairs, positions=self.method.positions, seed=self.method.seed)
-        needed = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1] + 1
-        if found.samples < needed:
-            images = -(-needed * found.images // found.samples)
-            raise ValueError(
-                f"calibration: layer {layer.name!r}: {found.images} images give {found.samples} samples, but "
-                f"its second half needs at least {needed}, that is {images} images"
-            )
+        _check_samples(layer, found, "second")
         start = _matrix(_transposed(up.weight.detach(), conv.groups, back=True), conv.groups)
         solution = _regression(found, start)
         o, c, kh, kw = conv.weight.shape
@@ -289,19 +301,33 @@ class _BottleneckWork:
         return found.error(solution)
 
 
+def _check_samples(layer: Layer, found: Moments, half: str) -> None:
+    needed = found.gram.shape[1] + 1
+    if found.samples < needed:
+        images = -(-needed * found.images // found.samples)
+        raise ValueError(
+            f"calibration: layer {layer.name!r}: {found.images} images give {found.samples} samples, but "
+            f"its {half} half needs at least {needed}, that is {images} images"
+        )
+
+
 class _Noise:
     """Inputs that show every direction alike, and the layer's answers to them, again and again."""
 
-    def __init__(self, conv: nn.Conv2d, method: SpatialBottleneck) -> None:
+    def __init__(self, conv: nn.Conv2d, mid: int, method: SpatialBottleneck) -> None:
         self.conv, self.method = conv, method
-        unknowns = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
-        used = max(1.0, min(256, method.positions) * method.sampling.density)
-        self.batches = max(1, -(-4 * unknowns // int(8 * used)))
+        sampling = method.sampling
+        least = max(16, sampling.period) if isinstance(sampling, Cosets) else 16
+        # explicit positions belong to one grid
+        self.size = sampling.size if isinstance(sampling, Positions) else (least, least)
+        kernel = conv.kernel_size[0] * conv.kernel_size[1]
+        used = 8 * min(sampling.count(*self.size), method.positions)
+        self.batches = -(-4 * max(conv.in_channels, mid) // conv.groups * kernel // used)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.method.seed)
         for _ in range(self.batches):
-            x = torch.randn(8, self.conv.in_channels, 16, 16, generator=generator).to(self.conv.weight)
+            x = torch.randn(8, self.conv.in_channels, *self.size, generator=generator).to(self.conv.weight)
             yield (
                 x,
                 F.conv2d(
@@ -329,20 +355,26 @@ def _matrix(weight: Tensor, groups: int) -> Tensor:
     return weight.double().reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
 
 
+def _damped(found: Moments) -> Tensor:
+    """G with the ridge on its diagonal."""
+    # where a map never changes there is only the rounding of its mean square
+    least = _LEAST + _RIDGE * found.mean_patch.square().mean(1)
+    ridge = _RIDGE * found.gram.diagonal(dim1=1, dim2=2).mean(1).maximum(least)
+    return found.gram + torch.diag_embed(ridge[:, None].expand(found.gram.shape[:2]))
+
+
 def _regression(found: Moments, start: Tensor) -> Tensor:
     """The weight [g, P, O / g] of the least error, near ``start`` where the data says nothing."""
-    scale = found.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-    damped = found.gram + torch.diag_embed((_RIDGE * scale)[:, None].expand(found.gram.shape[:2]))
-    step = torch.cholesky_solve(found.cross - found.gram @ start, torch.linalg.cholesky(damped))
+    step = torch.cholesky_solve(found.cross - found.gram @ start, torch.linalg.cholesky(_damped(found)))
     return start + step
 
 
 def _spread(
-    method: SpatialBottleneck, pairs: Iterable[tuple[Tensor, Tensor]], size: Sequence[int] | None
+    method: SpatialBottleneck, pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs whose sampled inputs are put on a map of zeros."""
     for y, response in pairs:
-        height, width = response.shape[-2:] if size is None else size
+        height, width = response.shape[-2:]
         mask = method.sampling.mask(height, width).flatten().to(y.device)
         filled = y.new_zeros(y.shape[0], y.shape[1], height * width)
         filled[:, :, mask] = y.flatten(2)
@@ -350,37 +382,40 @@ def _spread(
 
 
 def _solve_codes(
-    conv: nn.Conv2d,
+    layer: Layer,
     module: SpatialBottleneck2d,
     pairs: Iterable[tuple[Tensor, Tensor]],
     method: SpatialBottleneck,
 ) -> None:
     """Set the first half to the directions of a patch that tell most about the responses around it.
 
-    With G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under the kernel, these are the
-    leading ones of L^-1 B B^T L^-T, turned back by L^-T.
+    A patch p is what the first half reads: of the map itself, or of its window means. With
+    G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under the kernel, these are the leading
+    ones of L^-1 B B^T L^-T, turned back by L^-T.
     """
-    down, (kh, kw) = module.down, _two(conv.kernel_size)
+    conv, down = conv_of(layer), module.down
+    kh, kw = _two(conv.kernel_size)
     taps, g = kh * kw, conv.groups
-    seen = _like(conv, conv.in_channels, conv.out_channels * taps)
-    sums: Accumulator | None = None
+    # the padding, not the same on all sides, is put on the map itself
+    seen = nn.Conv2d(conv.in_channels, conv.out_channels * taps, (kh, kw), dilation=down.dilation, groups=g)
+    sums = Accumulator(seen.to(conv.weight), method.positions, method.seed)
+    top, bottom, left, right = down.padding
     for x, y in pairs:
         height, width = y.shape[-2:]
-        if sums is None:
-            mask = method.sampling.mask(height, width).flatten()
-            sums = Accumulator(seen, method.positions, method.seed, mask.nonzero().flatten())
+        sums.among = method.sampling.mask(height, width).flatten().nonzero().flatten()
         step = max(1, _BLOCK // (taps * y[0].numel()))
         for part in range(0, len(x), step):
             around = F.unfold(
                 y[part : part + step], (kh, kw), conv.dilation, half_padding((kh, kw), _two(conv.dilation))
             )
-            sums.add(x[part : part + step], around.view(len(around), -1, height, width))
-    if sums is None:
-        raise ValueError("calibration: holds no batches")
+            read = x[part : part + step]
+            read = F.pad(
+                window_means(read, down.window) if down.window > 1 else read, (left, right, top, bottom)
+            )
+            sums.add(read, around.view(len(around), -1, height, width))
     found = sums.finish()
-    scale = found.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-    damped = found.gram + torch.diag_embed((_RIDGE * scale)[:, None].expand(found.gram.shape[:2]))
-    factor = torch.linalg.cholesky(damped)
+    _check_samples(layer, found, "first")
+    factor = torch.linalg.cholesky(_damped(found))
     told = torch.linalg.solve_triangular(factor, found.cross, upper=False)
     leading = torch.linalg.eigh(told @ told.transpose(1, 2)).eigenvectors.flip(2)
     count = down.out_channels // g
