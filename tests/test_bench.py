@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from quincunx import bench
 from quincunx.cli import app
 from quincunx.cost import cost
+from quincunx.latency import environment
 from quincunx.networks import build
 from quincunx.ops import backend
 from quincunx.peers import fold_batch_norm
@@ -49,6 +50,38 @@ def test_a_suite_writes_every_case_against_the_fastest_dense(monkeypatch):
         assert entry["efficiency"] == pytest.approx(entry["speedup"] / entry["mac_ratio"])
     assert {"cpu", "torch", "commit", "command"} <= set(result["environment"])
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "anew"), [("0123", "0123", 1), ("0123", "4567", 2), ("0123+", "0123+", 2)]
+)
+def test_an_interrupted_suite_goes_on_with_rows_of_the_same_code(monkeypatch, tmp_path, then, now, anew):
+    def small():
+        yield from bench.training(((4, 6, 2), (8, 5, 1)))
+
+    commit, timed, limit = [then], [], [1]
+    run_case = bench._run_case
+
+    def counted(case, *rest):
+        if len(timed) == limit[0]:
+            raise KeyboardInterrupt
+        timed.append(case.name)
+        return run_case(case, *rest)
+
+    monkeypatch.setitem(bench.SUITES, "training", small)
+    monkeypatch.setattr(bench, "environment", lambda: {**environment(), "commit": commit[0]})
+    monkeypatch.setattr(bench, "_run_case", counted)
+    settings = {"threads": (1,), "rounds": 3, "round_seconds": 1e-3, "keep": tmp_path / "kept.json"}
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_suite("training", **settings)
+    first = json.loads((tmp_path / "kept.json").read_text())["rows"]
+    commit[0], limit[0] = now, 99
+    timed.clear()
+    result = bench.run_suite("training", **settings)
+    assert len(timed) == anew
+    assert (result["rows"][0] == first[0]) is (anew == 1)
+    assert len(result["rows"]) == 2
+    assert not (tmp_path / "kept.json").exists()
 
 
 def test_blocks_compare_equal_work():

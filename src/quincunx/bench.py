@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx import networks
+from quincunx.artifact import read_json, write_json
 from quincunx.cost import cost
 from quincunx.fuse import fuse
 from quincunx.latency import environment, measure
@@ -282,6 +284,7 @@ def run_suite(
     rounds: int = 11,
     round_seconds: float = 0.04,
     only: str = "",
+    keep: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Time a suite; JSON-ready.
@@ -291,6 +294,8 @@ def run_suite(
         threads: intra-op threads, one set of rows for each.
         rounds, round_seconds: as in :func:`quincunx.latency.measure`.
         only: leave out cases whose name does not contain this.
+        keep: file of the rows that are done, so that an interrupted suite goes on; rows that another
+            commit, version, machine or number of rounds made are timed anew. Removed at the end.
         progress: called with the case, how many are done and how many there are.
 
     Raises:
@@ -304,12 +309,20 @@ def run_suite(
         raise ValueError(f"only={only!r}: no case of {name} has that in its name")
     # before the work: what is edited while it runs was not measured
     where_made = environment()
+    made_by = {key: where_made[key] for key in _MADE_BY} | {"suite": name, "rounds": rounds}
+    done = _kept(keep, made_by)
     rows: list[dict[str, Any]] = []
     for case in cases:
         for count in threads:
             where = f"{case.name}, batch {case.batch}, {count} thread{'s' * (count > 1)}"
             progress(where, len(rows), len(cases) * len(threads))
-            rows.append(_run_case(case, count, rounds, round_seconds))
+            row = done.get((case.name, case.batch, count)) or _run_case(case, count, rounds, round_seconds)
+            rows.append(row)
+            if keep is not None:
+                done[case.name, case.batch, count] = row
+                write_json(keep, {"made_by": made_by, "rows": list(done.values())})
+    if keep is not None:
+        keep.unlink(missing_ok=True)
     return {
         "schema": 1,
         "kind": "bench",
@@ -319,6 +332,21 @@ def run_suite(
         "summary": summary(rows),
         "environment": where_made,
     }
+
+
+# what two parts of one result must share
+_MADE_BY = ("commit", "quincunx", "torch", "python", "cpu", "capability", "cores")
+
+
+def _kept(keep: Path | None, made_by: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """The rows of an interrupted suite, by case, batch and threads."""
+    if keep is None or not keep.exists():
+        return {}
+    content = read_json(keep)
+    # code that is in no commit may be other code each time
+    if content.get("made_by") != made_by or str(made_by["commit"]).endswith("+"):
+        return {}
+    return {(row["case"], row["batch"], row["threads"]): row for row in content["rows"]}
 
 
 def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def bench(
     """Time ours against the best dense network, interleaved in one process; writes JSON and a figure.
 
     ops: single convolutions. blocks: residual blocks in inference. training: forward and backward.
-    networks: whole networks, fused. Needs the bench extra (ONNX Runtime, OpenVINO).
+    networks: whole networks, fused. Needs the bench extra (ONNX Runtime, OpenVINO). The same command again
+    goes on after an interruption.
     """
     with bad_input():
         counts = _parse_counts("threads", threads)
@@ -126,6 +127,7 @@ def bench(
                 threads=counts,
                 rounds=rounds,
                 only=only,
+                keep=out / f".bench-{suite}.json",
                 progress=lambda where, done, total: bar.update(
                     task, completed=done, total=total, state=where
                 ),
