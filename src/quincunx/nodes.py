@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from quincunx.nn import SampledConv2d, SampledConvTranspose2d
 from quincunx.paired import PairedDown2d, PairedUp2d
+from quincunx.pairs import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from quincunx.plan import Geometry
 from quincunx.quantised import QuantConv2d, QuantLinear
 from quincunx.steps import Follower
@@ -190,27 +191,10 @@ def is_map(model: nn.Module, node: fx.Node) -> bool:
 # ---------------------------------------------------------------- what reads maps in compact form
 
 # of each position by itself, in evaluation mode
-_POINTWISE_MODULES = (
-    nn.ReLU,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Softplus,
-    nn.LocalResponseNorm,
-)
+_POINTWISE_MODULES = (*ACTIVATIONS, nn.LocalResponseNorm)
 _POINTWISE_FUNCTIONS = {
-    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid),
-    *(F.softplus, F.sigmoid, F.tanh, F.local_response_norm, torch.relu, torch.sigmoid, torch.tanh),
+    *ACTIVATION_FUNCTIONS,
+    F.local_response_norm,
     *(operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum),
 }
 _POINTWISE_METHODS = {"relu", "sigmoid", "tanh", "add", "sub", "mul"}

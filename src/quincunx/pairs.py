@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Pairs", "find_pairs"]
+__all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "Pairs", "find_pairs"]
 
 # value by value: they apply to a sampled map as to any other
-_POINTWISE = (
+ACTIVATIONS = (
     nn.ReLU,
-    nn.ReLU6,
+    nn.Hardtanh,
     nn.LeakyReLU,
     nn.PReLU,
     nn.ELU,
@@ -28,34 +28,17 @@ _POINTWISE = (
     nn.Softplus,
     nn.Sigmoid,
     nn.Tanh,
-    nn.Hardtanh,
     nn.Hardswish,
     nn.Hardsigmoid,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.AlphaDropout,
 )
+ACTIVATION_FUNCTIONS = {
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid),
+    *(F.softplus, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh),
+}
+_POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _FUNCTIONS = {
-    F.relu,
-    F.relu_,
-    torch.relu,
-    torch.relu_,
-    F.relu6,
-    F.leaky_relu,
-    F.elu,
-    F.gelu,
-    F.silu,
-    F.mish,
-    F.hardswish,
-    F.hardtanh,
-    F.dropout,
-    torch.sigmoid,
-    torch.tanh,
-    "relu",
-    "relu_",
-    "sigmoid",
-    "tanh",
+    *ACTIVATION_FUNCTIONS,
+    *(F.relu_, torch.relu_, F.dropout, "relu", "relu_", "sigmoid", "tanh"),
 }
 
 
