@@ -27,6 +27,7 @@ from quincunx.journal import FolderJournal
 from quincunx.latency import Timing, environment, measure_models
 from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe
+from quincunx.scores import eager_form
 from quincunx.search import search
 from quincunx.streams import Layer, run_order
 from quincunx.surgery import Accelerated, Journal, Method, Replacement, accelerate
@@ -410,20 +411,21 @@ def _timed(
     with inference_mode_of(original):
         order = run_order(original, one, None) or {}
     rows = []
+    models = {"before": original, "after": found.model}
     with progress_bar(progress) as bar:
         task = bar.add_task("timing", total=len(found.replaced) + 1, state="")
         for name, record in found.replaced.items():
             bar.update(task, state=name)
             names = record.get("pair", [name])
             if name == names[0]:
-                both = [_chain(model, names) for model in (original, found.model)]
-                timings = _measured((both[0], both[1]), (batch, *order[name][1][1:]), rounds)
+                # within a network a layer that fx cannot trace stays whole
+                layers = {key: fuse(nn.Sequential(_chain(model, names))) for key, model in models.items()}
+                timings = _measured(layers, (batch, *order[name][1][1:]), rounds)
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
             bar.update(task, advance=1)
         bar.update(task, state="whole network")
-        unfused = _unfused(original) or _unfused(found.model)
-        networks = (original, found.model)
-        whole = _ratio(_measured(networks, (batch, *one.shape[1:]), rounds, fused=unfused is None))
+        forms, unfused = _forms(models)
+        whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds))
         bar.update(task, advance=1)
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
     threads = torch.get_num_threads()
@@ -444,27 +446,18 @@ def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
     return {"name": pair_name(names), **records[0], **records[-1], **macs}
 
 
-def _unfused(model: nn.Module) -> str | None:
-    """Why a network cannot be fused, as one with a forward that depends on its data; None if it can."""
+def _forms(models: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], str | None]:
+    """All fused, or none where one cannot be, as with a forward that depends on its data; and why."""
     try:
-        fuse(model)
+        return {key: fuse(model) for key, model in models.items()}, None
     except TypeError as error:
-        return str(error)
-    return None
+        return {key: eager_form(model) for key, model in models.items()}, str(error)
 
 
-def _measured(
-    pair: tuple[nn.Module, nn.Module], shape: tuple[int, ...], rounds: int, *, fused: bool = True
-) -> dict[str, Timing]:
+def _measured(models: dict[str, nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, Timing]:
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    models = dict(zip(("before", "after"), pair, strict=True))
-    if not fused:
-        layout = torch.channels_last
-        models = {k: copy.deepcopy(m).to(memory_format=layout) for k, m in models.items()}  # type: ignore[call-overload]
-        return measure_models(models, x, rounds=rounds)
-    # within a network a layer that fx cannot trace stays whole
-    return measure_models({k: fuse(nn.Sequential(m)) for k, m in models.items()}, x, rounds=rounds)
+    return measure_models(models, x, rounds=rounds)
 
 
 def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from quincunx.methods import Assigned, build_module
 from quincunx.streams import Calibration, Layer
 from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, prepare, put, tried
 
-__all__ = ["BUDGET", "Scores", "inference_form"]
+__all__ = ["BUDGET", "Scores", "eager_form", "inference_form"]
 
 _ROUNDS = 11
 BUDGET = "not scored: the time budget was used up"
@@ -38,7 +38,12 @@ def inference_form(model: nn.Module) -> nn.Module:
     try:
         return fuse(model)
     except TypeError:
-        return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return eager_form(model)
+
+
+def eager_form(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and channels_last, not fused."""
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 class Scores:

@@ -169,11 +169,11 @@ def accelerate(
         ValueError: a target without calibration data, and what methods refuse.
 
     Example:
-        >>> net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1),
+        >>> net = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 8, 3, padding=1),
         ...                     nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> images = [torch.randn(16, 8, 32, 32)]
         >>> accelerate(net, qx.SpatialBottleneck(), calibration=images).replaced["0"]["macs_after"]
-        589824
+        2359296
         >>> found = accelerate(net, "sb", calibration=images, macs="99%")
         >>> found.search["target"]
         {'macs': '99%'}
@@ -310,7 +310,7 @@ class _Builder:
                 journal=self.journal,
             )
             if self.target.max_drop is not None:
-                drop = 100 * (self._right(self.scores.model) - self._right(result.model))
+                drop = self._drop(result.model)
                 met = met and drop <= self.target.max_drop
                 record["drop"], record["met"] = drop, met
         result.skipped.update(self._reasons(chosen, met))
@@ -352,15 +352,20 @@ class _Builder:
         best.record["attempts"] = attempts
         return best
 
-    def _right(self, network: nn.Module) -> float:
-        """Share of the calibration images whose label, or the network's own answer, is given."""
-        right = count = 0
+    def _drop(self, network: nn.Module) -> float:
+        """Points of the calibration images that the original has right, and a network no more.
+
+        Right is the label, or the original's own answer where there are no labels.
+        """
+        before = after = count = 0
         with inference_mode_of(network):
             for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
-                wanted = batch.target if isinstance(batch.target, Tensor) else answer.argmax(1)
-                right += int((network(batch.input).argmax(1) == wanted).sum())
+                own = answer.argmax(1)
+                wanted = batch.target if isinstance(batch.target, Tensor) else own
+                before += int((own == wanted).sum())
+                after += int((network(batch.input).argmax(1) == wanted).sum())
                 count += wanted.numel()
-        return right / count
+        return 100 * (before - after) / count
 
 
 def _sum(rows: Sequence[Candidate]) -> float:

@@ -212,11 +212,7 @@ def accelerate_command(
                     raise ValueError(f"{name}: needs a target, such as --speedup 2")
             # methods that draw nothing have no seed
             chosen = _method(method or "espace", {**settings, "seed": seed or None})
-        further = None
-        if finetune_epochs:
-            further = recipes.recipe_with(
-                recipes.by_name(recipe), epochs=finetune_epochs, lr=lr, precision=precision, distill=distill
-            )
+        further = _finetuning(recipe, finetune_epochs, lr=lr, precision=precision, distill=distill)
         check_can_draw()
         check_folder(out)
         found = trained(network, weights, model, input_shape, seed)
@@ -296,6 +292,11 @@ def _duration(text: str) -> float:
     return seconds
 
 
+def _finetuning(name: str, epochs: int, **changes: Any) -> recipes.Recipe | None:
+    """A named recipe for so many epochs; None for none."""
+    return recipes.recipe_with(recipes.by_name(name), epochs=epochs, **changes) if epochs else None
+
+
 def _patterns(text: str | None) -> list[str]:
     return [] if text is None else [part.strip() for part in text.split(",")]
 
@@ -363,9 +364,7 @@ def compare_command(
             if name not in SWEEPS:
                 raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
             points += SWEEPS[name]()
-        further = None
-        if finetune_epochs:
-            further = recipes.recipe_with(recipes.by_name(recipe), epochs=finetune_epochs, lr=lr)
+        further = _finetuning(recipe, finetune_epochs, lr=lr)
         check_can_draw()
         check_folder(out)
         found = trained(network, weights, model, input_shape, seed)
@@ -452,7 +451,7 @@ def reproduce_espace(
         else:
             model = qx.networks.weights.load(experiment.network, weights, **settings)
             images = read_data(data, test_data, experiment.side, stream=stream, quiet=as_json)
-            tuned = recipes.recipe_with(recipes.finetune(), epochs=epochs) if epochs else None
+            tuned = _finetuning("finetune", epochs or 0)
             with running():
                 compared = compare_methods(
                     model,

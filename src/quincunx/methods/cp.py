@@ -277,7 +277,7 @@ class CP:
         bias = 0 if conv.bias is None else conv.bias.detach().double().view(conv.groups, -1)
         rebuilt = rebuilt.to(seen.gram)
         # the bias stays, so the means may differ too
-        shift = seen.mean_response - bias - (rebuilt * seen.mean_patch[:, :, None]).sum(1)
+        shift = seen.bias(rebuilt) - bias
         power = float(seen.power.sum())
         return seen.error(rebuilt) + (float(shift.square().sum()) / power if power > 0 else 0.0)
 

@@ -166,8 +166,7 @@ def fit(
                 raise ValueError(f"data: {reason}")
             v, t, history = _alternate(data, v, t, iterations, tolerance)
             weight = torch.einsum("gqk,gjkn->gqjn", v, t).reshape(g, q * kw, n)
-            shift = data.mean_response - (weight * data.mean_patch[:, :, None]).sum(1)
-            bias = shift.flatten()
+            bias = data.bias(weight).flatten()
         else:
             history = [data.error(matrices.reshape(g, q * kw, n))]
     inputs, kh = conv.in_channels // conv.groups, conv.kernel_size[0]

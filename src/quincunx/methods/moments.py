@@ -43,6 +43,10 @@ class Moments:
     samples: int
     images: int
 
+    def bias(self, weight: Tensor) -> Tensor:
+        r"""The best bias for a weight [g, P, O / g]: \bar y - W^T \bar p, [g, O / g]."""
+        return self.mean_response - (weight * self.mean_patch[:, :, None]).sum(1)
+
     def error(self, weight: Tensor) -> float:
         r"""E|y - \bar y - W^T (p - \bar p)|^2 / E|y - \bar y|^2 of a weight [g, P, O / g]."""
         weight = weight.to(self.gram)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work
 
 __all__ = ["SpatialBottleneck"]
+
+Built = TypeVar("Built", bound=nn.Module)
 
 # of the mean of the patches' variances; it pulls towards the start, so what the data does not show stays
 _RIDGE = 1e-6
@@ -185,47 +188,33 @@ class _BottleneckWork:
             record["macs_after"] = self.method.sampling.count(*layer.grid) * weight.numel()
         return record
 
-    def _settings(self, conv: nn.Conv2d) -> dict[str, object]:
-        return {
+    def _built(
+        self, kind: str, build: Callable[..., Built], conv: nn.Conv2d, **own: Any
+    ) -> tuple[Built, dict[str, Any]]:
+        """A module with a convolution's settings, its own and the method's sampling; and its spec."""
+        settings: dict[str, Any] = {
             "in_channels": conv.in_channels,
             "out_channels": conv.out_channels,
             "kernel_size": list(conv.kernel_size),
             "dilation": list(conv.dilation),
             "groups": conv.groups,
-            "sampling": self.method.sampling.spec,
+            **own,
         }
+        sampling = self.method.sampling
+        module = build(**settings, sampling=sampling).to(conv.weight)
+        return module, {"kind": kind, **settings, "sampling": sampling.spec}
 
     def _first(self, layer: Layer) -> Replacement:
         conv = conv_of(layer)
         bias = conv.bias is not None
-        spec = {"kind": "paired-down", **self._settings(conv), "down": self.method.down, "bias": bias}
-        module = PairedDown2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            sampling=self.method.sampling,
-            down=self.method.down,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=bias,
-        ).to(conv.weight)
+        module, spec = self._built("paired-down", PairedDown2d, conv, down=self.method.down, bias=bias)
         module.load_state_dict(conv.state_dict())
         return Replacement(module, spec, {})
 
     def _second(self, layer: Layer, partner: str) -> Replacement:
         conv = conv_of(layer)
         bias = conv.bias is not None or self.with_data
-        spec = {"kind": "paired-up", **self._settings(conv), "partner": partner, "bias": bias}
-        module = PairedUp2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            sampling=self.method.sampling,
-            partner=partner,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=bias,
-        ).to(conv.weight)
+        module, spec = self._built("paired-up", PairedUp2d, conv, partner=partner, bias=bias)
         with torch.no_grad():
             module.weight.copy_(_transposed(conv.weight, conv.groups) / self.method.sampling.density)
             if module.bias is not None:
@@ -244,23 +233,9 @@ class _BottleneckWork:
         most = conv.in_channels // g * conv.kernel_size[0] * conv.kernel_size[1]
         mid = g * min(max(1, round(method.mid_share * keeping / g)), most)
         bias = conv.bias is not None or self.with_data
-        settings = {
-            **self._settings(conv),
-            "mid_channels": mid,
-            "down": method.down,
-            "bias": bias,
-        }
-        module = SpatialBottleneck2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            sampling=method.sampling,
-            mid_channels=mid,
-            down=method.down,
-            groups=g,
-            bias=bias,
-            dilation=conv.dilation,
-        ).to(conv.weight)
+        module, spec = self._built(
+            "spatial-bottleneck", SpatialBottleneck2d, conv, mid_channels=mid, down=method.down, bias=bias
+        )
         pairs: Iterable[tuple[Tensor, Tensor]]
         pairs = self.context.responses(layer) if self.with_data else _Noise(conv, mid, method)
         with torch.no_grad():
@@ -274,7 +249,7 @@ class _BottleneckWork:
         record = {**self._record(layer), "mid_channels": mid}
         if self.with_data:
             record["response_error"] = error
-        return Replacement(module, {"kind": "spatial-bottleneck", **settings}, record)
+        return Replacement(module, spec, record)
 
     def _solve(
         self,
@@ -296,8 +271,7 @@ class _BottleneckWork:
         with torch.no_grad():
             up.weight.copy_(_transposed(weight, conv.groups))
             if up.bias is not None:
-                shift = found.mean_response - (solution * found.mean_patch[:, :, None]).sum(1)
-                up.bias.copy_(shift.flatten())
+                up.bias.copy_(found.bias(solution).flatten())
         return found.error(solution)
 
 
