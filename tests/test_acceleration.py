@@ -1,11 +1,14 @@
 """From a trained network to a faster one: what is fitted, judged, timed, resumed and shown."""
 
 import copy
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torch import nn
 
@@ -211,3 +214,56 @@ def test_batch_norm_is_left_as_it_was_where_the_new_estimate_raises_the_loss():
     net[0].running_mean.fill_(30)
     assert acceleration._renormalised(net, images, inputs)
     assert net[0].running_mean.abs().max() < 1
+
+
+def test_without_labels_the_original_networks_answers_are_what_is_lost(tmp_path):
+    """Labels that are there are not looked at: any give the same result."""
+    results = []
+    for i, shift in enumerate((0, 1)):
+        parts = {
+            key: dataclasses.replace(part, labels=(part.labels + shift) % 3)
+            for key, part in (("train", DATA.train), ("test", DATA.test))
+        }
+        data = dataclasses.replace(DATA, classes=(), labelled=False, **parts)
+        recipe = Recipe("tiny", epochs=1, batch_size=20, lr=0.01, augment="none", distill=1.0)
+        results.append(
+            accelerate_trained(
+                network(), METHOD, data, tmp_path / str(i), layers=["layer1.*"], calibration=40,
+                recipe=recipe, batch=2, rounds=3,
+            )
+        )  # fmt: skip
+    assert results[0]["stages"][0]["error"] == 0
+    assert results[0]["stages"] == results[1]["stages"]
+    assert results[0]["stages"][1]["error"] > 0
+    assert "of the original network's answers to" in " ".join(acceleration_sentences(results[0]))
+
+
+def test_the_command_takes_images_without_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    qx.save(network(), "net")
+    Path("photos").mkdir()
+    for i, image in enumerate(DATA.train.images[:30].numpy()):
+        Image.fromarray(image).save(f"photos/{i}.png")
+    options = (
+        "accelerate",
+        "net",
+        "--data",
+        "photos",
+        "--layers",
+        "layer1.*",
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+    )
+    assert "--unlabelled" in call(*options).stderr
+    done = call(*options, "--unlabelled", "--distill", "0.5", "--finetune-epochs", "1")
+    assert done.exit_code == 2
+    assert "distill=0.5: without labels" in done.stderr
+    more = ("--finetune-epochs", "1", "--distill-features", "0.5", "--calibration", "20")
+    done = call(*options, "--unlabelled", *more)
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(Path("fast/accelerate.json").read_text())
+    assert (result["recipe"]["distill"], result["recipe"]["distill_features"]) == (1.0, 0.5)
+    assert result["stages"][0]["error"] == 0
+    assert "The images have no labels" in Path("fast/report.html").read_text()

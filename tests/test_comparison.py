@@ -61,7 +61,7 @@ def test_the_front():
 
 
 def row(series, label, lost, gain, **paper):
-    return Compared(series, label, lost, gain, gain, 2 * gain, 50, 100, True, paper)
+    return Compared(series, label, lost, lost / 2, gain, gain, 2 * gain, 50, 100, True, paper)
 
 
 def test_figures_say_what_they_show():
@@ -73,6 +73,12 @@ def test_figures_say_what_they_show():
     assert "a, x: +1.00 points at 4.00" in pictures["drop-macs"].alternative
     assert "Hollow" not in pictures["drop-bytes"].alternative
     assert pictures["drop-bytes"].content.startswith(b"<?xml")
+
+    first = comparison_pictures(rows, top5=True)
+    assert "a, x: +0.50 points at 2.00" in first["top5-drop-speed"].alternative
+    # the paper's errors are of the first five answers
+    assert "Hollow" in first["top5-drop-speed"].alternative
+    assert "Hollow" not in first["drop-speed"].alternative
 
 
 def test_every_sweep_has_settings_that_can_be_used():

@@ -255,6 +255,35 @@ def test_a_constant_channel_is_not_divided_by_zero(root):
     assert torch.isfinite(next(batches(data.train, data, 4))[0]).all()
 
 
+# ---- without labels
+
+
+@pytest.mark.parametrize("form", ["folder", "archive"])
+@pytest.mark.parametrize(
+    ("files", "train", "test"),
+    [
+        ({f"{i}.png": encoded() for i in range(10)}, 9, 1),
+        ({"train/0.png": encoded(), "train/deep/er/1.png": encoded(), "test/2.png": encoded()}, 2, 1),
+        (files_of(), 6, 6),
+    ],
+    ids=["flat", "parts", "by-class"],
+)
+def test_images_without_labels_are_taken_wherever_they_lie(root, files, train, test, form):
+    source = as_folder(root, files) if form == "folder" else as_archive(root / "a.tar.gz", files)
+    data = load_data(source, labelled=False)
+    assert (len(data.train), len(data.test), data.classes, data.labelled) == (train, test, (), False)
+    assert "class" not in " ".join(data.notes)
+
+
+def test_sets_that_bring_labels_are_not_read_without(root):
+    with pytest.raises(ValueError, match="digits brings its labels"):
+        load_data("digits", labelled=False)
+    with pytest.raises(ValueError, match="no labels: --unlabelled"):
+        load_data(as_folder(root, files_of(classes=["cat"])))
+    with pytest.raises(ValueError, match="0 class of training images"):
+        load_data(as_folder(root / "b", {"test/0.png": encoded()}), labelled=False)
+
+
 # ---- bad input
 
 

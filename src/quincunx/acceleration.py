@@ -21,7 +21,7 @@ from quincunx.artifact import save, spec_of, write_json
 from quincunx.choice import Search, candidates_named, pair_name
 from quincunx.cost import cost, inference_mode_of
 from quincunx.data import ImageData, batches
-from quincunx.evaluation import judged
+from quincunx.evaluation import answered_by, judged
 from quincunx.fuse import fuse
 from quincunx.journal import FolderJournal
 from quincunx.latency import Timing, environment, measure_models
@@ -134,12 +134,15 @@ def accelerate_trained(
     Args:
         model: a trained network with a spec or a noted factory; it is left as it is.
         method: such as ``qx.Espace()``, or a search for a target.
-        data: its training images calibrate and fine-tune, its test images judge.
+        data: its training images calibrate and fine-tune, its test images judge. Where they have no
+            labels the network's own answers take their place, and a recipe has to learn from it alone
+            (``distill=1``).
         out: folder of the results.
         layers: patterns of layer names such as "stages.*.conv2"; by default every layer.
         calibration: training images the method is given.
         normalisation: training images by which batch norm is estimated anew.
-        recipe: of fine-tuning; a ``distill`` above 0 makes the original network the teacher. With a
+        recipe: of fine-tuning; one with ``distill`` or ``distill_features`` has the original network as
+            teacher. With a
             target's ``max_drop`` it ends once the test error is within it, or stays for
             some epochs.
         batch: images of the timed inputs.
@@ -158,6 +161,8 @@ def accelerate_trained(
     """
     out = Path(out)
     original = model.eval()
+    if not data.labelled:
+        data = answered_by(original, data, workers)
     state = hashlib.sha256(b"".join(_bytes(t) for t in original.state_dict().values())).hexdigest()
     settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     identity = {
@@ -196,7 +201,7 @@ def accelerate_trained(
             seed=seed,
             resume=True,
             progress="fine-tuning" if progress else False,
-            teacher=original if recipe.distill > 0 else None,
+            teacher=original if recipe.taught else None,
             workers=workers,
             stop=_stop_rule(method, stages[0]),
         )
@@ -271,6 +276,8 @@ def plan_for_target(
 ) -> dict[str, Any]:
     """What a search would choose, with its estimates, and nothing more; arguments as in
     :func:`accelerate_trained`."""
+    if not data.labelled:
+        data = answered_by(model.eval(), data)
     images = sample(data, calibration, seed)
     where = _where(model, layers)
     found = searched(model.eval(), method, images, Path(out), where, batch, progress, dry_run=True)

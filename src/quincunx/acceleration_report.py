@@ -29,7 +29,8 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         said += search_sentences(result["search"])
     tested = result["data"]["test"]
     for stage in result["stages"]:
-        text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {tested:,} images"
+        own = "" if result["data"].get("labelled", True) else "the original network's answers to "
+        text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {own}{tested:,} images"
         if "lost" in stage:
             text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
         said.append(f"{text}.")

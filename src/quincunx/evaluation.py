@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from quincunx.cost import inference_mode_of
 from quincunx.data import ImageData, Part, batches
 from quincunx.ranks import ALONE, Ranks
 
-__all__ = ["Evaluation", "check_channels", "check_scores", "device_of", "evaluate", "judged"]
+__all__ = ["Evaluation", "answered_by", "check_channels", "check_scores", "device_of", "evaluate", "judged"]
+
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def evaluate(
     split: Part,
     data: ImageData,
     *,
-    batch_size: int = 256,
+    batch_size: int = _AT_ONCE,
     ranks: Ranks = ALONE,
     workers: int | None = None,
 ) -> Evaluation:
@@ -52,7 +54,7 @@ def judged(
     split: Part,
     data: ImageData,
     *,
-    batch_size: int = 256,
+    batch_size: int = _AT_ONCE,
     rank: int = 0,
     world: int = 1,
     workers: int | None = None,
@@ -79,6 +81,26 @@ def judged(
     return torch.cat(losses), torch.cat(right), torch.cat(among)
 
 
+def answered_by(model: nn.Module, data: ImageData, workers: int | None = None) -> ImageData:
+    """Images without labels, with those that a network gives them: what differs from it later is an error.
+
+    Raises:
+        ValueError: as :func:`judged`.
+    """
+    parts: dict[str, Part] = {}
+    outputs = 0
+    with inference_mode_of(model):
+        for key, split in (("train", data.train), ("test", data.test)):
+            answers = []
+            for images, _ in batches(split, data, _AT_ONCE, workers=workers):
+                scores = model(images.to(device_of(model)))
+                check_scores(scores, data)
+                answers.append(scores.argmax(1).cpu())
+                outputs = scores.shape[1]
+            parts[key] = replace(split, labels=torch.cat(answers))
+    return replace(data, classes=tuple(map(str, range(outputs))), **parts)  # type: ignore[arg-type]
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -92,12 +114,12 @@ def check_channels(model: nn.Module, data: ImageData) -> None:
 
 
 def check_scores(scores: object, data: ImageData) -> None:
-    known = f"{data.name} has {len(data.classes)} classes"
+    known = f"{data.name} has {len(data.classes)} classes" if data.classes else "one a class is needed"
     if not isinstance(scores, Tensor):
         raise ValueError(f"model: gives a {type(scores).__name__}, expected a tensor of scores; {known}")
     if scores.dim() != 2:
         raise ValueError(
             f"model: gives scores of shape {tuple(scores.shape)}, expected [images, classes]; {known}"
         )
-    if scores.shape[1] != len(data.classes):
+    if data.classes and scores.shape[1] != len(data.classes):
         raise ValueError(f"model: its head has {scores.shape[1]} outputs, but {known}")

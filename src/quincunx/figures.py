@@ -324,7 +324,9 @@ def map_picture(values: Sequence[Sequence[float]], computed: Sequence[Sequence[b
 
 
 @_styled
-def tradeoff(marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str) -> Picture:
+def tradeoff(
+    marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str, ylabel: str = "test error lost (points)"
+) -> Picture:
     """Points of error lost against what is gained, a line a series; hollow marks are a paper's own."""
     series = list(dict.fromkeys(mark.series for mark in marks))
     figure, axes, columns = _axes([_shorten(name) for name in series])
@@ -338,11 +340,11 @@ def tradeoff(marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str) -> Pic
                 *zip(*theirs, strict=True), s=45, facecolors="none", edgecolors=colour, marker=marker
             )
     axes.axhline(0, color="#888888", linewidth=1, linestyle="--")
-    axes.set(xlabel=xlabel, ylabel="test error lost (points)")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(figure, columns)
     said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
     note = " Hollow marks are printed in the paper." if printed else ""
-    return _picture(figure, f"Error lost against {xlabel}", f"{said}.{note}")
+    return _picture(figure, f"{ylabel.capitalize()} against {xlabel}", f"{said}.{note}")
 
 
 @_styled

@@ -35,6 +35,8 @@ class Recipe:
             al., arXiv:1503.02531): temperature^2 times the Kullback-Leibler divergence of the softened
             distributions.
         temperature: that softens them.
+        distill_features: weight of the distance between the teacher's last map of each resolution and
+            the network's own (Romero et al., arXiv:1412.6550), as :class:`quincunx.distillation.Loss` has it.
         augment: "none", "cifar" (pad, crop, flip) or "imagenet" (crop by scale and aspect, mirror,
             jitter); None lets the data set say.
         precision: "float32", or automatic mixed precision: convolutions and the maps between them in
@@ -60,6 +62,7 @@ class Recipe:
     nesterov: bool = True
     distill: float = 0.0
     temperature: float = 4.0
+    distill_features: float = 0.0
     augment: str | None = None
     precision: str = "float32"
     accumulate: int = 1
@@ -80,6 +83,7 @@ class Recipe:
             ("every", self.every >= 0, "at least 0"),
             ("distill", 0 <= self.distill <= 1, "a share of the loss, in [0, 1]"),
             ("temperature", 0 < self.temperature < math.inf, "a positive number"),
+            ("distill_features", 0 <= self.distill_features < math.inf, "at least 0"),
             ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
@@ -89,6 +93,11 @@ class Recipe:
         ):
             if not holds:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is asked for anything."""
+        return self.distill > 0 or self.distill_features > 0
 
     def lr_at(self, progress: float, step: int = 0) -> float:
         """The learning rate after a share ``progress`` of all steps, ``step`` in number."""

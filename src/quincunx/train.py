@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +27,7 @@ from quincunx.artifact import (
 from quincunx.checkpoint import check_disk, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
 from quincunx.data import ImageData, WorkerFailed, batches, memory
+from quincunx.distillation import Loss
 from quincunx.evaluation import check_channels, check_scores, device_of, evaluate
 from quincunx.latency import environment
 from quincunx.progress import progress_bar
@@ -114,7 +114,8 @@ def fit(
         resume: go on from the folder's checkpoint, or start if there is none.
         progress: show a bar, under this name.
         ranks: this process's place among several, from :func:`quincunx.ranks.joined`.
-        teacher: whose answers a recipe with ``distill`` asks for; it is evaluated and left as it is.
+        teacher: whose answers a recipe with ``distill`` asks for, and whose maps one with
+            ``distill_features``; it is evaluated and left as it is.
         workers: processes that decode streamed images; by default one a core, at most eight.
         stop: ends the run early; "stopped" in the result then says why.
 
@@ -191,10 +192,12 @@ class _Run:
         example = torch.zeros(1, data.in_channels, height, width, device=self.device)
         with inference_mode_of(model):
             check_scores(model(example), data)
-        if (teacher is not None) != (recipe.distill > 0):
-            need = "needs a teacher" if teacher is None else "makes no use of the teacher"
-            raise ValueError(f"teacher: the recipe's distill={recipe.distill:g} {need}")
-        self.teacher = teacher
+        self.loss = Loss(recipe, model, teacher, example)
+        if not data.labelled and recipe.distill < 1:
+            raise ValueError(
+                f"distill={recipe.distill:g}: the images of {data.name} have no labels; 1 learns from "
+                "the teacher alone"
+            )
         if teacher is not None:
             with inference_mode_of(teacher):
                 check_scores(teacher(example), data)
@@ -375,40 +378,20 @@ class _Run:
             if not len(answers) and self.ranks.world == 1:
                 continue
             with self._exchange(last=i == parts - 1):
-                with self._autocast():
-                    outputs = self.stepped(part)
+                with self._autocast(), self.loss.following():
+                    outputs, wanted = self.stepped(part), self.loss.asked(part)
+                    maps = self.loss.of_maps()
                 scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
                 check_scores(scores, self.data)
-                wanted = self._asked(part)
-                share = self._loss(scores, answers, wanted) / whole
+                share = (self.loss.of_scores(scores, answers, wanted) + maps) / whole
                 for other in auxiliary:
-                    share = share + _AUXILIARY * self._loss(other, answers, wanted) / whole
+                    share = share + _AUXILIARY * self.loss.of_scores(other, answers, wanted) / whole
                 # torch takes the mean of the processes' gradients, where the sum is wanted
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss += float(share.detach())
             wrong += int((scores.detach().argmax(1) != answers).sum())
         loss, errors = self.ranks.total([loss, wrong])
         return loss, errors
-
-    def _asked(self, images: Tensor) -> Tensor | None:
-        """The teacher's scores."""
-        if self.teacher is None:
-            return None
-        with inference_mode_of(self.teacher), self._autocast():
-            scores: Tensor = self.teacher(images)
-        return scores.float()
-
-    def _loss(self, scores: Tensor, answers: Tensor, wanted: Tensor | None) -> Tensor:
-        """Summed over images: cross-entropy with the labels, or its mixture with the teacher's answers."""
-        scores = scores.float()
-        plain = F.cross_entropy(scores, answers, reduction="sum")
-        if wanted is None:
-            return plain
-        heat, share = self.recipe.temperature, self.recipe.distill
-        soft = F.kl_div(
-            F.log_softmax(scores / heat, 1), F.log_softmax(wanted / heat, 1), reduction="sum", log_target=True
-        )
-        return (1 - share) * plain + share * heat**2 * soft
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once a step, with its last part."""

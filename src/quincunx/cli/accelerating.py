@@ -26,6 +26,7 @@ from quincunx.cli.common import (
     Stream,
     TestData,
     Threads,
+    Unlabelled,
     Workers,
     app,
     as_trained,
@@ -66,9 +67,19 @@ Calibration = Annotated[int, typer.Option(help="Training images to fit on.", min
 FinetuneEpochs = Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 for none.", min=0)]
 FinetuneRecipe = Annotated[str, typer.Option(help="Of fine-tuning.")]
 FinetuneRate = Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")]
+FinetunePrecision = Annotated[
+    str | None, typer.Option(help="Of fine-tuning: float32 (the default), bfloat16 or float16.")
+]
+Distill = Annotated[float | None, typer.Option(help="Share of the loss that follows the original network.")]
+DistillFeatures = Annotated[
+    float | None,
+    typer.Option(help="Weight of the distance to the original network's last map of each resolution."),
+]
 Batch = Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)]
 Rounds = Annotated[int, typer.Option(help="How often each layer is timed.", min=3)]
 
+# of a data set whose networks are judged by their first five answers, too
+_MANY_CLASSES = 100
 
 METHODS: dict[str, type] = {
     "espace": qx.Espace,
@@ -117,6 +128,7 @@ def accelerate_command(
     size: Size = None,
     skip_bad: SkipBad = False,
     stream: Stream = None,
+    unlabelled: Unlabelled = False,
     workers: Workers = None,
     method: Annotated[
         str | None,
@@ -163,12 +175,9 @@ def accelerate_command(
     finetune_epochs: FinetuneEpochs = 0,
     recipe: FinetuneRecipe = "finetune",
     lr: FinetuneRate = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Of fine-tuning: float32 (the default), bfloat16 or float16.")
-    ] = None,
-    distill: Annotated[
-        float | None, typer.Option(help="Share of the loss that follows the original network.")
-    ] = None,
+    precision: FinetunePrecision = None,
+    distill: Distill = None,
+    distill_features: DistillFeatures = None,
     batch: Batch = 8,
     rounds: Rounds = 11,
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("fast"),
@@ -212,12 +221,19 @@ def accelerate_command(
                     raise ValueError(f"{name}: needs a target, such as --speedup 2")
             # methods that draw nothing have no seed
             chosen = _method(method or "espace", {**settings, "seed": seed or None})
-        further = _finetuning(recipe, finetune_epochs, lr=lr, precision=precision, distill=distill)
+        further = _finetuning(
+            recipe, finetune_epochs, unlabelled, lr=lr, precision=precision, distill=distill,
+            distill_features=distill_features,
+        )  # fmt: skip
         check_can_draw()
         check_folder(out)
         found = trained(network, weights, model, input_shape, seed)
         images = found.suited(
-            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
+            read_data(
+                data, test_data, size, skip_bad=skip_bad, stream=stream, unlabelled=unlabelled, quiet=as_json
+            ),
+            mean,
+            std,
         )
         make_folder(out)
         if dry_run and isinstance(chosen, Search):
@@ -292,9 +308,23 @@ def _duration(text: str) -> float:
     return seconds
 
 
-def _finetuning(name: str, epochs: int, **changes: Any) -> recipes.Recipe | None:
-    """A named recipe for so many epochs; None for none."""
-    return recipes.recipe_with(recipes.by_name(name), epochs=epochs, **changes) if epochs else None
+def _finetuning(
+    name: str, epochs: int, unlabelled: bool = False, *, distill: float | None = None, **changes: Any
+) -> recipes.Recipe | None:
+    """A named recipe for so many epochs; None for none.
+
+    Raises:
+        ValueError: labels that there are not have a share in the loss; what a recipe refuses.
+    """
+    if unlabelled:
+        if distill is not None and distill < 1:
+            raise ValueError(f"distill={distill:g}: without labels the original network is all there is: 1")
+        distill = 1.0
+    return (
+        recipes.recipe_with(recipes.by_name(name), epochs=epochs, distill=distill, **changes)
+        if epochs
+        else None
+    )
 
 
 def _patterns(text: str | None) -> list[str]:
@@ -338,12 +368,16 @@ def compare_command(
     size: Size = None,
     skip_bad: SkipBad = False,
     stream: Stream = None,
+    unlabelled: Unlabelled = False,
     workers: Workers = None,
     layers: Layers = None,
     calibration: Calibration = 500,
     finetune_epochs: FinetuneEpochs = 0,
     recipe: FinetuneRecipe = "finetune",
     lr: FinetuneRate = None,
+    precision: FinetunePrecision = None,
+    distill: Distill = None,
+    distill_features: DistillFeatures = None,
     batch: Batch = 8,
     rounds: Rounds = 11,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("compared"),
@@ -364,12 +398,19 @@ def compare_command(
             if name not in SWEEPS:
                 raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
             points += SWEEPS[name]()
-        further = _finetuning(recipe, finetune_epochs, lr=lr)
+        further = _finetuning(
+            recipe, finetune_epochs, unlabelled, lr=lr, precision=precision, distill=distill,
+            distill_features=distill_features,
+        )  # fmt: skip
         check_can_draw()
         check_folder(out)
         found = trained(network, weights, model, input_shape, seed)
         images = found.suited(
-            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
+            read_data(
+                data, test_data, size, skip_bad=skip_bad, stream=stream, unlabelled=unlabelled, quiet=as_json
+            ),
+            mean,
+            std,
         )
         make_folder(out)
         with running():
@@ -388,7 +429,7 @@ def compare_command(
                 workers=workers,
                 progress=not as_json,
             )
-            _draw(rows, out)
+            _draw(rows, out, top5=len(images.classes) >= _MANY_CLASSES)
     if as_json:
         show({"rows": [row.to_dict() for row in rows], "out": str(out)})
         return
@@ -401,8 +442,8 @@ def _telling(quiet: bool) -> Callable[[str], None]:
     return lambda text: console.print(text, markup=False, highlight=False)
 
 
-def _draw(rows: list[Compared], out: Path) -> None:
-    for name, picture in comparison_pictures(rows).items():
+def _draw(rows: list[Compared], out: Path, *, top5: bool = False) -> None:
+    for name, picture in comparison_pictures(rows, top5=top5).items():
         (out / f"{name}.svg").write_bytes(picture.content)
 
 

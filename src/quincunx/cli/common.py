@@ -52,6 +52,10 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable imag
 TestData = Annotated[
     Path | None, typer.Option("--test-data", help="Folder or archive of the test part, if not in --data.")
 ]
+Unlabelled = Annotated[
+    bool,
+    typer.Option("--unlabelled", help="Images without classes: the network's own answers stand for labels."),
+]
 Sampling = Annotated[
     str | None,
     typer.Option(
@@ -143,6 +147,7 @@ def read_data(
     *,
     skip_bad: bool = False,
     stream: bool | None = None,
+    unlabelled: bool = False,
     quiet: bool = False,
 ) -> ImageData:
     """The data set, with a sign of life while it is read; its notes go to standard error."""
@@ -154,7 +159,13 @@ def read_data(
             status.update(f"downloading {data}: {done / 1e6:.0f}{of} MB")
 
         loaded = load_data(
-            data, test_source=test_data, size=size, skip_bad=skip_bad, stream=stream, progress=downloading
+            data,
+            test_source=test_data,
+            size=size,
+            skip_bad=skip_bad,
+            stream=stream,
+            labelled=not unlabelled,
+            progress=downloading,
         )
     for note in loaded.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False)

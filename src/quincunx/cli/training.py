@@ -71,7 +71,10 @@ def train(
         typer.Option(help="Train this artifact further, or published weights of --network, in a file."),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Artifact whose answers are learned, with --distill.")
+        Path | None,
+        typer.Option(
+            help="Artifact whose answers or maps are learned, with --distill or --distill-features."
+        ),
     ] = None,
     data: Data = "digits",
     out: Annotated[
@@ -94,6 +97,10 @@ def train(
     momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None,
     nesterov: Annotated[bool | None, typer.Option("--nesterov/--plain", help="Form of the momentum.")] = None,
     distill: Annotated[float | None, typer.Option(help="Share of the loss that follows --teacher.")] = None,
+    distill_features: Annotated[
+        float | None,
+        typer.Option(help="Weight of the distance to the last map of each resolution of --teacher."),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="That softens the teacher's answers.")] = None,
     augment: Annotated[
         str | None,
@@ -141,6 +148,7 @@ def train(
             nesterov=nesterov,
             distill=distill,
             temperature=temperature,
+            distill_features=distill_features,
             augment=augment,
             precision=precision,
             accumulate=accumulate,

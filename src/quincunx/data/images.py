@@ -49,14 +49,21 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _class_and_part(folders: tuple[str, ...]) -> tuple[str, str | None] | None:
-    """(class, part) of the images in a folder below the root; None where its path names no class."""
+def _class_and_part(folders: tuple[str, ...], labelled: bool) -> tuple[str, str | None] | None:
+    """(class, part) of the images in a folder below the root; None where its path names no class.
+
+    Without labels a folder's name means at most a part, and the class is empty.
+    """
     for i, folder in enumerate(folders):
         part = (
             "train" if folder.lower() in _TRAIN_PARTS else "test" if folder.lower() in _TEST_PARTS else None
         )
+        if part is not None and not labelled:
+            return "", part
         if part is not None:
             return (folders[i + 1], part) if i + 1 < len(folders) else None
+    if not labelled:
+        return "", None
     return (folders[-1], None) if folders else None
 
 
@@ -64,31 +71,38 @@ def _hidden(folder: str) -> bool:
     return folder.startswith(".") and folder != ".."
 
 
-def folder_entries(root: Path, part: str | None) -> Iterator[Entry]:
+def folder_entries(root: Path, part: str | None, labelled: bool = True) -> Iterator[Entry]:
     """Images below a folder, in order; links to folders are followed, once round.
 
     Args:
         part: that all are in, if not None.
+        labelled: whether folders name classes; if not, every image is taken, as of the class "".
     """
-    yield from _below(str(root), (), root.resolve().name, part, ())
+    yield from _below(str(root), (), root.resolve().name, part, labelled, ())
 
 
 def _below(
-    folder: str, inside: tuple[str, ...], root_name: str, part: str | None, above: tuple[str, ...]
+    folder: str,
+    inside: tuple[str, ...],
+    root_name: str,
+    part: str | None,
+    labelled: bool,
+    above: tuple[str, ...],
 ) -> Iterator[Entry]:
     here = os.path.realpath(folder)
     if here in above:
         return
-    place = _class_and_part(inside)
+    place = _class_and_part(inside, labelled)
     if place is None or place[1] is None:
         # the root's own name may say which part it is
-        place = _class_and_part((root_name, *inside))
+        place = _class_and_part((root_name, *inside), labelled)
     with os.scandir(folder) as listing:
         found = sorted(listing, key=lambda entry: entry.name)
     for entry in found:
         if entry.is_dir():
             if not _hidden(entry.name):
-                yield from _below(entry.path, (*inside, entry.name), root_name, part, (*above, here))
+                inner = (*inside, entry.name)
+                yield from _below(entry.path, inner, root_name, part, labelled, (*above, here))
         # a link to nowhere is an image that cannot be read, not one that is not there
         elif (
             place is not None and is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path))
@@ -110,7 +124,7 @@ def opened(root: Path) -> Iterator[tarfile.TarFile]:
         raise ValueError(f"{root}: not a readable tar archive, or cut short ({error})") from error
 
 
-def archive_entries(root: Path, part: str | None) -> Iterator[Entry]:
+def archive_entries(root: Path, part: str | None, labelled: bool = True) -> Iterator[Entry]:
     """Images inside a tar archive, in its order; nothing is written to disk."""
     with opened(root) as archive:
         for member in archive:
@@ -118,7 +132,7 @@ def archive_entries(root: Path, part: str | None) -> Iterator[Entry]:
             # links are read from the archive itself
             if not is_image(name) or not (member.isfile() or member.islnk() or member.issym()):
                 continue
-            place = None if any(map(_hidden, folders)) else _class_and_part(tuple(folders))
+            place = None if any(map(_hidden, folders)) else _class_and_part(tuple(folders), labelled)
             if place is not None:
                 yield Entry(f"{root}:{member.name}", place[0], part or place[1], content_of(archive, member))
         check_end(archive)

@@ -42,6 +42,7 @@ def load_data(
     holdout: float = 0.1,
     seed: int = 0,
     stream: bool | None = None,
+    labelled: bool = True,
     progress: Progress | None = None,
 ) -> ImageData:
     """A data set by name or path.
@@ -63,14 +64,16 @@ def load_data(
         stream: decode images whenever they are needed, in worker processes (folders only), or keep
             them in memory. By default folders are streamed when they do not fit into half of the
             available memory, or when ``size`` is not given and the first image is larger than 256 x 256.
+        labelled: whether a folder or archive has its images by class. If not, all its images are taken,
+            wherever they lie in it, in the parts train/ and test/ where there are such.
         progress: called while downloading, with the bytes so far and all bytes (None if unknown).
 
     Raises:
         FileNotFoundError: nothing at that path.
         ConnectionError: a set that is not in the data folder cannot be downloaded.
-        ValueError: unknown name, no images, one class only, an unreadable image (named), images of
-            different sizes without ``size``, an archive that is cut short or altered, labels out of
-            range, more images than memory holds.
+        ValueError: unknown name, a named set without its labels, no images, one class only, an unreadable
+            image (named), images of different sizes without ``size``, an archive that is cut short
+            or altered, labels out of range, more images than memory holds.
 
     Example:
         >>> data = load_data("digits")
@@ -86,6 +89,8 @@ def load_data(
         raise FileNotFoundError(
             f"data={name!r}: neither a path nor a known data set (known: {', '.join(_NAMES)})"
         )
+    if not labelled and name in _NAMES:
+        raise ValueError(f"labelled=False: {name} brings its labels")
     if test_source is not None and name in _NAMES:
         raise ValueError(f"test_source: {name} brings its own test part")
     if stream and (name in _NAMES or not path.is_dir()):
@@ -98,7 +103,11 @@ def load_data(
         path = cifar.obtain(name, progress)
     official = cifar.find(path)
     if official is not None:
-        for option, given in (("stream=True", stream), (f"test_source={str(test_source)!r}", test_source)):
+        for option, given in (
+            ("stream=True", stream),
+            (f"test_source={str(test_source)!r}", test_source),
+            ("labelled=False", not labelled),
+        ):
             if given:
                 raise ValueError(
                     f"{option}: {name} is an official CIFAR set, in memory with its own test part"
@@ -111,10 +120,10 @@ def load_data(
     if not folders:
         reader = Reader(size, skip_bad)
         for place, part in sources:
-            entries = (folder_entries if place.is_dir() else archive_entries)(place, part)
+            entries = (folder_entries if place.is_dir() else archive_entries)(place, part, labelled)
             reader.read(entries, place)
         return _in_memory(path, reader, holdout, seed)
-    found = [entry for place, part in sources for entry in folder_entries(place, part)]
+    found = [entry for place, part in sources for entry in folder_entries(place, part, labelled)]
     reason = _why_stream(path, found, size, stream)
     if reason is not None:
         return _streamed(path, found, size or _STREAM_SIDE, skip_bad, holdout, seed, reason)
@@ -173,7 +182,17 @@ def _in_memory(root: Path, reader: Reader, holdout: float, seed: int) -> ImageDa
 
     train, test = part(~in_test), part(in_test)
     mean, std = statistics(train.images)
-    return ImageData(root.name, train, test, classes, mean, std, augment="cifar", notes=tuple(notes))
+    return ImageData(
+        root.name,
+        train,
+        test,
+        classes,
+        mean,
+        std,
+        augment="cifar",
+        notes=tuple(notes),
+        labelled=bool(classes),
+    )
 
 
 def _streamed(
@@ -205,6 +224,7 @@ def _streamed(
         IMAGENET_STD,
         augment="imagenet",
         notes=tuple(notes),
+        labelled=bool(classes),
     )
 
 
@@ -213,10 +233,17 @@ def _arranged(
 ) -> tuple[tuple[str, ...], Tensor, Tensor, list[str]]:
     """(class names, class number of each image, whether it is a test image, notes)."""
     if not places:
-        raise ValueError(f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, in one folder a class)")
+        raise ValueError(
+            f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, in one folder a class; or --unlabelled)"
+        )
     classes = tuple(sorted({name for name, part in places if part != "test"}))
-    if len(classes) < 2:
-        raise ValueError(f"{root}: {len(classes)} class of training images found, at least two are needed")
+    # images without labels are all of one class, which has no name
+    labelled = classes != ("",)
+    if labelled and len(classes) < 2:
+        hint = "; if they have no labels: --unlabelled" if len(classes) == 1 else ""
+        raise ValueError(
+            f"{root}: {len(classes)} class of training images found, at least two are needed{hint}"
+        )
     number = {name: i for i, name in enumerate(classes)}
     unknown = sorted({name for name, _ in places} - set(classes))
     if unknown:
@@ -231,10 +258,10 @@ def _arranged(
     if not bool(in_test.any()):
         in_test = _held_out(labels, holdout, seed)
         notes.append(
-            f"no test part: {int(in_test.sum())} of {len(labels)} images held out for testing, "
-            "evenly by class"
+            f"no test part: {int(in_test.sum())} of {len(labels)} images held out for testing"
+            f"{', evenly by class' if labelled else ''}"
         )
-    return classes, labels, in_test, notes
+    return classes if labelled else (), labels, in_test, notes
 
 
 def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:

@@ -81,6 +81,8 @@ class ImageData:
         mean, std: per channel, of the training images in [0, 1]; of a streamed set ImageNet's usual ones.
         augment: the augmentation that suits it, as :func:`quincunx.data.batches` names them.
         notes: what a person should know, such as a part that was held out.
+        labelled: whether the labels are the images' own. If not, they are those that a network gives
+            (:func:`quincunx.evaluation.answered_by`), or as long as there are no classes, none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class ImageData:
     std: tuple[float, ...]
     augment: str
     notes: tuple[str, ...] = ()
+    labelled: bool = True
 
     @property
     def in_channels(self) -> int:
@@ -113,6 +116,8 @@ class ImageData:
             "mean": [round(v, 6) for v in self.mean],
             "std": [round(v, 6) for v in self.std],
         }
+        if not self.labelled:
+            facts["labelled"] = False
         # crops of whole photographs are other images than the same photographs cut once
         return facts | ({"streamed": True} if isinstance(self.train, Stream) else {})
 
