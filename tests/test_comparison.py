@@ -1,13 +1,21 @@
 """Methods side by side: the same data and timing for all, the front, the papers' points, the figures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import quincunx as qx
+from quincunx.acceleration import sample
 from quincunx.comparison import SWEEPS, Compared, Point, compare_methods, comparison_pictures, on_front
-from quincunx.espace_experiments import ESPACE_EXPERIMENTS, espace_by_name, time_points
+from quincunx.espace_experiments import (
+    ESPACE_EXPERIMENTS,
+    EspaceExperiment,
+    espace_by_name,
+    response_picture,
+    time_points,
+)
 from quincunx.recipes import Recipe
 from test_acceleration import DATA, network
 from test_cli import call
@@ -61,7 +69,7 @@ def test_the_front():
 
 
 def row(series, label, lost, gain, **paper):
-    return Compared(series, label, lost, lost / 2, gain, gain, 2 * gain, 50, 100, True, paper)
+    return Compared(series, label, "", lost, lost / 2, gain, gain, 2 * gain, 50, 100, True, paper)
 
 
 def test_figures_say_what_they_show():
@@ -84,7 +92,7 @@ def test_figures_say_what_they_show():
 def test_every_sweep_has_settings_that_can_be_used():
     for make in SWEEPS.values():
         points = make()
-        assert len({(p.series, p.label) for p in points}) == len(points) > 0
+        assert len({p.name for p in points}) == len(points) > 0
 
 
 def test_the_masks_are_drawn_at_the_same_rates_random_ones_by_several_seeds():
@@ -118,7 +126,7 @@ def test_every_espace_experiment_finds_its_layers(name):
     convs = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert set(experiment.layers) <= convs
     plain = experiment.without_data()
-    assert len({p.label for p in plain.points}) == len(plain.points)
+    assert len({p.name for p in plain.points}) == len(plain.points)
     printed = {k: v for p in experiment.points for k, v in dict(p.paper).items()}
     assert {k: v for p in plain.points for k, v in dict(p.paper).items()} == printed
     assert all(getattr(p.method, "mask", "uniform") == "uniform" for p in plain.points)
@@ -142,10 +150,44 @@ def test_speeds_need_no_data():
     )
     rows = time_points(few, network(), batch=1, rounds=3)
     assert [r["label"] for r in rows] == ["rate 1/2", "rank 16"]
+    assert all(r["response_error"] is None for r in rows)
+    assert all(r[part]["peers"]["torch eager"] > 0 for r in rows for part in ("layers", "network"))
     # rank 24 of 16 channels: 2 * 3 * 16 * 24 for 9 * 16 * 16, at about half of the positions
     assert rows[0]["layers"]["mac_ratio"] == pytest.approx(2.0, rel=0.05)
     assert rows[1]["layers"]["mac_ratio"] == pytest.approx(1.5)
     assert all(r[part]["speedup"] > 0 for r in rows for part in ("layers", "network"))
+
+
+def test_a_layers_response_is_judged_on_images_it_was_not_fitted_to():
+    methods = (qx.Espace(rank=0.25, rate=0.5), qx.LowRank(rank="full"), qx.QCNN(subspace=4, codewords=16))
+    points = tuple(Point(f"{i}", "a", method) for i, method in enumerate(methods))
+    layer = "layer1.0.conv1"
+    experiment = EspaceExperiment("few", "few points", "cifar-resnet8", (), 8, (layer,), points)
+    model = network()
+    rows = time_points(experiment, model, batch=1, rounds=3, data=DATA, calibration=40)
+    assert [r["series"] for r in rows] == ["0", "1", "2"]
+    errors = [r["response_error"] for r in rows]
+    assert errors[1] < 1e-8 < min(errors[0], errors[2])
+
+    made = qx.accelerate(model, methods[2], where=layer, calibration=sample(DATA, 40)).model
+    images = (DATA.test.images.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.3
+    with torch.no_grad():
+        x = torch.relu(model.bn1(model.conv1(images)))
+        y, z = model.get_submodule(layer)(x), made.get_submodule(layer)(x)
+    spread = y - y.mean((0, 2, 3), keepdim=True)
+    assert errors[2] == pytest.approx(float((y - z).square().sum() / spread.square().sum()), rel=1e-4)
+    assert "2, a:" in response_picture(rows).alternative
+    with pytest.raises(ValueError, match="replaces many layers"):
+        time_points(replace(experiment, layers=()), model, batch=1, rounds=3, data=DATA)
+
+
+def test_draws_of_one_setting_are_one_point_with_a_range():
+    def drawn(draw, lost, gain):
+        return replace(row("r", "x", lost, gain), draw=draw)
+
+    rows = [drawn("seed 0", 1.0, 2.0), drawn("seed 1", 3.0, 2.2), row("r", "y", 0.5, 1.5)]
+    pictures = comparison_pictures(rows)
+    assert "r, x: +1.00 points at 2.00; r, x: +3.00 points at 2.20" in pictures["drop-speed"].alternative
 
 
 def test_the_verbs(tmp_path, monkeypatch):
@@ -165,7 +207,11 @@ def test_the_verbs(tmp_path, monkeypatch):
     }
     refused = call("compare", "run", "--methods", "magic")
     assert (refused.exit_code, "methods='magic': expected some of" in refused.stderr) == (2, True)
-    half = call("reproduce", "espace-figure3", "--data", "digits")
-    assert (half.exit_code, "errors need both, speeds need neither" in half.stderr) == (2, True)
+    half = call("reproduce", "espace-table2", "--data", "digits")
+    assert (half.exit_code, "espace-table2 replaces" in half.stderr) == (2, True)
+    half = call("reproduce", "espace-figure3", "--weights", "a.pt")
+    assert (half.exit_code, "its errors need --data" in half.stderr) == (2, True)
+    half = call("reproduce", "espace-figure3", "--peers", "magic")
+    assert (half.exit_code, "peers='magic': expected some of" in half.stderr) == (2, True)
     planned = call("reproduce", "espace-table2", "--plan", "--json")
     assert json.loads(planned.stdout)["points"][-1] == "impact masks, rate 1/5"

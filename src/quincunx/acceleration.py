@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
@@ -25,6 +25,7 @@ from quincunx.evaluation import answered_by, judged
 from quincunx.fuse import fuse
 from quincunx.journal import FolderJournal
 from quincunx.latency import Timing, environment, measure_models
+from quincunx.peers import PEERS
 from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe
 from quincunx.scores import eager_form
@@ -38,6 +39,7 @@ __all__ = [
     "mcnemar",
     "plan_for_target",
     "reestimate_batch_norm",
+    "response_errors",
     "sample",
     "searched",
     "time_method",
@@ -314,27 +316,74 @@ def time_method(
     size: tuple[int, int],
     *,
     layers: Sequence[str] = (),
+    calibration: Sequence[tuple[Tensor, Tensor]] | None = None,
+    judged_on: Sequence[Tensor] = (),
+    peers: Sequence[str] = (),
     batch: int = 8,
     rounds: int = 11,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Times before and after a method that needs no data: as :func:`accelerate_trained`, without errors.
+    """Times before and after a method: as :func:`accelerate_trained`, without errors of the network.
 
     Args:
         model: a network; its weights need not be trained, since times do not depend on them.
-        method: one that is fitted to the weights alone, with masks that need no data.
+        method: without ``calibration`` one that is fitted to the weights alone, with masks that need no data.
         size: (H, W) of the input.
+        calibration: that the method is given.
+        judged_on: input batches on which "held_out_error" of each layer is measured, the relative squared
+            error of its response to what it got before.
+        peers: engines of ``quincunx.peers.PEERS`` that are timed in turn with it, on each layer and on the
+            network as they were before; ratios are under "peers".
         layers, batch, rounds, progress: as in :func:`accelerate_trained`.
     """
     spec = spec_of(model)
     one = torch.zeros(1, spec["in_channels"], *size)
-    found = accelerate(model.eval(), method, where=_where(model, layers), example_input=one)
+    found = accelerate(
+        model.eval(), method, where=_where(model, layers), example_input=one, calibration=calibration
+    )
+    timed = _timed(model, found, one, batch, rounds, progress, peers)
+    if judged_on:
+        errors = response_errors(model, found.model, list(found.replaced), judged_on)
+        for row in timed["layers"]:
+            row["held_out_error"] = errors[row["name"]]
     return {
         "network": spec,
         "cost": {key: _cost(m, one) for key, m in (("before", model), ("after", found.model))},
         "skipped": found.skipped,
-        **_timed(model, found, one, batch, rounds, progress),
+        **timed,
     }
+
+
+def response_errors(
+    model: nn.Module, fast: nn.Module, names: Sequence[str], inputs: Iterable[Tensor]
+) -> dict[str, float]:
+    r"""E|y - y'|^2 / E|y - mean y|^2 of layers, each given the input that it has in the original network.
+
+    Means are of each channel over all images and positions, sums in float64.
+    """
+    sums: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(_layer: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+            flat = [t.transpose(0, 1).flatten(1).double() for t in (y, y - fast.get_submodule(name)(*given))]
+            row = (flat[0].sum(1), flat[0].square().sum(1), flat[1].square().sum(1))
+            sums[name].append(torch.stack([*row, torch.full_like(row[0], flat[0].shape[1])]))
+
+        return note
+
+    handles = [model.get_submodule(name).register_forward_hook(compare(name)) for name in names]
+    try:
+        with inference_mode_of(model), inference_mode_of(fast):
+            for batch in inputs:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, rows in sums.items():
+        total, square, error, count = torch.stack(rows).sum(0)
+        found[name] = float(error.sum() / (square - total.square() / count).sum())
+    return found
 
 
 def _bytes(value: Tensor) -> bytes:
@@ -412,7 +461,13 @@ def _watched(journal: FolderJournal, layers: int, progress: bool) -> Iterator[_W
 
 
 def _timed(
-    original: nn.Module, found: Accelerated, one: Tensor, batch: int, rounds: int, progress: bool
+    original: nn.Module,
+    found: Accelerated,
+    one: Tensor,
+    batch: int,
+    rounds: int,
+    progress: bool,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Milliseconds of each replaced layer and of the whole network, before and after, both fused."""
     with inference_mode_of(original):
@@ -426,13 +481,16 @@ def _timed(
             names = record.get("pair", [name])
             if name == names[0]:
                 # within a network a layer that fx cannot trace stays whole
-                layers = {key: fuse(nn.Sequential(_chain(model, names))) for key, model in models.items()}
-                timings = _measured(layers, (batch, *order[name][1][1:]), rounds)
+                chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
+                layers = {key: fuse(chain) for key, chain in chains.items()}
+                beside = dict.fromkeys(peers, chains["before"])
+                timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside)
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
             bar.update(task, advance=1)
         bar.update(task, state="whole network")
         forms, unfused = _forms(models)
-        whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds))
+        beside_whole = dict.fromkeys(peers, original)
+        whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds, beside_whole))
         bar.update(task, advance=1)
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
     threads = torch.get_num_threads()
@@ -461,17 +519,32 @@ def _forms(models: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], str | No
         return {key: eager_form(model) for key, model in models.items()}, str(error)
 
 
-def _measured(models: dict[str, nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, Timing]:
+def _measured(
+    models: Mapping[str, nn.Module], shape: tuple[int, ...], rounds: int, peers: Mapping[str, nn.Module]
+) -> dict[str, Timing]:
+    """Models, and others run by engines of those names, in turn."""
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    return measure_models(models, x, rounds=rounds)
+    others = {name: PEERS[name](model, x, torch.get_num_threads()) for name, model in peers.items()}
+    return measure_models(models, x, others=others, rounds=rounds)
 
 
 def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:
-    middle, low, high = timings["after"].speedup_over(timings["before"])
+    after = timings["after"]
+
+    def over(other: Timing) -> dict[str, float]:
+        return dict(zip(("median", "q1", "q3"), after.speedup_over(other), strict=True))
+
+    own = ("before", "after")
+    peers = {
+        name: {"seconds": timing.median, "speedup": over(timing)}
+        for name, timing in timings.items()
+        if name not in own
+    }
     return {
-        **{f"seconds_{key}": timing.median for key, timing in timings.items()},
-        "speedup": {"median": middle, "q1": low, "q3": high},
+        **{f"seconds_{key}": timings[key].median for key in own},
+        "speedup": over(timings["before"]),
         "threads": timings["after"].threads,
         "rounds": len(timings["after"].seconds),
+        **({"peers": peers} if peers else {}),
     }

@@ -257,13 +257,24 @@ def print_compared(rows: list[MethodPoint]) -> None:
 def print_speeds(rows: list[dict[str, Any]]) -> None:
     """Measured speed-ups beside ratios of MACs and what the paper prints."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("setting")
-    for column in ("layers:\nMAC ratio", "\nspeed-up", "network:\nMAC ratio", "\nspeed-up", "paper"):
+    for column in ("method", "setting"):
+        table.add_column(column)
+    errors = any(row["response_error"] is not None for row in rows)
+    more = ("response\nerror",) if errors else ()
+    parts = ("layers", "network")
+    for part in parts:
+        peers = [f"\nover {name}" for name in rows[0][part]["peers"]]
+        for column in (f"{part}:\nMAC ratio", "\nspeed-up", *peers):
+            table.add_column(column, justify="right")
+    for column in ("\npaper", *more):
         table.add_column(column, justify="right")
     for row in rows:
         cells = [
-            f"{row[part][key]:.2f}" for part in ("layers", "network") for key in ("mac_ratio", "speedup")
+            f"{value:.2f}"
+            for part in parts
+            for value in (row[part]["mac_ratio"], row[part]["speedup"], *row[part]["peers"].values())
         ]
         paper = row["paper"].get("speedup")
-        table.add_row(row["label"], *cells, "" if paper is None else f"{paper:g}")
+        lost = [f"{100 * row['response_error']:.2f}%"] if errors else []
+        table.add_row(row["series"], row["label"], *cells, "" if paper is None else f"{paper:g}", *lost)
     _console().print(table)

@@ -1,25 +1,29 @@
 """What the ESPACE paper's figures and tables hold, timed here and, with data, judged here.
 
 Lin et al., ESPACE (AAAI 2017). Speed-ups and errors that the paper prints and that were not at hand are
-left out.
+left out. The layers alone are also given to the methods that the paper compares with.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from quincunx.acceleration import time_method
-from quincunx.comparison import Point
+from quincunx.acceleration import sample, time_method
+from quincunx.comparison import SWEEPS, Point
+from quincunx.data import ImageData, batches
+from quincunx.figures import Mark, Picture, tradeoff
 from quincunx.methods import Espace, LowRank
 
-__all__ = ["ESPACE_EXPERIMENTS", "EspaceExperiment", "espace_by_name", "time_points"]
+__all__ = ["ESPACE_EXPERIMENTS", "EspaceExperiment", "espace_by_name", "response_picture", "time_points"]
 
+_JUDGED_AT_ONCE = 25
 _RATES = ((1.0, "1"), (2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
+_OTHERS = ("lrd", "cpd", "binaryconnect", "qcnn")
 
 
 @dataclass(frozen=True)
@@ -45,25 +49,25 @@ class EspaceExperiment:
 
     def without_data(self) -> EspaceExperiment:
         """With masks that need none: times depend on how many positions are computed, not on which."""
-        plain: dict[str, Point] = {}
+        plain: dict[tuple[str, str], Point] = {}
         for point in self.points:
-            method = point.method
+            method, key = point.method, (point.series, point.label)
             if isinstance(method, Espace):
-                method = replace(method, mask="uniform", data=False)
-            paper = point.paper or (plain[point.label].paper if point.label in plain else ())
-            plain[point.label] = replace(point, series="times", method=method, paper=paper)
+                method, key = replace(method, mask="uniform", data=False), ("any masks", point.label)
+            paper = point.paper or (plain[key].paper if key in plain else ())
+            plain[key] = replace(point, series=key[0], method=method, paper=paper)
         return replace(self, points=tuple(plain.values()))
 
 
 def _single(rank: int, printed: dict[str, float]) -> tuple[Point, ...]:
-    """One layer: low rank alone, then masks of every kind at every rate."""
+    """One layer: low rank alone, masks of every kind at every rate, then the methods compared with."""
     points = [Point("low rank", "rate 1", LowRank(rank=rank))]
     for mask in ("random", "uniform", "impact"):
         for rate, text in _RATES[1:]:
             paper = (("speedup", printed[text]),) if text in printed and mask == "impact" else ()
             method = Espace(rank=rank, rate=rate, mask=mask)
             points.append(Point(f"{mask} masks", f"rate {text}", method, paper))
-    return tuple(points)
+    return (*points, *(point for name in _OTHERS for point in SWEEPS[name]()))
 
 
 def _whole(printed: dict[str, tuple[float, float]]) -> tuple[Point, ...]:
@@ -138,21 +142,79 @@ def espace_by_name(name: str) -> EspaceExperiment:
 
 
 def time_points(
-    experiment: EspaceExperiment, model: nn.Module, *, batch: int, rounds: int, progress: bool = False
+    experiment: EspaceExperiment,
+    model: nn.Module,
+    *,
+    batch: int,
+    rounds: int,
+    data: ImageData | None = None,
+    calibration: int = 500,
+    seed: int = 0,
+    workers: int | None = None,
+    peers: Sequence[str] = ("torch eager",),
+    tell: Callable[[str], None] = lambda _: None,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """The experiment's speeds on this machine without data; one JSON-ready row a point.
+    """The experiment's speeds on this machine; one JSON-ready row a point.
 
-    Each row has the point's "label", the ratio of MACs and the measured speed-up of the replaced layers
-    and of the whole network, and "paper" with what is printed for it.
+    Each row has the point's "series" and "label", the ratio of MACs and the measured speed-up of the replaced
+    layers and of the whole network, over the dense network by ``qx.fuse`` and by "peers", other engines, and
+    "paper" with what is printed for it. With ``data``, "response_error" of the one layer on its test images,
+    after fitting to ``calibration`` training images; without, kinds of masks are timed once, since their
+    times are the same.
+
+    Raises:
+        ValueError: data for an experiment of more than one layer, whose errors a response does not tell.
     """
-    rows = []
-    for point in experiment.without_data().points:
-        size = (experiment.side, experiment.side)
-        found = time_method(
-            model, point.method, size, layers=experiment.layers, batch=batch, rounds=rounds, progress=progress
+    if data is not None and len(experiment.layers) != 1:
+        raise ValueError(
+            f"data: {experiment.name} replaces many layers; what it loses the error of the "
+            "trained network (weights) tells, not a layer's response"
         )
-        rows.append({"label": point.label, "paper": dict(point.paper), **speeds_of(found)})
+    given: dict[str, Any] = {}
+    if data is not None:
+        given["calibration"] = sample(data, calibration, seed)
+        given["judged_on"] = [x for x, _ in batches(data.test, data, _JUDGED_AT_ONCE, workers=workers)]
+    rows = []
+    for point in (experiment if data is not None else experiment.without_data()).points:
+        tell(point.name)
+        found = time_method(
+            model,
+            point.method,
+            (experiment.side, experiment.side),
+            layers=experiment.layers,
+            batch=batch,
+            rounds=rounds,
+            progress=progress,
+            peers=peers,
+            **given,
+        )
+        if not found["layers"]:
+            raise ValueError(f"{point.name}: {'; '.join(found['skipped'].values())}")
+        error = found["layers"][0].get("held_out_error")
+        rows.append(
+            {
+                "series": point.series,
+                "label": point.label,
+                "paper": dict(point.paper),
+                "response_error": error,
+                **speeds_of(found),
+            }
+        )
     return rows
+
+
+def response_picture(rows: Sequence[dict[str, Any]]) -> Picture:
+    """Response error against the layer's measured speed-up, a line a method."""
+    return tradeoff(
+        [
+            Mark(row["series"], row["label"], row["layers"]["speedup"], 100 * row["response_error"])
+            for row in rows
+        ],
+        [],
+        "speed-up of the layer, measured",
+        "response error on test images (%)",
+    )
 
 
 def speeds_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +224,18 @@ def speeds_of(result: dict[str, Any]) -> dict[str, Any]:
         [sum(row[f"{what}{key}"] for row in layers) for key in ("before", "after")]
         for what in ("macs_", "seconds_")
     )
+    whole = result["whole"]
+    by_layers = {
+        name: sum(row["peers"][name]["seconds"] for row in layers) / seconds[1]
+        for name in whole.get("peers", {})
+    }
     return {
-        "layers": {"mac_ratio": macs[0] / macs[1], "speedup": seconds[0] / seconds[1]},
+        "layers": {"mac_ratio": macs[0] / macs[1], "speedup": seconds[0] / seconds[1], "peers": by_layers},
         "network": {
             "mac_ratio": result["cost"]["before"]["macs"] / result["cost"]["after"]["macs"],
-            "speedup": result["whole"]["speedup"]["median"],
+            "speedup": whole["speedup"]["median"],
+            "peers": {name: peer["speedup"]["median"] for name, peer in whole.get("peers", {}).items()},
         },
-        "threads": result["whole"]["threads"],
+        "threads": whole["threads"],
         "batch": result["batch"],
     }

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from quincunx.sampling import Sampling
@@ -81,7 +82,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Mark:
-    """One setting of a method: what it gains across, and the points of error it loses."""
+    """One setting of a method: what it gains across, and the points of error it loses.
+
+    Several of one series and label, such as draws of a random mask, are one point with a range.
+    """
 
     series: str
     label: str
@@ -328,16 +332,32 @@ def tradeoff(
     marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str, ylabel: str = "test error lost (points)"
 ) -> Picture:
     """Points of error lost against what is gained, a line a series; hollow marks are a paper's own."""
-    series = list(dict.fromkeys(mark.series for mark in marks))
+    series = list(dict.fromkeys(mark.series for mark in (*marks, *printed)))
     figure, axes, columns = _axes([_shorten(name) for name in series])
     for i, name in enumerate(series):
         colour, marker = _look(i)
-        points = sorted((mark.gain, mark.drop) for mark in marks if mark.series == name)
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=_shorten(name))
+        own: dict[str, list[Mark]] = {}
+        for mark in marks:
+            if mark.series == name:
+                own.setdefault(mark.label, []).append(mark)
+        points = sorted(
+            (fmean(m.gain for m in some), fmean(m.drop for m in some), [m.drop for m in some])
+            for some in own.values()
+        )
+        if points:
+            gains, drops, each = zip(*points, strict=True)
+            axes.plot(gains, drops, color=colour, marker=marker, markersize=5, label=_shorten(name))
+            for gain, some in zip(gains, each, strict=True):
+                axes.plot([gain, gain], [min(some), max(some)], color=colour, linewidth=1)
         theirs = [(mark.gain, mark.drop) for mark in printed if mark.series == name]
         if theirs:
             axes.scatter(
-                *zip(*theirs, strict=True), s=45, facecolors="none", edgecolors=colour, marker=marker
+                *zip(*theirs, strict=True),
+                s=45,
+                facecolors="none",
+                edgecolors=colour,
+                marker=marker,
+                label=None if points else _shorten(name),
             )
     axes.axhline(0, color="#888888", linewidth=1, linestyle="--")
     axes.set(xlabel=xlabel, ylabel=ylabel)

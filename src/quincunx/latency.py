@@ -199,13 +199,21 @@ def _seconds(run: Callable[[], object], calls: int) -> float:
     return (perf_counter() - begin) / calls
 
 
-def measure_models(models: Mapping[str, nn.Module], example: Tensor, **options: Any) -> dict[str, Timing]:
-    """Time networks on one input in evaluation mode without gradients; options as in :func:`measure`."""
+def measure_models(
+    models: Mapping[str, nn.Module],
+    example: Tensor,
+    others: Mapping[str, Callable[[], object]] | None = None,
+    **options: Any,
+) -> dict[str, Timing]:
+    """Time networks on one input in evaluation mode without gradients; options as in :func:`measure`.
 
+    ``others`` are functions that are timed in turn with them.
+    """
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(inference_mode_of(model))
-        return measure({name: partial(model, example) for name, model in models.items()}, **options)
+        runs = {name: partial(model, example) for name, model in models.items()}
+        return measure({**runs, **(others or {})}, **options)
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -49,9 +50,10 @@ from quincunx.console import (
     say,
     show,
 )
-from quincunx.espace_experiments import espace_by_name, time_points
+from quincunx.espace_experiments import espace_by_name, response_picture, time_points
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
+from quincunx.peers import PEERS
 from quincunx.sampling import parse
 from quincunx.surgery import Method
 
@@ -459,6 +461,7 @@ def reproduce_espace(
     epochs: int | None,
     batch: int,
     rounds: int,
+    peers: list[str],
     threads: int | None,
     only_plan: bool,
     as_json: bool,
@@ -467,10 +470,12 @@ def reproduce_espace(
     with bad_input():
         use_threads(threads)
         experiment = espace_by_name(name)
-        if (weights is None) != (data is None):
-            raise ValueError("weights, data: errors need both, speeds need neither")
+        if weights is not None and data is None:
+            raise ValueError(f"weights={str(weights)!r}: its errors need --data; speeds need neither")
+        if unknown := [peer for peer in peers if peer not in PEERS]:
+            raise ValueError(f"peers={unknown[0]!r}: expected some of {', '.join(PEERS)}")
         if only_plan:
-            planned = [f"{point.series}, {point.label}" for point in experiment.points]
+            planned = [point.name for point in experiment.points]
             if as_json:
                 show({"experiment": name, "points": planned})
             else:
@@ -482,16 +487,39 @@ def reproduce_espace(
         make_folder(out)
         settings = dict(experiment.settings)
         timing: Settings = {"batch": batch, "rounds": rounds, "progress": not as_json}
-        if weights is None or data is None:
-            model = qx.networks.build(experiment.network, 1000, 3, **settings)
+        images = (
+            None
+            if data is None
+            else read_data(data, test_data, experiment.side, stream=stream, quiet=as_json)
+        )
+        if weights is None or images is None:
+            torch.manual_seed(0)
+            classes = 1000 if images is None else len(images.classes)
+            model = qx.networks.build(experiment.network, classes, 3, **settings)
             with running():
-                rows = time_points(experiment, model, **timing)
-                content = {"schema": 1, "kind": name, "rows": rows, "environment": environment()}
+                rows = time_points(
+                    experiment,
+                    model,
+                    data=images,
+                    workers=workers,
+                    peers=peers,
+                    tell=_telling(as_json),
+                    **timing,
+                )
+                content = {
+                    "schema": 1,
+                    "kind": name,
+                    "weights": "drawn at random, seed 0",
+                    "data": None if images is None else images.describe(),
+                    "rows": rows,
+                    "environment": environment(),
+                }
                 write_json(out / f"{name}.json", content)
+                if images is not None:
+                    (out / "response-speed.svg").write_bytes(response_picture(rows).content)
             as_rows, table = rows, partial(print_speeds, rows)
         else:
             model = qx.networks.weights.load(experiment.network, weights, **settings)
-            images = read_data(data, test_data, experiment.side, stream=stream, quiet=as_json)
             tuned = _finetuning("finetune", epochs or 0)
             with running():
                 compared = compare_methods(

@@ -48,6 +48,7 @@ from quincunx.experiments import EXPERIMENTS
 from quincunx.experiments import by_name as experiment_by_name
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
+from quincunx.peers import PEERS
 from quincunx.ranks import joined
 from quincunx.report import file_name, label_of, verdicts
 from quincunx.reproduce import plan, reproduce
@@ -328,6 +329,9 @@ def reproduce_command(
     precision: Precision = None,
     batch: Annotated[int, typer.Option(help="ESPACE: images of the timed inputs.", min=1)] = 8,
     rounds: Annotated[int, typer.Option(help="ESPACE: how often each layer is timed.", min=3)] = 11,
+    peers: Annotated[
+        str, typer.Option(help=f"ESPACE: engines that run the dense network beside, of {', '.join(PEERS)}.")
+    ] = "torch eager",
     threads: Threads = None,
     device: Device = "cpu",
     only_plan: Annotated[
@@ -342,7 +346,8 @@ def reproduce_command(
     file; the same command again makes only what is missing. Runs under torchrun as train does.
 
     ESPACE's figures and tables are timed on this machine; with --weights and --data of the trained network
-    their errors are measured too, after --epochs of fine-tuning.
+    their errors are measured too, after --epochs of fine-tuning. With --data alone the figures, of one layer
+    each, show the error of its response, with weights drawn at random.
     """
     if experiment in ESPACE_EXPERIMENTS:
         reproduce_espace(
@@ -356,6 +361,7 @@ def reproduce_command(
             epochs=epochs,
             batch=batch,
             rounds=rounds,
+            peers=[name.strip() for name in peers.split(",")],
             threads=threads,
             only_plan=only_plan,
             as_json=as_json,
