@@ -253,7 +253,7 @@ def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict
         label, across = faces["drop-speed"]
         marks = [Mark(row.series, row.label, across(row), row.top5_drop) for row in rows]
         others = [
-            Mark(f"{network}, all convolutions (ESPACE)", "", gain, drop) for network, gain, drop in PRINTED
+            Mark(f"{network}'s convolutions (the paper)", "", gain, drop) for network, gain, drop in PRINTED
         ]
         found["top5-drop-speed"] = tradeoff(marks, printed or others, label, "top-5 error lost (points)")
     return found
