@@ -47,9 +47,17 @@ def test_every_point_has_its_folder_and_its_row(made):
         assert row.mac_ratio == result["cost"]["before"]["macs"] / result["cost"]["after"]["macs"] > 1
         assert row.bytes == (out / name / "model" / "weights.safetensors").stat().st_size
         assert row.bytes_before == (out / "original" / "weights.safetensors").stat().st_size
+        assert row.p == result["stages"][-1]["p"]
+        assert row.speedup_range[0] <= row.speedup <= row.speedup_range[1]
+        assert (row.untuned_drop, row.tested) == (None, 30)
     assert rows[1].mac_ratio > rows[0].mac_ratio > rows[2].mac_ratio > 1
     assert rows[0].paper == {"speedup": 1.5, "drop": 0.3}
-    assert json.loads((out / "comparison.json").read_text())["rows"] == [row.to_dict() for row in rows]
+    written = json.loads((out / "comparison.json").read_text())
+    assert [{**r, "speedup_range": tuple(r["speedup_range"])} for r in written["rows"]] == [
+        row.to_dict() for row in rows
+    ]
+    assert written["environment"]["commit"] == result["environment"]["commit"]
+    assert (written["before"]["error"], written["recipe"]) == (errors[0], None)
 
 
 def test_points_that_are_there_are_not_made_again(made, monkeypatch):
@@ -69,7 +77,8 @@ def test_the_front():
 
 
 def row(series, label, lost, gain, **paper):
-    return Compared(series, label, "", lost, lost / 2, gain, gain, 2 * gain, 50, 100, True, paper)
+    speeds = (gain, (gain, gain), gain, 2 * gain)
+    return Compared(series, label, "", lost, lost / 2, 3.0, 0.5, 100, *speeds, 50, 100, True, paper)
 
 
 def test_figures_say_what_they_show():
@@ -116,6 +125,8 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
         *("espace, impact", "LRD", "CPD", "BinaryConnect", "Q-CNN", "spatial bottleneck")
     ]
     assert all(row.speedup > 0 and row.bytes > 0 for row in rows)
+    stages = json.loads((tmp_path / "LRD-rank-0.6" / "accelerate.json").read_text())["stages"]
+    assert rows[1].untuned_drop == pytest.approx(100 * (stages[-2]["error"] - stages[0]["error"]))
     assert any(row.front for row in rows)
 
 

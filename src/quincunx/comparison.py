@@ -52,8 +52,10 @@ class Compared:
 
     Attributes:
         series, label, draw: of the point.
-        drop: test error after, less that before, in points; ``top5_drop`` of the first five answers.
-        speedup: of the whole network, measured.
+        drop: test error after, less that before, in points; ``top5_drop`` of the first five answers,
+            ``untuned_drop`` without fine-tuning, None where there was none.
+        p: McNemar's, of an accuracy as different by chance; ``tested`` images.
+        speedup: of the whole network, measured, the median of rounds; ``speedup_range`` their middle half.
         layers_speedup: of the replaced layers together, measured.
         mac_ratio: MACs before over after.
         bytes: of the weights on disk; ``bytes_before`` of the original's.
@@ -66,7 +68,11 @@ class Compared:
     draw: str
     drop: float
     top5_drop: float
+    untuned_drop: float | None
+    p: float
+    tested: int
     speedup: float
+    speedup_range: tuple[float, float]
     layers_speedup: float
     mac_ratio: float
     bytes: int
@@ -187,34 +193,50 @@ def compare_methods(
             else accelerate_trained(model, point.method, data, folder, recipe=recipe, **options)
         )
         found.append((point, result, (folder / "model" / "weights.safetensors").stat().st_size))
-    drops = [_drop(result, "error") for _, result, _ in found]
+    drops = [_drop(result, -1, "error") for _, result, _ in found]
     gains = [result["whole"]["speedup"]["median"] for _, result, _ in found]
     front = on_front(list(zip(drops, gains, strict=True)))
     rows = [
         _row(point, result, size, before.stat().st_size, best)
         for (point, result, size), best in zip(found, front, strict=True)
     ]
-    write_json(
-        out / "comparison.json", {"schema": 1, "kind": "comparison", "rows": [r.to_dict() for r in rows]}
-    )
+    shared = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
+    content = {
+        "schema": 1,
+        "kind": "comparison",
+        **{key: found[0][1][key] for key in shared},
+        "before": found[0][1]["stages"][0],
+        "rows": [r.to_dict() for r in rows],
+        "environment": found[-1][1]["environment"],
+    }
+    write_json(out / "comparison.json", content)
     return rows
 
 
-def _drop(result: dict[str, Any], key: str) -> float:
-    last, first = (float(result["stages"][i][key]) for i in (-1, 0))
-    return 100 * (last - first)
+def _drop(result: dict[str, Any], stage: int, key: str) -> float:
+    after, first = (float(result["stages"][i][key]) for i in (stage, 0))
+    return 100 * (after - first)
 
 
 def _row(point: Point, result: dict[str, Any], size: int, before: int, best: bool) -> Compared:
-    layers, cost = result["layers"], result["cost"]
+    layers, cost, last, speed = (
+        result["layers"],
+        result["cost"],
+        result["stages"][-1],
+        result["whole"]["speedup"],
+    )
     dense, fast = (sum(row[f"seconds_{key}"] for row in layers) for key in ("before", "after"))
     return Compared(
         point.series,
         point.label,
         point.draw,
-        _drop(result, "error"),
-        _drop(result, "top5_error"),
-        result["whole"]["speedup"]["median"],
+        _drop(result, -1, "error"),
+        _drop(result, -1, "top5_error"),
+        None if result["recipe"] is None else _drop(result, -2, "error"),
+        last["p"],
+        result["data"]["test"],
+        speed["median"],
+        (speed["q1"], speed["q3"]),
         dense / fast if fast else 1.0,
         cost["before"]["macs"] / cost["after"]["macs"],
         size,

@@ -233,8 +233,10 @@ def print_compared(rows: list[MethodPoint]) -> None:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("method", "setting"):
         table.add_column(column)
+    tuned = any(row.untuned_drop is not None for row in rows)
     for column in (
-        *("error lost\n(points)", "speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "front"),
+        *("error lost\n(points)", *(["\nuntuned"] if tuned else []), "\np"),
+        *("speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "front"),
         *("paper:\nspeed-up", "\npoints"),
     ):
         table.add_column(column, justify="right")
@@ -242,8 +244,10 @@ def print_compared(rows: list[MethodPoint]) -> None:
         printed = [row.paper.get(key) for key in ("speedup", "drop")]
         table.add_row(
             row.series,
-            row.label,
+            f"{row.label}, {row.draw}" if row.draw else row.label,
             f"{row.drop:+.2f}",
+            *([] if not tuned else [f"{row.untuned_drop or 0:+.2f}"]),
+            f"{row.p:.2g}",
             f"{row.speedup:.2f}x",
             f"{row.layers_speedup:.2f}x",
             f"{row.mac_ratio:.2f}",
