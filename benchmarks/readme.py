@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from quincunx.report import collect, lines, pictures, verdicts
@@ -111,6 +112,85 @@ def trained(name: str) -> str:
         (folder / "error-time.svg").write_bytes(drawn[-1].content)
     figure = f"![{drawn[-1].alternative}](results/{name}/error-time.svg)"
     return f"{table(header, cells)}\n\n{figure}"
+
+
+def compared(name: str, figure: str = "drop-speed") -> str:
+    """Methods on one trained network; several draws of a setting are one row, with their range."""
+    result = read(name, "comparison")
+    top5 = figure.startswith("top5")
+    tuned = result["recipe"] is not None
+    header = ["method", "setting", "error lost, points", *(["top-5 error lost"] if top5 else [])]
+    header += [
+        *(["before fine-tuning"] if tuned else []),
+        "p",
+        "network",
+        "replaced layers",
+        "MAC ratio",
+        "KB",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["series"], row["label"]), []).append(row)
+    cells = [
+        [
+            series,
+            label,
+            span(rows, "drop"),
+            *([span(rows, "top5_drop")] if top5 else []),
+            *([span(rows, "untuned_drop")] if tuned else []),
+            f"{max(row['p'] for row in rows):.2g}",
+            f"{fmean(row['speedup'] for row in rows):.2f}x",
+            f"{fmean(row['layers_speedup'] for row in rows):.2f}x",
+            f"{fmean(row['mac_ratio'] for row in rows):.2f}",
+            f"{rows[0]['bytes'] / 1e3:.0f} of {rows[0]['bytes_before'] / 1e3:.0f}",
+        ]
+        for (series, label), rows in groups.items()
+    ]
+    picture = f"![error lost against measured speed-up](results/{name}/{figure}.svg)"
+    return f"{table(header, cells)}\n\n{picture}"
+
+
+def span(rows: list[dict[str, Any]], key: str) -> str:
+    """A value, or the mean of several draws with the least and the largest."""
+    values = [row[key] for row in rows]
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    return f"{fmean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+
+
+def espace(name: str) -> str:
+    """The paper's layers and networks, timed."""
+    result = read(name, name)
+    rows = result["rows"]
+    peers = list(rows[0]["layers"]["peers"])
+    judged = rows[0]["response_error"] is not None
+    header = ["method", "setting", *(["response error"] if judged else []), "MAC ratio", "speed-up"]
+    header += [*(f"over {peer}" for peer in peers), "network: MAC ratio", "speed-up"]
+    header += [*(f"over {peer}" for peer in peers), "the paper's"]
+    cells = [
+        [
+            row["series"],
+            row["label"],
+            *([f"{100 * row['response_error']:.1f}%"] if judged else []),
+            *(
+                text
+                for part in (row["layers"], row["network"])
+                for text in (
+                    f"{part['mac_ratio']:.2f}",
+                    *(f"{value:.2f}x" for value in (part["speedup"], *part["peers"].values())),
+                )
+            ),
+            f"{row['paper']['speedup']:g}x" if row["paper"] else "",
+        ]
+        for row in rows
+    ]
+    return table(header, cells)
+
+
+def read(folder: str, name: str) -> dict[str, Any]:
+    place = ROOT / "results" / folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return found
 
 
 MADE = {
