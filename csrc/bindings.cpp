@@ -514,6 +514,13 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     const Map& out = map(f[kOut] >= 0 ? f[kOut] : f[kOut2]);
     set_shape(g, map(f[kX]), out.channels, out.rows(), f[kNumTaps], f[kChannelGroups], f[kActivation]);
     set_tables(g, {operand(f[kIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
+    if (f[kWeight] < 0) {
+      const bool plain = f[kBias] < 0 && f[kResidual] < 0 && f[kOut2] < 0 && f[kActivation] == 0 && f[kOut] >= 0;
+      STD_TORCH_CHECK(plain && g.channel_groups == 1 && g.in_channels == g.out_channels, "step ", i,
+                      ": a mean has one output of as many channels and nothing else");
+      STD_TORCH_CHECK(g.num_groups == 1 && g.groups[1] == g.num_taps, "step ", i, ": a mean has one group of all taps");
+      continue;
+    }
     g.weight = operand(f[kWeight]).weight(kernels, packed_size(kernels, g));
     if (f[kBias] >= 0) g.bias = operand(f[kBias]).channels("bias", out.channels);
     if (f[kOut2] >= 0) {

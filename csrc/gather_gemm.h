@@ -35,6 +35,8 @@ constexpr int64_t kChunk = 192;
 constexpr int64_t kImages = 8, kLargeMap = 1024;
 // least multiply-adds that pay for handing work to another thread
 constexpr int64_t kMinPartMacs = 150000;
+// the same for a mean, in values read
+constexpr int64_t kMinMeanValues = 40000;
 constexpr int64_t kPartsPerThread = 4, kFewGroups = 16;
 // what a part costs besides its multiply-adds, counted in them: to begin, and a byte from a far cache
 constexpr double kPartMacs = 5000, kByteMacs = 2;
@@ -420,6 +422,10 @@ QX_INLINE int64_t all_work(const GatherGemm& g) {
 
 Cut cut(const GatherGemm* problem, int64_t threads) {
   const GatherGemm& g = *problem;
+  if (!g.weight) {
+    const int64_t parts = all_work(g) * g.in_channels / kMinMeanValues;
+    return Cut{1, most(1, least(kPartsPerThread * threads, parts))};
+  }
   const Tiling tiling(g.out_channels / g.channel_groups);
   const int64_t tiles = tiling.tiles * g.channel_groups, channels = g.in_channels / g.channel_groups;
   const double work = all_work(g), macs_per_tile = work * channels * tiling.per_group / tiling.tiles;
@@ -495,8 +501,30 @@ Epilogue<S> epilogue(const GatherGemm& g, int64_t o0, int64_t count) {
                      g.activation};
 }
 
+template <class S>
+void mean_of_rows(const GatherGemm& g, Cut cut, int64_t part) {
+  const int64_t positions = g.groups[0], total = g.batch * positions;
+  for (int64_t at = total * part / cut.positions; at < total * (part + 1) / cut.positions; ++at) {
+    const int64_t image = at / positions, p = at % positions;
+    const int32_t* index = g.index + p * g.num_taps;
+    const S* map = static_cast<const S*>(g.x) + image * g.rows_in * g.in_channels;
+    S* out = static_cast<S*>(g.out) + (image * g.rows_out + g.rows[p]) * g.in_channels;
+    int64_t count = 0;
+    for (int32_t t = 0; t < g.num_taps; ++t) count += index[t] >= 0;
+    const vf share = vf{} + 1.0f / float(most(1, count));
+    for (int64_t c = 0; c < g.in_channels; c += kLanes) {
+      vf sum{};
+      for (int32_t t = 0; t < g.num_taps; ++t) {
+        if (index[t] >= 0) sum += load_some(map + int64_t{index[t]} * g.in_channels + c, g.in_channels - c);
+      }
+      store_some(out + c, sum * share, g.in_channels - c);
+    }
+  }
+}
+
 template <class Op, class S>
 void run(const GatherGemm* problem, Cut cut, int64_t part) {
+  if (!problem->weight) return mean_of_rows<S>(*problem, cut, part);
   typedef typename Op::Input Input;
   typedef typename Op::Packed Packed;
   alignas(64) float acc[kChunk * kMaxNv * kLanes];

@@ -13,9 +13,11 @@ enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
 // out2 = relu(out * scale2 + shift2)
 // Maps are rows of channels: [batch, rows, channels]. An index of -1 reads zeros. Either of out and
 // out2 may be null, and either may lie exactly on the residual.
+// Without a weight: out[n, rows[p], c] = the mean over t of x[n, index[p, t], c], of the rows that are there.
+// Then there is one group with every tap, as many channels out as in, and nothing else to add.
 struct GatherGemm {
   const void* x;       // [batch, rows_in, in_channels]
-  const void* weight;  // packed
+  const void* weight;  // packed, or null
   const float* bias;   // [out_channels] or null
   const void* residual;  // [batch, residual_size, residual_channels] or null
   const int32_t* residual_rows;  // [rows_out]: the residual's row for each output row; null: the same row

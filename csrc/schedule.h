@@ -100,7 +100,8 @@ inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, i
   for (const Step& step : steps) {
     const GatherGemm& g = step.problem;
     largest = std::max({largest, element_bytes * g.rows_in * g.in_channels, element_bytes * g.rows_out * g.out_channels});
-    const int64_t weights = int64_t{4} * g.num_taps * g.in_channels / g.channel_groups * g.out_channels;
+    const int64_t weights =
+        g.weight ? int64_t{4} * g.num_taps * g.in_channels / g.channel_groups * g.out_channels : 0;
     // weights are read once for as many rows as go through together
     const int64_t rows = std::max(kTileRows, weights / kWeightsPerRow);
     enough = std::max(enough, (rows - 1) / std::max<int64_t>(1, g.rows_out) + 1);

@@ -348,6 +348,39 @@ void check_binary(const std::string& name, const BinaryKernels& kernels, Case c)
   }
 }
 
+void check_mean(const std::string& name, const ForwardKernels& kernels, bool bf16) {
+  const int64_t batch = pick({0, 1, 3, 9}), rows_in = pick({1, 7, 40}), positions = pick({0, 1, 5, 30});
+  const int64_t taps = pick({1, 4, 9}), channels = pick({1, 3, 15, 16, 17, 100, 700});
+  Array x(batch * rows_in * channels, bf16), result(batch * positions * channels, bf16, false);
+  std::vector<int32_t> index, rows(positions), groups{int32_t(positions), int32_t(taps)};
+  for (int64_t i = 0; i < positions * taps; ++i) index.push_back(int32_t(generator() % (rows_in + 1)) - 1);
+  std::iota(rows.begin(), rows.end(), 0);
+  std::shuffle(rows.begin(), rows.end(), generator);
+  index = exact(index), rows = exact(rows), groups = exact(groups);
+  GatherGemm g{};
+  g.x = x.bytes.get(), g.index = index.data(), g.rows = rows.data(), g.groups = groups.data();
+  g.out = result.bytes.get(), g.batch = batch, g.rows_in = rows_in, g.rows_out = positions;
+  g.in_channels = g.out_channels = channels, g.channel_groups = 1, g.num_taps = taps, g.num_groups = 1;
+  const Cut cut = kernels.cut(&g, pick({1, 2, 5}));
+  for (int64_t part = cut.outputs * cut.positions; part-- > 0;) kernels.run(&g, cut, part);
+  for (int64_t n = 0; n < batch; ++n) {
+    for (int64_t p = 0; p < positions; ++p) {
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = 0, size = 0, count = 0;
+        for (int64_t t = 0; t < taps; ++t) {
+          const int32_t row = index[p * taps + t];
+          if (row < 0) continue;
+          sum += x[(n * rows_in + row) * channels + c];
+          size += std::abs(x[(n * rows_in + row) * channels + c]);
+          ++count;
+        }
+        const double got = result[(n * positions + rows[p]) * channels + c], least = std::max(count, 1.0);
+        compare(name + " mean", got, sum / least, size / least + 1e-6, bf16 ? 1e-2 : 2e-6);
+      }
+    }
+  }
+}
+
 void check_max(const std::string& name, const MaxKernels& kernels, bool bf16) {
   const int64_t batch = pick({0, 1, 3}), rows_in = pick({1, 7, 40}), positions = pick({0, 1, 5, 30});
   const int64_t channels = pick({1, 3, 15, 16, 17, 100}), parts = pick({1, 2, 5});
@@ -387,7 +420,10 @@ int main(int argc, char** argv) {
       check_grad(name, kernels.grad, c);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);
-      for (bool bf16 : {false, true}) check_max(name, kernels.max, bf16);
+      for (bool bf16 : {false, true}) {
+        check_max(name, kernels.max, bf16);
+        check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
+      }
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }

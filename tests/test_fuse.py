@@ -10,8 +10,15 @@ from torch import nn
 import quincunx as qx
 from quincunx import program
 from quincunx.fuse import fuse
-from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
+from quincunx.nn import (
+    PerforatedConv2d,
+    SampledConv2d,
+    SampledConvTranspose2d,
+    SpatialBottleneck2d,
+    window_means,
+)
 from quincunx.ops import backend
+from quincunx.plan import Geometry, forward_plan
 from quincunx.program import Program
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, batch norm folded into the weights
@@ -62,10 +69,54 @@ def test_our_networks_are_one_program(name, settings, convolutions, monkeypatch)
         torch.testing.assert_close(fused(x), model(x), **CLOSE)
 
 
-def test_the_average_pooling_form():
-    model = settled(qx.networks.build("rsbn14", width=4, down="avgpool"))
-    x = torch.randn(2, 3, 17, 16)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("sampling", ["2/4", "1/4", "cosets:3:0,0;1,2"])
+def test_the_average_pooling_form(sampling, batch, monkeypatch):
+    """The means are steps of the one program, made where the convolution reads them."""
+    model = settled(qx.networks.build("rsbn14", width=4, down="avgpool", sampling=sampling))
+    fused = fuse(model)
+    assert steps(fused) == [13 + 4]
+    for shape in ((17, 16), (16, 19)):
+        x = torch.randn(batch, 3, *shape)
+        torch.testing.assert_close(fused(x), model(x), **CLOSE)
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "backend", lambda: qx.ops.Backend("reference", "asked for"))
+        torch.testing.assert_close(fuse(model)(x), model(x), **CLOSE)
+
+
+def test_means_in_bfloat16_and_of_a_map_that_others_read_too():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = SpatialBottleneck2d(20, 20, down="avgpool")
+
+        def forward(self, x):
+            return torch.relu(x + self.body(x))
+
+    torch.manual_seed(2)
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 20, 9, 12)
     torch.testing.assert_close(fuse(model)(x), model(x), **CLOSE)
+    got, wanted = fuse(copy.deepcopy(model).bfloat16())(x.bfloat16()).float(), model(x)
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.skipif(backend().name != "native", reason="a program's code is the native back end's")
+@pytest.mark.parametrize(
+    "change", [{2: 0}, {6: 0, 7: 0, 13: 1}, {16: 1}, {15: 2}, {14: 3}, {12: -1, 13: 1}], ids=str
+)
+def test_a_mean_with_anything_else_is_refused(change):
+    """Fields of the code: bias 2, second output 6, 7 and 13, output 12, taps 14, groups 15, activation 16."""
+    table = forward_plan("", Geometry((2, 2), padding=(0, 1, 0, 1)), 4, 4)
+    tensors = [torch.zeros(2), table.index, table.rows, table.taps, table.groups]
+    code = [0, -1, -1, -1, -1, 0, -1, -1, 1, 2, 3, 4, 1, -1, 4, 1, 0]
+    x = torch.randn(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    arguments = ([x], tensors, [0, 2, 4, 4, 0, 2, 2, 4, 4, 0])
+    (means,) = torch.ops.quincunx_native.run_program(*arguments, code)
+    torch.testing.assert_close(means, window_means(x, 2))
+    for place, value in change.items():
+        code[place] = value
+    with pytest.raises(RuntimeError, match=r"a mean has|taps"):
+        torch.ops.quincunx_native.run_program(*arguments, code)
 
 
 class Net(nn.Module):

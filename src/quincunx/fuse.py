@@ -90,6 +90,8 @@ def fuse(model: nn.Module) -> nn.Module:
 def _start(model: nn.Module, node: fx.Node) -> Step | None:
     """The step of a convolution node with nothing riding on it yet; None if it has to stay in torch."""
     module = module_of(model, node)
+    if node.target is window_means:
+        return _means(model, node)
     if not isinstance(module, CONVS) or len(node.args) + len(node.kwargs) > 2:
         return None
     if module.weight.device.type != "cpu" or not isinstance(node.args[0], fx.Node):
@@ -118,6 +120,21 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
         _two(module.kernel_size), _two(module.stride), (top, bottom, left, right), _two(module.dilation)
     )
     return Step("dense", source, weight, bias, geometry, module.groups)
+
+
+def _means(model: nn.Module, node: fx.Node) -> Step | None:
+    """The step of means that were put in front of the convolution that alone reads them."""
+    conv, source = module_of(model, next(iter(node.users))), node.args[0]
+    if (
+        not isinstance(conv, SampledDown2d)
+        or conv.weight.device.type != "cpu"
+        or not isinstance(source, fx.Node)
+    ):
+        return None
+    # its taps stay among the computed positions, whose windows do not cross
+    geometry = Geometry((conv.window, conv.window), (1, 1), (0, conv.window - 1, 0, conv.window - 1))
+    none = conv.weight.detach().new_empty((conv.weight.shape[1] * conv.groups, 0, conv.window, conv.window))
+    return Step("mean", source.name, none, None, geometry, 1, conv.sampling.spec)
 
 
 def _two(values: Sequence[int]) -> tuple[int, int]:
@@ -262,7 +279,7 @@ def _follow(model: nn.Module, graph: fx.Graph, fused: dict[fx.Node, _Fused], cla
 
 def _fill(step: Step, fills: dict[str, str]) -> str:
     """The sampling whose nearest computed positions stand for a step's output; empty for every one."""
-    if step.kind == "filled":
+    if step.kind in ("filled", "mean"):
         return step.sampling
     source = fills.get(step.source, "")
     shortcut = fills.get(step.shortcut.source, "") if step.shortcut else source

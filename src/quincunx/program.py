@@ -65,6 +65,8 @@ def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, 
     total = 0
     for at in range(0, len(code), fields):
         step = code[at : at + fields]
+        if step[1] < 0:
+            continue  # means multiply nothing
         out = step[_OUT_FIELD] if step[_OUT_FIELD] >= 0 else step[_OUT_FIELD + 1]
         channels, outputs = (buffers[5 * number + 1] for number in (step[0], out))
         reads = tensors[step[_INDEX_FIELD]][0]
@@ -156,7 +158,7 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
                 rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
         segment.code += [
             numbers[step.source],
-            number(native.pack(step.weight, step.groups, step.kind == "transposed")),
+            number(None if step.kind == "mean" else _packed(step)),
             number(step.bias),
             residual,
             number(rows),
@@ -174,6 +176,10 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
             step.activation,
         ]
     return segment
+
+
+def _packed(step: Step) -> Tensor:
+    return native.pack(step.weight, step.groups, step.kind == "transposed")
 
 
 # ---------------------------------------------------------------- which back end for a dense step

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quincunx.nn import window_means
 from quincunx.ops import native
 from quincunx.plan import (
     Geometry,
@@ -56,14 +57,16 @@ class Shortcut:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One convolution and its epilogue.
+    """One convolution and its epilogue, or the means that a convolution reads.
 
     out = act(conv(source) + bias + shortcut), out2 = relu(out scale2 + shift2).
 
     Attributes:
         kind: "dense", "sampled" (to a sampled map), "filled" (sampled, read by others as if filled
-            from the nearest computed position) or "transposed" (from a sampled map).
-        weight: [O, C / groups, kh, kw]; of "transposed" [C, O / groups, kh, kw].
+            from the nearest computed position), "transposed" (from a sampled map) or "mean" (of the window
+            that begins at each computed position, over what lies inside the map; filled likewise).
+        weight: [O, C / groups, kh, kw]; of "transposed" [C, O / groups, kh, kw]; of "mean"
+            empty, [C, 0, kh, kw].
         like: of "transposed", the map whose height and width the output has.
         out, out2: names of the outputs, None for one that nobody reads.
         resize_masks: whether explicit positions may be used on another grid than their own; None where
@@ -208,7 +211,8 @@ def output(step: Step, maps: dict[str, Map]) -> Map:
     grid = step.geometry.grid(*maps[step.source].size)
     if step.kind == "sampled":
         return Map(step.out_channels, (_count(step.sampling, grid), 1))
-    return Map(step.out_channels, grid, step.sampling if step.kind == "filled" else _compact(step, maps))
+    fill = step.sampling if step.kind in ("filled", "mean") else _compact(step, maps)
+    return Map(step.out_channels, grid, fill)
 
 
 def tables(step: Step, maps: dict[str, Map]) -> Plan:
@@ -244,6 +248,10 @@ def reference(step: Step, values: dict[str, Tensor], maps: dict[str, Map]) -> No
     if step.kind == "transposed":
         size = output(step, maps).size
         out = torch.ops.quincunx.conv_transpose(x, step.weight, bias, size, step.sampling, *where)
+    elif step.kind == "mean":
+        computed = position_index(step.sampling, *x.shape[2:])
+        means = window_means(x, step.geometry.kernel[0]).flatten(2)[:, :, computed, None]
+        out = torch.ops.quincunx.fill(means, step.sampling, x.shape[2:])
     elif step.kind == "dense":
         top, bottom, left, right = geometry.padding
         padding: tuple[int, int] = (top, left)
