@@ -200,6 +200,8 @@ MADE = {
     "training": lambda: bench("training"),
     "networks": networks,
     "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
+    "espace-table2": lambda: espace("espace-table2"),
+    "espace-table3": lambda: espace("espace-table3"),
 }
 
 
