@@ -220,7 +220,8 @@ def environment() -> dict[str, Any]:
     """What a result file says about where it was made. JSON-ready."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # python -m names the file that it runs
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "quincunx"), *sys.argv[1:]]),
         "commit": _commit(),
         "quincunx": version("quincunx"),
         "torch": torch.__version__,
