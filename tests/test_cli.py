@@ -259,13 +259,18 @@ def test_a_pipe_that_closes_early_is_no_traceback():
 
 def test_ctrl_c_keeps_the_checkpoint_and_resume_finishes(tmp_path):
     arguments = ["train", *SMALL, "--epochs", "9", "--threads", "1", "--out", "run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "quincunx", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    # where the tests run in the background it may be ignored, which children would inherit
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "quincunx", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 90
     while not (log.exists() and log.read_text().count("\n") >= 1):

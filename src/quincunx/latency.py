@@ -256,6 +256,8 @@ def _commit() -> str | None:
     try:
         if git("ls-files", "--error-unmatch", str(Path(__file__).name)) == "":
             return None
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        # a result that was just written is no other code
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
