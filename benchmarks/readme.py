@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from quincunx.report import collect, lines, pictures, verdicts
@@ -17,6 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def table(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def read(*place: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ROOT.joinpath("results", *place).read_text(encoding="utf-8"))
+    return found
 
 
 def demo() -> str:
@@ -41,7 +45,7 @@ def demo() -> str:
 
 
 def bench(suite: str) -> str:
-    result = json.loads((ROOT / "results" / f"bench-{suite}.json").read_text(encoding="utf-8"))
+    result = read(f"bench-{suite}.json")
     header = ["ours / the fastest dense", "threads", "cases", "MAC ratio", "speed-up (geo. mean)", "worst"]
     cells = [
         [
@@ -59,7 +63,7 @@ def bench(suite: str) -> str:
 
 
 def networks() -> str:
-    result = json.loads((ROOT / "results" / "bench-networks.json").read_text(encoding="utf-8"))
+    result = read("bench-networks.json")
     header = ["network", "batch", "threads", "MAC ratio", "speed-up over the dense one, fused"]
     header += ["the dense one on smaller images", "ms", "dense, ms"]
     first = result["rows"][0]
@@ -114,54 +118,9 @@ def trained(name: str) -> str:
     return f"{table(header, cells)}\n\n{figure}"
 
 
-def compared(name: str, figure: str = "drop-speed") -> str:
-    """Methods on one trained network; several draws of a setting are one row, with their range."""
-    result = read(name, "comparison")
-    top5 = figure.startswith("top5")
-    tuned = result["recipe"] is not None
-    header = ["method", "setting", "error lost, points", *(["top-5 error lost"] if top5 else [])]
-    header += [
-        *(["before fine-tuning"] if tuned else []),
-        "p",
-        "network",
-        "replaced layers",
-        "MAC ratio",
-        "KB",
-    ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["series"], row["label"]), []).append(row)
-    cells = [
-        [
-            series,
-            label,
-            span(rows, "drop"),
-            *([span(rows, "top5_drop")] if top5 else []),
-            *([span(rows, "untuned_drop")] if tuned else []),
-            f"{max(row['p'] for row in rows):.2g}",
-            f"{fmean(row['speedup'] for row in rows):.2f}x",
-            f"{fmean(row['layers_speedup'] for row in rows):.2f}x",
-            f"{fmean(row['mac_ratio'] for row in rows):.2f}",
-            f"{rows[0]['bytes'] / 1e3:.0f} of {rows[0]['bytes_before'] / 1e3:.0f}",
-        ]
-        for (series, label), rows in groups.items()
-    ]
-    picture = f"![error lost against measured speed-up](results/{name}/{figure}.svg)"
-    return f"{table(header, cells)}\n\n{picture}"
-
-
-def span(rows: list[dict[str, Any]], key: str) -> str:
-    """A value, or the mean of several draws with the least and the largest."""
-    values = [row[key] for row in rows]
-    if len(values) == 1:
-        return f"{values[0]:+.2f}"
-    return f"{fmean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
-
-
 def espace(name: str) -> str:
     """The paper's layers and networks, timed."""
-    result = read(name, name)
-    rows = result["rows"]
+    rows = read(name, f"{name}.json")["rows"]
     peers = list(rows[0]["layers"]["peers"])
     judged = rows[0]["response_error"] is not None
     header = ["method", "setting", *(["response error"] if judged else []), "MAC ratio", "speed-up"]
@@ -185,12 +144,6 @@ def espace(name: str) -> str:
         for row in rows
     ]
     return table(header, cells)
-
-
-def read(folder: str, name: str) -> dict[str, Any]:
-    place = ROOT / "results" / folder / f"{name}.json"
-    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    return found
 
 
 MADE = {

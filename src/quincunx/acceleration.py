@@ -163,8 +163,7 @@ def accelerate_trained(
     """
     out = Path(out)
     original = model.eval()
-    if not data.labelled:
-        data = answered_by(original, data, workers)
+    data = answered_by(original, data, workers)
     state = hashlib.sha256(b"".join(_bytes(t) for t in original.state_dict().values())).hexdigest()
     settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     identity = {
@@ -278,8 +277,7 @@ def plan_for_target(
 ) -> dict[str, Any]:
     """What a search would choose, with its estimates, and nothing more; arguments as in
     :func:`accelerate_trained`."""
-    if not data.labelled:
-        data = answered_by(model.eval(), data)
+    data = answered_by(model.eval(), data)
     images = sample(data, calibration, seed)
     where = _where(model, layers)
     found = searched(model.eval(), method, images, Path(out), where, batch, progress, dry_run=True)

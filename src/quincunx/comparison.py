@@ -12,6 +12,7 @@ from torch import nn
 from quincunx.acceleration import accelerate_trained
 from quincunx.artifact import read_json, save, write_json
 from quincunx.data import ImageData
+from quincunx.evaluation import answered_by
 from quincunx.figures import Mark, Picture, tradeoff
 from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
 from quincunx.recipes import Recipe
@@ -176,6 +177,8 @@ def compare_methods(
         ValueError: two points of one name; what a method refuses.
         RunFailed: fine-tuning could not go on.
     """
+    # once for all points
+    data = answered_by(model, data, options.get("workers"))
     out, found = Path(out), []
     before = save(model, out / "original") / "weights.safetensors"
     names: set[str] = set()

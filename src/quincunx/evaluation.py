@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,15 +66,12 @@ def judged(
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
-    check_channels(model, data)
-    device = device_of(model)
     losses = [torch.zeros(0, dtype=torch.float64)]
     right, among = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
     with inference_mode_of(model):
-        for images, labels in batches(split, data, batch_size, rank=rank, world=world, workers=workers):
-            scores = model(images.to(device))
-            check_scores(scores, data)
-            answers = labels.to(device)
+        for scores, answers in _scored(
+            model, data, batches(split, data, batch_size, rank=rank, world=world, workers=workers)
+        ):
             losses.append(F.cross_entropy(scores.float(), answers, reduction="none").double().cpu())
             right.append((scores.argmax(1) == answers).cpu())
             first = scores.topk(min(5, scores.shape[1])).indices
@@ -81,20 +79,34 @@ def judged(
     return torch.cat(losses), torch.cat(right), torch.cat(among)
 
 
+def _scored(
+    model: nn.Module, data: ImageData, source: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(scores, labels) of each batch, on the model's device."""
+    check_channels(model, data)
+    device = device_of(model)
+    for images, labels in source:
+        scores = model(images.to(device))
+        check_scores(scores, data)
+        yield scores, labels.to(device)
+
+
 def answered_by(model: nn.Module, data: ImageData, workers: int | None = None) -> ImageData:
     """Images without labels, with those that a network gives them: what differs from it later is an error.
+
+    Images that have labels, their own or given so, stay as they are.
 
     Raises:
         ValueError: as :func:`judged`.
     """
+    if data.classes:
+        return data
     parts: dict[str, Part] = {}
     outputs = 0
     with inference_mode_of(model):
         for key, split in (("train", data.train), ("test", data.test)):
             answers = []
-            for images, _ in batches(split, data, _AT_ONCE, workers=workers):
-                scores = model(images.to(device_of(model)))
-                check_scores(scores, data)
+            for scores, _ in _scored(model, data, batches(split, data, _AT_ONCE, workers=workers)):
                 answers.append(scores.argmax(1).cpu())
                 outputs = scores.shape[1]
             parts[key] = replace(split, labels=torch.cat(answers))

@@ -279,7 +279,7 @@ def _follow(model: nn.Module, graph: fx.Graph, fused: dict[fx.Node, _Fused], cla
 
 def _fill(step: Step, fills: dict[str, str]) -> str:
     """The sampling whose nearest computed positions stand for a step's output; empty for every one."""
-    if step.kind in ("filled", "mean"):
+    if step.fills:
         return step.sampling
     source = fills.get(step.source, "")
     shortcut = fills.get(step.shortcut.source, "") if step.shortcut else source

@@ -94,6 +94,11 @@ class Step:
         return self.weight.shape[1] * self.groups if self.kind == "transposed" else self.weight.shape[0]
 
     @property
+    def fills(self) -> bool:
+        """Whether what it computes stands for the positions nearest to it, too."""
+        return self.kind in ("filled", "mean")
+
+    @property
     def taps(self) -> int:
         return self.weight.shape[2] * self.weight.shape[3]
 
@@ -211,7 +216,7 @@ def output(step: Step, maps: dict[str, Map]) -> Map:
     grid = step.geometry.grid(*maps[step.source].size)
     if step.kind == "sampled":
         return Map(step.out_channels, (_count(step.sampling, grid), 1))
-    fill = step.sampling if step.kind in ("filled", "mean") else _compact(step, maps)
+    fill = step.sampling if step.fills else _compact(step, maps)
     return Map(step.out_channels, grid, fill)
 
 

@@ -58,9 +58,9 @@ def _class_and_part(folders: tuple[str, ...], labelled: bool) -> tuple[str, str 
         part = (
             "train" if folder.lower() in _TRAIN_PARTS else "test" if folder.lower() in _TEST_PARTS else None
         )
-        if part is not None and not labelled:
-            return "", part
         if part is not None:
+            if not labelled:
+                return "", part
             return (folders[i + 1], part) if i + 1 < len(folders) else None
     if not labelled:
         return "", None
