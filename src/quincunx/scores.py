@@ -26,6 +26,7 @@ from quincunx.latency import Timing, measure_models
 from quincunx.methods import Assigned, build_module
 from quincunx.streams import Calibration, Layer
 from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, prepare, put, tried
+from quincunx.tail import Tails
 
 __all__ = ["BUDGET", "Scores", "eager_form", "inference_form"]
 
@@ -92,6 +93,7 @@ class Scores:
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
         self.macs = cost(model, first[:1]).macs
         self.dense = inference_form(model)
+        self.tails = Tails(model, self.context.data)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
         self.reference = 0.0
@@ -99,7 +101,7 @@ class Scores:
         with inference_mode_of(model):
             for batch in self.context.data:
                 self.marks.append(_mark(batch.input))
-                self.answers.append(_answer(model, batch.input))
+                self.answers.append(_checked(model(batch.input)))
                 if not self.answers[-1].isfinite().all():
                     raise ValueError(f"calibration: batch {batch.index}: the answers are not finite")
         if [_mark(batch.input) for batch in self.context.data] != self.marks:
@@ -153,10 +155,9 @@ class Scores:
     def _loss(self, network: nn.Module) -> float:
         total, count = 0.0, 0
         with inference_mode_of(network):
-            for batch, answer in zip(self.context.data, self.answers, strict=True):
-                given = _answer(network, batch.input)
-                total += float(F.kl_div(given, answer, reduction="sum", log_target=True))
-                count += len(batch.input)
+            for given, answer in zip(self.tails.answers(network), self.answers, strict=True):
+                total += float(F.kl_div(_checked(given), answer, reduction="sum", log_target=True))
+                count += len(answer)
         return total / count
 
     @contextmanager
@@ -171,6 +172,8 @@ class Scores:
             yield
 
     def _score(self, unit: tuple[Layer, ...], row: Candidate) -> None:
+        with inference_mode_of(self.model):
+            self.tails.go_to(unit[0].names)
         with _excused(row), self._tried(unit, row):
             row.loss = self._loss(self.context.network)
             if not np.isfinite(row.loss):
@@ -330,9 +333,8 @@ def _macs_saved(layer: Layer, made: Replacement) -> int:
     return layer_macs(layer.module, shape) - (layer_macs(made.module, shape) if after is None else int(after))
 
 
-def _answer(network: nn.Module, x: Tensor) -> Tensor:
-    """Log-probabilities [N, classes, ...]."""
-    answer = network(x)
+def _checked(answer: object) -> Tensor:
+    """An answer's log-probabilities [N, classes, ...]."""
     if not isinstance(answer, Tensor) or answer.dim() < 2:
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise TypeError(f"model: a search compares answers [N, classes], got {got}")

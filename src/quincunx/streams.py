@@ -121,6 +121,10 @@ class Calibration:
             raise ValueError("calibration: holds no batches")
 
 
+# bytes of maps that are kept instead of being computed again
+MOST_KEPT = 2 << 30
+
+
 @contextmanager
 def evaluation(network: nn.Module) -> Iterator[None]:
     """Within: every module in evaluation mode; each module's own mode after."""
@@ -182,7 +186,8 @@ def run_order(
 class Responses:
     """Pairs (input in the changed network, response of the original layer) of one layer, batch by batch.
 
-    Iterating runs both networks up to the layer, once for each batch of calibration data.
+    Iterating runs both networks up to the layer, once for each batch of calibration data. A context that
+    keeps things keeps what the original network gives, where that is not too much.
 
     Raises:
         ValueError: while iterating: a value that is not finite, or a batch for which the layer is
@@ -193,17 +198,24 @@ class Responses:
         self.context, self.layer = context, layer
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        original, network = self.context.original, self.context.network
+        original, network, kept = self.context.original, self.context.network, self.context.kept
         name = self.layer.name
+        key, held = ("responses", name), 0
+        known: list[tuple[Tensor, Tensor]] = kept.get(key, []) if kept is not None else []
+        found: list[tuple[Tensor, Tensor]] = []
         for batch in self.context.data:
             with evaluation(original), evaluation(network), torch.no_grad():
-                clean, response = _run_to(original, name, batch, True)
+                pair = known[batch.index] if known else _run_to(original, name, batch, True)
+                seen, response = pair
                 if self.context.changed:
                     seen, _ = _run_to(network, name, batch, False)
-                else:
-                    seen = clean
             _check_finite(name, batch.index, seen, response)
+            held += sum(t.numel() * t.element_size() for t in pair)
+            if kept is not None and held <= MOST_KEPT:
+                found.append(pair)
             yield seen, response
+        if kept is not None and held <= MOST_KEPT:
+            kept[key] = found
 
 
 def _run_to(network: nn.Module, name: str, batch: Batch, answer: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,128 @@
+"""Answers of networks that differ from a layer on: what lies before it runs once, for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from quincunx.cost import inference_mode_of
+from quincunx.fuse import fuse
+from quincunx.nodes import trace
+from quincunx.streams import MOST_KEPT, Batch
+
+__all__ = ["Tails"]
+
+
+class Tails:
+    """A network's batches up to some layer, from which changed copies of it go on.
+
+    Both parts run fused. A network that torch.fx cannot trace, one with hooks, which only its own forward
+    calls, and one whose values are too many to keep, run whole.
+
+    Args:
+        model: the network that nothing is changed in.
+        data: its batches, which can be read several times.
+    """
+
+    def __init__(self, model: nn.Module, data: Iterable[Batch]) -> None:
+        self.model, self.data = model, data
+        with inference_mode_of(model):
+            self.graph = None if _hooked(model) else _traced(model)
+        self.wanted = self.at = 0
+        self.kept: list[tuple[Any, ...]] = []
+
+    def go_to(self, names: Sequence[str]) -> None:
+        """Keep what the first call of a layer, which has these names, and all behind it read."""
+        if self.graph is None:
+            return
+        nodes = list(self.graph.nodes)
+        at = next((i for i, n in enumerate(nodes) if n.op == "call_module" and n.target in names), 0)
+        if at == self.wanted:
+            return
+        begun = 0 < self.at < at
+        start, given = (self.at, self.kept) if begun else (0, None)
+        self.wanted, self.at, self.kept = at, 0, []
+        part = _between(self.model, self.graph, self.graph, start, at) if at else None
+        if part is None:
+            return
+        head, kept, held = fuse(part), [], 0
+        for values in given if given is not None else self._inputs():
+            kept.append(tuple(head(*values)))
+            held += sum(v.numel() * v.element_size() for v in kept[-1] if isinstance(v, Tensor))
+            if held > MOST_KEPT:
+                return
+        self.at, self.kept = at, kept
+
+    def answers(self, network: nn.Module) -> Iterator[Any]:
+        """What a network, equal to the model up to the layer, answers to each batch."""
+        graph = None if self.graph is None else _traced(network)
+        tail = None
+        if self.graph is not None and graph is not None:
+            tail = _between(network, self.graph, graph, self.at, None)
+        if tail is None:
+            yield from (network(batch.input) for batch in self.data)
+            return
+        fused = fuse(tail)
+        yield from (fused(*values) for values in (self.kept if self.at else self._inputs()))
+
+    def _inputs(self) -> Iterator[tuple[Tensor]]:
+        return ((batch.input.contiguous(memory_format=_layout(batch.input)),) for batch in self.data)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+def _hooked(model: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _traced(model: nn.Module) -> fx.Graph | None:
+    try:
+        return trace(model)
+    except TypeError:
+        return None
+
+
+def _between(
+    network: nn.Module, original: fx.Graph, graph: fx.Graph, start: int, stop: int | None
+) -> fx.GraphModule | None:
+    """The nodes of a network from one on, and before another, as a function of what they read.
+
+    Args:
+        original: the graph whose nodes before ``start`` were run.
+        graph: the network's own, of the same nodes up to there.
+
+    Returns:
+        The function; it gives the network's answer, or where it stops a tuple of what is read from there
+        on. None where the graphs differ before ``start``.
+    """
+    before = list(original.nodes)[:start] if start else []
+    nodes = list(graph.nodes)
+    if [_said(node) for node in nodes[:start]] != [_said(node) for node in before]:
+        return None
+    result = fx.Graph()
+    own = dict(zip(before, nodes, strict=False))
+    copied = {own[node]: result.placeholder(node.name) for node in _live(original, start)}
+    try:
+        for node in nodes[start:stop]:
+            copied[node] = result.node_copy(node, lambda n: copied[n])
+        if stop is not None:
+            result.output(tuple(copied[node] for node in _live(graph, stop)))
+    except KeyError:
+        return None
+    return fx.GraphModule(network, result)
+
+
+def _said(node: fx.Node) -> tuple[str, str, str]:
+    return node.op, node.name, str(node.target)
+
+
+def _live(graph: fx.Graph, at: int) -> list[fx.Node]:
+    """The nodes before a place that one behind it reads."""
+    nodes = list(graph.nodes)
+    later = set(nodes[at:])
+    return [node for node in nodes[:at] if later.intersection(node.users)]
