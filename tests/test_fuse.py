@@ -18,6 +18,7 @@ from quincunx.nn import (
     window_means,
 )
 from quincunx.ops import backend
+from quincunx.peers import fold_batch_norm
 from quincunx.plan import Geometry, forward_plan
 from quincunx.program import Program
 
@@ -329,6 +330,32 @@ def test_single_layers():
     x = torch.randn(1, 6, 8, 8)
     for layer in (conv(), SampledConv2d(6, 4, 3, sampling=qx.QUARTER), SpatialBottleneck2d(6, 6)):
         torch.testing.assert_close(fuse(layer)(x), layer(x), **CLOSE)
+
+
+class Asking(nn.Module):
+    """Its forward asks for an argument that need not be there."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, mask=None, scale=2.0, *, bias=None):
+        x = self.conv(x) * scale
+        if mask is not None:
+            x = x * mask
+        return x if bias is None else x + bias
+
+
+def test_arguments_that_are_none_by_default():
+    model, x = Asking().eval(), torch.randn(2, 3, 8, 8)
+    fused = fuse(model)
+    torch.testing.assert_close(fused(x), model(x), **CLOSE)
+    torch.testing.assert_close(fused(x, scale=3.0), model(x, scale=3.0), **CLOSE)
+    with pytest.raises(TypeError, match="mask"):
+        fused(x, mask=torch.zeros(1))
+    inside = nn.Sequential(model, nn.ReLU())
+    torch.testing.assert_close(fuse(inside)(x), model(x).relu(), **CLOSE)
+    torch.testing.assert_close(fold_batch_norm(model)(x), model(x), **CLOSE)
 
 
 def test_no_gradient_is_kept():

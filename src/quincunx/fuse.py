@@ -59,8 +59,9 @@ def fuse(model: nn.Module) -> nn.Module:
             it is.
 
     Returns:
-        A ``torch.fx.GraphModule`` that maps the same arguments to the same results, up to rounding. It
-        is frozen: in evaluation mode, without parameters to train, in the dtype the model had.
+        A ``torch.fx.GraphModule`` that maps the same arguments to the same results, up to rounding,
+        without those that are None by default. It is frozen: in evaluation mode, without parameters to
+        train, in the dtype the model had.
 
     Raises:
         TypeError: not a module, or one whose forward cannot be traced.

@@ -4,6 +4,7 @@ maps in compact form.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,20 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
+    """A network's graph for the arguments that it cannot do without.
+
+    Those that are None by default stay None and are no inputs of the graph: a forward asks whether they
+    are there, and what stands for a value while tracing always is.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    left_out = {name: None for name, parameter in parameters.items() if parameter.default is None}
     try:
-        return _Tracer().trace(model)
+        graph = _Tracer().trace(model, concrete_args=left_out)
+        for node in [n for n in graph.nodes if n.op == "placeholder" and n.args == (None,)]:
+            for check in list(node.users):
+                graph.erase_node(check)
+            graph.erase_node(node)
+        return graph
     except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
         raise TypeError(
             f"model: {type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quincunx.latency import using_threads
+from quincunx.nodes import trace
 
 __all__ = ["PEERS", "fold_batch_norm", "onnx_bytes"]
 
@@ -27,7 +28,8 @@ Run = Callable[[], object]
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode with each batch norm that directly follows a convolution folded into it."""
-    traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+    own = copy.deepcopy(model).eval()
+    traced = fx.GraphModule(own, trace(own))
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
