@@ -146,6 +146,46 @@ def test_the_second_half_of_a_single_is_the_least_squares_solution(down, groups)
     assert new.down.out_channels == result.replaced["0"]["mid_channels"] == 2
 
 
+# ---------------------------------------------------------------- the first half of a pooled pair
+
+
+POOLED = {
+    "quarter": (qx.QUARTER, 2, {}),
+    "chessboard": (qx.CHESSBOARD, 2, {}),
+    "thirds": (qx.Cosets(3, [(0, 0), (1, 1)]), 3, {}),
+    "dilated": (qx.QUARTER, 2, {"dilation": (1, 2)}),
+    "grouped, bias-free": (qx.QUARTER, 2, {"groups": 3, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("case", POOLED)
+def test_the_first_half_of_a_pooled_pair_is_the_least_squares_solution(case):
+    sampling, window, settings = POOLED[case]
+    layer = conv(3, 6, **settings)
+    model, x = nn.Sequential(layer, nn.ReLU(), conv(6, 5)), images(60, size=(6, 8))
+    batches = [x[:25], x[25:]]
+    result = qx.accelerate(model, qx.SpatialBottleneck(sampling, down="avgpool"), calibration=batches)
+    spread = [window * d for d in layer.dilation]
+    half = [d * (k - 1) // 2 for k, d in zip(layer.kernel_size, spread, strict=True)]
+    at = sampling.mask(6, 8).numpy()
+    read = neighbours(means(x.numpy(), window), layer.kernel_size, spread, half)[:, at]
+    with torch.no_grad():
+        wanted, got = layer(x).numpy()[:, :, at], result.model[0](x)[..., 0].numpy()
+    squares, power, g = 0.0, 0.0, layer.groups
+    for group in range(g):
+        own = slice(group * 6 // g, (group + 1) * 6 // g)
+        p = read[:, :, group * 3 // g : (group + 1) * 3 // g].reshape(read.shape[0] * read.shape[1], -1)
+        p = np.concatenate([p, np.ones((len(p), 1))], 1)
+        y = wanted[:, own].transpose(0, 2, 1).reshape(len(p), -1)
+        best = p @ np.linalg.lstsq(p, y, rcond=None)[0]
+        made = got[:, own].transpose(0, 2, 1).reshape(len(p), -1)
+        np.testing.assert_allclose(made, best, atol=2e-4 * np.abs(best).max())
+        squares += ((y - best) ** 2).sum()
+        power += ((y - y.mean(0)) ** 2).sum()
+    assert result.replaced["0"]["response_error"] == pytest.approx(squares / power, rel=1e-5)
+    assert 1e-3 < squares / power < 1
+
+
 # ---------------------------------------------------------------- the first half of a single
 
 

@@ -42,8 +42,9 @@ class SpatialBottleneck:
     r"""Two convolutions, or one, by a convolution to some positions and a transposed one back to all.
 
     A *pair* of convolutions with at most a norm and an activation in between (the paper's rSB) keeps its
-    first half's weights, now at the sampling's positions alone; the second half W_2 answers what the
-    original second convolution answered:
+    first half's weights, now at the sampling's positions alone (with average pooling, which shows it
+    another map, they are solved for like the second's); the second half W_2 answers what the original
+    second convolution answered:
 
     .. math:: \min_{W_2, b} E\,|y - W_2^T * \uparrow a(W_1 * x)_{\text{sampling}} - b|^2
 
@@ -205,11 +206,17 @@ class _BottleneckWork:
         return module, {"kind": kind, **settings, "sampling": sampling.spec}
 
     def _first(self, layer: Layer) -> Replacement:
-        conv = conv_of(layer)
-        bias = conv.bias is not None
-        module, spec = self._built("paired-down", PairedDown2d, conv, down=self.method.down, bias=bias)
-        module.load_state_dict(conv.state_dict())
-        return Replacement(module, spec, {})
+        conv, method = conv_of(layer), self.method
+        pooled = self.with_data and method.down == "avgpool"
+        bias = conv.bias is not None or pooled
+        module, spec = self._built("paired-down", PairedDown2d, conv, down=method.down, bias=bias)
+        if not pooled:
+            module.load_state_dict(conv.state_dict())
+            return Replacement(module, spec, {})
+        found = _read_by(module, layer, self.context.responses(layer), method, conv.out_channels, lambda y: y)
+        solution = _regression(found, _matrix(conv.weight.detach(), conv.groups))
+        _set(module, solution.transpose(1, 2).reshape(conv.weight.shape), found.bias(solution))
+        return Replacement(module, spec, {"response_error": found.error(solution)})
 
     def _second(self, layer: Layer, partner: str) -> Replacement:
         conv = conv_of(layer)
@@ -268,10 +275,7 @@ class _BottleneckWork:
         solution = _regression(found, start)
         o, c, kh, kw = conv.weight.shape
         weight = solution.transpose(1, 2).reshape(o, c, kh, kw)
-        with torch.no_grad():
-            up.weight.copy_(_transposed(weight, conv.groups))
-            if up.bias is not None:
-                up.bias.copy_(found.bias(solution).flatten())
+        _set(up, _transposed(weight, conv.groups), found.bias(solution))
         return found.error(solution)
 
 
@@ -355,6 +359,43 @@ def _spread(
         yield filled.view(*y.shape[:2], height, width), response
 
 
+def _read_by(
+    half: SampledDown2d,
+    layer: Layer,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    method: SpatialBottleneck,
+    outputs: int,
+    wanted: Callable[[Tensor], Tensor],
+) -> Moments:
+    """Moments of the patches that a first half reads, of the map itself or of its window means, and of
+    what is wanted of them, ``outputs`` channels made of the responses, at the sampling's positions."""
+    conv = conv_of(layer)
+    # the padding, not the same on all sides, is put on the map itself
+    seen = nn.Conv2d(
+        conv.in_channels, outputs, _two(conv.kernel_size), dilation=half.dilation, groups=conv.groups
+    )
+    sums = Accumulator(seen.to(conv.weight), method.positions, method.seed)
+    top, bottom, left, right = half.padding
+    for x, y in pairs:
+        height, width = y.shape[-2:]
+        sums.among = method.sampling.mask(height, width).flatten().nonzero().flatten()
+        step = max(1, _BLOCK // (outputs * height * width))
+        for part in range(0, len(x), step):
+            read = x[part : part + step]
+            read = window_means(read, half.window) if half.window > 1 else read
+            sums.add(F.pad(read, (left, right, top, bottom)), wanted(y[part : part + step]))
+    found = sums.finish()
+    _check_samples(layer, found, "first")
+    return found
+
+
+def _set(half: SampledDown2d | SampledConvTranspose2d, weight: Tensor, bias: Tensor) -> None:
+    with torch.no_grad():
+        half.weight.copy_(weight)
+        if half.bias is not None:
+            half.bias.copy_(bias.flatten())
+
+
 def _solve_codes(
     layer: Layer,
     module: SpatialBottleneck2d,
@@ -363,36 +404,21 @@ def _solve_codes(
 ) -> None:
     """Set the first half to the directions of a patch that tell most about the responses around it.
 
-    A patch p is what the first half reads: of the map itself, or of its window means. With
-    G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under the kernel, these are the leading
-    ones of L^-1 B B^T L^-T, turned back by L^-T.
+    With p what the first half reads, G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under
+    the kernel, these are the leading ones of L^-1 B B^T L^-T, turned back by L^-T.
     """
     conv, down = conv_of(layer), module.down
-    kh, kw = _two(conv.kernel_size)
-    taps, g = kh * kw, conv.groups
-    # the padding, not the same on all sides, is put on the map itself
-    seen = nn.Conv2d(conv.in_channels, conv.out_channels * taps, (kh, kw), dilation=down.dilation, groups=g)
-    sums = Accumulator(seen.to(conv.weight), method.positions, method.seed)
-    top, bottom, left, right = down.padding
-    for x, y in pairs:
-        height, width = y.shape[-2:]
-        sums.among = method.sampling.mask(height, width).flatten().nonzero().flatten()
-        step = max(1, _BLOCK // (taps * y[0].numel()))
-        for part in range(0, len(x), step):
-            around = F.unfold(
-                y[part : part + step], (kh, kw), conv.dilation, half_padding((kh, kw), _two(conv.dilation))
-            )
-            read = x[part : part + step]
-            read = F.pad(
-                window_means(read, down.window) if down.window > 1 else read, (left, right, top, bottom)
-            )
-            sums.add(read, around.view(len(around), -1, height, width))
-    found = sums.finish()
-    _check_samples(layer, found, "first")
+    kernel, spread = _two(conv.kernel_size), _two(conv.dilation)
+
+    def around(y: Tensor) -> Tensor:
+        told = F.unfold(y, kernel, spread, half_padding(kernel, spread))
+        return told.view(len(y), -1, *y.shape[-2:])
+
+    found = _read_by(down, layer, pairs, method, conv.out_channels * kernel[0] * kernel[1], around)
     factor = torch.linalg.cholesky(_damped(found))
     told = torch.linalg.solve_triangular(factor, found.cross, upper=False)
     leading = torch.linalg.eigh(told @ told.transpose(1, 2)).eigenvectors.flip(2)
-    count = down.out_channels // g
+    count = down.out_channels // conv.groups
     directions = torch.linalg.solve_triangular(factor.transpose(1, 2), leading[:, :, :count], upper=True)
     down.weight.copy_(directions.transpose(1, 2).reshape(down.weight.shape))
 
