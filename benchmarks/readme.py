@@ -153,6 +153,8 @@ MADE = {
     "training": lambda: bench("training"),
     "networks": networks,
     "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
+    "clothing-small-128": lambda: trained("clothing-small-128"),
+    "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
     "espace-table2": lambda: espace("espace-table2"),
     "espace-table3": lambda: espace("espace-table3"),
 }
