@@ -42,18 +42,19 @@ class Tails:
         at = next((i for i, n in enumerate(nodes) if n.op == "call_module" and n.target in names), 0)
         if at == self.wanted:
             return
-        begun = 0 < self.at < at
-        start, given = (self.at, self.kept) if begun else (0, None)
-        self.wanted, self.at, self.kept = at, 0, []
-        part = _between(self.model, self.graph, self.graph, start, at) if at else None
+        self.wanted = at
+        if at < self.at:
+            self.at, self.kept = 0, []
+        part = _between(self.model, self.graph, self.graph, self.at, at) if at else None
         if part is None:
             return
         head, kept, held = fuse(part), [], 0
-        for values in given if given is not None else self._inputs():
+        for values in self._values():
             kept.append(tuple(head(*values)))
             held += sum(v.numel() * v.element_size() for v in kept[-1] if isinstance(v, Tensor))
             if held > MOST_KEPT:
-                return
+                at, kept = 0, []
+                break
         self.at, self.kept = at, kept
 
     def answers(self, network: nn.Module) -> Iterator[Any]:
@@ -66,7 +67,11 @@ class Tails:
             yield from (network(batch.input) for batch in self.data)
             return
         fused = fuse(tail)
-        yield from (fused(*values) for values in (self.kept if self.at else self._inputs()))
+        yield from (fused(*values) for values in self._values())
+
+    def _values(self) -> Iterable[tuple[Any, ...]]:
+        """What is read from where the batches are now on."""
+        return self.kept if self.at else self._inputs()
 
     def _inputs(self) -> Iterator[tuple[Tensor]]:
         return ((batch.input.contiguous(memory_format=_layout(batch.input)),) for batch in self.data)
@@ -100,7 +105,7 @@ def _between(
         The function; it gives the network's answer, or where it stops a tuple of what is read from there
         on. None where the graphs differ before ``start``.
     """
-    before = list(original.nodes)[:start] if start else []
+    before = list(original.nodes)[:start]
     nodes = list(graph.nodes)
     if [_said(node) for node in nodes[:start]] != [_said(node) for node in before]:
         return None
