@@ -105,6 +105,43 @@ def test_from_any_layer_to_any_other(kind, order):
             compared(tails, changed(model, name), data)
 
 
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=5)
+@given(order=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=2, max_size=4))
+def test_what_a_layer_reads(kind, order):
+    model = made(kind)
+    names, data = convolutions(model), images(model)
+    tails = Tails(model, data)
+    for at, to in order:
+        start, name = names[at % len(names)], names[to % len(names)]
+        with inference_mode_of(model):
+            tails.go_to((start,))
+            for network in (model, changed(model, start)):
+                found = tails.inputs(network, (name,))
+                seen = []
+                hook = network.get_submodule(name).register_forward_pre_hook(
+                    lambda _, given, seen=seen: seen.append(given[0].clone())
+                )
+                for batch in data:
+                    seen.clear()
+                    network(batch.input)
+                    if found is not None:
+                        torch.testing.assert_close(next(found), seen[0], rtol=1e-4, atol=1e-5)
+                hook.remove()
+                assert found is not None or name != start
+
+
+def test_there_is_no_shortcut_to_a_layer_that_was_passed():
+    model = made("resnet")
+    tails = Tails(model, images(model))
+    with inference_mode_of(model):
+        tails.go_to(("stages.1.0.conv2",))
+        assert tails.inputs(model, ("stages.0.0.conv1",)) is None
+        assert tails.inputs(model, ("stages.1.0.conv2",)) is not None
+        assert tails.inputs(model, ("nothing",)) is None
+        assert Tails(Choosing(), images(model)).inputs(model, ("a",)) is None
+
+
 class Once:
     """Batches that must not be read again."""
 

@@ -93,7 +93,7 @@ class Scores:
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
         self.macs = cost(model, first[:1]).macs
         self.dense = inference_form(model)
-        self.tails = Tails(model, self.context.data)
+        self.tails = self.context.shortcut = Tails(model, self.context.data)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
         self.reference = 0.0

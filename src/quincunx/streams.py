@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -183,11 +183,19 @@ def run_order(
     return found
 
 
+class Shortcut(Protocol):
+    """A way to what a layer reads that does not begin at the network's input."""
+
+    def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
+        """What the first call of a layer, which has these names, reads of each batch; None without a way."""
+
+
 class Responses:
     """Pairs (input in the changed network, response of the original layer) of one layer, batch by batch.
 
-    Iterating runs both networks up to the layer, once for each batch of calibration data. A context that
-    keeps things keeps what the original network gives, where that is not too much.
+    Iterating runs both networks up to the layer, once for each batch of calibration data, from where the
+    context has a shortcut. A context that keeps things keeps what the original network gives, where that
+    is not too much.
 
     Raises:
         ValueError: while iterating: a value that is not finite, or a batch for which the layer is
@@ -203,11 +211,21 @@ class Responses:
         key, held = ("responses", name), 0
         known: list[tuple[Tensor, Tensor]] = kept.get(key, []) if kept is not None else []
         found: list[tuple[Tensor, Tensor]] = []
+        before = None if known else self._shortcut(original)
+        now = self._shortcut(network) if self.context.changed else None
         for batch in self.context.data:
             with evaluation(original), evaluation(network), torch.no_grad():
-                pair = known[batch.index] if known else _run_to(original, name, batch, True)
+                if known:
+                    pair = known[batch.index]
+                elif before is not None:
+                    seen = next(before)
+                    pair = seen, self.layer.module(seen)
+                else:
+                    pair = _run_to(original, name, batch, True)
                 seen, response = pair
-                if self.context.changed:
+                if now is not None:
+                    seen = next(now)
+                elif self.context.changed:
                     seen, _ = _run_to(network, name, batch, False)
             _check_finite(name, batch.index, seen, response)
             held += sum(t.numel() * t.element_size() for t in pair)
@@ -216,6 +234,13 @@ class Responses:
             yield seen, response
         if kept is not None and held <= MOST_KEPT:
             kept[key] = found
+
+    def _shortcut(self, network: nn.Module) -> Iterator[Tensor] | None:
+        shortcut = self.context.shortcut
+        if shortcut is None:
+            return None
+        with evaluation(network):
+            return shortcut.inputs(network, self.layer.names)
 
 
 def _run_to(network: nn.Module, name: str, batch: Batch, answer: bool) -> tuple[Tensor, Tensor]:
@@ -263,10 +288,12 @@ class Context:
         changed: whether a layer of it has been replaced.
         pairs: convolutions with nothing but a norm and an activation between them, on one grid.
         kept: what :meth:`once` keeps; None for nothing.
+        shortcut: to what layers read; None where networks run from their inputs.
     """
 
     pairs: tuple[tuple[Layer, Layer], ...] = ()
     kept: dict[Any, Any] | None = None
+    shortcut: Shortcut | None = None
 
     def __init__(self, original: nn.Module, network: nn.Module, calibration: Calibration | None) -> None:
         self.original, self.network, self.calibration = original, network, calibration

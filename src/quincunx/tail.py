@@ -38,14 +38,14 @@ class Tails:
         """Keep what the first call of a layer, which has these names, and all behind it read."""
         if self.graph is None:
             return
-        nodes = list(self.graph.nodes)
-        at = next((i for i, n in enumerate(nodes) if n.op == "call_module" and n.target in names), 0)
+        at = _call_of(self.graph, names) or 0
         if at == self.wanted:
             return
         self.wanted = at
         if at < self.at:
             self.at, self.kept = 0, []
-        part = _between(self.model, self.graph, self.graph, self.at, at) if at else None
+        read = _live(self.graph, at)
+        part = _between(self.model, self.graph, self.graph, self.at, at, tuple(read)) if at else None
         if part is None:
             return
         head, kept, held = fuse(part), [], 0
@@ -62,12 +62,42 @@ class Tails:
         graph = None if self.graph is None else _traced(network)
         tail = None
         if self.graph is not None and graph is not None:
-            tail = _between(network, self.graph, graph, self.at, None)
+            tail = _between(network, self.graph, graph, self.at)
         if tail is None:
             yield from (network(batch.input) for batch in self.data)
             return
         fused = fuse(tail)
         yield from (fused(*values) for values in self._values())
+
+    def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
+        """What the first call of a layer, which has these names, reads of each batch.
+
+        Args:
+            network: equal to the model up to where the batches are.
+            names: the layer's.
+
+        Returns:
+            None where the layer was passed already, or the network has to run whole.
+        """
+        graph = None if self.graph is None else self.graph if network is self.model else _traced(network)
+        if self.graph is None or graph is None or (stop := _call_of(graph, names)) is None:
+            return None
+        part = None
+        read = list(graph.nodes)[stop].args[0]
+        if stop >= self.at and isinstance(read, fx.Node):
+            part = _between(network, self.graph, graph, self.at, stop, read)
+        if part is None:
+            return None
+        # not all that the rest of the network reads is read up to here
+        given = [node for node in part.graph.nodes if node.op == "placeholder"]
+        used = [i for i, node in enumerate(given) if node.users]
+        for node in given:
+            if not node.users:
+                part.graph.erase_node(node)
+        part.recompile()
+        computes = any(node.op.startswith("call") for node in part.graph.nodes)
+        head = fuse(part) if computes else part
+        return (head(*(values[i] for i in used)) for values in self._values())
 
     def _values(self) -> Iterable[tuple[Any, ...]]:
         """What is read from where the batches are now on."""
@@ -92,18 +122,30 @@ def _traced(model: nn.Module) -> fx.Graph | None:
         return None
 
 
+def _call_of(graph: fx.Graph, names: Sequence[str]) -> int | None:
+    """The place of the first call of a module that has these names."""
+    places = (i for i, n in enumerate(graph.nodes) if n.op == "call_module" and n.target in names)
+    return next(places, None)
+
+
 def _between(
-    network: nn.Module, original: fx.Graph, graph: fx.Graph, start: int, stop: int | None
+    network: nn.Module,
+    original: fx.Graph,
+    graph: fx.Graph,
+    start: int,
+    stop: int | None = None,
+    wanted: fx.Node | tuple[fx.Node, ...] = (),
 ) -> fx.GraphModule | None:
     """The nodes of a network from one on, and before another, as a function of what they read.
 
     Args:
         original: the graph whose nodes before ``start`` were run.
         graph: the network's own, of the same nodes up to there.
+        wanted: what it gives where it stops.
 
     Returns:
-        The function; it gives the network's answer, or where it stops a tuple of what is read from there
-        on. None where the graphs differ before ``start``.
+        The function; it gives the network's answer, or where it stops what is wanted. None where the
+        graphs differ before ``start``, or something is read that is not there any more.
     """
     before = list(original.nodes)[:start]
     nodes = list(graph.nodes)
@@ -116,7 +158,7 @@ def _between(
         for node in nodes[start:stop]:
             copied[node] = result.node_copy(node, lambda n: copied[n])
         if stop is not None:
-            result.output(tuple(copied[node] for node in _live(graph, stop)))
+            result.output(fx.map_arg(wanted, lambda n: copied[n]))
     except KeyError:
         return None
     return fx.GraphModule(network, result)
