@@ -31,6 +31,8 @@ from quincunx.tail import Tails
 __all__ = ["BUDGET", "Scores", "eager_form", "inference_form"]
 
 _ROUNDS = 11
+# of a whole network of a choice: few are timed, and one decides
+_ATTEMPT_ROUNDS = 31
 BUDGET = "not scored: the time budget was used up"
 
 
@@ -284,14 +286,15 @@ class Scores:
             return {"layers": 0, "before": before, "predicted": before, "after": before, "speedup": 1.0}
         sketch = self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen])
         timings = measure_models(
-            {"": self.dense, "fast": inference_form(sketch)}, self._timed_input(), rounds=_ROUNDS
+            {"": self.dense, "fast": inference_form(sketch)}, self._timed_input(), rounds=_ATTEMPT_ROUNDS
         )
         middle, low, high = timings["fast"].speedup_over(timings[""])
         before = timings[""].median
         return {
             "layers": sum(len(row.layers) for row in chosen),
             "before": before,
-            "predicted": before - sum(row.seconds for row in chosen),
+            # shares of the time before, whatever the machine's speed is now
+            "predicted": before * (1 - sum(row.seconds for row in chosen) / self.reference),
             "after": before / middle,
             "speedup": middle,
             "quartiles": [low, high],

@@ -26,6 +26,8 @@ __all__ = ["Found", "accelerate", "search", "shortfall"]
 # choices that are timed before the nearest one is taken
 _CORRECTIONS = 6
 _BISECTIONS = 5
+# asked for beyond what an attempt says is needed, since attempts vary
+_MARGIN = 1.01
 
 
 @dataclass
@@ -256,37 +258,51 @@ class _Builder:
         return self._by_time(usable)
 
     def _by_time(self, usable: list[Candidate]) -> Found:
-        """Choose, time the whole network, and ask for more until the time is reached or all is chosen."""
+        """Choose, time the whole network, and ask for as much more, or less, as is missing or too much.
+
+        What candidates save is told in seconds of a network that lasts ``reference``; the machine's speed
+        drifts, so what is wanted and what was reached are compared as shares of the time before.
+        """
         saved = [row.seconds for row in usable]
         most = _sum(choose(usable, saved, float("inf")))
         attempts = [self.scores.attempt([])]
-        best: list[Candidate] = []
-        asked = self._missing(attempts[0])
-        if asked <= 0 or not usable:
-            return self._built(best, asked <= 0, attempts)
+        share = self._share_wanted(attempts[0])
+        if share <= 0 or not usable:
+            return self._built([], share <= 0, attempts)
+        asked = share * self.scores.reference
+        choices: list[list[Candidate]] = [[]]
         for _ in range(_CORRECTIONS):
             chosen = choose(usable, saved, asked)
+            if chosen in choices:
+                break
+            choices.append(chosen)
             attempts.append(self.scores.attempt(chosen))
             now = attempts[-1]
-            if self._missing(now) <= 0:
-                return self._built(chosen, True, attempts)
-            if now["speedup"] >= max(attempt["speedup"] for attempt in attempts):
-                best = chosen
-            if _sum(chosen) >= most * (1 - 1e-9):
+            share, met = self._share_wanted(now), self._meets(now)
+            if not met and _sum(chosen) >= most * (1 - 1e-9):
                 break
-            # what is missing, at the rate at which this choice paid
-            paid = (now["before"] - now["after"]) / _sum(chosen)
-            asked = _sum(chosen) + 1.02 * self._missing(now) / min(max(paid, 0.2), 1.0)
-        return self._built(best, False, attempts)
+            paid = (1 - now["after"] / now["before"]) * self.scores.reference / _sum(chosen)
+            asked = _MARGIN * share * self.scores.reference / min(max(paid, 0.2), 1.5)
+            if not met:
+                asked = max(asked, _MARGIN * _sum(chosen))
+        reached = [i for i in range(1, len(choices)) if self._meets(attempts[i])]
+        best = min(reached, key=lambda i: _loss_of(choices[i]), default=None)
+        if best is None:
+            best = max(range(1, len(choices)), key=lambda i: float(attempts[i]["speedup"]), default=0)
+        # the one that was taken comes last
+        attempts.append(attempts.pop(best))
+        return self._built(choices[best], best in reached, attempts)
 
-    def _missing(self, attempt: dict[str, Any]) -> float:
-        """Seconds by which a network is too slow."""
-        return float(attempt["after"]) - self._seconds_wanted(attempt["before"])
-
-    def _seconds_wanted(self, before: float) -> float:
+    def _share_wanted(self, attempt: dict[str, Any]) -> float:
+        """The share of the time before that has to be saved."""
         if self.target.speedup is not None:
-            return before / self.target.speedup
-        return float(self.target.latency_ms or 0.0) / 1e3
+            return 1 - 1 / self.target.speedup
+        return 1 - float(self.target.latency_ms or 0.0) / 1e3 / float(attempt["before"])
+
+    def _meets(self, attempt: dict[str, Any]) -> bool:
+        if self.target.speedup is not None:
+            return float(attempt["speedup"]) >= self.target.speedup
+        return 1e3 * float(attempt["after"]) <= float(self.target.latency_ms or 0.0)
 
     def _built(self, chosen: list[Candidate], met: bool, attempts: list[dict[str, Any]]) -> Found:
         record = {
@@ -370,3 +386,7 @@ class _Builder:
 
 def _sum(rows: Sequence[Candidate]) -> float:
     return sum(row.seconds for row in rows)
+
+
+def _loss_of(rows: Sequence[Candidate]) -> float:
+    return sum(row.loss or 0.0 for row in rows)
