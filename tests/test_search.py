@@ -241,6 +241,50 @@ def test_a_target_is_met_with_the_least_loss(case):
     json.dumps(found.record, allow_nan=False)
 
 
+@pytest.mark.parametrize("case", ["speedup", "latency"])
+@pytest.mark.parametrize("paid", [0.8, 1.0, 1.25])
+def test_as_much_is_taken_as_the_whole_network_needs(case, paid, monkeypatch):
+    """Together candidates save more or less than the sum of what they save alone."""
+    measure = scores.measure_models
+
+    def together(models, example, *, rounds):
+        timings = measure(models, example, rounds=rounds)
+        if "fast" in timings:
+            before, after = (timings[name].median for name in ("", "fast"))
+            timings["fast"] = Timing("fast", 1, (before - paid * (before - after),) * rounds)
+        return timings
+
+    monkeypatch.setattr(scores, "measure_models", together)
+    found = run(target := TARGETS[case])
+    assert found.met
+    last = found.record["attempts"][-1]
+    wanted = last["before"] - (last["before"] / 1.6 if case == "speedup" else 1e-3 * target["latency_ms"])
+    rows = usable(found)
+    gains = [row.seconds for row in rows]
+    assert paid * sum(row.seconds for row in found.chosen) >= wanted * (1 - 1e-9)
+    # but for the margin
+    least, _ = by_hand(rows, gains, 1.03 * wanted / paid)
+    assert sum(row.loss for row in found.chosen) <= least * 1.001
+    assert len(found.record["attempts"]) <= 8
+
+
+def test_drift_of_the_clock_changes_no_choice(monkeypatch):
+    steady = run(TARGETS["speedup"])
+    factors, measure = itertools.cycle([1.0, 1.3, 0.8, 1.15]), scores.measure_models
+
+    def drifting(models, example, *, rounds):
+        factor, timings = next(factors), measure(models, example, rounds=rounds)
+        return {name: Timing(name, 1, (factor * t.median,) * rounds) for name, t in timings.items()}
+
+    monkeypatch.setattr(scores, "measure_models", drifting)
+    found = run(TARGETS["speedup"])
+    assert [(row.layers, row.label) for row in found.chosen] == [
+        (row.layers, row.label) for row in steady.chosen
+    ]
+    for attempt in found.record["attempts"]:
+        assert attempt["predicted"] == pytest.approx(attempt["after"], rel=1e-6)
+
+
 def test_latency_is_that_of_the_clock():
     """The targets above are between what the network needs and what the fastest does."""
     fastest = run({"speedup": 50}).result.model
