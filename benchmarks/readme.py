@@ -146,6 +146,36 @@ def espace(name: str) -> str:
     return table(header, cells)
 
 
+def targets(*names: str) -> str:
+    """Searches for a speed-up: what was asked, predicted and measured, and the error at each stage."""
+    header = ["network", "asked", "predicted", "measured", "MAC ratio", "error before", "replaced"]
+    header += ["batch norm anew", "fine-tuned", "epochs", "p", "search, min"]
+    cells = []
+    for name in names:
+        result = read(name, "accelerate.json")
+        # a run that was timed again finds its scores there
+        first = (
+            read(name, "first-run.json") if (ROOT / "results" / name / "first-run.json").exists() else result
+        )
+        cost, speed, stages = result["cost"], result["whole"]["speedup"], result["stages"]
+        last = result["search"]["attempts"][-1]
+        errors = [f"{100 * stage['error']:.2f}%" for stage in stages]
+        cells.append(
+            [
+                name,
+                f"{result['search']['target']['speedup']:g}x",
+                f"{last['before'] / last['predicted']:.2f}x",
+                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
+                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *errors,
+                str(result["recipe"]["epochs"]),
+                f"{stages[-1]['p']:.2g}",
+                f"{first['search']['seconds']['scoring'] / 60:.1f}",
+            ]
+        )
+    return table(header, cells)
+
+
 MADE = {
     "demo": demo,
     "blocks": lambda: bench("blocks"),
@@ -155,6 +185,7 @@ MADE = {
     "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
     "clothing-small-128": lambda: trained("clothing-small-128"),
     "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
+    "targets": lambda: targets("resnet56-2x", "resnet56-1.5x"),
     "espace-table2": lambda: espace("espace-table2"),
     "espace-table3": lambda: espace("espace-table3"),
 }
