@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import quincunx as qx
-from quincunx.acceleration import sample
+from quincunx.acceleration import sample, time_together
+from quincunx.artifact import note_factory
 from quincunx.comparison import SWEEPS, Compared, Point, compare_methods, comparison_pictures, on_front
 from quincunx.espace_experiments import (
     ESPACE_EXPERIMENTS,
@@ -16,6 +17,7 @@ from quincunx.espace_experiments import (
     response_picture,
     time_points,
 )
+from quincunx.latency import Timing
 from quincunx.recipes import Recipe
 from test_acceleration import DATA, network
 from test_cli import call
@@ -60,10 +62,45 @@ def test_every_point_has_its_folder_and_its_row(made):
     assert (written["before"]["error"], written["recipe"]) == (errors[0], None)
 
 
-def test_points_that_are_there_are_not_made_again(made, monkeypatch):
+def measured(row):
+    """What another run may find otherwise: times, and what follows from them."""
+    return replace(row, seconds_before=0, seconds_after=0, speedup=0, speedup_range=(0, 0), front=False)
+
+
+def test_points_that_are_there_are_not_made_again_but_timed_anew(made, monkeypatch):
     out, rows = made
     monkeypatch.setattr("quincunx.comparison.accelerate_trained", lambda *_, **__: pytest.fail("made again"))
-    assert compare_methods(network(), POINTS, DATA, out, **OPTIONS) == rows
+    again = compare_methods(network(), POINTS, DATA, out, **OPTIONS)
+    assert [measured(row) for row in again] == [measured(row) for row in rows]
+    assert [row.seconds_after for row in again] != [row.seconds_after for row in rows]
+
+
+def test_networks_are_timed_with_the_original_some_at_a_time(monkeypatch):
+    monkeypatch.setattr("quincunx.acceleration._TOGETHER", 2)
+    held = []
+
+    def timed(models, *_, **__):
+        held.append(list(models))
+        return {name: Timing(name, 1, (i or 4.0,) * 2) for i, name in enumerate(models)}
+
+    monkeypatch.setattr("quincunx.acceleration.measure_models", timed)
+    found = time_together(network(), dict.fromkeys("abc", network), (3, 12, 12), batch=1, rounds=2)
+    assert held == [["(original)", "a", "b"], ["(original)", "c"]]
+    assert {name: row["speedup"]["median"] for name, row in found.items()} == {"a": 4.0, "b": 2.0, "c": 4.0}
+    assert all(row["seconds_before"] == 4.0 for row in found.values())
+
+
+def test_a_network_of_ones_own_is_timed_from_its_artifacts(tmp_path):
+    own = note_factory(network_of_ones_own(), "mynets:make")
+    rows = compare_methods(own, POINTS[2:], DATA, tmp_path, **{**OPTIONS, "layers": []})
+    assert rows[0].seconds_after > 0
+
+
+def network_of_ones_own():
+    torch.manual_seed(1)
+    convs = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3, padding=1)
+    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(32, 3)
+    return torch.nn.Sequential(*convs, *head).eval()
 
 
 def test_two_points_of_one_name_are_refused(tmp_path):
@@ -77,7 +114,7 @@ def test_the_front():
 
 
 def row(series, label, lost, gain, **paper):
-    speeds = (gain, (gain, gain), gain, 2 * gain)
+    speeds = (gain, 1.0, gain, (gain, gain), gain, 2 * gain)
     return Compared(series, label, "", lost, lost / 2, 3.0, 0.5, 100, *speeds, 50, 100, True, paper)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import quincunx as qx
 from quincunx.methods import Assigned
+from quincunx.methods.spatialbottleneck import _leading
 
 ALL = qx.Cosets(2, [(0, 0), (0, 1), (1, 0), (1, 1)])
 
@@ -468,6 +469,26 @@ def test_a_half_whose_partner_has_another_method_is_a_single_or_stays():
     assert result.replaced["0"]["kind"] == "SpatialBottleneck2d"
     assert result.skipped == {"2": "no other convolution on its grid makes a pair with it"}
     assert result.model(data[0]).shape == (40, 4, 8, 8)
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), [(60, 80, 5), (60, 80, 60), (12, 4, 8)])
+def test_directions_are_those_of_the_whole_decomposition(rows, columns, count):
+    torch.manual_seed(0)
+    scale = 0.8 ** torch.arange(columns, dtype=torch.float64)
+    matrix = torch.randn(2, rows, columns, dtype=torch.float64) * scale
+    found = _leading(matrix, count)
+    assert found.shape == (2, rows, count)
+    torch.testing.assert_close(found.mT @ found, torch.eye(count, dtype=torch.float64).expand(2, -1, -1))
+    kept = min(count, columns)
+    expected = np.linalg.svd(matrix.numpy())[0][:, :, :kept]
+    inside = torch.from_numpy(expected).mT @ found
+    torch.testing.assert_close(inside.square().sum(), torch.tensor(2.0 * kept, dtype=torch.float64))
+
+
+def test_a_fit_does_not_depend_on_the_random_state():
+    model, data, method = paired(), images(40), qx.SpatialBottleneck(pairs=False)
+    first, second = (qx.accelerate(model, method, calibration=[data]).model for _ in range(2))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
 
 
 def test_pairs_may_be_left_as_singles():

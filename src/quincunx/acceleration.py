@@ -43,10 +43,15 @@ __all__ = [
     "sample",
     "searched",
     "time_method",
+    "time_together",
 ]
 
 # epochs without progress after which a fine-tuning towards an accuracy ends
 _PATIENCE = 5
+# about how long a round of a layer lasts: there are many, and each is called some hundred times in all
+_LAYER_SECONDS = 0.01
+# networks beside the original that are held at once to be timed in turn, and what that one is called
+_TOGETHER, _ORIGINAL = 6, "(original)"
 
 
 def sample(data: ImageData, count: int, seed: int = 0, batch_size: int = 50) -> list[tuple[Tensor, Tensor]]:
@@ -482,7 +487,9 @@ def _timed(
                 chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
                 layers = {key: fuse(chain) for key, chain in chains.items()}
                 beside = dict.fromkeys(peers, chains["before"])
-                timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside)
+                timings = _measured(
+                    layers, (batch, *order[name][1][1:]), rounds, beside, round_seconds=_LAYER_SECONDS
+                )
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
             bar.update(task, advance=1)
         bar.update(task, state="whole network")
@@ -495,6 +502,37 @@ def _timed(
     many = "s" if threads > 1 else ""
     how = f"{engine} before and after, channels_last, {threads} thread{many}, batch {batch}"
     return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+
+
+def time_together(
+    original: nn.Module,
+    fast: Mapping[str, Callable[[], nn.Module]],
+    shape: tuple[int, int, int],
+    *,
+    batch: int = 8,
+    rounds: int = 11,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Seconds of whole networks and how much faster each is than the original, all in turn in one process.
+
+    Args:
+        original: the network before.
+        fast: name -> function that gives a network with the same input; a few are held at a time, each
+            few with the original among them.
+        shape: (C, H, W) of an image.
+        batch, rounds, progress: as in :func:`accelerate_trained`.
+    """
+    names, found = list(fast), {}
+    with progress_bar(progress) as bar:
+        task = bar.add_task("timing together", total=len(names), state="")
+        for start in range(0, len(names), _TOGETHER):
+            some = names[start : start + _TOGETHER]
+            forms, _ = _forms({_ORIGINAL: original, **{name: fast[name]() for name in some}})
+            timings = _measured(forms, (batch, *shape), rounds, {})
+            for name in some:
+                found[name] = _ratio({"before": timings[_ORIGINAL], "after": timings[name]})
+            bar.update(task, advance=len(some))
+    return found
 
 
 def _chain(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -518,13 +556,17 @@ def _forms(models: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], str | No
 
 
 def _measured(
-    models: Mapping[str, nn.Module], shape: tuple[int, ...], rounds: int, peers: Mapping[str, nn.Module]
+    models: Mapping[str, nn.Module],
+    shape: tuple[int, ...],
+    rounds: int,
+    peers: Mapping[str, nn.Module],
+    **options: Any,
 ) -> dict[str, Timing]:
     """Models, and others run by engines of those names, in turn."""
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     others = {name: PEERS[name](model, x, torch.get_num_threads()) for name, model in peers.items()}
-    return measure_models(models, x, others=others, rounds=rounds)
+    return measure_models(models, x, others=others, rounds=rounds, **options)
 
 
 def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:

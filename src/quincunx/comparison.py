@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from quincunx.acceleration import accelerate_trained
-from quincunx.artifact import read_json, save, write_json
+from quincunx.acceleration import accelerate_trained, time_together
+from quincunx.artifact import load, read_json, save, spec_of, write_json
 from quincunx.data import ImageData
 from quincunx.evaluation import answered_by
 from quincunx.figures import Mark, Picture, tradeoff
+from quincunx.latency import environment
 from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
 from quincunx.recipes import Recipe
 from quincunx.report import file_name
@@ -56,8 +59,9 @@ class Compared:
         drop: test error after, less that before, in points; ``top5_drop`` of the first five answers,
             ``untuned_drop`` without fine-tuning, None where there was none.
         p: McNemar's, of an accuracy as different by chance; ``tested`` images.
-        speedup: of the whole network, measured, the median of rounds; ``speedup_range`` their middle half.
-        layers_speedup: of the replaced layers together, measured.
+        seconds_before, seconds_after: of the whole network, measured in turn with the other points.
+        speedup: their ratio, the median of rounds; ``speedup_range`` their middle half.
+        layers_speedup: of the replaced layers together, measured when the point was made.
         mac_ratio: MACs before over after.
         bytes: of the weights on disk; ``bytes_before`` of the original's.
         front: whether no other point is at least as good in both drop and speed-up.
@@ -72,6 +76,8 @@ class Compared:
     untuned_drop: float | None
     p: float
     tested: int
+    seconds_before: float
+    seconds_after: float
     speedup: float
     speedup_range: tuple[float, float]
     layers_speedup: float
@@ -164,7 +170,8 @@ def compare_methods(
 ) -> list[Compared]:
     """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
 
-    All points have the same data, fine-tuning and timing. A point whose result is there is not made again.
+    All points have the same data and fine-tuning. A point whose result is there is not made again. At the
+    end the whole networks are timed in turn with each other; the same call again times them anew.
 
     Args:
         model: a trained network with a spec.
@@ -195,22 +202,32 @@ def compare_methods(
             if place.exists()
             else accelerate_trained(model, point.method, data, folder, recipe=recipe, **options)
         )
-        found.append((point, result, (folder / "model" / "weights.safetensors").stat().st_size))
-    drops = [_drop(result, -1, "error") for _, result, _ in found]
-    gains = [result["whole"]["speedup"]["median"] for _, result, _ in found]
+        found.append((point, folder, result))
+    own = spec_of(model)["kind"] == "factory"
+    factory = partial(copy.deepcopy, model) if own else None
+    timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress")}
+    times = time_together(
+        model,
+        {folder.name: partial(load, folder / "model", factory=factory) for _, folder, _ in found},
+        (data.in_channels, *data.size),
+        **timing,
+    )
+    drops = [_drop(result, -1, "error") for _, _, result in found]
+    gains = [times[folder.name]["speedup"]["median"] for _, folder, _ in found]
     front = on_front(list(zip(drops, gains, strict=True)))
     rows = [
-        _row(point, result, size, before.stat().st_size, best)
-        for (point, result, size), best in zip(found, front, strict=True)
+        _row(point, folder, result, before.stat().st_size, times[folder.name], best)
+        for (point, folder, result), best in zip(found, front, strict=True)
     ]
     shared = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
     content = {
         "schema": 1,
         "kind": "comparison",
-        **{key: found[0][1][key] for key in shared},
-        "before": found[0][1]["stages"][0],
+        **{key: found[0][2][key] for key in shared},
+        "before": found[0][2]["stages"][0],
+        "rounds": next(iter(times.values()))["rounds"],
         "rows": [r.to_dict() for r in rows],
-        "environment": found[-1][1]["environment"],
+        "environment": environment(),
     }
     write_json(out / "comparison.json", content)
     return rows
@@ -221,13 +238,10 @@ def _drop(result: dict[str, Any], stage: int, key: str) -> float:
     return 100 * (after - first)
 
 
-def _row(point: Point, result: dict[str, Any], size: int, before: int, best: bool) -> Compared:
-    layers, cost, last, speed = (
-        result["layers"],
-        result["cost"],
-        result["stages"][-1],
-        result["whole"]["speedup"],
-    )
+def _row(
+    point: Point, folder: Path, result: dict[str, Any], before: int, times: dict[str, Any], best: bool
+) -> Compared:
+    layers, cost, last = result["layers"], result["cost"], result["stages"][-1]
     dense, fast = (sum(row[f"seconds_{key}"] for row in layers) for key in ("before", "after"))
     return Compared(
         point.series,
@@ -238,11 +252,13 @@ def _row(point: Point, result: dict[str, Any], size: int, before: int, best: boo
         None if result["recipe"] is None else _drop(result, -2, "error"),
         last["p"],
         result["data"]["test"],
-        speed["median"],
-        (speed["q1"], speed["q3"]),
+        times["seconds_before"],
+        times["seconds_after"],
+        times["speedup"]["median"],
+        (times["speedup"]["q1"], times["speedup"]["q3"]),
         dense / fast if fast else 1.0,
         cost["before"]["macs"] / cost["after"]["macs"],
-        size,
+        (folder / "model" / "weights.safetensors").stat().st_size,
         before,
         best,
         dict(point.paper),

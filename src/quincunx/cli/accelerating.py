@@ -389,8 +389,9 @@ def compare_command(
 ) -> None:
     """Accelerate one trained network by several methods, each at several settings, and set them side by side.
 
-    All have the same data, the same fine-tuning and the same timing. Each setting leaves a folder with its
-    JSON and artifact; the same command again makes only what is missing. Writes comparison.json and
+    All have the same data and the same fine-tuning. Each setting leaves a folder with its JSON and artifact;
+    at the end the whole networks are timed in turn with each other. The same command again makes only
+    what is missing, and times all of them anew. Writes comparison.json and
     the figures drop-speed.svg, drop-macs.svg and drop-bytes.svg.
     """
     with bad_input():
