@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from quincunx.report import collect, lines, pictures, verdicts
@@ -146,6 +147,43 @@ def espace(name: str) -> str:
     return table(header, cells)
 
 
+def compared(name: str, figure: str = "drop-speed") -> str:
+    """Methods on one trained network; several draws of a setting are one row, with their range."""
+    result = read(name, "comparison.json")
+    top5 = figure.startswith("top5")
+    tuned = result["recipe"] is not None
+    header = ["method", "setting", "error lost, points", *(["top-5 error lost"] if top5 else [])]
+    header += [*(["before fine-tuning"] if tuned else []), "p", "network", "MAC ratio"]
+    header += ["KB"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["series"], row["label"]), []).append(row)
+    cells = [
+        [
+            series,
+            label,
+            span(rows, "drop"),
+            *([span(rows, "top5_drop")] if top5 else []),
+            *([span(rows, "untuned_drop")] if tuned else []),
+            f"{max(row['p'] for row in rows):.2g}",
+            f"{fmean(row['speedup'] for row in rows):.2f}x",
+            f"{fmean(row['mac_ratio'] for row in rows):.2f}",
+            f"{rows[0]['bytes'] / 1e3:.0f} of {rows[0]['bytes_before'] / 1e3:.0f}",
+        ]
+        for (series, label), rows in groups.items()
+    ]
+    picture = f"![error lost against measured speed-up](results/{name}/{figure}.svg)"
+    return f"{table(header, cells)}\n\n{picture}"
+
+
+def span(rows: list[dict[str, Any]], key: str) -> str:
+    """A value, or the mean of several draws with the least and the largest."""
+    values = [row[key] for row in rows]
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    return f"{fmean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+
+
 def targets(*names: str) -> str:
     """Searches for a speed-up: what was asked, predicted and measured, and the error at each stage."""
     header = ["network", "asked", "predicted", "measured", "MAC ratio", "error before", "replaced"]
@@ -185,7 +223,7 @@ MADE = {
     "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
     "clothing-small-128": lambda: trained("clothing-small-128"),
     "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
-    "targets": lambda: targets("resnet56-2x", "resnet56-1.5x"),
+    "targets": lambda: targets("resnet56-2x", "resnet56-1.5x", "clothing-resnet18-2x"),
     "espace-table2": lambda: espace("espace-table2"),
     "espace-table3": lambda: espace("espace-table3"),
 }

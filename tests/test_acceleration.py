@@ -15,7 +15,7 @@ from torch import nn
 import quincunx as qx
 from quincunx import acceleration
 from quincunx.acceleration import accelerate_trained, mcnemar, reestimate_batch_norm, sample
-from quincunx.acceleration_report import acceleration_sentences, write_acceleration_report
+from quincunx.acceleration_report import acceleration_sentences, search_sentences, write_acceleration_report
 from quincunx.journal import FolderJournal
 from quincunx.recipes import Recipe
 from test_cli import call
@@ -75,6 +75,26 @@ def test_the_artifact_is_the_network_that_was_judged(made):
     wrong = (model(images).argmax(1) != DATA.test.labels).float().mean()
     assert float(wrong) == pytest.approx(result["stages"][-1]["error"])
     torch.testing.assert_close(qx.fuse(model)(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("met", "verdict"),
+    [
+        (True, "Met."),
+        (False, "Out of reach; this is the best that was found, 1.90 times as fast when it was chosen."),
+    ],
+)
+def test_a_missed_target_says_how_fast_the_choice_was(met, verdict):
+    attempt = {"layers": 1, "before": 0.019, "predicted": 0.009, "after": 0.01, "speedup": 1.9}
+    record = {
+        "target": {"speedup": 2.0},
+        "met": met,
+        "candidates": [{"why_not": None}],
+        "attempts": [attempt],
+    }
+    first, second = search_sentences(record)
+    assert first.startswith(f"Target: 2.0 times as fast. {verdict} 1 candidates, 1 of them")
+    assert "19.00 ms before, 9.00 ms predicted, 10.00 ms measured (-10%)" in second
 
 
 def test_the_page_shows_layers_masks_and_sentences(made):
