@@ -75,6 +75,23 @@ def test_points_that_are_there_are_not_made_again_but_timed_anew(made, monkeypat
     assert [row.seconds_after for row in again] != [row.seconds_after for row in rows]
 
 
+def test_points_that_fit_in_the_same_way_share_the_fits(made, tmp_path):
+    out, _ = made
+    recalled = {
+        place.parent.name: json.loads(place.read_text())["recalled"]
+        for place in out.glob("*/accelerate.json")
+    }
+    taken = json.loads((out / "masks-rate-1of2" / "accelerate.json").read_text())["layers"]
+    assert recalled["masks-rate-1of2"] == recalled["low-rank-rank-16"] == []
+    assert recalled["masks-rate-1of4"] == [row["name"] for row in taken]
+    assert len(list((out / "fits").iterdir())) == 2
+    # what it is fitted to alone gives the same network
+    alone = compare_methods(network(), POINTS[1:2], DATA, tmp_path, **OPTIONS)
+    assert (alone[0].drop, alone[0].bytes) == (made[1][1].drop, made[1][1].bytes)
+    first, second = (qx.load(folder / "masks-rate-1of4" / "model") for folder in (out, tmp_path))
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
 def test_networks_are_timed_with_the_original_some_at_a_time(monkeypatch):
     monkeypatch.setattr("quincunx.acceleration._TOGETHER", 2)
     held = []
@@ -148,7 +165,7 @@ def test_the_masks_are_drawn_at_the_same_rates_random_ones_by_several_seeds():
     for mask in ("uniform", "random"):
         assert {p.method.rate for p in points if p.method.mask == mask} == rates
     drawn = [p.method for p in points if p.method.mask == "random"]
-    assert {(m.rate, m.seed) for m in drawn} == {(rate, seed) for rate in rates for seed in (0, 1, 2)}
+    assert {(m.rate, m.mask_seed) for m in drawn} == {(rate, seed) for rate in rates for seed in (0, 1, 2)}
 
 
 def test_every_method_goes_through_the_same_comparison(tmp_path):

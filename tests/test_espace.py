@@ -343,6 +343,10 @@ def test_without_data_uniform_and_random_masks_go_on_the_weights():
     assert len(set(first)) == 4  # every place has a draw of its own
     other = qx.accelerate(model, qx.Espace(rank=4, mask="random", seed=1)).model
     assert not set(first) & {m for i in (0, 2) for m in other[i].masks}
+    same = qx.accelerate(model, qx.Espace(rank=4, mask="random", mask_seed=1)).model
+    assert [m for i in (0, 2) for m in same[i].masks] == [m for i in (0, 2) for m in other[i].masks]
+    with pytest.raises(ValueError, match="mask_seed=-1: expected an integer of at least 0"):
+        qx.Espace(mask_seed=-1)
     with pytest.raises(ValueError, match=r"calibration=None: impact masks .* mask='uniform'"):
         qx.accelerate(model, qx.Espace())
 

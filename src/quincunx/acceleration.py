@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -132,6 +133,7 @@ def accelerate_trained(
     seed: int = 0,
     workers: int | None = None,
     progress: bool = False,
+    fits: Path | None = None,
 ) -> dict[str, Any]:
     """Make a trained network faster and say what it cost: error at each stage, time of each layer.
 
@@ -157,6 +159,8 @@ def accelerate_trained(
         seed: of the draws and of fine-tuning.
         workers: processes that decode streamed images.
         progress: show bars.
+        fits: folder where finished layers are kept instead, for other methods that fit them in the same
+            way; such are ESPACE's at other rates.
 
     Returns:
         The content of ``accelerate.json``.
@@ -180,7 +184,7 @@ def accelerate_trained(
         "calibration": calibration,
         "seed": seed,
     }
-    journal = FolderJournal(out / "layers", identity)
+    journal = FolderJournal(*_place_of_fits(out, fits, identity, getattr(method, "after_fits", ())))
     images = sample(data, calibration, seed)
     one = torch.zeros(1, data.in_channels, *data.size)
     judge = partial(judged, split=data.test, data=data, workers=workers)
@@ -231,6 +235,18 @@ def accelerate_trained(
     save(fast, out / "model", info={"data": data.describe(), "test_error": result["stages"][-1]["error"]})
     write_json(out / "accelerate.json", result)
     return result
+
+
+def _place_of_fits(
+    out: Path, shared: Path | None, identity: dict[str, Any], after: Sequence[str]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of finished layers, and what decides on them: not the settings ``after`` the fits."""
+    if shared is None:
+        return out / "layers", identity
+    method = {key: value for key, value in identity["method"].items() if key not in after}
+    reduced = {**identity, "method": method}
+    digest = hashlib.sha256(json.dumps(reduced, sort_keys=True).encode()).hexdigest()
+    return shared / f"{method['name']}-{digest[:12]}", reduced
 
 
 def searched(

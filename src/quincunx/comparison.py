@@ -115,7 +115,7 @@ def _masks() -> list[Point]:
         Point(
             "espace, random",
             f"rate {text}",
-            Espace(rank=0.5, rate=rate, mask="random", seed=seed),
+            Espace(rank=0.5, rate=rate, mask="random", mask_seed=seed),
             draw=f"seed {seed}",
         )
         for rate, text in _RATES
@@ -170,8 +170,9 @@ def compare_methods(
 ) -> list[Compared]:
     """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
 
-    All points have the same data and fine-tuning. A point whose result is there is not made again. At the
-    end the whole networks are timed in turn with each other; the same call again times them anew.
+    All points have the same data and fine-tuning, and those that fit layers in the same way the same fits.
+    A point whose result is there is not made again. At the end the whole networks are timed in turn with
+    each other; the same call again times them anew.
 
     Args:
         model: a trained network with a spec.
@@ -200,7 +201,9 @@ def compare_methods(
         result = (
             read_json(place)
             if place.exists()
-            else accelerate_trained(model, point.method, data, folder, recipe=recipe, **options)
+            else accelerate_trained(
+                model, point.method, data, folder, recipe=recipe, fits=out / "fits", **options
+            )
         )
         found.append((point, folder, result))
     own = spec_of(model)["kind"] == "factory"

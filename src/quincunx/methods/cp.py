@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import SeparableFit, conv_of, conv_settings
+from quincunx.methods.fitting import SeparableFit, check_integers, conv_of, conv_settings
 from quincunx.methods.moments import POSITIONS, moments
 from quincunx.separable import CPConv2d
 from quincunx.streams import Context, Layer
@@ -192,10 +192,7 @@ class CP:
 
     def __post_init__(self) -> None:
         self.rank_of(10**9)  # refuses what is no rank
-        for name, least in (("restarts", 1), ("iterations", 1), ("positions", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_integers(self, restarts=1, iterations=1, positions=1, seed=0)
         if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance!r}: expected a positive number")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from quincunx.methods.fitting import (
     SeparableFit,
+    check_integers,
     conv_of,
     conv_settings,
     convolution_refusal,
@@ -44,7 +46,7 @@ class Espace(SeparableFit):
             inputs are refused.
         loss: for impact masks, of (output, target), summed over images; by default cross-entropy with
             the targets, or with the network's own predictions where the data has none.
-        seed: of random masks, and of the positions that a fit draws.
+        seed: of the positions that a fit draws, and of random masks unless ``mask_seed`` is given.
         data, budget, multiple, iterations, positions: as in :class:`LowRank`; a budget counts MACs
             before masks.
 
@@ -67,6 +69,10 @@ class Espace(SeparableFit):
     pointwise: bool = False
     resize_masks: bool = False
     loss: Loss | None = None
+    mask_seed: int | None = None
+
+    # masks come after the fits, which do not depend on these; their kind decides which layers are taken
+    after_fits: ClassVar[tuple[str, ...]] = ("rate", "resize_masks", "loss", "mask_seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +83,8 @@ class Espace(SeparableFit):
             Random(rate)  # refuses what is no rate
         if self.mask not in MASKS:
             raise ValueError(f"mask={self.mask!r}: expected one of {', '.join(MASKS)}")
+        if self.mask_seed is not None:
+            check_integers(self, mask_seed=0)
 
     @property
     def name(self) -> str:
@@ -145,9 +153,9 @@ class _EspaceWork:
 
     def _masked(self, name: str, made: Replacement, found: dict[str, Tensor]) -> Replacement:
         method, dense = self.method, made.module
-        resize = method.resize_masks
+        resize, seed = method.resize_masks, method.seed if method.mask_seed is None else method.mask_seed
         masks = {
-            place: mask_of(method.mask, rate, seed=method.seed, place=place, impact=found.get(place))
+            place: mask_of(method.mask, rate, seed=seed, place=place, impact=found.get(place))
             for (place, _), rate in zip(_halves(name, dense), method.rates, strict=False)
         }
         samplings = tuple(masks.values())

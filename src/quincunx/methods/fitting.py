@@ -13,7 +13,26 @@ from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
 from quincunx.methods.ranks import candidate, select_ranks
 from quincunx.streams import Context, Layer
 
-__all__ = ["SeparableFit", "conv_of", "conv_settings", "convolution_refusal", "fit_record"]
+__all__ = [
+    "SeparableFit",
+    "check_integers",
+    "conv_of",
+    "conv_settings",
+    "convolution_refusal",
+    "fit_record",
+]
+
+
+def check_integers(settings: object, **least: int) -> None:
+    """Refuse what is no integer, or is too small, among an object's attributes.
+
+    Raises:
+        ValueError: the attribute, its value, and what it is at least.
+    """
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{name}={value!r}: expected an integer of at least {smallest}")
 
 
 def conv_of(layer: Layer) -> nn.Conv2d:
@@ -60,10 +79,7 @@ class SeparableFit:
 
     def __post_init__(self) -> None:
         self.rank_of(10**9)  # refuses what is no rank
-        for name, least in (("multiple", 1), ("iterations", 1), ("positions", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_integers(self, multiple=1, iterations=1, positions=1, seed=0)
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget={self.budget!r}: expected a positive share of the layers' MACs")
         if self.data not in (None, True, False):

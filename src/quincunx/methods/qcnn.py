@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import convolution_refusal
+from quincunx.methods.fitting import check_integers, convolution_refusal
 from quincunx.methods.moments import POSITIONS, moments
 from quincunx.methods.product import Quantisation, bits_per_weight, quantise
 from quincunx.quantised import QuantConv2d, QuantLinear, check_codebook
@@ -67,10 +67,7 @@ class QCNN:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("subspace", 1), ("iterations", 1), ("positions", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_integers(self, subspace=1, iterations=1, positions=1, seed=0)
         check_codebook(self.subspace, self.codewords, self.subspace, None)
         for name, allowed in (("data", (None, True, False)), ("linear", (True, False))):
             if getattr(self, name) not in allowed:

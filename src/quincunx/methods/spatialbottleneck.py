@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import conv_of, convolution_refusal
+from quincunx.methods.fitting import check_integers, conv_of, convolution_refusal
 from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
 from quincunx.nn import (
     SampledConvTranspose2d,
@@ -97,10 +97,7 @@ class SpatialBottleneck:
             raise ValueError(f"data={self.data!r}: expected True, False or None")
         if not (self.pairs or self.singles):
             raise ValueError("pairs=False, singles=False: nothing is left to replace")
-        for name, least in (("positions", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_integers(self, positions=1, seed=0)
 
     @property
     def name(self) -> str:
