@@ -92,7 +92,7 @@ class Compared:
         return asdict(self)
 
 
-# network, speed-up of all convolutions, points of top-5 error lost: Lin et al., AAAI 2017, tables 2 and 3
+# network, speed-up of all convolutions, points of top-5 accuracy lost: Lin et al., AAAI 2017, tables 2 and 3
 PRINTED = (
     ("AlexNet", 5.48, 0.97),
     ("AlexNet", 4.15, 0.01),
@@ -269,7 +269,7 @@ def _row(
 
 
 def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
-    """Points of error lost against measured speed-up, fewer MACs, and bytes on disk, one line a series.
+    """Points of accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line a series.
 
     With ``top5`` the first ones are also drawn for the error of the first five answers, which is what the
     ESPACE paper prints; beside networks that it does not have, what it prints for its own.
@@ -299,7 +299,7 @@ def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict
         others = [
             Mark(f"{network}'s convolutions (the paper)", "", gain, drop) for network, gain, drop in PRINTED
         ]
-        found["top5-drop-speed"] = tradeoff(marks, printed or others, label, "top-5 error lost (points)")
+        found["top5-drop-speed"] = tradeoff(marks, printed or others, label, "top-5 accuracy lost (points)")
     return found
 
 

@@ -235,7 +235,7 @@ def print_compared(rows: list[MethodPoint]) -> None:
         table.add_column(column)
     tuned = any(row.untuned_drop is not None for row in rows)
     for column in (
-        *("error lost\n(points)", *(["\nuntuned"] if tuned else []), "\np"),
+        *("accuracy lost\n(points)", *(["\nuntuned"] if tuned else []), "\np"),
         *("speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "front"),
         *("paper:\nspeed-up", "\npoints"),
     ):

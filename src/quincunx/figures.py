@@ -329,9 +329,9 @@ def map_picture(values: Sequence[Sequence[float]], computed: Sequence[Sequence[b
 
 @_styled
 def tradeoff(
-    marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str, ylabel: str = "test error lost (points)"
+    marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str, ylabel: str = "accuracy lost (points)"
 ) -> Picture:
-    """Points of error lost against what is gained, a line a series; hollow marks are a paper's own."""
+    """Points of accuracy lost against what is gained, a line a series; hollow marks are a paper's own."""
     series = list(dict.fromkeys(mark.series for mark in (*marks, *printed)))
     figure, axes, columns = _axes([_shorten(name) for name in series])
     for i, name in enumerate(series):
