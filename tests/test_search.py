@@ -715,6 +715,20 @@ def test_calibration_that_no_candidates_can_be_compared_on(error, match, calibra
         run({"speedup": 2}, calibration=calibration)
 
 
+def test_images_of_several_sizes():
+    torch.manual_seed(0)
+    parts = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    sizes = [(8, 8), (12, 10)]
+    images = [torch.randn(16, 3, *size) for size in sizes]
+    result = qx.accelerate(model, "sb", calibration=images, macs="70%")
+    assert result.replaced
+    for size in (*sizes, (9, 14)):
+        assert qx.fuse(result.model)(torch.randn(2, 3, *size)).shape == (2, 3)
+    with pytest.raises(ValueError, match="impact masks need one input size"):
+        qx.accelerate(model, qx.Espace(rank=8), calibration=images)
+
+
 def test_a_network_whose_answer_is_no_tensor():
     class Two(Net):
         def forward(self, x):
