@@ -230,6 +230,7 @@ MADE = {
     "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
     "targets": lambda: targets("resnet56-2x", "resnet56-1.5x", "clothing-resnet18-2x"),
     "masks-cifar-resnet20": lambda: compared("masks-cifar-resnet20"),
+    "masks-cifar-resnet56": lambda: compared("masks-cifar-resnet56"),
     "espace-table2": lambda: espace("espace-table2"),
     "espace-table3": lambda: espace("espace-table3"),
 }
