@@ -223,6 +223,20 @@ def test_speeds_need_no_data():
     assert all(r[part]["speedup"] > 0 for r in rows for part in ("layers", "network"))
 
 
+def test_measured_points_are_not_measured_again(tmp_path, monkeypatch):
+    experiment = EspaceExperiment("few", "two points", "cifar-resnet8", (), 16, ("layer1.*",), POINTS[1:])
+    options = {"batch": 1, "rounds": 3, "keep": tmp_path}
+    measured, told = "quincunx.espace_experiments.time_method", []
+    once = replace(experiment, points=POINTS[1:2])
+    [first] = time_points(once, network(), **options)
+    rows = time_points(experiment, network(), tell=told.append, **options)
+    assert (rows[0], told) == (first, [POINTS[2].name])
+    monkeypatch.setattr(measured, lambda *_, **__: pytest.fail("measured again"))
+    assert time_points(experiment, network(), **options) == rows
+    with pytest.raises(ValueError, match=r"measured points of another run: .*rounds.*another --out"):
+        time_points(experiment, network(), **{**options, "rounds": 5})
+
+
 def test_a_layers_response_is_judged_on_images_it_was_not_fitted_to():
     methods = (qx.Espace(rank=0.25, rate=0.5), qx.LowRank(rank="full"), qx.QCNN(subspace=4, codewords=16))
     points = tuple(Point(f"{i}", "a", method) for i, method in enumerate(methods))

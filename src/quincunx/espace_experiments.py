@@ -9,15 +9,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quincunx.acceleration import sample, time_method
+from quincunx.artifact import read_json, spec_of, write_json
 from quincunx.comparison import SWEEPS, Point
 from quincunx.data import ImageData, batches
 from quincunx.figures import Mark, Picture, tradeoff
+from quincunx.journal import check_run
 from quincunx.methods import Espace, LowRank
+from quincunx.report import file_name
 
 __all__ = ["ESPACE_EXPERIMENTS", "EspaceExperiment", "espace_by_name", "response_picture", "time_points"]
 
@@ -155,6 +160,7 @@ def time_points(
     peers: Sequence[str] = ("torch eager",),
     tell: Callable[[str], None] = lambda _: None,
     progress: bool = False,
+    keep: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The experiment's speeds on this machine; one JSON-ready row a point.
 
@@ -162,10 +168,11 @@ def time_points(
     layers and of the whole network, over the dense network by ``qx.fuse`` and by "peers", other engines, and
     "paper" with what is printed for it. With ``data``, "response_error" of the one layer on its test images,
     after fitting to ``calibration`` training images; without, kinds of masks are timed once, since their
-    times are the same.
+    times are the same. In the folder ``keep`` each row is written when it is there, and not measured again.
 
     Raises:
-        ValueError: data for an experiment of more than one layer, whose errors a response does not tell.
+        ValueError: data for an experiment of more than one layer, whose errors a response does not tell;
+            rows of another run in the folder.
     """
     if data is not None and len(experiment.layers) != 1:
         raise ValueError(
@@ -176,8 +183,27 @@ def time_points(
     if data is not None:
         given["calibration"] = sample(data, calibration, seed)
         given["judged_on"] = [x for x, _ in batches(data.test, data, _JUDGED_AT_ONCE, workers=workers)]
+    if keep is not None:
+        identity = {
+            "experiment": experiment.name,
+            "network": spec_of(model),
+            "data": None if data is None else data.describe(),
+            "threads": torch.get_num_threads(),
+            **{
+                "calibration": calibration,
+                "seed": seed,
+                "batch": batch,
+                "rounds": rounds,
+                "peers": list(peers),
+            },
+        }
+        check_run(keep, identity, "measured points")
     rows = []
     for point in (experiment if data is not None else experiment.without_data()).points:
+        place = None if keep is None else keep / f"{file_name(point.name)}.json"
+        if place is not None and place.exists():
+            rows.append(read_json(place))
+            continue
         tell(point.name)
         found = time_method(
             model,
@@ -193,15 +219,16 @@ def time_points(
         if not found["layers"]:
             raise ValueError(f"{point.name}: {'; '.join(found['skipped'].values())}")
         error = found["layers"][0].get("held_out_error")
-        rows.append(
-            {
-                "series": point.series,
-                "label": point.label,
-                "paper": dict(point.paper),
-                "response_error": error,
-                **speeds_of(found),
-            }
-        )
+        row = {
+            "series": point.series,
+            "label": point.label,
+            "paper": dict(point.paper),
+            "response_error": error,
+            **speeds_of(found),
+        }
+        if place is not None:
+            write_json(place, row)
+        rows.append(row)
     return rows
 
 

@@ -16,7 +16,23 @@ from quincunx.methods import build_module
 from quincunx.streams import Layer
 from quincunx.surgery import Replacement
 
-__all__ = ["FolderJournal"]
+__all__ = ["FolderJournal", "check_run"]
+
+
+def check_run(folder: Path, identity: dict[str, Any], what: str) -> None:
+    """Note in a folder which run its files are of, or refuse the folder of another run.
+
+    Raises:
+        ValueError: it has ``what`` of a run with another identity (the difference is listed).
+    """
+    ours = json.loads(json.dumps(identity))
+    place = folder / "identity.json"
+    if not place.exists():
+        write_json(place, ours)
+    elif (theirs := read_json(place)) != ours:
+        raise ValueError(
+            f"{folder}: {what} of another run: {difference(theirs, ours)}; another --out starts anew"
+        )
 
 
 class FolderJournal:
@@ -33,17 +49,7 @@ class FolderJournal:
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.recalled: list[str] = []
-        ours = json.loads(json.dumps(identity))
-        place = self.folder / "identity.json"
-        if place.exists():
-            theirs = read_json(place)
-            if theirs != ours:
-                raise ValueError(
-                    f"{self.folder}: finished layers of another run: {difference(theirs, ours)}; "
-                    "another --out starts anew"
-                )
-        else:
-            write_json(place, ours)
+        check_run(self.folder, identity, "finished layers")
 
     def recall(self, layer: Layer) -> Replacement | None:
         """The replacement of a layer that was finished before."""
