@@ -189,13 +189,11 @@ def time_points(
             "network": spec_of(model),
             "data": None if data is None else data.describe(),
             "threads": torch.get_num_threads(),
-            **{
-                "calibration": calibration,
-                "seed": seed,
-                "batch": batch,
-                "rounds": rounds,
-                "peers": list(peers),
-            },
+            "calibration": calibration,
+            "seed": seed,
+            "batch": batch,
+            "rounds": rounds,
+            "peers": list(peers),
         }
         check_run(keep, identity, "measured points")
     rows = []

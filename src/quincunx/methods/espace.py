@@ -153,7 +153,8 @@ class _EspaceWork:
 
     def _masked(self, name: str, made: Replacement, found: dict[str, Tensor]) -> Replacement:
         method, dense = self.method, made.module
-        resize, seed = method.resize_masks, method.seed if method.mask_seed is None else method.mask_seed
+        resize = method.resize_masks
+        seed = method.seed if method.mask_seed is None else method.mask_seed
         masks = {
             place: mask_of(method.mask, rate, seed=seed, place=place, impact=found.get(place))
             for (place, _), rate in zip(_halves(name, dense), method.rates, strict=False)
