@@ -32,7 +32,8 @@ using quincunx::Places;
 using quincunx::Step;
 using quincunx::Weight;
 using quincunx::WeightGrad;
-using quincunx::WindowMax;
+using quincunx::WindowKernels;
+using quincunx::Windows;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -284,9 +285,8 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
 }
 
 Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, int64_t channel_groups) {
-  if (map_type(x) == ScalarType::BFloat16) x = torch::stable::to(x, ScalarType::Float);
-  if (map_type(gy) == ScalarType::BFloat16) gy = torch::stable::to(gy, ScalarType::Float);
-  const Map in = as_map(x, "x", ScalarType::Float), out = as_map(gy, "gy", ScalarType::Float);
+  const ScalarType type = map_type(x);
+  const Map in = as_map(x, "x", type), out = as_map(gy, "gy", type);
   STD_TORCH_CHECK(in.batch == out.batch, "x and gy must have the same batch size");
   GatherGemm shape{};
   set_shape(shape, in, out.channels, out.rows(), num_taps, channel_groups, 0);
@@ -297,8 +297,9 @@ Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, i
   STD_TORCH_CHECK(count == out.rows() * num_taps, "index must be [", out.rows(), ", ", num_taps, "], got ", count,
                   " entries");
   table.within("index", -1, in.rows());
-  g.x = reinterpret_cast<const float*>(in.data);
-  g.gy = reinterpret_cast<const float*>(out.data);
+  g.x = in.data;
+  g.gy = out.data;
+  g.bf16 = type == ScalarType::BFloat16;
   g.batch = in.batch;
   g.rows_in = in.rows();
   g.positions = out.rows();
@@ -397,14 +398,15 @@ Tensor lookup_conv(Tensor x, const Tensor& codebooks, const Tensor& assignments,
   return out;
 }
 
-Tensor window_max(Tensor x, const Tensor& index, const Tensor& starts, std::vector<int64_t> out_size) {
+Tensor over_windows(Tensor x, const Tensor& index, const Tensor& starts, const std::vector<int64_t>& out_size,
+                    const WindowKernels& kernels) {
   const ScalarType type = map_type(x);
   const Map in = as_map(x, "x", type);
   STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
                       out_size[1] <= kInt32Max && out_size[0] * out_size[1] <= kInt32Max,
                   "out_size must be (height, width)");
   Operand index_table(index), starts_table(starts);
-  WindowMax g{};
+  Windows g{};
   int64_t entries, count;
   g.index = index_table.table("index", &entries);
   g.starts = starts_table.table("starts", &count);
@@ -421,12 +423,19 @@ Tensor window_max(Tensor x, const Tensor& index, const Tensor& starts, std::vect
   g.channels = in.channels;
   Tensor out = empty({in.batch, in.channels, out_size[0], out_size[1]}, type, MemoryFormat::ChannelsLast);
   g.out = out.data_ptr();
-  const auto& kernels = quincunx::kernels().max;
   const auto run = type == ScalarType::Float ? kernels.f32 : kernels.bf16;
   const int64_t least_work = 100000;
   const int64_t parts = quincunx::parts_for(g.batch * (entries + g.positions) * g.channels, least_work);
   quincunx::parallel(parts, [&](int64_t part) { run(&g, part, parts); });
   return out;
+}
+
+Tensor window_max(Tensor x, const Tensor& index, const Tensor& starts, std::vector<int64_t> out_size) {
+  return over_windows(x, index, starts, out_size, quincunx::kernels().max);
+}
+
+Tensor window_sum(Tensor x, const Tensor& index, const Tensor& starts, std::vector<int64_t> out_size) {
+  return over_windows(x, index, starts, out_size, quincunx::kernels().sum);
 }
 
 enum BufferKind : int64_t { kInput, kScratch, kOutput };
@@ -581,6 +590,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
       "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");
   m.def("run_program(Tensor[] inputs, Tensor[] tensors, int[] buffers, int[] code) -> Tensor[]");
   m.def("window_max(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
+  m.def("window_sum(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def("isa() -> str");
   m.def("available_isas() -> str");
 }
@@ -592,6 +602,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
   m.impl("lookup_conv", TORCH_BOX(&lookup_conv));
   m.impl("run_program", TORCH_BOX(&run_program));
   m.impl("window_max", TORCH_BOX(&window_max));
+  m.impl("window_sum", TORCH_BOX(&window_sum));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {

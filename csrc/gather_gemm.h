@@ -653,11 +653,19 @@ void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, fl
 }
 
 // The row's first channel, or zeros; without a branch, which borders would make unpredictable.
-QX_INLINE const float* gathered(const float* first_row, int32_t row, int64_t channels) {
-  const uintptr_t inside = reinterpret_cast<uintptr_t>(first_row) + row * channels * sizeof(float);
+template <class S>
+QX_INLINE const S* gathered(const S* first_row, int32_t row, int64_t channels) {
+  const uintptr_t inside = reinterpret_cast<uintptr_t>(first_row) + row * channels * sizeof(S);
   const uintptr_t outside = reinterpret_cast<uintptr_t>(kZeros);
   const uintptr_t mask = static_cast<uintptr_t>(static_cast<intptr_t>(row >> 31));
-  return reinterpret_cast<const float*>(inside ^ ((inside ^ outside) & mask));
+  return reinterpret_cast<const S*>(inside ^ ((inside ^ outside) & mask));
+}
+
+// Where a row can be read as float32: where it lies, or widened in a scratch of kGradChannels floats a row.
+QX_INLINE const float* widened(const float* row, int64_t, float*) { return row; }
+QX_INLINE const float* widened(const uint16_t* row, int64_t channels, float* scratch) {
+  for (int64_t c = 0; c < channels; c += kLanes) store_some(scratch + c, load_some(row + c, channels - c), channels - c);
+  return scratch;
 }
 
 typedef void (*OuterFunction)(const float* const*, int64_t, const float*, int64_t, float*, bool);
@@ -720,8 +728,10 @@ int64_t grad_partial(const WeightGrad* g, int64_t parts) {
   return layout.size * split_grad(*g, layout, parts).positions;
 }
 
-void grad_run(const WeightGrad* problem, int64_t part, int64_t parts) {
+template <class S>
+void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
   alignas(64) float gy[kGradChunk * kGradNv * kLanes];
+  alignas(64) float wide[sizeof(S) == 2 ? kGradChunk * kGradChannels : 1];
   const float* x[kGradChunk];
   const WeightGrad& g = *problem;
   const GradLayout layout(g);
@@ -747,18 +757,19 @@ void grad_run(const WeightGrad* problem, int64_t part, int64_t parts) {
       if (packed != job) {
         packed = job;
         const int64_t count = least(width, layout.tiling.per_group - o_local);
-        const float* from = g.gy + q0 * g.out_channels + group * layout.tiling.per_group + o_local;
+        const S* from = static_cast<const S*>(g.gy) + q0 * g.out_channels + group * layout.tiling.per_group + o_local;
         float* to = gy;
         for (int64_t q = q0; q < q1; ++q, from += g.out_channels, to += width) {
           for (int64_t v = 0; v < nv; ++v) store(to + v * kLanes, load_some(from + v * kLanes, count - v * kLanes));
         }
       }
       const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
-      const float* base = g.x + group * layout.channels + c0;
+      const S* base = static_cast<const S*>(g.x) + group * layout.channels + c0;
       int64_t p = q0 % most(1, g.positions);
-      const float* image = base + q0 / most(1, g.positions) * g.rows_in * g.in_channels;
+      const S* image = base + q0 / most(1, g.positions) * g.rows_in * g.in_channels;
       for (int64_t q = q0; q < q1; ++q) {
-        x[q - q0] = gathered(image, g.index[p * g.num_taps + tap], g.in_channels);
+        const S* row = gathered(image, g.index[p * g.num_taps + tap], g.in_channels);
+        x[q - q0] = widened(row, c1 - c0, wide + (sizeof(S) == 2 ? (q - q0) * kGradChannels : 0));
         if (++p == g.positions) {
           p = 0;
           image += g.rows_in * g.in_channels;
@@ -772,6 +783,10 @@ void grad_run(const WeightGrad* problem, int64_t part, int64_t parts) {
       }
     }
   }
+}
+
+void grad_run(const WeightGrad* g, int64_t part, int64_t parts) {
+  (g->bf16 ? &grad_run_of<uint16_t> : &grad_run_of<float>)(g, part, parts);
 }
 
 void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t run_parts) {

@@ -44,13 +44,14 @@ struct Weight {
 
 // grad[o, c, t] = sum over n, p of gy[n, p, o] x[n, index[p, t], c]
 struct WeightGrad {
-  const float* x;   // [batch, rows_in, in_channels]
-  const float* gy;  // [batch, positions, out_channels]
+  const void* x;   // [batch, rows_in, in_channels]
+  const void* gy;  // [batch, positions, out_channels]
   const int32_t* index;  // [positions, num_taps]
   float* grad;  // [out_channels, in_channels / channel_groups, num_taps]
   float* partial;  // partial_floats() of them
   int64_t batch, rows_in, positions;
   int32_t in_channels, out_channels, channel_groups, num_taps;
+  bool bf16;  // x and gy are bfloat16, else float32
 };
 
 // out[n, rows[q], o] = bias[o] + sum over taps t and subspaces m of
@@ -132,8 +133,8 @@ struct BinaryKernels {
   void (*run)(const BinaryGemm*, float* scratch, int64_t part, int64_t parts);
 };
 
-// out[n, p, c] = max over e in [starts[p], starts[p + 1]) of x[n, index[e], c]; of no rows -infinity
-struct WindowMax {
+// out[n, p, c] = max or sum over e in [starts[p], starts[p + 1]) of x[n, index[e], c]; of no rows -infinity, -0
+struct Windows {
   const void* x;          // [batch, rows_in, channels]
   const int32_t* index;   // input rows
   const int32_t* starts;  // [positions + 1]
@@ -142,9 +143,9 @@ struct WindowMax {
 };
 
 // Parts may run in any order and at the same time.
-struct MaxKernels {
-  void (*f32)(const WindowMax*, int64_t part, int64_t parts);
-  void (*bf16)(const WindowMax*, int64_t part, int64_t parts);
+struct WindowKernels {
+  void (*f32)(const Windows*, int64_t part, int64_t parts);
+  void (*bf16)(const Windows*, int64_t part, int64_t parts);
 };
 
 struct Kernels {
@@ -155,7 +156,8 @@ struct Kernels {
   // least and greatest of the values and 0
   void (*extremes)(const int32_t* values, int64_t count, int32_t* low, int32_t* high);
   BinaryKernels binary;
-  MaxKernels max;
+  WindowKernels max;
+  WindowKernels sum;
 };
 
 }  // namespace quincunx

@@ -20,7 +20,7 @@
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
-#include "window_max.h"
+#include "windows.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
@@ -31,6 +31,7 @@ const quincunx::Kernels qx_kernels_avx2 = {
     &quincunx::avx2::extremes,
     quincunx::avx2::kBinary,
     quincunx::avx2::kMax,
+    quincunx::avx2::kSum,
 };
 
 #if defined(__clang__)

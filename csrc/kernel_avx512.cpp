@@ -22,7 +22,7 @@
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
-#include "window_max.h"
+#include "windows.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
@@ -33,6 +33,7 @@ const quincunx::Kernels qx_kernels_avx512 = {
     &quincunx::avx512::extremes,
     quincunx::avx512::kBinary,
     quincunx::avx512::kMax,
+    quincunx::avx512::kSum,
 };
 
 #if defined(__clang__)

@@ -18,7 +18,7 @@
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
-#include "window_max.h"
+#include "windows.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
@@ -29,4 +29,5 @@ const quincunx::Kernels qx_kernels_baseline = {
     &quincunx::baseline::extremes,
     quincunx::baseline::kBinary,
     quincunx::baseline::kMax,
+    quincunx::baseline::kSum,
 };

@@ -185,15 +185,15 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   }
 }
 
-void check_grad(const std::string& name, const GradKernels& kernels, const Case& c) {
+void check_grad(const std::string& name, const GradKernels& kernels, bool bf16, const Case& c) {
   const int64_t positions = pick({0, 1, 9, 300}), parts = pick({1, 2, 5});
-  Array x(c.batch * c.rows_in * c.in(), false), gy(c.batch * positions * c.out(), false);
+  Array x(c.batch * c.rows_in * c.in(), bf16), gy(c.batch * positions * c.out(), bf16);
   Array grad(c.out() * c.in_per * c.taps, false, false);
   std::vector<int32_t> index;
   for (int64_t i = 0; i < positions * c.taps; ++i) index.push_back(int32_t(generator() % (c.rows_in + 1)) - 1);
   index = exact(index);
-  WeightGrad g{x.floats(), gy.floats(), index.data(), grad.floats(), nullptr, c.batch, c.rows_in, positions,
-               int32_t(c.in()), int32_t(c.out()), int32_t(c.groups), int32_t(c.taps)};
+  WeightGrad g{x.bytes.get(), gy.bytes.get(), index.data(), grad.floats(), nullptr, c.batch, c.rows_in, positions,
+               int32_t(c.in()), int32_t(c.out()), int32_t(c.groups), int32_t(c.taps), bf16};
   Array partial(kernels.partial_floats(&g, parts), false, false);
   g.partial = partial.floats();
   for (int64_t part = parts; part-- > 0;) kernels.run(&g, part, parts);
@@ -381,7 +381,7 @@ void check_mean(const std::string& name, const ForwardKernels& kernels, bool bf1
   }
 }
 
-void check_max(const std::string& name, const MaxKernels& kernels, bool bf16) {
+void check_windows(const std::string& name, const WindowKernels& kernels, bool bf16, bool sum) {
   const int64_t batch = pick({0, 1, 3}), rows_in = pick({1, 7, 40}), positions = pick({0, 1, 5, 30});
   const int64_t channels = pick({1, 3, 15, 16, 17, 100}), parts = pick({1, 2, 5});
   Array x(batch * rows_in * channels, bf16), result(batch * positions * channels, bf16, false);
@@ -392,17 +392,19 @@ void check_max(const std::string& name, const MaxKernels& kernels, bool bf16) {
     starts.push_back(index.size());
   }
   index = exact(index), starts = exact(starts);
-  const WindowMax g{x.bytes.get(), index.data(), starts.data(), result.bytes.get(), batch, rows_in, positions, channels};
+  const Windows g{x.bytes.get(), index.data(), starts.data(), result.bytes.get(), batch, rows_in, positions, channels};
   for (int64_t part = parts; part-- > 0;) (bf16 ? kernels.bf16 : kernels.f32)(&g, part, parts);
   for (int64_t i = 0; i < result.count; ++i) {
     const int64_t c = i % channels, p = i / channels % positions, n = i / channels / positions;
-    float best = -std::numeric_limits<float>::infinity();
+    float want = sum ? 0 : -std::numeric_limits<float>::infinity();
     for (int64_t e = starts[p]; e < starts[p + 1]; ++e) {
       const float v = x[(n * rows_in + index[e]) * channels + c];
-      if (std::isnan(v) || v > best) best = v;
+      if (sum) want += v;
+      else if (std::isnan(v) || v > want) want = v;
     }
+    if (bf16) want = widen(narrow(want));
     const float got = result[i];
-    if (got != best && !(std::isnan(got) && std::isnan(best))) compare(name + " max", got, best, 0, -1);
+    if (got != want && !(std::isnan(got) && std::isnan(want))) compare(name, got, want, 0, -1);
   }
 }
 
@@ -417,11 +419,12 @@ int main(int argc, char** argv) {
       const Case c = random_case();
       check_forward(name + " float32", kernels.f32, false, c);
       check_forward(name + " bfloat16", kernels.bf16, true, c);
-      check_grad(name, kernels.grad, c);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);
       for (bool bf16 : {false, true}) {
-        check_max(name, kernels.max, bf16);
+        check_grad(name, kernels.grad, bf16, c);
+        check_windows(name + " max", kernels.max, bf16, false);
+        check_windows(name + " sum", kernels.sum, bf16, true);
         check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
       }
     }

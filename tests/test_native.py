@@ -47,8 +47,9 @@ def bound(got, want, scale, terms):
 
 
 def check(case, dtype):
-    """Both operators and the weight gradient of one case, with every fresh tensor poisoned by NaN."""
+    """The operators and the weight gradient of one case, with every fresh tensor poisoned by NaN."""
     x, y, w, b, c = case.values(dtype)
+    z = torch.randn(case.batch, y.shape[1], *case.grid).to(dtype)
     where = case.operator_arguments
     wide = [None if t is None else t.double() for t in (x, y, w, b, c)]
     positive = [None if t is None else t.abs() for t in wide]
@@ -58,6 +59,7 @@ def check(case, dtype):
         first = native.conv(x, w, b, *where)
         second = native.conv_transpose(y, w, c, size, *where)
         third = native.conv_weight(x, y, kernel, *where)
+        fourth = native.collect(z, case.sampling.spec)
     finally:
         torch.use_deterministic_algorithms(False)
     for got, name, arguments, rest, terms in (
@@ -69,6 +71,10 @@ def check(case, dtype):
         want, scale = (run(*(t[i] for i in arguments), *rest, *where) for t in (wide, positive))
         assert got.dtype == dtype
         bound(got, want, scale, terms)
+    want, scale = (reference.collect(t, case.sampling.spec) for t in (z.double(), z.double().abs()))
+    assert fourth.dtype == dtype
+    assert fourth.is_contiguous(memory_format=torch.channels_last)
+    bound(fourth, want, scale, case.grid[0] * case.grid[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,6 +24,7 @@ __all__ = [
     "ShiftPlan",
     "WindowPlan",
     "adjoint_plan",
+    "collect_plan",
     "forward_plan",
     "nearest_index",
     "nearest_shares",
@@ -334,7 +335,7 @@ def shift_plan(geometry: Geometry, height: int, width: int) -> ShiftPlan:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The rows behind each window of a pooling, none of them twice, int32.
+    """The rows behind each window of a pooling or a sum, none of them twice, int32.
 
     Attributes:
         index: window after window, the input rows.
@@ -370,6 +371,17 @@ def window_plan(source: str, geometry: Geometry, height: int, width: int) -> Win
         index=table[fresh].int(),
         starts=F.pad(fresh.sum(1).cumsum(0), (1, 0)).int(),
         out_size=grid,
+    )
+
+
+@lru_cache(maxsize=1024)
+def collect_plan(spec: str, height: int, width: int) -> WindowPlan:
+    """For each computed position those that it is the nearest one of: the transposed table."""
+    nearest, m = nearest_index(spec, height, width), position_index(spec, height, width).shape[0]
+    return WindowPlan(
+        index=nearest.argsort(stable=True).int(),
+        starts=F.pad(nearest.bincount(minlength=m).cumsum(0), (1, 0)).int(),
+        out_size=(m, 1),
     )
 
 

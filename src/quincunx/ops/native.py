@@ -14,12 +14,21 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quincunx.ops.contract import CHANNELS_LAST
-from quincunx.plan import Geometry, Plan, WindowPlan, adjoint_plan, forward_plan, shift_plan
+from quincunx.plan import (
+    Geometry,
+    Plan,
+    WindowPlan,
+    adjoint_plan,
+    collect_plan,
+    forward_plan,
+    shift_plan,
+)
 
 __all__ = [
     "DTYPES",
     "binary_conv",
     "binary_unavailable",
+    "collect",
     "conv",
     "conv_filled",
     "conv_transpose",
@@ -53,11 +62,11 @@ def isa() -> str:
     return str(torch.ops.quincunx_native.isa())
 
 
-def unavailable(*tensors: Tensor | None) -> str | None:
-    """Why the kernels cannot take these tensors; None if they can."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"the native back end computes in float32 and bfloat16, not {tensor.dtype}"
+def unavailable(*values: object) -> str | None:
+    """Why the kernels cannot take the tensors among these arguments; None if they can."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dtype not in DTYPES:
+            return f"the native back end computes in float32 and bfloat16, not {value.dtype}"
     return None
 
 
@@ -200,6 +209,13 @@ def conv_weight(
         groups,
     )
     return gradient.view(y.shape[1], x.shape[1] // groups, *kernel).to(x.dtype)
+
+
+def collect(z: Tensor, sampling: str) -> Tensor:
+    """A bfloat16 map is added up in float32 and rounded once."""
+    plan = collect_plan(sampling, z.shape[2], z.shape[3])
+    result: Tensor = torch.ops.quincunx_native.window_sum(z, plan.index, plan.starts, plan.out_size)
+    return result
 
 
 def lookup(

@@ -84,7 +84,7 @@ def _on_cpu(name: str) -> Callable[..., Tensor]:
     fast, slow = getattr(native, name), getattr(reference, name)
     unavailable = native.binary_unavailable if name == "binary_conv" else native.unavailable
 
-    def run(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+    def run(first: Tensor, second: Any, *rest: Any) -> Tensor:
         serving = backend()
         if serving.name == "native":
             refusal = unavailable(first, second)
