@@ -284,6 +284,9 @@ def test_the_verbs(tmp_path, monkeypatch):
         "drop-macs.svg",
         "drop-bytes.svg",
     }
+    refused = call("compare", "run", "--methods", "lrd", "--points", "*-16,*-17")
+    said = "points='*-17': matches none of low-rank-rank-16"
+    assert (refused.exit_code, said in refused.stderr) == (2, True)
     refused = call("compare", "run", "--methods", "magic")
     assert (refused.exit_code, "methods='magic': expected some of" in refused.stderr) == (2, True)
     half = call("reproduce", "espace-table2", "--data", "digits")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from quincunx.report import file_name
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS
 from quincunx.surgery import Method
 
-__all__ = ["SWEEPS", "Compared", "Point", "compare_methods", "comparison_pictures", "on_front"]
+__all__ = [
+    "SWEEPS",
+    "Compared",
+    "Point",
+    "compare_methods",
+    "comparison_pictures",
+    "on_front",
+    "points_named",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class Point:
     def name(self) -> str:
         """All of it in words."""
         return ", ".join(filter(None, (self.series, self.label, self.draw)))
+
+    @property
+    def folder(self) -> str:
+        """Where its results lie: the words as a file name, such as "espace-impact-rate-1of4"."""
+        return file_name(f"{self.series} {self.label} {self.draw}".strip())
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,28 @@ SWEEPS: dict[str, Callable[[], list[Point]]] = {
 }
 
 
+def points_named(methods: Iterable[str], patterns: Sequence[str] = ()) -> list[Point]:
+    """The settings of some methods of ``SWEEPS``; with patterns those whose folder one of them matches.
+
+    Raises:
+        ValueError: an unknown method, a pattern that matches nothing.
+
+    Example:
+        >>> [point.name for point in points_named(["masks"], ["*-impact-*1of4", "*-1of4-seed-2"])]
+        ['espace, impact, rate 1/4', 'espace, random, rate 1/4, seed 2']
+    """
+    points: list[Point] = []
+    for name in methods:
+        if name not in SWEEPS:
+            raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
+        points += SWEEPS[name]()
+    for pattern in patterns:
+        if not any(fnmatchcase(point.folder, pattern) for point in points):
+            listed = ", ".join(point.folder for point in points)
+            raise ValueError(f"points={pattern!r}: matches none of {listed}")
+    return [p for p in points if not patterns or any(fnmatchcase(p.folder, one) for one in patterns)]
+
+
 def compare_methods(
     model: nn.Module,
     points: Iterable[Point],
@@ -191,12 +227,11 @@ def compare_methods(
     before = save(model, out / "original") / "weights.safetensors"
     names: set[str] = set()
     for point in points:
-        name = file_name(f"{point.series} {point.label} {point.draw}".strip())
-        if name in names:
+        if point.folder in names:
             raise ValueError(f"points: two are called {point.name}")
-        names.add(name)
+        names.add(point.folder)
         tell(point.name)
-        folder = out / name
+        folder = out / point.folder
         place = folder / "accelerate.json"
         result = (
             read_json(place)

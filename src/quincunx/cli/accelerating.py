@@ -40,7 +40,7 @@ from quincunx.cli.common import (
     use_threads,
 )
 from quincunx.cli.trained import Input, Mean, Model, Std, Weights, trained
-from quincunx.comparison import SWEEPS, Compared, compare_methods, comparison_pictures
+from quincunx.comparison import SWEEPS, Compared, compare_methods, comparison_pictures, points_named
 from quincunx.console import (
     print_acceleration,
     print_compared,
@@ -365,6 +365,10 @@ def compare_command(
     mean: Mean = None,
     std: Std = None,
     methods: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}, with commas.")] = ",".join(METHODS),
+    points: Annotated[
+        str | None,
+        typer.Option(help="Only settings whose folder has such a name, as *-1of4*, with commas."),
+    ] = None,
     data: Data = "digits",
     test_data: TestData = None,
     size: Size = None,
@@ -396,11 +400,7 @@ def compare_command(
     """
     with bad_input():
         use_threads(threads)
-        points = []
-        for name in (part.strip() for part in methods.split(",")):
-            if name not in SWEEPS:
-                raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
-            points += SWEEPS[name]()
+        chosen = points_named(_patterns(methods), _patterns(points))
         further = _finetuning(
             recipe, finetune_epochs, unlabelled, lr=lr, precision=precision, distill=distill,
             distill_features=distill_features,
@@ -419,7 +419,7 @@ def compare_command(
         with running():
             rows = compare_methods(
                 found.model,
-                points,
+                chosen,
                 images,
                 out,
                 recipe=further,
