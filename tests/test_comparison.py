@@ -223,18 +223,29 @@ def test_speeds_need_no_data():
     assert all(r[part]["speedup"] > 0 for r in rows for part in ("layers", "network"))
 
 
-def test_measured_points_are_not_measured_again(tmp_path, monkeypatch):
+def test_fitted_points_are_not_fitted_again(tmp_path, monkeypatch):
     experiment = EspaceExperiment("few", "two points", "cifar-resnet8", (), 16, ("layer1.*",), POINTS[1:])
     options = {"batch": 1, "rounds": 3, "keep": tmp_path}
-    measured, told = "quincunx.espace_experiments.time_method", []
+    told = []
     once = replace(experiment, points=POINTS[1:2])
     [first] = time_points(once, network(), **options)
     rows = time_points(experiment, network(), tell=told.append, **options)
-    assert (rows[0], told) == (first, [POINTS[2].name])
-    monkeypatch.setattr(measured, lambda *_, **__: pytest.fail("measured again"))
-    assert time_points(experiment, network(), **options) == rows
-    with pytest.raises(ValueError, match=r"measured points of another run: .*rounds.*another --out"):
-        time_points(experiment, network(), **{**options, "rounds": 5})
+    assert told == [POINTS[2].name]
+    monkeypatch.setattr(
+        "quincunx.espace_experiments.accelerate", lambda *_, **__: pytest.fail("fitted again")
+    )
+    again = time_points(experiment, network(), **options)
+    counted = [
+        [r["label"], r["layers"]["mac_ratio"], r["network"]["mac_ratio"]] for r in (first, *rows, *again)
+    ]
+    assert counted == [counted[0], *counted[1:3] * 2]
+    assert counted[0] == counted[1]
+    with pytest.raises(ValueError, match=r"fitted points of another run: .*calibration.*another --out"):
+        time_points(experiment, network(), **{**options, "calibration": 5})
+    for weights in tmp_path.glob(f"{POINTS[2].folder}/*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match="not there or damaged"):
+        time_points(experiment, network(), **options)
 
 
 def test_a_layers_response_is_judged_on_images_it_was_not_fitted_to():

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -43,8 +45,10 @@ __all__ = [
     "response_errors",
     "sample",
     "searched",
-    "time_method",
+    "shared_fits",
+    "time_accelerated",
     "time_together",
+    "where_named",
 ]
 
 # epochs without progress after which a fine-tuning towards an accuracy ends
@@ -173,29 +177,23 @@ def accelerate_trained(
     out = Path(out)
     original = model.eval()
     data = answered_by(original, data, workers)
-    state = hashlib.sha256(b"".join(_bytes(t) for t in original.state_dict().values())).hexdigest()
-    settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    identity = {
-        "network": spec_of(original),
-        "weights": state,
-        "method": {"name": method.name, **settings},
-        "data": data.describe(),
-        "layers": list(layers),
-        "calibration": calibration,
-        "seed": seed,
-    }
-    journal = FolderJournal(*_place_of_fits(out, fits, identity, getattr(method, "after_fits", ())))
+    identity = _identity(original, method, data, layers, calibration, seed)
+    journal = (
+        FolderJournal(out / "layers", identity) if fits is None else _shared_fits(fits, method, identity)
+    )
     images = sample(data, calibration, seed)
     one = torch.zeros(1, data.in_channels, *data.size)
     judge = partial(judged, split=data.test, data=data, workers=workers)
     stages = [_Stage("before", original, judge)]
-    where = _where(original, layers)
+    where = where_named(original, layers)
+    began = time.perf_counter()
     if isinstance(method, Search):
         found = searched(original, method, images, out, where, batch, progress, journal)
     else:
         meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
         with _watched(journal, len(meant), progress) as watched:
             found = accelerate(original, method, where=where, calibration=images, journal=watched)
+    fitting = {"seconds": time.perf_counter() - began, "peak_memory": _peak_memory()}
     fast = found.model.eval()
     stages.append(_Stage("after replacing", fast, judge))
     if any(isinstance(m, _BatchNorm) for m in fast.modules()):
@@ -227,6 +225,7 @@ def accelerate_trained(
         "skipped": found.skipped,
         "search": found.search,
         "recalled": journal.recalled,
+        "fitting": fitting,
         "cost": {key: _cost(m, one) for key, m in (("before", original), ("after", fast))},
         **_timed(original, found, one, batch, rounds, progress),
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
@@ -237,16 +236,61 @@ def accelerate_trained(
     return result
 
 
-def _place_of_fits(
-    out: Path, shared: Path | None, identity: dict[str, Any], after: Sequence[str]
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of finished layers, and what decides on them: not the settings ``after`` the fits."""
-    if shared is None:
-        return out / "layers", identity
-    method = {key: value for key, value in identity["method"].items() if key not in after}
-    reduced = {**identity, "method": method}
+def shared_fits(
+    folder: Path,
+    model: nn.Module,
+    method: Method,
+    data: ImageData | None,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    seed: int = 0,
+) -> FolderJournal:
+    """The journal in ``folder`` of finished layers that all methods share which fit them in the same way.
+
+    Such are ESPACE's at other rates. Arguments as in :func:`accelerate_trained`.
+    """
+    return _shared_fits(folder, method, _identity(model, method, data, layers, calibration, seed))
+
+
+def _shared_fits(folder: Path, method: Method | Search, identity: dict[str, Any]) -> FolderJournal:
+    after = getattr(method, "after_fits", ())
+    settings = {key: value for key, value in identity["method"].items() if key not in after}
+    reduced = {**identity, "method": settings}
     digest = hashlib.sha256(json.dumps(reduced, sort_keys=True).encode()).hexdigest()
-    return shared / f"{method['name']}-{digest[:12]}", reduced
+    return FolderJournal(folder / f"{method.name}-{digest[:12]}", reduced)
+
+
+def _identity(
+    model: nn.Module,
+    method: Method | Search,
+    data: ImageData | None,
+    layers: Sequence[str],
+    calibration: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What decides on the finished layers of a run, JSON-ready."""
+    state = hashlib.sha256(b"".join(_bytes(t) for t in model.state_dict().values())).hexdigest()
+    settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return {
+        "network": spec_of(model),
+        "weights": state,
+        "method": {"name": method.name, **settings},
+        "data": None if data is None else data.describe(),
+        "layers": list(layers),
+        "calibration": calibration,
+        "seed": seed,
+    }
+
+
+def _peak_memory() -> int | None:
+    """The most bytes that this process has held so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held
 
 
 def searched(
@@ -300,7 +344,7 @@ def plan_for_target(
     :func:`accelerate_trained`."""
     data = answered_by(model.eval(), data)
     images = sample(data, calibration, seed)
-    where = _where(model, layers)
+    where = where_named(model, layers)
     found = searched(model.eval(), method, images, Path(out), where, batch, progress, dry_run=True)
     return found.search or {}
 
@@ -329,47 +373,29 @@ def _renormalised(
     return False
 
 
-def time_method(
+def time_accelerated(
     model: nn.Module,
-    method: Method,
-    size: tuple[int, int],
+    found: Accelerated,
+    one: Tensor,
     *,
-    layers: Sequence[str] = (),
-    calibration: Sequence[tuple[Tensor, Tensor]] | None = None,
-    judged_on: Sequence[Tensor] = (),
     peers: Sequence[str] = (),
     batch: int = 8,
     rounds: int = 11,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Times before and after a method: as :func:`accelerate_trained`, without errors of the network.
+    """MACs and times before and after, as :func:`accelerate_trained` gives them.
 
     Args:
-        model: a network; its weights need not be trained, since times do not depend on them.
-        method: without ``calibration`` one that is fitted to the weights alone, with masks that need no data.
-        size: (H, W) of the input.
-        calibration: that the method is given.
-        judged_on: input batches on which "held_out_error" of each layer is measured, the relative squared
-            error of its response to what it got before.
+        model: the network before; its weights need not be trained, since times do not depend on them.
+        found: what became of it.
+        one: an input [1, C, H, W].
         peers: engines of ``quincunx.peers.PEERS`` that are timed in turn with it, on each layer and on the
             network as they were before; ratios are under "peers".
-        layers, batch, rounds, progress: as in :func:`accelerate_trained`.
+        batch, rounds, progress: as in :func:`accelerate_trained`.
     """
-    spec = spec_of(model)
-    one = torch.zeros(1, spec["in_channels"], *size)
-    found = accelerate(
-        model.eval(), method, where=_where(model, layers), example_input=one, calibration=calibration
-    )
-    timed = _timed(model, found, one, batch, rounds, progress, peers)
-    if judged_on:
-        errors = response_errors(model, found.model, list(found.replaced), judged_on)
-        for row in timed["layers"]:
-            row["held_out_error"] = errors[row["name"]]
     return {
-        "network": spec,
         "cost": {key: _cost(m, one) for key, m in (("before", model), ("after", found.model))},
-        "skipped": found.skipped,
-        **timed,
+        **_timed(model, found, one, batch, rounds, progress, peers),
     }
 
 
@@ -416,7 +442,7 @@ def _cost(model: nn.Module, one: Tensor) -> dict[str, int]:
     return {"macs": found.macs, "params": found.params}
 
 
-def _where(model: nn.Module, patterns: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+def where_named(model: nn.Module, patterns: Sequence[str]) -> Callable[[str, nn.Module], bool]:
     """Which layers the patterns mean; all without any.
 
     Raises:

@@ -6,23 +6,28 @@ left out. The layers alone are also given to the methods that the paper compares
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quincunx.acceleration import sample, time_method
+from quincunx.acceleration import response_errors, sample, shared_fits, time_accelerated, where_named
 from quincunx.artifact import read_json, spec_of, write_json
 from quincunx.comparison import SWEEPS, Point
 from quincunx.data import ImageData, batches
 from quincunx.figures import Mark, Picture, tradeoff
-from quincunx.journal import check_run
+from quincunx.journal import FolderJournal, check_run
 from quincunx.methods import Espace, LowRank
-from quincunx.report import file_name
+from quincunx.streams import Layer
+from quincunx.surgery import Accelerated, Replacement, accelerate, put
 
 __all__ = ["ESPACE_EXPERIMENTS", "EspaceExperiment", "espace_by_name", "response_picture", "time_points"]
 
@@ -168,66 +173,130 @@ def time_points(
     layers and of the whole network, over the dense network by ``qx.fuse`` and by "peers", other engines, and
     "paper" with what is printed for it. With ``data``, "response_error" of the one layer on its test images,
     after fitting to ``calibration`` training images; without, kinds of masks are timed once, since their
-    times are the same. In the folder ``keep`` each row is written when it is there, and not measured again.
+    times are the same. First every point is fitted and judged, then all are timed. In the folder ``keep``
+    what is fitted stays, and is not fitted again; each call times anew.
 
     Raises:
         ValueError: data for an experiment of more than one layer, whose errors a response does not tell;
-            rows of another run in the folder.
+            points of another run in the folder.
     """
     if data is not None and len(experiment.layers) != 1:
         raise ValueError(
             f"data: {experiment.name} replaces many layers; what it loses the error of the "
             "trained network (weights) tells, not a layer's response"
         )
-    given: dict[str, Any] = {}
-    if data is not None:
-        given["calibration"] = sample(data, calibration, seed)
-        given["judged_on"] = [x for x, _ in batches(data.test, data, _JUDGED_AT_ONCE, workers=workers)]
-    if keep is not None:
+    if data is None:
+        experiment = experiment.without_data()
+    with ExitStack() as stack:
+        folder = keep or Path(stack.enter_context(TemporaryDirectory()))
         identity = {
             "experiment": experiment.name,
             "network": spec_of(model),
             "data": None if data is None else data.describe(),
-            "threads": torch.get_num_threads(),
             "calibration": calibration,
             "seed": seed,
-            "batch": batch,
-            "rounds": rounds,
-            "peers": list(peers),
         }
-        check_run(keep, identity, "measured points")
-    rows = []
-    for point in (experiment if data is not None else experiment.without_data()).points:
-        place = None if keep is None else keep / f"{file_name(point.name)}.json"
-        if place is not None and place.exists():
-            rows.append(read_json(place))
-            continue
-        tell(point.name)
-        found = time_method(
+        check_run(folder, identity, "fitted points")
+        fitted = _Fitted(experiment, model.eval(), data, calibration, seed, workers, folder)
+        for point in experiment.points:
+            if not fitted.has(point):
+                tell(point.name)
+                fitted.make(point)
+        timing: dict[str, Any] = {"peers": peers, "batch": batch, "rounds": rounds, "progress": progress}
+        return [_row(point, fitted, timing) for point in experiment.points]
+
+
+class _Fitted:
+    """The points of an experiment in a folder: of each the layers that its method made, and their error."""
+
+    def __init__(
+        self,
+        experiment: EspaceExperiment,
+        model: nn.Module,
+        data: ImageData | None,
+        calibration: int,
+        seed: int,
+        workers: int | None,
+        folder: Path,
+    ) -> None:
+        self.experiment, self.model, self.data, self.folder = experiment, model, data, folder
+        self.calibration, self.seed, self.workers = calibration, seed, workers
+        self.one = torch.zeros(1, spec_of(model)["in_channels"], experiment.side, experiment.side)
+
+    @cached_property
+    def images(self) -> list[tuple[Tensor, Tensor]] | None:
+        return None if self.data is None else sample(self.data, self.calibration, self.seed)
+
+    @cached_property
+    def judged_on(self) -> list[Tensor]:
+        if self.data is None:
+            return []
+        return [x for x, _ in batches(self.data.test, self.data, _JUDGED_AT_ONCE, workers=self.workers)]
+
+    def has(self, point: Point) -> bool:
+        return self._noted(point).exists()
+
+    def make(self, point: Point) -> None:
+        layers, model = self.experiment.layers, self.model
+        found = accelerate(
             model,
             point.method,
-            (experiment.side, experiment.side),
-            layers=experiment.layers,
-            batch=batch,
-            rounds=rounds,
-            progress=progress,
-            peers=peers,
-            **given,
+            where=where_named(model, layers),
+            example_input=self.one,
+            calibration=self.images,
+            journal=shared_fits(
+                self.folder / "fits",
+                model,
+                point.method,
+                self.data,
+                layers=layers,
+                calibration=self.calibration,
+                seed=self.seed,
+            ),
         )
-        if not found["layers"]:
-            raise ValueError(f"{point.name}: {'; '.join(found['skipped'].values())}")
-        error = found["layers"][0].get("held_out_error")
-        row = {
-            "series": point.series,
-            "label": point.label,
-            "paper": dict(point.paper),
-            "response_error": error,
-            **speeds_of(found),
-        }
-        if place is not None:
-            write_json(place, row)
-        rows.append(row)
-    return rows
+        names = list(found.replaced)
+        if not names:
+            raise ValueError(f"{point.name}: {'; '.join(found.skipped.values())}")
+        notes: Any = found.model.quincunx_replaced
+        journal = self._journal(point)
+        for name, record in found.replaced.items():
+            made = Replacement(found.model.get_submodule(name), notes[name], record)
+            journal.keep(self._layer(name), made)
+        errors = response_errors(model, found.model, names, self.judged_on) if self.judged_on else {}
+        # last, so that it stands for a whole point
+        write_json(self._noted(point), {"layers": names, "response_error": errors.get(names[0])})
+
+    def read(self, point: Point) -> tuple[Accelerated, float | None]:
+        """The network with the point's layers, and their response error."""
+        noted, journal = read_json(self._noted(point)), self._journal(point)
+        network, records = copy.deepcopy(self.model), {}
+        for name in noted["layers"]:
+            made = journal.recall(self._layer(name))
+            if made is None:
+                raise ValueError(f"{self._noted(point).parent}: the layer {name} is not there")
+            network = put(network, name, made.module.eval())
+            records[name] = made.record
+        return Accelerated(network, records, {}), noted["response_error"]
+
+    def _noted(self, point: Point) -> Path:
+        return self.folder / point.folder / "fitted.json"
+
+    def _journal(self, point: Point) -> FolderJournal:
+        return FolderJournal(self.folder / point.folder, {"point": point.name, "method": repr(point.method)})
+
+    def _layer(self, name: str) -> Layer:
+        return Layer(name, (name,), self.model.get_submodule(name))
+
+
+def _row(point: Point, fitted: _Fitted, timing: dict[str, Any]) -> dict[str, Any]:
+    found, error = fitted.read(point)
+    return {
+        "series": point.series,
+        "label": point.label,
+        "paper": dict(point.paper),
+        "response_error": error,
+        **speeds_of(time_accelerated(fitted.model, found, fitted.one, **timing)),
+    }
 
 
 def response_picture(rows: Sequence[dict[str, Any]]) -> Picture:

@@ -505,7 +505,7 @@ def reproduce_espace(
                     workers=workers,
                     peers=peers,
                     tell=_telling(as_json),
-                    keep=out / "rows",
+                    keep=out / "points",
                     **timing,
                 )
                 content = {
