@@ -144,7 +144,8 @@ def espace(name: str) -> str:
         ]
         for row in rows
     ]
-    return table(header, cells)
+    figure = f"\n\n![response error against measured speed-up](results/{name}/response-speed.svg)"
+    return table(header, cells) + (figure if judged else "")
 
 
 def compared(name: str, figure: str = "drop-speed") -> str:

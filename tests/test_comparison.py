@@ -267,6 +267,9 @@ def test_a_layers_response_is_judged_on_images_it_was_not_fitted_to():
     spread = y - y.mean((0, 2, 3), keepdim=True)
     assert errors[2] == pytest.approx(float((y - z).square().sum() / spread.square().sum()), rel=1e-4)
     assert "2, a:" in response_picture(rows).alternative
+    rows[0]["paper"] = {"speedup": 4.72}
+    said = response_picture(rows, [("elsewhere", 3.11)]).alternative
+    assert said.endswith("Dotted lines are speed-ups that the paper prints: 4.72 (a), 3.11 (elsewhere).")
     with pytest.raises(ValueError, match="replaces many layers"):
         time_points(replace(experiment, layers=()), model, batch=1, rounds=3, data=DATA)
 

@@ -329,9 +329,16 @@ def map_picture(values: Sequence[Sequence[float]], computed: Sequence[Sequence[b
 
 @_styled
 def tradeoff(
-    marks: Sequence[Mark], printed: Sequence[Mark], xlabel: str, ylabel: str = "accuracy lost (points)"
+    marks: Sequence[Mark],
+    printed: Sequence[Mark],
+    xlabel: str,
+    ylabel: str = "accuracy lost (points)",
+    lines: Sequence[tuple[str, float]] = (),
 ) -> Picture:
-    """Points of accuracy lost against what is gained, a line a series; hollow marks are a paper's own."""
+    """Points of accuracy lost against what is gained, a line a series; hollow marks are a paper's own.
+
+    Upright ``lines`` are gains for which the paper's loss on this axis is not known.
+    """
     series = list(dict.fromkeys(mark.series for mark in (*marks, *printed)))
     figure, axes, columns = _axes([_shorten(name) for name in series])
     for i, name in enumerate(series):
@@ -360,10 +367,27 @@ def tradeoff(
                 label=None if points else _shorten(name),
             )
     axes.axhline(0, color="#888888", linewidth=1, linestyle="--")
+    for label, gain in lines:
+        axes.axvline(gain, color="#888888", linewidth=1, linestyle=":")
+        axes.annotate(
+            f"the paper, {label}",
+            (gain, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize="small",
+            color="#666666",
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(figure, columns)
     said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
     note = " Hollow marks are printed in the paper." if printed else ""
+    if lines:
+        told = ", ".join(f"{gain:g} ({label})" for label, gain in lines)
+        note += f" Dotted lines are speed-ups that the paper prints: {told}."
     return _picture(figure, f"{ylabel.capitalize()} against {xlabel}", f"{said}.{note}")
 
 

@@ -518,7 +518,9 @@ def reproduce_espace(
                 }
                 write_json(out / f"{name}.json", content)
                 if images is not None:
-                    (out / "response-speed.svg").write_bytes(response_picture(rows).content)
+                    (out / "response-speed.svg").write_bytes(
+                        response_picture(rows, experiment.printed).content
+                    )
             as_rows, table = rows, partial(print_speeds, rows)
         else:
             model = qx.networks.weights.load(experiment.network, weights, **settings)
