@@ -232,6 +232,9 @@ MADE = {
     "targets": lambda: targets("resnet56-2x", "resnet56-1.5x", "clothing-resnet18-2x"),
     "masks-cifar-resnet20": lambda: compared("masks-cifar-resnet20"),
     "masks-cifar-resnet56": lambda: compared("masks-cifar-resnet56"),
+    "masks-jpeg-cifar-resnet20": lambda: compared("masks-jpeg-cifar-resnet20"),
+    "masks-squeezenet": lambda: compared("masks-squeezenet", "top5-drop-speed"),
+    "espace-figure3": lambda: espace("espace-figure3"),
     "espace-table2": lambda: espace("espace-table2"),
     "espace-table3": lambda: espace("espace-table3"),
 }
