@@ -125,8 +125,11 @@ def espace(name: str) -> str:
     peers = list(rows[0]["layers"]["peers"])
     judged = rows[0]["response_error"] is not None
     header = ["method", "setting", *(["response error"] if judged else []), "MAC ratio", "speed-up"]
-    header += [*(f"over {peer}" for peer in peers), "network: MAC ratio", "speed-up"]
-    header += [*(f"over {peer}" for peer in peers), "the paper's"]
+    header += [f"over {peer}" for peer in peers]
+    parts = [part for part in ("layers", "network") if part in rows[0]]
+    if len(parts) > 1:
+        header += ["network: MAC ratio", "speed-up", *(f"over {peer}" for peer in peers)]
+    header += ["the paper's"]
     cells = [
         [
             row["series"],
@@ -134,7 +137,7 @@ def espace(name: str) -> str:
             *([f"{100 * row['response_error']:.1f}%"] if judged else []),
             *(
                 text
-                for part in (row["layers"], row["network"])
+                for part in (row[part] for part in parts)
                 for text in (
                     f"{part['mac_ratio']:.2f}",
                     *(f"{value:.2f}x" for value in (part["speedup"], *part["peers"].values())),

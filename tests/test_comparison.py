@@ -258,6 +258,11 @@ def test_a_layers_response_is_judged_on_images_it_was_not_fitted_to():
     assert [r["series"] for r in rows] == ["0", "1", "2"]
     errors = [r["response_error"] for r in rows]
     assert errors[1] < 1e-8 < min(errors[0], errors[2])
+    # one layer: its own times alone
+    assert all("network" not in r and r["layers"]["peers"]["torch eager"] > 0 for r in rows)
+    for r in rows:
+        low, high = r["layers"]["speedup_range"]
+        assert 0 < low <= high
 
     made = qx.accelerate(model, methods[2], where=layer, calibration=sample(DATA, 40)).model
     images = (DATA.test.images.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.3

@@ -47,6 +47,7 @@ __all__ = [
     "searched",
     "shared_fits",
     "time_accelerated",
+    "time_layers",
     "time_together",
     "where_named",
 ]
@@ -515,12 +516,50 @@ def _timed(
     peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Milliseconds of each replaced layer and of the whole network, before and after, both fused."""
+    models = {"before": original, "after": found.model}
+    rows = time_layers(
+        original,
+        found,
+        one,
+        peers=peers,
+        batch=batch,
+        rounds=rounds,
+        progress=progress,
+        round_seconds=_LAYER_SECONDS,
+    )
+    forms, unfused = _forms(models)
+    beside_whole = dict.fromkeys(peers, original)
+    whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds, beside_whole))
+    engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
+    threads = torch.get_num_threads()
+    many = "s" if threads > 1 else ""
+    how = f"{engine} before and after, channels_last, {threads} thread{many}, batch {batch}"
+    return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+
+
+def time_layers(
+    original: nn.Module,
+    found: Accelerated,
+    one: Tensor,
+    *,
+    peers: Sequence[str] = (),
+    batch: int = 8,
+    rounds: int = 11,
+    progress: bool = False,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """A row for each replaced layer: its record, and seconds before and after, both fused.
+
+    Args:
+        original, found, one, peers, batch, rounds, progress: as in :func:`time_accelerated`.
+        options: of :func:`quincunx.latency.measure_models`, such as ``round_seconds``.
+    """
     with inference_mode_of(original):
         order = run_order(original, one, None) or {}
     rows = []
     models = {"before": original, "after": found.model}
     with progress_bar(progress) as bar:
-        task = bar.add_task("timing", total=len(found.replaced) + 1, state="")
+        task = bar.add_task("timing", total=len(found.replaced), state="")
         for name, record in found.replaced.items():
             bar.update(task, state=name)
             names = record.get("pair", [name])
@@ -529,21 +568,10 @@ def _timed(
                 chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
                 layers = {key: fuse(chain) for key, chain in chains.items()}
                 beside = dict.fromkeys(peers, chains["before"])
-                timings = _measured(
-                    layers, (batch, *order[name][1][1:]), rounds, beside, round_seconds=_LAYER_SECONDS
-                )
+                timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside, **options)
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
             bar.update(task, advance=1)
-        bar.update(task, state="whole network")
-        forms, unfused = _forms(models)
-        beside_whole = dict.fromkeys(peers, original)
-        whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds, beside_whole))
-        bar.update(task, advance=1)
-    engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
-    threads = torch.get_num_threads()
-    many = "s" if threads > 1 else ""
-    how = f"{engine} before and after, channels_last, {threads} thread{many}, batch {batch}"
-    return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+    return rows
 
 
 def time_together(

@@ -265,7 +265,7 @@ def print_speeds(rows: list[dict[str, Any]]) -> None:
         table.add_column(column)
     errors = any(row["response_error"] is not None for row in rows)
     more = ("response\nerror",) if errors else ()
-    parts = ("layers", "network")
+    parts = [part for part in ("layers", "network") if part in rows[0]]
     for part in parts:
         peers = [f"\nover {name}" for name in rows[0][part]["peers"]]
         for column in (f"{part}:\nMAC ratio", "\nspeed-up", *peers):

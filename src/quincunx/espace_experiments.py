@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quincunx.acceleration import response_errors, sample, shared_fits, time_accelerated, where_named
+from quincunx.acceleration import (
+    response_errors,
+    sample,
+    shared_fits,
+    time_accelerated,
+    time_layers,
+    where_named,
+)
 from quincunx.artifact import read_json, spec_of, write_json
 from quincunx.comparison import SWEEPS, Point
 from quincunx.data import ImageData, batches
@@ -172,12 +179,12 @@ def time_points(
 ) -> list[dict[str, Any]]:
     """The experiment's speeds on this machine; one JSON-ready row a point.
 
-    Each row has the point's "series" and "label", the ratio of MACs and the measured speed-up of the replaced
-    layers and of the whole network, over the dense network by ``qx.fuse`` and by "peers", other engines, and
-    "paper" with what is printed for it. With ``data``, "response_error" of the one layer on its test images,
-    after fitting to ``calibration`` training images; without, kinds of masks are timed once, since their
-    times are the same. First every point is fitted and judged, then all are timed. In the folder ``keep``
-    what is fitted stays, and is not fitted again; each call times anew.
+    Each row has the point's "series" and "label", the ratio of MACs and the measured speed-up of the
+    replaced layers and, if there is more than one, of the whole network, over the dense ones by ``qx.fuse``
+    and by "peers", other engines, and "paper" with what is printed for it. With ``data``, "response_error"
+    of the one layer on its test images, after fitting to ``calibration`` training images; without, kinds of
+    masks are timed once, since their times are the same. First every point is fitted and judged, then all
+    are timed. In the folder ``keep`` what is fitted stays, and is not fitted again; each call times anew.
 
     Raises:
         ValueError: data for an experiment of more than one layer, whose errors a response does not tell;
@@ -293,12 +300,14 @@ class _Fitted:
 
 def _row(point: Point, fitted: _Fitted, timing: dict[str, Any]) -> dict[str, Any]:
     found, error = fitted.read(point)
+    time = time_accelerated if len(found.replaced) > 1 else _time_alone
+    speeds = speeds_of(time(fitted.model, found, fitted.one, **timing))
     return {
         "series": point.series,
         "label": point.label,
         "paper": dict(point.paper),
         "response_error": error,
-        **speeds_of(time_accelerated(fitted.model, found, fitted.one, **timing)),
+        **speeds,
     }
 
 
@@ -320,25 +329,33 @@ def response_picture(rows: Sequence[dict[str, Any]], printed: Sequence[tuple[str
     )
 
 
+def _time_alone(model: nn.Module, found: Accelerated, one: Tensor, **timing: Any) -> dict[str, Any]:
+    return {"layers": time_layers(model, found, one, **timing), "batch": timing["batch"]}
+
+
 def speeds_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of MACs and times, of the replaced layers together and of the network."""
+    """Ratios of MACs and times, of the replaced layers together and, where timed, of the network."""
     layers: Sequence[dict[str, Any]] = result["layers"]
     macs, seconds = (
         [sum(row[f"{what}{key}"] for row in layers) for key in ("before", "after")]
         for what in ("macs_", "seconds_")
     )
-    whole = result["whole"]
     by_layers = {
         name: sum(row["peers"][name]["seconds"] for row in layers) / seconds[1]
-        for name in whole.get("peers", {})
+        for name in layers[0].get("peers", {})
     }
-    return {
+    found = {
         "layers": {"mac_ratio": macs[0] / macs[1], "speedup": seconds[0] / seconds[1], "peers": by_layers},
-        "network": {
+        "threads": layers[0]["threads"],
+        "batch": result["batch"],
+    }
+    if len(layers) == 1:
+        found["layers"]["speedup_range"] = [layers[0]["speedup"][key] for key in ("q1", "q3")]
+    if "whole" in result:
+        whole = result["whole"]
+        found["network"] = {
             "mac_ratio": result["cost"]["before"]["macs"] / result["cost"]["after"]["macs"],
             "speedup": whole["speedup"]["median"],
             "peers": {name: peer["speedup"]["median"] for name, peer in whole.get("peers", {}).items()},
-        },
-        "threads": whole["threads"],
-        "batch": result["batch"],
-    }
+        }
+    return found
