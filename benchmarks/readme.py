@@ -238,6 +238,7 @@ MADE = {
     "masks-jpeg-cifar-resnet20": lambda: compared("masks-jpeg-cifar-resnet20"),
     "masks-squeezenet": lambda: compared("masks-squeezenet", "top5-drop-speed"),
     "espace-figure3": lambda: espace("espace-figure3"),
+    "espace-figure4": lambda: espace("espace-figure4"),
     "espace-table2": lambda: espace("espace-table2"),
     "espace-table3": lambda: espace("espace-table3"),
 }
