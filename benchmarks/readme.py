@@ -159,14 +159,15 @@ def compared(name: str, figure: str = "drop-speed") -> str:
     header = ["method", "setting", "accuracy lost, points", *(["top-5 accuracy lost"] if top5 else [])]
     header += [*(["before fine-tuning"] if tuned else []), "p", "network", "MAC ratio"]
     bytes_differ = len({row["bytes"] for row in result["rows"]}) > 1
-    header += ["KB"] if bytes_differ else []
+    several = len({row["series"].split(",")[0] for row in result["rows"]}) > 1
+    header += [*(["KB"] if bytes_differ else []), *(["on the front"] if several else [])]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["series"], row["label"]), []).append(row)
     cells = [
         [
             series,
-            label,
+            f"{label}, diverged" if any(row.get("diverged") for row in rows) else label,
             span(rows, "drop"),
             *([span(rows, "top5_drop")] if top5 else []),
             *([span(rows, "untuned_drop")] if tuned else []),
@@ -178,6 +179,7 @@ def compared(name: str, figure: str = "drop-speed") -> str:
                 if bytes_differ
                 else []
             ),
+            *(["yes" if any(row["front"] for row in rows) else ""] if several else []),
         ]
         for (series, label), rows in groups.items()
     ]

@@ -132,7 +132,8 @@ def test_the_front():
 
 def row(series, label, lost, gain, **paper):
     speeds = (gain, 1.0, gain, (gain, gain), gain, 2 * gain)
-    return Compared(series, label, "", lost, lost / 2, 3.0, 0.5, 100, *speeds, 50, 100, True, paper)
+    lost = lost, lost / 2, 3.0, 0.5, 100
+    return Compared(series, label, "", *lost, *speeds, 50, 100, True, False, paper)
 
 
 def test_figures_say_what_they_show():
@@ -150,6 +151,24 @@ def test_figures_say_what_they_show():
     # the paper's errors are of the first five answers
     assert "Hollow" in first["top5-drop-speed"].alternative
     assert "Hollow" not in first["drop-speed"].alternative
+    # where the paper does not have the network, its own are named
+    other = comparison_pictures(rows[1:])["drop-speed"]
+    assert "AlexNet's convolutions, top-5 (the paper)" in other.content.decode()
+
+
+def test_a_point_whose_fine_tuning_diverges_is_kept_as_it_was_before_and_said(made, tmp_path):
+    recipe = Recipe("wild", epochs=1, batch_size=10, lr=1e30, augment="none")
+    rows = compare_methods(network(), POINTS[2:], DATA, tmp_path, recipe=recipe, **OPTIONS)
+    result = json.loads((tmp_path / "low-rank-rank-16" / "accelerate.json").read_text())
+    assert "loss is" in result["diverged"]
+    assert result["stages"][-1]["name"] == "after fine-tuning (it diverged: the network from before it)"
+    assert (rows[0].diverged, rows[0].setting) == (True, "rank 16 (diverged)")
+    assert rows[0].drop == rows[0].untuned_drop
+    alone, kept = (
+        qx.load(folder / "low-rank-rank-16" / "model").state_dict() for folder in (made[0], tmp_path)
+    )
+    assert all(torch.equal(kept[key], value) for key, value in alone.items())
+    assert not any(row.diverged for row in made[1])
 
 
 def test_every_sweep_has_settings_that_can_be_used():

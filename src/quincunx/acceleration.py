@@ -35,7 +35,7 @@ from quincunx.scores import eager_form
 from quincunx.search import search
 from quincunx.streams import Layer, run_order
 from quincunx.surgery import Accelerated, Journal, Method, Replacement, accelerate
-from quincunx.train import StopRule, fit
+from quincunx.train import Diverged, StopRule, fit
 
 __all__ = [
     "accelerate_trained",
@@ -139,6 +139,7 @@ def accelerate_trained(
     workers: int | None = None,
     progress: bool = False,
     fits: Path | None = None,
+    keep_diverged: bool = False,
 ) -> dict[str, Any]:
     """Make a trained network faster and say what it cost: error at each stage, time of each layer.
 
@@ -166,6 +167,8 @@ def accelerate_trained(
         progress: show bars.
         fits: folder where finished layers are kept instead, for other methods that fit them in the same
             way; such are ESPACE's at other rates.
+        keep_diverged: if fine-tuning diverges, the network from before it is the result, and "diverged"
+            and the last stage's name say so.
 
     Returns:
         The content of ``accelerate.json``.
@@ -173,7 +176,8 @@ def accelerate_trained(
     Raises:
         ValueError: the network does not fit the data; what the method refuses; a pattern that matches
             nothing; finished layers of another run in the folder.
-        RunFailed: fine-tuning could not go on.
+        Diverged: fine-tuning did, and ``keep_diverged`` is False.
+        RunFailed: fine-tuning could not go on for another reason.
     """
     out = Path(out)
     original = model.eval()
@@ -201,20 +205,29 @@ def accelerate_trained(
         kept = _renormalised(fast, images, [x for x, _ in sample(data, normalisation, seed + 1, 100)])
         doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
         stages.append(_Stage(f"after re-estimating batch norm{doubt}", fast, judge))
+    diverged = None
     if recipe is not None:
-        fit(
-            fast,
-            data,
-            recipe,
-            out / "finetune",
-            seed=seed,
-            resume=True,
-            progress="fine-tuning" if progress else False,
-            teacher=original if recipe.taught else None,
-            workers=workers,
-            stop=_stop_rule(method, stages[0]),
-        )
-        stages.append(_Stage("after fine-tuning", fast, judge))
+        untuned = copy.deepcopy(fast) if keep_diverged else None
+        try:
+            fit(
+                fast,
+                data,
+                recipe,
+                out / "finetune",
+                seed=seed,
+                resume=True,
+                progress="fine-tuning" if progress else False,
+                teacher=original if recipe.taught else None,
+                workers=workers,
+                stop=_stop_rule(method, stages[0]),
+            )
+        except Diverged as error:
+            if untuned is None:
+                raise
+            fast, diverged = untuned, str(error)
+            found = dataclasses.replace(found, model=fast)
+        doubt = "" if diverged is None else " (it diverged: the network from before it)"
+        stages.append(_Stage(f"after fine-tuning{doubt}", fast, judge))
     result = {
         "schema": 1,
         "kind": "accelerate",
@@ -223,6 +236,7 @@ def accelerate_trained(
         "recipe": None if recipe is None else recipe.to_dict(),
         "images": {"train": len(data.train), "test": len(data.test)},
         "stages": [stage.against(stages[0]) for stage in stages],
+        "diverged": diverged,
         "skipped": found.skipped,
         "search": found.search,
         "recalled": journal.recalled,

@@ -79,6 +79,7 @@ class Compared:
         mac_ratio: MACs before over after.
         bytes: of the weights on disk; ``bytes_before`` of the original's.
         front: whether no other point is at least as good in both drop and speed-up.
+        diverged: whether fine-tuning did; then this is the network from before it.
         paper: what the paper prints.
     """
 
@@ -99,7 +100,13 @@ class Compared:
     bytes: int
     bytes_before: int
     front: bool
+    diverged: bool
     paper: dict[str, float]
+
+    @property
+    def setting(self) -> str:
+        """The label, and that fine-tuning diverged if it did."""
+        return f"{self.label} (diverged)" if self.diverged else self.label
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -207,7 +214,8 @@ def compare_methods(
     """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
 
     All points have the same data and fine-tuning, and those that fit layers in the same way the same fits.
-    A point whose result is there is not made again. At the end the whole networks are timed in turn with
+    A point whose result is there is not made again, and one whose fine-tuning diverges is what it was before,
+    marked so. At the end the whole networks are timed in turn with
     each other; the same call again times them anew.
 
     Args:
@@ -219,7 +227,7 @@ def compare_methods(
 
     Raises:
         ValueError: two points of one name; what a method refuses.
-        RunFailed: fine-tuning could not go on.
+        RunFailed: fine-tuning could not go on for another reason than that it diverged.
     """
     # once for all points
     data = answered_by(model, data, options.get("workers"))
@@ -237,7 +245,14 @@ def compare_methods(
             read_json(place)
             if place.exists()
             else accelerate_trained(
-                model, point.method, data, folder, recipe=recipe, fits=out / "fits", **options
+                model,
+                point.method,
+                data,
+                folder,
+                recipe=recipe,
+                fits=out / "fits",
+                keep_diverged=True,
+                **options,
             )
         )
         found.append((point, folder, result))
@@ -299,6 +314,7 @@ def _row(
         (folder / "model" / "weights.safetensors").stat().st_size,
         before,
         best,
+        result.get("diverged") is not None,
         dict(point.paper),
     )
 
@@ -306,8 +322,8 @@ def _row(
 def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
     """Points of accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line a series.
 
-    With ``top5`` the first ones are also drawn for the error of the first five answers, which is what the
-    ESPACE paper prints; beside networks that it does not have, what it prints for its own.
+    With ``top5`` the first ones are also drawn for the error of the first five answers. Points that the
+    ESPACE paper prints stand beside ours, hollow: its own networks, named, where it does not have ours.
     """
     faces: dict[str, tuple[str, Callable[[Compared], float]]] = {
         "drop-speed": ("speed-up of the whole network, measured", lambda row: row.speedup),
@@ -316,25 +332,26 @@ def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict
     }
 
     printed = [
+        Mark(f"{network}'s convolutions, top-5 (the paper)", "", gain, drop)
+        for network, gain, drop in PRINTED
+    ]
+    same = [
         Mark(row.series, row.label, row.paper["speedup"], row.paper["drop"])
         for row in rows
         if {"speedup", "drop"} <= set(row.paper)
     ]
     found = {
         name: tradeoff(
-            [Mark(row.series, row.label, across(row), row.drop) for row in rows],
-            printed if name == "drop-speed" and not top5 else [],
+            [Mark(row.series, row.setting, across(row), row.drop) for row in rows],
+            (same or printed) if name == "drop-speed" and not top5 else [],
             label,
         )
         for name, (label, across) in faces.items()
     }
     if top5:
         label, across = faces["drop-speed"]
-        marks = [Mark(row.series, row.label, across(row), row.top5_drop) for row in rows]
-        others = [
-            Mark(f"{network}'s convolutions (the paper)", "", gain, drop) for network, gain, drop in PRINTED
-        ]
-        found["top5-drop-speed"] = tradeoff(marks, printed or others, label, "top-5 accuracy lost (points)")
+        marks = [Mark(row.series, row.setting, across(row), row.top5_drop) for row in rows]
+        found["top5-drop-speed"] = tradeoff(marks, same or printed, label, "top-5 accuracy lost (points)")
     return found
 
 

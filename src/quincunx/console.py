@@ -244,7 +244,7 @@ def print_compared(rows: list[MethodPoint]) -> None:
         printed = [row.paper.get(key) for key in ("speedup", "drop")]
         table.add_row(
             row.series,
-            f"{row.label}, {row.draw}" if row.draw else row.label,
+            f"{row.setting}, {row.draw}" if row.draw else row.setting,
             f"{row.drop:+.2f}",
             *([] if not tuned else [f"{row.untuned_drop or 0:+.2f}"]),
             f"{row.p:.2g}",

@@ -34,7 +34,7 @@ from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
 from quincunx.recipes import Recipe, from_dict
 
-__all__ = ["Interrupted", "RunFailed", "StopRule", "fit", "identity_of", "other_part"]
+__all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "identity_of", "other_part"]
 
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
@@ -43,6 +43,10 @@ CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "m
 
 class RunFailed(RuntimeError):
     """Training started and could not go on; the message says what is kept."""
+
+
+class Diverged(RunFailed):
+    """The loss became infinite or not a number; the message says where."""
 
 
 class Interrupted(RunFailed):
@@ -403,8 +407,8 @@ class _Run:
         dtype = getattr(torch, self.recipe.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def _diverged(self, what: str, value: float, number: int, step: int, lr: float) -> RunFailed:
-        return RunFailed(
+    def _diverged(self, what: str, value: float, number: int, step: int, lr: float) -> Diverged:
+        return Diverged(
             f"the {what} is {value} in epoch {number + 1}, step {step}, at learning rate {lr:g}; the "
             f"checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller --lr may help"
         )
