@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from results/*.json; with --check only compares."""
+"""Writes the tables of README.md and docs/measured from results/*.json; with --check only compares."""
 
 from __future__ import annotations
 
@@ -247,16 +247,24 @@ MADE = {
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = fresh = path.read_text(encoding="utf-8")
-    for name, make in MADE.items():
-        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
-        fresh = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, fresh, flags=re.DOTALL)
-    if "--check" in sys.argv:
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "measured").glob("*.md"))):
+        text = fresh = path.read_text(encoding="utf-8")
+        up = "../" * (len(path.relative_to(ROOT).parts) - 1)
+        for name in re.findall(r"<!-- ([\w.-]+) -->", text):
+            made = MADE[name]().replace("](results/", f"]({up}results/")
+            block = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
+            fresh = re.sub(
+                rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, fresh, flags=re.DOTALL
+            )
         if fresh != text:
-            print("README.md: a table is not what results/*.json say; run python benchmarks/readme.py")
-        return int(fresh != text)
-    path.write_text(fresh, encoding="utf-8")
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                path.write_text(fresh, encoding="utf-8")
+    if "--check" in sys.argv:
+        for place in stale:
+            print(f"{place}: a table is not what results/*.json say; run python benchmarks/readme.py")
+        return int(bool(stale))
     return 0
 
 

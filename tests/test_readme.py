@@ -1,4 +1,4 @@
-"""What the README says is so: its tables come from the result files, its example runs."""
+"""What the README and the pages behind it say is so: tables come from the result files, examples run."""
 
 import re
 import subprocess
@@ -50,6 +50,17 @@ def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_somewhere(path):
-    assert (ROOT / path).exists()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_table_made_has_its_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    made = (ROOT / "benchmarks" / "readme.py").read_text(encoding="utf-8").partition("MADE = {")[2]
+    names = re.findall(r'^    "([\w.-]+)": ', made, flags=re.MULTILINE)
+    assert [name for name in names if f"<!-- {name} -->" not in text] == []
