@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
+from quincunx.methods.fitting import rank_of
 from quincunx.methods.lowrank import fit, full_rank, kernel_energies, samples_needed, separable, shortage
 from quincunx.methods.moments import Accumulator, moments
 from quincunx.methods.ranks import Candidate, select_ranks
@@ -418,8 +419,28 @@ def test_a_budget_goes_where_the_data_needs_it():
 
 def test_ranks_as_a_person_gives_them():
     for given, wanted in ((1, 1), (71, 24), (0.25, 6), (1.0, 24), (0.001, 1), ("full", 24)):
-        assert qx.LowRank(given).rank_of(24) == wanted
-    assert qx.LowRank().rank_of(24) == 6
+        assert rank_of(qx.LowRank(given).rank, 24, "conv") == wanted
+    assert rank_of(qx.LowRank().rank, 24, "conv") == 6
+
+
+@pytest.mark.parametrize("method", [qx.LowRank, qx.Espace, qx.CP])
+def test_layers_can_have_ranks_of_their_own(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+    data = [images(20, 4, 8).float()]
+    own = method({"0": 3, "[1-8]": 0.5})
+    hash(own)
+    result = qx.accelerate(model, own, calibration=data)
+    both = method(3), method(0.5)
+    alone = [qx.accelerate(model, one, calibration=data).replaced for one in both]
+    assert result.replaced["0"]["rank"] == alone[0]["0"]["rank"] == 3
+    assert [result.replaced[x]["rank"] for x in "12"] == [alone[1][x]["rank"] for x in "12"]
+    some = qx.accelerate(model, method({"1": 2}), calibration=data)
+    assert (list(some.replaced), set(some.skipped.values())) == (["1"], {"no rank was given for it"})
+    with pytest.raises(ValueError, match="rank='conv2': no layer that gets one has such a name; there are 1"):
+        qx.accelerate(model, method({"1": 2, "conv2": 3}), calibration=data)
+    with pytest.warns(UserWarning, match="replaced nothing: 0: no rank was given for it"):
+        qx.accelerate(model, method({"conv2": 3}), calibration=data)
 
 
 @pytest.mark.parametrize(
@@ -430,6 +451,7 @@ def test_ranks_as_a_person_gives_them():
         (ValueError, r"rank=nan", {"rank": math.nan}),
         (TypeError, "rank='half'", {"rank": "half"}),
         (TypeError, "rank=True", {"rank": True}),
+        (ValueError, "rank=0", {"rank": {"0": 4, "*": 0}}),
         (ValueError, "budget=0", {"budget": 0}),
         (ValueError, "multiple=0", {"multiple": 0}),
         (ValueError, r"iterations=2\.5", {"iterations": 2.5}),

@@ -53,6 +53,7 @@ from quincunx.console import (
 from quincunx.espace_experiments import espace_by_name, response_picture, time_points
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
+from quincunx.methods.fitting import LayerRanks
 from quincunx.peers import PEERS
 from quincunx.sampling import parse
 from quincunx.surgery import Method
@@ -161,7 +162,10 @@ def accelerate_command(
         str | None, typer.Option(help="sb: computed positions, 1/4, 2/4 (the default), 3/4 or others.")
     ] = None,
     rank: Annotated[
-        str | None, typer.Option(help="Of each layer: a number, a share such as 0.5, or full.")
+        str | None,
+        typer.Option(
+            help="Of each layer: a number, a share such as 0.5, or full; or of some, as conv2=71,conv*=0.3."
+        ),
     ] = None,
     rank_budget: Annotated[
         float | None, typer.Option(help="Choose ranks: share of the MACs all layers together may cost.")
@@ -333,8 +337,21 @@ def _patterns(text: str | None) -> list[str]:
     return [] if text is None else [part.strip() for part in text.split(",")]
 
 
-def _rank(text: str | None) -> int | float | str | None:
-    if text is None or text == "full":
+def _rank(text: str | None) -> LayerRanks | None:
+    """One for all layers, or NAME=RANK,... for some."""
+    if text is None:
+        return None
+    parts = [part.strip().rpartition("=") for part in text.split(",")]
+    named = [name for name, _, _ in parts]
+    if len(parts) == 1 and not named[0]:
+        return _one_rank(text)
+    if not all(named) or len(set(named)) < len(named):
+        raise ValueError(f"rank={text!r}: expected one, or NAME=RANK for each of several layers, with commas")
+    return {name: _one_rank(value) for name, _, value in parts}
+
+
+def _one_rank(text: str) -> int | float | str:
+    if text == "full":
         return text
     try:
         return int(text) if text.isdigit() else float(text)

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import SeparableFit, check_integers, conv_of, conv_settings
+from quincunx.methods.fitting import (
+    LayerRanks,
+    SeparableFit,
+    check_integers,
+    check_rank_names,
+    conv_of,
+    conv_settings,
+    plain_ranks,
+    rank_of,
+)
 from quincunx.methods.moments import POSITIONS, moments
 from quincunx.separable import CPConv2d
 from quincunx.streams import Context, Layer
@@ -161,7 +170,8 @@ class CP:
 
     Args:
         rank: R of each group: an integer, a share of the rank at which any kernel is matched, which is
-            the product of its sizes but the largest, in (0, 1], or "full"; an integer is used up to that.
+            the product of its sizes but the largest, in (0, 1], or "full"; an integer is used up to that. A
+            mapping of patterns to these gives layers their own, the first that matches a name; others stay.
         restarts: starts of the solver, the first from singular vectors, the others random; the one with
             the least weight error is taken.
         iterations, tolerance: of each start; see :func:`quincunx.methods.cp.decompose`.
@@ -182,7 +192,7 @@ class CP:
         (8, 3)
     """
 
-    rank: int | float | str = 0.25
+    rank: LayerRanks = 0.25
     _: KW_ONLY
     restarts: int = 3
     iterations: int = 100
@@ -191,7 +201,7 @@ class CP:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.rank_of(10**9)  # refuses what is no rank
+        object.__setattr__(self, "rank", plain_ranks(self.rank))
         check_integers(self, restarts=1, iterations=1, positions=1, seed=0)
         if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance!r}: expected a positive number")
@@ -206,22 +216,19 @@ class CP:
         """Convolutions."""
         return (nn.Conv2d,)
 
-    def rank_of(self, full: int) -> int:
-        """The rank of a layer whose full rank is given."""
-        return SeparableFit(self.rank).rank_of(full)
-
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer cannot become four."""
         return SeparableFit(self.rank).separable_refusal(layer, with_data=False)
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
         """Each layer by itself."""
+        check_rank_names(self.rank, layers)
         return each(lambda layer: self._replacement(layer, context))
 
     def _replacement(self, layer: Layer, context: Context) -> Replacement | str:
         conv = conv_of(layer)
         kernels = conv.weight.detach().chunk(conv.groups)
-        rank = self.rank_of(full_cp_rank(kernels[0].shape))
+        rank = rank_of(self.rank, full_cp_rank(kernels[0].shape), layer.name)
         found = []
         for kernel in kernels:
             one = decompose(

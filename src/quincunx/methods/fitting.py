@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +15,16 @@ from quincunx.methods.ranks import candidate, select_ranks
 from quincunx.streams import Context, Layer
 
 __all__ = [
+    "LayerRanks",
     "SeparableFit",
     "check_integers",
+    "check_rank_names",
     "conv_of",
     "conv_settings",
     "convolution_refusal",
     "fit_record",
+    "plain_ranks",
+    "rank_of",
 ]
 
 
@@ -64,11 +69,72 @@ def convolution_refusal(layer: Layer) -> str | None:
     return None
 
 
+Rank = int | float | str
+# of all layers, or of those whose names match a pattern
+LayerRanks = Rank | Mapping[str, Rank] | tuple[tuple[str, Rank], ...]
+
+
+def rank_of(rank: LayerRanks, full: int, name: str) -> int:
+    """The rank of a layer whose full rank is given.
+
+    Raises:
+        ValueError: a rank outside its range; none for a layer of this name.
+        TypeError: a rank of another type.
+
+    Example:
+        >>> rank_of({"conv2": 71, "*": 0.25}, 240, "conv2"), rank_of({"conv2": 71, "*": 0.25}, 240, "conv3")
+        (71, 60)
+    """
+    given = rank_given(rank, name)
+    if given is None:
+        raise ValueError(f"rank={rank!r}: none for layer {name!r}")
+    if given == "full":
+        return full
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"rank={given!r}: expected an integer, a share in (0, 1] or 'full'")
+    if isinstance(given, int):
+        if given < 1:
+            raise ValueError(f"rank={given}: expected at least 1")
+        return min(given, full)
+    if not 0 < given <= 1:
+        raise ValueError(f"rank={given}: expected a share in (0, 1], or an integer")
+    return max(1, round(given * full))
+
+
+def rank_given(rank: LayerRanks, name: str) -> Rank | None:
+    """What was asked of a layer: of the first pattern that its name matches; None where none does."""
+    if not isinstance(rank, (Mapping, tuple)):
+        return rank
+    return next((value for pattern, value in dict(rank).items() if fnmatchcase(name, pattern)), None)
+
+
+def plain_ranks(rank: LayerRanks) -> LayerRanks:
+    """The same with pairs in place of a mapping, so that it can be hashed; refuses what is no rank."""
+    if not isinstance(rank, (Mapping, tuple)):
+        rank_of(rank, 10**9, "")
+        return rank
+    for value in dict(rank).values():
+        rank_of(value, 10**9, "")
+    return tuple(dict(rank).items())
+
+
+def check_rank_names(rank: LayerRanks, layers: Sequence[Layer]) -> None:
+    """Refuse a pattern that no layer's name matches.
+
+    Raises:
+        ValueError: the pattern, and some names.
+    """
+    for pattern in dict(rank) if isinstance(rank, (Mapping, tuple)) else ():
+        if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+            some = ", ".join(layer.name for layer in layers[:10])
+            raise ValueError(f"rank={pattern!r}: no layer that gets one has such a name; there are {some}")
+
+
 @dataclass(frozen=True)
 class SeparableFit:
     """The settings of a fit by separable convolutions; see :class:`quincunx.LowRank` for them."""
 
-    rank: int | float | str = 0.25
+    rank: LayerRanks = 0.25
     _: KW_ONLY
     data: bool | None = None
     budget: float | None = None
@@ -78,7 +144,7 @@ class SeparableFit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.rank_of(10**9)  # refuses what is no rank
+        object.__setattr__(self, "rank", plain_ranks(self.rank))
         check_integers(self, multiple=1, iterations=1, positions=1, seed=0)
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget={self.budget!r}: expected a positive share of the layers' MACs")
@@ -89,21 +155,6 @@ class SeparableFit:
     def targets(self) -> tuple[type[nn.Module], ...]:
         """Convolutions."""
         return (nn.Conv2d,)
-
-    def rank_of(self, full: int) -> int:
-        """The rank of a layer whose full rank is given."""
-        rank = self.rank
-        if rank == "full":
-            return full
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-            raise TypeError(f"rank={rank!r}: expected an integer, a share in (0, 1] or 'full'")
-        if isinstance(rank, int):
-            if rank < 1:
-                raise ValueError(f"rank={rank}: expected at least 1")
-            return min(rank, full)
-        if not 0 < rank <= 1:
-            raise ValueError(f"rank={rank}: expected a share in (0, 1], or an integer")
-        return max(1, round(rank * full))
 
     def with_data(self, context: Context) -> bool:
         """Whether layers are fitted to data: as asked, by default where there is some."""
@@ -118,6 +169,8 @@ class SeparableFit:
             return "a 1 x 1 kernel has no columns and rows to separate"
         if conv.groups > 1 and conv.groups == conv.in_channels:
             return "depthwise: a kernel of one channel has no channels to join"
+        if self.budget is None and rank_given(self.rank, layer.name) is None:
+            return "no rank was given for it"
         if with_data and layer.calls is not None and layer.calls > 1:
             return f"called {layer.calls} times in a forward: there is no one input to fit it to"
         return None
@@ -125,7 +178,8 @@ class SeparableFit:
     def ranks(self, layers: Sequence[Layer], context: Context, with_data: bool) -> dict[str, int]:
         """The rank of each layer: the one asked for, or that which a budget allows."""
         if self.budget is None:
-            return {layer.name: self.rank_of(full_rank(conv_of(layer))) for layer in layers}
+            check_rank_names(self.rank, layers)
+            return {x.name: rank_of(self.rank, full_rank(conv_of(x)), x.name) for x in layers}
         grams: dict[str, Tensor] = {}
         if with_data:
             grams = self._column_grams(layers, context)

@@ -21,7 +21,9 @@ class LowRank(SeparableFit):
 
     Args:
         rank: K of each channel group: an integer (of a layer of smaller full rank, that one), a share
-            of the full rank min(C dh, O dw) in (0, 1], or "full", which changes nothing but rounding.
+            of the full rank min(C dh, O dw) in (0, 1], or "full", which changes nothing but rounding. A
+            mapping of patterns to these, such as {"conv2": 71, "*": 0.3}, gives layers their own, the
+            first that matches a name; layers without one stay.
         data: fit V and T to the layer's responses on the calibration data; False truncates the SVD of
             the weight; None does the first where there is calibration data.
         budget: instead of ``rank``, the share of the layers' dense MACs that all of them together may
