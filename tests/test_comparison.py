@@ -92,6 +92,17 @@ def test_points_that_fit_in_the_same_way_share_the_fits(made, tmp_path):
     assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
+def test_masks_of_every_kind_share_the_fits(tmp_path):
+    masks = ("impact", "uniform")
+    kinds = [Point(mask, "rate 1/2", qx.Espace(rank=8, rate=0.5, mask=mask)) for mask in masks]
+    compare_methods(network(), kinds, DATA, tmp_path, **OPTIONS)
+    assert len(list((tmp_path / "fits").iterdir())) == 1
+    assert json.loads((tmp_path / "uniform-rate-1of2" / "accelerate.json").read_text())["recalled"]
+    compare_methods(network(), kinds[1:], DATA, tmp_path / "alone", **OPTIONS)
+    shared, alone = (qx.load(at / "uniform-rate-1of2" / "model") for at in (tmp_path, tmp_path / "alone"))
+    assert all(map(torch.equal, shared.state_dict().values(), alone.state_dict().values()))
+
+
 def test_networks_are_timed_with_the_original_some_at_a_time(monkeypatch):
     monkeypatch.setattr("quincunx.acceleration._TOGETHER", 2)
     held = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -71,9 +70,6 @@ class Espace(SeparableFit):
     loss: Loss | None = None
     mask_seed: int | None = None
 
-    # masks come after the fits, which do not depend on these; their kind decides which layers are taken
-    after_fits: ClassVar[tuple[str, ...]] = ("rate", "resize_masks", "loss", "mask_seed")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         pair = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
@@ -90,6 +86,13 @@ class Espace(SeparableFit):
     def name(self) -> str:
         """What records and messages call it."""
         return "espace"
+
+    @property
+    def after_fits(self) -> tuple[str, ...]:
+        """Settings that its fits do not depend on."""
+        later = ("rate", "resize_masks", "loss", "mask_seed")
+        # impact masks leave a layer that is called twice: on weights alone a budget gives others more
+        return later if self.budget is not None and self.data is False else (*later, "mask")
 
     @property
     def rates(self) -> tuple[float, float]:
