@@ -1,10 +1,11 @@
-"""Writes the tables of README.md and docs/measured from results/*.json; with --check only compares."""
+"""Writes the tables of README.md and docs from results/*.json; with --check only compares."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -187,6 +188,29 @@ def compared(name: str, figure: str = "drop-speed") -> str:
     return f"{table(header, cells)}\n\n{picture}"
 
 
+def layers(method: str) -> str:
+    """One method on single layers: speed-ups over the fastest dense layer, beside ratios of multiply-adds."""
+    cases = []
+    for case in read("bench-methods.json")["cases"]:
+        own = {row["setting"]: row for row in case["rows"] if row["method"] == method}
+        if own:
+            cases.append((case, own))
+    settings = list(dict.fromkeys(setting for _, own in cases for setting in own))
+    cells = [
+        [
+            case["name"],
+            str(case["batch"]),
+            f"{1e3 * min(case['dense'].values()):.2f}",
+            *(
+                f"{own[key]['speedup']:.2f}x of {own[key]['mac_ratio']:.2f}" if key in own else ""
+                for key in settings
+            ),
+        ]
+        for case, own in cases
+    ]
+    return table(["layer", "batch", "dense, ms", *settings], cells)
+
+
 def span(rows: list[dict[str, Any]], key: str) -> str:
     """A value, or the mean of several draws with the least and the largest."""
     values = [row[key] for row in rows]
@@ -238,7 +262,14 @@ MADE = {
     "masks-cifar-resnet20": lambda: compared("masks-cifar-resnet20"),
     "masks-cifar-resnet56": lambda: compared("masks-cifar-resnet56"),
     "masks-jpeg-cifar-resnet20": lambda: compared("masks-jpeg-cifar-resnet20"),
+    "masks-jpeg-cifar-resnet56": lambda: compared("masks-jpeg-cifar-resnet56"),
+    "masks-clothing-resnet18": lambda: compared("masks-clothing-resnet18"),
+    "masks-squeezenet-tuned": lambda: compared("masks-squeezenet-tuned", "top5-drop-speed"),
     "masks-squeezenet": lambda: compared("masks-squeezenet", "top5-drop-speed"),
+    **{
+        f"layers-{method}": partial(layers, method)
+        for method in ("binaryconnect", "cpd", "espace", "lrd", "qcnn")
+    },
     "espace-figure3": lambda: espace("espace-figure3"),
     "espace-figure4": lambda: espace("espace-figure4"),
     "espace-table2": lambda: espace("espace-table2"),
@@ -248,7 +279,7 @@ MADE = {
 
 def main() -> int:
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "measured").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = fresh = path.read_text(encoding="utf-8")
         up = "../" * (len(path.relative_to(ROOT).parts) - 1)
         for name in re.findall(r"<!-- ([\w.-]+) -->", text):
