@@ -103,19 +103,22 @@ def rank_of(rank: LayerRanks, full: int, name: str) -> int:
 
 def rank_given(rank: LayerRanks, name: str) -> Rank | None:
     """What was asked of a layer: of the first pattern that its name matches; None where none does."""
-    if not isinstance(rank, (Mapping, tuple)):
-        return rank
-    return next((value for pattern, value in dict(rank).items() if fnmatchcase(name, pattern)), None)
+    return next((value for pattern, value in _pairs(rank) if fnmatchcase(name, pattern)), None)
 
 
 def plain_ranks(rank: LayerRanks) -> LayerRanks:
     """The same with pairs in place of a mapping, so that it can be hashed; refuses what is no rank."""
-    if not isinstance(rank, (Mapping, tuple)):
-        rank_of(rank, 10**9, "")
-        return rank
-    for value in dict(rank).values():
+    pairs = _pairs(rank)
+    for _, value in pairs:
         rank_of(value, 10**9, "")
-    return tuple(dict(rank).items())
+    return pairs if isinstance(rank, Mapping) else rank
+
+
+def _pairs(rank: LayerRanks) -> tuple[tuple[str, Rank], ...]:
+    """Patterns and what is asked of the layers that they match; one rank is asked of all."""
+    if isinstance(rank, Mapping):
+        return tuple(rank.items())
+    return rank if isinstance(rank, tuple) else (("*", rank),)
 
 
 def check_rank_names(rank: LayerRanks, layers: Sequence[Layer]) -> None:
@@ -124,7 +127,7 @@ def check_rank_names(rank: LayerRanks, layers: Sequence[Layer]) -> None:
     Raises:
         ValueError: the pattern, and some names.
     """
-    for pattern in dict(rank) if isinstance(rank, (Mapping, tuple)) else ():
+    for pattern, _ in _pairs(rank):
         if not any(fnmatchcase(layer.name, pattern) for layer in layers):
             some = ", ".join(layer.name for layer in layers[:10])
             raise ValueError(f"rank={pattern!r}: no layer that gets one has such a name; there are {some}")
