@@ -225,7 +225,8 @@ class Uniform(Sampling):
         ValueError: rate outside (0, 1].
         TypeError: rate is not a number.
 
-    Source: Lin et al., ESPACE (AAAI 2017), eq. 8 (uniform mask).
+    Source: in place of the uniform mask of Lin et al., ESPACE (AAAI 2017), eq. 8, whose positions were not at
+        hand and may differ.
 
     Example:
         >>> Uniform(0.25).count(8, 8)
