@@ -161,7 +161,7 @@ def compared(name: str, figure: str = "drop-speed") -> str:
     header += [*(["before fine-tuning"] if tuned else []), "p", "network", "MAC ratio"]
     bytes_differ = len({row["bytes"] for row in result["rows"]}) > 1
     several = len({row["series"].split(",")[0] for row in result["rows"]}) > 1
-    header += [*(["KB"] if bytes_differ else []), *(["on the front"] if several else [])]
+    header += [*(["KB"] if bytes_differ else []), *(["on the front of"] if several else [])]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["series"], row["label"]), []).append(row)
@@ -180,7 +180,7 @@ def compared(name: str, figure: str = "drop-speed") -> str:
                 if bytes_differ
                 else []
             ),
-            *(["yes" if any(row["front"] for row in rows) else ""] if several else []),
+            *([", ".join(rows[0]["fronts"])] if several else []),
         ]
         for (series, label), rows in groups.items()
     ]

@@ -18,6 +18,7 @@ from quincunx.acceleration import accelerate_trained, mcnemar, reestimate_batch_
 from quincunx.acceleration_report import acceleration_sentences, search_sentences, write_acceleration_report
 from quincunx.journal import FolderJournal
 from quincunx.recipes import Recipe
+from quincunx.train import fit
 from test_cli import call
 from test_train import pictures
 
@@ -111,6 +112,25 @@ def test_the_page_shows_layers_masks_and_sentences(made):
     (out / "foreign" / "accelerate.json").write_text('{"kind": "train"}')
     with pytest.raises(ValueError, match="not the result of an acceleration"):
         write_acceleration_report(out / "foreign")
+
+
+def test_weights_of_one_bit_are_small_on_disk_and_do_not_train_on(tmp_path):
+    recipe = Recipe("tiny", epochs=1, batch_size=20, lr=0.001, augment="none")
+    options = {"calibration": 20, "batch": 1, "rounds": 3, "layers": ["layer1.*"]}
+    result = accelerate_trained(network(), qx.BinaryConnect(), DATA, tmp_path, recipe=recipe, **options)
+    packed, trained = (qx.load(tmp_path / place) for place in ("model", "finetune/model"))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(packed(x), trained.eval()(x), rtol=1e-4, atol=1e-4)
+    weights = sum(m.weight.numel() for m in trained.modules() if isinstance(m, qx.BinaryConv2d))
+    bits, scales = (
+        sum(v.numel() * v.element_size() for k, v in packed.state_dict().items() if k.endswith(end))
+        for end in ("bits", "scale")
+    )
+    assert weights / 8 <= bits < weights / 7
+    assert result["bytes"]["before"] - result["bytes"]["after"] == 4 * weights - bits - scales
+    assert any("MB on disk" in sentence for sentence in acceleration_sentences(result))
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv1: weights of one bit are for inference"):
+        fit(packed, DATA, recipe, tmp_path / "again")
 
 
 def test_finished_layers_are_not_fitted_again(tmp_path, monkeypatch):

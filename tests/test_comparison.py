@@ -9,7 +9,15 @@ import torch
 import quincunx as qx
 from quincunx.acceleration import sample, time_together
 from quincunx.artifact import note_factory
-from quincunx.comparison import SWEEPS, Compared, Point, compare_methods, comparison_pictures, on_front
+from quincunx.comparison import (
+    SWEEPS,
+    Compared,
+    Point,
+    compare_methods,
+    comparison_pictures,
+    on_front,
+    with_fronts,
+)
 from quincunx.espace_experiments import (
     ESPACE_EXPERIMENTS,
     EspaceExperiment,
@@ -55,7 +63,8 @@ def test_every_point_has_its_folder_and_its_row(made):
     assert rows[1].mac_ratio > rows[0].mac_ratio > rows[2].mac_ratio > 1
     assert rows[0].paper == {"speedup": 1.5, "drop": 0.3}
     written = json.loads((out / "comparison.json").read_text())
-    assert [{**r, "speedup_range": tuple(r["speedup_range"])} for r in written["rows"]] == [
+    pairs = ("speedup_range", "fronts")
+    assert [{**r, **{key: tuple(r[key]) for key in pairs}} for r in written["rows"]] == [
         row.to_dict() for row in rows
     ]
     assert written["environment"]["commit"] == result["environment"]["commit"]
@@ -64,7 +73,7 @@ def test_every_point_has_its_folder_and_its_row(made):
 
 def measured(row):
     """What another run may find otherwise: times, and what follows from them."""
-    return replace(row, seconds_before=0, seconds_after=0, speedup=0, speedup_range=(0, 0), front=False)
+    return replace(row, seconds_before=0, seconds_after=0, speedup=0, speedup_range=(0, 0), fronts=())
 
 
 def test_points_that_are_there_are_not_made_again_but_timed_anew(made, monkeypatch):
@@ -144,7 +153,22 @@ def test_the_front():
 def row(series, label, lost, gain, **paper):
     speeds = (gain, 1.0, gain, (gain, gain), gain, 2 * gain)
     lost = lost, lost / 2, 3.0, 0.5, 100
-    return Compared(series, label, "", *lost, *speeds, 50, 100, True, False, paper)
+    return Compared(series, label, "", *lost, *speeds, 50, 100, False, paper)
+
+
+def test_each_trade_off_has_its_front():
+    # in the order of drop and speed-up; MACs fall twice as far, bytes to half
+    fast, slow, same = row("a", "fast", 1.0, 2.0), row("b", "slow", 0.5, 0.9), row("c", "same", 0.0, 1.0)
+    drawn = [replace(row("d", "drawn", lost, 3.0), draw=f"seed {lost}") for lost in (0.8, 1.4)]
+    rows = with_fronts([fast, slow, same, *drawn])
+    # leaving the network alone is better than "slow" in speed, not in MACs or bytes; "drawn" loses 1.1 in the
+    # mean, so that "fast" keeps its place
+    assert [r.fronts for r in rows] == [
+        *[("speed", "MACs"), (), ("speed", "MACs", "bytes"), ("speed", "MACs"), ("speed", "MACs")],
+    ]
+    picture = comparison_pictures(rows)["drop-speed"]
+    assert "On the Pareto front: a, fast; c, same; d, drawn." in picture.alternative
+    assert "Pareto" not in comparison_pictures([fast])["drop-speed"].alternative
 
 
 def test_figures_say_what_they_show():
@@ -211,7 +235,15 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
     assert all(row.speedup > 0 and row.bytes > 0 for row in rows)
     stages = json.loads((tmp_path / "LRD-rank-0.6" / "accelerate.json").read_text())["stages"]
     assert rows[1].untuned_drop == pytest.approx(100 * (stages[-2]["error"] - stages[0]["error"]))
-    assert any(row.front for row in rows)
+    # one bit a weight in the artifact; the run that trained it keeps the real ones
+    weights = sum(
+        m.weight.numel() for m in model.get_submodule("layer1").modules() if isinstance(m, torch.nn.Conv2d)
+    )
+    assert rows[3].bytes_before - rows[3].bytes > 3.7 * weights
+    assert isinstance(
+        qx.load(tmp_path / "BinaryConnect-1-bit/finetune/model").get_submodule("layer1.0.conv1"),
+        qx.BinaryConv2d,
+    )
 
 
 @pytest.mark.parametrize("name", ESPACE_EXPERIMENTS)

@@ -28,6 +28,7 @@ from quincunx.evaluation import answered_by, judged
 from quincunx.fuse import fuse
 from quincunx.journal import FolderJournal
 from quincunx.latency import Timing, environment, measure_models
+from quincunx.methods import BinaryConnect
 from quincunx.peers import PEERS
 from quincunx.progress import progress_bar
 from quincunx.recipes import Recipe
@@ -143,8 +144,9 @@ def accelerate_trained(
 ) -> dict[str, Any]:
     """Make a trained network faster and say what it cost: error at each stage, time of each layer.
 
-    The folder gets ``accelerate.json`` (the result), ``model`` (the artifact), ``layers`` (finished
-    layers, which the same call does not make again) and, with a recipe, ``finetune`` (that run).
+    The folder gets ``accelerate.json`` (the result), ``model`` (the artifact, weights of one bit packed),
+    ``layers`` (finished layers, which the same call does not make again) and, with a recipe, ``finetune``
+    (that run, from whose own artifact training can go on).
 
     Args:
         model: a trained network with a spec or a noted factory; it is left as it is.
@@ -228,6 +230,7 @@ def accelerate_trained(
             found = dataclasses.replace(found, model=fast)
         doubt = "" if diverged is None else " (it diverged: the network from before it)"
         stages.append(_Stage(f"after fine-tuning{doubt}", fast, judge))
+    packed = BinaryConnect.pack(fast)
     result = {
         "schema": 1,
         "kind": "accelerate",
@@ -242,13 +245,21 @@ def accelerate_trained(
         "recalled": journal.recalled,
         "fitting": fitting,
         "cost": {key: _cost(m, one) for key, m in (("before", original), ("after", fast))},
+        "bytes": {key: _weight_bytes(m) for key, m in (("before", original), ("after", packed))},
         **_timed(original, found, one, batch, rounds, progress),
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
         "environment": environment(),
     }
-    save(fast, out / "model", info={"data": data.describe(), "test_error": result["stages"][-1]["error"]})
+    info = {"data": data.describe(), "test_error": result["stages"][-1]["error"]}
+    save(packed, out / "model", info=info)
     write_json(out / "accelerate.json", result)
     return result
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    """Of what an artifact keeps, each tensor once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def shared_fits(

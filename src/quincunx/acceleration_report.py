@@ -25,6 +25,9 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         f"network at batch {result['batch']} on {whole['threads']} thread{many} is "
         f"{speed_words(speed['median'], speed['q1'], speed['q3'])}: {', '.join(times)}."
     ]
+    if "bytes" in result:
+        kept = [f"{result['bytes'][key] / 1e6:.2f}" for key in ("before", "after")]
+        said.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
     if result.get("search"):
         said += search_sentences(result["search"])
     tested = result["data"]["test"]

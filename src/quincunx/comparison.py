@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import compress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -32,6 +34,7 @@ __all__ = [
     "comparison_pictures",
     "on_front",
     "points_named",
+    "with_fronts",
 ]
 
 
@@ -78,7 +81,8 @@ class Compared:
         layers_speedup: of the replaced layers together, measured when the point was made.
         mac_ratio: MACs before over after.
         bytes: of the weights on disk; ``bytes_before`` of the original's.
-        front: whether no other point is at least as good in both drop and speed-up.
+        fronts: of which trade-offs it is on the Pareto front: "speed", "MACs", "bytes". The network as it
+            was is a point of each; draws of one setting are one point, their mean.
         diverged: whether fine-tuning did; then this is the network from before it.
         paper: what the paper prints.
     """
@@ -99,9 +103,9 @@ class Compared:
     mac_ratio: float
     bytes: int
     bytes_before: int
-    front: bool
     diverged: bool
     paper: dict[str, float]
+    fronts: tuple[str, ...] = ()
 
     @property
     def setting(self) -> str:
@@ -113,6 +117,12 @@ class Compared:
         return asdict(self)
 
 
+# what accuracy is given up for -> in words, and how many times less a point takes
+_GAINS: dict[str, tuple[str, Callable[[Compared], float]]] = {
+    "speed": ("speed-up of the whole network, measured", lambda row: row.speedup),
+    "MACs": ("MACs before / after", lambda row: row.mac_ratio),
+    "bytes": ("bytes on disk before / after", lambda row: row.bytes_before / row.bytes),
+}
 # network, speed-up of all convolutions, points of top-5 accuracy lost: Lin et al., AAAI 2017, tables 2 and 3
 PRINTED = (
     ("AlexNet", 5.48, 0.97),
@@ -265,16 +275,15 @@ def compare_methods(
         (data.in_channels, *data.size),
         **timing,
     )
-    drops = [_drop(result, -1, "error") for _, _, result in found]
-    gains = [times[folder.name]["speedup"]["median"] for _, folder, _ in found]
-    front = on_front(list(zip(drops, gains, strict=True)))
-    rows = [
-        _row(point, folder, result, before.stat().st_size, times[folder.name], best)
-        for (point, folder, result), best in zip(found, front, strict=True)
-    ]
+    rows = with_fronts(
+        [
+            _row(point, folder, result, before.stat().st_size, times[folder.name])
+            for point, folder, result in found
+        ]
+    )
     shared = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
     content = {
-        "schema": 1,
+        "schema": 2,
         "kind": "comparison",
         **{key: found[0][2][key] for key in shared},
         "before": found[0][2]["stages"][0],
@@ -291,9 +300,7 @@ def _drop(result: dict[str, Any], stage: int, key: str) -> float:
     return 100 * (after - first)
 
 
-def _row(
-    point: Point, folder: Path, result: dict[str, Any], before: int, times: dict[str, Any], best: bool
-) -> Compared:
+def _row(point: Point, folder: Path, result: dict[str, Any], before: int, times: dict[str, Any]) -> Compared:
     layers, cost, last = result["layers"], result["cost"], result["stages"][-1]
     dense, fast = (sum(row[f"seconds_{key}"] for row in layers) for key in ("before", "after"))
     return Compared(
@@ -313,10 +320,24 @@ def _row(
         cost["before"]["macs"] / cost["after"]["macs"],
         (folder / "model" / "weights.safetensors").stat().st_size,
         before,
-        best,
         result.get("diverged") is not None,
         dict(point.paper),
     )
+
+
+def with_fronts(rows: Sequence[Compared]) -> list[Compared]:
+    """The rows, each with the trade-offs it is on the front of, as :class:`Compared` says."""
+    settings: dict[tuple[str, str], list[Compared]] = {}
+    for row in rows:
+        settings.setdefault((row.series, row.label), []).append(row)
+    fronts: dict[tuple[str, str], list[str]] = {key: [] for key in settings}
+    for what, (_, gain) in _GAINS.items():
+        means = [(fmean(r.drop for r in some), fmean(gain(r) for r in some)) for some in settings.values()]
+        # whoever leaves the network alone loses and gains nothing
+        _, *best = on_front([(0.0, 1.0), *means])
+        for key in compress(settings, best):
+            fronts[key].append(what)
+    return [replace(row, fronts=tuple(fronts[row.series, row.label])) for row in rows]
 
 
 def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
@@ -325,12 +346,6 @@ def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict
     With ``top5`` the first ones are also drawn for the error of the first five answers. Points that the
     ESPACE paper prints stand beside ours, hollow: its own networks, named, where it does not have ours.
     """
-    faces: dict[str, tuple[str, Callable[[Compared], float]]] = {
-        "drop-speed": ("speed-up of the whole network, measured", lambda row: row.speedup),
-        "drop-macs": ("MACs before / after", lambda row: row.mac_ratio),
-        "drop-bytes": ("bytes on disk before / after", lambda row: row.bytes_before / row.bytes),
-    }
-
     printed = [
         Mark(f"{network}'s convolutions, top-5 (the paper)", "", gain, drop)
         for network, gain, drop in PRINTED
@@ -341,16 +356,16 @@ def comparison_pictures(rows: Sequence[Compared], *, top5: bool = False) -> dict
         if {"speedup", "drop"} <= set(row.paper)
     ]
     found = {
-        name: tradeoff(
-            [Mark(row.series, row.setting, across(row), row.drop) for row in rows],
-            (same or printed) if name == "drop-speed" and not top5 else [],
+        f"drop-{what.lower()}": tradeoff(
+            [Mark(row.series, row.setting, gain(row), row.drop, what in row.fronts) for row in rows],
+            (same or printed) if what == "speed" and not top5 else [],
             label,
         )
-        for name, (label, across) in faces.items()
+        for what, (label, gain) in _GAINS.items()
     }
     if top5:
-        label, across = faces["drop-speed"]
-        marks = [Mark(row.series, row.setting, across(row), row.top5_drop) for row in rows]
+        label, gain = _GAINS["speed"]
+        marks = [Mark(row.series, row.setting, gain(row), row.top5_drop) for row in rows]
         found["top5-drop-speed"] = tradeoff(marks, same or printed, label, "top-5 accuracy lost (points)")
     return found
 

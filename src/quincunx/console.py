@@ -229,14 +229,14 @@ def print_search(record: dict[str, Any]) -> None:
 
 
 def print_compared(rows: list[MethodPoint]) -> None:
-    """Every setting of every method; a star marks those on the Pareto front of error and speed."""
+    """Every setting of every method; and of which trade-offs it is on the Pareto front."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("method", "setting"):
         table.add_column(column)
     tuned = any(row.untuned_drop is not None for row in rows)
     for column in (
         *("accuracy lost\n(points)", *(["\nuntuned"] if tuned else []), "\np"),
-        *("speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "front"),
+        *("speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "on the\nfront of"),
         *("paper:\nspeed-up", "\npoints"),
     ):
         table.add_column(column, justify="right")
@@ -252,7 +252,7 @@ def print_compared(rows: list[MethodPoint]) -> None:
             f"{row.layers_speedup:.2f}x",
             f"{row.mac_ratio:.2f}",
             f"{row.bytes / 1e3:.0f}",
-            "*" if row.front else "",
+            ", ".join(row.fronts),
             *("" if value is None else f"{value:g}" for value in printed),
         )
     _console().print(table)

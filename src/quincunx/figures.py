@@ -84,13 +84,15 @@ class Point:
 class Mark:
     """One setting of a method: what it gains across, and the points of error it loses.
 
-    Several of one series and label, such as draws of a random mask, are one point with a range.
+    Several of one series and label, such as draws of a random mask, are one point with a range. ``front``
+    says that no other setting is better in one and no worse in the other.
     """
 
     series: str
     label: str
     gain: float
     drop: float
+    front: bool = False
 
 
 @dataclass(frozen=True)
@@ -337,10 +339,13 @@ def tradeoff(
 ) -> Picture:
     """Points of accuracy lost against what is gained, a line a series; hollow marks are a paper's own.
 
+    A wide grey line joins those on the front.
     Upright ``lines`` are gains for which the paper's loss on this axis is not known.
     """
     series = list(dict.fromkeys(mark.series for mark in (*marks, *printed)))
-    figure, axes, columns = _axes([_shorten(name) for name in series])
+    ahead: list[tuple[float, float]] = []
+    best = ["Pareto front"] if any(mark.front for mark in marks) else []
+    figure, axes, columns = _axes([*(_shorten(name) for name in series), *best])
     for i, name in enumerate(series):
         colour, marker = _look(i)
         own: dict[str, list[Mark]] = {}
@@ -348,11 +353,12 @@ def tradeoff(
             if mark.series == name:
                 own.setdefault(mark.label, []).append(mark)
         points = sorted(
-            (fmean(m.gain for m in some), fmean(m.drop for m in some), [m.drop for m in some])
+            (fmean(m.gain for m in some), fmean(m.drop for m in some), [m.drop for m in some], some[0].front)
             for some in own.values()
         )
+        ahead += [(gain, drop) for gain, drop, _, front in points if front]
         if points:
-            gains, drops, each = zip(*points, strict=True)
+            gains, drops, each, _ = zip(*points, strict=True)
             axes.plot(gains, drops, color=colour, marker=marker, markersize=5, label=_shorten(name))
             for gain, some in zip(gains, each, strict=True):
                 axes.plot([gain, gain], [min(some), max(some)], color=colour, linewidth=1)
@@ -366,6 +372,8 @@ def tradeoff(
                 marker=marker,
                 label=None if points else _shorten(name),
             )
+    for label in best:
+        axes.plot(*zip(*sorted(ahead), strict=True), color="#bbbbbb", linewidth=7, zorder=0, label=label)
     axes.axhline(0, color="#888888", linewidth=1, linestyle="--")
     for label, gain in lines:
         axes.axvline(gain, color="#888888", linewidth=1, linestyle=":")
@@ -385,6 +393,9 @@ def tradeoff(
     _legend(figure, columns)
     said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
     note = " Hollow marks are printed in the paper." if printed else ""
+    if best:
+        front = dict.fromkeys(f"{m.series}, {m.label}" for m in marks if m.front)
+        note += f" On the Pareto front: {'; '.join(front)}."
     if lines:
         told = ", ".join(f"{gain:g} ({label})" for label, gain in lines)
         note += f" Dotted lines are speed-ups that the paper prints: {told}."

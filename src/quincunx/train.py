@@ -24,6 +24,7 @@ from quincunx.artifact import (
     write_json,
     write_text,
 )
+from quincunx.binary import PackedConv2d, PackedLinear
 from quincunx.checkpoint import check_disk, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
 from quincunx.data import ImageData, WorkerFailed, batches, memory
@@ -127,9 +128,10 @@ def fit(
         The content of ``run.json``.
 
     Raises:
-        ValueError: the network or its teacher does not fit the data; a teacher is missing, or there for
-            nothing; a step needs more memory than is free; the checkpoint is corrupt, or of another network,
-            recipe, seed or data set; the folder holds something else where the artifact goes.
+        ValueError: the network has packed weights of one bit; it or its teacher does not fit the data; a
+            teacher is missing, or there for nothing; a step needs more memory than is free; the checkpoint is
+            corrupt, or of another network, recipe, seed or data set; the folder holds something else where
+            the artifact goes.
         FileExistsError: the folder holds a run and ``resume`` was not asked for.
         RunFailed: the loss is not finite, a streamed image cannot be read, the disk is full or too small,
             or another process writes to the folder; the last checkpoint is kept.
@@ -190,6 +192,12 @@ class _Run:
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.ranks, self.workers = ranks, workers
         self.spec = spec_of(model)
+        for name, module in model.named_modules():
+            if isinstance(module, (PackedConv2d, PackedLinear)):
+                raise ValueError(
+                    f"{name}: weights of one bit are for inference and do not train; start from the run "
+                    "that trained them, such as the folder finetune"
+                )
         self.device = device_of(model)
         check_channels(model, data)
         height, width = data.size
