@@ -84,6 +84,34 @@ def test_points_that_are_there_are_not_made_again_but_timed_anew(made, monkeypat
     assert [row.seconds_after for row in again] != [row.seconds_after for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("seed", "changed", "match"),
+    [
+        (1, {}, "points of another run: weights was"),
+        (0, {"calibration": 41}, "calibration was 40, now 41"),
+        (0, {"recipe": Recipe("tiny", epochs=1, batch_size=30, lr=0.1)}, "recipe was None, now"),
+    ],
+)
+def test_points_of_another_run_are_not_taken_for_this_ones(made, seed, changed, match):
+    with pytest.raises(ValueError, match=match):
+        compare_methods(network(seed), POINTS, DATA, made[0], **{**OPTIONS, **changed})
+
+
+def test_a_refused_point_is_left_out_and_named(made, tmp_path):
+    few = Point("low rank", "too few images", qx.LowRank(rank=16))
+    options = {**OPTIONS, "calibration": 1, "layers": ["layer3.*"]}
+    with pytest.raises(ValueError, match="images give"):
+        compare_methods(network(), [few], DATA, tmp_path / "alone", **options)
+    told = []
+    points = [few, Point("CPD", "rank 4", qx.CP(rank=4, iterations=2))]
+    rows = compare_methods(network(), points, DATA, tmp_path, tell=told.append, **options)
+    assert [row.series for row in rows] == ["CPD"]
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(written["refused"]) == ["low rank, too few images"]
+    assert told[1].startswith("refused: ")
+    assert "images give" in told[1]
+
+
 def test_points_that_fit_in_the_same_way_share_the_fits(made, tmp_path):
     out, _ = made
     recalled = {

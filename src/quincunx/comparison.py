@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from quincunx.acceleration import accelerate_trained, time_together
+from quincunx.acceleration import accelerate_trained, time_together, trained_identity
 from quincunx.artifact import load, read_json, save, spec_of, write_json
 from quincunx.data import ImageData
 from quincunx.evaluation import answered_by
 from quincunx.figures import Mark, Picture, tradeoff
+from quincunx.journal import check_run
 from quincunx.latency import environment
 from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
 from quincunx.recipes import Recipe
@@ -224,9 +225,9 @@ def compare_methods(
     """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
 
     All points have the same data and fine-tuning, and those that fit layers in the same way the same fits.
-    A point whose result is there is not made again, and one whose fine-tuning diverges is what it was before,
-    marked so. At the end the whole networks are timed in turn with
-    each other; the same call again times them anew.
+    A point whose result is there is not made again, one whose fine-tuning diverges is what it was before,
+    marked so, and one that its method refuses is left out; "refused" in ``comparison.json`` says why. At the
+    end the whole networks are timed in turn with each other; the same call again times them anew.
 
     Args:
         model: a trained network with a spec.
@@ -236,12 +237,16 @@ def compare_methods(
         tell: called with each point's name before it is made.
 
     Raises:
-        ValueError: two points of one name; what a method refuses.
+        ValueError: two points of one name; every point is refused; the folder holds points of another
+            network, data or fine-tuning (the difference is listed).
         RunFailed: fine-tuning could not go on for another reason than that it diverged.
     """
     # once for all points
     data = answered_by(model, data, options.get("workers"))
     out, found = Path(out), []
+    refused: dict[str, str] = {}
+    how = None if recipe is None else recipe.to_dict()
+    check_run(out, {**trained_identity(model, data, **options), "recipe": how}, "points")
     before = save(model, out / "original") / "weights.safetensors"
     names: set[str] = set()
     for point in points:
@@ -251,21 +256,29 @@ def compare_methods(
         tell(point.name)
         folder = out / point.folder
         place = folder / "accelerate.json"
-        result = (
-            read_json(place)
-            if place.exists()
-            else accelerate_trained(
-                model,
-                point.method,
-                data,
-                folder,
-                recipe=recipe,
-                fits=out / "fits",
-                keep_diverged=True,
-                **options,
+        try:
+            result = (
+                read_json(place)
+                if place.exists()
+                else accelerate_trained(
+                    model,
+                    point.method,
+                    data,
+                    folder,
+                    recipe=recipe,
+                    fits=out / "fits",
+                    keep_diverged=True,
+                    **options,
+                )
             )
-        )
+        except ValueError as error:
+            # hours of other points are not lost for one that cannot be
+            refused[point.name] = str(error)
+            tell(f"refused: {error}")
+            continue
         found.append((point, folder, result))
+    if not found:
+        raise ValueError("; ".join(dict.fromkeys(refused.values())) or "points: there are none")
     own = spec_of(model)["kind"] == "factory"
     factory = partial(copy.deepcopy, model) if own else None
     timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress")}
@@ -289,6 +302,7 @@ def compare_methods(
         "before": found[0][2]["stages"][0],
         "rounds": next(iter(times.values()))["rounds"],
         "rows": [r.to_dict() for r in rows],
+        "refused": refused,
         "environment": environment(),
     }
     write_json(out / "comparison.json", content)

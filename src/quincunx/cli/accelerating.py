@@ -16,7 +16,7 @@ import quincunx as qx
 from quincunx import recipes
 from quincunx.acceleration import accelerate_trained, plan_for_target
 from quincunx.acceleration_report import usage, write_acceleration_report
-from quincunx.artifact import write_json
+from quincunx.artifact import read_json, write_json
 from quincunx.choice import CANDIDATES, Search, Target, candidates_named
 from quincunx.cli.common import (
     Data,
@@ -413,7 +413,8 @@ def compare_command(
     All have the same data and the same fine-tuning. Each setting leaves a folder with its JSON and artifact;
     at the end the whole networks are timed in turn with each other. The same command again makes only
     what is missing, and times all of them anew. Writes comparison.json and
-    the figures drop-speed.svg, drop-macs.svg and drop-bytes.svg.
+    the figures drop-speed.svg, drop-macs.svg and drop-bytes.svg. A setting that its method refuses is left
+    out and named, and the exit code is 1.
     """
     with bad_input():
         use_threads(threads)
@@ -450,11 +451,16 @@ def compare_command(
                 progress=not as_json,
             )
             _draw(rows, out, top5=len(images.classes) >= _MANY_CLASSES)
+    refused = read_json(out / "comparison.json")["refused"]
     if as_json:
-        show({"rows": [row.to_dict() for row in rows], "out": str(out)})
-        return
-    print_compared(rows)
-    say(f"wrote {out}")
+        show({"rows": [row.to_dict() for row in rows], "refused": refused, "out": str(out)})
+    else:
+        print_compared(rows)
+        for name, why in refused.items():
+            say(f"Left out, {name}: {why}.")
+        say(f"wrote {out}")
+    if refused:
+        raise typer.Exit(1)
 
 
 def _telling(quiet: bool) -> Callable[[str], None]:
