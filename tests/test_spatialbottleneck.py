@@ -246,6 +246,17 @@ def test_a_single_with_room_for_all_of_a_patch_is_exact():
     torch.testing.assert_close(result.model(x).detach(), want, rtol=0, atol=1e-3 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("data", [True, False])
+def test_both_halves_of_a_single_have_weights_of_one_size(data):
+    """Whatever the scale of the map: a first step of training on halves of unlike size would end it."""
+    conv, x = nn.Conv2d(6, 8, 3, padding=1, groups=2), 1000 * torch.randn(40, 6, 9, 9)
+    made = qx.accelerate(nn.Sequential(conv), qx.SpatialBottleneck(), calibration=[x] if data else None)
+    halves = made.model[0].down.weight, made.model[0].up.weight
+    first, second = (w.detach().flatten(1).norm(dim=1) for w in halves)
+    torch.testing.assert_close(first, second)
+    assert float(first.min()) > 0
+
+
 def test_a_layer_of_low_rank_needs_as_many_codes_as_its_patches_have_to_tell():
     layer, data = conv(4, 4), [images(40, 4)]
     with torch.no_grad():  # one number a position, read nine times

@@ -250,6 +250,7 @@ class _BottleneckWork:
             last = _like(conv, mid, conv.out_channels)
             module.up.weight.zero_()  # a channel that the data does not show adds nothing
             error = self._solve(layer, last, module.up, _spread(method, coded))
+            _balance(module)
             if not self.with_data and conv.bias is not None and module.up.bias is not None:
                 module.up.bias.copy_(conv.bias)
         record = {**self._record(layer), "mid_channels": mid}
@@ -422,6 +423,20 @@ def _solve_codes(
         leading = _leading(told, count)
     directions = torch.linalg.solve_triangular(factor.transpose(1, 2), leading, upper=True)
     down.weight.copy_(directions.transpose(1, 2).reshape(down.weight.shape))
+
+
+def _balance(module: SpatialBottleneck2d) -> None:
+    """Give each channel in the middle the same norm in both halves; what they compute stays.
+
+    The first half as solved gives values of variance one, whatever the map's scale: its weights may be a
+    hundred thousand times smaller than the second's, and the first step of training would end it.
+    """
+    first, second = module.down.weight, module.up.weight
+    norms = [w.flatten(1).norm(dim=1) for w in (first, second)]
+    share = (norms[1] / norms[0]).sqrt()
+    share[~(share.isfinite() & (share > 0))] = 1
+    first.mul_(share[:, None, None, None])
+    second.div_(share[:, None, None, None])
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
