@@ -3,14 +3,17 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorly import tenalg
+from tensorly.tenalg.core_tenalg.mttkrp import unfolding_dot_khatri_rao
 from torch import nn
 
 import quincunx as qx
 from quincunx.methods import build_module
-from quincunx.methods.cp import decompose, full_cp_rank
+from quincunx.methods.cp import decompose, full_cp_rank, products
 
 LAYERS = {
     "plain": {"kernel_size": 3, "padding": 1},
@@ -57,6 +60,23 @@ def test_a_kernel_of_known_rank_is_rebuilt(shape):
     assert float((weight - again).norm() / weight.norm()) < 1e-5
     assert found.error == pytest.approx(float(((weight - again).norm() / weight.norm()) ** 2), abs=1e-12)
     assert min(found.errors) == found.error
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("mode", range(4))
+def test_products_are_those_with_the_khatri_rao_product(mode, weighted):
+    generator = np.random.default_rng(0)
+    tensor = generator.standard_normal((5, 7, 2, 3))
+    factors = [generator.standard_normal((size, 4)) for size in tensor.shape]
+    weights = generator.standard_normal(4) if weighted else None
+    expected = unfolding_dot_khatri_rao(tensor, (weights, factors), mode)
+    np.testing.assert_allclose(products(tensor, (weights, factors), mode), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tensorly_is_left_as_it_was():
+    before = tenalg.current_backend().backend_name
+    replaced(nn.Conv2d(4, 4, 3), 2, iterations=3)
+    assert tenalg.current_backend().backend_name == before != "quincunx-chained"
 
 
 def test_one_component_is_the_best_that_the_svd_gives():
