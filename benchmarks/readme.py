@@ -266,6 +266,10 @@ MADE = {
     "masks-clothing-resnet18": lambda: compared("masks-clothing-resnet18"),
     "masks-squeezenet-tuned": lambda: compared("masks-squeezenet-tuned", "top5-drop-speed"),
     "masks-squeezenet": lambda: compared("masks-squeezenet", "top5-drop-speed"),
+    "compared-cifar-resnet20": lambda: compared("compared-cifar-resnet20"),
+    "compared-clothing-resnet18": lambda: compared("compared-clothing-resnet18"),
+    "compared-clothing-resnet18-sb": lambda: compared("compared-clothing-resnet18-sb"),
+    "compared-squeezenet": lambda: compared("compared-squeezenet", "top5-drop-speed"),
     **{
         f"layers-{method}": partial(layers, method)
         for method in ("binaryconnect", "cpd", "espace", "lrd", "qcnn")
