@@ -36,6 +36,7 @@ __all__ = [
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vPX"
 _LONGEST = 44
+_FRONT = "Pareto front"
 
 
 @dataclass(frozen=True)
@@ -343,9 +344,9 @@ def tradeoff(
     Upright ``lines`` are gains for which the paper's loss on this axis is not known.
     """
     series = list(dict.fromkeys(mark.series for mark in (*marks, *printed)))
+    front = list(dict.fromkeys(f"{m.series}, {m.label}" for m in marks if m.front))
     ahead: list[tuple[float, float]] = []
-    best = ["Pareto front"] if any(mark.front for mark in marks) else []
-    figure, axes, columns = _axes([*(_shorten(name) for name in series), *best])
+    figure, axes, columns = _axes([_shorten(name) for name in series] + [_FRONT] * bool(front))
     for i, name in enumerate(series):
         colour, marker = _look(i)
         own: dict[str, list[Mark]] = {}
@@ -356,7 +357,7 @@ def tradeoff(
             (fmean(m.gain for m in some), fmean(m.drop for m in some), [m.drop for m in some], some[0].front)
             for some in own.values()
         )
-        ahead += [(gain, drop) for gain, drop, _, front in points if front]
+        ahead += [(gain, drop) for gain, drop, _, best in points if best]
         if points:
             gains, drops, each, _ = zip(*points, strict=True)
             axes.plot(gains, drops, color=colour, marker=marker, markersize=5, label=_shorten(name))
@@ -372,8 +373,8 @@ def tradeoff(
                 marker=marker,
                 label=None if points else _shorten(name),
             )
-    for label in best:
-        axes.plot(*zip(*sorted(ahead), strict=True), color="#bbbbbb", linewidth=7, zorder=0, label=label)
+    if front:
+        axes.plot(*zip(*sorted(ahead), strict=True), color="#bbbbbb", linewidth=7, zorder=0, label=_FRONT)
     axes.axhline(0, color="#888888", linewidth=1, linestyle="--")
     for label, gain in lines:
         axes.axvline(gain, color="#888888", linewidth=1, linestyle=":")
@@ -393,9 +394,8 @@ def tradeoff(
     _legend(figure, columns)
     said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
     note = " Hollow marks are printed in the paper." if printed else ""
-    if best:
-        front = dict.fromkeys(f"{m.series}, {m.label}" for m in marks if m.front)
-        note += f" On the Pareto front: {'; '.join(front)}."
+    if front:
+        note += f" On the {_FRONT}: {'; '.join(front)}."
     if lines:
         told = ", ".join(f"{gain:g} ({label})" for label, gain in lines)
         note += f" Dotted lines are speed-ups that the paper prints: {told}."
