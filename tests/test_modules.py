@@ -79,7 +79,8 @@ def test_the_class_itself_and_what_only_builds_it_in_another_way_are() -> None:
         assert known_class(module, (nn.BatchNorm2d, nn.Conv2d)) is nn.Conv2d
     assert known_class(nn.ReLU6(), (nn.Hardtanh,)) is nn.Hardtanh
     assert known_class(nn.ReLU6(), (nn.ReLU6, nn.Hardtanh)) is nn.ReLU6
-    assert surely(nn.ReLU(), nn.Conv2d, nn.ReLU) and not surely(nn.ReLU(), nn.Conv2d)
+    assert surely(nn.ReLU(), nn.Conv2d, nn.ReLU)
+    assert not surely(nn.ReLU(), nn.Conv2d)
 
 
 def test_hooks_before_and_after_the_forward_count_and_others_do_not() -> None:

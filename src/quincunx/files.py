@@ -1,4 +1,4 @@
-"""What holds for every file that is read or written: claims are bounded by what is there, errors name the file."""
+"""What holds for every file: claims are bounded by what is there, errors name the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module surely does: the one rule by which every part of the library takes a module for a known class.
+"""What a module surely does: the one rule by which the whole library takes a module for a known class.
 
 A subclass may compute something else than its parent, and so may one instance; whoever takes a network's
 layer for what its class says asks here first.
@@ -16,23 +16,10 @@ M = TypeVar("M", bound=nn.Module)
 
 # what a subclass may define again without computing anything else
 _HARMLESS = {
-    *("__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__constants__", "__slots__"),
-    *(
-        "__dict__",
-        "__weakref__",
-        "__parameters__",
-        "__orig_bases__",
-        "__firstlineno__",
-        "__static_attributes__",
-    ),
-    *(
-        "__repr__",
-        "__str__",
-        "extra_repr",
-        "reset_parameters",
-        "reset_running_stats",
-        "__jit_unused_properties__",
-    ),
+    *("__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__constants__"),
+    *("__slots__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"),
+    *("__firstlineno__", "__static_attributes__", "__jit_unused_properties__"),
+    *("__repr__", "__str__", "extra_repr", "reset_parameters", "reset_running_stats"),
     *("train", "eval", "_version", "_load_from_state_dict", "_save_to_state_dict", "__setstate__"),
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
