@@ -1,5 +1,6 @@
 """The rule by which a module is taken for a known class."""
 
+import threading
 import types
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from quincunx.modules import forward_hooks, known_class, surely
+from quincunx.modules import copied, forward_hooks, known_class, surely
 
 
 class Named(nn.Conv2d):
@@ -91,3 +92,71 @@ def test_hooks_before_and_after_the_forward_count_and_others_do_not() -> None:
     conv.register_forward_hook(lambda *_: None)
     conv.register_forward_pre_hook(lambda *_, **__: None, with_kwargs=True)
     assert forward_hooks(conv) == 2
+
+
+class Refuses(nn.Module):
+    """Its copy fails in its own way."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise self.error
+
+
+def remembers() -> nn.Module:
+    net = nn.Linear(3, 2)
+    net.seen = net(torch.ones(1, 3)) * 2
+    return net
+
+
+def locked() -> nn.Module:
+    net = nn.Sequential(nn.ReLU())
+    net[0].guard = threading.RLock()
+    return net[0]
+
+
+def nested() -> nn.Module:
+    net: nn.Module = nn.ReLU()
+    for _ in range(1500):
+        net = nn.Sequential(net)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        remembers,
+        locked,
+        lambda: Refuses(ValueError("no\nsecond line")),
+        lambda: Refuses(AttributeError()),
+        lambda: Refuses(NotImplementedError("not here")),
+        lambda: nn.utils.weight_norm(nn.Linear(3, 2)),
+    ],
+)
+def test_copying_that_fails_names_the_part_in_one_sentence(make) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), make()))
+    with pytest.raises(
+        TypeError, match=r"^model: its part '1\.1', a \w+, cannot be copied \(.+\)$"
+    ) as caught:
+        copied(net)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_nested_too_deep_is_refused_in_one_sentence() -> None:
+    with pytest.raises(TypeError, match=r"^model: cannot be copied \(maximum recursion"):
+        copied(nested())
+
+
+def test_a_copy_made_in_inference_mode_can_be_trained() -> None:
+    outside = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with torch.inference_mode():
+        inside = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        copies = [copied(outside), copied(inside)]
+    for net in copies:
+        assert not any(t.is_inference() for t in (*net.parameters(), *net.buffers()))
+        net(torch.randn(2, 3, 5, 5)).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    assert not torch.is_inference_mode_enabled()

@@ -1,16 +1,19 @@
 """What a module surely does: the one rule by which the whole library takes a module for a known class.
 
 A subclass may compute something else than its parent, and so may one instance; whoever takes a network's
-layer for what its class says asks here first.
+layer for what its class says asks here first. Whoever changes a network copies it here.
 """
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-__all__ = ["forward_hooks", "known_class", "surely"]
+__all__ = ["copied", "forward_hooks", "known_class", "surely"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,3 +74,44 @@ def surely(module: object, *classes: type[M]) -> bool:
 def forward_hooks(module: nn.Module) -> int:
     """How many of a user's hooks run at each call of a module, before or after its forward."""
     return sum(len(getattr(module, name)) for name in _HOOKS)
+
+
+def copied(model: M) -> M:
+    """A deep copy of a network, of ordinary tensors also where inference mode is on.
+
+    Raises:
+        TypeError: something in it cannot be copied, whatever that raises; the part is named.
+    """
+    # tensors made in inference mode could never be trained
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with outside:
+        try:
+            return copy.deepcopy(model)
+        except Exception as error:
+            # whatever is nested too deep is so from the network's own path on
+            at = "" if isinstance(error, RecursionError) else _uncopied(model)
+            part = "" if at == "" else f"its part {at!r}, a {type(model.get_submodule(at)).__name__}, "
+            raise TypeError(f"model: {part}cannot be copied ({_sentence(error)})") from error
+
+
+def _uncopied(model: nn.Module) -> str:
+    """The path of the innermost module that cannot be copied by itself; empty for the network."""
+    for name, child in model.named_children():
+        if not _copies(child):
+            within = _uncopied(child)
+            return f"{name}.{within}" if within else name
+    return ""
+
+
+def _copies(module: nn.Module) -> bool:
+    try:
+        copy.deepcopy(module)
+    except Exception:  # noqa: BLE001 - whatever a user's class raises
+        return False
+    return True
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what an exception says, or else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from quincunx.modules import copied
 
 __all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "Pairs", "find_pairs"]
 
@@ -73,7 +74,7 @@ def find_pairs(network: nn.Module) -> Pairs:
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
     # a copy, since a forward may store what it computes, and a tracer's stand-ins are not to stay
-    _search(copy.deepcopy(network), "", found, within, untraced)
+    _search(copied(network), "", found, within, untraced)
     return Pairs(tuple(found.items()), within, untraced)
 
 

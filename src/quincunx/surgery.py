@@ -6,7 +6,6 @@ each one over with the data that reaches it, and puts the replacement where the 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quincunx.eligible import Where, chosen, eligible, in_order, pairs_of, reason_of
+from quincunx.modules import copied
 from quincunx.streams import Calibration, Context, Layer, evaluation, run_order
 
 __all__ = [
@@ -224,7 +224,7 @@ def accelerate(
         >>> result.replaced["2"]["macs_before"], result.replaced["2"]["macs_after"]
         (36864, 6912)
     """
-    network = _copied(_checked(model, method))
+    network = copied(_checked(model, method))
     with evaluation(network):
         context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
         accepted = []
@@ -258,7 +258,7 @@ def prepare(
 
     Arguments and errors are those of :func:`accelerate`; ``method`` says classes and whether there are pairs.
     """
-    network = _copied(_checked(model, method)).eval()
+    network = copied(_checked(model, method)).eval()
     context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
     fit = [layer for layer in layers if reason_of(layer, ran) is None]
     skipped |= {layer.name: str(reason_of(layer, ran)) for layer in layers if layer not in fit}
@@ -295,13 +295,6 @@ def _checked(model: nn.Module, method: Method) -> nn.Module:
                 at = f"its part {name!r}" if name else "it"
                 raise TypeError(f"model: {at} is a {type(module).__name__}; {advice}")
     return model
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise TypeError(f"model: cannot be copied ({str(error).splitlines()[0]})") from error
 
 
 # ---------------------------------------------------------------- replacing

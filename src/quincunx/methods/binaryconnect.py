@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from quincunx.binary import BinaryConv2d, BinaryLinear
 from quincunx.methods.fitting import conv_settings
+from quincunx.modules import copied
 from quincunx.ops.bits import row_bytes
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work, carry_hooks, each, put
@@ -134,6 +134,7 @@ class BinaryConnect:
         ``qx.save`` then writes the bits; the real weights, and with them training, are left behind.
 
         Raises:
+            TypeError: the network cannot be copied.
             ValueError: a binary layer with a weight that is not finite.
 
         Example:
@@ -141,7 +142,7 @@ class BinaryConnect:
             >>> type(BinaryConnect.pack(net).get_submodule("stem")).__name__
             'PackedConv2d'
         """
-        return pack_binary(copy.deepcopy(model))
+        return pack_binary(copied(model))
 
 
 def pack_binary(network: nn.Module) -> nn.Module:
