@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["bounded", "memory_left", "naming"]
+__all__ = ["ZIP_DAMAGE", "bounded", "memory_left", "naming", "read_member"]
 
 
 def memory_left() -> int:
@@ -47,3 +51,60 @@ def naming(path: Path | str) -> Iterator[None]:
         if error.filename is None:
             raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+# what reading a zip archive may raise, besides errors of the operating system
+ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    ValueError,
+    LookupError,
+    OverflowError,
+    # an encrypted member; NotImplementedError, an unknown compression, is one as well
+    RuntimeError,
+)
+# what one byte can become when it is unpacked: deflate's format allows no more
+_DEFLATE = 1040
+_PIECE = 1 << 20
+
+
+def read_member(
+    archive: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    length: int,
+    *,
+    what: str,
+    at_most: int | None = None,
+) -> bytes:
+    """A member of a zip archive, its size bounded before anything is read.
+
+    Args:
+        archive, member: what is read.
+        length: bytes of the archive.
+        what: the file and the member, which an error begins with.
+        at_most: bytes that there may be.
+
+    Raises:
+        ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
+    """
+    bounded(member.compress_size, what=what, at_most=length)
+    stored = member.compress_type == zipfile.ZIP_STORED
+    deflated = member.compress_type == zipfile.ZIP_DEFLATED
+    limit = member.compress_size * (1 if stored else _DEFLATE)
+    limits = [n for n in (limit if stored or deflated else None, at_most) if n is not None]
+    size = bounded(member.file_size, what=what, at_most=min(limits, default=None))
+    pieces: list[bytes] = []
+    left = size
+    with archive.open(member) as file:
+        # a piece at a time: a call for all of it unpacks what there is, whatever was claimed
+        while piece := file.read(min(left + 1, _PIECE)):
+            left -= len(piece)
+            if left < 0:
+                break
+            pieces.append(piece)
+    if left:
+        raise ValueError(f"{what}: has other than the {size:,} bytes that it claims")
+    return b"".join(pieces)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 from dataclasses import dataclass
 from typing import Any
+
+from quincunx import pickles
+
+__all__ = ["Array", "read_pickle"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class _Type:
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
         # byte order and fields, which bytes do not have
         pass
 
@@ -33,67 +35,35 @@ class _Pending:
 
     array: Array | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("an array that is filled with something else")
         version, shape, kind, by_columns, content = state
         name = kind.arguments[0] if isinstance(kind, _Type) and kind.arguments else None
-        if version != 1 or name not in ("u1", b"u1") or by_columns not in (False, 0):
-            raise pickle.UnpicklingError("an array that is not of bytes in row-major order")
-        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-            raise pickle.UnpicklingError("an array without a shape")
-        if not isinstance(content, bytes) or math.prod(shape) != len(content):
-            raise pickle.UnpicklingError(f"an array of {shape} with other content")
+        # compared by type first: what the file brings may be equal to anything
+        if version != 1 or name not in ("u1", b"u1") or type(by_columns) not in (bool, int) or by_columns:
+            raise ValueError("an array that is not of bytes in row-major order")
+        if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 2**40 for n in shape[:4]):
+            raise ValueError("an array without a shape")
+        if not isinstance(content, bytes) or len(shape) > 4 or math.prod(shape) != len(content):
+            raise ValueError(f"an array of {str(shape)[:80]} with other content")
         self.array = Array(shape, content)
 
 
-# What a pickle gets for a name can be called and nothing else: without attributes it cannot be changed.
-
-
-class _Ndarray:
-    __slots__ = ()
-
-
-class _Dtype:
-    __slots__ = ()
-
-    def __call__(self, *arguments: Any) -> _Type:
-        return _Type(*arguments)
-
-
-class _Reconstruct:
-    __slots__ = ()
-
-    def __call__(self, *_: Any) -> _Pending:
-        return _Pending()
+def _no_values(*_: Any) -> Any:
+    raise ValueError("it makes an array in a way that the official files do not use")
 
 
 # all that the official files name; numpy's own functions are not called
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy", "ndarray"): _Ndarray(),
-    ("numpy", "dtype"): _Dtype(),
+_MAKERS: pickles.Makers = {
+    ("numpy.core.multiarray", "_reconstruct"): _Pending,
+    ("numpy._core.multiarray", "_reconstruct"): _Pending,
+    ("numpy", "ndarray"): _no_values,
+    ("numpy", "dtype"): _Type,
 }
-
-
-class _Restricted(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return _ALLOWED[module, name]
-
-
-# what the unpickler raises on damaged files, besides its own error
-_DAMAGE = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-)
 
 
 def read_pickle(name: str, content: bytes) -> dict[str, Any]:
@@ -107,6 +77,7 @@ def read_pickle(name: str, content: bytes) -> dict[str, Any]:
         ValueError: a damaged file, or one that asks for anything but arrays of bytes.
 
     Example:
+        >>> import pickle
         >>> read_pickle("x", pickle.dumps({"a": [1, 2]}))
         {'a': [1, 2]}
         >>> read_pickle("x", pickle.dumps(print))
@@ -115,13 +86,16 @@ def read_pickle(name: str, content: bytes) -> dict[str, Any]:
     """
     try:
         # text of Python 2 stays bytes
-        found = _Restricted(io.BytesIO(content), encoding="bytes").load()
-    except _DAMAGE as error:
-        raise ValueError(f"{name}: not a file of CIFAR's python archives ({error})") from error
+        found = pickles.read_pickle(
+            content, len(content), makers=_MAKERS, strict=True, old_text_is_bytes=True
+        )
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name}: not a file of CIFAR's python archives ({reason})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{name}: not a file of CIFAR's python archives (no dictionary)")
     return {
-        key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key): (
+        key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)[:200]: (
             value.array if isinstance(value, _Pending) else value
         )
         for key, value in found.items()

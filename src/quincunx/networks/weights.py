@@ -1,7 +1,7 @@
 """Trained weights that others published, for the networks here.
 
-Nothing in a file is ever executed: torch checkpoints are read with ``weights_only=True``, arrays without
-pickling.
+Nothing in a file is ever executed: what a torch checkpoint names is not imported, arrays are read without
+pickling, and every size that a file claims is compared with the file.
 
 Example:
     >>> import tempfile
@@ -15,20 +15,21 @@ Example:
 
 from __future__ import annotations
 
-import pickle
-import re
+import io
+import math
+import tokenize
 import zipfile
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from quincunx.files import ZIP_DAMAGE, naming, read_member
+from quincunx.networks.checkpoints import read_checkpoint
 from quincunx.networks.registry import build
 
 __all__ = ["fill", "from_caffe", "load", "normalisation", "read_checkpoint", "read_npz"]
@@ -155,65 +156,64 @@ def read_npz(path: str | Path) -> dict[str, list[Any]]:
     path = Path(path)
     found: dict[str, dict[str, Any]] = {}
     try:
-        # numpy leaves a file that it opened itself open where it cannot read it
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+        with naming(path), path.open("rb") as file:
+            length = file.seek(0, 2)
+            file.seek(0)
+            if file.read(6) == b"\x93NUMPY":
                 raise ValueError("one array, no archive of arrays")
-            for key in archive:
+            archive = zipfile.ZipFile(file)
+            left = 2 * length + (1 << 20)
+            for member in archive.infolist():
+                key = member.filename.removesuffix(".npy")
                 layer, _, kind = key.rpartition("/")
                 if not layer or kind not in ("weight", "kernel_hwio", "bias"):
-                    raise ValueError(f"key {key!r}, expected LAYER/weight, LAYER/kernel_hwio or LAYER/bias")
-                array = archive[key]
+                    raise ValueError(
+                        f"key {key[:80]!r}, expected LAYER/weight, LAYER/kernel_hwio or LAYER/bias"
+                    )
+                # members of an honest archive do not overlap
+                left -= member.compress_size
+                if left < 0:
+                    raise ValueError("members that overlap")
+                array = _array(read_member(archive, member, length, what=repr(key[:80])), repr(key[:80]))
                 if kind == "kernel_hwio":
                     if array.ndim != 4:
                         raise ValueError(f"{key!r} has {array.ndim} axes, expected 4")
                     kind, array = "weight", array.transpose(3, 2, 0, 1)
                 found.setdefault(layer, {})[kind] = array
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: no readable .npz file of layers ({error})") from error
+    except (*ZIP_DAMAGE, MemoryError) as error:
+        if isinstance(error, OSError):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path}: no readable .npz file of layers ({reason})") from error
     if lone := [layer for layer, blobs in found.items() if len(blobs) < 2]:
         raise ValueError(f"{path}: weight or bias is missing of {_some(lone)}")
     return {layer: [blobs["weight"], blobs["bias"]] for layer, blobs in found.items()}
 
 
-def read_checkpoint(path: str | Path, *, known: Collection[str] = ()) -> dict[str, Tensor]:
-    """A state dict from a torch checkpoint (.pth, .pt, .th) or a .safetensors file.
-
-    The state dict may lie under the key ``state_dict``; the prefix ``module.`` of parallel training is taken
-    off, and names of torchvision's first DenseNets (``denselayer1.norm.1``) become today's.
-
-    Args:
-        path: the file.
-        known: names that the network has; they stay as they are.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a state dict, or one that holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+def _array(content: bytes, what: str) -> NDArray[Any]:
+    """The array of a .npy file, whose size is compared with what the file holds before anything is made."""
+    source = io.BytesIO(content)
+    forms = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        if path.suffix == ".safetensors":
-            loaded: object = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: no checkpoint of tensors ({reason})") from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path}: holds no state dict (names and tensors)")
-    state = {str(key): value for key, value in loaded.items()}
-    if all(key.startswith("module.") and key not in known for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    dotted = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
-    return {k if k in known else re.sub(dotted, r"\1\2", k): v for k, v in state.items()}
+        version = np.lib.format.read_magic(source)
+        if version not in forms:
+            raise ValueError(f"of version {version}")
+        shape, by_columns, dtype = forms[version](source)
+    # a head is text that numpy reads as a literal of Python
+    except (ValueError, SyntaxError, TypeError, LookupError, tokenize.TokenError, RecursionError) as error:
+        raise ValueError(f"{what}: no array of numpy ({str(error)[:100]})") from error
+    if dtype.kind not in "fiub" or dtype.hasobject:
+        raise ValueError(f"{what}: an array of {str(dtype)[:40]}, expected numbers")
+    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
+        raise ValueError(f"{what}: an array without a shape")
+    rest = content[source.tell() :]
+    if math.prod(shape) * dtype.itemsize != len(rest):
+        raise ValueError(f"{what}: an array of {str(shape)[:80]} in {len(rest):,} bytes")
+    values: NDArray[Any] = np.frombuffer(rest, dtype=dtype)
+    return values.reshape(shape, order="F" if by_columns else "C")
 
 
-def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
+def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any) -> nn.Module:
     """A network with published weights, in evaluation mode.
 
     Args:
@@ -221,6 +221,7 @@ def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
             of the weights.
         path: a .npz file of Caffe weights (:func:`read_npz`, :func:`from_caffe`), or a state dict with
             our keys (:func:`read_checkpoint`), which are torchvision's for the networks that it has.
+        key: which of several state dicts in the file, as for :func:`read_checkpoint`.
         settings: of the network. Caffe weights bring theirs: the original form, and GoogLeNet's heads.
 
     Raises:
@@ -232,14 +233,16 @@ def load(name: str, path: str | Path, **settings: Any) -> nn.Module:
         arrays = read_npz(path)
         state = from_caffe(name, arrays)
         own = _caffe_layers(name, arrays)[1]
-        if wrong := [key for key in own if settings.get(key, own[key]) != own[key]]:
-            key = wrong[0]
-            raise ValueError(f"{key}={settings[key]!r}: the weights in {path} have {key}={own[key]!r}")
+        if wrong := [k for k in own if settings.get(k, own[k]) != own[k]]:
+            first = wrong[0]
+            raise ValueError(
+                f"{first}={settings[first]!r}: the weights in {path} have {first}={own[first]!r}"
+            )
         settings = {**own, **settings}
-    else:
-        state = read_checkpoint(path)
     with torch.device("meta"):
         keys = list(build(name, **settings).state_dict())
+    if Path(path).suffix != ".npz":
+        state = read_checkpoint(path, known=keys, key=key)
     # counters that older checkpoints do not have; no result depends on them
     state |= {k: torch.tensor(0) for k in keys if k.endswith("num_batches_tracked") and k not in state}
     _check_names(name, keys, list(state))
