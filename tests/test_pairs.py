@@ -1,7 +1,9 @@
 """Pairs of convolutions: which are found, and what surgery, saving, fusing and training make of them."""
 
 import copy
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import quincunx as qx
 from quincunx.paired import PairedDown2d, PairedUp2d
@@ -340,12 +343,12 @@ def test_a_copy_has_a_grid_of_its_own():
     model(torch.randn(1, 3, 9, 9))
     assert other[3].grid is other[0].grid is not model[0].grid
     assert other(torch.randn(1, 3, 4, 6)).shape == (1, 2, 4, 6)
-    assert tuple(model[0].grid.size) == (9, 9)
+    assert set(model[0].grid.sizes.values()) - set(other[0].grid.sizes.values()) == {(9, 9)}
 
 
 def test_a_half_on_its_own():
     up = PairedUp2d(4, 2, sampling=qx.CHESSBOARD, partner="first")
-    with pytest.raises(RuntimeError, match="the first half, first, was not called"):
+    with pytest.raises(RuntimeError, match="pair of 'first': the grid's size is unknown"):
         up(torch.randn(1, 4, 18, 1))
     assert up(torch.randn(1, 4, 18, 1), (6, 6)).shape == (1, 2, 6, 6)
     with pytest.raises(AttributeError, match="first"):
@@ -420,8 +423,8 @@ def test_compiled_and_exported(down):
     program = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
     # no stand-in of the compiler's was kept
-    model(torch.randn(1, 3, 4, 4))
-    assert tuple(model[0].grid.size) == (4, 4)
+    assert model[0].grid.symbols is None
+    assert all(type(value) is int for size in model[0].grid.sizes.values() if size for value in size)
 
 
 def test_the_second_half_is_fused_into_a_program_on_the_native_back_end():
@@ -464,3 +467,152 @@ def test_a_pair_trains():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+# ---------------------------------------------------------------- the size that a map carries
+
+
+class Between(nn.Module):
+    """What a test puts between the halves."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, y):
+        return self.function(y)
+
+
+def halves(*between, **settings):
+    """A pair with modules between its halves."""
+    first = PairedDown2d(3, 6, sampling=qx.CHESSBOARD, **settings)
+    second = PairedUp2d(6, 2, sampling=qx.CHESSBOARD, partner="0")
+    model = nn.Sequential(first, *between, second)
+    second.attach(model)
+    return model.eval()
+
+
+# two sizes of as many positions, and one of its own
+SIZES = ((6, 10), (10, 6), (5, 4))
+
+
+def told(model, x):
+    """What a pair answers when its second half is told the size."""
+    y = x
+    for part in model[:-1]:
+        y = part(y)
+    return model[-1](torch.Tensor.as_subclass(y, torch.Tensor), x.shape[2:])
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Hardswish())
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        (),
+        (nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        (nn.GroupNorm(2, 6), nn.Dropout2d(0.5), nn.PReLU(6)),
+        (Between(lambda y: F.layer_norm(y.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2)),),
+        (Between(lambda y: y * torch.sigmoid(y.mean((2, 3), keepdim=True))),),
+        (Between(lambda y: y.mul_(2).add_(torch.ones(1, 6, 1, 1))),),
+        (Between(lambda y: torch.cat(y.chunk(2, 1)[::-1], 1).contiguous()),),
+        (scripted(),),
+    ],
+)
+def test_a_map_carries_its_size_through_what_stands_between(between):
+    model = halves(*between)
+    for size in SIZES * 2:
+        x = torch.randn(2, 3, *size)
+        got = model(x)
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, told(model, x))
+
+
+def test_two_threads_between_the_halves_with_two_sizes():
+    meeting = threading.Barrier(2, timeout=20)
+    model = halves(nn.SiLU(), Between(lambda y: (meeting.wait(), y)[1]))
+    images = [torch.randn(1, 3, *size) for size in SIZES[:2]]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(model, images))
+    meeting.abort()
+    quiet = nn.Sequential(model[0], model[1], model[3])
+    for image, answer in zip(images, answers, strict=True):
+        torch.testing.assert_close(answer, told(quiet, image))
+
+
+class Recomputed(nn.Module):
+    """A pair whose halves are in two parts that are computed again in the backward pass."""
+
+    def __init__(self, model, at, reentrant):
+        super().__init__()
+        self.parts, self.reentrant = nn.ModuleList([model[:at], model[at:]]), reentrant
+
+    def forward(self, x):
+        for part in self.parts:
+            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_crops_of_several_sizes_in_one_loss_under_checkpointing(reentrant, at):
+    model = halves(nn.BatchNorm2d(6), nn.ELU())
+    crops = [torch.randn(2, 3, *size, requires_grad=True) for size in SIZES]
+    gradients = []
+    for net in (model, Recomputed(model, at, reentrant)):
+        model.zero_grad()
+        sum(net(crop).square().sum() for crop in crops).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for want, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_that_lost_its_size_is_taken_only_where_one_size_is_possible():
+    model = halves(Between(lambda y: torch.from_numpy(y.detach().numpy() * 2)))
+    first, second, third = (torch.randn(1, 3, *size) for size in SIZES)
+    torch.testing.assert_close(model(first), told(model, first))
+    with pytest.raises(RuntimeError, match="pair of '0': the grid's size is unknown"):
+        model(second)
+    with pytest.raises(RuntimeError, match="pair of '0': the grid's size is unknown"):
+        model(first)
+    torch.testing.assert_close(model(third), told(model, third))
+    # a compiled first half notes nothing
+    torch.compile(model[0], backend="eager")(torch.randn(1, 3, 4, 5))
+    with pytest.raises(RuntimeError, match="pair of '0': the grid's size is unknown"):
+        model(third)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("inplace", [True, False])
+def test_compiled_with_a_break_between_the_halves(inplace):
+    model = halves(nn.ReLU(inplace), Between(lambda y: (torch._dynamo.graph_break(), y)[1]))
+    compiled = torch.compile(model, backend="aot_eager")
+    for size in SIZES:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(x), told(model, x))
+
+
+def test_a_kept_map_can_be_copied_and_stored(tmp_path):
+    model = halves(nn.ReLU())
+    model.kept = model[0](torch.randn(1, 3, 4, 7)).detach()
+    kept = copy.deepcopy(model).kept
+    assert kept.grid_size == (4, 7) == model.kept.data.grid_size
+    assert torch.equal(kept, model.kept)
+    assert kept.data_ptr() != model.kept.data_ptr()
+    leaf = model.kept.requires_grad_()
+    leaf.square().sum().backward()
+    assert type(leaf.grad) is torch.Tensor
+
+
+def test_what_is_no_sampled_map_any_more_is_an_ordinary_tensor():
+    y = halves()[0](torch.randn(2, 3, 6, 5))
+    assert y.grid_size == (6, 5) == (y + 1).grid_size
+    assert type(y.sum()) is type(y.flatten()) is type(qx.fill_nearest(y, sampling=qx.CHESSBOARD, size=(6, 5)))
+    assert type(y.sum()) is torch.Tensor
+    other = halves()[0](torch.randn(2, 3, 5, 6))
+    assert type(y + other) is torch.Tensor
