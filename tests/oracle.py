@@ -216,7 +216,7 @@ def lay_out(t, how):
 @st.composite
 def samplings(draw, height, width):
     """Any sampling that can be laid on a grid."""
-    kinds = ["random", "uniform", "positions"] + ["cosets"] * 3 * (min(height, width) >= 2)
+    kinds = ["random", "uniform", "eq8", "positions"] + ["cosets"] * 3 * (min(height, width) >= 2)
     kind = draw(st.sampled_from(kinds))
     if kind == "cosets":
         period = draw(st.integers(2, min(4, height, width)))
@@ -227,6 +227,9 @@ def samplings(draw, height, width):
         return Random(rate, draw(st.integers(0, 99)))
     if kind == "uniform":
         return Uniform(rate)
+    if kind == "eq8":
+        # the formula has no positions on thin grids
+        return Uniform(min(rate, min(height, width) / max(height, width)), rule="eq8")
     bits = draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width).filter(any))
     return Positions(torch.tensor(bits).view(height, width))
 

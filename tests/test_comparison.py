@@ -26,6 +26,7 @@ from quincunx.espace_experiments import (
     time_points,
 )
 from quincunx.latency import Timing
+from quincunx.printed import ESPACE
 from quincunx.recipes import Recipe
 from test_acceleration import DATA, network
 from test_cli import call
@@ -288,6 +289,50 @@ def test_every_espace_experiment_finds_its_layers(name):
     assert all(getattr(p.method, "mask", "uniform") == "uniform" for p in plain.points)
 
 
+def test_each_printed_figure_of_espace_stands_at_its_setting_or_beside_them():
+    for name, experiment in ESPACE_EXPERIMENTS.items():
+        placed = {(p.series, p.label, *dict(p.paper).values()) for p in experiment.points if p.paper}
+        beside = {(g.method, g.setting, *dict(g.fields).values()) for g in experiment.elsewhere}
+        assert placed | beside == {(g.method, g.setting, *dict(g.fields).values()) for g in ESPACE[name]}
+        assert not placed & beside
+        # what stands beside is said, a sentence a method
+        said = " ".join(experiment.sentences)
+        assert all(f"prints for {gain.method}" in said for gain in experiment.elsewhere)
+        assert all(str(gain) in said and gain.setting in said for gain in experiment.elsewhere)
+
+
+def test_printed_speeds_stand_at_their_rates():
+    def of(name):
+        return {p.label: dict(p.paper) for p in espace_by_name(name).points if p.series == "impact masks"}
+
+    two, three = of("espace-table2"), of("espace-table3")
+    assert list(two) == list(three) == [f"rate {r}" for r in ("2/3", "1/2", "1/4", "1/5", "1/8")]
+    assert two["rate 1/4"] == {"speedup": 4.15, "drop": 0.01}
+    assert three["rate 1/4"] == {"speedup": 3.76, "drop": 0.04}
+    assert [two[f"rate {r}"]["speedup"] for r in ("2/3", "1/2", "1/5", "1/8")] == [1.89, 2.27, 5.48, 8.12]
+    assert [three[f"rate {r}"]["drop"] for r in ("2/3", "1/2", "1/5", "1/8")] == [0.0, 0.0, 0.68, 2.89]
+    # of one layer the paper states no rate, but the rank of low rank and CP
+    for name in ("espace-figure3", "espace-figure4"):
+        assert all(not p.paper for p in espace_by_name(name).points if "mask" in p.series)
+    one = {p.name: dict(p.paper) for p in espace_by_name("espace-figure4").points if p.paper}
+    assert one == {"LRD, rank 1": {"speedup": 1.93}, "CPD, rank 1": {"speedup": 1.78}}
+    assert ("impact masks, setting not stated", 4.72) in espace_by_name("espace-figure3").printed
+    rivals = {gain.method for gain in espace_by_name("espace-table2").elsewhere}
+    assert rivals == {"LRD", "CPD", "BinaryConnect", "Q-CNN"}
+    sentences = " ".join(espace_by_name("espace-table2").sentences)
+    assert "3.71x for 0.36 points (6 per codeword, 128); 4.27x" in sentences
+    assert "CPD, at settings that it does not state: 1.67x for 0.00 points; 2.87x" in sentences
+
+
+def test_the_papers_fine_tuning_is_espaces():
+    for name, batch in (("espace-table2", 100), ("espace-table3", 32), ("espace-figure3", 100)):
+        recipe = espace_by_name(name).recipe(3)
+        assert (recipe.epochs, recipe.batch_size) == (3, batch)
+        assert (recipe.lr, recipe.gamma, recipe.every) == (1e-4, 0.5, 10_000)
+        assert (recipe.momentum, recipe.nesterov, recipe.weight_decay) == (0.95, False, 5e-4)
+        assert espace_by_name(name).recipe(0) is None
+
+
 def test_the_papers_layers_have_the_papers_ranks_and_shapes():
     alexnet = qx.networks.build("alexnet", 10, 3, form="original")
     conv2 = alexnet.get_submodule(espace_by_name("espace-figure3").layers[0])
@@ -405,5 +450,13 @@ def test_the_verbs(tmp_path, monkeypatch):
     assert (half.exit_code, "its errors need --data" in half.stderr) == (2, True)
     half = call("reproduce", "espace-figure3", "--peers", "magic")
     assert (half.exit_code, "peers='magic': expected some of" in half.stderr) == (2, True)
-    planned = call("reproduce", "espace-table2", "--plan", "--json")
-    assert json.loads(planned.stdout)["points"][-1] == "impact masks, rate 1/5"
+    planned = json.loads(call("reproduce", "espace-table2", "--plan", "--json").stdout)
+    assert planned["points"][-1] == "impact masks, rate 1/8"
+    assert planned["rows"][2] == {
+        "point": "impact masks, rate 1/4",
+        "paper": {"speedup": 4.15, "drop": 0.01},
+    }
+    assert len(planned["paper"]) == 5 + 5 + 1 + 4
+    said = call("reproduce", "espace-table3", "--plan").stdout
+    assert "3.76" in said
+    assert "The paper prints for BinaryConnect: 8.35x for 13.59 points (1 bit)." in said

@@ -167,6 +167,7 @@ def test_the_highest_are_computed_and_of_equals_the_first():
 def test_masks_by_name():
     impact = torch.arange(64.0).view(8, 8)
     assert mask_of("uniform", 0.25, seed=3, place="x/1") == qx.Uniform(0.25)
+    assert mask_of("uniform-eq8", 0.25, seed=3, place="x/1") == qx.Uniform(0.25, rule="eq8")
     assert mask_of("impact", 0.25, seed=3, place="x/1", impact=impact) == highest(impact, 0.25)
     draws = [mask_of("random", 0.25, seed=s, place=p) for s in (0, 1) for p in ("x/1", "x/2")]
     assert len({draw.seed for draw in draws}) == 4

@@ -1,6 +1,7 @@
 """The paper's tables: which runs they take, what is made again, and what is said about the results."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from scipy import stats
 
 from quincunx import experiments
+from quincunx.console import print_comparison, print_plan
 from quincunx.cost import cost
 from quincunx.experiments import EXPERIMENTS, Entry, by_name
 from quincunx.networks import build
+from quincunx.printed import Error
 from quincunx.recipes import Recipe
 from quincunx.reproduce import compare, plan, reproduce
 from quincunx.train import Interrupted
@@ -46,7 +49,19 @@ def test_the_tables_are_the_papers():
     assert networks["table4"] == [f"{sb}resnet{d}" for d in (18, 34, 50, 101) for sb in ("", "sb-")]
     samplings = [dict(e.settings).get("sampling", "2/4") for e in by_name("table2").entries[1:4]]
     assert samplings == ["1/4", "2/4", "3/4"]
-    assert by_name("figure3") == by_name("table1")
+    # the paper's figure 4 has table 1's curves, its figure 3 the samplings
+    assert (by_name("figure4"), by_name("figure3")) == (by_name("table1"), by_name("table2"))
+    data = {name: by_name(name).data for name in ("table1", "table2", "table3", "table4", "downsampling")}
+    assert data == {
+        "table1": "cifar10",
+        "table2": "cifar100",
+        "table3": "cifar10",
+        "table4": "imagenet",
+        "downsampling": "cifar100",
+    }
+    sections = [re.findall(r"section ([\d.]+)", by_name(n).title) for n in data]
+    assert sections == [[], ["4.3"], ["4.5"], ["5"], ["4.4"]]
+    assert "average pooling is worse" in by_name("downsampling").note
 
 
 def test_tables_share_the_runs_that_they_have_in_common():
@@ -60,8 +75,61 @@ def test_printed_macs_are_those_of_the_networks_where_the_design_says_so():
         macs = cost(build(entry.network), torch.zeros(1, 3, 32, 32)).macs
         assert macs / 1e6 == pytest.approx(entry.paper_macs, abs=0.06)
     assert Entry("rsbn20", (("sampling", "1/4"),)).paper_macs is None
+
+
+def test_every_row_of_a_table_has_the_error_that_the_paper_prints_for_it():
+    def missing(name, data):
+        return {
+            (e.network, dict(e.settings).get("sampling"), dict(e.settings).get("down"))
+            for e in by_name(name).entries
+            if e.printed(data) is None
+        }
+
+    beyond = {("crn101", None, None), ("csbn101", None, None)}
+    assert missing("table1", "cifar10") == missing("table1", "cifar100") == beyond
+    assert not missing("table2", "cifar100")
+    assert not missing("table3", "cifar10") | missing("table3", "cifar100")
+    assert not missing("table4", "imagenet")
+    assert missing("table4", "cifar10") == {(e.network, None, None) for e in by_name("table4").entries}
+    # pooled only at 110 layers; strided rows are table 2's too
+    pooled = {("rsbn" + str(d), s, "avgpool") for d in (20, 44, 62, 86) for s in ("1/4", None)}
+    assert missing("downsampling", "cifar100") == pooled
+    for name in ("table1", "table3", "table4"):
+        entries = [e for e in by_name(name).entries if e.depth != 101 or name == "table4"]
+        assert all(e.paper_macs for e in entries)
+    assert all(e.printed_top5("imagenet").mean < e.paper_error("imagenet") for e in by_name("table4").entries)
+    assert by_name("table1").entries[0].printed_top5("imagenet") is None
+
+
+def test_printed_errors_are_the_papers():
+    def said(name, row, data):
+        return str(by_name(name).entries[row].printed(data))
+
+    assert [said("table1", i, "cifar10") for i in (0, 1, 10, 17)] == [
+        "6.99 ± 0.18",
+        "7.15 ± 0.22",
+        "6.42 ± 0.11",
+        "4.96 ± 0.04",
+    ]
+    assert [said("table2", i, "cifar100") for i in (4, 5, 6, 7)] == [
+        "27.28 ± 0.33",
+        "28.39 ± 0.20",
+        "27.35 ± 0.07",
+        "27.65 ± 0.19",
+    ]
+    # the paper's two tables disagree about one deviation
+    assert [said(name, 0, "cifar100") for name in ("table1", "table2")] == ["30.10 ± 0.57", "30.10 ± 0.39"]
+    assert [said("table3", i, "cifar100") for i in (0, 7)] == ["20.21", "17.20"]
+    assert [said("table4", i, "imagenet") for i in (0, 7)] == ["30.70 ± 0.07", "22.69 ± 0.05"]
+    # what differs at 110 layers is the pooling alone, and it is worse
+    strided, pooled = (by_name("downsampling").entries[16:18], by_name("downsampling").entries[18:20])
+    for stride, pool in (strided, pooled):
+        assert pool.versus is not None
+        assert pool.paper_error("cifar100") > stride.paper_error("cifar100")
     assert Entry("rsbn110").paper_error("cifar100") == 25.13
-    assert Entry("rsbn110").paper_error("cifar10") is None
+    assert Entry("rsbn110").printed("cifar10") == Error(5.12, 0.14)
+    assert Entry("rsbn110", (("width", "8"),)).printed("cifar10") is None
+    assert Entry("rsbn110").paper_error("digits") is None
 
 
 def test_depths_choose_rows_and_unknown_ones_are_refused():
@@ -85,7 +153,7 @@ def test_a_table_leaves_one_result_a_run_and_its_figure(made):
     names = {f"{n}-seed{s}" for n in ("rrn20", "rsbn20-2of4") for s in (0, 1)}
     assert {p.stem for p in out.glob("*.json")} == names
     assert {p.name for p in (out / "runs").iterdir()} == names
-    assert b"<svg" in (out / "figure3.svg").read_bytes()
+    assert b"<svg" in (out / "figure4.svg").read_bytes()
     assert [row.label for row in rows] == ["rrn20", "rsbn20 2/4"]
     for row in rows:
         name = "rrn20" if row.baseline is None else "rsbn20-2of4"
@@ -140,10 +208,49 @@ def test_a_plan_knows_macs_and_what_is_done(made, tmp_path):
     experiment = by_name("table1").at_depths([20])
     rows = plan(experiment, RECIPE, [0, 1, 2], made[0], data=DATA, timed=False)
     assert [(row.done, row.seeds, row.hours) for row in rows] == [(2, 3, None)] * 2
+    # images of one's own have no printed error; multiply-adds are the network's
+    assert [(row.paper_macs, row.paper_error) for row in rows] == [(40.5, None), (24.0, None)]
     planned = plan(experiment, Recipe(), [0], tmp_path)
+    printed = [(row.paper_macs, row.paper_error, row.paper_deviation, row.paper_top5) for row in planned]
+    assert printed == [(40.5, 6.99, 0.18, None), (24.0, 7.15, 0.22, None)]
     assert planned[0].macs == pytest.approx(40.55e6, rel=1e-3)
     assert all(0 < row.hours < 1000 for row in planned)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_shows_the_papers_values_of_its_data_set(tmp_path, capsys):
+    other = plan(
+        by_name("table1").at_depths([20]), Recipe(), [0], tmp_path, data_name="cifar100", timed=False
+    )
+    print_plan(other)
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("30.10 ± 0.57", "30.57 ± 0.23", "40.5", "24"))
+    assert "6.99" not in said
+    # table 2 and the ablation are on CIFAR-100 without being told
+    table = plan(by_name("table2").at_depths([20]), Recipe(), [0], tmp_path, timed=False)
+    assert [row.paper_error for row in table] == [30.10, 31.06, 30.57, 30.51]
+    assert [row.paper_macs for row in table] == [40.5, None, 24.0, None]
+    pooled = plan(by_name("downsampling").at_depths([20]), Recipe(), [0], tmp_path, timed=False)
+    print_plan(pooled)
+    assert [row.paper_error for row in pooled] == [31.06, None, 30.57, None]
+    assert " - " in capsys.readouterr().out
+    large = plan(by_name("table4").at_depths([18]), Recipe(), [0], tmp_path, timed=False)
+    print_plan(large)
+    assert [(row.paper_macs, row.paper_error, row.paper_top5) for row in large] == [
+        (1600.0, 30.70, 10.86),
+        (1000.0, 30.20, 10.78),
+    ]
+    assert "10.78" in capsys.readouterr().out
+
+
+def test_ours_stand_beside_the_printed_error_of_the_same_data_set(made, capsys):
+    runs = json.loads(next(made[0].glob("*.json")).read_text())
+    runs["data"] = {**runs["data"], "name": "cifar100"}
+    rows = compare(by_name("table1").at_depths([20]), [[runs]] * 2)
+    assert [(row.paper_error, row.paper_deviation) for row in rows] == [(30.10, 0.57), (30.57, 0.23)]
+    print_comparison(rows)
+    assert "30.57 ± 0.23" in capsys.readouterr().out
+    assert rows[0].to_dict()["paper_deviation"] == 0.57
 
 
 def test_no_experiment_is_left_out():

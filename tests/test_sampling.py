@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ EVERY = [
     Cosets(3, [(2, 1), (0, 0)]),
     Random(0.3, 5),
     Uniform(0.4),
+    Uniform(0.4, rule="eq8"),
     Positions(torch.eye(5, 7, dtype=torch.bool)),
 ]
 every = pytest.mark.parametrize("sampling", EVERY, ids=repr)
@@ -168,6 +170,66 @@ def test_uniform_of_everything_is_everything():
     assert torch.equal(Uniform(0.25).mask(8, 8), Cosets(2, [(1, 1)]).mask(8, 8))
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (27, 27), (13, 5), (28, 29)])
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.25, 0.5, 2 / 3, 0.9, 1.0])
+def test_eq_8_is_the_papers_formula(size, rate):
+    """Written out in floating point, positions counted from 1."""
+    height, width = size
+    m = max(1, round(rate * height * width))
+    s, a, b = (math.floor(x) for x in (math.sqrt(m), height / math.sqrt(m), width / math.sqrt(m)))
+    sampling = Uniform(rate, rule="eq8")
+    if min(a, b) < 1:
+        with pytest.raises(ValueError, match=rf"grid {height} x {width}: eq\. 8 has no positions.*m={m}"):
+            sampling.mask(*size)
+        with pytest.raises(ValueError, match="rule='even' has"):
+            sampling.count(*size)
+        assert Uniform(rate).mask(*size).any()
+        return
+    wanted = [[i * a - 1, j * b - 1] for i in range(1, s + 1) for j in range(1, s + 1)]
+    assert sampling.positions(*size).tolist() == wanted
+    assert sampling.count(*size) == s * s <= m
+
+
+def test_eq_8_leaves_a_margin_below_and_on_the_right():
+    # m = 20: s = 4, a = floor(10 / 4.47) = 2, b = 2
+    mask = Uniform(0.2, rule="eq8").mask(10, 10)
+    assert (
+        mask.any(1).nonzero().flatten().tolist() == mask.any(0).nonzero().flatten().tolist() == [1, 3, 5, 7]
+    )
+    # m = 33, s = 5, a = b = 1: five rows and columns of seven, all at the upper left
+    mask = Uniform(2 / 3, rule="eq8").mask(7, 7)
+    assert mask[:5, :5].all()
+    assert int(mask.sum()) == 25
+    # not square: m = 18, s = 4, a = floor(6 / 4.24) = 1, b = floor(12 / 4.24) = 2
+    assert Uniform(0.25, rule="eq8").positions(6, 12).tolist() == [
+        [row, column] for row in range(4) for column in (1, 3, 5, 7)
+    ]
+    # one position is the last one
+    assert Uniform(0.01, rule="eq8").positions(4, 6).tolist() == [[3, 5]]
+    assert Uniform(1.0, rule="eq8").mask(6, 6).all()
+
+
+def test_eq_8_is_exact_where_floating_point_is_not():
+    """sqrt(m) and H / sqrt(m) are whole: a last digit less would take a row away."""
+    for step in (3, 7, 11, 49):
+        sampling = Uniform(1 / step**2, rule="eq8")
+        for side in (1, 5, 23):
+            size = side * step, side * step
+            assert sampling.count(*size) == side**2
+            assert sampling.positions(*size)[0].tolist() == [step - 1, step - 1]
+
+
+def test_which_rule_is_part_of_a_uniform_sampling():
+    even, paper = Uniform(0.3), Uniform(0.3, rule="eq8")
+    assert even == Uniform(0.3, "even")
+    assert even != paper
+    assert (even.density, paper.density) == (0.3, 0.3)
+    assert [json.loads(s.spec)["rule"] for s in (even, paper)] == ["even", "eq8"]
+    assert "rule='eq8'" in repr(paper)
+    # from before there were two
+    assert from_spec('{"kind": "uniform", "rate": 0.3}') == even
+
+
 def test_positions_keep_their_own_copy():
     mask = torch.zeros(3, 4, dtype=torch.bool)
     mask[1, 2] = mask[2, 3] = True
@@ -193,6 +255,8 @@ def test_positions_keep_their_own_copy():
         ("random:0.25", Random(0.25, 0)),
         ("random:0.25:9", Random(0.25, 9)),
         ("uniform:0.5", Uniform(0.5)),
+        ("uniform:0.5:eq8", Uniform(0.5, rule="eq8")),
+        ("uniform:0.5:even", Uniform(0.5)),
     ],
 )
 def test_parse(text, sampling):
@@ -201,7 +265,20 @@ def test_parse(text, sampling):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "4/4", "cosets:1:0,0", "cosets:2:", "cosets:2:0", "random:x", "uniform:2", "random:0.5:-1", "{}"],
+    [
+        "",
+        "4/4",
+        "cosets:1:0,0",
+        "cosets:2:",
+        "cosets:2:0",
+        "random:x",
+        "uniform:2",
+        "random:0.5:-1",
+        "random:0.5:eq8",
+        "uniform:0.5:",
+        "uniform:0.5:best",
+        "{}",
+    ],
 )
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match=r"sampling=|spec="):
@@ -216,6 +293,8 @@ def test_parse_refuses(text):
         '{"kind": "stars"}',
         '{"kind": "cosets"}',
         '{"kind": "positions", "size": [2, 2], "bits": "0"}',
+        '{"kind": "uniform", "rate": 0.5, "rule": "eq9"}',
+        '{"kind": "uniform", "rate": 0.5, "rule": ["eq8"]}',
     ],
 )
 def test_from_spec_refuses(spec):
@@ -249,6 +328,11 @@ def test_from_spec_refuses(spec):
         (lambda: Random(0.5, 1.0), TypeError, r"seed=1\.0"),
         (lambda: Uniform(-0.5), ValueError, r"rate=-0\.5"),
         (lambda: Uniform(None), TypeError, "rate=None"),
+        (lambda: Uniform(0.5, rule="eq. 8"), ValueError, r"rule='eq\. 8'.*even, eq8"),
+        (lambda: Uniform(0.5, rule=8), ValueError, "rule=8.*even, eq8"),
+        (lambda: Uniform(1.5, rule="eq8"), ValueError, r"rate=1\.5"),
+        (lambda: Uniform(0.5, rule="eq8").mask(2, 9), ValueError, r"grid 2 x 9: eq\. 8 .* rate=0\.5.*m=9"),
+        (lambda: Uniform(0.5, rule="eq8").mask(4, 0), ValueError, "width=0"),
         (lambda: Positions(torch.zeros(3, 3, dtype=torch.bool)), ValueError, "mask.*empty sampling"),
         (lambda: Positions(torch.ones(3, 3)), TypeError, "mask.*float32"),
         (lambda: Positions(torch.ones(9, dtype=torch.bool)), ValueError, r"mask.*\(9,\)"),

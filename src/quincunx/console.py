@@ -16,6 +16,7 @@ from quincunx.acceleration_report import acceleration_sentences, search_sentence
 from quincunx.choice import pair_name
 from quincunx.comparison import Compared as MethodPoint
 from quincunx.cost import Cost
+from quincunx.printed import Error
 from quincunx.report import Line
 from quincunx.reproduce import Compared, Planned
 
@@ -29,6 +30,7 @@ __all__ = [
     "print_facts",
     "print_lines",
     "print_plan",
+    "print_points",
     "print_speeds",
     "say",
     "show",
@@ -143,16 +145,32 @@ def print_bench(result: dict[str, Any]) -> None:
     say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")
 
 
+def _printed(mean: float | None, deviation: float | None) -> str:
+    """A printed error, or a dash where the paper has none."""
+    return "-" if mean is None else str(Error(mean, deviation))
+
+
 def print_plan(rows: list[Planned]) -> None:
-    """What an experiment would take."""
+    """What an experiment would take, beside what the paper prints for it."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("network")
-    for column in ("MACs\n(M)", "epochs", "runs", "done", "hours left\nhere, about"):
+    top5 = any(row.paper_top5 is not None for row in rows)
+    for column in (
+        *("MACs (M)\nhere", "\npaper", "paper's test\nerror (%)", *(["\ntop-5"] if top5 else [])),
+        *("epochs", "runs", "done", "hours left\nhere, about"),
+    ):
         table.add_column(column, justify="right")
     for row in rows:
-        hours = "" if row.hours is None else f"{row.hours:.1f}"
         table.add_row(
-            row.label, f"{row.macs / 1e6:.1f}", str(row.epochs), str(row.seeds), str(row.done), hours
+            row.label,
+            f"{row.macs / 1e6:.1f}",
+            "-" if row.paper_macs is None else f"{row.paper_macs:g}",
+            _printed(row.paper_error, row.paper_deviation),
+            *([_printed(row.paper_top5, None)] if top5 else []),
+            str(row.epochs),
+            str(row.seeds),
+            str(row.done),
+            "" if row.hours is None else f"{row.hours:.1f}",
         )
     _console().print(table)
     if all(row.hours is not None for row in rows):
@@ -174,12 +192,24 @@ def print_comparison(rows: list[Compared]) -> None:
             "-" if row.paper_macs is None else f"{row.paper_macs:g}",
             f"{row.mean:.2f}{spread}",
             str(len(row.errors)),
-            "-" if row.paper_error is None else f"{row.paper_error:.2f}",
+            _printed(row.paper_error, row.paper_deviation),
             "" if row.baseline is None else "-" if row.p is None else f"{row.p:.3f}",
             row.baseline or "",
         )
     _console().print(table)
-    say("Mean and deviation over seeds; p of Student's t-test, two-sided; the paper's as printed, if known.")
+    say("Mean and deviation over seeds; p of Student's t-test, two-sided; - where the paper prints nothing.")
+
+
+def print_points(planned: dict[str, Any]) -> None:
+    """The settings of an experiment, beside what the paper prints for each."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("setting")
+    for column in ("paper:\nspeed-up", "\npoints"):
+        table.add_column(column, justify="right")
+    for row in planned["rows"]:
+        printed = [row["paper"].get(key) for key in ("speedup", "drop")]
+        table.add_row(row["point"], *("-" if value is None else f"{value:g}" for value in printed))
+    _console().print(table)
 
 
 def print_acceleration(result: dict[str, Any]) -> None:

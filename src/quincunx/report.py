@@ -89,7 +89,9 @@ def _name_of(sampling: Sampling) -> str:
         return f"cosets:{sampling.period}:{';'.join(f'{a},{b}' for a, b in sampling.offsets)}"
     if isinstance(sampling, Random):
         return f"random:{sampling.rate:g}:{sampling.seed}"
-    return f"uniform:{sampling.rate:g}" if isinstance(sampling, Uniform) else repr(sampling)
+    if isinstance(sampling, Uniform):
+        return f"uniform:{sampling.rate:g}{'' if sampling.rule == 'even' else f':{sampling.rule}'}"
+    return repr(sampling)
 
 
 # ---------------------------------------------------------------- reading

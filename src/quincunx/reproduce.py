@@ -49,6 +49,9 @@ class Planned:
         epochs, seeds: of its runs.
         hours: estimate for all its runs here, from the time of a few steps; None if not timed.
         done: runs whose result is there already.
+        paper_macs: as the paper prints them, in millions.
+        paper_error, paper_deviation: the paper's test error in percent on the same data set.
+        paper_top5: of the first five answers.
     """
 
     label: str
@@ -57,6 +60,10 @@ class Planned:
     seeds: int
     hours: float | None
     done: int
+    paper_macs: float | None = None
+    paper_error: float | None = None
+    paper_deviation: float | None = None
+    paper_top5: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Compared:
         p: Student's two-sided t-test against the row's baseline; None without two seeds of both.
         paper_error: the paper's, in percent, on the same data set.
         baseline: the label it is tested against.
+        paper_deviation: of the paper's error.
     """
 
     label: str
@@ -82,6 +90,7 @@ class Compared:
     p: float | None
     paper_error: float | None
     baseline: str | None
+    paper_deviation: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -123,8 +132,10 @@ def plan(
     """
     if data is not None:
         count, size, classes = len(data.train), data.size, len(data.classes)
+        known = data.name
     else:
-        count, side, classes = _SHAPES[data_name or experiment.data]
+        known = data_name or experiment.data
+        count, side, classes = _SHAPES[known]
         size = (side, side)
     planned = []
     for entry in experiment.entries:
@@ -135,7 +146,21 @@ def plan(
         if timed:
             each = _seconds_an_image(model, macs, size, recipe) * count * recipe.epochs / 3600
             hours = each * (len(seeds) - done)
-        planned.append(Planned(label_of(spec_of(model)), macs, recipe.epochs, len(seeds), hours, done))
+        error, top5 = entry.printed(known), entry.printed_top5(known)
+        planned.append(
+            Planned(
+                label_of(spec_of(model)),
+                macs,
+                recipe.epochs,
+                len(seeds),
+                hours,
+                done,
+                entry.paper_macs,
+                None if error is None else error.mean,
+                None if error is None else error.deviation,
+                None if top5 is None else top5.mean,
+            )
+        )
     return planned
 
 
@@ -229,7 +254,7 @@ def compare(experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]])
     errors = [tuple(100 * run["test_error"] for run in runs) for runs in results]
     rows = []
     for entry, label, runs, found in zip(experiment.entries, labels, results, errors, strict=True):
-        versus = entry.versus
+        versus, printed = entry.versus, entry.printed(runs[0]["data"]["name"])
         rows.append(
             Compared(
                 label,
@@ -239,8 +264,9 @@ def compare(experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]])
                 statistics.fmean(found),
                 statistics.stdev(found) if len(found) > 1 else None,
                 None if versus is None else _p_value(errors[versus], found),
-                entry.paper_error(runs[0]["data"]["name"]),
+                None if printed is None else printed.mean,
                 None if versus is None else labels[versus],
+                None if printed is None else printed.deviation,
             )
         )
     return rows

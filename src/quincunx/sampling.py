@@ -201,16 +201,21 @@ class Random(Sampling):
 
     def count(self, height: int, width: int) -> int:
         _check_grid(height, width)
-        return max(1, round(self.rate * int(height) * int(width)))
+        return _share(self.rate, int(height), int(width))
 
     @property
     def density(self) -> float:
         return float(self.rate)
 
 
+UNIFORM_RULES = ("even", "eq8")
+
+
 @dataclass(frozen=True)
 class Uniform(Sampling):
-    r"""Evenly spread rows times evenly spread columns.
+    r"""Evenly spread rows times evenly spread columns, by one of two rules.
+
+    ``"even"`` covers the grid to its borders:
 
     .. math:: \{\lfloor (i + \tfrac12) H / H_s \rfloor\}_{i < H_s} \times
               \{\lfloor (j + \tfrac12) W / W_s \rfloor\}_{j < W_s}
@@ -218,32 +223,51 @@ class Uniform(Sampling):
     with the integers H_s, W_s for which H_s W_s is nearest to rate H W, the spacing of rows and
     columns being as equal as that allows.
 
+    ``"eq8"`` is the paper's, with m = max(1, round(rate H W)) and positions counted from 1:
+
+    .. math:: \{a, 2 a, \dots, s a\} \times \{b, 2 b, \dots, s b\}, \quad
+              s = \lfloor \sqrt m \rfloor,\; a = \lfloor H / \sqrt m \rfloor,\;
+              b = \lfloor W / \sqrt m \rfloor
+
+    It has s^2 <= m positions and leaves a margin below and on the right where a division leaves a rest: at
+    rates above 1/4 a square grid has a = b = 1, and all positions lie together in its upper left corner.
+
     Args:
-        rate: wanted share of positions, in (0, 1]. The share reached is H_s W_s / (H W).
+        rate: wanted share of positions, in (0, 1]. The share reached is H_s W_s / (H W), or s^2 / (H W).
+        rule: "even" or "eq8".
 
     Raises:
-        ValueError: rate outside (0, 1].
+        ValueError: rate outside (0, 1], another rule; with "eq8" a grid that is lower or narrower than
+            sqrt(m), for which the formula gives no positions.
         TypeError: rate is not a number.
 
-    Source: in place of the uniform mask of Lin et al., ESPACE (AAAI 2017), eq. 8, whose positions were not at
-        hand and may differ.
+    Source: Lin et al., ESPACE (AAAI 2017), eq. 8; "even" is this library's.
 
     Example:
         >>> Uniform(0.25).count(8, 8)
         16
+        >>> Uniform(0.2, rule="eq8").positions(5, 7).tolist()
+        [[0, 1], [0, 3], [1, 1], [1, 3]]
     """
 
     rate: float
+    rule: str = "even"
     kind: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
         _check_rate(self.rate)
-        self._describe(rate=self.rate)
+        if self.rule not in UNIFORM_RULES:
+            raise ValueError(f"rule={self.rule!r}: expected one of {', '.join(UNIFORM_RULES)}")
+        self._describe(rate=self.rate, rule=self.rule)
 
     def mask(self, height: int, width: int) -> Tensor:
         _check_grid(height, width)
-        rows, cols = _even_counts(self.rate, int(height), int(width))
         mask = torch.zeros(height, width, dtype=torch.bool)
+        if self.rule == "eq8":
+            side, down, across = _eq8(self.rate, int(height), int(width))
+            mask[down - 1 : side * down : down, across - 1 : side * across : across] = True
+            return mask
+        rows, cols = _even_counts(self.rate, int(height), int(width))
         at_rows = torch.tensor([(2 * i + 1) * height // (2 * rows) for i in range(rows)])
         at_cols = torch.tensor([(2 * j + 1) * width // (2 * cols) for j in range(cols)])
         mask[at_rows[:, None], at_cols[None, :]] = True
@@ -251,12 +275,31 @@ class Uniform(Sampling):
 
     def count(self, height: int, width: int) -> int:
         _check_grid(height, width)
+        if self.rule == "eq8":
+            return _eq8(self.rate, int(height), int(width))[0] ** 2
         rows, cols = _even_counts(self.rate, int(height), int(width))
         return rows * cols
 
     @property
     def density(self) -> float:
         return float(self.rate)
+
+
+def _share(rate: float, height: int, width: int) -> int:
+    """The number of positions that a rate is of a grid."""
+    return max(1, round(rate * height * width))
+
+
+def _eq8(rate: float, height: int, width: int) -> tuple[int, int, int]:
+    """The side s and the steps a and b of eq. 8, without rounding: floor(H / sqrt(m)) = isqrt(H^2 // m)."""
+    m = _share(rate, height, width)
+    side, down, across = math.isqrt(m), math.isqrt(height**2 // m), math.isqrt(width**2 // m)
+    if min(down, across) < 1:
+        raise ValueError(
+            f"grid {height} x {width}: eq. 8 has no positions at rate={rate:g} on a grid lower or narrower "
+            f"than sqrt(m), m={m}; rule='even' has"
+        )
+    return side, down, across
 
 
 @lru_cache(maxsize=4096)
@@ -380,7 +423,8 @@ def from_spec(spec: str) -> Sampling:
         if kind == Random.kind:
             return Random(fields["rate"], fields["seed"])
         if kind == Uniform.kind:
-            return Uniform(fields["rate"])
+            # specs from before there were two rules have none
+            return Uniform(fields["rate"], fields.get("rule", "even"))
         if kind == Positions.kind:
             height, width = fields["size"]
             bits = f"{int(fields['bits'], 16):0{4 * len(fields['bits'])}b}"
@@ -394,7 +438,7 @@ def parse(text: str | Sampling) -> Sampling:
     """A sampling from what a person types.
 
     ``1/4``, ``2/4``, ``3/4`` (or ``quarter``, ``chessboard``, ``three-quarters``),
-    ``cosets:K:a,b;a,b``, ``random:RATE[:SEED]``, ``uniform:RATE``, or a ``spec``.
+    ``cosets:K:a,b;a,b``, ``random:RATE[:SEED]``, ``uniform:RATE[:eq8]``, or a ``spec``.
 
     Raises:
         ValueError: the text is none of these.
@@ -413,18 +457,19 @@ def parse(text: str | Sampling) -> Sampling:
     if text.lstrip().startswith("{"):
         return from_spec(text)
     cosets = re.fullmatch(r"cosets:(\d+):(-?\d+,-?\d+(?:;-?\d+,-?\d+)*)", text)
-    others = re.fullmatch(r"(random|uniform):([\d.eE+-]+)(?::(\d+))?", text)
+    random = re.fullmatch(r"random:([\d.eE+-]+)(?::(\d+))?", text)
+    uniform = re.fullmatch(r"uniform:([\d.eE+-]+)(?::(\w+))?", text)
     try:
         if cosets is not None:
             pairs = [tuple(map(int, pair.split(","))) for pair in cosets[2].split(";")]
             return Cosets(int(cosets[1]), [(a, b) for a, b in pairs])
-        if others is not None and others[1] == "random":
-            return Random(float(others[2]), int(others[3] or 0))
-        if others is not None and others[3] is None:
-            return Uniform(float(others[2]))
+        if random is not None:
+            return Random(float(random[1]), int(random[2] or 0))
+        if uniform is not None:
+            return Uniform(float(uniform[1]), uniform[2] or "even")
     except ValueError as error:
         raise ValueError(f"sampling={text!r}: {error}") from error
     raise ValueError(
         f"sampling={text!r}: expected one of {', '.join(_NAMED)}, cosets:K:a,b;a,b, "
-        "random:RATE[:SEED] or uniform:RATE"
+        "random:RATE[:SEED] or uniform:RATE[:eq8]"
     )

@@ -44,7 +44,7 @@ from quincunx.comparison import SWEEPS, Compared, compare_methods, comparison_pi
 from quincunx.console import (
     print_acceleration,
     print_compared,
-    print_facts,
+    print_points,
     print_search,
     print_speeds,
     say,
@@ -173,7 +173,9 @@ def accelerate_command(
     rate: Annotated[
         str | None, typer.Option(help="Share of computed positions, one number or two with a comma.")
     ] = None,
-    mask: Annotated[str | None, typer.Option(help="Which positions: impact, uniform or random.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Which positions: impact, uniform, uniform-eq8 or random.")
+    ] = None,
     subspace: Annotated[int | None, typer.Option(help="qcnn: channels a codeword stands for.")] = None,
     codewords: Annotated[int | None, typer.Option(help="qcnn: of each codebook.")] = None,
     layers: Layers = None,
@@ -499,12 +501,14 @@ def reproduce_espace(
         if unknown := [peer for peer in peers if peer not in PEERS]:
             raise ValueError(f"peers={unknown[0]!r}: expected some of {', '.join(PEERS)}")
         if only_plan:
-            planned = [point.name for point in experiment.points]
+            planned = experiment.planned()
             if as_json:
-                show({"experiment": name, "points": planned})
+                show(planned)
             else:
                 say(f"{name}: {experiment.title}")
-                print_facts({f"{i}": text for i, text in enumerate(planned, 1)})
+                print_points(planned)
+                for sentence in experiment.sentences:
+                    say(sentence)
             return
         check_can_draw()
         check_folder(out)
@@ -547,7 +551,7 @@ def reproduce_espace(
             as_rows, table = rows, partial(print_speeds, rows)
         else:
             model = qx.networks.weights.load(experiment.network, weights, **settings)
-            tuned = _finetuning("finetune", epochs or 0)
+            tuned = experiment.recipe(epochs or 0)
             with running():
                 compared = compare_methods(
                     model,
@@ -567,6 +571,6 @@ def reproduce_espace(
         return
     say(f"{name}: {experiment.title}")
     table()
-    if experiment.note:
-        say(experiment.note)
+    for sentence in experiment.sentences:
+        say(sentence)
     say(f"wrote {out}")

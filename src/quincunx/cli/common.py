@@ -59,7 +59,7 @@ Unlabelled = Annotated[
 Sampling = Annotated[
     str | None,
     typer.Option(
-        help="Computed positions: 1/4, 2/4, 3/4, cosets:K:a,b;a,b, random:RATE:SEED or uniform:RATE; "
+        help="Computed positions: 1/4, 2/4, 3/4, cosets:K:a,b;a,b, random:RATE:SEED or uniform:RATE[:eq8]; "
         "2/4 by default in rsbn and csbn networks."
     ),
 ]

@@ -335,19 +335,21 @@ def reproduce_command(
     threads: Threads = None,
     device: Device = "cpu",
     only_plan: Annotated[
-        bool, typer.Option("--plan", help="Only list the runs, with MACs and an estimate of hours.")
+        bool, typer.Option("--plan", help="Only list the runs, with MACs, hours and the paper's values.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train every network of a table of the paper and print the table with ours beside the paper's.
 
-    Tables 1 to 3 and the down-sampling study are on CIFAR-10 (--data cifar100 for the other), table 4 on
-    ImageNet (--data FOLDER). Figures 3, 4 and 5 are drawn from tables 1, 2 and 4. Each run leaves one JSON
-    file; the same command again makes only what is missing. Runs under torchrun as train does.
+    Tables 1 and 3 are on CIFAR-10 (--data cifar100 for the other), table 2 and the down-sampling study on
+    CIFAR-100, table 4 on ImageNet (--data FOLDER). figure4 and figure5 are drawn from tables 1 and 4;
+    figure3 shows the samplings that table 2 compares. --plan sets the paper's values beside MACs and hours.
+    Each run leaves one JSON file; the same command again makes only what is missing. Runs under torchrun as
+    train does.
 
     ESPACE's figures and tables are timed on this machine; with --weights and --data of the trained network
-    their errors are measured too, after --epochs of fine-tuning. With --data alone the figures, of one layer
-    each, show the error of its response, with weights drawn at random.
+    their errors are measured too, after --epochs of the paper's fine-tuning. With --data alone the figures,
+    of one layer each, show the error of its response, with weights drawn at random.
     """
     if experiment in ESPACE_EXPERIMENTS:
         reproduce_espace(
@@ -401,6 +403,8 @@ def reproduce_command(
             else:
                 say(f"{chosen.name}: {chosen.title}; recipe {trained.name}, {trained.epochs} epochs")
                 print_plan(planned)
+                if chosen.note:
+                    say(chosen.note)
             return
         if data is None and chosen.data == "imagenet":
             raise ValueError("data: ImageNet has to be there already; give its folder with --data")
@@ -428,6 +432,8 @@ def reproduce_command(
         f"{chosen.name}: {chosen.title}, on {images.name}, recipe {trained.name} with {trained.epochs} epochs"
     )
     print_comparison(rows)
+    if chosen.note:
+        say(chosen.note)
     say(f"wrote {folder} ({chosen.figure[0]}.svg and one JSON a run)")
 
 

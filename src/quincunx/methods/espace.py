@@ -39,7 +39,7 @@ class Espace(SeparableFit):
         rank: K of each channel group: an integer, a share of the full rank, or "full"; as in
             :class:`LowRank`.
         rate: share of the positions that are computed, in (0, 1], or a pair for the two halves.
-        mask: "impact", "uniform" or "random".
+        mask: "impact", "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
         pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
         resize_masks: whether impact masks may be resized to inputs of another size; otherwise such
             inputs are refused.

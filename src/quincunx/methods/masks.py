@@ -16,7 +16,7 @@ from quincunx.streams import Batch, evaluation
 
 __all__ = ["MASKS", "Loss", "highest", "impacts", "mask_of", "self_loss"]
 
-MASKS = ("impact", "uniform", "random")
+MASKS = ("impact", "uniform", "uniform-eq8", "random")
 
 # (output of the network, target or None) -> the sum of the images' losses
 Loss = Callable[[Any, Any], Tensor]
@@ -134,7 +134,7 @@ def mask_of(kind: str, rate: float, *, seed: int, place: str, impact: Tensor | N
     """A mask by name.
 
     Args:
-        kind: "impact", "uniform" or "random".
+        kind: "impact", "uniform" (an even grid), "uniform-eq8" (the paper's formula) or "random".
         rate: share of the positions that are computed.
         seed, place: of a random mask; each place, such as "conv2/1", has a draw of its own.
         impact: [H, W], of an impact mask.
@@ -144,6 +144,8 @@ def mask_of(kind: str, rate: float, *, seed: int, place: str, impact: Tensor | N
     """
     if kind == "uniform":
         return Uniform(rate)
+    if kind == "uniform-eq8":
+        return Uniform(rate, rule="eq8")
     if kind == "random":
         return Random(rate, zlib.crc32(f"{seed}:{place}".encode()))
     if kind == "impact" and impact is not None:
