@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quincunx.data import memory
+from quincunx.data.archives import LARGEST, members
 from quincunx.data.download import Progress, check_sum, data_folder, fetch
-from quincunx.data.images import Pixels, centre, check_end, content_of, is_image, opened
+from quincunx.data.images import Pixels, begins_like_image, centre, is_image, may_be_image
 from quincunx.data.sets import ImageData, Split, statistics
 from quincunx.data.unpickle import Array, read_pickle
 
@@ -27,8 +28,6 @@ CHECKSUMS = {
 }
 _SIDE, _PLANES = 32, 3
 _IMAGE_BYTES = _PLANES * _SIDE * _SIDE
-# the largest, train.bin of CIFAR-100, has 154 MB
-_LARGEST_FILE = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -140,16 +139,16 @@ def find(root: Path) -> tuple[Form, dict[str, bytes]] | None:
         return None if form is None else (form, files)
     if root.name in CHECKSUMS:
         check_sum(root, CHECKSUMS[root.name])
-    with opened(root) as archive:
-        for member in archive:
-            name = PurePosixPath(member.name).name
-            # folders of images by class may be many and large: their first image tells
-            if is_image(name):
-                return None
-            if member.isfile() and name in _WANTED:
-                _check_length(f"{root}/{name}", member.size)
-                files[name] = content_of(archive, member)
-        check_end(archive)
+    for member in members(root):
+        name = PurePosixPath(member.name).name
+        # folders of images by class may be many and large: their first image tells
+        if is_image(name):
+            return None
+        if member.target is None and name in _WANTED:
+            _check_length(f"{root}/{name}", member.size)
+            files[name] = member.content()
+        elif member.target is None and may_be_image(name) and begins_like_image(member.head()):
+            return None
     form = _form(set(files))
     return None if form is None else (form, files)
 
@@ -196,7 +195,7 @@ def load(root: Path, form: Form, files: dict[str, bytes], size: int | None) -> I
 
 
 def _check_length(name: str, length: int) -> None:
-    if length > _LARGEST_FILE:
+    if length > LARGEST:
         raise ValueError(f"{name}: {memory.gigabytes(length)}, but no file of an official set is so large")
 
 

@@ -1,33 +1,55 @@
-"""Images by class in folders and tar archives: found, decoded, brought to one size."""
+"""Images by class in folders and archives: found, decoded, turned upright, brought to one size."""
 
 from __future__ import annotations
 
 import io
-import lzma
 import os
-import tarfile
+import struct
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quincunx.data import memory
+from quincunx.data.archives import Member, TooLarge, members, plain, resolved
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif",
+    ".tif", ".tiff", ".jp2",
+}  # fmt: skip
+# what lies beside images and is none
+_BESIDE = {
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".md", ".rst", ".html",
+    ".htm", ".py", ".ini", ".cfg", ".log", ".db", ".sqlite", ".pkl", ".npy", ".npz", ".mat", ".h5", ".pt",
+    ".pth", ".gz", ".zip", ".tar", ".md5", ".sha256",
+}  # fmt: skip
+_NAMES_BESIDE = {"license", "readme", "copying", "notice", "makefile", "checksums"}
+# how files of images begin
+_BEGINNINGS = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
+    b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS",
+)  # fmt: skip
 _TRAIN_PARTS = {"train", "training"}
 _TEST_PARTS = {"test", "val", "valid", "validation"}
-# a task of the pool: large enough that handing it over costs little
-_DECODE_AT_ONCE = 64
+# a task of the pool: large enough that handing it over costs little, in images and in bytes of their files
+_DECODE_AT_ONCE, _DECODE_BYTES = 64, 1 << 22
+# bytes of decoded images that wait to be taken
+_WAITING = 1 << 28
+# Pixels of an image of any length, and for each byte of its file: a claim beyond both is not believed. Those
+# above the first are decoded one at a time.
+_PIXELS, _PIXELS_PER_BYTE = 1 << 23, 400
+# how much longer than wide an image may be before it is cut ahead of its change of size
+_STRIP = 16
 
 Pixels = NDArray[np.uint8]
 
@@ -47,6 +69,26 @@ class Entry(NamedTuple):
 def is_image(name: str) -> bool:
     """By its suffix; hidden files are no images of a data set."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def may_be_image(name: str) -> bool:
+    """Whether its content has to tell: a file with no ending or one that is none of images or of text."""
+    stem, ending = os.path.splitext(name.lower())
+    return not name.startswith(".") and ending not in _BESIDE and stem not in _NAMES_BESIDE
+
+
+def begins_like_image(head: bytes) -> bool:
+    """By the first bytes of its content."""
+    return (
+        head.startswith(_BEGINNINGS)
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"))
+        # a bitmap's head has a length; "BM" alone may begin a text
+        or (
+            head[:2] == b"BM" and head[14:18] in [bytes([n, 0, 0, 0]) for n in (12, 40, 52, 56, 64, 108, 124)]
+        )
+        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b" \t\r\n" and len(head) > 8)
+    )
 
 
 def _class_and_part(folders: tuple[str, ...], labelled: bool) -> tuple[str, str | None] | None:
@@ -71,14 +113,15 @@ def _hidden(folder: str) -> bool:
     return folder.startswith(".") and folder != ".."
 
 
-def folder_entries(root: Path, part: str | None, labelled: bool = True) -> Iterator[Entry]:
+def folder_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[Entry]:
     """Images below a folder, in order; links to folders are followed, once round.
 
     Args:
         part: that all are in, if not None.
         labelled: whether folders name classes; if not, every image is taken, as of the class "".
+        left: gets the names of files that may be images of a kind that cannot be read.
     """
-    yield from _below(str(root), (), root.resolve().name, part, labelled, ())
+    yield from _below(str(root), (), root.resolve().name, part, labelled, left, {})
 
 
 def _below(
@@ -87,91 +130,189 @@ def _below(
     root_name: str,
     part: str | None,
     labelled: bool,
-    above: tuple[str, ...],
+    left: list[str],
+    seen: dict[tuple[str, object], None],
 ) -> Iterator[Entry]:
-    here = os.path.realpath(folder)
-    if here in above:
-        return
     place = _class_and_part(inside, labelled)
     if place is None or place[1] is None:
         # the root's own name may say which part it is
         place = _class_and_part((root_name, *inside), labelled)
+    # A folder to which several links lead is read once for each class that they give it.
+    way = (os.path.realpath(folder), place if place is not None else _part_of((root_name, *inside)))
+    if way in seen:
+        return
+    seen[way] = None
     with os.scandir(folder) as listing:
         found = sorted(listing, key=lambda entry: entry.name)
     for entry in found:
         if entry.is_dir():
             if not _hidden(entry.name):
                 inner = (*inside, entry.name)
-                yield from _below(entry.path, inner, root_name, part, labelled, (*above, here))
+                yield from _below(entry.path, inner, root_name, part, labelled, left, seen)
+        elif place is None:
+            continue
         # a link to nowhere is an image that cannot be read, not one that is not there
-        elif (
-            place is not None and is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path))
-        ):
-            yield Entry(entry.path, place[0], part or place[1], entry.path)
+        elif is_image(entry.name):
+            if entry.is_file() or not os.path.exists(entry.path):
+                yield Entry(entry.path, place[0], part or place[1], entry.path)
+        elif may_be_image(entry.name) and entry.is_file():
+            if begins_like_image(_beginning(entry.path)):
+                yield Entry(entry.path, place[0], part or place[1], entry.path)
+            elif inside:
+                left.append(printable(entry.path))
 
 
-@contextmanager
-def opened(root: Path) -> Iterator[tarfile.TarFile]:
-    """A tar archive, whatever its compression.
+def _part_of(folders: tuple[str, ...]) -> str | None:
+    return next((name.lower() for name in folders if name.lower() in _TRAIN_PARTS | _TEST_PARTS), None)
+
+
+def _beginning(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(64)
+    except OSError:
+        # an image or not, it cannot be read
+        return b""
+
+
+def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[Entry]:
+    """Images inside an archive, in its order, then those that links in it lead to; nothing is written.
+
+    Args:
+        part, labelled, left: as for :func:`folder_entries`.
 
     Raises:
-        ValueError: it is none, is damaged or cut short, found when opening or while it is read.
+        ValueError: no readable archive.
     """
+    targets: dict[str, str] = {}
+    links: list[tuple[str, str, tuple[str, str | None]]] = []
+    files: set[str] = set()
+    for member in members(root):
+        *folders, name = PurePosixPath(member.name).parts or ("",)
+        place = None if any(map(_hidden, folders)) else _class_and_part(tuple(folders), labelled)
+        if member.target is not None:
+            targets[plain(member.name)] = member.target
+            if place is not None and may_be_image(name):
+                links.append((member.name, plain(member.name), place))
+            continue
+        files.add(plain(member.name))
+        if place is None:
+            continue
+        shown = f"{root}:{member.name}"
+        if is_image(name) or (may_be_image(name) and begins_like_image(member.head())):
+            yield Entry(shown, place[0], part or place[1], _content(member))
+        elif may_be_image(name) and folders:
+            left.append(printable(shown))
+    yield from _linked(root, part, links, resolved(targets, files))
+
+
+def _linked(
+    root: Path, part: str | None, links: list[tuple[str, str, tuple[str, str | None]]], ends: dict[str, str]
+) -> Iterator[Entry]:
+    """The images that links lead to, by reading the archive once more, each file for all its links."""
+    wanted: dict[str, list[tuple[str, tuple[str, str | None]]]] = {}
+    for name, link, place in links:
+        if link in ends:
+            wanted.setdefault(ends[link], []).append((name, place))
+        elif is_image(name):
+            # an image that cannot be read
+            yield Entry(f"{root}:{name}", place[0], part or place[1], b"")
+    for member in members(root) if wanted else ():
+        if member.target is None and plain(member.name) in wanted:
+            content = _content(member)
+            for name, place in wanted.pop(plain(member.name)):
+                if is_image(name) or (isinstance(content, bytes) and begins_like_image(content[:64])):
+                    yield Entry(f"{root}:{name}", place[0], part or place[1], content)
+
+
+def _content(member: Member) -> bytes:
     try:
-        with tarfile.open(root, "r:*") as archive:
-            yield archive
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{root}: not a readable tar archive, or cut short ({error})") from error
-
-
-def archive_entries(root: Path, part: str | None, labelled: bool = True) -> Iterator[Entry]:
-    """Images inside a tar archive, in its order; nothing is written to disk."""
-    with opened(root) as archive:
-        for member in archive:
-            *folders, name = PurePosixPath(member.name).parts or ("",)
-            # links are read from the archive itself
-            if not is_image(name) or not (member.isfile() or member.islnk() or member.issym()):
-                continue
-            place = None if any(map(_hidden, folders)) else _class_and_part(tuple(folders), labelled)
-            if place is not None:
-                yield Entry(f"{root}:{member.name}", place[0], part or place[1], content_of(archive, member))
-        check_end(archive)
-
-
-def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A member's bytes; none if it is a link to what the archive does not hold."""
-    try:
-        file = archive.extractfile(member)
-    except (KeyError, RecursionError):
+        return member.content()
+    except TooLarge:
         return b""
-    return b"" if file is None else file.read()
-
-
-def check_end(archive: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header for the end; a whole archive ends with a block of zeros."""
-    if archive.fileobj is not None:
-        archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no end after byte {archive.offset}")
-        # a compressed file's checksum is only compared at its very end
-        while archive.fileobj.read(1 << 20):
-            pass
 
 
 # ---------------------------------------------------------------- decoding
 
 
-def decoded(entry: Entry, use: Callable[[Image], Pixels]) -> Pixels | str:
-    """What ``use`` makes of an image of three channels, or the sentence that says why it cannot be read."""
+# what Pillow raises for damaged files; its plugins read what a file says as if it were right
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+_ONE_AT_A_TIME = threading.Lock()
+# how EXIF's orientations are undone, by the names of Pillow's transpositions
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_ORIENTATION = 274
+
+
+def decoded(entry: Entry, use: Callable[[Image], Pixels], exif: bool = True) -> Pixels | str:
+    """What ``use`` makes of an image of three channels, or the sentence that says why it cannot be read.
+
+    Args:
+        exif: turn the image as its EXIF orientation says.
+    """
     from PIL import Image
 
-    name, content = entry.name, entry.content
+    source = entry.content if isinstance(entry.content, str) else io.BytesIO(entry.content)
     try:
-        with Image.open(content if isinstance(content, str) else io.BytesIO(content)) as image:
-            image.load()
-            return use(_rgb(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{name}: not a readable image ({error})"
+        with Image.open(source) as image:
+            length = os.path.getsize(source) if isinstance(source, str) else len(entry.content)
+            pixels = image.width * image.height
+            if pixels > max(_PIXELS, _PIXELS_PER_BYTE * length):
+                raise ValueError(f"{image.width} x {image.height} pixels in a file of {length:,} bytes")
+            with _ONE_AT_A_TIME if pixels > _PIXELS else nullcontext():
+                found = _rgb(_loaded(image, exif))
+    except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"{printable(entry.name)}: not a readable image ({reason})"
+    return use(found)
+
+
+def printable(name: str) -> str:
+    """A name on one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def _loaded(image: Image, exif: bool) -> Image:
+    """The pixels, turned as the file says or as they are stored."""
+    from PIL import Image as pillow
+
+    # Pillow turns the images of this format by itself and then takes the entry out
+    kept: Any = getattr(image, "tag_v2", None)
+    before = _orientation(kept)
+    image.load()
+    if kept is not None:
+        turned = before != 1 and _orientation(kept) == 1
+        turn = (
+            before if exif and not turned else {6: 8, 8: 6}.get(before, before) if turned and not exif else 1
+        )
+    else:
+        turn = _exif_orientation(image) if exif else 1
+    return image.transpose(pillow.Transpose[_TURNS[turn]]) if turn in _TURNS else image
+
+
+def _orientation(tags: Any) -> int:
+    found = tags.get(_ORIENTATION, 1) if tags is not None else 1
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+
+def _exif_orientation(image: Image) -> int:
+    if not image.info.keys() & {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}:
+        return 1
+    try:
+        return _orientation(image.getexif())
+    except _DAMAGE:
+        # an image whose description is damaged is shown as it is stored
+        return 1
 
 
 def _rgb(image: Image) -> Image:
@@ -193,6 +334,13 @@ def centre(image: Image, shorter: int, side: int) -> Pixels:
     from PIL import Image as pillow
 
     width, height = image.size
+    if max(width, height) > _STRIP * min(width, height):
+        # enlarged whole, a strip of pixels would fill the memory; only its middle remains anyway
+        side_of = min(width, height)
+        across, down = min(width, _STRIP * side_of), min(height, _STRIP * side_of)
+        left, top = (width - across) // 2, (height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+        width, height = image.size
     scale = shorter / min(width, height)
     resized = image.resize(
         (max(shorter, round(width * scale)), max(shorter, round(height * scale))), pillow.Resampling.BICUBIC
@@ -212,32 +360,64 @@ def _head(entry: Entry) -> tuple[int, int] | None:
     try:
         with Image.open(entry.name) as image:
             return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None  # reading the set says which images are bad
 
 
 def in_threads(
-    entries: Iterable[Entry], use: Callable[[Image], Pixels]
+    entries: Iterable[Entry], use: Callable[[Image], Pixels], exif: bool = True
 ) -> Iterator[tuple[Entry, Pixels | str]]:
     """Every entry with what it became, in order; decoding releases the interpreter's lock."""
+    waiting: dict[int, int] = {}
 
-    def some(task: list[Entry]) -> list[tuple[Entry, Pixels | str]]:
-        return [(entry, decoded(entry, use)) for entry in task]
+    def some(number: int, task: list[Entry]) -> list[Pixels | str | None]:
+        found: list[Pixels | str | None] = []
+        for place, entry in enumerate(task):
+            if place and entry.content is task[place - 1].content and not isinstance(found[-1], str):
+                # several links lead to one file of an archive
+                found.append(found[-1])
+            elif sum(list(waiting.values())) > _WAITING:
+                # not decoded yet: too much waits to be taken
+                found.append(None)
+            else:
+                found.append(decoded(entry, use, exif))
+                waiting[number] = waiting.get(number, 0) + getattr(found[-1], "nbytes", 0)
+        return found
 
-    source = iter(entries)
-    tasks: deque[Future[list[tuple[Entry, Pixels | str]]]] = deque()
+    tasks: deque[tuple[int, list[Entry], Future[list[Pixels | str | None]]]] = deque()
+
+    def taken() -> Iterator[tuple[Entry, Pixels | str]]:
+        number, task, future = tasks.popleft()
+        for entry, image in zip(task, future.result(), strict=True):
+            yield entry, decoded(entry, use, exif) if image is None else image
+        waiting.pop(number, None)
+
     with ThreadPoolExecutor() as pool:
         try:
-            while task := list(islice(source, _DECODE_AT_ONCE)):
-                tasks.append(pool.submit(some, task))
+            for number, task in enumerate(_tasks(entries)):
+                tasks.append((number, task, pool.submit(some, number, task)))
                 # a few tasks ahead, so that an archive is read while its images are decoded
                 if len(tasks) > 8:
-                    yield from tasks.popleft().result()
+                    yield from taken()
             while tasks:
-                yield from tasks.popleft().result()
+                yield from taken()
         finally:
-            for waiting in tasks:
-                waiting.cancel()
+            for _, _, future in tasks:
+                future.cancel()
+
+
+def _tasks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Some images at a time, fewer where their files are large."""
+    task: list[Entry] = []
+    size = 0
+    for entry in entries:
+        task.append(entry)
+        size += len(entry.content) if isinstance(entry.content, bytes) else 0
+        if len(task) >= _DECODE_AT_ONCE or size > _DECODE_BYTES:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
 
 
 class Reader:
@@ -246,10 +426,11 @@ class Reader:
     Args:
         size: shorter side after resizing and side of the centre crop; None leaves images as they are.
         skip_bad: count unreadable images instead of stopping.
+        exif: turn images as their EXIF orientation says.
     """
 
-    def __init__(self, size: int | None, skip_bad: bool) -> None:
-        self.size, self.skip_bad = size, skip_bad
+    def __init__(self, size: int | None, skip_bad: bool, exif: bool = True) -> None:
+        self.size, self.skip_bad, self.exif = size, skip_bad, exif
         self.images: list[Pixels] = []
         self.places: list[tuple[str, str | None]] = []
         self.bad: list[str] = []
@@ -262,7 +443,7 @@ class Reader:
         Raises:
             ValueError: an unreadable image, one of another size, or more than memory holds.
         """
-        for entry, image in in_threads(entries, self._pixels):
+        for entry, image in in_threads(entries, self._pixels, self.exif):
             if isinstance(image, str):
                 refuse_or_count(image, entry, self.skip_bad, self.bad)
                 continue
@@ -284,7 +465,8 @@ class Reader:
             self._first = (name, image.shape)
         elif image.shape != self._first[1]:
             raise ValueError(
-                f"{name}: {image.shape[0]} x {image.shape[1]} pixels, but {self._first[0]} has "
+                f"{printable(name)}: {image.shape[0]} x {image.shape[1]} pixels, but "
+                f"{printable(self._first[0])} has "
                 f"{self._first[1][0]} x {self._first[1][1]}; give --size to bring all to one size"
             )
 
@@ -293,4 +475,4 @@ def refuse_or_count(reason: str, entry: Entry, skip_bad: bool, bad: list[str]) -
     """An unreadable image stops the reading, unless the user wants it left out."""
     if not skip_bad:
         raise ValueError(f"{reason}; --skip-bad goes on without it")
-    bad.append(entry.name)
+    bad.append(printable(entry.name))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ from quincunx.data.images import (
     first_size,
     folder_entries,
     in_threads,
+    printable,
     refuse_or_count,
 )
 from quincunx.data.sets import IMAGENET_MEAN, IMAGENET_STD, ImageData, Split, Stream, statistics
 from quincunx.data.stream import readable
+from quincunx.data.table import Table, find_table, label_entries, numbered_classes
 
 _STREAM_SIDE = 224
 # larger images are photographs, of which random crops are worth more than one crop kept in memory
@@ -43,6 +46,8 @@ def load_data(
     seed: int = 0,
     stream: bool | None = None,
     labelled: bool = True,
+    exif: bool = True,
+    test_alone: bool = False,
     progress: Progress | None = None,
 ) -> ImageData:
     """A data set by name or path.
@@ -51,9 +56,12 @@ def load_data(
         source: "digits" (scikit-learn's 1,797 handwritten digits, resized to 32 x 32); "cifar10" or
             "cifar100" (Krizhevsky 2009), from the data folder, which the environment variable
             QUINCUNX_DATA names (~/.cache/quincunx without it), else downloaded into it; the path of an
-            official CIFAR archive, binary or python, packed or unpacked; or a folder or tar archive of
-            images by class, in parts train/ and test/ (or val/, validation/). Without parts, or
-            without a test part, a share of the images is held out, evenly by class.
+            official CIFAR archive, binary or python, packed or unpacked; or a folder or archive (tar, also
+            packed by gz, bz2 or xz, or zip) of images by class, in parts ``train/CLASS/*.png`` and
+            ``test/CLASS/*.png`` (or val/, validation/). Without parts, or without a test part, a share of
+            the images is held out, evenly by class. Where folders say no classes, a file ``labels.csv``
+            may, with the columns ``file`` and ``label`` and perhaps ``part``; labels that are numbers are
+            the classes' numbers.
         test_source: where the test part is, if not in ``source``.
         size: in memory, the shorter side after resizing and the side of the centre crop, needed when
             images differ in size; streamed, the side of the crops, by default 224.
@@ -66,7 +74,15 @@ def load_data(
             available memory, or when ``size`` is not given and the first image is larger than 256 x 256.
         labelled: whether a folder or archive has its images by class. If not, all its images are taken,
             wherever they lie in it, in the parts train/ and test/ where there are such.
+        exif: turn photographs upright, as their EXIF orientation says and as every viewer shows them.
+            Without, they are as they are stored.
+        test_alone: be content with a test part, as for an evaluation; the training part may then be empty,
+            and mean and deviation are those of the test images.
         progress: called while downloading, with the bytes so far and all bytes (None if unknown).
+
+    Images are told by their endings (.jpg, .jpeg, .jfif, .png, .bmp, .webp, .gif, .tif, .ppm and their like,
+    in any case) and, where a file has another ending or none, by their content; of an animation the first
+    picture is taken. Files in folders of classes that are neither images nor text are counted in ``notes``.
 
     Raises:
         FileNotFoundError: nothing at that path.
@@ -114,22 +130,61 @@ def load_data(
                 )
         return cifar.load(path, *official, size)
     sources = [(path, None), *([(Path(test_source), "test")] if test_source is not None else [])]
-    folders = all(place.is_dir() for place, _ in sources)
-    if stream and not folders:
+    if stream and not all(place.is_dir() for place, _ in sources):
         raise ValueError(f"stream=True: test_source={str(test_source)!r} is an archive; unpack it")
-    if not folders:
-        reader = Reader(size, skip_bad)
+    order = _Order(path, size, skip_bad, holdout, seed, stream, exif, test_alone)
+    try:
+        return _read(order, sources, labelled, {})
+    except _NoClasses as error:
+        # where folders say no classes, a table may
+        tables = {place: table for place, _ in sources if labelled and (table := find_table(place))}
+        if not tables:
+            raise ValueError(str(error)) from error
+    return _read(order, sources, False, tables)
+
+
+class _NoClasses(ValueError):
+    """Images whose folders name fewer than two classes."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for: as the arguments of :func:`load_data`."""
+
+    root: Path
+    size: int | None
+    skip_bad: bool
+    holdout: float
+    seed: int
+    stream: bool | None
+    exif: bool
+    test_alone: bool
+
+
+def _read(
+    order: _Order, sources: Sequence[tuple[Path, str | None]], labelled: bool, tables: Mapping[Path, Table]
+) -> ImageData:
+    left: list[str] = []
+    unnamed: list[str] = []
+
+    def entries(place: Path, part: str | None) -> Iterator[Entry]:
+        found = (folder_entries if place.is_dir() else archive_entries)(place, part, labelled, left)
+        return label_entries(found, tables[place], part, unnamed) if place in tables else found
+
+    if tables and set(tables) != {place for place, _ in sources}:
+        lacking = next(place for place, _ in sources if place not in tables)
+        raise ValueError(f"{lacking}: has no labels.csv, but {next(iter(tables))} has one")
+    reader = Reader(order.size, order.skip_bad, order.exif)
+    if not all(place.is_dir() for place, _ in sources):
         for place, part in sources:
-            entries = (folder_entries if place.is_dir() else archive_entries)(place, part, labelled)
-            reader.read(entries, place)
-        return _in_memory(path, reader, holdout, seed)
-    found = [entry for place, part in sources for entry in folder_entries(place, part, labelled)]
-    reason = _why_stream(path, found, size, stream)
+            reader.read(entries(place, part), place)
+        return _in_memory(order, reader, left, unnamed, tables)
+    found = [entry for place, part in sources for entry in entries(place, part)]
+    reason = _why_stream(order.root, found, order.size, order.stream)
     if reason is not None:
-        return _streamed(path, found, size or _STREAM_SIDE, skip_bad, holdout, seed, reason)
-    reader = Reader(size, skip_bad)
-    reader.read(found, path)
-    return _in_memory(path, reader, holdout, seed)
+        return _streamed(order, found, left, unnamed, tables, reason)
+    reader.read(found, order.root)
+    return _in_memory(order, reader, left, unnamed, tables)
 
 
 def _why_stream(root: Path, found: Sequence[Entry], size: int | None, stream: bool | None) -> str | None:
@@ -173,95 +228,151 @@ def _digits(size: int | None) -> ImageData:
 # ---------------------------------------------------------------- folders and archives
 
 
-def _in_memory(root: Path, reader: Reader, holdout: float, seed: int) -> ImageData:
-    classes, labels, in_test, notes = _arranged(root, reader.places, reader.bad, holdout, seed)
+def _in_memory(
+    order: _Order, reader: Reader, left: Sequence[str], unnamed: Sequence[str], tables: Mapping[Path, Table]
+) -> ImageData:
+    found = _arranged(order, reader.places, reader.bad, left, unnamed, tables)
 
     def part(chosen: Tensor) -> Split:
         images = [reader.images[i] for i in chosen.nonzero().flatten().tolist()]
-        return Split(torch.from_numpy(np.stack(images)), labels[chosen])
+        pixels = np.stack(images) if images else np.empty((0, *reader.images[0].shape), dtype=np.uint8)
+        return Split(torch.from_numpy(pixels), found.labels[chosen])
 
-    train, test = part(~in_test), part(in_test)
-    mean, std = statistics(train.images)
+    train, test = part(~found.in_test), part(found.in_test)
+    mean, std = statistics((train if len(train) else test).images)
     return ImageData(
-        root.name,
+        order.root.name,
         train,
         test,
-        classes,
+        found.classes,
         mean,
         std,
         augment="cifar",
-        notes=tuple(notes),
-        labelled=bool(classes),
+        notes=tuple(found.notes),
+        labelled=bool(found.classes),
+        exif=order.exif,
     )
 
 
 def _streamed(
-    root: Path, found: Sequence[Entry], side: int, skip_bad: bool, holdout: float, seed: int, reason: str
+    order: _Order,
+    entries: Sequence[Entry],
+    left: Sequence[str],
+    unnamed: Sequence[str],
+    tables: Mapping[Path, Table],
+    reason: str,
 ) -> ImageData:
     bad: list[str] = []
-    if skip_bad:
+    side = order.size or _STREAM_SIDE
+    if order.skip_bad:
         good = []
-        for entry, outcome in in_threads(found, readable):
+        for entry, outcome in in_threads(entries, readable, order.exif):
             if isinstance(outcome, str):
-                refuse_or_count(outcome, entry, skip_bad, bad)
+                refuse_or_count(outcome, entry, order.skip_bad, bad)
             else:
                 good.append(entry)
-        found = good
-    places = [(entry.label, entry.part) for entry in found]
-    classes, labels, in_test, notes = _arranged(root, places, bad, holdout, seed)
-    files = np.array([os.fsencode(os.path.abspath(entry.name)) for entry in found])
-    notes.append(f"images are streamed in crops of {side} x {side}: {reason}")
+        entries = good
+    places = [(entry.label, entry.part) for entry in entries]
+    found = _arranged(order, places, bad, left, unnamed, tables)
+    files = np.array([os.fsencode(os.path.abspath(entry.name)) for entry in entries])
+    found.notes.append(f"images are streamed in crops of {side} x {side}: {reason}")
 
     def part(chosen: Tensor) -> Stream:
-        return Stream(files[chosen.numpy()], labels[chosen], side)
+        return Stream(files[chosen.numpy()], found.labels[chosen], side, order.exif)
 
     return ImageData(
-        root.name,
-        part(~in_test),
-        part(in_test),
-        classes,
+        order.root.name,
+        part(~found.in_test),
+        part(found.in_test),
+        found.classes,
         IMAGENET_MEAN,
         IMAGENET_STD,
         augment="imagenet",
-        notes=tuple(notes),
-        labelled=bool(classes),
+        notes=tuple(found.notes),
+        labelled=bool(found.classes),
+        exif=order.exif,
     )
 
 
+@dataclass(frozen=True)
+class _Arranged:
+    """Class names, class number of each image, whether it is a test image, and notes."""
+
+    classes: tuple[str, ...]
+    labels: Tensor
+    in_test: Tensor
+    notes: list[str]
+
+
+_LAYOUT = (
+    "expected train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png, of which a share is held out, or "
+    "images and a labels.csv with the columns file and label"
+)
+
+
 def _arranged(
-    root: Path, places: Sequence[tuple[str, str | None]], bad: Sequence[str], holdout: float, seed: int
-) -> tuple[tuple[str, ...], Tensor, Tensor, list[str]]:
-    """(class names, class number of each image, whether it is a test image, notes)."""
+    order: _Order,
+    places: Sequence[tuple[str, str | None]],
+    bad: Sequence[str],
+    left: Sequence[str],
+    unnamed: Sequence[str],
+    tables: Mapping[Path, Table],
+) -> _Arranged:
+    root = order.root
+    notes = [
+        *_note(bad, "unreadable image", "left out"),
+        *_note(left, "file", "left out whose content is no image that can be read"),
+        *_note(unnamed, "image", "left out that labels.csv does not name"),
+    ]
     if not places:
-        raise ValueError(
-            f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, in one folder a class; or --unlabelled)"
+        others = f"; {'; '.join(notes)}" if notes else ""
+        raise _NoClasses(
+            f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, or by their content), {_LAYOUT}; or "
+            f"--unlabelled{others}"
         )
-    classes = tuple(sorted({name for name, part in places if part != "test"}))
     # images without labels are all of one class, which has no name
-    labelled = classes != ("",)
-    if labelled and len(classes) < 2:
-        hint = "; if they have no labels: --unlabelled" if len(classes) == 1 else ""
-        raise ValueError(
-            f"{root}: {len(classes)} class of training images found, at least two are needed{hint}"
+    named = {name for name, _ in places} != {""}
+    trained = sorted({name for name, part in places if part != "test"})
+    classes = tuple(trained or (sorted({name for name, _ in places}) if order.test_alone else ()))
+    if tables and all(name.isdecimal() for name, _ in places):
+        classes = numbered_classes(tables.values(), [name for name, _ in places])
+    if len(classes) < (2 if named else 1):
+        if trained:
+            hint = "; if they have no labels: --unlabelled"
+        else:
+            hint = (
+                "; all of them are test images, by the name of a folder (test, val, valid or validation): "
+                "evaluate takes test images alone, anything else needs training images, with these as "
+                "--test-data"
+            )
+        raise _NoClasses(
+            f"{root}: {len(classes)} class of training images found, at least two are needed: {_LAYOUT}{hint}"
         )
     number = {name: i for i, name in enumerate(classes)}
     unknown = sorted({name for name, _ in places} - set(classes))
     if unknown:
-        raise ValueError(f"{root}: test images of classes without training images: {', '.join(unknown)}")
+        shown = ", ".join(map(printable, unknown[:10])) + (
+            f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        )
+        raise ValueError(f"{root}: test images of classes without training images: {shown}")
     labels = torch.tensor([number[name] for name, _ in places])
     in_test = torch.tensor([part == "test" for _, part in places])
-    notes: list[str] = []
-    if bad:
-        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-        plural = "s" if len(bad) > 1 else ""
-        notes.append(f"{len(bad)} unreadable image{plural} left out: {shown}")
-    if not bool(in_test.any()):
-        in_test = _held_out(labels, holdout, seed)
+    if bool(in_test.all()):
+        notes.append("test images alone: nothing can be trained on or fitted to them")
+    elif not bool(in_test.any()):
+        in_test = _held_out(labels, order.holdout, order.seed)
         notes.append(
             f"no test part: {int(in_test.sum())} of {len(labels)} images held out for testing"
-            f"{', evenly by class' if labelled else ''}"
+            f"{', evenly by class' if named else ''}"
         )
-    return classes if labelled else (), labels, in_test, notes
+    return _Arranged(classes if named else (), labels, in_test, notes)
+
+
+def _note(names: Sequence[str], what: str, said: str) -> list[str]:
+    """How many there are, and the first of them; nothing where there are none."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    plural = "s" if len(names) > 1 else ""
+    return [f"{len(names)} {what}{plural} {said}: {shown}"] if names else []
 
 
 def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:

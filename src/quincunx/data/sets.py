@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +45,13 @@ class Stream:
             with worker processes.
         labels: class numbers [N].
         side: of the square crops, in pixels.
+        exif: whether images are turned as their EXIF orientation says.
     """
 
     files: NDArray[np.bytes_]
     labels: Tensor
     side: int
+    exif: bool = True
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -83,6 +86,10 @@ class ImageData:
         notes: what a person should know, such as a part that was held out.
         labelled: whether the labels are the images' own. If not, they are those that a network gives
             (:func:`quincunx.evaluation.answered_by`), or as long as there are no classes, none.
+        exif: whether images were turned as their EXIF orientation says.
+
+    Raises:
+        ValueError: a mean or deviation that does not fit images in [0, 1].
     """
 
     name: str
@@ -94,6 +101,10 @@ class ImageData:
     augment: str
     notes: tuple[str, ...] = ()
     labelled: bool = True
+    exif: bool = True
+
+    def __post_init__(self) -> None:
+        check_normalisation(self.mean, self.std)
 
     @property
     def in_channels(self) -> int:
@@ -118,8 +129,36 @@ class ImageData:
         }
         if not self.labelled:
             facts["labelled"] = False
+        if not self.exif:
+            facts["exif"] = False
         # crops of whole photographs are other images than the same photographs cut once
         return facts | ({"streamed": True} if isinstance(self.train, Stream) else {})
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse a mean and deviation of images in [0, 255], or of none.
+
+    Raises:
+        ValueError: as many means as deviations are expected, in [0, 1].
+
+    Example:
+        >>> check_normalisation((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
+        Traceback (most recent call last):
+        ...
+        ValueError: mean=(123.7, 116.3, 103.5): images are in [0, 1] here, and so is their mean; divide by 255
+    """
+    if len(mean) != len(std):
+        raise ValueError(f"std={tuple(std)}: expected {len(mean)} numbers, as many as in mean")
+    for name, values, least in (("mean", mean, 0.0), ("std", std, math.ulp(0.0))):
+        if all(least <= value <= 1 for value in values):
+            continue
+        if all(0 <= value <= 255 for value in values) and max(values) > 1:
+            what = "mean" if name == "mean" else "deviation"
+            raise ValueError(
+                f"{name}={tuple(values)}: images are in [0, 1] here, and so is their {what}; divide by 255"
+            )
+        low = "[" if name == "mean" else "("
+        raise ValueError(f"{name}={tuple(values)}: expected numbers in {low}0, 1], as images have")
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -58,13 +58,13 @@ class _Photographs(Dataset[Tensor]):
         return torch.from_numpy(found)
 
     def _crop(self, index: int) -> Pixels | str:
-        path, side = self.split.path(index), self.split.side
+        path, side, exif = self.split.path(index), self.split.side, self.split.exif
         if self.key is None:
             return decoded(
-                Entry(path, "", None, path), lambda image: centre(image, round(side * _MARGIN), side)
+                Entry(path, "", None, path), lambda image: centre(image, round(side * _MARGIN), side), exif
             )
         draws = draws_of_image(self.key, index)
-        return decoded(Entry(path, "", None, path), lambda image: photograph(image, side, draws))
+        return decoded(Entry(path, "", None, path), lambda image: photograph(image, side, draws), exif)
 
 
 def _as_it_is(batch: Any) -> Any:
