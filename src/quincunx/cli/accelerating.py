@@ -21,6 +21,7 @@ from quincunx.choice import CANDIDATES, Search, Target, candidates_named
 from quincunx.cli.common import (
     Data,
     Json,
+    NoExif,
     Seed,
     Size,
     SkipBad,
@@ -130,6 +131,7 @@ def accelerate_command(
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
+    no_exif: NoExif = False,
     stream: Stream = None,
     unlabelled: Unlabelled = False,
     workers: Workers = None,
@@ -238,7 +240,14 @@ def accelerate_command(
         found = trained(network, weights, model, input_shape, seed)
         images = found.suited(
             read_data(
-                data, test_data, size, skip_bad=skip_bad, stream=stream, unlabelled=unlabelled, quiet=as_json
+                data,
+                test_data,
+                size,
+                skip_bad=skip_bad,
+                stream=stream,
+                unlabelled=unlabelled,
+                no_exif=no_exif,
+                quiet=as_json,
             ),
             mean,
             std,
@@ -392,6 +401,7 @@ def compare_command(
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
+    no_exif: NoExif = False,
     stream: Stream = None,
     unlabelled: Unlabelled = False,
     workers: Workers = None,
@@ -430,7 +440,14 @@ def compare_command(
         found = trained(network, weights, model, input_shape, seed)
         images = found.suited(
             read_data(
-                data, test_data, size, skip_bad=skip_bad, stream=stream, unlabelled=unlabelled, quiet=as_json
+                data,
+                test_data,
+                size,
+                skip_bad=skip_bad,
+                stream=stream,
+                unlabelled=unlabelled,
+                no_exif=no_exif,
+                quiet=as_json,
             ),
             mean,
             std,

@@ -49,6 +49,9 @@ Stream = Annotated[
 Workers = Annotated[int | None, typer.Option(help="Processes that decode streamed images.", min=0)]
 Size = Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.", min=1)]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
+NoExif = Annotated[
+    bool, typer.Option("--no-exif", help="Take photographs as stored, not turned as EXIF says they lie.")
+]
 TestData = Annotated[
     Path | None, typer.Option("--test-data", help="Folder or archive of the test part, if not in --data.")
 ]
@@ -148,6 +151,8 @@ def read_data(
     skip_bad: bool = False,
     stream: bool | None = None,
     unlabelled: bool = False,
+    no_exif: bool = False,
+    test_alone: bool = False,
     quiet: bool = False,
 ) -> ImageData:
     """The data set, with a sign of life while it is read; its notes go to standard error."""
@@ -165,6 +170,8 @@ def read_data(
             skip_bad=skip_bad,
             stream=stream,
             labelled=not unlabelled,
+            exif=not no_exif,
+            test_alone=test_alone,
             progress=downloading,
         )
     for note in loaded.notes:

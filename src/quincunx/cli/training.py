@@ -16,6 +16,7 @@ from quincunx.cli.common import (
     Data,
     Down,
     Json,
+    NoExif,
     Sampling,
     Seed,
     Size,
@@ -116,6 +117,7 @@ def train(
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
+    no_exif: NoExif = False,
     stream: Stream = None,
     workers: Workers = None,
     seed: Seed = 0,
@@ -167,7 +169,9 @@ def train(
                 "another --out starts anew"
             )
         check_folder(folder)
-        images = read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json)
+        images = read_data(
+            data, test_data, size, skip_bad=skip_bad, stream=stream, no_exif=no_exif, quiet=as_json
+        )
         torch.manual_seed(seed)
         if before is None:
             model = qx.networks.build(network, len(images.classes), images.in_channels, **settings)
@@ -234,6 +238,7 @@ def evaluate_command(
     test_data: TestData = None,
     size: Size = None,
     skip_bad: SkipBad = False,
+    no_exif: NoExif = False,
     stream: Stream = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -248,7 +253,18 @@ def evaluate_command(
         use_threads(threads)
         found = judged_network(artifact, weights, model, input_shape)
         images = found.suited(
-            read_data(data, test_data, size, skip_bad=skip_bad, stream=stream, quiet=as_json), mean, std
+            read_data(
+                data,
+                test_data,
+                size,
+                skip_bad=skip_bad,
+                stream=stream,
+                no_exif=no_exif,
+                test_alone=True,
+                quiet=as_json,
+            ),
+            mean,
+            std,
         )
         with running():
             result = evaluate(found.model, images.test, images, workers=workers)
