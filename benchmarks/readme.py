@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
-from quincunx.report import collect, lines, pictures, verdicts
+from quincunx.espace_experiments import espace_by_name
+from quincunx.experiments import by_name
+from quincunx.printed import ESPACE, Gain
+from quincunx.report import collect, label_of, lines, pictures, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,8 +125,11 @@ def trained(name: str) -> str:
 
 
 def espace(name: str) -> str:
-    """The paper's layers and networks, timed."""
+    """The paper's layers and networks, timed, beside what it prints for a setting today's list of it has."""
     rows = read(name, f"{name}.json")["rows"]
+    experiment = espace_by_name(name)
+    points = (*experiment.points, *experiment.without_data().points)
+    paper = {(point.series, point.label): dict(point.paper) for point in points}
     peers = list(rows[0]["layers"]["peers"])
     judged = rows[0]["response_error"] is not None
     header = ["method", "setting", *(["response error"] if judged else []), "MAC ratio", "speed-up"]
@@ -144,12 +151,50 @@ def espace(name: str) -> str:
                     *(f"{value:.2f}x" for value in (part["speedup"], *part["peers"].values())),
                 )
             ),
-            f"{row['paper']['speedup']:g}x" if row["paper"] else "",
+            paper_gain(paper.get((row["series"], row["label"]), {})),
         ]
         for row in rows
     ]
     figure = f"\n\n![response error against measured speed-up](results/{name}/response-speed.svg)"
     return table(header, cells) + (figure if judged else "")
+
+
+def paper_gain(printed: dict[str, float]) -> str:
+    """A printed speed-up, and for what."""
+    return str(Gain("", "", printed["speedup"], printed.get("drop"))) if printed else ""
+
+
+def printed_espace(name: str) -> str:
+    """What the ESPACE paper prints in a figure or table."""
+    cells = [
+        [gain.method, gain.setting or "not stated", f"{gain.speedup:g}x", *points_of(gain)]
+        for gain in ESPACE[name]
+    ]
+    return table(["method", "setting", "speed-up", "points of top-5 error"], cells)
+
+
+def points_of(gain: Gain) -> list[str]:
+    return ["" if gain.drop is None else f"{gain.drop:.2f}"]
+
+
+def printed_table(name: str) -> str:
+    """What the spatial bottleneck paper prints in a table."""
+    experiment = by_name(name)
+    sets = ("cifar10", "cifar100") if experiment.data == "cifar10" else (experiment.data,)
+    names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
+    top5 = experiment.data == "imagenet"
+    cells = [
+        [
+            label_of({"name": entry.network, "settings": dict(entry.settings)}),
+            *("" if (found := entry.printed(data)) is None else str(found) for data in sets),
+            *([str(entry.printed_top5(experiment.data))] if top5 else []),
+            "" if entry.paper_macs is None else f"{entry.paper_macs:g}",
+        ]
+        for entry in experiment.entries
+        if any(entry.printed(data) for data in sets)
+    ]
+    errors = [f"{names[data]}, error in %" for data in sets]
+    return table(["network", *errors, *(["top-5"] if top5 else []), "M MACs"], cells)
 
 
 def compared(name: str, figure: str = "drop-speed") -> str:
@@ -249,6 +294,77 @@ def targets(*names: str) -> str:
     return table(header, cells)
 
 
+def zoo() -> str:
+    """Networks of other libraries: is the fused copy equal, how fast, which layers each method takes."""
+    result = read("zoo.json")
+    header = ["networks", "number", "fused: equal", "refused", "wrong or failed"]
+    header += [
+        "convolutions in programs",
+        "fused over eager (median)",
+        "least",
+        "SpatialBottleneck takes",
+        "LowRank",
+        "Espace",
+    ]
+    header += ["artifact equal"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if "unusable" not in row:
+            groups.setdefault(row["name"].partition("/")[0], []).append(row)
+    cells = []
+    for library, rows in groups.items():
+        answers = Counter(row.get("fuse", {}).get("answer", "stopped") for row in rows)
+        convs = [row["convs"] for row in rows if "convs" in row]
+        speed = {row["name"].partition("/")[2]: row["time"]["speedup"] for row in rows if "time" in row}
+        slowest = min(speed, key=lambda name: speed[name]) if speed else None
+        cells.append(
+            [
+                library,
+                str(len(rows)),
+                str(answers["equal"]),
+                str(answers["refused"]),
+                str(len(rows) - answers["equal"] - answers["refused"]),
+                f"{sum(c['programs'] for c in convs)} of {sum(c['all'] for c in convs)}",
+                f"{median(speed.values()):.2f}x" if speed else "",
+                f"{speed[slowest]:.2f}x ({slowest})" if slowest else "",
+                *(of_all([row["methods"][method] for row in rows if "methods" in row]) for method in METHODS),
+                of_artifacts([row["accelerated"] for row in rows if "accelerated" in row]),
+            ]
+        )
+    return f"{table(header, cells)}\n\n{left_by_reason(result['rows'])}"
+
+
+METHODS = {"sb": "SpatialBottleneck", "lowrank": "LowRank", "espace": "Espace"}
+
+
+def of_all(records: list[dict[str, Any]]) -> str:
+    """How many layers a method takes, of all convolutions that it was asked about."""
+    found = [record for record in records if "takes" in record]
+    taken = sum(record["takes"] for record in found)
+    return f"{taken} of {taken + sum(sum(record['leaves'].values()) for record in found)}"
+
+
+def of_artifacts(records: list[dict[str, Any]]) -> str:
+    """How many accelerated networks answer alike once saved and loaded."""
+    found = [record["artifact"]["answer"] for record in records if "artifact" in record]
+    return f"{found.count('equal')} of {len(found)}"
+
+
+def left_by_reason(rows: list[dict[str, Any]]) -> str:
+    """Why layers stay, by method, and why networks are refused: the most frequent reasons."""
+    said = []
+    for method, label in METHODS.items():
+        reasons: Counter[str] = Counter()
+        for row in rows:
+            reasons.update(row.get("methods", {}).get(method, {}).get("leaves", {}))
+        said.append(f"- {label} leaves: " + "; ".join(f"{n} {text}" for text, n in reasons.most_common(6)))
+    refused = [row for row in rows if row.get("fuse", {}).get("answer") == "refused"]
+    if refused:
+        names = ", ".join(row["name"].partition("/")[2] for row in refused)
+        said.append(f"- not fused: {names}")
+    return "\n".join(said)
+
+
 MADE = {
     "demo": demo,
     "blocks": lambda: bench("blocks"),
@@ -274,6 +390,11 @@ MADE = {
         f"layers-{method}": partial(layers, method)
         for method in ("binaryconnect", "cpd", "espace", "lrd", "qcnn")
     },
+    **{
+        f"printed-{name}": partial(printed_table, name)
+        for name in ("table1", "table2", "table3", "table4", "downsampling")
+    },
+    **{f"printed-{name}": partial(printed_espace, name) for name in ESPACE},
     "espace-figure3": lambda: espace("espace-figure3"),
     "espace-figure4": lambda: espace("espace-figure4"),
     "espace-table2": lambda: espace("espace-table2"),

@@ -78,8 +78,8 @@ class EspaceExperiment:
 
     @property
     def printed(self) -> tuple[tuple[str, float], ...]:
-        """Speed-ups of the paper that belong to none of the points, by what they are of."""
-        return tuple((_setting(gain), gain.speedup) for gain in self.elsewhere)
+        """The paper's speed-ups by masks of a rate that it does not state."""
+        return tuple((gain.method, gain.speedup) for gain in self.elsewhere if gain.method in _MASKS.values())
 
     @property
     def sentences(self) -> list[str]:
@@ -120,10 +120,6 @@ class EspaceExperiment:
             paper = point.paper or (plain[key].paper if key in plain else ())
             plain[key] = replace(point, series=key[0], method=method, paper=paper)
         return replace(self, points=tuple(plain.values()))
-
-
-def _setting(gain: Gain) -> str:
-    return f"{gain.method}, {gain.setting or 'setting not stated'}"
 
 
 def _single(rank: int, ranks: Sequence[int]) -> tuple[Point, ...]:

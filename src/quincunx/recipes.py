@@ -130,12 +130,12 @@ def short() -> Recipe:
 
 
 def pyramidnet() -> Recipe:
-    """300 epochs, a tenth at 150 and 225, the rest as for CIFAR (Peng et al., 4.2; Han et al. 2017)."""
+    """300 epochs, a tenth at 150 and 225, the rest as for CIFAR (Peng et al., 4.5; Han et al. 2017)."""
     return dataclasses.replace(cifar(), name="pyramidnet", epochs=300)
 
 
 def imagenet() -> Recipe:
-    """100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 4.3)."""
+    """100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 5)."""
     return Recipe(
         name="imagenet",
         epochs=100,

@@ -3,7 +3,7 @@
 A photograph in training is a random part of the image (8 to 100% of the area, aspect ratio 3/4 to 4/3;
 Szegedy et al. 2015), brought to the crop's side, mirrored half of the time, with changed brightness,
 contrast and saturation and a changed colour of the light, as ImageNet ResNets are trained (Gross and
-Wilber 2016; Peng et al., arXiv:1809.02601, section 4.3). Each change of colour takes colours affinely to
+Wilber 2016; Peng et al., arXiv:1809.02601, section 5). Each change of colour takes colours affinely to
 colours, so the four together are one matrix and one offset an image.
 """
 

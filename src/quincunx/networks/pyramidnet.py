@@ -137,5 +137,5 @@ def sb_pyramidnet(
     down: str = "stride",
 ) -> PyramidNet:
     """The same with spatial bottlenecks: regular blocks but for those that change the resolution, channel
-    bottlenecks but for the first of each stage (Peng et al., arXiv:1809.02601, section 4.3)."""
+    bottlenecks but for the first of each stage (Peng et al., arXiv:1809.02601, section 4.5)."""
     return _build(depth, alpha, num_classes, in_channels, parse(sampling), down)

@@ -211,7 +211,7 @@ def sb_resnet(
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
 ) -> ResNet:
-    """The same with spatial bottlenecks (Peng et al., arXiv:1809.02601, section 4.5)."""
+    """The same with spatial bottlenecks (Peng et al., arXiv:1809.02601, section 5)."""
     return _build("resnet", depth, num_classes, in_channels, _Kind(parse(sampling), down))
 
 
