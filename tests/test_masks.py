@@ -7,6 +7,7 @@ from torch import nn
 
 import quincunx as qx
 from quincunx.methods.masks import highest, impacts, mask_of, self_loss
+from quincunx.sampling import from_spec
 from quincunx.streams import Batch
 
 
@@ -182,3 +183,25 @@ def test_loss_of_targets_is_cross_entropy_summed():
     maps = torch.randn(2, 5, 3, 4)
     assert self_loss(maps, None) == F.cross_entropy(maps, maps.argmax(1), reduction="sum")
     assert self_loss(logits, target) == F.cross_entropy(logits, target, reduction="sum")
+
+
+def test_masks_by_eq_8_are_laid_where_the_formula_has_positions():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.MaxPool2d((4, 1)), nn.Conv2d(6, 6, 3, padding=1)
+    ).eval()
+    x = torch.randn(2, 3, 12, 16)
+    found = qx.accelerate(net, qx.Espace(rank=4, rate=(0.25, 0.5), mask="uniform-eq8"), example_input=x)
+    # the pooled map of 3 x 16 is lower than sqrt(12) = 3.5
+    assert found.skipped["2"].startswith("grid 3 x 16: eq. 8 has no positions at rate=0.25")
+    assert found.replaced["0"]["mask"] == "uniform-eq8"
+    half = found.model[0]
+    assert [from_spec(text) for text in half.spec["masks"]] == [
+        qx.Uniform(r, rule="eq8") for r in (0.25, 0.5)
+    ]
+    torch.testing.assert_close(qx.fuse(found.model)(x), found.model(x))
+    even = qx.accelerate(net, qx.Espace(rank=4, rate=(0.25, 0.5), mask="uniform"), example_input=x)
+    assert not even.skipped
+    assert even.replaced["0"]["mask"] == "uniform"
+    with pytest.raises(ValueError, match="mask='uniform-eq9': expected one of impact, uniform, uniform-eq8"):
+        qx.Espace(mask="uniform-eq9")

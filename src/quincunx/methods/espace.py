@@ -110,7 +110,21 @@ class Espace(SeparableFit):
             reason = "1 x 1: no low rank here; pointwise=True masks it"
         if reason is None and impact and layer.calls is not None and layer.calls > 1:
             return f"called {layer.calls} times in a forward: its positions have no one impact"
-        return reason
+        return reason or self._no_positions(layer)
+
+    def _no_positions(self, layer: Layer) -> str | None:
+        """Why masks made by a rule cannot be laid on a layer's grids, where these are known."""
+        if self.mask == "impact" or layer.output_shape is None:
+            return None
+        grids = [layer.grid]
+        if conv_of(layer).kernel_size != (1, 1):
+            grids.insert(0, (layer.grid[0], layer.input_size[1]))
+        try:
+            for rate, grid in zip(self.rates, grids, strict=False):
+                mask_of(self.mask, rate, seed=0, place="").count(*grid)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
         """Choose all ranks; the fits follow, then the masks.
