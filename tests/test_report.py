@@ -330,6 +330,7 @@ def test_labels_tell_networks_apart():
         {"sampling": "cosets:3:0,0;1,2"},
         {"sampling": "random:0.3:7"},
         {"sampling": "uniform:0.25"},
+        {"sampling": "uniform:0.25:eq8"},
         {"down": "avgpool"},
         {"width": 8},
     ]
@@ -340,6 +341,7 @@ def test_labels_tell_networks_apart():
         "rsbn20 cosets:3:0,0;1,2",
         "rsbn20 random:0.3:7",
         "rsbn20 uniform:0.25",
+        "rsbn20 uniform:0.25:eq8",
         "rsbn20 2/4, avgpool",
         "rsbn20 2/4, width 8",
     ]
