@@ -16,8 +16,9 @@ from quincunx.files import memory_left
 
 __all__ = ["Bounded", "Dictionary", "Made", "Makers", "Named", "Opaque", "read_pickle"]
 
-# bytes of memory that one instruction takes at most, the text that it brings not counted
-_PER_STEP = 256
+# instructions of any pickle, far more than names and tensors take, and bytes of memory that one takes at most
+# (the text that it brings not counted)
+_STEPS, _PER_STEP = 1 << 22, 256
 # work of makers, such as values copied, for each byte of the pickle, and what any pickle may do
 _WORK_PER_BYTE, _WORK = 16, 1 << 20
 
@@ -38,6 +39,9 @@ class Opaque:
     """A value that nobody asks for, such as a key that is a tuple."""
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "?"
 
 
 class Dictionary(dict[Any, Any]):
@@ -154,13 +158,13 @@ class _Machine:
         self._work = _WORK + _WORK_PER_BYTE * length
 
     def run(self, source: bytes | Bounded) -> Any:
-        steps = memory_left() // 2 // _PER_STEP
+        steps = min(_STEPS, memory_left() // 2 // _PER_STEP)
         stack = self._stack
         # the machine's own words for what is damaged are good enough
         argument: Any
         for step, (opcode, argument, _) in enumerate(pickletools.genops(source)):  # type: ignore[arg-type]
             if step > steps:
-                raise ValueError(f"more than {steps:,} instructions, for which there is no memory")
+                raise ValueError(f"more than {steps:,} instructions")
             name = opcode.name
             if name in _VALUES:
                 stack.append(argument)

@@ -51,7 +51,8 @@ def batches(
             eight. Images in memory need none.
 
     Raises:
-        ValueError: a value out of its range; while reading, a streamed image that cannot be (named).
+        ValueError: a value out of its range, a part without images; while reading, a streamed image that
+            cannot be (named).
         WorkerFailed: while reading, a worker process died.
 
     Example:
@@ -62,6 +63,8 @@ def batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    if not len(split):
+        raise ValueError(f"{data.name}: no images to read, only the other part has some")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"augment={augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
     if not 0 <= rank < world:

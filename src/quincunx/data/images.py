@@ -271,7 +271,8 @@ def decoded(entry: Entry, use: Callable[[Image], Pixels], exif: bool = True) -> 
                 raise ValueError(f"{image.width} x {image.height} pixels in a file of {length:,} bytes")
             with _ONE_AT_A_TIME if pixels > _PIXELS else nullcontext():
                 found = _rgb(_loaded(image, exif))
-    except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    # where warnings are errors, Pillow's are as good a reason
+    except (*_DAMAGE, Image.DecompressionBombError, Warning) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"{printable(entry.name)}: not a readable image ({reason})"
     return use(found)
@@ -360,7 +361,7 @@ def _head(entry: Entry) -> tuple[int, int] | None:
     try:
         with Image.open(entry.name) as image:
             return image.height, image.width
-    except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (*_DAMAGE, Image.DecompressionBombError, Warning):
         return None  # reading the set says which images are bad
 
 
@@ -369,19 +370,23 @@ def in_threads(
 ) -> Iterator[tuple[Entry, Pixels | str]]:
     """Every entry with what it became, in order; decoding releases the interpreter's lock."""
     waiting: dict[int, int] = {}
+    # several links in a row may lead to one file of an archive: it is decoded once
+    latest: list[tuple[str | bytes, Pixels | str]] = []
 
     def some(number: int, task: list[Entry]) -> list[Pixels | str | None]:
         found: list[Pixels | str | None] = []
-        for place, entry in enumerate(task):
-            if place and entry.content is task[place - 1].content and not isinstance(found[-1], str):
-                # several links lead to one file of an archive
-                found.append(found[-1])
+        for entry in task:
+            known = latest[:]
+            if known and known[0][0] is entry.content and not isinstance(known[0][1], str):
+                found.append(known[0][1])
             elif sum(list(waiting.values())) > _WAITING:
                 # not decoded yet: too much waits to be taken
                 found.append(None)
             else:
-                found.append(decoded(entry, use, exif))
-                waiting[number] = waiting.get(number, 0) + getattr(found[-1], "nbytes", 0)
+                image = decoded(entry, use, exif)
+                found.append(image)
+                latest[:] = [(entry.content, image)]
+                waiting[number] = waiting.get(number, 0) + getattr(image, "nbytes", 0)
         return found
 
     tasks: deque[tuple[int, list[Entry], Future[list[Pixels | str | None]]]] = deque()
@@ -411,8 +416,9 @@ def _tasks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     task: list[Entry] = []
     size = 0
     for entry in entries:
+        shared = bool(task) and entry.content is task[-1].content
         task.append(entry)
-        size += len(entry.content) if isinstance(entry.content, bytes) else 0
+        size += len(entry.content) if isinstance(entry.content, bytes) and not shared else 0
         if len(task) >= _DECODE_AT_ONCE or size > _DECODE_BYTES:
             yield task
             task, size = [], 0

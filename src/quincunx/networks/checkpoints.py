@@ -360,22 +360,23 @@ def _search(value: object) -> list[_Found]:
     return found
 
 
-def _contents(value: object, inner: bool = True) -> str:
+def _contents(value: object) -> str:
     """What a file holds, in a few words."""
     entries = _entries(value)
-    if isinstance(value, Made):
-        return f"a pickled {str(value)[:80]}"
-    if _is_tensor(value):
-        return "one tensor" if inner else "a tensor"
     if entries is None:
-        return f"a {type(value).__name__}" if value is not None else "None"
-    if not inner:
-        return "a dictionary"
-    shown = [f"{str(key)[:40]!r} ({_contents(item, False)})" for key, item in list(entries.items())[:_SHOWN]]
-    more = len(entries) - len(shown)
-    return (
-        f"a dictionary of {', '.join(shown)}{f' and {more} more' if more > 0 else ''}" if shown else "nothing"
-    )
+        return f"one {_kind(value)}"
+    shown = [f"{str(key)[:40]!r} ({_kind(item)})" for key, item in list(entries.items())[:_SHOWN]]
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return f"a dictionary of {', '.join(shown)}{more}" if shown else "an empty dictionary"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Made):
+        return f"pickled {str(value)[:80]}"
+    entries = _entries(value)
+    if entries is not None:
+        return f"dictionary of {len(entries)}"
+    return "tensor" if _is_tensor(value) else type(value).__name__
 
 
 def _network_in(value: object) -> Made | None:

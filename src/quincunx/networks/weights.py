@@ -245,10 +245,11 @@ def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any
         state = read_checkpoint(path, known=keys, key=key)
     # counters that older checkpoints do not have; no result depends on them
     state |= {k: torch.tensor(0) for k in keys if k.endswith("num_batches_tracked") and k not in state}
-    _check_names(name, keys, list(state))
+    what = f"{path}: does not fit {name}"
+    _check_names(what, keys, list(state))
     # the first weight reads the image, the last bias is the classifier's
     num_classes, in_channels = _outputs(state, keys[-1]), _inputs(state, keys[0])
-    _check_shapes(name, _shapes(name, num_classes, in_channels, settings), state)
+    _check_shapes(what, _shapes(name, num_classes, in_channels, settings), state)
     network = build(name, num_classes, in_channels, **settings)
     network.load_state_dict(state)
     return network.eval()
@@ -293,8 +294,10 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 def place_of(value: Tensor) -> tuple[object, ...]:
     """Where a tensor's values are in memory; tied weights have it in common."""
+    storage = value.untyped_storage()
     return (
-        value.untyped_storage().data_ptr(),
+        # empty tensors, and those without values, have no address
+        storage.data_ptr() or ("none", storage._cdata),
         value.storage_offset(),
         value.shape,
         value.stride(),
