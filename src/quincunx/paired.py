@@ -31,7 +31,7 @@ class SampledMap(Tensor):
     """A sampled map [N, C, m, 1] that knows its grid's size (H, W); what is computed from it knows it too.
 
     Example:
-        >>> y = F.relu(PairedDown2d(3, 8, sampling=qx.CHESSBOARD)(torch.randn(1, 3, 6, 4)))
+        >>> y = nn.ReLU()(PairedDown2d(3, 8, sampling=qx.CHESSBOARD)(torch.randn(1, 3, 6, 4)))
         >>> type(y).__name__, tuple(y.shape), y.grid_size
         ('SampledMap', (1, 8, 12, 1), (6, 4))
     """
@@ -68,9 +68,9 @@ class SampledMap(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             if not self.is_leaf:
-                return super().__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]
+                return super().__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
             plain = self.detach().as_subclass(Tensor).requires_grad_(self.requires_grad)
-            made = _sized(copy.deepcopy(plain, memo), self.grid_size)
+            made: Tensor = _sized(copy.deepcopy(plain, memo), self.grid_size)
         memo[id(self)] = made
         return made
 
@@ -138,10 +138,14 @@ _KEYS = itertools.count()
 _COMPILED: set[str] = set()
 
 
-@torch.compiler.assume_constant_result  # so called once, while compiling
 def _note_compiled(key: str) -> bool:
+    """Called once, while compiling."""
     _COMPILED.add(key)
     return True
+
+
+# torch.compiler.assume_constant_result, without the import of all of torch._dynamo that it makes
+_note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class PairedDown2d(SampledDown2d):
