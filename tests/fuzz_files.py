@@ -139,7 +139,7 @@ def cifar_files(python: bool) -> dict[str, bytes]:
     for batch in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         if python:
             found[batch] = pickle.dumps(
-                {"data": images, "labels": [1, 2], "filenames": ["a", "b"]}, protocol=2
+                {"data": images, "labels": [1, 2], "filenames": ["a", "b"]}, protocol=3
             )
         else:
             found[f"{batch}.bin"] = b"".join(bytes([i]) + image.tobytes() for i, image in enumerate(images))

@@ -10,8 +10,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-__all__ = ["ZIP_DAMAGE", "bounded", "memory_left", "naming", "read_member"]
+__all__ = ["ZIP_DAMAGE", "bounded", "memory_left", "naming", "open_member", "read_member"]
 
 
 def memory_left() -> int:
@@ -69,6 +70,37 @@ ZIP_DAMAGE = (
 # what one byte can become when it is unpacked: deflate's format allows no more
 _DEFLATE = 1040
 _PIECE = 1 << 20
+# bytes that lzma may look back, for which unpacking takes memory before the first byte comes
+_LARGEST_WINDOW = 1 << 28
+
+
+def _window(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """What a member packed by lzma asks for."""
+    file = archive.fp
+    if file is None:
+        return 0
+    file.seek(member.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))
+    file.seek(sum(lengths), 1)
+    # four bytes of version and length, one of settings, then the window
+    return int.from_bytes(file.read(9)[5:], "little")
+
+
+def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, length: int, *, what: str) -> IO[bytes]:
+    """A member of a zip archive to read from, once what it takes to unpack it is known to be there.
+
+    Args:
+        archive, member: what is opened.
+        length: bytes of the archive.
+        what: the file and the member, which an error begins with.
+
+    Raises:
+        ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
+    """
+    bounded(member.compress_size, what=what, at_most=length)
+    if member.compress_type == zipfile.ZIP_LZMA:
+        bounded(_window(archive, member), what=f"{what}: its window", at_most=_LARGEST_WINDOW)
+    return archive.open(member)
 
 
 def read_member(
@@ -90,7 +122,6 @@ def read_member(
     Raises:
         ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
     """
-    bounded(member.compress_size, what=what, at_most=length)
     stored = member.compress_type == zipfile.ZIP_STORED
     deflated = member.compress_type == zipfile.ZIP_DEFLATED
     limit = member.compress_size * (1 if stored else _DEFLATE)
@@ -98,7 +129,7 @@ def read_member(
     size = bounded(member.file_size, what=what, at_most=min(limits, default=None))
     pieces: list[bytes] = []
     left = size
-    with archive.open(member) as file:
+    with open_member(archive, member, length, what=what) as file:
         # a piece at a time: a call for all of it unpacks what there is, whatever was claimed
         while piece := file.read(min(left + 1, _PIECE)):
             left -= len(piece)

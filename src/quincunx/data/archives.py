@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from quincunx.files import ZIP_DAMAGE, bounded, read_member
+from quincunx.files import ZIP_DAMAGE, bounded, open_member, read_member
 
 __all__ = ["LARGEST", "Member", "TooLarge", "members", "plain", "resolved"]
 
@@ -149,7 +149,7 @@ def _zip(file: IO[bytes], length: int) -> Iterator[Member]:
         name = member.filename.replace("\\", "/")
 
         def head(member: zipfile.ZipInfo = member) -> bytes:
-            with archive.open(member) as content:
+            with open_member(archive, member, length, what=repr(member.filename[:80])) as content:
                 return content.read(_HEAD)
 
         def content(member: zipfile.ZipInfo = member) -> bytes:
@@ -236,7 +236,7 @@ def _unpacking(file: IO[bytes]) -> tuple[IO[bytes], bool]:
     elif start.startswith(b"BZh"):
         found = bz2.BZ2File(file)
     elif start.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
-        found = lzma.LZMAFile(file)  # noqa: SIM115
+        found = _Lzma(file)
     elif start.startswith(b"\x28\xb5\x2f\xfd"):
         try:
             # since Python 3.14
@@ -246,6 +246,31 @@ def _unpacking(file: IO[bytes]) -> tuple[IO[bytes], bool]:
                 "compressed by zstd, which this Python does not read; gz, bz2 and xz it does"
             ) from error
     return (file, False) if found is None else (found, True)
+
+
+class _Lzma:
+    """The unpacked bytes of xz and lzma, whose window the file asks for: one of bounded size is given."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._unpack = lzma.LZMADecompressor(memlimit=LARGEST)
+
+    def read(self, count: int) -> bytes:
+        while True:
+            if self._unpack.eof:
+                # another stream may follow, behind zeros
+                rest = (self._unpack.unused_data or self._file.read(_PIECE)).lstrip(b"\0")
+                if not rest:
+                    return b""
+                self._unpack = lzma.LZMADecompressor(memlimit=LARGEST)
+            elif self._unpack.needs_input:
+                rest = self._file.read(1 << 16)
+                if not rest:
+                    raise EOFError("it ends before its end mark")
+            else:
+                rest = b""
+            if found := self._unpack.decompress(rest, count):
+                return found
 
 
 @dataclass

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quincunx.data import memory
-from quincunx.data.archives import LARGEST, members
+from quincunx.data.archives import LARGEST, TooLarge, members
 from quincunx.data.download import Progress, check_sum, data_folder, fetch
 from quincunx.data.images import Pixels, begins_like_image, centre, is_image, may_be_image
 from quincunx.data.sets import ImageData, Split, statistics
@@ -146,7 +146,10 @@ def find(root: Path) -> tuple[Form, dict[str, bytes]] | None:
             return None
         if member.target is None and name in _WANTED:
             _check_length(f"{root}/{name}", member.size)
-            files[name] = member.content()
+            try:
+                files[name] = member.content()
+            except TooLarge as error:
+                raise ValueError(f"{root}/{name}: {error}") from error
         elif member.target is None and may_be_image(name) and begins_like_image(member.head()):
             return None
     form = _form(set(files))

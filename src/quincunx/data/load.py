@@ -360,7 +360,7 @@ def _arranged(
     if bool(in_test.all()):
         notes.append("test images alone: nothing can be trained on or fitted to them")
     elif not bool(in_test.any()):
-        in_test = _held_out(labels, order.holdout, order.seed)
+        in_test = _held_out(root, labels, order.holdout, order.seed)
         notes.append(
             f"no test part: {int(in_test.sum())} of {len(labels)} images held out for testing"
             f"{', evenly by class' if named else ''}"
@@ -375,7 +375,7 @@ def _note(names: Sequence[str], what: str, said: str) -> list[str]:
     return [f"{len(names)} {what}{plural} {said}: {shown}"] if names else []
 
 
-def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+def _held_out(root: Path, labels: Tensor, share: float, seed: int) -> Tensor:
     """A mask of about ``share`` of each class, at least one image of a class that has two."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(labels.shape[0], generator=generator)
@@ -385,5 +385,5 @@ def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
         take = min(count - 1, max(1, round(share * count)))
         held[members[order[members].argsort()[:take]]] = True
     if not bool(held.any()):
-        raise ValueError("every class has a single image: none can be held out for testing")
+        raise ValueError(f"{root}: every class has a single image: none can be held out for testing")
     return held

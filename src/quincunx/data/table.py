@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quincunx.data.archives import members, plain
+from quincunx.data.archives import TooLarge, members, plain
 from quincunx.data.images import Entry, printable
 from quincunx.files import naming
 
@@ -64,7 +64,11 @@ def find_table(root: Path) -> Table | None:
                     f"{root}:{printable(member.name)}: {member.size:,} bytes, more than any table has"
                 )
             within = posixpath.dirname(plain(member.name))
-            return _table(f"{root}:{printable(member.name)}", root, within, member.content())
+            where = f"{root}:{printable(member.name)}"
+            try:
+                return _table(where, root, within, member.content())
+            except TooLarge as error:
+                raise ValueError(f"{where}: {error}") from error
     return None
 
 

@@ -53,6 +53,13 @@ class _Pending:
         self.array = Array(shape, content)
 
 
+def _bytes(text: Any, coding: Any) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if not isinstance(text, str) or coding not in ("latin1", "latin-1"):
+        raise ValueError("bytes that are written in an unusual way")
+    return text.encode("latin-1")
+
+
 def _no_values(*_: Any) -> Any:
     raise ValueError("it makes an array in a way that the official files do not use")
 
@@ -63,6 +70,7 @@ _MAKERS: pickles.Makers = {
     ("numpy._core.multiarray", "_reconstruct"): _Pending,
     ("numpy", "ndarray"): _no_values,
     ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _bytes,
 }
 
 
