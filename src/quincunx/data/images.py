@@ -45,9 +45,9 @@ _TEST_PARTS = {"test", "val", "valid", "validation"}
 _DECODE_AT_ONCE, _DECODE_BYTES = 64, 1 << 22
 # bytes of decoded images that wait to be taken
 _WAITING = 1 << 28
-# Pixels of an image of any length, and for each byte of its file: a claim beyond both is not believed. Those
-# above the first are decoded one at a time.
-_PIXELS, _PIXELS_PER_BYTE = 1 << 23, 400
+# Pixels that a file of any length may claim; those of larger images are decoded one at a time. Above, for
+# each byte of its file, up to what fits into a gigabyte; and for each byte of photographs of any size.
+_PIXELS, _PIXELS_PER_BYTE, _LARGE, _LARGE_PER_BYTE = 1 << 23, 400, 1 << 26, 32
 # how much longer than wide an image may be before it is cut ahead of its change of size
 _STRIP = 16
 
@@ -267,7 +267,7 @@ def decoded(entry: Entry, use: Callable[[Image], Pixels], exif: bool = True) -> 
         with Image.open(source) as image:
             length = os.path.getsize(source) if isinstance(source, str) else len(entry.content)
             pixels = image.width * image.height
-            if pixels > max(_PIXELS, _PIXELS_PER_BYTE * length):
+            if pixels > max(_PIXELS, min(_PIXELS_PER_BYTE * length, _LARGE), _LARGE_PER_BYTE * length):
                 raise ValueError(f"{image.width} x {image.height} pixels in a file of {length:,} bytes")
             with _ONE_AT_A_TIME if pixels > _PIXELS else nullcontext():
                 found = _rgb(_loaded(image, exif))
@@ -275,7 +275,11 @@ def decoded(entry: Entry, use: Callable[[Image], Pixels], exif: bool = True) -> 
     except (*_DAMAGE, Image.DecompressionBombError, Warning) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"{printable(entry.name)}: not a readable image ({reason})"
-    return use(found)
+    try:
+        return use(found)
+    except MemoryError:
+        size = f"{found.width} x {found.height} pixels"
+        return f"{printable(entry.name)}: not a readable image (too little memory for {size})"
 
 
 def printable(name: str) -> str:
