@@ -11,7 +11,8 @@ import torch
 
 from quincunx.ranks import ALONE, joined
 
-# 20 images in batches of 8: the last batch is odd, and with three processes one has a single image
+# 20 images in batches of 8: the last batch is odd, and with three processes one has a single image. A job
+# makes several runs, one after the other, since to start its processes takes longer than to train
 WORKER = """
 import os, signal, sys
 import torch
@@ -20,9 +21,9 @@ import test_train as common
 from quincunx.ranks import joined
 from quincunx.train import fit, RunFailed
 
-folder, case = sys.argv[1:]
 torch.set_num_threads(1)
-with joined() as ranks:
+
+def run(folder, case, ranks):
     recipe = common.replace(common.TINY, epochs=3, accumulate=3 if case == "accumulate" else 1)
     model = common.network("rsbn14")
     calls = []
@@ -41,16 +42,22 @@ with joined() as ranks:
         fit(model, common.DATA, recipe, folder, ranks=ranks)
     except RunFailed as error:
         open(os.path.join(folder, f"error{ranks.rank}"), "w").write(str(error))
-        raise SystemExit(0)
+        return
     assert "forward" not in vars(model.norm), "batch norm is left as it was"
     torch.save([t for t in model.state_dict().values()], os.path.join(folder, f"state{ranks.rank}"))
     open(os.path.join(folder, f"calls{ranks.rank}"), "w").write(repr(calls))
+
+with joined() as ranks:
+    for case in sys.argv[2:]:
+        run(os.path.join(sys.argv[1], case), case, ranks)
 """
 
 
-def launch(folder, case, processes, *, restarts=0):
+def launch(folder, cases, processes, *, restarts=0):
     """The exit code, and what the job printed, of ``processes`` processes on this machine."""
     folder.mkdir()
+    for case in cases:
+        (folder / case).mkdir()
     script = folder / "worker.py"
     script.write_text(WORKER)
     tests = Path(__file__).parent
@@ -59,7 +66,7 @@ def launch(folder, case, processes, *, restarts=0):
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"),
             *("--nproc-per-node", str(processes), "--max-restarts", str(restarts)),
-            *(str(script), str(folder), case),
+            *(str(script), str(folder), *cases),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -82,62 +89,67 @@ def assert_same_curve(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks") / "alone"
-    code, text = launch(folder, "plain", 1)
-    assert code == 0, text
-    return folder
+def jobs(tmp_path_factory):
+    """The folder of a job of so many processes, and what it printed; each job is made once."""
+    cases = {1: ("plain", "accumulate"), 2: ("plain", "accumulate", "nan"), 3: ("plain",)}
+    made = {}
+
+    def job(processes):
+        if processes not in made:
+            folder = tmp_path_factory.mktemp("ranks") / str(processes)
+            code, text = launch(folder, cases[processes], processes)
+            assert code == 0, text
+            made[processes] = folder, text
+        return made[processes]
+
+    return job
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_have_the_loss_curve_of_one(alone, tmp_path, processes):
-    code, text = launch(tmp_path / "run", "plain", processes)
-    assert code == 0, text
+def test_several_processes_have_the_loss_curve_of_one(jobs, processes):
+    folder, text = jobs(processes)
+    run, alone = folder / "plain", jobs(1)[0] / "plain"
     assert "Warning" not in text
-    assert_same_curve(log_of(tmp_path / "run"), log_of(alone))
+    assert_same_curve(log_of(run), log_of(alone))
     wanted = torch.load(alone / "state0")
     for rank in range(processes):
-        for ours, theirs in zip(torch.load(tmp_path / "run" / f"state{rank}"), wanted, strict=True):
+        for ours, theirs in zip(torch.load(run / f"state{rank}"), wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
-    shares = [eval((tmp_path / "run" / f"calls{rank}").read_text()) for rank in range(processes)]
+    shares = [eval((run / f"calls{rank}").read_text()) for rank in range(processes)]
     assert [sum(parts) for parts in zip(*shares, strict=True)] == [8, 8, 4] * 3
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == processes
+    assert json.loads((run / "run.json").read_text())["processes"] == processes
 
 
-def test_parts_of_a_batch_meet_across_processes(tmp_path):
+def test_parts_of_a_batch_meet_across_processes(jobs):
     """Also where a process has fewer images than there are parts."""
-    for processes in (1, 2):
-        code, text = launch(tmp_path / str(processes), "accumulate", processes)
-        assert code == 0, text
     # batch norm takes each part by itself, and the parts of two processes hold other images than one's
-    ours, theirs = (log_of(tmp_path / str(p)) for p in (2, 1))
+    ours, theirs = (log_of(jobs(processes)[0] / "accumulate") for processes in (2, 1))
     assert [e["lr"] for e in ours] == [e["lr"] for e in theirs]
     assert ours[0]["train_loss"] == pytest.approx(theirs[0]["train_loss"], rel=0.3)
-    shares = [eval((tmp_path / "2" / f"calls{rank}").read_text()) for rank in (0, 1)]
+    shares = [eval((jobs(2)[0] / "accumulate" / f"calls{rank}").read_text()) for rank in (0, 1)]
     assert [len(s) for s in shares] == [27, 27]
     assert 0 in shares[0]
 
 
-def test_a_job_whose_process_was_killed_goes_on_and_ends_as_if_nothing_had_been(alone, tmp_path):
-    code, text = launch(tmp_path / "run", "kill", 2, restarts=1)
+def test_a_job_whose_process_was_killed_goes_on_and_ends_as_if_nothing_had_been(jobs, tmp_path):
+    code, text = launch(tmp_path / "job", ["kill"], 2, restarts=1)
     assert code == 0, text
     assert "exitcode: -9" in text, "nothing was killed"
-    assert_same_curve(log_of(tmp_path / "run"), log_of(alone))
+    run = tmp_path / "job" / "kill"
+    assert_same_curve(log_of(run), log_of(jobs(1)[0] / "plain"))
     # started again after the first of three epochs, five steps in
-    assert len(eval((tmp_path / "run" / "calls1").read_text())) == 6
+    assert len(eval((run / "calls1").read_text())) == 6
 
 
 def test_without_restarts_a_killed_process_ends_the_job(tmp_path):
-    code, _ = launch(tmp_path / "run", "kill", 2)
+    code, _ = launch(tmp_path / "job", ["kill"], 2)
     assert code == 1
-    assert not (tmp_path / "run" / "run.json").exists()
-    assert len(log_of(tmp_path / "run")) == 1
+    assert not (tmp_path / "job" / "kill" / "run.json").exists()
+    assert len(log_of(tmp_path / "job" / "kill")) == 1
 
 
-def test_a_loss_that_is_not_finite_on_one_stops_all_in_the_same_step(tmp_path):
-    code, text = launch(tmp_path / "run", "nan", 2)
-    assert code == 0, text
-    one, two = ((tmp_path / "run" / f"error{rank}").read_text() for rank in (0, 1))
+def test_a_loss_that_is_not_finite_on_one_stops_all_in_the_same_step(jobs):
+    one, two = ((jobs(2)[0] / "nan" / f"error{rank}").read_text() for rank in (0, 1))
     assert one == two
     assert "the loss is nan in epoch 2, step 2, at learning rate" in one
 
