@@ -49,7 +49,7 @@ def layer(settings, masks, dtype=torch.float64):
 def composed(module, x):
     """Convolution, fill, convolution, fill: each by torch, filled by a loop over the positions."""
     for half in (module.vertical, module.horizontal):
-        top, bottom, left, right = half.padding
+        top, bottom, left, right = half.borders
         x = F.conv2d(
             F.pad(x, (left, right, top, bottom)),
             half.weight,
@@ -134,7 +134,7 @@ def test_the_operator_is_registered_whole(settings, masks):
     y = torch.randn(2, 2 * half.groups, masks[0].count(*between), 1, requires_grad=True)
     inputs = (y, half.weight, half.bias, masks[0].spec, between, masks[1].spec)
     torch.library.opcheck(
-        OPS.conv_filled.default, (*inputs, half.stride, half.padding, half.dilation, half.groups)
+        OPS.conv_filled.default, (*inputs, half.stride, half.borders, half.dilation, half.groups)
     )
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.ops.bits import pack_signs, row_bytes
+from quincunx.attributes import ConvLike
+from quincunx.ops.bits import pack_signs, row_bytes, unpack_signs
 from quincunx.ops.functional import Padding, expand_padding, pair
 from quincunx.plan import Geometry
 
@@ -89,7 +90,7 @@ class _Binary(nn.Module):
         return packed.train(self.training)
 
 
-class BinaryConv2d(_Binary):
+class BinaryConv2d(_Binary, ConvLike):
     r"""A convolution with weights +1 and -1, in the form that trains: real weights behind the signs.
 
     .. math:: y_o = s_o \, (\text{sign}(w_o) * x) + b_o
@@ -138,7 +139,8 @@ class BinaryConv2d(_Binary):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, scale
         )
         self.spec |= {"kind": "binary-conv", "stochastic": stochastic}
-        self.geometry, self.groups = _geometry(self.spec), groups
+        self.geometry = _geometry(self.spec)
+        self.settle(**_shape(self.spec))
         self._start((out_channels, in_channels // groups, *self.geometry.kernel), bias, stochastic, scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,6 +194,7 @@ class BinaryLinear(_Binary):
         super().__init__()
         self.spec = _linear_spec(in_features, out_features, bias, scale)
         self.spec |= {"kind": "binary-linear", "stochastic": stochastic}
+        self.in_features, self.out_features = in_features, out_features
         self._start((out_features, in_features), bias, stochastic, scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +211,7 @@ class BinaryLinear(_Binary):
 # ---------------------------------------------------------------- inference
 
 
-class PackedConv2d(nn.Module):
+class PackedConv2d(ConvLike):
     r"""A convolution with weights +1 and -1 kept as one bit each; for inference only.
 
     .. math:: y_o = s_o \sum_{c,t} \pm x_{c,t} + b_o
@@ -253,10 +256,16 @@ class PackedConv2d(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, scale
         )
         self.spec |= {"kind": "packed-conv"}
-        self.geometry, self.groups = _geometry(self.spec), groups
+        self.geometry = _geometry(self.spec)
+        self.settle(**_shape(self.spec))
         _packed_buffers(
             self, out_channels, in_channels // groups * math.prod(self.geometry.kernel), bias, scale
         )
+
+    @property
+    def weight(self) -> Tensor:
+        """The signs, each times its output's scale, as ``nn.Conv2d`` would hold them."""
+        return _unpacked(self, (self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return _packed_conv(x, self.bits, self.scale, self.bias, self.geometry, self.groups)
@@ -289,7 +298,13 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = _linear_spec(in_features, out_features, bias, scale) | {"kind": "packed-linear"}
+        self.in_features, self.out_features = in_features, out_features
         _packed_buffers(self, out_features, in_features, bias, scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The signs, each times its output's scale, as ``nn.Linear`` would hold them."""
+        return _unpacked(self, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         return _packed_linear(x, self.bits, self.scale, self.bias, self.spec["in_features"])
@@ -333,6 +348,12 @@ def _packed_linear(
     y = torch.ops.quincunx.binary_conv(as_map, bits, scale, bias, one, one, (0, 0, 0, 0), one, 1)
     result: Tensor = y[0, :, :, 0].t().reshape(*x.shape[:-1], bits.shape[0])
     return result
+
+
+def _unpacked(module: PackedConv2d | PackedLinear, shape: tuple[int, ...]) -> Tensor:
+    known = module.bias if module.scale is None else module.scale
+    signs = unpack_signs(module.bits, shape[1:], torch.float32 if known is None else known.dtype)
+    return signs if module.scale is None else signs * module.scale.view(-1, *(1 for _ in shape[1:]))
 
 
 def _packed_buffers(module: nn.Module, outputs: int, weights: int, bias: bool, scale: bool) -> None:
@@ -383,12 +404,13 @@ def _conv_spec(
             raise ValueError(f"{name}={value}: not divisible by groups={groups}")
     kernel, strides = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
     dilations = pair("dilation", dilation, 1)
+    four = expand_padding(padding, kernel, strides, dilations)
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,
         "kernel_size": list(kernel),
         "stride": list(strides),
-        "padding": list(expand_padding(padding, kernel, strides, dilations)),
+        "padding": padding if isinstance(padding, str) else list(four),
         "dilation": list(dilations),
         "groups": groups,
         "bias": bias,
@@ -397,7 +419,13 @@ def _conv_spec(
 
 
 def _geometry(spec: dict[str, Any]) -> Geometry:
-    return Geometry.make(spec["kernel_size"], spec["stride"], spec["padding"], spec["dilation"])
+    kernel, stride, dilation = spec["kernel_size"], spec["stride"], spec["dilation"]
+    return Geometry.make(kernel, stride, expand_padding(spec["padding"], kernel, stride, dilation), dilation)
+
+
+def _shape(spec: dict[str, Any]) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    return {name: spec[name] for name in names}
 
 
 def _shown(spec: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from quincunx.modules import surely
 from quincunx.pairs import find_pairs, keeps_grid
 from quincunx.streams import Layer
 
@@ -120,7 +121,7 @@ def _unfit(
     network: nn.Module, name: str, module: nn.Module, targets: tuple[type[nn.Module], ...]
 ) -> str | None:
     """Why a module cannot be what its class says."""
-    if type(module) not in targets:
+    if not surely(module, *targets):
         return f"a {type(module).__name__}, whose forward may be another one than its base class's"
     weight = module._parameters.get("weight")
     if weight is None:

@@ -103,13 +103,13 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
         like = size_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("size"))
         if like is None:
             return None
-        geometry = Geometry(module.kernel_size, (1, 1), module.padding, module.dilation)
+        geometry = Geometry(module.kernel_size, (1, 1), module.borders, module.dilation)
         return Step(
             "transposed", source, weight, bias, geometry, module.groups, module.sampling.spec, like=like.name
         )
     if isinstance(module, SampledConv2d):
         kind = "filled" if isinstance(module, PerforatedConv2d) else "sampled"
-        geometry = Geometry(module.kernel_size, module.stride, module.padding, module.dilation)
+        geometry = Geometry(module.kernel_size, module.stride, module.borders, module.dilation)
         resize = module.resize_masks if isinstance(module, MaskedConv2d) else None
         spec = module.sampling.spec
         return Step(kind, source, weight, bias, geometry, module.groups, spec, resize_masks=resize)

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["copied", "forward_hooks", "known_class", "surely"]
+__all__ = ["copied", "first_line", "forward_hooks", "known_class", "surely"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,8 +81,14 @@ def copied(model: M) -> M:
     """A deep copy of a network, of ordinary tensors also where inference mode is on.
 
     Raises:
-        TypeError: something in it cannot be copied, whatever that raises; the part is named.
+        TypeError: something in it cannot be copied, whatever that raises, or a lazy layer has no weights
+            yet; the part is named.
     """
+    if (lazy := _without_weights(model)) is not None:
+        raise TypeError(
+            f"model: a {type(lazy).__name__} in it has no weights yet; run the network once, "
+            "which makes lazy layers what they are to be"
+        )
     # tensors made in inference mode could never be trained
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with outside:
@@ -91,7 +98,21 @@ def copied(model: M) -> M:
             # whatever is nested too deep is so from the network's own path on
             at = "" if isinstance(error, RecursionError) else _uncopied(model)
             part = "" if at == "" else f"its part {at!r}, a {type(model.get_submodule(at)).__name__}, "
-            raise TypeError(f"model: {part}cannot be copied ({_sentence(error)})") from error
+            raise TypeError(f"model: {part}cannot be copied ({first_line(error)})") from error
+
+
+def _without_weights(model: nn.Module) -> nn.Module | None:
+    """A lazy layer that has not run."""
+    left, seen = [model], {id(model)}
+    while left:  # no recursion: what is nested too deep is refused later
+        module = left.pop()
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(t is not None and is_lazy(t) for t in own):
+            return module
+        fresh = [child for child in module._modules.values() if child is not None and id(child) not in seen]
+        seen.update(map(id, fresh))
+        left += fresh
+    return None
 
 
 def _uncopied(model: nn.Module) -> str:
@@ -111,7 +132,7 @@ def _copies(module: nn.Module) -> bool:
     return True
 
 
-def _sentence(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what an exception says, or else its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

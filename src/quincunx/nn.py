@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.attributes import ConvLike, kernel_of_bottleneck
 from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.functional import Padding, expand_padding, pair
 from quincunx.plan import Geometry
@@ -30,7 +31,7 @@ def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
             raise ValueError(f"{name}={value}: not divisible by groups={groups}")
 
 
-class _SampledBase(nn.Module):
+class _SampledBase(ConvLike):
     """What the sampled convolutions share: geometry, parameters, their start values."""
 
     def __init__(
@@ -51,11 +52,17 @@ class _SampledBase(nn.Module):
         _check_channels(in_channels, out_channels, groups)
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling={sampling!r}: expected a sampling such as qx.CHESSBOARD")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair("kernel_size", kernel_size, 1)
-        self.stride = pair("stride", stride, 1)
-        self.dilation = pair("dilation", dilation, 1)
-        self.padding = expand_padding(padding, self.kernel_size, self.stride, self.dilation)
+        self.settle(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+        # (top, bottom, left, right), what is computed with; ``padding`` is for whoever reads it
+        self.borders = expand_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.sampling = sampling
         first, second = (in_channels, out_channels) if transposed else (out_channels, in_channels)
         self.weight = nn.Parameter(torch.empty(first, second // groups, *self.kernel_size))
@@ -79,12 +86,12 @@ class _SampledBase(nn.Module):
         parts.append(f"sampling={self.sampling!r}")
         for name, default in (
             ("stride", (1, 1)),
-            ("padding", (0, 0, 0, 0)),
+            ("borders", (0, 0, 0, 0)),
             ("dilation", (1, 1)),
             ("groups", 1),
         ):
             if getattr(self, name) != default:
-                parts.append(f"{name}={getattr(self, name)}")
+                parts.append(f"{'padding' if name == 'borders' else name}={getattr(self, name)}")
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join(parts)
@@ -138,7 +145,7 @@ class SampledConv2d(_SampledBase):
             self.bias,
             sampling=self.sampling,
             stride=self.stride,
-            padding=self.padding,
+            padding=self.borders,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -157,7 +164,7 @@ class PerforatedConv2d(SampledConv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        geometry = Geometry(self.kernel_size, self.stride, self.padding, self.dilation)
+        geometry = Geometry(self.kernel_size, self.stride, self.borders, self.dilation)
         size = geometry.grid(x.shape[2], x.shape[3])
         return fill_nearest(super().forward(x), sampling=self.sampling, size=size)
 
@@ -215,7 +222,7 @@ class SampledConvTranspose2d(_SampledBase):
             self.bias,
             sampling=self.sampling,
             size=size,
-            padding=self.padding,
+            padding=self.borders,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -295,7 +302,7 @@ def window_means(x: Tensor, window: int) -> Tensor:
     return sums / (rows[:, None] * cols).to(x.dtype)
 
 
-class SpatialBottleneck2d(nn.Module):
+class SpatialBottleneck2d(ConvLike):
     r"""A spatial bottleneck in place of one convolution: sampled convolution, then transposed.
 
     .. math:: z = W_2^{T} * \uparrow (W_1 * x)_{\text{sampling}} + b
@@ -367,6 +374,25 @@ class SpatialBottleneck2d(nn.Module):
             groups=groups,
             bias=bias,
         )
+        self.settle(
+            in_channels,
+            out_channels,
+            kernel,
+            padding=half_padding(kernel, spread),
+            dilation=spread,
+            groups=groups,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The mean over all positions of the kernel that the halves amount to, within the size of one."""
+        density = self.down.sampling.density
+        return kernel_of_bottleneck(self.down.weight, self.up.weight, self.groups, density)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the second half."""
+        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x), x.shape[2:])  # type: ignore[no-any-return]

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from quincunx.modules import copied
+from quincunx.modules import copied, forward_hooks, surely
 
 __all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "Pairs", "find_pairs"]
 
@@ -36,6 +35,7 @@ ACTIVATION_FUNCTIONS = {
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid),
     *(F.softplus, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh),
 }
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
@@ -80,7 +80,9 @@ def find_pairs(network: nn.Module) -> Pairs:
 
 def keeps_grid(module: nn.Module) -> bool:
     """Whether a module is a convolution larger than 1 x 1 whose result has its input's size."""
-    if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or set(module.stride) != {1}:
+    if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
+        return False
+    if module.padding_mode != "zeros" or set(module.stride) != {1}:
         return False
     if max(module.kernel_size) == 1 or any(size % 2 == 0 for size in module.kernel_size):
         return False
@@ -121,8 +123,14 @@ def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
     for node in graph.nodes:
         if _is_conv(module, node) and (second := _next_conv(module, node)) is not None:
             names = str(node.target), str(second.target)
-            if all(calls.count(name) == 1 for name in names):
+            if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
                 yield names
+
+
+def _hooked(module: nn.Module, first: str, second: str) -> bool:
+    """Whether a hook of a container that holds only one of two modules sees what is between them."""
+    around = [{name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)} for name in (first, second)]
+    return any(forward_hooks(module.get_submodule(name)) for name in around[0] ^ around[1])
 
 
 def _is_conv(module: nn.Module, node: fx.Node) -> bool:
@@ -145,5 +153,7 @@ def _passes(module: nn.Module, node: fx.Node) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
     if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), (*_POINTWISE, _BatchNorm))
+        between = module.get_submodule(str(node.target))
+        # a hook expects the whole map
+        return surely(between, *_POINTWISE, *_NORMS) and not forward_hooks(between)
     return node.op in ("call_function", "call_method") and node.target in _FUNCTIONS

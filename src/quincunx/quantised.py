@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.attributes import ConvLike
 from quincunx.ops import decoded, lookup_conv2d
-from quincunx.ops.functional import Padding, expand_padding, pair
+from quincunx.ops.functional import Padding, expand_padding
 
 __all__ = ["QuantConv2d", "QuantLinear", "check_codebook"]
 
@@ -66,7 +67,7 @@ class _Quantised(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound)) if bias else None
 
 
-class QuantConv2d(_Quantised):
+class QuantConv2d(_Quantised, ConvLike):
     r"""A convolution whose weight consists of codewords.
 
     .. math:: W_{o,\,mC'+c,\,t} = d_{m,\,a(m,t,o),\,c}
@@ -110,10 +111,16 @@ class QuantConv2d(_Quantised):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size = pair("kernel_size", kernel_size, 1)
-        self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
-        self.padding = expand_padding(padding, self.kernel_size, self.stride, self.dilation)
+        self.settle(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+        self.borders = expand_padding(padding, self.kernel_size, self.stride, self.dilation)
         self._make(in_channels, out_channels, groups, math.prod(self.kernel_size), subspace, codewords, bias)
 
     @property
@@ -127,11 +134,16 @@ class QuantConv2d(_Quantised):
             "subspace": self.subspace,
             "codewords": self.codewords,
             "stride": list(self.stride),
-            "padding": list(self.padding),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.borders),
             "dilation": list(self.dilation),
             "groups": self.groups,
             "bias": self.bias is not None,
         }
+
+    @property
+    def weight(self) -> Tensor:
+        """As :meth:`decoded` has it."""
+        return self.decoded()
 
     def decoded(self) -> Tensor:
         """The weight [O, C / groups, kh, kw] as ``nn.Conv2d`` would hold it."""
@@ -147,7 +159,7 @@ class QuantConv2d(_Quantised):
             self.bias,
             kernel_size=self.kernel_size,
             stride=self.stride,
-            padding=self.padding,
+            padding=self.borders,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -156,7 +168,7 @@ class QuantConv2d(_Quantised):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"subspace={self.subspace}, codewords={self.codewords}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"padding={self.borders}, dilation={self.dilation}, groups={self.groups}, "
             f"bias={self.bias is not None}"
         )
 
@@ -202,6 +214,11 @@ class QuantLinear(_Quantised):
             "codewords": self.codewords,
             "bias": self.bias is not None,
         }
+
+    @property
+    def weight(self) -> Tensor:
+        """As :meth:`decoded` has it."""
+        return self.decoded()
 
     def decoded(self) -> Tensor:
         """The weight [O, C] as ``nn.Linear`` would hold it."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quincunx.attributes import ConvLike, kernel_of_halves
 from quincunx.nn import PerforatedConv2d
 from quincunx.ops import fill_nearest, filled_conv2d, sampled_conv2d
 from quincunx.ops.functional import Padding, expand_padding, pair
@@ -18,7 +19,7 @@ from quincunx.sampling import Positions, Sampling, from_spec
 __all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "laid", "resized"]
 
 
-class SeparableConv2d(nn.Module):
+class SeparableConv2d(ConvLike):
     r"""A d x 1 convolution to K channels a group, then a 1 x d convolution, with nothing between.
 
     .. math:: z = T * (V * x) + b, \qquad W_{n,c,i,j} = \sum_k V_{k,c,i}\, T_{n,k,j}
@@ -62,14 +63,25 @@ class SeparableConv2d(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rank
         )
         self.spec = settings.spec("separable")
+        self.settle(**settings.conv)
         self.vertical = _dense(settings.vertical)
         self.horizontal = _dense(settings.horizontal)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel W that the halves amount to."""
+        return kernel_of_halves(self.vertical.weight, self.horizontal.weight, self.groups)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the second half."""
+        return self.horizontal.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.horizontal(self.vertical(x))  # type: ignore[no-any-return]
 
 
-class CPConv2d(nn.Module):
+class CPConv2d(ConvLike):
     r"""Four convolutions that are one of CP rank R: 1 x 1 to R channels, d x 1 and 1 x d on each, 1 x 1.
 
     .. math:: W_{n,c,i,j} = \sum_{r \le R} A_{n,r}\, B_{c,r}\, V_{i,r}\, H_{j,r}
@@ -131,12 +143,34 @@ class CPConv2d(nn.Module):
             "groups": groups,
             "bias": bias,
         }
+        self.settle(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel W that the four amount to."""
+        spatial = self.spatial.weight.reshape(self.groups, -1, *self.kernel_size)
+        first = self.first.weight.reshape(self.groups, -1, self.in_channels // self.groups)
+        last = self.last.weight.reshape(self.groups, self.out_channels // self.groups, -1)
+        return torch.einsum("gnr,grij,grc->gncij", last, spatial, first).flatten(0, 1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the last one."""
+        return self.last.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.spatial(self.first(x)))  # type: ignore[no-any-return]
 
 
-class EspaceConv2d(nn.Module):
+class EspaceConv2d(ConvLike):
     r"""A separable convolution computed at masked positions, the others filled from the nearest one.
 
     .. math:: y = \text{fill}(T * \text{fill}(V * x)_{M_1})_{M_2}
@@ -188,12 +222,23 @@ class EspaceConv2d(nn.Module):
         settings = _Settings(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rank
         )
+        self.settle(**settings.conv)
         self.spec = settings.spec("espace") | {
             "masks": [mask.spec for mask in masks],
             "resize_masks": resize_masks,
         }
         self.vertical = MaskedConv2d(**settings.vertical, sampling=masks[0], resize_masks=resize_masks)
         self.horizontal = MaskedConv2d(**settings.horizontal, sampling=masks[1], resize_masks=resize_masks)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel that the halves amount to where every position is computed."""
+        return kernel_of_halves(self.vertical.weight, self.horizontal.weight, self.groups)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the second half."""
+        return self.horizontal.bias
 
     @property
     def masks(self) -> tuple[Sampling, Sampling]:
@@ -266,7 +311,7 @@ class MaskedConv2d(PerforatedConv2d):
             "kernel_size": list(self.kernel_size),
             "sampling": self.sampling.spec,
             "stride": list(self.stride),
-            "padding": list(self.padding),
+            "padding": list(self.borders),
             "dilation": list(self.dilation),
             "groups": self.groups,
             "bias": self.bias is not None,
@@ -275,7 +320,7 @@ class MaskedConv2d(PerforatedConv2d):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(H', W') for an H x W input."""
-        return Geometry(self.kernel_size, self.stride, self.padding, self.dilation).grid(height, width)
+        return Geometry(self.kernel_size, self.stride, self.borders, self.dilation).grid(height, width)
 
     def laid(self, size: tuple[int, int]) -> Sampling:
         """The mask on a grid.
@@ -301,7 +346,7 @@ class MaskedConv2d(PerforatedConv2d):
         where: dict[str, Any] = {
             "sampling": mask,
             "stride": self.stride,
-            "padding": self.padding,
+            "padding": self.borders,
             "dilation": self.dilation,
             "groups": self.groups,
         }
@@ -369,7 +414,7 @@ class _Settings:
         kernel, strides = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
         dilations = pair("dilation", dilation, 1)
         top, bottom, left, right = expand_padding(padding, kernel, strides, dilations)
-        self._plain = {
+        self._plain: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "kernel_size": list(kernel),
@@ -380,6 +425,7 @@ class _Settings:
             "groups": groups,
             "bias": bias,
         }
+        self.conv = {name: value for name, value in self._plain.items() if name not in ("rank", "bias")}
         self.vertical: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": rank * groups,

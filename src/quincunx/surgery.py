@@ -6,18 +6,21 @@ each one over with the data that reaches it, and puts the replacement where the 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from quincunx.attributes import ConvLike
 from quincunx.eligible import Where, chosen, eligible, in_order, pairs_of, reason_of
-from quincunx.modules import copied
+from quincunx.modules import copied, first_line
 from quincunx.streams import Calibration, Context, Layer, evaluation, run_order
 
 __all__ = [
@@ -35,7 +38,10 @@ __all__ = [
     "prepare",
     "put",
     "tried",
+    "undisturbed",
 ]
+
+T = TypeVar("T")
 
 _WRAPPERS = {
     "torch.nn.parallel": "pass what it wraps (its .module)",
@@ -85,8 +91,8 @@ class Work(Protocol):
         Called once a layer, in forward order; what was made for the layers before is in place.
         """
 
-    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
-        """Other replacements for some of the layers, once all are in place; may be empty."""
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
+        """Other replacements for some of the layers, or why these stay, once all are in place."""
 
 
 class Method(Protocol):
@@ -143,7 +149,7 @@ class _Each:
     def replace(self, layer: Layer) -> Replacement | str:
         return self.make(layer)
 
-    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
         return {}
 
 
@@ -191,11 +197,14 @@ def accelerate(
     """A copy of a network in which a method has replaced the layers it can.
 
     Layers are taken in the order in which the network runs them, each with the input that the
-    already changed network gives it. Hooks, training mode, device, dtype and memory format stay, and
-    a module that is used in several places stays one module.
+    already changed network gives it. Hooks, training mode, device, dtype, memory format, which parameters
+    are trained, and the attributes of ``nn.Conv2d`` and ``nn.Linear`` stay, and a module that is used in
+    several places stays one module. Then the changed network runs once: a layer whose replacement it does
+    not call as often as the layer, or with which it fails, is put back, with that reason.
 
     Args:
-        model: any network; it is left as it is.
+        model: any network; it is left as it is, as is the state of torch's random numbers. Its own hooks
+            run with the copies.
         method: such as ``qx.Espace()`` or ``qx.LowRank()``.
         where: which layers may be replaced, by default all: a function of (name, module), or names, or
             pairs of names for a method that takes two convolutions at once (see
@@ -211,7 +220,8 @@ def accelerate(
 
     Raises:
         TypeError: not a module or a method; a network that is wrapped (DistributedDataParallel),
-            compiled, scripted or quantised; a one-shot iterator as ``calibration``.
+            compiled, scripted or quantised, that cannot be copied or whose lazy layers have not run; a
+            one-shot iterator as ``calibration``.
         ValueError: an empty ``calibration`` or a value in it that is not finite; what the method needs
             is missing.
 
@@ -224,8 +234,8 @@ def accelerate(
         >>> result.replaced["2"]["macs_before"], result.replaced["2"]["macs_after"]
         (36864, 6912)
     """
-    network = copied(_checked(model, method))
-    with evaluation(network):
+    _checked(model, method)
+    with undisturbed(model), evaluation(network := copied(model)):
         context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
         accepted = []
         for layer in layers:
@@ -233,10 +243,16 @@ def accelerate(
                 skipped[layer.name] = reason
             else:
                 accepted.append(layer)
-        done = _replace(method, accepted, context, journal, skipped) if accepted else {}
+
+        def check(done: dict[str, Replacement]) -> bool:
+            return ran and _put_back_uncalled(context, accepted, done, example_input, skipped)
+
+        done = _replace(method, accepted, context, journal, skipped, check) if accepted else {}
     for layer in accepted:
         if layer.name in done:
             done[layer.name].module.train(layer.module.training)
+    if line := _few_images(done):
+        warnings.warn(line, UserWarning, stacklevel=2)
     if not done:
         warnings.warn(f"accelerate: {method.name} replaced nothing{_why(skipped)}", UserWarning, stacklevel=2)
     records = {
@@ -273,15 +289,29 @@ def _prepared(
     example_input: Tensor | tuple[Any, ...] | None,
     calibration: Iterable[Any] | None,
 ) -> tuple[Context, list[Layer], dict[str, str], bool]:
-    data = None if calibration is None else Calibration(calibration, model)
+    # the original runs too: as a copy, since a forward may note things in its network
+    original = copied(model).eval()
+    data = None if calibration is None else Calibration(calibration, original)
     may, named = chosen(network, where)
     found, skipped = eligible(network, method.targets, may)
-    order = run_order(model, example_input, data)
+    order = run_order(original, example_input, data)
     layers = in_order(found, order, skipped)
-    context = Context(model, network, data)
+    context = Context(original, network, data)
     if getattr(method, "pairs", False):
         context.pairs = pairs_of(network, layers, order, named)
     return context, layers, skipped, order is not None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within: tensors are ordinary ones, also in inference mode; after, random numbers go on as before.
+
+    Those of the CPU and of the network's CUDA devices.
+    """
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with torch.random.fork_rng(sorted(devices)), outside:
+        yield
 
 
 def _checked(model: nn.Module, method: Method) -> nn.Module:
@@ -306,12 +336,26 @@ def _replace(
     context: Context,
     journal: Journal | None,
     skipped: dict[str, str],
+    check: Callable[[dict[str, Replacement]], bool] = lambda done: False,
 ) -> dict[str, Replacement]:
+    """Replace layers. ``check`` puts back replacements that cannot be, and says whether there were any.
+
+    It is asked where the method fails, which may run the network, and in the end.
+    """
     work = method.begin(layers, context)
     done: dict[str, Replacement] = {}
+
+    def checked(make: Callable[[], T]) -> T:
+        while True:
+            try:
+                return make()
+            except Exception:  # noqa: PERF203 - tried again with fewer layers replaced
+                if not check(done):
+                    raise
+
     for layer in layers:
         made = journal.recall(layer) if journal is not None else None
-        result = made if made is not None else work.replace(layer)
+        result = made if made is not None else checked(partial(work.replace, layer))
         if isinstance(result, str):
             skipped[layer.name] = result
             continue
@@ -319,11 +363,17 @@ def _replace(
             journal.keep(layer, result)
         done[layer.name] = result
         _install(context, layer, result.module)
-    changed = work.finish(done)
+    changed = checked(lambda: work.finish(done))
     for layer in layers:
-        if layer.name in changed:
-            done[layer.name] = changed[layer.name]
-            _install(context, layer, changed[layer.name].module)
+        if layer.name not in done or (other := changed.get(layer.name)) is None:
+            continue
+        if isinstance(other, str):
+            unit = next(unit for unit in (*_units(layers, done)[0], (layer,)) if layer in unit)
+            _give_up(context, unit, done, skipped, {layer.name: other})
+        else:
+            done[layer.name] = other
+            _install(context, layer, other.module)
+    check(done)
     return done
 
 
@@ -357,7 +407,13 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     module.to(device=weight.device, dtype=weight.dtype)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
-    module.eval().requires_grad_(weight.requires_grad)
+    module.eval()
+    bias = layer.module._parameters.get("bias")
+    for path, parameter in module.named_parameters():
+        like = bias if bias is not None and path.rpartition(".")[2] == "bias" else weight
+        parameter.requires_grad_(like.requires_grad)
+    if isinstance(module, ConvLike) and isinstance(word := getattr(layer.module, "padding", None), str):
+        module.padding = word
     carry_hooks(layer.module, module)
     for name in layer.names:
         context.network = put(context.network, name, module)
@@ -366,10 +422,96 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     context.changed = True
 
 
+def _put_back_uncalled(
+    context: Context,
+    layers: Sequence[Layer],
+    done: dict[str, Replacement],
+    example_input: Tensor | tuple[Any, ...] | None,
+    skipped: dict[str, str],
+) -> bool:
+    """Put back each layer whose replacement the network does not call as often, or fails with.
+
+    Whether there were any. Raises what the network raises without replacements.
+    """
+
+    def run() -> dict[str, int] | Exception:
+        try:
+            order = run_order(context.network, example_input, context.calibration, changed=True) or {}
+        except Exception as error:  # noqa: BLE001 - a user's forward fails as it likes
+            return error
+        return {layer.name: order[layer.name][0] if layer.name in order else 0 for layer in layers}
+
+    before = len(done)
+    units, halves = _units(layers, done)
+    _put(context, halves, None)  # of pairs that are not complete yet
+    calls = run()
+    if isinstance(calls, Exception):
+        for unit in units:
+            _put(context, unit, None)
+        if isinstance(error := run(), Exception):
+            raise error
+        for unit in units:
+            _put(context, unit, done)
+            if isinstance(error := run(), Exception):
+                reason = f"with it replaced the network fails ({type(error).__name__}: {first_line(error)})"
+                _give_up(context, unit, done, skipped, dict.fromkeys((x.name for x in unit), reason))
+        calls = run()
+    while not isinstance(calls, Exception):
+        wrong = {
+            layer.name: f"the network calls what stands in its place {calls[layer.name]} times, "
+            f"and the layer {layer.calls} times"
+            for layer in layers
+            if layer.name in done and layer not in halves and calls[layer.name] != layer.calls
+        }
+        if not wrong:
+            _put(context, halves, done)
+            return len(done) < before
+        for unit in units:
+            if any(layer.name in wrong for layer in unit):
+                _give_up(context, unit, done, skipped, wrong)
+        calls = run()
+    raise calls
+
+
+def _units(
+    layers: Sequence[Layer], done: Mapping[str, Replacement]
+) -> tuple[list[tuple[Layer, ...]], tuple[Layer, ...]]:
+    """The replaced layers, the two of a pair together; and halves whose other half is not replaced."""
+    by_name = {layer.name: layer for layer in layers if layer.name in done}
+    pairs = dict.fromkeys(tuple(done[name].record.get("pair", (name,))) for name in by_name)
+    whole = [tuple(by_name[name] for name in pair) for pair in pairs if set(pair) <= set(by_name)]
+    together = {layer.name for unit in whole for layer in unit}
+    return whole, tuple(layer for name, layer in by_name.items() if name not in together)
+
+
+def _put(context: Context, unit: Sequence[Layer], done: Mapping[str, Replacement] | None) -> None:
+    """Put the replacements of some layers in the network, or else the layers."""
+    for layer in unit:
+        for name in layer.names:
+            module = layer.module if done is None else done[layer.name].module
+            context.network = put(context.network, name, module)
+
+
+def _give_up(
+    context: Context,
+    unit: Sequence[Layer],
+    done: dict[str, Replacement],
+    skipped: dict[str, str],
+    reasons: Mapping[str, str],
+) -> None:
+    _put(context, unit, None)
+    for layer in unit:
+        done.pop(layer.name, None)
+        others = [name for name in reasons if name in {other.name for other in unit}]
+        skipped[layer.name] = (
+            reasons.get(layer.name) or f"its partner {others[0]!r} stays: {reasons[others[0]]}"
+        )
+
+
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give a module the hooks of the one whose place it takes."""
     for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
+        setattr(new, name, copy.copy(getattr(old, name)))
 
 
 def put(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -417,6 +559,22 @@ def _remember(network: nn.Module, layers: Sequence[Layer], done: Mapping[str, Re
             notes[layer.name] = done[layer.name].spec
             notes.update({other: {"kind": "same", "as": layer.name} for other in layer.names[1:]})
     network.quincunx_replaced = notes  # type: ignore[assignment]
+
+
+def _few_images(done: Mapping[str, Replacement]) -> str | None:
+    """One line for all layers that the data at hand says too little about; None if there are none.
+
+    A method says so by "images" and "images_needed" in a record.
+    """
+    short = {name: made.record for name, made in done.items() if "images_needed" in made.record}
+    if not short:
+        return None
+    most = max(short, key=lambda name: short[name]["images_needed"])
+    return (
+        f"calibration: {short[most]['images']} images are few for {len(short)} of {len(done)} layers, which "
+        f"were held near their own weights; a full fit of all needs {short[most]['images_needed']} images of "
+        f"this size (layer {most!r} most)"
+    )
 
 
 def _why(skipped: dict[str, str]) -> str:

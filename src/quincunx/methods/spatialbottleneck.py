@@ -375,7 +375,7 @@ def _read_by(
         conv.in_channels, outputs, _two(conv.kernel_size), dilation=half.dilation, groups=conv.groups
     )
     sums = Accumulator(seen.to(conv.weight), method.positions, method.seed)
-    top, bottom, left, right = half.padding
+    top, bottom, left, right = half.borders
     for x, y in pairs:
         height, width = y.shape[-2:]
         sums.among = method.sampling.mask(height, width).flatten().nonzero().flatten()
