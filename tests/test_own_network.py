@@ -156,6 +156,7 @@ ACCELERATE = ("accelerate", "--model", "mynets:make", "--weights", "weights.safe
 def test_the_whole_command_interrupted_twice_and_resumed(monkeypatch):
     weights()
     options = (*QUICK, "--input", "1x1x32x32", "--finetune-epochs", "2", "--lr", "0.01", "--distill", "0.5")
+    options = (*options, "--method", "espace", "--keep-slower")
     # straight through, to compare with
     assert call(*ACCELERATE, *options, "--out", "straight").exit_code == 0
     straight = json.loads(Path("straight/accelerate.json").read_text())
@@ -245,7 +246,7 @@ def test_other_weights_or_another_function_are_another_run():
 
 def test_a_forward_that_depends_on_the_data_is_timed_and_used_unfused():
     arguments = ("--model", "mynets:moody", *QUICK, "--method", "lrd", "--layers", "blocks.0.*")
-    done = call("accelerate", *arguments)
+    done = call("accelerate", *arguments, "--keep-slower")
     assert done.exit_code == 0, done.stderr
     result = json.loads(Path("fast/accelerate.json").read_text())
     assert "cannot be traced by torch.fx" in result["unfused"]

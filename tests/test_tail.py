@@ -167,7 +167,7 @@ def test_what_lies_before_runs_once():
 
 @pytest.mark.parametrize(
     "method",
-    [qx.SpatialBottleneck(pairs=False, singles=True), qx.Espace(mask="uniform"), qx.LowRank(rank=0.5)],
+    [qx.SpatialBottleneck(pairs=False, singles=True), qx.Espace(mask="uniform"), qx.LowRank(rank=0.4)],
 )
 def test_a_method_in_place_of_a_layer(method):
     model = made("resnet")

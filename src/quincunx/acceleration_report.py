@@ -9,8 +9,15 @@ from quincunx.artifact import lines_to_load, read_json, read_spec, write_text
 from quincunx.figures import Dot, Picture, candidate_scores, layer_times, map_picture, sampling_picture
 from quincunx.report import label_of, render, speed_words
 from quincunx.sampling import from_spec
+from quincunx.verdict import asked_in_words, shortcoming, worse
 
-__all__ = ["acceleration_sentences", "search_sentences", "usage", "write_acceleration_report"]
+__all__ = [
+    "acceleration_sentences",
+    "first_sentences",
+    "search_sentences",
+    "usage",
+    "write_acceleration_report",
+]
 
 
 def acceleration_sentences(result: dict[str, Any]) -> list[str]:
@@ -25,6 +32,7 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         f"network at batch {result['batch']} on {whole['threads']} thread{many} is "
         f"{speed_words(speed['median'], speed['q1'], speed['q3'])}: {', '.join(times)}."
     ]
+    said = [*first_sentences(result), *said]
     if "bytes" in result:
         kept = [f"{result['bytes'][key] / 1e6:.2f}" for key in ("before", "after")]
         said.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
@@ -37,39 +45,79 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         if "lost" in stage:
             text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
         said.append(f"{text}.")
-    slower = [row["name"] for row in result["layers"] if row["speedup"]["median"] < 1]
-    if slower:
-        said.append(f"No faster than before: {', '.join(slower)}.")
+    slower = [row for row in result["layers"] if row["speedup"]["median"] < 1]
+    gained = [row for row in slower if row.get("gain", 0.0) > 1]
+    if gained:
+        told = ", ".join(
+            f"{row['name']} (the network takes {row['gain']:.2f} times as long without it)" for row in gained
+        )
+        said.append(f"No faster alone, but within the network: {told}.")
+    if result.get("search") is None and (rest := [row["name"] for row in slower if row not in gained]):
+        said.append(f"No faster than before: {', '.join(rest)}.")
     if result.get("unfused"):
         said.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
     return said
 
 
-def search_sentences(record: dict[str, Any]) -> list[str]:
-    """Whether a search reached its target, and how well its estimate was, in words."""
-    wanted = {
-        "speedup": "{} times as fast",
-        "latency_ms": "{} ms",
-        "macs": "{} MACs",
-        "max_drop": "at most {} points of accuracy lost",
-    }
-    asked = ", ".join(wanted[key].format(value) for key, value in record["target"].items())
+def first_sentences(result: dict[str, Any]) -> list[str]:
+    """What is to be read first: that a network is ruined, the verdict on a target, doubts about the input."""
+    said = [text] if (text := worse(result)) else []
+    verdict = result.get("verdict")
+    if verdict:
+        said.append(verdict["words"])
+        if verdict["next"]:
+            said.append(f"Next: {verdict['next']}.")
+    return said + [f"Doubtful: {doubt}" for doubt in result.get("doubts", ())]
+
+
+def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
+    """What a search was for and what it expected, in words; the verdict is another's.
+
+    Args:
+        record: of the search.
+        judged: whether the network was made and judged; else these are predictions.
+    """
     usable = sum(row["why_not"] is None for row in record["candidates"])
     last = record["attempts"][-1] if record["attempts"] else None
-    # the finished network is timed again and may come out on the other side
-    best = "" if last is None else f", {last['speedup']:.2f} times as fast when it was chosen"
-    verdict = "Met" if record["met"] else f"Out of reach; this is the best that was found{best}"
-    said = [
-        f"Target: {asked}. {verdict}. "
-        f"{len(record['candidates'])} candidates, {usable} of them faster than what they would replace."
-    ]
-    if last is not None and last["layers"]:
+    asked = asked_in_words(record["target"])
+    said = [] if judged else [_prediction(record)]
+    said.append(
+        f"{'Asked' if judged else 'Target'}: {asked}. {len(record['candidates'])} candidates, {usable} of "
+        "them faster than what they would replace."
+    )
+    if last is not None and last["layers"] and record.get("chosen", True):
         times = [1e3 * last[key] for key in ("before", "predicted", "after")]
+        off = 100 * (times[1] / times[2] - 1)
         said.append(
-            f"The choice in the whole network: {times[0]:.2f} ms before, {times[1]:.2f} ms predicted, "
-            f"{times[2]:.2f} ms measured ({100 * (times[1] / times[2] - 1):+.0f}%)."
+            f"The choice in the whole network, when it was chosen: {times[0]:.2f} ms before, "
+            f"{times[1]:.2f} ms predicted, {times[2]:.2f} ms measured ({off:+.0f}%), "
+            f"{last['speedup']:.2f}x faster."
         )
     return said
+
+
+def _prediction(record: dict[str, Any]) -> str:
+    """What a dry run expects, on which images."""
+    attempts, target = record["attempts"], record["target"]
+    speed = float(attempts[-1]["speedup"]) if attempts and record["chosen"] else 1.0
+    said = [f"{speed:.2f}x faster"]
+    if "macs" in target:
+        said.append(f"{record['macs'] / 1e6:.1f} M MACs")
+    on = f"{record.get('images', 0):,} calibration images, before fine-tuning"
+    said.append(
+        f"{record['drop']:.2f} points of accuracy lost on {on}"
+        if "drop" in record
+        else "what accuracy is lost is not predicted without --max-drop"
+    )
+    verdict = "would be met" if record["met"] else "would be missed"
+    missed = shortcoming(record)
+    why = f" ({'; '.join(missed)})" if missed and not record["met"] else ""
+    fit = (
+        ""
+        if record["met"] or "drop" not in record
+        else "; fine-tuning, such as --finetune-epochs 5, may win it back"
+    )
+    return f"Prediction, nothing is kept: {'; '.join(said)}. The target {verdict}{why}{fit}."
 
 
 def usage(result: dict[str, Any], folder: str | Path) -> list[str]:

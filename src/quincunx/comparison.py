@@ -269,6 +269,8 @@ def compare_methods(
                     recipe=recipe,
                     fits=out / "fits",
                     keep_diverged=True,
+                    # the last epoch, for all: the test images choose nothing in a comparison
+                    keep_best=False,
                     **options,
                 )
             )

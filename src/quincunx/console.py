@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from quincunx.acceleration_report import acceleration_sentences, search_sentences
+from quincunx.acceleration_report import acceleration_sentences, first_sentences, search_sentences
 from quincunx.choice import pair_name
 from quincunx.comparison import Compared as MethodPoint
 from quincunx.cost import Cost
@@ -34,6 +34,7 @@ __all__ = [
     "print_speeds",
     "say",
     "show",
+    "warn",
 ]
 
 
@@ -42,6 +43,11 @@ def complain(message: object) -> None:
     # an operating system's error number says nothing to a person
     text = re.sub(r"\[Errno -?\d+\] ", "", str(message))
     Console(stderr=True, soft_wrap=True).print(f"error: {text}", markup=False, highlight=False)
+
+
+def warn(message: object) -> None:
+    """A doubt in one sentence on standard error."""
+    Console(stderr=True, soft_wrap=True).print(f"warning: {message}", markup=False, highlight=False)
 
 
 def say(text: str) -> None:
@@ -213,7 +219,12 @@ def print_points(planned: dict[str, Any]) -> None:
 
 
 def print_acceleration(result: dict[str, Any]) -> None:
-    """Each replaced layer before and after, and the network's error at each stage."""
+    """The verdict; each replaced layer before and after; and the network's error at each stage."""
+    first = first_sentences(result)
+    for sentence in first:
+        say(sentence)
+    if not result["layers"]:
+        say("Nothing was replaced: the network is as it was.")
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("layer")
     for column in ("rank", "rates", "response\nerror", "MAC\nratio", "ms\nbefore", "ms\nafter", "speed-up"):
@@ -230,11 +241,13 @@ def print_acceleration(result: dict[str, Any]) -> None:
             f"{1e3 * row['seconds_after']:.3f}",
             f"{row['speedup']['median']:.2f}x",
         )
-    _console().print(table)
+    if result["layers"]:
+        _console().print(table)
     for name, reason in result["skipped"].items():
         say(f"kept {name}: {reason}")
     for sentence in acceleration_sentences(result):
-        say(sentence)
+        if sentence not in first:
+            say(sentence)
 
 
 def print_search(record: dict[str, Any]) -> None:
@@ -254,7 +267,7 @@ def print_search(record: dict[str, Any]) -> None:
             f"{1e6 * found['seconds_saved'][1]:.0f}",
         )
     _console().print(table)
-    for sentence in search_sentences(record):
+    for sentence in search_sentences(record, judged=False):
         say(sentence)
 
 

@@ -13,7 +13,16 @@ from quincunx.cost import inference_mode_of
 from quincunx.data import ImageData, Part, batches
 from quincunx.ranks import ALONE, Ranks
 
-__all__ = ["Evaluation", "answered_by", "check_channels", "check_scores", "device_of", "evaluate", "judged"]
+__all__ = [
+    "Evaluation",
+    "answered_by",
+    "check_channels",
+    "check_finite",
+    "check_scores",
+    "device_of",
+    "evaluate",
+    "judged",
+]
 
 _AT_ONCE = 256
 
@@ -123,6 +132,22 @@ def check_channels(model: nn.Module, data: ImageData) -> None:
         raise ValueError(
             f"model: takes images of {taken} channels, but those of {data.name} have {data.in_channels}"
         )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a network whose weights are not all finite.
+
+    Raises:
+        ValueError: the first tensor with such values, and how many it has.
+    """
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            wrong = int((~value.isfinite()).sum())
+            if wrong:
+                raise ValueError(
+                    f"model: {wrong:,} of the {value.numel():,} values of {name} are not finite (NaN or "
+                    "infinite): its training diverged, or its file is damaged"
+                )
 
 
 def check_scores(scores: object, data: ImageData) -> None:

@@ -18,15 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.artifact import difference, read_json, write_json
+from quincunx.artifact import build_measured
 from quincunx.choice import Candidate, label_of, pair_name
 from quincunx.cost import cost, inference_mode_of
+from quincunx.files import bounded
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, measure_models
 from quincunx.methods import Assigned, build_module
+from quincunx.reading import Entry, difference, read_json
 from quincunx.streams import Calibration, Layer
 from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, prepare, put, tried
 from quincunx.tail import Tails
+from quincunx.writing import write_json
 
 __all__ = ["BUDGET", "Scores", "eager_form", "inference_form"]
 
@@ -34,6 +37,8 @@ _ROUNDS = 11
 # of a whole network of a choice: few are timed, and one decides
 _ATTEMPT_ROUNDS = 31
 BUDGET = "not scored: the time budget was used up"
+# it saves no multiply-adds, or no time
+NO_GAIN = "no gain, stays dense"
 
 
 def inference_form(model: nn.Module) -> nn.Module:
@@ -170,6 +175,8 @@ class Scores:
             self.context.kept = {}
         with tried(self.context, row.method, unit) as done:
             row.macs_saved = sum(_macs_saved(layer, done[layer.name]) for layer in unit)
+            if row.macs_saved <= 0:
+                raise ValueError(NO_GAIN)
             self.specs[_shape_of(unit), repr(row.method)] = [done[layer.name].spec for layer in unit]
             yield
 
@@ -205,7 +212,7 @@ class Scores:
                 low, middle, high = (share * self.reference for share in shares)
                 row.seconds_saved = (low, middle, high)
                 if row.seconds_saved[0] <= 0:
-                    row.why_not = "no gain, stays dense"
+                    row.why_not = NO_GAIN
 
     def _timed_input(self) -> Tensor:
         return self.example.contiguous(memory_format=torch.channels_last)
@@ -244,22 +251,45 @@ class Scores:
     def _recall(self, table: Path | None) -> None:
         if table is None or not table.exists():
             return
-        content = read_json(table)
-        if content.get("identity") != self._identity:
-            raise ValueError(
-                f"{table}: scores of another search: {difference(content.get('identity'), self._identity)}"
-            )
-        kept = {(tuple(entry["layers"]), entry["method"]): entry for entry in content["rows"]}
+        content = Entry(read_json(table), table)
+        if (theirs := content.get("identity", None).value) != self._identity:
+            raise ValueError(f"{table}: scores of another search: {difference(theirs, self._identity)}")
+        kept = {}
+        for entry in content["rows"].items():
+            names = tuple(name.text() for name in entry["layers"].items())
+            kept[names, entry["method"].text()] = _Scored.read(entry)
+        reference = content["reference"].number(0.0)
+        specs = {}
+        for entry in content["specs"].items():
+            shape, method, modules = entry.items(3)
+            specs[shape.text(), method.text()] = [self._spec(module) for module in modules.items()]
+        choices = {target: _choice(choice) for target, choice in content["choices"].entries()}
         for row in self.rows:
-            entry = kept.get((row.layers, repr(row.method)))
-            if entry is not None:
-                saved = entry["seconds_saved"]
-                row.macs_saved, row.loss, row.why_not = entry["macs_saved"], entry["loss"], entry["why_not"]
-                if row.why_not == BUDGET:
-                    row.why_not = None
-                row.seconds_saved = None if saved is None else (saved[0], saved[1], saved[2])
-        self.specs = {(shape, method): specs for shape, method, specs in content["specs"]}
-        self.choices, self.reference = content["choices"], content["reference"]
+            scored = kept.get((row.layers, repr(row.method)))
+            if scored is None:
+                continue
+            unit = self._unit(row)
+            known = specs.get((_shape_of(unit), repr(row.method)), ())
+            if scored.usable and not (reference > 0 and len(known) == len(unit)):
+                raise content["rows"].wrong(f"with each usable candidate a reference and specs ({row.label})")
+            row.macs_saved, row.loss = scored.macs_saved, scored.loss
+            row.why_not = None if scored.why_not == BUDGET else scored.why_not
+            row.seconds_saved = scored.seconds_saved
+        # nothing of a table that is refused stays
+        self.specs, self.choices, self.reference = specs, choices, reference
+
+    def _spec(self, entry: Entry) -> dict[str, Any]:
+        """A module's spec; what replaces a layer is no larger than the whole network, or hardly."""
+        spec, state = entry.object(), self.context.network.state_dict()
+        try:
+            measured = build_measured(lambda: build_module(spec), state)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise entry.wrong(f"the spec of a layer ({reason})") from error
+        size = sum(value.nbytes for value in measured.state_dict().values())
+        most = (1 << 20) + 4 * sum(value.nbytes for value in state.values())
+        bounded(size, what=f"{entry.file}: {entry.at}", at_most=most)
+        return spec
 
     def write(self, table: Path | None) -> None:
         """Put the table in its file, if it has one."""
@@ -284,9 +314,8 @@ class Scores:
         if not chosen:
             before = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)[""].median
             return {"layers": 0, "before": before, "predicted": before, "after": before, "speedup": 1.0}
-        sketch = self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen])
         timings = measure_models(
-            {"": self.dense, "fast": inference_form(sketch)}, self._timed_input(), rounds=_ATTEMPT_ROUNDS
+            {"": self.dense, "fast": self._form_of(chosen)}, self._timed_input(), rounds=_ATTEMPT_ROUNDS
         )
         middle, low, high = timings["fast"].speedup_over(timings[""])
         before = timings[""].median
@@ -300,6 +329,30 @@ class Scores:
             "quartiles": [low, high],
         }
 
+    def slower(self, chosen: Sequence[Candidate]) -> dict[tuple[str, ...], float]:
+        """Of a choice, the layers without which its network is no slower: their names -> how many times as
+        long the network takes without them.
+
+        Those of one shape and method are judged together, in turn with the whole choice.
+        """
+        classes: dict[tuple[str, str], list[Candidate]] = {}
+        for row in chosen:
+            classes.setdefault((_shape_of(self._unit(row)), repr(row.method)), []).append(row)
+        found: dict[tuple[str, ...], float] = {}
+        fast = self._form_of(chosen) if chosen else self.dense
+        for rows in classes.values():
+            without = self._form_of([row for row in chosen if row not in rows])
+            timings = measure_models({"": without, "fast": fast}, self._timed_input(), rounds=_ROUNDS)
+            ratio, _, _ = timings["fast"].speedup_over(timings[""])
+            if ratio <= 1:
+                found |= {row.layers: ratio for row in rows}
+        return found
+
+    def _form_of(self, chosen: Sequence[Candidate]) -> nn.Module:
+        if not chosen:
+            return self.dense
+        return inference_form(self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen]))
+
     def _unit(self, row: Candidate) -> tuple[Layer, ...]:
         return tuple(self.layers[name] for name in row.layers)
 
@@ -309,6 +362,50 @@ class Scores:
     def usable(self) -> list[Candidate]:
         """The candidates that a choice may hold."""
         return [r for r in self.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
+
+
+def _choice(entry: Entry) -> dict[str, Any]:
+    """What a table says of an earlier choice."""
+    entry["among"].items()
+    entry["met"].boolean()
+    for attempt in entry["attempts"].items():
+        for name in ("layers", "before", "predicted", "after", "speedup"):
+            attempt[name].number(0.0)
+        for quartile in attempt.get("quartiles", []).items():
+            quartile.number()
+    for chosen in entry["chosen"].items():
+        chosen["method"].text()
+        for layer in chosen["layers"].items():
+            layer.text()
+    return entry.object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """What a table says of a candidate."""
+
+    macs_saved: int
+    loss: float | None
+    seconds_saved: tuple[float, float, float] | None
+    why_not: str | None
+
+    @property
+    def usable(self) -> bool:
+        return self.why_not is None and self.loss is not None and self.seconds_saved is not None
+
+    @classmethod
+    def read(cls, entry: Entry) -> _Scored:
+        loss, why_not, saved = entry["loss"], entry["why_not"], entry["seconds_saved"]
+        quartiles = None
+        if not saved.missing():
+            low, middle, high = (value.number() for value in saved.items(3))
+            quartiles = (low, middle, high)
+        return cls(
+            entry["macs_saved"].integer(),
+            None if loss.missing() else loss.number(),
+            quartiles,
+            None if why_not.missing() else why_not.text(),
+        )
 
 
 def _finished(row: Candidate) -> bool:

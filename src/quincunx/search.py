@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import time
@@ -16,18 +15,26 @@ from torch import Tensor, nn
 
 from quincunx.choice import Candidate, Target, candidates_named, choose
 from quincunx.cost import inference_mode_of
+from quincunx.gain import without_slower
 from quincunx.methods import Assigned
+from quincunx.modules import copied
 from quincunx.scores import BUDGET, Scores
 from quincunx.surgery import Accelerated, Journal, Method, Where
 from quincunx.surgery import accelerate as replace_by
+from quincunx.verdict import shortcoming
 
 __all__ = ["Found", "accelerate", "search", "shortfall"]
 
 # choices that are timed before the nearest one is taken
 _CORRECTIONS = 6
 _BISECTIONS = 5
-# asked for beyond what an attempt says is needed, since attempts vary
+# ask for 1% more than an attempt says is needed: timings vary
 _MARGIN = 1.01
+# a choice is taken as fast enough if it is so by 2%: the finished network is timed again
+_SURE = 1.02
+# how often layers that gain nothing within a choice are left out and the choice is made again
+_PRUNINGS = 3
+SLOWER = "no gain in the network that was chosen, stays dense"
 
 
 @dataclass
@@ -85,7 +92,8 @@ def search(
         table: file of the scores; one that is there is gone on with, so that another target needs no new
             forward pass.
         time_budget: seconds after which no further candidate is scored.
-        dry_run: stop before the fit; the result holds the choice and the estimate alone.
+        dry_run: stop before the fit; the result holds the choice and the estimate alone. What accuracy a
+            choice loses only a fit tells: where the target has ``max_drop`` it is fitted all the same.
         journal: of the fit, as for :func:`quincunx.surgery.accelerate`.
         tell: called with what is done now and the share of the scoring that is done.
 
@@ -139,6 +147,7 @@ def accelerate(
     max_drop: float | None = None,
     scores: str | Path | None = None,
     time_budget: float | None = None,
+    measure: bool = False,
 ) -> Accelerated:
     """A copy of a network made faster: by one method in all its layers, or so that a target is met.
 
@@ -161,9 +170,12 @@ def accelerate(
         max_drop: points of accuracy that may be lost; alone, the fastest such network is looked for.
         scores: file that keeps a search's scores, so that another target costs no new forward pass.
         time_budget: seconds of scoring.
+        measure: of one method in all its layers, put back what gains no time in the network, which is timed
+            on ``example_input``, a tensor; ``.skipped`` says so. A search always measures.
 
     Returns:
-        An :class:`Accelerated`; ``.search`` tells of a search. A warning says so if a target is not met.
+        An :class:`Accelerated`; ``.search`` tells of a search. A warning says so if a target is not met: it
+        is judged on the calibration data, before any fine-tuning.
 
     Raises:
         TypeError: not a module or a method; a name without a target; a wrapped, compiled, scripted or
@@ -187,8 +199,16 @@ def accelerate(
                 f"method={method!r}: without a target expected a method such as qx.Espace(); a name needs "
                 "speedup, latency_ms, macs or max_drop"
             )
-        return replace_by(
+        if measure and not isinstance(example_input, Tensor):
+            got = type(example_input).__name__
+            raise TypeError(f"example_input: measure=True times a tensor [N, C, H, W], got {got}")
+        made = replace_by(
             model, method, where=where, example_input=example_input, calibration=calibration, journal=journal
+        )
+        return (
+            without_slower(model, made, example_input)
+            if isinstance(example_input, Tensor) and measure
+            else made
         )
     target = Target(**asked)  # type: ignore[arg-type]
     if calibration is None:
@@ -214,6 +234,8 @@ def accelerate(
 def shortfall(record: Mapping[str, Any]) -> str:
     """How far a search came that did not meet its target, in words."""
     asked = ", ".join(f"{key}={value}" for key, value in record["target"].items())
+    # of one thing asked for it is clear what failed
+    missed = "; ".join(shortcoming(record)) if len(record["target"]) > 1 else ""
     attempts = record["attempts"]
     if not attempts or not record["chosen"]:
         left = sum(row["why_not"] == BUDGET for row in record["candidates"])
@@ -223,7 +245,8 @@ def shortfall(record: Mapping[str, Any]) -> str:
     told = f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
     if "macs" in record["target"]:
         told += f", with {record['macs'] / 1e6:.1f} M MACs"
-    return told + (f", and loses {record['drop']:.1f} points" if "drop" in record else "")
+    told += f", and loses {record['drop']:.1f} points" if "drop" in record else ""
+    return f"{told} ({missed})" if missed else told
 
 
 @dataclass
@@ -236,6 +259,8 @@ class _Builder:
     where: Where | None
     journal: Journal | None
     dry_run: bool
+    # names of layers that gain nothing within a choice -> how many times as long it takes without them
+    slower: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def again(self, kept: dict[str, Any]) -> Found:
         """The network of an earlier choice for this target."""
@@ -248,16 +273,35 @@ class _Builder:
         usable = self.scores.usable()
         if self.target.max_drop is not None and len(self.target.to_dict()) == 1:
             return self._within_drop(usable)
+        choice = self._by_macs if self.target.macs is not None else self._by_time
         attempts: list[dict[str, Any]] = []
-        if self.target.macs is not None:
-            wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
-            chosen = choose(usable, [float(row.macs_saved) for row in usable], wanted)
-            met = sum(row.macs_saved for row in chosen) >= wanted
+        for _ in range(_PRUNINGS):
+            chosen, met, tried = choice(usable)
+            attempts += tried
+            slower = self.scores.slower(chosen)
+            if not slower:
+                break
+            self.slower |= slower
+            usable = [row for row in usable if row not in chosen or row.layers not in slower]
+        else:
+            # what is left of the last choice
+            chosen = [row for row in chosen if row.layers not in slower]
             attempts.append(self.scores.attempt(chosen))
-            return self._built(chosen, met, attempts)
-        return self._by_time(usable)
+            met = self._meets(attempts[-1], chosen)
+        if chosen and attempts[-1]["speedup"] <= 1:
+            # a network that is no faster is not worth its loss
+            chosen, met = [], False
+            attempts.append(self.scores.attempt([]))
+        return self._built(chosen, met, attempts)
 
-    def _by_time(self, usable: list[Candidate]) -> Found:
+    def _by_macs(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
+        """The choice of least loss that saves enough MACs, whether it does, and its times."""
+        wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
+        chosen = choose(usable, [float(row.macs_saved) for row in usable], wanted)
+        attempt = self.scores.attempt(chosen)
+        return chosen, self._meets(attempt, chosen), [attempt]
+
+    def _by_time(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
         """Choose, time the whole network, and ask for as much more, or less, as is missing or too much.
 
         What candidates save is told in seconds of a network that lasts ``reference``; the machine's speed
@@ -268,7 +312,7 @@ class _Builder:
         attempts = [self.scores.attempt([])]
         share = self._share_wanted(attempts[0])
         if share <= 0 or not usable:
-            return self._built([], share <= 0, attempts)
+            return [], share <= 0, attempts
         asked = share * self.scores.reference
         choices: list[list[Candidate]] = [[]]
         for _ in range(_CORRECTIONS):
@@ -278,20 +322,21 @@ class _Builder:
             choices.append(chosen)
             attempts.append(self.scores.attempt(chosen))
             now = attempts[-1]
-            share, met = self._share_wanted(now), self._meets(now)
+            share, met = self._share_wanted(now), self._meets(now, sure=_SURE)
             if not met and _sum(chosen) >= most * (1 - 1e-9):
                 break
             paid = (1 - now["after"] / now["before"]) * self.scores.reference / _sum(chosen)
             asked = _MARGIN * share * self.scores.reference / min(max(paid, 0.2), 1.5)
             if not met:
                 asked = max(asked, _MARGIN * _sum(chosen))
-        reached = [i for i in range(1, len(choices)) if self._meets(attempts[i])]
+        surely = [i for i in range(1, len(choices)) if self._meets(attempts[i], sure=_SURE)]
+        reached = surely or [i for i in range(1, len(choices)) if self._meets(attempts[i])]
         best = min(reached, key=lambda i: _loss_of(choices[i]), default=None)
         if best is None:
             best = max(range(1, len(choices)), key=lambda i: float(attempts[i]["speedup"]), default=0)
         # the one that was taken comes last
         attempts.append(attempts.pop(best))
-        return self._built(choices[best], best in reached, attempts)
+        return choices[best], best in reached, attempts
 
     def _share_wanted(self, attempt: dict[str, Any]) -> float:
         """The share of the time before that has to be saved."""
@@ -299,10 +344,14 @@ class _Builder:
             return 1 - 1 / self.target.speedup
         return 1 - float(self.target.latency_ms or 0.0) / 1e3 / float(attempt["before"])
 
-    def _meets(self, attempt: dict[str, Any]) -> bool:
+    def _meets(self, attempt: dict[str, Any], chosen: Sequence[Candidate] = (), *, sure: float = 1.0) -> bool:
+        """Whether a choice of these times is fast enough, by a margin, or saves enough MACs."""
+        if self.target.macs is not None:
+            left = self.scores.macs - sum(row.macs_saved for row in chosen)
+            return left <= self.target.macs_of(self.scores.macs)
         if self.target.speedup is not None:
-            return float(attempt["speedup"]) >= self.target.speedup
-        return 1e3 * float(attempt["after"]) <= float(self.target.latency_ms or 0.0)
+            return float(attempt["speedup"]) >= sure * self.target.speedup
+        return sure * 1e3 * float(attempt["after"]) <= float(self.target.latency_ms or 0.0)
 
     def _built(self, chosen: list[Candidate], met: bool, attempts: list[dict[str, Any]]) -> Found:
         record = {
@@ -314,21 +363,28 @@ class _Builder:
             ],
             "candidates": [row.to_dict() for row in self.scores.rows],
             "macs": self.scores.macs - sum(row.macs_saved for row in chosen),
+            "images": sum(len(answer) for answer in self.scores.answers),
+            "dry_run": self.dry_run,
         }
-        if self.dry_run or not chosen:
-            result = Accelerated(copy.deepcopy(self.scores.model), {}, dict(self.scores.skipped))
+        # only a fitted network says what accuracy is lost
+        if not chosen or (self.dry_run and self.target.max_drop is None):
+            result = Accelerated(copied(self.scores.model), {}, dict(self.scores.skipped))
+            if self.target.max_drop is not None:
+                record["drop"] = 0.0
         else:
             result = replace_by(
                 self.scores.model,
                 Assigned({name: row.method for row in chosen for name in row.layers}),
                 where=self.where,
                 calibration=self.calibration,
-                journal=self.journal,
+                journal=None if self.dry_run else self.journal,
             )
             if self.target.max_drop is not None:
                 drop = self._drop(result.model)
                 met = met and drop <= self.target.max_drop
                 record["drop"], record["met"] = drop, met
+            if self.dry_run:
+                result = Accelerated(copied(self.scores.model), {}, dict(self.scores.skipped))
         result.skipped.update(self._reasons(chosen, met))
         return Found(result, self.scores.rows, chosen, met, record)
 
@@ -341,7 +397,9 @@ class _Builder:
             if name not in taken:
                 own = [row for row in self.scores.rows if name in row.layers]
                 why = {row.why_not for row in own if row.why_not} if own else {"no candidate takes it"}
-                reasons[name] = left if any(row.why_not is None for row in own) else "; ".join(sorted(why))
+                slow = any(name in names for names in self.slower)
+                could = SLOWER if slow else left
+                reasons[name] = could if any(row.why_not is None for row in own) else "; ".join(sorted(why))
         return reasons
 
     def _within_drop(self, usable: list[Candidate]) -> Found:
@@ -350,12 +408,22 @@ class _Builder:
         most = _sum(choose(usable, saved, float("inf")))
         # each is fitted anew, so what a journal kept is another network's
         trial = dataclasses.replace(self, journal=None, dry_run=False)
+        fits: dict[tuple[tuple[tuple[str, ...], str], ...], Found] = {}
         low, high, share, best = 0.0, 1.0, 1.0, None
         attempts: list[dict[str, Any]] = []
         for _ in range(_BISECTIONS if usable else 0):
             chosen = choose(usable, saved, share * most)
-            found = trial._built(chosen, True, [])
-            attempts.append({**self.scores.attempt(chosen), "drop": found.record["drop"]})
+            slower = self.scores.slower(chosen)
+            self.slower |= slower
+            chosen = [row for row in chosen if row.layers not in slower]
+            attempt = self.scores.attempt(chosen)
+            if chosen and attempt["speedup"] <= 1:
+                chosen, attempt = [], self.scores.attempt([])
+            key = tuple((row.layers, repr(row.method)) for row in chosen)
+            if key not in fits:
+                fits[key] = trial._built(chosen, True, [])
+            found = fits[key]
+            attempts.append({**attempt, "drop": found.record["drop"]})
             if found.met:
                 low, best = share, found
                 if share == 1.0:
@@ -363,9 +431,17 @@ class _Builder:
             else:
                 high = share
             share = (low + high) / 2
-        if best is None or self.dry_run:
-            best = self._built([] if best is None else best.chosen, best is not None, [])
-        best.record["attempts"] = attempts
+        if best is None:
+            # the network as it is loses nothing, and gains nothing
+            best = self._built([], False, [])
+        else:
+            # the one that was taken comes last
+            taken = max(i for i, one in enumerate(attempts) if one["drop"] == best.record["drop"])
+            attempts.append(attempts.pop(taken))
+        best.record["attempts"], best.record["dry_run"] = attempts, self.dry_run
+        if self.dry_run:
+            kept = {n: r for n, r in best.result.skipped.items() if n not in best.result.replaced}
+            best.result = Accelerated(copied(self.scores.model), {}, kept)
         return best
 
     def _drop(self, network: nn.Module) -> float:

@@ -95,6 +95,7 @@ def fit(
     teacher: nn.Module | None = None,
     workers: int | None = None,
     stop: StopRule | None = None,
+    keep_best: bool = False,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -123,6 +124,8 @@ def fit(
             ``distill_features``; it is evaluated and left as it is.
         workers: processes that decode streamed images; by default one a core, at most eight.
         stop: ends the run early; "stopped" in the result then says why.
+        keep_best: the network ends as it was after the epoch of least test error, "best_epoch" in the
+            result, and not as after the last.
 
     Returns:
         The content of ``run.json``.
@@ -137,7 +140,8 @@ def fit(
             or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, stop or StopRule())
+    rule = stop or StopRule()
+    run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best)
     return run.go(resume, progress)
 
 
@@ -173,6 +177,12 @@ def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     return None
 
 
+def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:
+    """The number of the first epoch of least test error; of equal ones that of the least test loss."""
+    best = min(history, key=lambda entry: (entry["test_error"], entry["test_loss"]))
+    return int(best["epoch"])
+
+
 class _Run:
     """The state of one training run."""
 
@@ -187,8 +197,11 @@ class _Run:
         teacher: nn.Module | None,
         workers: int | None,
         stop: StopRule,
+        keep_best: bool = False,
     ) -> None:
-        self.stop = stop
+        self.stop, self.keep_best = stop, keep_best
+        # the weights after the best epoch, where they are asked for
+        self.best: dict[str, Tensor] | None = None
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.ranks, self.workers = ranks, workers
         self.spec = spec_of(model)
@@ -280,7 +293,7 @@ class _Run:
         self.ranks.from_first(lambda: check_replaceable(self.folder / ARTIFACT))
         state = sum(t.nbytes for t in self.model.state_dict().values())
         # a checkpoint has weights and momentum, and the old one stays until the new one is written
-        self.ranks.from_first(lambda: check_disk(self.folder, 5 * state))
+        self.ranks.from_first(lambda: check_disk(self.folder, (7 if self.keep_best else 5) * state))
         _check_memory(self.cost, self.recipe, self.ranks)
         if not self.history:
             self._save()
@@ -309,6 +322,8 @@ class _Run:
                     len(self.history), steps, lambda state: bar.update(task, advance=1, state=state)
                 )
                 self.history.append(entry)
+                if self.keep_best and _best_epoch(self.history) == len(self.history):
+                    self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
                 self._save()
                 self._write_log()
         return self._finish()
@@ -435,6 +450,7 @@ class _Run:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
+                    **({} if self.best is None else {"best": self.best}),
                 },
             )
         self.saved = len(self.history)
@@ -454,18 +470,29 @@ class _Run:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
         if other is not None:
-            raise ValueError(f"{self.checkpoint}: a checkpoint of another {other}")
+            raise ValueError(
+                f"{self.checkpoint}: a checkpoint of another {other}; another --out keeps both, and without "
+                f"the folder {self.folder} this one starts anew"
+            )
         try:
             self.model.load_state_dict(state)
             self.optimizer.load_state_dict(momentum)
             if scale:
                 self.scaler.load_state_dict(scale)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if self.keep_best and "best" in content:
+                now = self.model.state_dict()
+                if {k: v.shape for k, v in content["best"].items()} != {k: v.shape for k, v in now.items()}:
+                    raise ValueError("other weights of the best epoch")
+                self.best = dict(content["best"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.checkpoint}: does not fit the network ({error})") from error
         self.history, self.saved = history, len(history)
 
     def _finish(self) -> dict[str, Any]:
         last = self.history[-1]
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
+            last = self.history[_best_epoch(self.history) - 1]
         result = {
             "schema": 1,
             "kind": "train",
@@ -480,6 +507,8 @@ class _Run:
             "history": self.history,
             "environment": environment(),
         }
+        if self.best is not None:
+            result["best_epoch"] = last["epoch"]
         if len(self.history) < self.recipe.epochs:
             result["stopped"] = self.stop.reason(self.history)
         info = {"data": self.data.describe(), "test_error": last["test_error"]}

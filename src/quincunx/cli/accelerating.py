@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ from quincunx.console import (
     print_speeds,
     say,
     show,
+    warn,
 )
 from quincunx.espace_experiments import espace_by_name, response_picture, time_points
 from quincunx.figures import check_can_draw
@@ -58,6 +60,7 @@ from quincunx.methods.fitting import LayerRanks
 from quincunx.peers import PEERS
 from quincunx.sampling import parse
 from quincunx.surgery import Method
+from quincunx.train import Interrupted, RunFailed
 
 Settings = dict[str, Any]
 
@@ -82,6 +85,8 @@ DistillFeatures = Annotated[
 Batch = Annotated[int, typer.Option(help="Images of the timed inputs.", min=1)]
 Rounds = Annotated[int, typer.Option(help="How often each layer is timed.", min=3)]
 
+# points of accuracy that the search without a method or a target may lose
+_LITTLE = 1.0
 # of a data set whose networks are judged by their first five answers, too
 _MANY_CLASSES = 100
 
@@ -138,8 +143,9 @@ def accelerate_command(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(METHODS)}; by default espace. With a target auto, the default, or "
-            f"some of {', '.join(CANDIDATES)} with commas."
+            help=f"One of {', '.join(METHODS)}, in every layer. With a target auto (the default) or some of "
+            f"{', '.join(CANDIDATES)} with commas. Without this, a target or a method's settings: a search "
+            f"for the fastest network that loses at most {_LITTLE:g} point (--max-drop {_LITTLE:g})."
         ),
     ] = None,
     speedup: Annotated[float | None, typer.Option(help="Target: times as fast, measured here.")] = None,
@@ -148,7 +154,8 @@ def accelerate_command(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Target: points of accuracy that may be lost; with another one it ends fine-tuning."
+            help="Target: points of accuracy that may be lost, at the end on the test images; with another "
+            "one it ends fine-tuning."
         ),
     ] = None,
     time_budget: Annotated[
@@ -158,7 +165,17 @@ def accelerate_command(
         Path | None, typer.Option(help="Scores of an earlier search to go on with: its scores.json.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only search, and say what would be replaced and gained.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only search, and predict what would be replaced, gained and, with --max-drop, lost.",
+        ),
+    ] = False,
+    keep_slower: Annotated[
+        bool,
+        typer.Option(
+            "--keep-slower", help="Keep replacements by which the network gains no time; else put them back."
+        ),
     ] = False,
     sampling: Annotated[
         str | None, typer.Option(help="sb: computed positions, 1/4, 2/4 (the default), 3/4 or others.")
@@ -198,11 +215,13 @@ def accelerate_command(
     """Replace the convolutions of a trained network by faster ones and say what it gains and costs.
 
     Layers are fitted one by one to training images, in the order of the network; batch norm is estimated
-    anew, then the network may be fine-tuned. With a target (--speedup, --latency-ms, --macs or --max-drop)
-    each layer gets the method, or none, that a search chooses by the loss and the time it measures; if the
-    target is out of reach the best network is kept and the exit code is 1. Writes the artifact (model), the
-    result (accelerate.json) and report.html. The same command again goes on after an interruption: finished
-    layers are not fitted again.
+    anew, then the network may be fine-tuned; of its epochs the one of least test error is kept, or none if
+    all are worse. With a target (--speedup, --latency-ms, --macs or --max-drop) each layer gets the method,
+    or none, that a search chooses by the loss and the time it measures. The target is judged at the end, by
+    the test images and the time of the finished network; if it is missed the best network is kept and the
+    exit code is 1. A layer that gains no time stays as it was. Writes the artifact (model), the result
+    (accelerate.json) and report.html. The same command again goes on after an interruption: finished layers
+    are not fitted again.
     """
     with bad_input():
         use_threads(threads)
@@ -219,7 +238,13 @@ def accelerate_command(
         }
         asked = {"speedup": speedup, "latency_ms": latency_ms, "macs": macs, "max_drop": max_drop}
         chosen: Method | Search
+        bare = method is None and all(value is None for value in settings.values())
+        by_default = bare and all(value is None for value in asked.values())
+        if by_default:
+            asked["max_drop"] = _LITTLE
         if any(value is not None for value in asked.values()):
+            if keep_slower:
+                raise ValueError("keep_slower: a search never takes what gains no time; leave it out")
             chosen = _search(method, asked, settings, time_budget, scores)
         else:
             for name, given in (
@@ -254,17 +279,17 @@ def accelerate_command(
         )
         make_folder(out)
         if dry_run and isinstance(chosen, Search):
-            with running():
+            with running(), _going_on(out):
                 plan = plan_for_target(
                     found.model, chosen, images, out, layers=_patterns(layers), calibration=calibration,
-                    batch=batch, seed=seed, progress=not as_json,
+                    batch=batch, seed=seed, progress=not as_json, tell=warn,
                 )  # fmt: skip
             if as_json:
                 show(plan)
             else:
                 print_search(plan)
             raise typer.Exit(0 if plan["met"] else 1)
-        with running():
+        with running(), _going_on(out):
             result = accelerate_trained(
                 found.model,
                 chosen,
@@ -278,6 +303,8 @@ def accelerate_command(
                 seed=seed,
                 workers=workers,
                 progress=not as_json,
+                keep_slower=keep_slower,
+                tell=warn,
             )
             page = write_acceleration_report(out)
     if as_json:
@@ -287,8 +314,24 @@ def accelerate_command(
         say(f"wrote {page} and the artifact {out / 'model'}; to use it:")
         for line in usage(result, out):
             say(f"  {line}")
-    if result["search"] is not None and not result["search"]["met"]:
+    # nobody asked for what the search without a method or target looks for
+    if result["verdict"] is not None and not result["verdict"]["met"] and not by_default:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _going_on(out: Path) -> Iterator[None]:
+    """Within: a stop by the user ends with what to do next."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        # that of fine-tuning says how many epochs are done
+        tuned = (
+            f"{str(error).partition(',')[0]} of fine-tuning" if isinstance(error, Interrupted) else "stopped"
+        )
+        raise RunFailed(
+            f"{tuned}; the same command goes on from here: what is finished is kept in {out}"
+        ) from None
 
 
 def _search(

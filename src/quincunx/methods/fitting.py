@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
@@ -177,6 +178,27 @@ class SeparableFit:
         if with_data and layer.calls is not None and layer.calls > 1:
             return f"called {layer.calls} times in a forward: there is no one input to fit it to"
         return None
+
+    def no_saving(self, layer: Layer, rank: int, rates: tuple[float, float] = (1.0, 1.0)) -> str | None:
+        """Why a rank leaves a layer as it is: two convolutions of it multiply no less; None if they do.
+
+        Counted for each position of the output; the vertical half is computed at every column of the input.
+        A layer for which "full" is asked is to be exact, whatever it takes, and a budget is spent.
+        """
+        conv = conv_of(layer)
+        if self.budget is not None or rank_given(self.rank, layer.name) == "full":
+            return None
+        columns: float = conv.stride[1]
+        if layer.input_shape is not None:
+            columns = layer.input_size[1] / layer.grid[1]
+        vertical = rates[0] * conv.kernel_size[0] * conv.in_channels * columns
+        unit = vertical + rates[1] * conv.kernel_size[1] * conv.out_channels
+        dense = conv.weight.numel()
+        if rank * unit < dense:
+            return None
+        most = math.ceil(dense / unit) - 1
+        below = f"; ranks up to {most} save some" if most else ""
+        return f"rank {rank} saves nothing: {rank * unit / dense:.2f} times as many multiply-adds{below}"
 
     def ranks(self, layers: Sequence[Layer], context: Context, with_data: bool) -> dict[str, int]:
         """The rank of each layer: the one asked for, or that which a budget allows."""

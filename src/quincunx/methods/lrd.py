@@ -22,6 +22,7 @@ class LowRank(SeparableFit):
     Args:
         rank: K of each channel group: an integer (of a layer of smaller full rank, that one), a share
             of the full rank min(C dh, O dw) in (0, 1], or "full", which changes nothing but rounding. A
+            layer for which a number or share saves no multiply-adds stays. A
             mapping of patterns to these, such as {"conv2": 71, "*": 0.3}, gives layers their own, the
             first that matches a name; layers without one stay.
         data: fit V and T to the layer's responses on the calibration data; False truncates the SVD of
@@ -60,7 +61,9 @@ class LowRank(SeparableFit):
         with_data = self.with_data(context)
         ranks = self.ranks(layers, context, with_data)
 
-        def replace(layer: Layer) -> Replacement:
+        def replace(layer: Layer) -> Replacement | str:
+            if (reason := self.no_saving(layer, ranks[layer.name])) is not None:
+                return reason
             found = self.fitted(layer, ranks[layer.name], context, with_data)
             module = separable(conv_of(layer), found)
             return Replacement(module, module.spec, fit_record(found))
