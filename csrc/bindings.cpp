@@ -18,18 +18,23 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
+#include "checks.h"
 #include "dispatch.h"
 #include "schedule.h"
 
 namespace {
 
+using quincunx::Flow;
 using quincunx::ForwardKernels;
 using quincunx::GatherGemm;
+using quincunx::kInt32Max;
 using quincunx::Kernels;
 using quincunx::LookupConv;
 using quincunx::Place;
 using quincunx::Places;
 using quincunx::Step;
+using quincunx::Table;
 using quincunx::Weight;
 using quincunx::WeightGrad;
 using quincunx::WindowKernels;
@@ -38,14 +43,10 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kInt32Max = 0x7fffffff;
-constexpr double kMostValues = 1e18;  // of a map or a weight, so that 64-bit offsets cannot overflow
-
 int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
-  Tensor fresh = torch::stable::empty(sizes, type, std::nullopt,
-                                      torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
+  Tensor fresh = quincunx::empty(sizes, type, format);
 #ifdef __linux__
   // a large map comes in fresh pages, and each small one of them would cost a fault
   constexpr int64_t kLarge = 4 << 20, kPage = 4096;
@@ -84,7 +85,8 @@ Map as_map(Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   // before a copy of it is made
-  STD_TORCH_CHECK(t.sizes()[1] <= kInt32Max && t.sizes()[2] * t.sizes()[3] <= kInt32Max, name, " is too large");
+  const auto claimed = t.sizes();
+  quincunx::check_map(name, claimed[0], claimed[1], claimed[2], claimed[3]);
   if (!is_channels_last(t)) t = torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
   const auto sizes = t.sizes();
   return Map{static_cast<char*>(t.data_ptr()), sizes[0], sizes[1], sizes[2], sizes[3]};
@@ -101,25 +103,15 @@ const ForwardKernels& forward_of(ScalarType type) {
   return type == ScalarType::Float ? quincunx::kernels().f32 : quincunx::kernels().bf16;
 }
 
-// A tensor that is not a map: read when first used, its extremes when first asked for.
+// A tensor that is not a map: read when first used, its values when first asked for.
 class Operand {
  public:
   explicit Operand(const Tensor& tensor) : tensor_(&tensor) {}
 
-  const int32_t* table(const char* name, int64_t* count) {
+  Table& table(const char* name) {
     read(name, ScalarType::Int);
-    *count = count_;
-    return static_cast<const int32_t*>(data_);
-  }
-
-  // every value v of a table has low <= v < high
-  void within(const char* name, int64_t low, int64_t high) {
-    if (!scanned_) {
-      quincunx::kernels().extremes(static_cast<const int32_t*>(data_), count_, &low_, &high_);
-      scanned_ = true;
-    }
-    STD_TORCH_CHECK(count_ == 0 || (low_ >= low && high_ < high), name, " must lie in [", low, ", ", high,
-                    "), got values from ", low_, " to ", high_);
+    if (table_.data == nullptr) table_ = Table(static_cast<const int32_t*>(data_), count_);
+    return table_;
   }
 
   const float* channels(const char* name, int64_t count) {
@@ -151,8 +143,7 @@ class Operand {
   const void* data_ = nullptr;
   ScalarType type_ = ScalarType::Undefined;
   int64_t count_ = 0;
-  bool scanned_ = false;
-  int32_t low_ = 0, high_ = 0;
+  Table table_;
 };
 
 struct Tables {
@@ -160,46 +151,18 @@ struct Tables {
 };
 
 void set_tables(GatherGemm& g, Tables tables) {
-  int64_t index_count, rows_count, taps_count, groups_count;
-  g.index = tables.index.table("index", &index_count);
-  g.rows = tables.rows.table("rows", &rows_count);
-  g.taps = tables.taps.table("taps", &taps_count);
-  g.groups = tables.groups.table("groups", &groups_count);
-  STD_TORCH_CHECK(groups_count % 2 == 0 && groups_count <= kInt32Max, "groups must be [G, 2]");
-  g.num_groups = static_cast<int32_t>(groups_count / 2);
-  int64_t index_sum = 0, rows_sum = 0, taps_sum = 0;
-  for (int64_t i = 0; i < g.num_groups; ++i) {
-    const int64_t positions = g.groups[2 * i], taps = g.groups[2 * i + 1];
-    STD_TORCH_CHECK(positions >= 0 && taps >= 0, "groups must not be negative");
-    rows_sum += positions;
-    taps_sum += taps;
-    index_sum += positions * taps;
-    STD_TORCH_CHECK(rows_sum <= rows_count && taps_sum <= taps_count && index_sum <= index_count,
-                    "groups exceed the sizes of index, rows or taps");
-  }
-  STD_TORCH_CHECK(rows_sum == rows_count && taps_sum == taps_count && index_sum == index_count,
-                  "index, rows and taps must have as many entries as groups say");
-  STD_TORCH_CHECK(rows_count == g.rows_out, "rows must name each of the ", g.rows_out,
-                  " output rows once, got ", rows_count);
-  tables.index.within("index", -1, g.rows_in);
-  tables.rows.within("rows", 0, g.rows_out);
-  tables.taps.within("taps", 0, g.num_taps);
+  quincunx::check_tables(g, tables.index.table("index"), tables.rows.table("rows"), tables.taps.table("taps"),
+                         tables.groups.table("groups"));
 }
 
 void set_shape(GatherGemm& g, const Map& x, int64_t out_channels, int64_t rows_out, int64_t num_taps,
                int64_t channel_groups, int64_t activation) {
   STD_TORCH_CHECK(num_taps >= 1 && num_taps <= kInt32Max, "num_taps must be at least 1, got ", num_taps);
-  STD_TORCH_CHECK(out_channels >= 1 && out_channels <= kInt32Max, "out_channels must be at least 1, got ",
-                  out_channels);
-  STD_TORCH_CHECK(channel_groups >= 1 && x.channels >= 1 && x.channels % channel_groups == 0 &&
-                      out_channels % channel_groups == 0,
-                  "channel_groups = ", channel_groups, " must divide the channels ", x.channels, " and ",
-                  out_channels);
+  STD_TORCH_CHECK(channel_groups >= 1 && x.channels >= 1 && x.channels % channel_groups == 0, "channel_groups = ",
+                  channel_groups, " must divide the channels ", x.channels);
+  quincunx::check_weight(out_channels, x.channels / channel_groups, num_taps, channel_groups);
   STD_TORCH_CHECK(activation >= 0 && activation <= quincunx::kRelu6,
                   "activation must be 0 (none), 1 (relu) or 2 (relu6), got ", activation);
-  STD_TORCH_CHECK(rows_out <= kInt32Max, "the output has too many positions");
-  STD_TORCH_CHECK(double(x.channels + 64) * (out_channels + 64 * channel_groups) * num_taps < kMostValues,
-                  "the weight is too large");
   g.x = x.data;
   g.batch = x.batch;
   g.rows_in = x.rows();
@@ -228,8 +191,11 @@ Tensor pack_weight(const Tensor& weight, int64_t groups) {
   Weight w{weight.data_ptr(), groups,           sizes[dim - 3],   sizes[dim - 2],   sizes[dim - 1],
            0,                 strides[dim - 3], strides[dim - 2], strides[dim - 1]};
   if (dim == 3) w.outputs /= groups;
+  STD_TORCH_CHECK(*std::min_element(sizes.begin(), sizes.end()) > 0, "weight must not be empty");
+  STD_TORCH_CHECK(groups <= kInt32Max && w.outputs <= kInt32Max, "the weight is too large: ", groups, " groups of ",
+                  w.outputs, " outputs");
+  quincunx::check_weight(groups * w.outputs, w.channels, w.taps, groups);
   w.group_stride = dim == 4 ? strides[0] : w.outputs * w.output_stride;
-  STD_TORCH_CHECK(w.outputs >= 1 && w.channels >= 1 && w.taps >= 1, "weight must not be empty");
   const int64_t size = kernels.packed_size(groups * w.outputs, w.channels, w.taps, groups);
   Tensor packed = empty({size}, kernels.packs_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   void* to = packed.data_ptr();
@@ -247,17 +213,15 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
   const ScalarType type = map_type(x);
   const ForwardKernels& kernels = forward_of(type);
   const Map in = as_map(x, "x", type);
-  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
-                      out_size[1] <= kInt32Max,
-                  "out_size must be (height, width)");
+  const int64_t rows_out = quincunx::check_output(out_size, in.batch, out_channels);
   std::vector<Step> steps(1);
   GatherGemm& g = steps[0].problem;
-  set_shape(g, in, out_channels, out_size[0] * out_size[1], num_taps, channel_groups, activation);
+  set_shape(g, in, out_channels, rows_out, num_taps, channel_groups, activation);
   Operand index_table(index), rows_table(rows), taps_table(taps), groups_table(groups);
   set_tables(g, {index_table, rows_table, taps_table, groups_table});
   g.weight = Operand(packed).weight(kernels, packed_size(kernels, g));
   for (auto* channels : {&bias, &scale2, &shift2}) {
-    if (*channels && (*channels)->scalar_type() != ScalarType::Float) {
+    if (*channels && (*channels)->scalar_type() == ScalarType::BFloat16) {
       *channels = torch::stable::to(**channels, ScalarType::Float);
     }
   }
@@ -290,12 +254,12 @@ Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, i
   STD_TORCH_CHECK(in.batch == out.batch, "x and gy must have the same batch size");
   GatherGemm shape{};
   set_shape(shape, in, out.channels, out.rows(), num_taps, channel_groups, 0);
-  Operand table(index);
-  int64_t count;
+  Operand operand(index);
+  Table& table = operand.table("index");
   WeightGrad g{};
-  g.index = table.table("index", &count);
-  STD_TORCH_CHECK(count == out.rows() * num_taps, "index must be [", out.rows(), ", ", num_taps, "], got ", count,
-                  " entries");
+  g.index = table.data;
+  STD_TORCH_CHECK(table.count == out.rows() * num_taps, "index must be [", out.rows(), ", ", num_taps, "], got ",
+                  table.count, " entries");
   table.within("index", -1, in.rows());
   g.x = in.data;
   g.gy = out.data;
@@ -332,16 +296,14 @@ Tensor lookup_conv(Tensor x, const Tensor& codebooks, const Tensor& assignments,
                     "codebooks and assignments must be contiguous, on the CPU, of 3 dimensions and not empty");
   }
   STD_TORCH_CHECK(codebooks.scalar_type() == ScalarType::Float, "codebooks must be float32");
-  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
-                      out_size[1] <= kInt32Max,
-                  "out_size must be (height, width)");
   const auto books = codebooks.sizes(), given = assignments.sizes();
   const int64_t subspaces = books[0], codewords = books[1], width = books[2], num_taps = given[1];
   STD_TORCH_CHECK(channel_groups >= 1 && channel_groups <= subspaces && subspaces % channel_groups == 0 &&
                       given[0] == subspaces && given[2] <= kInt32Max / channel_groups,
                   "channel_groups = ", channel_groups, " does not fit the codebooks and assignments");
   GatherGemm shape{};
-  set_shape(shape, in, channel_groups * given[2], out_size[0] * out_size[1], num_taps, channel_groups, 0);
+  const int64_t rows_out = quincunx::check_output(out_size, in.batch, channel_groups * given[2]);
+  set_shape(shape, in, channel_groups * given[2], rows_out, num_taps, channel_groups, 0);
   const int64_t channels = in.channels / channel_groups, per_group = subspaces / channel_groups;
   STD_TORCH_CHECK(width <= channels && (channels - 1) / width + 1 == per_group, per_group, " subspaces of ",
                   width, " channels do not make ", channels, " channels");
@@ -357,16 +319,21 @@ Tensor lookup_conv(Tensor x, const Tensor& codebooks, const Tensor& assignments,
   const int64_t highest = g.wide ? greatest(static_cast<const uint16_t*>(g.assignments))
                                  : greatest(static_cast<const uint8_t*>(g.assignments));
   STD_TORCH_CHECK(highest < codewords, "assignments must lie in [0, ", codewords, "), got ", highest);
-  Operand slot_table(slots), offset_table(offsets), row_table(rows);
-  int64_t offset_count;
-  g.slots = slot_table.table("slots", &g.num_slots);
-  g.offsets = offset_table.table("offsets", &offset_count);
-  g.rows = row_table.table("rows", &g.positions);
-  STD_TORCH_CHECK(offset_count == num_taps, "offsets must have ", num_taps, " entries, got ", offset_count);
+  Operand slot_operand(slots), offset_operand(offsets), row_operand(rows);
+  Table &slot_table = slot_operand.table("slots"), &offset_table = offset_operand.table("offsets");
+  Table& row_table = row_operand.table("rows");
+  g.slots = slot_table.data;
+  g.num_slots = slot_table.count;
+  g.offsets = offset_table.data;
+  g.rows = row_table.data;
+  g.positions = row_table.count;
+  STD_TORCH_CHECK(offset_table.count == num_taps, "offsets must have ", num_taps, " entries, got ",
+                  offset_table.count);
   STD_TORCH_CHECK(g.num_slots <= kInt32Max / 4 && g.positions <= kInt32Max / 4, "the map is too large");
   slot_table.within("slots", -1, in.rows());
   offset_table.within("offsets", 0, kInt32Max / 4);
   row_table.within("rows", -1, shape.rows_out);
+  row_table.each_once("rows", shape.rows_out);
   std::vector<int32_t> order(num_taps);
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return g.offsets[a] < g.offsets[b]; });
@@ -402,15 +369,14 @@ Tensor over_windows(Tensor x, const Tensor& index, const Tensor& starts, const s
                     const WindowKernels& kernels) {
   const ScalarType type = map_type(x);
   const Map in = as_map(x, "x", type);
-  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
-                      out_size[1] <= kInt32Max && out_size[0] * out_size[1] <= kInt32Max,
-                  "out_size must be (height, width)");
-  Operand index_table(index), starts_table(starts);
+  Operand index_operand(index), starts_operand(starts);
+  Table& index_table = index_operand.table("index");
+  const Table& starts_table = starts_operand.table("starts");
   Windows g{};
-  int64_t entries, count;
-  g.index = index_table.table("index", &entries);
-  g.starts = starts_table.table("starts", &count);
-  g.positions = out_size[0] * out_size[1];
+  const int64_t entries = index_table.count, count = starts_table.count;
+  g.index = index_table.data;
+  g.starts = starts_table.data;
+  g.positions = quincunx::check_output(out_size, in.batch, in.channels);
   STD_TORCH_CHECK(count == g.positions + 1, "starts must have ", g.positions + 1, " entries, got ", count);
   STD_TORCH_CHECK(g.starts[0] == 0 && g.starts[count - 1] == entries && std::is_sorted(g.starts, g.starts + count),
                   "starts must ascend from 0 to the ", entries, " entries of index");
@@ -438,9 +404,8 @@ Tensor window_sum(Tensor x, const Tensor& index, const Tensor& starts, std::vect
   return over_windows(x, index, starts, out_size, quincunx::kernels().sum);
 }
 
-enum BufferKind : int64_t { kInput, kScratch, kOutput };
-
 struct Buffers {
+  Flow flow;
   std::vector<Map> maps;
   std::vector<Tensor> outputs;
   std::vector<Place> places;
@@ -457,35 +422,35 @@ Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& si
   for (int64_t i = 0; i < count; ++i) {
     const int64_t *f = &sizes[i * kFields], kind = f[0], offset = f[4];
     const bool is_input = i < static_cast<int64_t>(inputs.size());
-    STD_TORCH_CHECK(is_input ? kind == kInput : kind == kScratch || kind == kOutput, "buffer ", i,
+    STD_TORCH_CHECK(is_input ? kind == Flow::kInput : kind == Flow::kScratch || kind == Flow::kOutput, "buffer ", i,
                     " has the wrong kind ", kind, ": inputs come first, then scratch (1) and outputs (2)");
-    STD_TORCH_CHECK(f[1] >= 1 && f[2] >= 0 && f[3] >= 0 && f[1] <= kInt32Max && f[2] <= kInt32Max &&
-                        f[3] <= kInt32Max && f[2] * f[3] <= kInt32Max,
-                    "buffer ", i, " has an impossible size");
+    STD_TORCH_CHECK(f[1] >= 1 && f[2] >= 0 && f[3] >= 0, "buffer ", i, " has an impossible size");
+    quincunx::check_map("a buffer", batch, f[1], f[2], f[3]);
     Map& map = buffers.maps[i];
     map = Map{nullptr, batch, f[1], f[2], f[3]};
-    if (kind == kInput) {
+    if (kind == Flow::kInput) {
       const Map given = as_map(inputs[i], "input", type);
       STD_TORCH_CHECK(given.batch == batch && given.channels == f[1] && given.height == f[2] && given.width == f[3],
                       "input ", i, " must be [", batch, ", ", f[1], ", ", f[2], ", ", f[3], "]");
       map.data = given.data;
-    } else if (kind == kOutput) {
+    } else if (kind == Flow::kOutput) {
       buffers.outputs.push_back(empty({batch, f[1], f[2], f[3]}, type, MemoryFormat::ChannelsLast));
       map.data = static_cast<char*>(buffers.outputs.back().data_ptr());
     } else {
       STD_TORCH_CHECK(offset >= 0 && offset % 32 == 0 && offset < (int64_t{1} << 40), "buffer ", i,
                       ": the offset must be a multiple of 32");
-      STD_TORCH_CHECK((double(offset) + double(map.channels) * map.rows()) * (batch + 1) < kMostValues, "buffer ",
-                      i, " is too large");
+      STD_TORCH_CHECK(quincunx::countable({offset + map.channels * map.rows(), batch + 1}), "buffer ", i,
+                      " is too large");
       arena = std::max(arena, offset + map.channels * map.rows());
     }
+    buffers.flow.add(kind, offset, map.channels * map.rows());
   }
   STD_TORCH_CHECK(count >= static_cast<int64_t>(inputs.size()), "every input must have a buffer");
   // the next image's maps begin on a cache line too
   buffers.arena = (arena + 31) / 32 * 32 * size_of(type);
   for (int64_t i = 0; i < count; ++i) {
     const Map& map = buffers.maps[i];
-    const int64_t offset = sizes[i * kFields] == kScratch ? sizes[i * kFields + 4] * size_of(type) : -1;
+    const int64_t offset = sizes[i * kFields] == Flow::kScratch ? sizes[i * kFields + 4] * size_of(type) : -1;
     buffers.places.push_back(Place{map.data, map.channels * map.rows() * size_of(type), offset});
   }
   return buffers;
@@ -501,7 +466,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
   STD_TORCH_CHECK(code.size() % kFields == 0, "code must have ", int(kFields), " integers for each step");
   const ScalarType type = map_type(inputs[0]);
   const ForwardKernels& kernels = forward_of(type);
-  const Buffers buffers = make_buffers(inputs, buffer_sizes, type);
+  Buffers buffers = make_buffers(inputs, buffer_sizes, type);
   std::vector<Operand> operands(tensors.begin(), tensors.end());
   const auto map = [&](int64_t i) -> const Map& {
     STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(buffers.maps.size()), "code names a buffer ", i,
@@ -528,6 +493,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
       STD_TORCH_CHECK(plain && g.channel_groups == 1 && g.in_channels == g.out_channels, "step ", i,
                       ": a mean has one output of as many channels and nothing else");
       STD_TORCH_CHECK(g.num_groups == 1 && g.groups[1] == g.num_taps, "step ", i, ": a mean has one group of all taps");
+      buffers.flow.step(i, f[kX], -1, f[kOut], -1, true);
       continue;
     }
     g.weight = operand(f[kWeight]).weight(kernels, packed_size(kernels, g));
@@ -546,17 +512,19 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
       g.residual_size = residual.rows();
       g.residual_channels = static_cast<int32_t>(residual.channels);
       if (f[kResidualRows] >= 0) {
-        int64_t count;
-        Operand& table = operand(f[kResidualRows]);
-        g.residual_rows = table.table("residual_rows", &count);
-        STD_TORCH_CHECK(count == g.rows_out, "residual_rows must have ", g.rows_out, " entries, got ", count);
+        Table& table = operand(f[kResidualRows]).table("residual_rows");
+        g.residual_rows = table.data;
+        STD_TORCH_CHECK(table.count == g.rows_out, "residual_rows must have ", g.rows_out, " entries, got ",
+                        table.count);
         table.within("residual_rows", 0, g.residual_size);
       } else {
         STD_TORCH_CHECK(residual.rows() == out.rows(), "step ", i, ": the residual has ", residual.rows(),
                         " positions, the output ", out.rows());
       }
     }
+    buffers.flow.step(i, f[kX], f[kResidual], f[kOut], f[kOut2], g.residual_rows == nullptr);
   }
+  buffers.flow.end();
   const int64_t batch = inputs[0].sizes()[0];
   const int64_t images = quincunx::images_at_a_time(steps, batch, size_of(type));
   const int64_t places = images > 0 ? images * torch::stable::get_num_threads() : batch;

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "allocate.h"
+#include "checks.h"
 #include "dispatch.h"
 #include "schedule.h"
 
@@ -16,18 +18,10 @@ namespace {
 
 using quincunx::BinaryGemm;
 using quincunx::BinaryWeight;
+using quincunx::empty;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kInt32Max = 0x7fffffff;
-constexpr double kMostValues = 1e18;  // of a map or a weight, so that 64-bit offsets cannot overflow
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
-             MemoryFormat format = MemoryFormat::Contiguous) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::empty(sizes, type, std::nullopt, cpu, std::nullopt, format);
-}
 
 // of a contiguous tensor
 template <class T>
@@ -39,19 +33,10 @@ const T* values(const Tensor& t, const char* name, ScalarType type, int64_t coun
   return static_cast<const T*>(t.data_ptr());
 }
 
-void check_sizes(int64_t outputs, int64_t channels, int64_t taps, int64_t groups) {
-  STD_TORCH_CHECK(outputs >= 1 && channels >= 1 && taps >= 1 && groups >= 1 && outputs % groups == 0,
-                  "out_channels = ", outputs, ", channels = ", channels, ", taps = ", taps, " and groups = ",
-                  groups, " must be positive, and groups divide out_channels");
-  STD_TORCH_CHECK(outputs <= kInt32Max && channels <= kInt32Max && taps <= kInt32Max &&
-                      double(channels + 64) * (outputs + 64.0 * groups) * taps < kMostValues,
-                  "the weight is too large");
-}
-
 Tensor binary_pack(const Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
   STD_TORCH_CHECK(bits.dim() == 2, "bits must be [O, bytes], got ", bits.dim(), " dimensions");
   const int64_t outputs = bits.sizes()[0], row_bytes = bits.sizes()[1];
-  check_sizes(outputs, channels, taps, groups);
+  quincunx::check_weight(outputs, channels, taps, groups);
   STD_TORCH_CHECK(row_bytes == (channels * taps + 7) / 8, "bits must have ", (channels * taps + 7) / 8,
                   " bytes a row, got ", row_bytes);
   const uint8_t* data = values<uint8_t>(bits, "bits", ScalarType::Byte, outputs * row_bytes);
@@ -67,21 +52,20 @@ Tensor binary_gemm(Tensor x, const Tensor& packed, std::optional<Tensor> scale, 
                    int64_t channel_groups) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float,
                   "x must be a float32 map [N, C, H, W] on the CPU");
-  x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   const auto sizes = x.sizes();
   const int64_t batch = sizes[0], channels = sizes[1];
+  // before a copy of it is made
+  quincunx::check_map("x", batch, channels, sizes[2], sizes[3]);
   STD_TORCH_CHECK(channel_groups >= 1 && channels % channel_groups == 0, "channel_groups = ", channel_groups,
                   " must divide the channels ", channels);
-  check_sizes(out_channels, channels / channel_groups, num_taps, channel_groups);
-  STD_TORCH_CHECK(channels <= kInt32Max && sizes[2] * sizes[3] <= kInt32Max, "x is too large");
-  STD_TORCH_CHECK(out_size.size() == 2 && out_size[0] >= 0 && out_size[1] >= 0 && out_size[0] <= kInt32Max &&
-                      out_size[1] <= kInt32Max && out_size[0] * out_size[1] <= kInt32Max,
-                  "out_size must be (height, width)");
+  quincunx::check_weight(out_channels, channels / channel_groups, num_taps, channel_groups);
+  const int64_t positions = quincunx::check_output(out_size, batch, out_channels);
   const auto& kernels = quincunx::kernels().binary;
   BinaryGemm g{};
   g.batch = batch;
   g.rows_in = sizes[2] * sizes[3];
-  g.positions = out_size[0] * out_size[1];
+  x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  g.positions = positions;
   g.in_channels = static_cast<int32_t>(channels);
   g.out_channels = static_cast<int32_t>(out_channels);
   g.channel_groups = static_cast<int32_t>(channel_groups);

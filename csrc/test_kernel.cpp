@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace {
@@ -408,6 +409,147 @@ void check_windows(const std::string& name, const WindowKernels& kernels, bool b
   }
 }
 
+// ---------------------------------------------------------------- arguments that no caller should pass
+
+int refused = 0, taken = 0;
+
+template <class Check>
+bool passes(const Check& check) {
+  try {
+    check();
+  } catch (const std::runtime_error& refusal) {
+    if (std::strchr(refusal.what(), '\n') != nullptr) compare("a refusal of one line", 1, 0, 0, 0);
+    ++refused;
+    return false;
+  }
+  ++taken;
+  return true;
+}
+
+// a table in a heap block of exactly its size
+struct Entries {
+  explicit Entries(const std::vector<int32_t>& v) : data(new int32_t[v.size()]), table(data.get(), v.size()) {
+    std::copy(v.begin(), v.end(), data.get());
+  }
+  std::unique_ptr<int32_t[]> data;
+  Table table;
+};
+
+// one entry too many or too few, another value, a value that is there already
+void spoil(std::vector<int32_t>& v, int32_t limit) {
+  const size_t at = v.empty() ? 0 : generator() % v.size();
+  switch (generator() % 5) {
+    case 0: v.push_back(int32_t(generator() % 3) - 1); break;
+    case 1: if (!v.empty()) v.pop_back(); break;
+    case 2: if (!v.empty()) v[at] = v[generator() % v.size()]; break;
+    default:
+      if (!v.empty()) v[at] = int32_t(pick({-2, -1, 0, limit - 1, limit, 2 * limit, kInt32Max, INT32_MIN}));
+  }
+}
+
+// Whatever the checks let through stays inside its arrays, and leaves no output unwritten.
+void check_spoilt(const std::string& name, const ForwardKernels& kernels, bool bf16) {
+  Case c = random_case();
+  c.in_per = pick({1, 3, 17}), c.out_per = pick({1, 15, 33}), c.batch = pick({1, 2});
+  const int64_t out = c.out(), rows_out = c.rows.size();
+  for (int64_t times = generator() % 3; times > 0; --times) {
+    switch (generator() % 4) {
+      case 0: spoil(c.index, c.rows_in); break;
+      case 1: spoil(c.rows, rows_out); break;
+      case 2: spoil(c.tap_list, c.taps); break;
+      default: spoil(c.sizes, rows_out);
+    }
+  }
+  Entries index(c.index), rows(c.rows), taps(c.tap_list), sizes(c.sizes);
+  GatherGemm g{};
+  g.batch = c.batch, g.rows_in = c.rows_in, g.rows_out = rows_out;
+  g.in_channels = c.in(), g.out_channels = out, g.channel_groups = c.groups, g.num_taps = c.taps;
+  if (!passes([&] { check_tables(g, index.table, rows.table, taps.table, sizes.table); })) return;
+  Array x(c.batch * c.rows_in * c.in(), bf16), weight(out * c.in_per * c.taps, bf16);
+  Array result(c.batch * rows_out * out, bf16, false);
+  Array packed(kernels.packed_size(out, c.in_per, c.taps, c.groups), kernels.packs_bf16, false);
+  const Weight w{weight.bytes.get(), c.groups, c.out_per, c.in_per, c.taps, c.out_per * c.in_per * c.taps,
+                 c.in_per * c.taps,  c.taps,   1};
+  kernels.pack(&w, packed.bytes.get(), 0, 1);
+  g.x = x.bytes.get(), g.weight = packed.bytes.get(), g.out = result.bytes.get();
+  const Cut cut = kernels.cut(&g, pick({1, 3}));
+  for (int64_t part = cut.outputs * cut.positions; part-- > 0;) kernels.run(&g, cut, part);
+  for (int64_t i = 0; i < result.count; ++i) {
+    if (std::isnan(result[i])) compare(name + " left unwritten", result[i], 0, 0, 0);
+  }
+}
+
+// sizes near every limit: what passes has a packed size and offsets that 64 bits hold
+void check_sizes(const Kernels& kernels) {
+  const auto size = [] {
+    const int64_t power = int64_t{1} << generator() % 63;
+    return pick({0, 1, 3, power, power - 1, power + 1, -power, kInt32Max, std::numeric_limits<int64_t>::max(),
+                 std::numeric_limits<int64_t>::min()});
+  };
+  const int64_t outputs = size(), channels = size(), taps = size(), groups = pick({1, 1, 2, size()});
+  if (passes([&] { check_weight(outputs, channels, taps, groups); })) {
+    const double values = double(outputs) * channels * taps;
+    for (const ForwardKernels* forward : {&kernels.f32, &kernels.bf16}) {
+      const double packed = forward->packed_size(outputs, channels, taps, groups);
+      if (packed < values || packed > 4e18) compare("a packed size", packed, values, 0, 0);
+    }
+    const double words = kernels.binary.packed_words(outputs, channels, taps, groups);
+    if (words * 32 < values || words > 4e18) compare("packed words", words, values / 32, 0, 0);
+  }
+  const int64_t batch = size(), height = size(), width = size();
+  if (passes([&] { check_map("x", batch, channels, height, width); })) {
+    const double values = double(batch) * channels * height * width;
+    if (values < 0 || values > 2e18 || height * width > kInt32Max) compare("a map's size", values, 0, 0, 0);
+  }
+  if (passes([&] { check_output({height, width}, batch, channels); }) && double(height) * width > kInt32Max) {
+    compare("an output's size", double(height) * width, 0, 0, 0);
+  }
+}
+
+// A random program on a real arena: what passes never reads what no step wrote, and writes every output.
+void check_flow() {
+  const int64_t count = pick({2, 3, 6}), arena = 12;
+  std::vector<int64_t> kinds, from, length;
+  std::vector<std::vector<int>> own;  // what an input or output holds; 0 is nothing
+  std::vector<int> shared(arena, 0);
+  Flow flow;
+  for (int64_t i = 0; i < count; ++i) {
+    kinds.push_back(i == 0 ? Flow::kInput : pick({Flow::kScratch, Flow::kScratch, Flow::kOutput}));
+    from.push_back(generator() % 3 * 4);
+    length.push_back(pick({0, 2, 4}));
+    own.emplace_back(length[i], kinds[i] == Flow::kInput);
+    flow.add(kinds[i], from[i], length[i]);
+  }
+  const auto at = [&](int64_t map) { return kinds[map] == Flow::kScratch ? &shared[from[map]] : own[map].data(); };
+  int64_t steps = pick({1, 2, 5}), step = 0;
+  // what is written holds its step and its map, so that a map which is read holds one value
+  const bool passed = passes([&] {
+    std::vector<int> holds(count, 0);
+    holds[0] = 1;
+    for (; step < steps; ++step) {
+      const auto any = [&] { return int64_t(generator() % count); };
+      const int64_t x = any(), residual = generator() % 2 ? any() : -1, out = generator() % 4 ? any() : -1;
+      const int64_t out2 = generator() % 4 == 0 || out < 0 ? any() : -1;
+      flow.step(step, x, residual, out, out2, generator() % 2);
+      for (const int64_t map : {x, residual}) {
+        for (int64_t i = 0; map >= 0 && i < length[map]; ++i) {
+          if (at(map)[i] == 0 || at(map)[i] != holds[map]) compare("a map that is read", at(map)[i], holds[map], 0, 0);
+        }
+      }
+      for (const int64_t map : {out, out2}) {
+        if (map < 0) continue;
+        holds[map] = int(100 * (step + 1) + map);
+        std::fill(at(map), at(map) + length[map], holds[map]);
+      }
+    }
+    flow.end();
+  });
+  for (int64_t map = 0; passed && map < count; ++map) {
+    if (kinds[map] != Flow::kOutput) continue;
+    for (const int value : own[map]) compare("an output that is written", value != 0, 1, 0, 0);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -426,9 +568,12 @@ int main(int argc, char** argv) {
         check_windows(name + " max", kernels.max, bf16, false);
         check_windows(name + " sum", kernels.sum, bf16, true);
         check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
+        for (int n = 0; n < 5; ++n) check_spoilt(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
       }
+      for (int n = 0; n < 100; ++n) check_sizes(kernels), check_flow();
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }
+  std::printf("arguments that were refused: %d, that were taken: %d\n", refused, taken);
   return failures != 0;
 }

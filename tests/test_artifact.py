@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quincunx as qx
+from quincunx import writing
 from quincunx.artifact import read_json, read_spec, write_atomically, write_json
 
 NETWORKS = {
@@ -448,15 +450,21 @@ def test_no_room_keeps_the_older_artifact(saved, room):
     assert torch.equal(qx.load(saved).stem.weight, network(seed=3).stem.weight)
 
 
-CALLS = [("fsync", 0), ("fsync", 1), ("fsync", 2), ("chmod", 0), ("chmod", 1)]
-RENAMES = [("replace", 0), ("replace", 1), ("replace", 2)]  # the spec, the older artifact, the new one
+# the weights, the spec, their folder; the modes of both
+CALLS = [("os.fsync", 0), ("os.fsync", 1), ("os.fsync", 2), ("os.chmod", 0), ("os.chmod", 1)]
+# without an exchange in one step: the older artifact steps aside, the new one takes its place
+RENAMES = [("os.rename", 0), ("os.rename", 1), ("quincunx.writing._exchange", 0)]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize(("call", "number"), CALLS + RENAMES)
 def test_whichever_call_fails_the_older_artifact_survives(saved, monkeypatch, call, number, error):
     before = contents(saved)
-    real, calls = getattr(os, call), []
+    if call == "os.rename":
+        monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
+    home, _, name = call.rpartition(".")
+    module = importlib.import_module(home)
+    real, calls = getattr(module, name), []
 
     def instead(*arguments, **keywords):
         calls.append(arguments)
@@ -464,12 +472,14 @@ def test_whichever_call_fails_the_older_artifact_survives(saved, monkeypatch, ca
             raise error
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(os, call, instead)
-    with pytest.raises(type(error)):
+    monkeypatch.setattr(module, name, instead)
+    with pytest.raises(type(error)) as caught:
         qx.save(network(seed=3), saved)
     monkeypatch.undo()
     assert contents(saved) == before
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
+    if isinstance(caught.value, OSError):
+        assert str(caught.value) == f"[Errno 28] No space left on device: '{saved}'"
 
 
 def test_a_first_artifact_that_fails_leaves_nothing(tmp_path):

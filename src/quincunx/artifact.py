@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 
 from quincunx import networks
 from quincunx.methods import build_module
 from quincunx.networks.weights import fill, place_of
+from quincunx.reading import Entry, difference, read_json, read_tensors, sha256_of
 from quincunx.surgery import Attached, put
+from quincunx.writing import (
+    fill_folder,
+    restore,
+    storable,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 __all__ = [
+    "build_measured",
     "difference",
     "load",
     "name_of",
@@ -29,6 +41,8 @@ __all__ = [
     "read_json",
     "save",
     "spec_of",
+    "storable_state",
+    "take_dtypes",
     "write_atomically",
     "write_json",
     "write_text",
@@ -41,85 +55,13 @@ _VERSION = 1
 _SPEC, _WEIGHTS = "spec.json", "weights.safetensors"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place.
-
-    If writing fails (a full disk, say) the file that was there before survives untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        _sync(temporary)
-        # mkstemp makes files that only their owner can read
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, atomically."""
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (no NaN), atomically."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-
-
-def difference(theirs: Any, ours: Any) -> str:
-    """The fields in which two descriptions differ, as a sentence's end."""
-    if not isinstance(theirs, dict) or not isinstance(ours, dict):
-        return f"was {theirs!r}, now {ours!r}"
-    found = []
-    for key in {**theirs, **ours}:
-        one, other = theirs.get(key), ours.get(key)
-        if one != other:
-            # of two nested descriptions only what differs
-            nested = (
-                isinstance(one, dict)
-                and isinstance(other, dict)
-                and not {"name", "factory"}.isdisjoint({**one, **other})
-            )
-            found.append(f"{key} {difference(one, other) if nested else f'was {one!r}, now {other!r}'}")
-    return ", ".join(found)
-
-
 def spec_of(model: nn.Module) -> dict[str, Any]:
     """The JSON-ready description from which a model can be built again.
 
     Raises:
         ValueError: the model was not built by :func:`quincunx.networks.build`, and no factory is noted.
     """
+    model = unwrapped(model)
     spec = getattr(model, "quincunx_spec", None)
     if not isinstance(spec, dict):
         raise ValueError(
@@ -127,8 +69,58 @@ def spec_of(model: nn.Module) -> dict[str, Any]:
             "make it with qx.networks.build(...), or say which function of yours makes it: "
             'factory="package.module:function"'
         )
-    replaced = getattr(model, "quincunx_replaced", {})
+    replaced = _replaced(model)
     return {**spec, "replaced": replaced} if replaced else spec
+
+
+# what each of torch's wrappers keeps the network under; its state is named by that
+_WRAPPERS: dict[type[nn.Module], str] = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    AveragedModel: "module",
+}
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name under which a wrapper of torch keeps the module that it runs; None of any other module."""
+    for kind, name in _WRAPPERS.items():
+        if isinstance(module, kind):
+            return name
+    # torch's compiler is large, and there only where it was used
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return "_orig_mod" if compiler is not None and isinstance(module, compiler.OptimizedModule) else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, where torch's compiler, DataParallel, DistributedDataParallel or AveragedModel
+    stands around it."""
+    while (name := _wrapped(model)) is not None:
+        model = model.get_submodule(name)
+    return model
+
+
+def _plain_names(model: nn.Module) -> Callable[[str], str]:
+    """Takes from a path the names that wrappers of torch, anywhere in a network, put into it."""
+    added = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if (name := _wrapped(module)) is not None
+    }
+
+    def plain(path: str) -> str:
+        parts = path.split(".")
+        return ".".join(p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in added)
+
+    return plain if added else str
+
+
+def _replaced(model: nn.Module) -> dict[str, Any]:
+    """What ``accelerate`` noted of the layers that it made, by names without wrappers."""
+    plain = _plain_names(model)
+    return {
+        plain(name): {**spec, **{key: plain(spec[key]) for key in ("as", "partner") if key in spec}}
+        for name, spec in getattr(model, "quincunx_replaced", {}).items()
+    }
 
 
 def note_factory(model: nn.Module, factory: str) -> nn.Module:
@@ -177,7 +169,9 @@ def save(
 
     Args:
         model: a network made by :func:`quincunx.networks.build`, or any other with a ``factory``; also one
-            whose layers :func:`quincunx.accelerate` has replaced.
+            whose layers :func:`quincunx.accelerate` has replaced. What ``torch.compile``, ``DataParallel``,
+            ``DistributedDataParallel`` or ``AveragedModel`` stands around, the whole or a part of it, is
+            written without them.
         folder: made with its parents; an artifact that is there is replaced, but only once the new
             one is complete.
         info: JSON-ready facts to keep with it, such as its classes and normalisation.
@@ -188,8 +182,9 @@ def save(
         The folder.
 
     Raises:
-        ValueError: a model without a spec or factory; a state dict that holds more than tensors; a folder
-            that holds something else.
+        ValueError: a model without a spec or factory; a state dict that holds more than tensors, or
+            tensors that the format has no type for; a folder that holds something else.
+        TypeError: no network; ``info`` that is no JSON.
         OSError: it cannot be written; what was there before is still there.
 
     Example:
@@ -198,55 +193,63 @@ def save(
         >>> sorted(p.name for p in folder.iterdir())
         ['spec.json', 'weights.safetensors']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if factory is not None:
         check_factory(factory)
-        replaced = getattr(model, "quincunx_replaced", {})
+        replaced = _replaced(unwrapped(model))
         spec = {"kind": "factory", "factory": factory, **({"replaced": replaced} if replaced else {})}
     else:
         spec = spec_of(model)
-    state = _written(model)
-    check_replaceable(folder)
-    # where a link leads, so that the link stays and the temporary folder is on the same disk
+    state = storable_state(model)
     place = Path(folder).resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
-    try:
+    # before it is looked at: a killed run may have left it aside
+    restore(place)
+    check_replaceable(folder)
+
+    def write(fresh: Path) -> None:
         weights = fresh / _WEIGHTS
-        try:
-            # the metadata marks a PyTorch file for other readers
-            save_file(state, str(weights), metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder}: the weights cannot be written ({error})") from error
-        write_json(
-            fresh / _SPEC,
-            {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "model": spec,
-                "weights": {"file": _WEIGHTS, "sha256": _sha256(weights)},
-                "info": info or {},
-            },
-        )
-        _sync(weights)
-        fresh.chmod(0o755)
-        _swap(fresh, place)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        write_tensors(weights, state)
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": spec,
+            "weights": {"file": _WEIGHTS, "sha256": sha256_of(weights)},
+            "info": info or {},
+        }
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (fresh / _SPEC).write_text(text, encoding="utf-8")
+
+    try:
+        json.dumps(info, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise type(error)(f"info: cannot be written as JSON ({error})") from error
+    # where a link leads, so that the link stays
+    fill_folder(place, write)
     return Path(folder)
 
 
-def _written(model: nn.Module) -> dict[str, Tensor]:
-    """What goes to disk: each tensor in memory of its own, of tied weights the first alone.
+def storable_state(model: nn.Module) -> dict[str, Tensor]:
+    """A network's state as it goes to disk: each tensor in memory of its own, of tied weights the first
+    alone, by names without torch's wrappers.
 
     Raises:
-        ValueError: the state dict holds something else than tensors.
+        ValueError: it holds something else than tensors with values, or such as the format cannot hold.
     """
+    inner = unwrapped(model)
     found: dict[tuple[object, ...], tuple[str, Tensor]] = {}
-    for name, value in check_state(model).items():
-        found.setdefault(place_of(value), (name, value))
+    # of a wrapper, its own state (how many models an average is of) is no part of the network
+    plain = _plain_names(inner)
+    for name, value in check_state(inner).items():
+        found.setdefault(place_of(value), (plain(name), value))
     # a view of a larger tensor would not be written without the rest
     whole = {name: value.untyped_storage().nbytes() == value.nbytes for name, value in found.values()}
-    return {n: v.contiguous() if whole[n] else v.clone().contiguous() for n, v in found.values()}
+    return {n: _own(v, copied=not whole[n]) for n, v in found.values()}
+
+
+def _own(value: Tensor, *, copied: bool) -> Tensor:
+    value = value.detach().resolve_conj().resolve_neg()
+    return value.clone(memory_format=torch.contiguous_format) if copied else value.contiguous()
 
 
 def check_state(model: nn.Module) -> dict[str, Tensor]:
@@ -261,7 +264,28 @@ def check_state(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(
                 f"model: its state has a {type(value).__name__} under {name!r}; an artifact holds tensors"
             )
+        if kind := _unstorable(value):
+            raise ValueError(f"model: its state has {kind} under {name!r}, which an artifact cannot hold")
     return state
+
+
+# whose values are the tensor's own; of another class they may be computed, or lie in other tensors
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _unstorable(value: Tensor) -> str | None:
+    """What keeps a tensor from being written as it is, if something does."""
+    if is_lazy(value):
+        return "a parameter whose size is not known before the first call"
+    if type(value) not in _PLAIN:
+        return f"a {type(value).__name__}"
+    if value.is_meta:
+        return "a tensor without values (on the meta device)"
+    if value.layout != torch.strided or value.is_quantized:
+        return (
+            f"a tensor of layout {value.layout}" if not value.is_quantized else f"a tensor of {value.dtype}"
+        )
+    return None if storable(value.dtype) else f"a tensor of {value.dtype}"
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -290,30 +314,6 @@ def _is_ours(spec: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
-def _swap(fresh: Path, folder: Path) -> None:
-    """Put a complete folder in another's place; the old one comes back if that fails."""
-    if not folder.exists():
-        fresh.replace(folder)
-        return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    try:
-        folder.replace(old)
-        fresh.replace(folder)
-    finally:
-        # whatever went wrong, Ctrl-C included
-        if not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_spec(folder: str | Path) -> dict[str, Any]:
     """The checked content of an artifact's ``spec.json``.
 
@@ -321,19 +321,22 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: the folder or its ``spec.json`` is not there.
         ValueError: not an artifact, or of a later version.
     """
-    folder = Path(folder)
+    return _read_spec(Path(folder)).object()
+
+
+def _read_spec(folder: Path) -> Entry:
+    restore(folder.resolve())
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     path = folder / _SPEC
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no artifact here ({_SPEC} is missing)")
-    spec = read_json(path)
-    if not isinstance(spec, dict) or spec.get("format") != _FORMAT:
+    spec = Entry(read_json(path), path)
+    if not isinstance(spec.value, dict) or spec.value.get("format") != _FORMAT:
         raise ValueError(f"{path}: not the spec of a quincunx artifact")
-    if spec.get("version") != _VERSION:
-        raise ValueError(
-            f"{path}: version {spec.get('version')!r}, but this program reads version {_VERSION}"
-        )
+    version = spec.get("version", None).value
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(f"{path}: version {version!r}, but this program reads version {_VERSION}"[:500])
     return spec
 
 
@@ -366,42 +369,165 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
         8
     """
     folder = Path(folder)
-    spec = read_spec(folder)
-    try:
-        described = spec["model"]
-        expected = spec["weights"]["sha256"]
-        weights = folder / spec["weights"]["file"]
-        if described["kind"] not in ("network", "factory") or weights.parent != folder:
-            raise ValueError(f"model kind {described['kind']!r}, weights {spec['weights']['file']!r}")
-        name = name_of(described)
-        if described["kind"] == "factory":
-            check_factory(described["factory"])
-        else:
-            arguments = (described["name"], described["num_classes"], described["in_channels"])
-            settings = dict(described["settings"])
-        replaced = dict(described.get("replaced", {}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / _SPEC}: incomplete or altered ({error!r})") from error
+    spec = _read_spec(folder)
+    described, replaced, name = _description(spec)
+    file = spec["weights"]["file"].text()
+    weights = folder / file
+    if weights.parent != folder or Path(file).name != file:
+        raise ValueError(f"{folder / _SPEC}: incomplete or altered (weights {file!r})")
     _check_given(folder, described, factory)
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: missing from the artifact")
-    if _sha256(weights) != expected:
+    if sha256_of(weights) != spec["weights"]["sha256"].value:
         raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {_SPEC}")
+    what = f"{weights}: does not fit {name}"
+    state = read_tensors(weights, what=what)
     # what a function of the user raises is the user's to see
     own = None if factory is None else made_by(factory)
-    try:
-        model = _rebuilt(networks.build(*arguments, **settings) if own is None else own, replaced)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        told = "describes no network that can be built" if own is None else f"does not fit {name}'s network"
-        raise ValueError(f"{folder / _SPEC}: {told} ({error})") from error
+
+    def build() -> nn.Module:
+        settings = described["settings"]
+        return networks.build(
+            described["name"], described["num_classes"], described["in_channels"], **settings
+        )
+
+    with _describing(folder, None if own is None else name):
+        if own is None:
+            measured = build_measured(lambda: _rebuilt(build(), replaced), state)
+            _measure(measured, state, what)
+            model = _rebuilt(build(), replaced)
+        else:
+            _measure_replaced(replaced, state, what)
+            model = _rebuilt(own, replaced)
     if own is not None:
-        note_factory(model, name)
-    try:
-        state = load_file(str(weights))
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: does not fit {name} ({error})") from error
-    fill(model, state, f"{weights}: does not fit {name}")
+        note_factory(unwrapped(model), name)
+    state = _renamed(model, state)
+    take_dtypes(model, state)
+    fill(model, state, what)
     return model.eval()
+
+
+def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state by the names that a network has which is wrapped itself, or in parts."""
+    plain = _plain_names(model)
+    names = {plain(name): name for name in model.state_dict()}
+    return {names.get(name, name): value for name, value in state.items()}
+
+
+def _description(spec: Entry) -> tuple[dict[str, Any], dict[str, dict[str, Any]], str]:
+    """What an artifact's spec says of its network: all of it, its replaced layers, and its name."""
+    described = spec["model"]
+    if described["kind"].text("network", "factory") == "factory":
+        try:
+            check_factory(described["factory"].value)
+        except ValueError as error:
+            raise ValueError(f"{spec.file}: incomplete or altered, {error}"[:500]) from error
+    else:
+        # what each of them may be is for the network's own function to say
+        for key in ("name", "num_classes", "in_channels"):
+            described[key]
+        described["settings"].object()
+    replaced = described.get("replaced", {})
+    for _, entry in replaced.entries():
+        if entry["kind"].text() == "same" and entry["as"].text() not in replaced:
+            raise entry["as"].wrong("the name of another replaced layer")
+    return described.object(), replaced.object(), name_of(described.object())
+
+
+@contextmanager
+def _describing(folder: Path, own: str | None) -> Iterator[None]:
+    """Within: a network is built from a spec; what does not work names the file."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if str(error).startswith(str(folder)):
+            raise
+        told = "describes no network that can be built" if own is None else f"does not fit {own}'s network"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder / _SPEC}: {told} ({reason[:500]})") from error
+
+
+# ---------------------------------------------------------------- sizes before memory
+
+
+class _Counted(TorchFunctionMode):
+    """Ends a construction that makes more than some weights can be the content of."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        # a layer is made, and drawn, by some tens of calls
+        self.left = 5000 + 100 * tensors
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it has more layers than there are weights for")
+        return func(*args, **(kwargs or {}))
+
+
+def build_measured(build: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+    """What ``build`` makes, of tensors that take no memory: their names and sizes are to be compared with
+    those that a file has before memory is taken.
+
+    Raises:
+        ValueError: it makes far more tensors than there are in ``state``.
+    """
+    with torch.device("meta"), _Counted(len(state)):
+        return build()
+
+
+def _measure(measured: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights whose names or sizes are not those of a network that was only measured."""
+    claims = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in state.items()
+    }
+    with warnings.catch_warnings():
+        # counters that torch adds where they are missing
+        warnings.simplefilter("ignore", UserWarning)
+        fill(measured, claims, what)
+
+
+def _measure_replaced(replaced: Mapping[str, dict[str, Any]], state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse replaced layers that the file's weights are not of, before memory is taken for them.
+
+    Raises:
+        ValueError: other names or sizes; no spec of a layer.
+    """
+    for name, spec in replaced.items():
+        if spec["kind"] == "same":
+            continue
+        # a layer that stands in several places is written under one of their names
+        names = [name, *(other for other, said in replaced.items() if said.get("as") == name)]
+        own = {
+            key.removeprefix(f"{place}."): value
+            for place in names
+            for key, value in state.items()
+            if key.startswith(f"{place}.") or not place
+        }
+        measured = build_measured(lambda spec=spec: build_module(spec), state)  # type: ignore[misc]
+        _measure(measured, own, f"{what}: {name}")
+
+
+def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a network's tensors the types of those that it is to be filled with; their values are undefined.
+
+    Args:
+        model: changed in place.
+        state: name to tensor, as a state dict.
+    """
+    for path, module in model.named_modules():
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            wanted = state.get(f"{path}.{name}" if path else name)
+            if value is None or wanted is None or wanted.dtype == value.dtype or wanted.shape != value.shape:
+                continue
+            fresh = torch.empty_like(value, dtype=wanted.dtype, requires_grad=False)
+            if isinstance(value, nn.Parameter):
+                if not (wanted.is_floating_point() or wanted.is_complex()):
+                    value.requires_grad_(False)
+                # the same object, which others may share
+                value.data = fresh
+            else:
+                module._buffers[name] = fresh
 
 
 def _check_given(folder: Path, described: dict[str, Any], factory: object) -> None:

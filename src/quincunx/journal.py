@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from quincunx.artifact import difference, read_json, write_json
+from quincunx.artifact import build_measured, storable_state, take_dtypes
 from quincunx.methods import build_module
+from quincunx.networks.weights import fill
+from quincunx.reading import difference, read_json, read_sealed, read_tensors, sealed, sha256_of
 from quincunx.streams import Layer
 from quincunx.surgery import Replacement
+from quincunx.writing import write_atomically, write_json, write_tensors
 
 __all__ = ["FolderJournal", "check_run"]
 
@@ -56,22 +56,42 @@ class FolderJournal:
         place = self._place(layer)
         if not place.exists():
             return None
-        content = read_json(place)
-        module = build_module(content["spec"])
+        content, weights = read_sealed(place), place.with_suffix(".safetensors")
+        spec, record = content["spec"].object(), content["record"].object()
+        what = f"{weights}: the weights of layer {layer.name!r} are not there or damaged"
         try:
-            state = load_file(str(place.with_suffix(".safetensors")))
-            module.to(next(layer.module.parameters()).dtype).load_state_dict(state)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(f"{place}: its weights are not there or damaged ({error})") from error
+            if sha256_of(weights) != content["weights"].text():
+                raise ValueError(f"{what}: their SHA-256 is not the one in {place.name}")
+            state = read_tensors(weights, what=what)
+        except OSError as error:
+            raise ValueError(f"{what} ({error.strerror})") from error
+        try:
+            # sizes are compared before memory is taken
+            measured = build_measured(lambda: build_module(spec), state)
+            sizes = {name: value.shape for name, value in measured.state_dict().items()}
+            if any(sizes.get(name) != value.shape for name, value in state.items()):
+                raise ValueError("other sizes than the weights have")
+            module = build_module(spec)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{place}: describes no layer of these weights ({error})") from error
+        module.to(next(layer.module.parameters()).dtype)
+        take_dtypes(module, state)
+        fill(module, state, what)
         self.recalled.append(layer.name)
-        return Replacement(module, content["spec"], content["record"])
+        return Replacement(module, spec, record)
 
     def keep(self, layer: Layer, replacement: Replacement) -> None:
-        """Write a finished layer; the description comes last, so that it stands for a whole pair."""
+        """Write a finished layer; the description comes last, so that it stands for a whole pair.
+
+        Raises:
+            OSError: it cannot be written; what was finished before is still there.
+        """
         place = self._place(layer)
-        state = {key: value.contiguous() for key, value in replacement.module.state_dict().items()}
-        save_file(state, str(place.with_suffix(".safetensors")))
-        write_json(place, {"layer": layer.name, "spec": replacement.spec, "record": replacement.record})
+        weights = place.with_suffix(".safetensors")
+        state = storable_state(replacement.module)
+        write_atomically(weights, lambda temporary: write_tensors(temporary, state))
+        content = {"layer": layer.name, "spec": replacement.spec, "record": replacement.record}
+        write_json(place, sealed({**content, "weights": sha256_of(weights)}))
 
     def _place(self, layer: Layer) -> Path:
         # names that differ in what a file name cannot hold must not meet

@@ -1,0 +1,316 @@
+"""Files and folders that are written whole or not at all, whatever stops the process on the way.
+
+What is new is made in a folder of its own beside its place, and put there in one step of the operating
+system. Such a folder is locked for as long as its process lives, so that a later run can tell what a killed
+one left, and removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # another system than Unix: nothing is locked, and nothing left behind is removed
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "fill_folder",
+    "restore",
+    "storable",
+    "write_atomically",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
+
+# beside "model": ".model.0123abcd.part" is being made, ".model.0123abcd.old" is what was there before
+_PART, _OLD = "part", "old"
+# how long a place may be empty while another process puts a folder there, seconds
+_PATIENCE = 2.0
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file of a folder of its own, then put it in ``path``'s place.
+
+    If writing fails (a full disk, say) the file that was there before survives untouched. The file's mode is
+    what the umask leaves of 0666.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
+    with _beside(path) as folder:
+        temporary = folder / "content"
+        write(temporary)
+        _settle(temporary, folder)
+        temporary.replace(path)
+        _sync(path.parent)
+
+
+def fill_folder(place: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, then put it in ``place``'s place, where a folder may be.
+
+    At every moment the old folder or the new one is there, whole; where the system cannot exchange two
+    folders in one step, :func:`restore` brings the old one back.
+
+    Raises:
+        OSError: it cannot be written; names ``place``.
+    """
+    restore(place)
+    with _beside(place) as folder:
+        write(folder)
+        for path in folder.iterdir():
+            _settle(path, folder)
+        _sync(folder)
+        _put(folder, place)
+        _sync(place.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON (no NaN), atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """A .safetensors file of contiguous tensors that share no memory, not atomically.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    try:
+        # the metadata marks a PyTorch file for other readers
+        save_file(state, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        # the library's own error has the system's number in its text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        reason = os.strerror(code) if number else str(error).splitlines()[0]
+        raise OSError(code, f"the weights cannot be written ({reason})", str(path)) from error
+
+
+@cache
+def storable(dtype: torch.dtype) -> bool:
+    """Whether the format, as it is installed here, has a type of numbers and gives it back."""
+    try:
+        # one number of any type is at most 16 bytes
+        sample = torch.zeros(16, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.zeros(1) > 0
+        return load(save({"x": sample.contiguous()}))["x"].dtype == dtype
+    except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError):
+        return False
+
+
+# ---------------------------------------------------------------- a folder beside a place
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """Within: a new folder beside a place, in this process's own hands; what killed runs left goes."""
+    folder: Path | None = None
+    lock = -1
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _clean(place)
+        folder, lock = _locked_folder(place)
+        yield folder
+    except OSError as error:
+        if error.filename is not None and folder is None:
+            raise
+        # what a person knows is the place
+        raise type(error)(error.errno or errno.EIO, error.strerror or str(error), str(place)) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _name(place: Path, kind: str) -> Path:
+    return place.parent / f".{place.name}.{secrets.token_hex(4)}.{kind}"
+
+
+def _left(place: Path, kind: str) -> list[Path]:
+    """Folders of such names beside a place."""
+    form = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.{kind}")
+    try:
+        names = [entry.name for entry in os.scandir(place.parent) if form.fullmatch(entry.name)]
+    except OSError:
+        return []
+    return [place.parent / name for name in sorted(names)]
+
+
+def _locked_folder(place: Path) -> tuple[Path, int]:
+    while True:
+        folder = _name(place, _PART)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        lock = os.open(folder, os.O_RDONLY)
+        # another process may have taken it for one left behind before it was locked
+        if _lock(lock) and folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock for as long as this process lives; False where another has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: nobody else gets one either
+    return True
+
+
+@contextmanager
+def _of_the_dead(folder: Path) -> Iterator[bool]:
+    """Within: whether no living process works on a folder, which none then starts to."""
+    if fcntl is None:
+        yield False
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _clean(place: Path) -> None:
+    """Remove what killed runs left beside a place."""
+    kinds = (_PART, _OLD) if place.exists() else (_PART,)
+    for folder in [folder for kind in kinds for folder in _left(place, kind)]:
+        with _of_the_dead(folder) as dead:
+            if dead:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settle(path: Path, folder: Path) -> None:
+    """The mode that the umask leaves, as the folder shows it, and every byte on the disk."""
+    path.chmod(folder.stat().st_mode & 0o666)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- one folder in another's place
+
+
+def _put(fresh: Path, place: Path) -> None:
+    if not place.exists():
+        try:
+            fresh.rename(place)
+            return
+        except OSError as error:
+            # another process was faster
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    if not _exchange(fresh, place):
+        _replace(fresh, place)
+
+
+def _replace(fresh: Path, place: Path) -> None:
+    """Where two folders cannot be exchanged: the old one steps aside, and comes back if that fails."""
+    lock = os.open(place, os.O_RDONLY)
+    try:
+        # so that who looks for it meanwhile waits for us
+        _lock(lock)
+        old = _name(place, _OLD)
+        place.rename(old)
+        try:
+            fresh.rename(place)
+        finally:
+            # whatever went wrong, Ctrl-C included
+            if not place.exists():
+                old.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def restore(place: Path) -> None:
+    """Bring back a folder that a killed process had moved aside, if its place is empty."""
+    ends = time.monotonic() + _PATIENCE
+    while not place.exists() and (left := _left(place, _OLD)):
+        with _of_the_dead(left[-1]) as dead:
+            if dead and not place.exists():
+                with suppress(OSError):
+                    left[-1].rename(place)
+                return
+        if time.monotonic() > ends:
+            return
+        time.sleep(0.01)
+
+
+# what a system without the exchange answers
+_LACKING = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM}
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    call = _exchange_call()
+    if call is None:
+        return False
+    if call(os.fsencode(one), os.fsencode(other)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _LACKING:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+@cache
+def _exchange_call() -> Callable[[bytes, bytes], int] | None:
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            swap = library.renamex_np
+            return lambda one, other: int(swap(one, other, 2))  # RENAME_SWAP
+        renameat2 = library.renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return lambda one, other: int(renameat2(here, one, here, other, exchange))
