@@ -68,7 +68,7 @@ def main(epochs: int) -> None:
 
     # surgery works on a copy and says what it did
     calibration = list(batches(data.train, data, 50))[:8]
-    result = qx.accelerate(net.eval(), qx.LowRank(rank=0.5), calibration=calibration)
+    result = qx.accelerate(net.eval(), qx.LowRank(rank=0.25), calibration=calibration)
     print("replaced:", ", ".join(result.replaced))
     for name, reason in result.skipped.items():
         print(f"{name} stays: {reason}")

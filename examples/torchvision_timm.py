@@ -53,7 +53,7 @@ def main() -> None:
         # random images and weights show that it works, not how well: give real ones for that
         result = qx.accelerate(
             make().eval(),
-            qx.LowRank(rank=0.5),
+            qx.LowRank(rank=0.25),
             where=lambda name, _: name.startswith("layer1."),
             calibration=images,
         )

@@ -1,29 +1,33 @@
 """quincunx: faster convolutional networks by computing convolutions at only some positions."""
 
+import os
+import sys
 from importlib.metadata import version as _version
 
-from quincunx import networks
-from quincunx.artifact import load, save
-from quincunx.binary import BinaryConv2d, BinaryLinear
-from quincunx.cost import Cost, cost
-from quincunx.fuse import fuse
-from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
-from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
-from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
-from quincunx.quantised import QuantConv2d, QuantLinear
-from quincunx.sampling import (
-    CHESSBOARD,
-    QUARTER,
-    THREE_QUARTERS,
-    Cosets,
-    Positions,
-    Random,
-    Sampling,
-    Uniform,
-)
-from quincunx.search import accelerate
-from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
-from quincunx.surgery import Accelerated
+# a process that only prints the version needs none of what takes seconds to import: torch
+if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quincunx", "__main__.py", "-m"):
+    from quincunx import networks
+    from quincunx.artifact import load, save
+    from quincunx.binary import BinaryConv2d, BinaryLinear
+    from quincunx.cost import Cost, cost
+    from quincunx.fuse import fuse
+    from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
+    from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
+    from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+    from quincunx.quantised import QuantConv2d, QuantLinear
+    from quincunx.sampling import (
+        CHESSBOARD,
+        QUARTER,
+        THREE_QUARTERS,
+        Cosets,
+        Positions,
+        Random,
+        Sampling,
+        Uniform,
+    )
+    from quincunx.search import accelerate
+    from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
+    from quincunx.surgery import Accelerated
 
 __version__ = _version("quincunx")
 

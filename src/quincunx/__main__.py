@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 __all__ = ["main"]
 
@@ -16,6 +17,10 @@ _EXTRAS = {
 
 def main() -> None:
     """The console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
+    if sys.argv[1:] == ["--version"]:
+        # torch takes seconds to import, and its version can be had without
+        sys.stdout.write(f"quincunx {version('quincunx')}, torch {version('torch')}\n")
+        return
     try:
         from quincunx.cli import app
 

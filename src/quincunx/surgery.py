@@ -158,7 +158,7 @@ def each(make: Callable[[Layer], Replacement | str]) -> Work:
     return _Each(make)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Accelerated:
     """What :func:`accelerate` made.
 
@@ -183,6 +183,40 @@ class Accelerated:
     skipped: dict[str, str]
     maps: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     search: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Accelerated {type(self.model).__name__}: {self._counts()}; .summary() says more>"
+
+    def _counts(self) -> str:
+        saved = [r["macs_before"] / r["macs_after"] for r in self.replaced.values() if r.get("macs_after")]
+        ratios = f", {min(saved):.2f} to {max(saved):.2f} times fewer MACs each" if saved else ""
+        return f"{len(self.replaced)} layers replaced{ratios}, {len(self.skipped)} stay"
+
+    def summary(self) -> str:
+        """What was done, a line for each layer: what replaced it and its MACs, or why it stays.
+
+        Example:
+            >>> net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1))
+            >>> print(accelerate(net, qx.LowRank(rank=8), example_input=torch.zeros(1, 16, 8, 8)).summary())
+            Sequential: 1 layers replaced, 2.57 to 2.57 times fewer MACs each, 1 stay
+              0: lowrank, rank 8, 0.08 M MACs became 0.03 M
+              1 stays: a 1 x 1 kernel has no columns and rows to separate
+        """
+        lines = [f"{type(self.model).__name__}: {self._counts()}"]
+        for name, record in self.replaced.items():
+            words = [str(record["method"])]
+            words += [f"rank {record['rank']}"] if "rank" in record else []
+            words += (
+                ["rates " + " and ".join(f"{r:.2g}" for r in record["rates"])] if "rates" in record else []
+            )
+            if record.get("response_error") is not None:
+                words.append(f"response error {100 * record['response_error']:.2f}%")
+            if record.get("macs_before") and record.get("macs_after"):
+                macs = [f"{record[key] / 1e6:.2f} M" for key in ("macs_before", "macs_after")]
+                words.append(f"{macs[0]} MACs became {macs[1]}")
+            lines.append(f"  {name or '(network)'}: {', '.join(words)}")
+        lines += [f"  {name or '(network)'} stays: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
 
 
 def accelerate(

@@ -21,7 +21,7 @@ from quincunx.artifact import check_factory, check_state, note_factory, read_spe
 from quincunx.cli.common import artifact_in, as_trained, parse_input, started
 from quincunx.cost import inference_mode_of
 from quincunx.data import ImageData
-from quincunx.evaluation import check_channels, check_scores
+from quincunx.evaluation import check_channels, check_finite, check_scores
 from quincunx.networks.weights import fill, read_checkpoint
 
 Model = Annotated[
@@ -73,6 +73,13 @@ class Trained:
         means, deviations = _each("mean", mean, shape[0]), _each("std", std, shape[0])
         if min(deviations) <= 0:
             raise ValueError(f"std={std!r}: expected numbers above 0")
+        for name, text, values in (("mean", mean, means), ("std", std, deviations)):
+            if min(values) < 0 or max(values) > 1:
+                scaled = ",".join(f"{value / 255:.3f}" for value in values)
+                raise ValueError(
+                    f"{name}={text!r}: expected numbers in [0, 1], the scale of the pixels; those of "
+                    f"pixels from 0 to 255 become {scaled}"
+                )
         return replace(images, mean=means, std=deviations)
 
 
@@ -109,6 +116,7 @@ def trained(
         raise ValueError(
             f"network={network!r}: not the folder of an artifact or a run; a network's name needs --weights"
         )
+    check_finite(found.model)
     if taken is not None:
         _tried(found.model, taken)
     return replace(found, shape=taken)
@@ -119,6 +127,8 @@ def judged_network(
 ) -> Trained:
     """As :func:`trained`, for a verb that takes an artifact, with or without the function that makes it.
 
+    With ``weights`` a network's name may stand for the artifact.
+
     Raises:
         ValueError, FileNotFoundError: as :func:`trained`; ``artifact`` and ``weights``.
     """
@@ -127,10 +137,15 @@ def judged_network(
             raise ValueError("artifact, model: give the folder of an artifact or a run, or --model")
         return trained(None, weights, model, shape)
     if weights is not None:
-        raise ValueError(f"weights={str(weights)!r}: {artifact} has its own")
+        if model is not None:
+            raise ValueError(f"weights={str(weights)!r}: {artifact} or --weights, not both, with --model")
+        if artifact.is_dir():
+            raise ValueError(f"weights={str(weights)!r}: the artifact in {artifact} has its own")
+        return trained(str(artifact), weights, None, shape)
     if model is not None:
         return trained(None, artifact, model, shape)
     found, taken = read_artifact(artifact), None if shape is None else parse_input(shape)
+    check_finite(found)
     return Trained(found, artifact, taken)
 
 

@@ -203,6 +203,11 @@ def train(
         f"of {len(images.test)} images, {result['cost']['macs'] / 1e6:.2f} M MACs, "
         f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}"
     )
+    given = data if " " not in data else repr(data)
+    say(
+        f"next: quincunx accelerate {folder} --data {given} makes it faster; quincunx evaluate {folder} "
+        f"--data {given} judges it again"
+    )
 
 
 def _parse_shares(text: str | None) -> tuple[float, ...] | None:
@@ -227,7 +232,10 @@ def _run_name(network: str, label: str, settings: dict[str, Any], seed: int) -> 
 )
 def evaluate_command(
     artifact: Annotated[
-        Path | None, typer.Argument(help="Folder written by qx.save, or a run's folder; or --model.")
+        Path | None,
+        typer.Argument(
+            help="Folder written by qx.save, or a run's folder; a network's name with --weights; or --model."
+        ),
     ] = None,
     model: Model = None,
     weights: Weights = None,
@@ -246,8 +254,8 @@ def evaluate_command(
 ) -> None:
     """Loss and top-1 error of a network on the test part of a data set.
 
-    The network is an artifact, or what a function of yours makes (--model), with --weights or its own. An
-    artifact of such a network needs both: the folder, and --model.
+    The network is an artifact, a network's name with --weights, or what a function of yours makes (--model),
+    with --weights or its own. An artifact of such a network needs both: the folder, and --model.
     """
     with bad_input():
         use_threads(threads)
