@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import quincunx as qx
+from quincunx.console import print_cost
 from quincunx.cost import inference_mode_of
 
 PICTURE = torch.zeros(1, 3, 32, 32)
@@ -259,3 +260,97 @@ def test_another_kind_of_example_is_refused(example):
 def test_the_dictionary_is_json():
     found = qx.cost(qx.networks.build("rsbn8", width=4), PICTURE)
     assert json.loads(json.dumps(found.to_dict()))["macs"] == found.macs
+
+
+# ---------------------------------------------------------------- what torch runs in one call
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values):
+        return self.function(*values)
+
+
+def _attention(n, length, width):
+    """Four projections, and the two products of attention."""
+    return 4 * n * length * width**2 + 2 * n * length**2 * width
+
+
+ONE_CALL = {
+    "lstm": (nn.LSTM(7, 5, num_layers=2), [(4, 3, 7)], 4 * 3 * 4 * 5 * (7 + 5 + 5 + 5)),
+    "gru": (nn.GRU(7, 5, bidirectional=True), [(4, 3, 7)], 2 * 4 * 3 * 3 * 5 * (7 + 5)),
+    "self-attention": (
+        nn.MultiheadAttention(12, 3, batch_first=True),
+        [(2, 9, 12)] * 3,
+        _attention(2, 9, 12),
+    ),
+    "encoder layer": (
+        nn.TransformerEncoderLayer(12, 3, 20, batch_first=True),
+        [(2, 9, 12)],
+        _attention(2, 9, 12) + 2 * 2 * 9 * 12 * 20,
+    ),
+    "encoder": (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True), 2),
+        [(2, 9, 12)],
+        2 * (_attention(2, 9, 12) + 2 * 2 * 9 * 12 * 20),
+    ),
+    "scaled dot product": (
+        Calls(lambda q, k: F.scaled_dot_product_attention(q, k, k)),
+        [(2, 3, 5, 8), (2, 3, 7, 8)],
+        2 * 2 * 3 * 5 * 7 * 8,
+    ),
+    "bilinear": (nn.Bilinear(6, 5, 4), [(3, 6), (3, 5)], 3 * 6 * 5 * 4),
+    "einsum": (Calls(lambda a, b: torch.einsum("nci,ncj->nij", a, b)), [(2, 6, 3), (2, 6, 4)], 2 * 6 * 3 * 4),
+    "matrix and vector": (Calls(torch.mv), [(6, 5), (5,)], 30),
+    "addmv": (Calls(torch.addmv), [(6,), (6, 5), (5,)], 30),
+    "dot": (Calls(torch.dot), [(6,), (6,)], 6),
+}
+
+
+@pytest.mark.parametrize("case", ONE_CALL)
+def test_what_runs_in_one_call_counts_as_the_products_it_consists_of(case):
+    model, shapes, macs = ONE_CALL[case]
+    before = torch.backends.mha.get_fastpath_enabled()
+    found = qx.cost(model, tuple(torch.randn(shape) for shape in shapes))
+    assert found.macs == macs
+    assert found.uncounted == ()
+    assert sum(row.macs for row in found.rows) == macs
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_what_is_not_counted_is_named_with_its_layer(capsys):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.transform = nn.Conv2d(3, 4, 3), Calls(torch.fft.rfft2)
+
+        def forward(self, x):
+            return torch.linalg.inv(self.transform(self.conv(x)).abs()[..., :4, :4] + 9 * torch.eye(4))
+
+    found = qx.cost(Mixed(), torch.randn(1, 3, 8, 8))
+    assert found.macs == 3 * 4 * 9 * 36
+    assert found.uncounted == ("transform (Calls): aten::_fft_r2c", "(network) (Mixed): aten::linalg_inv_ex")
+    assert json.loads(json.dumps(found.to_dict()))["uncounted"] == list(found.uncounted)
+    print_cost("mixed", (1, 3, 8, 8), found)
+    assert "transform (Calls)" in (shown := capsys.readouterr().out)
+    assert "not counted" in shown
+
+
+def test_an_operator_of_another_library_is_named():
+    with torch.library._scoped_library("a_strangers_own", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CPU")
+        found = qx.cost(nn.Sequential(nn.ReLU(), Calls(torch.ops.a_strangers_own.twice)), torch.randn(1, 3))
+    assert found.uncounted == ("1 (Calls): a_strangers_own::twice",)
+
+
+def test_norms_activations_and_poolings_are_nothing_that_is_left_out():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)),
+        *(nn.LocalResponseNorm(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1), nn.LayerNorm(4)),
+        Calls(lambda x: F.normalize(x.sort()[0].cumsum(0))),
+    )
+    assert qx.cost(model, torch.randn(2, 3, 9, 9)).uncounted == ()

@@ -87,6 +87,9 @@ def print_cost(network: str, shape: tuple[int, ...], found: Cost) -> None:
             table.add_row(row.name, row.kind, output, f"{row.macs:,}", share, f"{row.params:,}")
     rest = sum(row.params for row in found.rows if not row.macs)
     table.add_row("(no MACs: normalisation)", "", "", "0", "", f"{rest:,}", end_section=True)
+    for line in found.uncounted:
+        name, _, operator = line.partition(": ")
+        table.add_row(name, operator, "", "not counted", "", "")
     table.add_row("total", "", "", f"{found.macs:,}", "100%", f"{found.params:,}")
     _console().print(table)
     say(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Cost", "Row", "cost", "inference_mode_of"]
@@ -44,15 +48,103 @@ class Cost:
         params: number of trainable and other parameters.
         rows: one :class:`Row` a layer, in the order of the network's modules; MACs and parameters that
             belong to no layer (a matrix product in the network's own forward) are in a row "(network)".
+        uncounted: "layer (class): operator" for each operator that multiplies, or may, and has no formula:
+            a Fourier transform, an operator of another library. Their multiply-adds are in no number here.
     """
 
     macs: int
     params: int
     rows: tuple[Row, ...]
+    uncounted: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
+
+
+# ---------------------------------------------------------------- operators without a formula in torch
+
+
+Shape = Sequence[int]
+
+
+def _rnn(x: Shape, weight: Shape, recurrent: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """All steps of one direction of a layer."""
+    return 2 * math.prod(x[:-1]) * (math.prod(weight) + math.prod(recurrent))
+
+
+def _trilinear(a: Shape, b: Shape, c: Shape, *expanded: Any, out_shape: Any = None, **_: Any) -> int:
+    """The sum of a b c over what is summed: a product for each element of all dimensions."""
+    shapes = [list(shape) for shape in (a, b, c)]
+    for shape, extra in zip(shapes, expanded, strict=False):
+        for dimension in sorted(extra):
+            shape.insert(dimension, 1)
+    return 2 * math.prod(int(max(sizes)) for sizes in zip(*shapes, strict=True))
+
+
+def _vector(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _added_vector(_: Any, matrix: Shape, *__: Any, out_shape: Any = None, **___: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _outer(_: Any, left: Shape, right: Shape, *__: Any, out_shape: Any = None, **___: Any) -> int:
+    return 2 * math.prod(left) * math.prod(right)
+
+
+_ATEN = torch.ops.aten
+_FORMULAS = {
+    _ATEN.mkldnn_rnn_layer: _rnn,
+    _ATEN._trilinear: _trilinear,
+    **dict.fromkeys((_ATEN.mv, _ATEN.dot, _ATEN.vdot), _vector),
+    _ATEN.addmv: _added_vector,
+    **dict.fromkeys((_ATEN.addr, _ATEN.ger), _outer),
+}
+# torch's own that multiply; the others add, compare, move or go value by value
+_MULTIPLY = re.compile(
+    r"rnn|lstm|gru|attention|encoder_layer|trilinear|fft|cdist|mkldnn_(linear|conv)|sparse|cholesky|solve"
+    r"|linalg_(?!vector_norm|matrix_norm|check_errors|cross|diagonal)|mm(_|$)|matmul|conv|geqrf|ormqr|lu_|svd"
+)
+# they compute nothing, or are ours and have formulas where they multiply
+_KNOWN = {"prim", "prims", "quincunx", "profiler", "c10d", "_c10d_functional", "inductor", "debugprims"}
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Notes the operators that a counter has no formula for."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.counter = counter
+        self.found: dict[tuple[str, str], None] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        namespace, _, name = str(func.name()).partition("::")
+        name = name.partition(".")[0]
+        multiplies = bool(_MULTIPLY.search(name)) if namespace == "aten" else namespace not in _KNOWN
+        if (
+            multiplies
+            and getattr(func, "_overloadpacket", func) not in self.counter.flop_registry
+            and any(isinstance(value, Tensor) for value in tree_iter((args, kwargs)))
+        ):
+            inner = max(self.counter.mod_tracker.parents, key=lambda path: (path != "Global", len(path)))
+            self.found[inner, f"{namespace}::{name}"] = None
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_parts() -> Iterator[None]:
+    """Within: attention runs as the matrix products that it consists of, in modules too."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -72,7 +164,8 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
     r"""Multiply-adds and parameters of a network for one input.
 
     A sampled or transposed sampled convolution costs m kh kw C O / groups a picture, m being the
-    computed positions; a dense one H' W' kh kw C O / groups. Taps that fall outside the map count.
+    computed positions; a dense one H' W' kh kw C O / groups. Taps that fall outside the map count. Attention,
+    recurrent layers and einsum count as the products that they consist of; ``uncounted`` names the rest.
 
     Args:
         model: any module; it is run once in evaluation mode, without gradients, and left as it was.
@@ -104,9 +197,11 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
 
             stack.callback(module.register_forward_hook(remember).remove)
         stack.enter_context(inference_mode_of(model))
-        # as two matrix products: the counter knows no fused attention of the CPU
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        counter = stack.enter_context(FlopCounterMode(display=False))
+        # the counter knows no fused attention of the CPU, nor modules that torch runs in one call
+        stack.enter_context(_in_parts())
+        counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        watch = stack.enter_context(_Watch(counter))
+        stack.enter_context(counter)
         model(*arguments)
     total = counter.get_total_flops() // 2
     prefix = type(model).__name__
@@ -133,4 +228,9 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
                 params += parameter.numel()
         if own or params:
             rows.append(Row(name or "(network)", type(module).__name__, own, params, shapes.get(name, ())))
-    return Cost(total, sum(p.numel() for p in model.parameters()), tuple(rows))
+    uncounted = []
+    for path, operator in watch.found:
+        name = path[len(prefix) + 1 :] if path.startswith(prefix + ".") else ""
+        kind = type(names[name]).__name__ if name in names else prefix
+        uncounted.append(f"{name or '(network)'} ({kind}): {operator}")
+    return Cost(total, sum(p.numel() for p in model.parameters()), tuple(rows), tuple(uncounted))
