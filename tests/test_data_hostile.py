@@ -107,6 +107,24 @@ def test_no_more_is_decoded_than_waits_to_be_taken(monkeypatch):
     assert [int(image[0, 0, 0]) for _, image in found] == list(range(200))
 
 
+def test_few_bytes_of_files_wait_to_be_decoded(monkeypatch):
+    """Large files are handed over one at a time, whatever the number of threads."""
+    monkeypatch.setattr(images, "_WAITING_FILES", 1 << 20)
+    monkeypatch.setattr(images, "_DECODE_BYTES", 1 << 10)
+    asked, taken, ahead = [], [], []
+
+    def entries():
+        for i in range(12):
+            asked.append(i)
+            ahead.append(len(asked) - len(taken))
+            yield Entry(str(i), "", None, shaded(i) + bytes(3 << 18))
+
+    for entry, _ in images.in_threads(entries(), np.asarray):
+        taken.append(entry.name)
+    assert taken == list(map(str, range(12)))
+    assert max(ahead) <= 3
+
+
 # ---------------------------------------------------------------- tar
 
 

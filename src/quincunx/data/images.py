@@ -8,7 +8,7 @@ import struct
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
@@ -43,8 +43,8 @@ _TRAIN_PARTS = {"train", "training"}
 _TEST_PARTS = {"test", "val", "valid", "validation"}
 # a task of the pool: large enough that handing it over costs little, in images and in bytes of their files
 _DECODE_AT_ONCE, _DECODE_BYTES = 64, 1 << 22
-# bytes of decoded images that wait to be taken
-_WAITING = 1 << 28
+# bytes of files that wait to be decoded, and of decoded images that wait to be taken
+_WAITING_FILES, _WAITING = 1 << 26, 1 << 28
 # Pixels that a file of any length may claim; those of larger images are decoded one at a time. Above, for
 # each byte of its file, up to what fits into a gigabyte; and for each byte of photographs of any size.
 _PIXELS, _PIXELS_PER_BYTE, _LARGE, _LARGE_PER_BYTE = 1 << 23, 400, 1 << 26, 32
@@ -406,13 +406,21 @@ def in_threads(
             for number, task in enumerate(_tasks(entries)):
                 tasks.append((number, task, pool.submit(some, number, task)))
                 # a few tasks ahead, so that an archive is read while its images are decoded
-                if len(tasks) > 8:
+                while len(tasks) > 8 or (
+                    tasks and sum(_bytes(task) for _, task, _ in tasks) > _WAITING_FILES
+                ):
                     yield from taken()
             while tasks:
                 yield from taken()
         finally:
             for _, _, future in tasks:
                 future.cancel()
+
+
+def _bytes(task: Sequence[Entry]) -> int:
+    """Of the files in memory; a file to which several links lead counts once."""
+    contents = {id(entry.content): entry.content for entry in task if isinstance(entry.content, bytes)}
+    return sum(map(len, contents.values()))
 
 
 def _tasks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
