@@ -57,11 +57,11 @@ def restructured(value, dice):
         elif kind == 1 and isinstance(place, dict):
             place[dice.choice(["kind", "as", "name", "x\ny", ""])] = place.pop(key)
         elif kind == 1:
-            place.append(place[key])
+            place.append(copy.deepcopy(place[key]))
         elif kind == 2 and type(place[key]) in (int, float):
             place[key] = place[key] * dice.choice([-1, 0, 2, 1000, 2**31])
         else:
-            place[key] = dice.choice(ODD)
+            place[key] = copy.deepcopy(dice.choice(ODD))
     return value
 
 

@@ -218,7 +218,11 @@ def changed(tensor, at, value):
         (lambda t: {"index": t["index"].long()}, "index"),
         (lambda t: {"rows": changed(t["rows"], 0, 18)}, "rows"),
         (lambda t: {"rows": changed(t["rows"], 0, -1)}, "rows"),
+        (lambda t: {"rows": changed(t["rows"], 0, int(t["rows"][1]))}, "once, but names"),
+        (lambda t: {"rows": torch.zeros_like(t["rows"])}, "once, but names 0 twice"),
+        (lambda t: {"rows": t["rows"][::2]}, "contiguous"),
         (lambda t: {"taps": changed(t["taps"], 0, 9)}, "taps"),
+        (lambda t: {"taps": changed(t["taps"], 0, -1)}, "taps"),
         (lambda t: {"groups": changed(t["groups"], 0, 17)}, "groups|index|rows"),
         (lambda t: {"groups": changed(t["groups"], 0, -18)}, "groups|index|rows"),
         (lambda t: {"x": t["x"].double()}, "float32"),
@@ -227,6 +231,17 @@ def changed(tensor, at, value):
         (lambda t: {"packed": t["packed"][:-1]}, "packed"),
         (lambda t: {"packed": t["packed"].double()}, "packed"),
         (lambda t: {"bias": torch.randn(4)}, "bias"),
+        (lambda t: {"bias": torch.randn(5, dtype=torch.complex64)}, "bias must be Float"),
+        (lambda t: {"bias": torch.ones(5, dtype=torch.int64)}, "bias must be Float"),
+        (lambda t: {"bias": torch.randn(10)[::2]}, "contiguous"),
+        (lambda t: {"bias": torch.randn(1).expand(5)}, "contiguous"),
+        (lambda t: {"scale2": torch.randn(5)}, "go together"),
+        (lambda t: {"out_size": (2**32, 2**32)}, "output is too large"),
+        (lambda t: {"out_size": (2**62, 4)}, "output is too large"),
+        (lambda t: {"out_size": (-1, -18)}, "out_size"),
+        (lambda t: {"out_channels": 2**62}, "too large"),
+        (lambda t: {"num_taps": 2**33}, "num_taps|taps"),
+        (lambda t: {"channel_groups": 2**62}, "channel_groups"),
         (lambda t: {"residual": torch.randn(2, 5, 17, 1)}, "residual"),
         (lambda t: {"out_channels": 6}, "bias must have 6"),
         (lambda t: {"num_taps": 8}, "taps|packed"),
@@ -240,6 +255,106 @@ def test_bad_tables_are_refused(change, message):
     RAW.gather_gemm(*good.values())
     with pytest.raises(RuntimeError, match=message):
         RAW.gather_gemm(*{**good, **change(good)}.values())
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_sizes_whose_products_wrap_around_are_refused():
+    """Expanded tensors have such sizes without such memory."""
+    one = torch.zeros(1)
+    for sizes in ((2**31, 2**31, 1), (2**33, 2**29, 1), (1, 1, 2**40), (3, 2**30, 2**30)):
+        with pytest.raises(RuntimeError, match=r"too large|overflow"):
+            RAW.pack_weight(one.expand(sizes), 1)
+    with pytest.raises(RuntimeError, match=r"too large|overflow"):
+        RAW.pack_weight(one.expand(2**32, 2**29, 1, 1), 2**32)
+    with pytest.raises(RuntimeError, match="cannot allocate memory for Float"):
+        RAW.pack_weight(one.expand(2**25, 2**25, 1), 1)
+    # a map of no values, of which no size may be believed either
+    none = torch.zeros(0, 1, 1, 1)
+    for sizes in ((2**62, 1, 0, 5), (0, 1, 2**33, 2**33), (0, 2**40, 1, 1)):
+        map_ = torch.zeros(1, 1, 0, 5).expand(sizes) if sizes[2] == 0 else none.expand(sizes)
+        with pytest.raises(RuntimeError, match="x is too large"):
+            RAW.window_max(map_, ints(), ints(0), (0, 0))
+    with pytest.raises(RuntimeError, match="too large"):
+        RAW.binary_gemm(one.expand(1, 1, 2**20, 2**20), ints(), None, None, ints(), (0, 0), 4, 1, 1)
+    with pytest.raises(RuntimeError, match="too large"):
+        RAW.binary_gemm(torch.zeros(1, 1, 2, 2), ints(), None, None, ints(), (2**31 - 1, 1), 4, 2**34, 1)
+    with pytest.raises(RuntimeError, match="too large"):
+        RAW.binary_pack(torch.zeros(1, 1, dtype=torch.uint8).expand(2**30, 2**30), 2**33, 1, 1)
+
+
+@pytest.mark.parametrize("rows", [(0, 1, 2, 2), (0, 1, 2, -1), (-1, -1, -1, -1), (3, 3, 3, 3), (0, 1, 2, 4)])
+def test_a_table_look_up_writes_every_position_once(rows):
+    x, books = torch.randn(1, 2, 2, 2), torch.randn(1, 3, 2)
+    chosen = torch.zeros(1, 1, 4, dtype=torch.uint8)
+
+    def call(rows):
+        return RAW.lookup_conv(x, books, chosen, None, ints(0, 1, 2, 3), ints(0), ints(*rows), (2, 2), 1)
+
+    for good in ((0, 1, 2, 3), (3, 2, 1, 0), (3, -1, 2, 1, -1, 0)):
+        assert call(good).isfinite().all()
+    with pytest.raises(RuntimeError, match="rows must"):
+        call(rows)
+
+
+class Small:
+    """A program of 1 x 1 convolutions on maps of 2 channels and 2 x 2 positions."""
+
+    def __init__(self, kinds):
+        self.tensors = [
+            RAW.pack_weight(torch.eye(2).view(2, 2, 1), 1), ints(0, 1, 2, 3), ints(0), ints(4, 1),
+            torch.ones(2), torch.zeros(2), ints(3, 2, 1, 0),
+        ]  # fmt: skip
+        # kind and place of each buffer
+        self.buffers = [number for kind, at in kinds for number in (kind, 2, 2, 2, at)]
+        self.code = []
+
+    def step(self, x, out, residual=-1, residual_rows=-1, out2=-1):
+        self.code += [x, 0, -1, residual, residual_rows, 2, 4, 5, 1, 1, 2, 3, out, out2, 1, 1, 0]
+        return self
+
+    def run(self, x):
+        return RAW.run_program([x], self.tensors, self.buffers, self.code)
+
+
+IN, ARENA, OUT = 0, 1, 2
+
+
+def test_a_program_reads_what_was_written_and_writes_every_output():
+    x = torch.randn(3, 2, 2, 2)
+    good = Small([(IN, 0), (ARENA, 0), (ARENA, 32), (OUT, 0)]).step(0, 1).step(1, 2).step(2, 3, residual=1)
+    torch.testing.assert_close(good.run(x)[0], 2 * x)
+    # in the residual's own place, as a residual block does it
+    place = Small([(IN, 0), (ARENA, 0), (ARENA, 32), (ARENA, 0), (OUT, 0)])
+    place.step(0, 1).step(1, 2).step(2, 3, residual=1).step(3, 4)
+    torch.testing.assert_close(place.run(x)[0], 2 * x)
+    for bad, message in (
+        (
+            Small([(IN, 0), (ARENA, 0), (OUT, 0)]).step(1, 2),
+            "step 0 reads buffer 1, which nothing has written",
+        ),
+        (Small([(IN, 0), (OUT, 0), (OUT, 0)]).step(0, 1), "buffer 2 is an output that no step writes"),
+        (Small([(IN, 0), (OUT, 0)]), "buffer 1 is an output that no step writes"),
+        (Small([(IN, 0), (OUT, 0)]).step(0, 1).step(1, 0), "step 1 writes to buffer 0, an input"),
+        (Small([(IN, 0), (OUT, 0)]).step(0, 1).step(1, 1), "step 1 writes to buffer 1, where it reads"),
+        (
+            Small([(IN, 0), (ARENA, 0), (ARENA, 0), (OUT, 0)]).step(0, 1).step(0, 2).step(1, 3),
+            "step 2 reads buffer 1, which nothing has written",
+        ),
+        (
+            Small([(IN, 0), (ARENA, 0), (ARENA, 0), (OUT, 0)]).step(0, 1).step(1, 2).step(2, 3),
+            "step 1 writes to buffer 2, where it reads",
+        ),
+        (
+            Small([(IN, 0), (ARENA, 0), (OUT, 0)]).step(0, 2).step(0, 2, residual=2, residual_rows=6),
+            "where it reads other rows of its residual",
+        ),
+        (Small([(IN, 0), (OUT, 0)]).step(0, 1, out2=1), "out and out2 must not overlap"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            bad.run(x)
 
 
 def test_a_tensor_elsewhere_is_refused():

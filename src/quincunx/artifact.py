@@ -371,10 +371,8 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
     folder = Path(folder)
     spec = _read_spec(folder)
     described, replaced, name = _description(spec)
-    file = spec["weights"]["file"].text()
-    weights = folder / file
-    if weights.parent != folder or Path(file).name != file:
-        raise ValueError(f"{folder / _SPEC}: incomplete or altered (weights {file!r})")
+    spec["weights"]["file"].text(_WEIGHTS)
+    weights = folder / _WEIGHTS
     _check_given(folder, described, factory)
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: missing from the artifact")
