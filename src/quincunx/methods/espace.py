@@ -14,10 +14,9 @@ from quincunx.methods.fitting import (
     conv_of,
     conv_settings,
     convolution_refusal,
-    fit_record,
 )
 from quincunx.methods.lowrank import separable
-from quincunx.methods.masks import MASKS, Loss, impacts, mask_of
+from quincunx.methods.masks import MASKS, Loss, impacts, mask_of, without_gradient
 from quincunx.sampling import Random
 from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.streams import Context, Layer
@@ -33,7 +32,9 @@ class Espace(SeparableFit):
     First every layer, in forward order, is fitted to the original layer's responses on the input that
     the layers fitted before give it (eq. 4). Then, on the network so far, the impact of each position
     of both halves is estimated (eqs. 9 to 11), and the rate's share with the highest impact is
-    computed; the other positions take the value of the nearest computed one.
+    computed; the other positions take the value of the nearest computed one. Of few samples a fit is held
+    near the weights' own, as :class:`LowRank` says. A layer that the loss has no gradient to, or of whose
+    positions none has an impact, stays.
 
     Args:
         rank: K of each channel group: an integer, a share of the full rank, or "full"; as in
@@ -138,9 +139,22 @@ class Espace(SeparableFit):
                 "mask='uniform' or mask='random'"
             )
         with_data = self.with_data(context)
+        # what the loss says no gradient of is known, and labels are looked at, before any fit is spent
+        unmasked = self._without_impact(layers, context) if self.mask == "impact" and layers else set()
+        layers = [layer for layer in layers if layer.name not in unmasked]
         wide = [layer for layer in layers if conv_of(layer).kernel_size != (1, 1)]
         ranks = self.ranks(wide, context, with_data) if wide else {}
-        return _EspaceWork(self, context, ranks, with_data)
+        return _EspaceWork(self, context, ranks, with_data, unmasked)
+
+    def _without_impact(self, layers: Sequence[Layer], context: Context) -> set[str]:
+        """Names of the layers that the loss has no gradient to in the network as it was."""
+        modules = {layer.name: context.original.get_submodule(layer.name) for layer in layers}
+
+        def find() -> set[str]:
+            return without_gradient(context.original, modules, context.data.first(), self.loss)
+
+        # not "while no layer is changed": it is the original that is asked
+        return context.once(("without gradient", self.loss, tuple(modules)), find)
 
 
 @dataclass(frozen=True)
@@ -149,24 +163,42 @@ class _EspaceWork:
     context: Context
     ranks: dict[str, int]
     with_data: bool
+    unmasked: set[str]
 
-    def replace(self, layer: Layer) -> Replacement:
-        """The layer of low rank, or of 1 x 1, without masks yet."""
+    def replace(self, layer: Layer) -> Replacement | str:
+        """The layer of low rank, or of 1 x 1, without masks yet; or why it stays."""
+        if layer.name in self.unmasked:
+            return (
+                "the loss has no gradient to it, so its positions have no impact; mask='uniform' needs none"
+            )
         conv = conv_of(layer)
         if layer.name not in self.ranks:
             same = copy.deepcopy(conv)
             return Replacement(same, {"kind": "conv", **conv_settings(conv)}, {})
-        found = self.method.fitted(layer, self.ranks[layer.name], self.context, self.with_data)
+        rank = self.ranks[layer.name]
+        if (reason := self.method.no_saving(layer, rank, self.method.rates)) is not None:
+            return reason
+        found, record = self.method.fitted(layer, rank, self.context, self.with_data)
         module = separable(conv, found)
-        return Replacement(module, module.spec, fit_record(found))
+        return Replacement(module, module.spec, record)
 
-    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
-        """Masks for every layer, estimated on the network of low rank."""
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
+        """Masks for every layer, estimated on the network of low rank; or why a layer can have none."""
         found: dict[str, Tensor] = {}
-        if self.method.mask == "impact":
+        if self.method.mask == "impact" and done:
             places = {place: half for name in done for place, half in _halves(name, done[name].module)}
             found = impacts(self.context.network, places, self.context.data, self.method.loss)
-        return {name: self._masked(name, made, found) for name, made in done.items()}
+        made: dict[str, Replacement | str] = {}
+        for name, replacement in done.items():
+            seen = [found[place] for place, _ in _halves(name, replacement.module) if place in found]
+            if all(bool(impact.any()) for impact in seen):
+                made[name] = self._masked(name, replacement, found)
+            else:
+                made[name] = (
+                    "the impact of all its positions is 0 on this data, so none can be preferred; "
+                    "mask='uniform' needs no impacts"
+                )
+        return made
 
     def _masked(self, name: str, made: Replacement, found: dict[str, Tensor]) -> Replacement:
         method, dense = self.method, made.module

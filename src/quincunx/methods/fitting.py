@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quincunx.methods.lowrank import Fit, fit, full_rank, kernel_energies, shortage
-from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
+from quincunx.methods.lowrank import Fit, fit, full_rank, kernel_energies, samples_needed
+from quincunx.methods.moments import POSITIONS, Accumulator, Moments, completed, few_images, moments, of_noise
 from quincunx.methods.ranks import candidate, select_ranks
 from quincunx.streams import Context, Layer
 
@@ -23,7 +23,6 @@ __all__ = [
     "conv_of",
     "conv_settings",
     "convolution_refusal",
-    "fit_record",
     "plain_ranks",
     "rank_of",
 ]
@@ -221,10 +220,12 @@ class SeparableFit:
             sums[name].add(x, columns[name](x))
 
         context.survey(layers, visit)
-        return {name: found.finish().gram for name, found in sums.items()}
+        return {name: _whole(found.finish()).gram for name, found in sums.items()}
 
-    def fitted(self, layer: Layer, rank: int, context: Context, with_data: bool) -> Fit:
-        """The fit of one layer to what it sees now and answered in the original network."""
+    def fitted(
+        self, layer: Layer, rank: int, context: Context, with_data: bool
+    ) -> tuple[Fit, dict[str, Any]]:
+        """The fit of one layer to what it sees now and answered in the original network, and its record."""
         conv = conv_of(layer)
         found: Moments | None = None
         if with_data:
@@ -232,9 +233,17 @@ class SeparableFit:
                 (layer.name, self.positions, self.seed),
                 lambda: moments(conv, context.responses(layer), positions=self.positions, seed=self.seed),
             )
-            if (reason := shortage(conv, rank, found)) is not None:
-                raise ValueError(f"calibration: layer {layer.name!r}: {reason}")
-        return fit(conv, rank, found, iterations=self.iterations)
+        made = fit(conv, rank, found, iterations=self.iterations)
+        record = {"rank": made.rank, "response_error": made.response_error, "energy": made.energy}
+        if found is not None:
+            record |= few_images(found, samples_needed(conv, rank))
+        return made, record
+
+
+def _whole(columns: Moments) -> Moments:
+    """Moments of columns to whose missing samples, below twice as many as directions, noise is added."""
+    g, size, _ = columns.gram.shape
+    return completed(columns, 2 * size, of_noise(columns.gram.new_zeros(g, size, columns.cross.shape[2])))
 
 
 def _first_half(conv: nn.Conv2d) -> nn.Conv2d:
@@ -251,8 +260,3 @@ def _first_half(conv: nn.Conv2d) -> nn.Conv2d:
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
-
-
-def fit_record(found: Fit) -> dict[str, Any]:
-    """JSON-ready."""
-    return {"rank": found.rank, "response_error": found.response_error, "energy": found.energy}

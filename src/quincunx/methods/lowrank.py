@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.moments import Moments, relative
+from quincunx.methods.moments import Moments, completed, of_noise, relative
 from quincunx.separable import SeparableConv2d
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "kernel_energies",
     "samples_needed",
     "separable",
-    "shortage",
 ]
 
 
@@ -30,6 +29,8 @@ __all__ = [
 # data does not determine stays as the weights had it, and the error cannot rise
 _RIDGE = 1e-9
 _CG_STEPS = 6
+# samples for each unknown, below which a fit does worse on images that it has not seen
+_FULL = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ class Fit:
         rank: K, of each group.
         energy: kept share of the PCA energy of the partial responses; see :func:`kernel_energies`.
         response_error: E|y - z|^2 / E|y - mean y|^2 on the data it was fitted to; None without data.
-        history: that error after each iteration, the start first.
+        history: that error after each iteration, the start first; where samples were missing, with the
+            noise in their place.
     """
 
     vertical: Tensor
@@ -62,12 +64,16 @@ def full_rank(conv: nn.Conv2d) -> int:
 
 
 def samples_needed(conv: nn.Conv2d, rank: int) -> int:
-    """Positions below which a fit of this rank is not determined: more unknowns than equations.
+    """Samples, positions of images, of a full fit: max(8 u, 2 C dh dw), u = max(K dw, K dh C / O) + 1.
 
-    Each output has K dw unknowns in T, and V has K dh C of them in all for O responses a position.
+    u samples have as many equations as there are unknowns: each output has K dw in T, and V has K dh C of
+    them in all for O responses a position. With eight times as many, and more than the directions of a
+    patch, a fit is as good on other images. At full rank nothing is fitted.
     """
     inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    return max(rank * conv.kernel_size[1], math.ceil(rank * conv.kernel_size[0] * inputs / outputs)) + 1
+    kh, kw = conv.kernel_size
+    unknowns = max(rank * kw, math.ceil(rank * kh * inputs / outputs)) + 1
+    return 0 if rank == full_rank(conv) else max(_FULL * unknowns, 2 * inputs * kh * kw)
 
 
 def _matrices(conv: nn.Conv2d) -> Tensor:
@@ -123,17 +129,23 @@ def fit(
     .. math:: \min_{V, T, b} E\,|y - T * (V * x) - b|^2
 
     by alternating least squares from that start: with V fixed T solves linear equations, with T fixed
-    V does (by a few preconditioned conjugate gradients), so the error never rises.
+    V does (by a few preconditioned conjugate gradients), so the error never rises. Where there are fewer
+    than n* = :func:`samples_needed` samples, noise takes the place of the others
+    (:func:`quincunx.methods.moments.completed`), which is answered as W answers it: the error becomes
+
+    .. math:: E\,|y - T * (V * x) - b|^2 + t\,s\,|W - V T|^2, \quad t = n^* / n - 1
+
+    with s the mean variance of an input, so that few samples move little from the weights' own solution.
 
     Args:
         conv: the layer, with zero padding.
         rank: K, of each channel group; at full rank the weight itself is kept.
         data: moments of what the layer reads and is to answer.
-        iterations: at most so many of both solves.
+        iterations: at most so many of both solves; of n samples where n* are needed n / n* as many.
         tolerance: stop when the error falls by a smaller share of itself.
 
     Raises:
-        ValueError: a rank outside 1..full rank, or more than the data's samples determine.
+        ValueError: a rank outside 1..full rank.
 
     Source: Lin et al., ESPACE (AAAI 2017), eqs. 3 and 4; Jaderberg et al., arXiv:1405.3866,
         section 2.2 (filter and data reconstruction).
@@ -160,15 +172,20 @@ def fit(
     t = (values[:, :rank, None].sqrt() * right[:, :rank]).view(g, rank, kw, n).transpose(1, 2)
     bias = None if conv.bias is None else conv.bias.detach().double()
     history: list[float] = []
+    error: float | None = None
     if data is not None:
         if rank < top:
-            if (reason := shortage(conv, rank, data)) is not None:
-                raise ValueError(f"data: {reason}")
-            v, t, history = _alternate(data, v, t, iterations, tolerance)
+            whole = completed(data, samples_needed(conv, rank), of_noise(matrices.reshape(g, q * kw, n)))
+            if whole is not data:
+                # near its start, the weights' own solution, it is there the sooner
+                iterations = max(2, math.ceil(iterations * data.samples / samples_needed(conv, rank)))
+            v, t, history = _alternate(whole, v, t, iterations, tolerance)
             weight = torch.einsum("gqk,gjkn->gqjn", v, t).reshape(g, q * kw, n)
             bias = data.bias(weight).flatten()
+            error = history[-1] if whole is data else data.error(weight)
         else:
-            history = [data.error(matrices.reshape(g, q * kw, n))]
+            error = data.error(matrices.reshape(g, q * kw, n))
+            history = [error]
     inputs, kh = conv.in_channels // conv.groups, conv.kernel_size[0]
     like = conv.weight.detach()
     return Fit(
@@ -177,20 +194,8 @@ def fit(
         bias=None if bias is None else bias.to(like),
         rank=rank,
         energy=energy,
-        response_error=history[-1] if history else None,
+        response_error=error,
         history=tuple(history),
-    )
-
-
-def shortage(conv: nn.Conv2d, rank: int, data: Moments) -> str | None:
-    """Why the data does not determine a fit of this rank; None if it does, or if nothing is fitted."""
-    needed = samples_needed(conv, rank)
-    if rank == full_rank(conv) or data.samples >= needed:
-        return None
-    images = math.ceil(needed * data.images / data.samples)
-    return (
-        f"{data.images} images give {data.samples} samples, but rank {rank} needs at least {needed}, "
-        f"that is {images} images"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quincunx.methods.fitting import SeparableFit, conv_of, fit_record
+from quincunx.methods.fitting import SeparableFit, conv_of
 from quincunx.methods.lowrank import separable
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work, each
@@ -18,6 +18,11 @@ class LowRank(SeparableFit):
     r"""A convolution as a vertical and a horizontal one with K channels between them.
 
     .. math:: W_{n,c,i,j} \approx \sum_{k \le K} V_{k,c,i}\, T_{n,k,j}
+
+    A full fit to data takes n* = max(8 u, 2 C dh dw) samples, positions of images, with
+    u = max(K dw, K dh C / O) + 1 unknowns for each. Of n that are fewer, the error that is minimised has
+    (n* / n - 1) s |W - V T|^2 added, s being the mean variance of an input: the fewer samples, the nearer to
+    the weights' own solution. One warning then says how many images all layers would need.
 
     Args:
         rank: K of each channel group: an integer (of a layer of smaller full rank, that one), a share
@@ -64,8 +69,8 @@ class LowRank(SeparableFit):
         def replace(layer: Layer) -> Replacement | str:
             if (reason := self.no_saving(layer, ranks[layer.name])) is not None:
                 return reason
-            found = self.fitted(layer, ranks[layer.name], context, with_data)
+            found, record = self.fitted(layer, ranks[layer.name], context, with_data)
             module = separable(conv_of(layer), found)
-            return Replacement(module, module.spec, fit_record(found))
+            return Replacement(module, module.spec, record)
 
         return each(replace)

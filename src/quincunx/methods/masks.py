@@ -3,39 +3,128 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.modules import first_line
 from quincunx.sampling import Positions, Random, Sampling, Uniform
 from quincunx.streams import Batch, evaluation
 
-__all__ = ["MASKS", "Loss", "highest", "impacts", "mask_of", "self_loss"]
+__all__ = [
+    "MASKS",
+    "Loss",
+    "class_labels",
+    "highest",
+    "impacts",
+    "mask_of",
+    "self_loss",
+    "without_gradient",
+]
 
+# the label of what a loss leaves out, as torch has it
+IGNORED = -100
 MASKS = ("impact", "uniform", "uniform-eq8", "random")
 
 # (output of the network, target or None) -> the sum of the images' losses
 Loss = Callable[[Any, Any], Tensor]
 
 
-def self_loss(output: Any, target: Any) -> Tensor:
+def self_loss(output: Any, target: Any, index: int = 0) -> Tensor:
     """Cross-entropy, summed over images: with the targets, or with what the network predicts itself.
 
+    Args:
+        output: logits [N, classes, ...].
+        target: as :func:`class_labels` reads it, or None.
+        index: the number of the batch, for messages.
+
     Raises:
-        TypeError: the network's output is not a tensor of logits [N, classes, ...].
+        TypeError: the network's output is not a tensor of logits.
+        ValueError: targets that :func:`class_labels` refuses, logits of one class.
     """
     if not isinstance(output, Tensor) or output.dim() < 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(
             f"loss=None: expected logits [N, classes, ...] from the network, got {got}; give a loss"
         )
-    if target is None:
-        target = output.detach().argmax(1)
-    return F.cross_entropy(output, target, reduction="sum")
+    if output.shape[1] == 1:
+        raise ValueError(
+            f"loss=None: the network gives {tuple(output.shape)}, one class, of which the cross-entropy is "
+            "always 0; give a loss"
+        )
+    wanted = output.detach().argmax(1) if target is None else class_labels(output, target, index)
+    return F.cross_entropy(output, wanted, ignore_index=IGNORED, reduction="sum")
+
+
+def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
+    """The classes that a target stands for, int64 [N, ...] as :func:`self_loss` needs them.
+
+    They may be of any integer dtype, or floats without a fraction; a list of numbers; a column [N, 1]; or
+    one-hot. Rows [N, classes, ...] that are not negative and add up to 1 are probabilities and stay so.
+    -100 leaves an image or a position out.
+
+    Args:
+        output: logits [N, classes, ...].
+        target: what came with the batch.
+        index: the number of the batch, for messages.
+
+    Raises:
+        TypeError: no numbers.
+        ValueError: another shape, a class that the network does not have, numbers with a fraction.
+
+    Example:
+        >>> class_labels(torch.zeros(2, 3), [[2.0], [0.0]]).tolist()
+        [2, 0]
+    """
+    where, classes = f"calibration: the labels of batch {index}", output.shape[1]
+    wanted = (output.shape[0], *output.shape[2:])
+    given = target
+    if not isinstance(given, Tensor):
+        try:
+            given = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{where} are a {type(target).__name__} that holds more than numbers; expected class numbers "
+                f"{list(wanted)} from 0 to {classes - 1}, or give a loss"
+            ) from None
+    given = given.detach().to(output.device)
+    if given.is_complex():
+        raise TypeError(f"{where} are complex; expected class numbers from 0 to {classes - 1}")
+    if given.dim() == 0 and wanted == (1,):
+        given = given[None]
+    if tuple(given.shape) == (wanted[0], 1, *wanted[1:]):
+        given = given.squeeze(1)
+    if tuple(given.shape) == tuple(output.shape):
+        rows = given.to(output.dtype)
+        if not bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-3).all()):
+            raise ValueError(
+                f"{where} have shape {tuple(given.shape)}, but their rows are no probabilities, which add up "
+                f"to 1; expected class numbers {list(wanted)}, or give a loss"
+            )
+        # of one-hot rows the numbers, of others the probabilities themselves
+        return rows.argmax(1) if bool(((rows == 0) | (rows == 1)).all()) else rows
+    if tuple(given.shape) != wanted:
+        raise ValueError(
+            f"{where} have shape {tuple(given.shape)}, but the network answers {tuple(output.shape)}; "
+            f"expected class numbers {list(wanted)}, or give a loss"
+        )
+    numbers = given.to(torch.int64)
+    if given.is_floating_point() and not bool((numbers == given).all()):
+        raise ValueError(
+            f"{where} are {str(given.dtype).removeprefix('torch.')} numbers with a fraction; expected class "
+            f"numbers from 0 to {classes - 1}, or give a loss"
+        )
+    used = numbers[numbers != IGNORED]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < classes:
+        raise ValueError(
+            f"{where} are from {int(used.min())} to {int(used.max())}, but there are {classes} classes; "
+            f"expected 0 to {classes - 1}, or {IGNORED} for what is left out"
+        )
+    return numbers
 
 
 def impacts(
@@ -54,11 +143,13 @@ def impacts(
         loss: of (output, target), summed over the images; by default :func:`self_loss`.
 
     Returns:
-        For each name the impacts, float64 [H, W].
+        For each name the impacts, float64 [H, W]; zeros for a module that the loss does not depend on.
 
     Raises:
-        ValueError: a loss that is not finite, a module that was not called, no batches, or maps whose
-            size changes from batch to batch; layer and batch are named.
+        TypeError: a loss that is no number.
+        ValueError: a loss that is not finite, that fails, or that no module has a gradient of; labels that
+            cannot be used; a module that was not called, no batches, or maps whose size changes from batch
+            to batch; layer and batch are named.
 
     Source: Lin et al., ESPACE (AAAI 2017), eqs. 9 to 11.
 
@@ -69,6 +160,56 @@ def impacts(
     """
     sums: dict[str, Tensor] = {}
     images = 0
+    index = -1
+    with _gradients(network, modules) as outputs:
+        for batch in data:
+            index = batch.index
+            gradients = _gradients_of(network, modules, batch, loss, outputs)
+            if gradients is None:
+                continue
+            for name, output in outputs.items():
+                gradient = gradients.get(name)
+                if gradient is None:
+                    gradient = torch.zeros_like(output)
+                found = (gradient * output.detach()).double().abs().sum((0, 1))
+                if not bool(found.isfinite().all()):
+                    raise ValueError(
+                        f"calibration: layer {name!r}: batch {batch.index} gives a value that is not finite"
+                    )
+                if name in sums and sums[name].shape != found.shape:
+                    raise ValueError(
+                        f"calibration: layer {name!r}: batch {batch.index} has maps of {tuple(found.shape)}, "
+                        f"earlier ones of {tuple(sums[name].shape)}; impact masks need one input size"
+                    )
+                sums[name] = sums[name] + found if name in sums else found
+            images += batch.input.shape[0]
+    if index < 0:
+        raise ValueError("calibration: holds no images")
+    if not images:
+        raise ValueError(
+            f"calibration: all labels, from batch 0 to batch {index}, are {IGNORED}, which leaves an image "
+            "out: there is nothing to estimate impacts on"
+        )
+    return {name: total / images for name, total in sums.items()}
+
+
+def without_gradient(
+    network: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, loss: Loss | None = None
+) -> set[str]:
+    """Names of the modules that a loss has no gradient to, as it is under ``torch.no_grad()``, behind
+    ``detach()``, or where the loss does not read what comes of them.
+
+    Raises:
+        TypeError, ValueError: as :func:`impacts`.
+    """
+    with _gradients(network, modules) as outputs:
+        found = _gradients_of(network, modules, batch, loss, outputs)
+        return set() if found is None else set(modules) - set(found)
+
+
+@contextmanager
+def _gradients(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within: gradients go to the outputs of some modules, put there by each forward, and to nothing else."""
     with ExitStack() as stack:
         stack.enter_context(evaluation(network))
         stack.enter_context(torch.enable_grad())
@@ -84,32 +225,56 @@ def impacts(
                 return outputs[name].clone()
 
             stack.callback(module.register_forward_hook(see, prepend=True).remove)
-        for batch in data:
-            outputs.clear()
-            total = (loss or self_loss)(network(batch.input), batch.target)
-            if missing := set(modules) - set(outputs):
-                raise ValueError(f"calibration: batch {batch.index} never reaches layer {min(missing)!r}")
-            if not bool(total.isfinite()):
-                raise ValueError(f"calibration: batch {batch.index} has loss {float(total.detach())}")
-            gradients = torch.autograd.grad(total, list(outputs.values()), allow_unused=True)
-            for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-                if gradient is None:
-                    gradient = torch.zeros_like(output)
-                found = (gradient * output.detach()).double().abs().sum((0, 1))
-                if not bool(found.isfinite().all()):
-                    raise ValueError(
-                        f"calibration: layer {name!r}: batch {batch.index} gives a value that is not finite"
-                    )
-                if name in sums and sums[name].shape != found.shape:
-                    raise ValueError(
-                        f"calibration: layer {name!r}: batch {batch.index} has maps of {tuple(found.shape)}, "
-                        f"earlier ones of {tuple(sums[name].shape)}; impact masks need one input size"
-                    )
-                sums[name] = sums[name] + found if name in sums else found
-            images += batch.input.shape[0]
-    if not images:
-        raise ValueError("calibration: holds no images")
-    return {name: total / images for name, total in sums.items()}
+        yield outputs
+
+
+def _gradients_of(
+    network: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batch: Batch,
+    loss: Loss | None,
+    outputs: dict[str, Tensor],
+) -> dict[str, Tensor] | None:
+    """The gradients of a batch's loss, without those that there are none of; None if all is left out.
+
+    Raises:
+        TypeError, ValueError: as :func:`impacts`.
+    """
+    outputs.clear()
+    total = _loss_of(batch.ask(network), batch, loss)
+    if missing := set(modules) - set(outputs):
+        raise ValueError(f"calibration: batch {batch.index} never reaches layer {min(missing)!r}")
+    if total is None:
+        return None
+    if not bool(total.isfinite()):
+        raise ValueError(f"calibration: batch {batch.index} has loss {float(total.detach())}")
+    reached = [name for name, output in outputs.items() if output.requires_grad]
+    if not total.requires_grad or not reached:
+        return {}
+    found = torch.autograd.grad(total, [outputs[name] for name in reached], allow_unused=True)
+    return {name: one for name, one in zip(reached, found, strict=True) if one is not None}
+
+
+def _loss_of(output: Any, batch: Batch, loss: Loss | None) -> Tensor | None:
+    """The loss of a batch; None where all its labels are left out."""
+    if loss is None:
+        total = self_loss(output, batch.target, batch.index)
+        if batch.target is not None:
+            labels = class_labels(output, batch.target, batch.index)
+            if not labels.is_floating_point() and bool((labels == IGNORED).all()):
+                return None
+        return total
+    try:
+        total = loss(output, batch.target)
+    except Exception as error:
+        raise ValueError(
+            f"loss: of batch {batch.index} of the calibration data it raises {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+    if not isinstance(total, Tensor) or total.numel() != 1:
+        got = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+        raise TypeError(f"loss: of batch {batch.index} it gives a {got}; expected one number, a tensor")
+    return total.reshape(())
 
 
 def highest(impact: Tensor, rate: float) -> Positions:

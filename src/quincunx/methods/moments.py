@@ -7,13 +7,14 @@ linear algebra on them, and no data is touched again.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Accumulator", "Moments", "moments", "patches"]
+__all__ = ["Accumulator", "Moments", "completed", "few_images", "moments", "of_noise", "patches"]
 
 # of a layer on larger maps, positions are drawn: neighbours say nearly the same
 POSITIONS = 256
@@ -192,3 +193,58 @@ def moments(
         for x, y in pairs:
             sums.add(x, y)
     return sums.finish()
+
+
+def of_noise(weight: Tensor) -> Moments:
+    """The moments of white noise of power 1 and a weight's responses to it: G = I, B = W.
+
+    Args:
+        weight: W [g, P, O / g].
+    """
+    weight = weight.double()
+    g, size, outputs = weight.shape
+    return Moments(
+        gram=torch.eye(size, dtype=weight.dtype, device=weight.device).expand(g, size, size),
+        cross=weight,
+        power=weight.square().sum((1, 2)),
+        mean_patch=weight.new_zeros(g, size),
+        mean_response=weight.new_zeros(g, outputs),
+        samples=0,
+        images=0,
+    )
+
+
+def completed(data: Moments, needed: int, prior: Moments) -> Moments:
+    r"""Moments to which the samples that are missing for a full fit are added, of white noise.
+
+    Of n samples, where :math:`n^*` are needed,
+
+    .. math:: G' = G + t\,s\,G_0, \quad B' = B + t\,s\,B_0, \quad t = \max(0, n^* / n - 1), \quad
+        s = \operatorname{tr} G / \operatorname{tr} G_0
+
+    for each channel group: noise of the patches' mean power, answered as the layer's own weights answer it.
+    What is fitted to few samples is so held near those weights, the more the fewer there are; of enough
+    samples nothing changes. Means, and with them the bias, stay the data's.
+
+    Args:
+        data: of the layer's patches and responses.
+        needed: :math:`n^*`, the samples of a full fit.
+        prior: of noise, as :func:`of_noise` gives for a weight.
+    """
+    if data.samples >= needed:
+        return data
+    powers = [found.gram.diagonal(dim1=1, dim2=2).sum(1) for found in (data, prior)]
+    scale = (needed / data.samples - 1) * powers[0] / powers[1].clamp_min(torch.finfo(torch.float64).tiny)
+    return replace(
+        data,
+        gram=data.gram + scale[:, None, None] * prior.gram,
+        cross=data.cross + scale[:, None, None] * prior.cross,
+        power=data.power + scale * prior.power,
+    )
+
+
+def few_images(data: Moments, needed: int) -> dict[str, Any]:
+    """For a record: how many images there were and how many a full fit needs, if it needs more."""
+    if data.samples >= needed:
+        return {}
+    return {"images": data.images, "images_needed": -(-needed * data.images // data.samples)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.methods.fitting import check_integers, conv_of, convolution_refusal
-from quincunx.methods.moments import POSITIONS, Accumulator, Moments, moments
+from quincunx.methods.moments import POSITIONS, Accumulator, Moments, completed, few_images, moments, of_noise
 from quincunx.nn import (
     SampledConvTranspose2d,
     SampledDown2d,
@@ -31,6 +31,8 @@ Built = TypeVar("Built", bound=nn.Module)
 
 # of the mean of the patches' variances; it pulls towards the start, so what the data does not show stays
 _RIDGE = 1e-6
+# samples for each unknown of an output, below which a fit does worse on images that it has not seen
+_FULL = 6
 # values of the targets of one block of images
 _BLOCK = 1 << 24
 # of a variance: a map of zeros divides nothing by zero
@@ -53,6 +55,15 @@ class SpatialBottleneck:
     A *single* convolution D1 -> D2 (the paper's cSB) becomes a linear bottleneck D1 -> D_mid -> D2. Its
     first half are the D_mid directions of x that tell most about the responses around a position (reduced
     rank regression); the second is solved for as above.
+
+    A full fit takes n* = 6 (P + 1) samples, positions of images; P = c kh kw are the values that one output
+    reads, c being the channels that go in. Of n that are fewer, the missing ones are white noise of the same
+    mean power, answered as the layer's own weights answer it:
+
+    .. math:: \min_{W, b} E\,|y - W^T p - b|^2 + t\,s\,E\,|y_0 - W^T p_0|^2, \quad t = n^* / n - 1
+
+    with s the power of a patch p over that of the noise p_0. So few samples change little of what is made
+    without data. One warning then says how many images all layers would need.
 
     Args:
         sampling: the positions between the halves.
@@ -213,9 +224,11 @@ class _BottleneckWork:
             module.load_state_dict(conv.state_dict())
             return Replacement(module, spec, {})
         found = _read_by(module, layer, self.context.responses(layer), method, conv.out_channels, lambda y: y)
-        solution = _regression(found, _matrix(conv.weight.detach(), conv.groups))
+        start = _matrix(conv.weight.detach(), conv.groups)
+        solution = _regression(completed(found, _needed(found), of_noise(start)), start)
         _set(module, solution.transpose(1, 2).reshape(conv.weight.shape), found.bias(solution))
-        return Replacement(module, spec, {"response_error": found.error(solution)})
+        record = {"response_error": found.error(solution), **few_images(found, _needed(found))}
+        return Replacement(module, spec, record)
 
     def _second(self, layer: Layer, partner: str) -> Replacement:
         conv = conv_of(layer)
@@ -228,7 +241,7 @@ class _BottleneckWork:
         record: dict[str, object] = {}
         if self.with_data:
             pairs = self.context.responses(layer)
-            record["response_error"] = self._solve(layer, conv, module, _spread(self.method, pairs))
+            record = self._solve(conv, module, _spread(self.method, pairs))
         return Replacement(module, spec, record)
 
     def _single(self, layer: Layer) -> Replacement:
@@ -243,50 +256,58 @@ class _BottleneckWork:
             "spatial-bottleneck", SpatialBottleneck2d, conv, mid_channels=mid, down=method.down, bias=bias
         )
         pairs: Iterable[tuple[Tensor, Tensor]]
-        pairs = self.context.responses(layer) if self.with_data else _Noise(conv, mid, method)
+        pairs = noise = _Noise(conv, mid, method)
+        if self.with_data:
+            pairs = self.context.responses(layer)
         with torch.no_grad():
-            _solve_codes(layer, module, pairs, method)
-            coded = ((module.down(x), y) for x, y in pairs)
+            found = _solve_codes(layer, module, pairs, noise, method)
             last = _like(conv, mid, conv.out_channels)
             module.up.weight.zero_()  # a channel that the data does not show adds nothing
-            error = self._solve(layer, last, module.up, _spread(method, coded))
+
+            def coded(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+                return _spread(method, ((module.down(x), y) for x, y in pairs))
+
+            solved = self._solve(last, module.up, coded(pairs), lambda: coded(noise))
             _balance(module)
             if not self.with_data and conv.bias is not None and module.up.bias is not None:
                 module.up.bias.copy_(conv.bias)
         record = {**self._record(layer), "mid_channels": mid}
         if self.with_data:
-            record["response_error"] = error
+            record |= solved
+            codes = few_images(found, _needed(found))
+            if codes.get("images_needed", 0) > solved.get("images_needed", 0):
+                record |= codes
         return Replacement(module, spec, record)
 
     def _solve(
         self,
-        layer: Layer,
         conv: nn.Conv2d,
         up: SampledConvTranspose2d,
         pairs: Iterable[tuple[Tensor, Tensor]],
-    ) -> float:
-        """Set a second half to the least squares solution; the error that is left, relative.
+        noise: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None,
+    ) -> dict[str, Any]:
+        """Set a second half to the least squares solution; its record.
 
-        Seen from the filled map it is a convolution with ``conv``'s geometry, so ``conv``'s moments do.
+        Seen from the filled map it is a convolution with ``conv``'s geometry, so ``conv``'s moments do. The
+        samples that are missing are those of ``noise``, or of white noise that the half as it is answers.
         """
-        found = moments(conv, pairs, positions=self.method.positions, seed=self.method.seed)
-        _check_samples(layer, found, "second")
+        settings = {"positions": self.method.positions, "seed": self.method.seed}
+        found = moments(conv, pairs, **settings)
         start = _matrix(_transposed(up.weight.detach(), conv.groups, back=True), conv.groups)
-        solution = _regression(found, start)
+        whole, needed = found, _needed(found)
+        if found.samples < needed:
+            prior = of_noise(start) if noise is None else moments(conv, noise(), **settings)
+            whole = completed(found, needed, prior)
+        solution = _regression(whole, start)
         o, c, kh, kw = conv.weight.shape
         weight = solution.transpose(1, 2).reshape(o, c, kh, kw)
         _set(up, _transposed(weight, conv.groups), found.bias(solution))
-        return found.error(solution)
+        return {"response_error": found.error(solution), **few_images(found, needed)}
 
 
-def _check_samples(layer: Layer, found: Moments, half: str) -> None:
-    needed = found.gram.shape[1] + 1
-    if found.samples < needed:
-        images = -(-needed * found.images // found.samples)
-        raise ValueError(
-            f"calibration: layer {layer.name!r}: {found.images} images give {found.samples} samples, but "
-            f"its {half} half needs at least {needed}, that is {images} images"
-        )
+def _needed(found: Moments) -> int:
+    """Samples of a full fit: 6 (P + 1), P being the values of a patch of a channel group."""
+    return _FULL * (found.gram.shape[1] + 1)
 
 
 class _Noise:
@@ -384,9 +405,7 @@ def _read_by(
             read = x[part : part + step]
             read = window_means(read, half.window) if half.window > 1 else read
             sums.add(F.pad(read, (left, right, top, bottom)), wanted(y[part : part + step]))
-    found = sums.finish()
-    _check_samples(layer, found, "first")
-    return found
+    return sums.finish()
 
 
 def _set(half: SampledDown2d | SampledConvTranspose2d, weight: Tensor, bias: Tensor) -> None:
@@ -400,12 +419,14 @@ def _solve_codes(
     layer: Layer,
     module: SpatialBottleneck2d,
     pairs: Iterable[tuple[Tensor, Tensor]],
+    noise: Iterable[tuple[Tensor, Tensor]],
     method: SpatialBottleneck,
-) -> None:
+) -> Moments:
     """Set the first half to the directions of a patch that tell most about the responses around it.
 
     With p what the first half reads, G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under
-    the kernel, these are the leading ones of L^-1 B B^T L^-T, turned back by L^-T.
+    the kernel, these are the leading ones of L^-1 B B^T L^-T, turned back by L^-T. Missing samples are those
+    of noise. Returned are the data's own moments.
     """
     conv, down = conv_of(layer), module.down
     kernel, spread = _two(conv.kernel_size), _two(conv.dilation)
@@ -414,15 +435,21 @@ def _solve_codes(
         told = F.unfold(y, kernel, spread, half_padding(kernel, spread))
         return told.view(len(y), -1, *y.shape[-2:])
 
-    found = _read_by(down, layer, pairs, method, conv.out_channels * kernel[0] * kernel[1], around)
-    factor = torch.linalg.cholesky(_damped(found))
-    told = torch.linalg.solve_triangular(factor, found.cross, upper=False)
+    def read(pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+        return _read_by(down, layer, pairs, method, conv.out_channels * kernel[0] * kernel[1], around)
+
+    found = whole = read(pairs)
+    if pairs is not noise and found.samples < _needed(found):
+        whole = completed(found, _needed(found), read(noise))
+    factor = torch.linalg.cholesky(_damped(whole))
+    told = torch.linalg.solve_triangular(factor, whole.cross, upper=False)
     count = down.out_channels // conv.groups
     with torch.random.fork_rng([told.device] if told.is_cuda else []):
         torch.manual_seed(method.seed)
         leading = _leading(told, count)
     directions = torch.linalg.solve_triangular(factor.transpose(1, 2), leading, upper=True)
     down.weight.copy_(directions.transpose(1, 2).reshape(down.weight.shape))
+    return found
 
 
 def _balance(module: SpatialBottleneck2d) -> None:
