@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from quincunx import networks
 from quincunx.methods import build_module
 from quincunx.networks.weights import fill, place_of
-from quincunx.reading import Entry, difference, read_json, read_tensors, sha256_of
+from quincunx.preprocessing import Preprocessing
+from quincunx.reading import Entry, difference, read_json, read_tensors, reason_of, sha256_of
 from quincunx.surgery import Attached, put
 from quincunx.writing import (
     fill_folder,
@@ -343,6 +344,10 @@ def _read_spec(folder: Path) -> Entry:
 def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
     """Read a model that :func:`save` wrote; in evaluation mode, on the CPU.
 
+    Where the artifact notes how its training saw images, as those of the command line do, the model has an
+    attribute ``preprocess``: a :class:`quincunx.preprocessing.Preprocessing`, a function from images in bytes
+    or in [0, 1] to what the network takes; ``.mean``, ``.std`` and ``.size`` tell it.
+
     Nothing in the folder is executed: nothing is unpickled, and the name of a function that was noted there
     is not imported. Only the function that you pass is called.
 
@@ -397,11 +402,14 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
         else:
             _measure_replaced(replaced, state, what)
             model = _rebuilt(own, replaced)
+        state = _renamed(model, state)
+        take_dtypes(model, state)
+        fill(model, state, what)
     if own is not None:
         note_factory(unwrapped(model), name)
-    state = _renamed(model, state)
-    take_dtypes(model, state)
-    fill(model, state, what)
+    seen = Preprocessing.of(spec.value.get("info"))
+    if seen is not None and not hasattr(model, "preprocess"):
+        model.preprocess = seen  # type: ignore[assignment, unused-ignore]
     return model.eval()
 
 
@@ -439,10 +447,10 @@ def _describing(folder: Path, own: str | None) -> Iterator[None]:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         if str(error).startswith(str(folder)):
-            raise
+            # names that a file has may be of several lines
+            raise ValueError(reason_of(error)) from error
         told = "describes no network that can be built" if own is None else f"does not fit {own}'s network"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{folder / _SPEC}: {told} ({reason[:500]})") from error
+        raise ValueError(f"{folder / _SPEC}: {told} ({reason_of(error)})") from error
 
 
 # ---------------------------------------------------------------- sizes before memory
