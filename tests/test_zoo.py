@@ -172,10 +172,33 @@ def test_networks_whose_answers_show_nothing_are_left_out():
 
 
 def test_reasons_are_counted_whatever_names_and_numbers_they_hold():
-    assert zoo.reasons(["called 2 times", "called 31 times", "shared with 'a.b'"]) == {
+    said = ["called 2 times", "called 31 times", "shared with 'a.b'", "1 x 1: no rank", "a 5 x 1 kernel"]
+    assert zoo.reasons(said) == {
         "called n times": 2,
         "shared with '...'": 1,
+        "1 x 1: no rank": 1,
+        "a n x n kernel": 1,
     }
+
+
+def test_of_networks_too_large_no_layers_are_fitted(monkeypatch):
+    monkeypatch.setattr(zoo, "LARGE", 10)
+    row = {}
+    zoo.examine(zoo.Entry("own/scaled", Scaled), row.__setitem__)
+    assert "accelerated" not in row
+    assert row["methods"]["sb"]["takes"] >= 0
+
+
+def test_some_networks_do_not_overwrite_the_result_of_all(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(zoo, "catalogue", lambda _: ([zoo.Entry("a", nn.Identity)], []))
+    monkeypatch.setattr(zoo, "run", lambda _, out, **options: asked.append(out) or 0)
+    zoo.main(["--only", "a"])
+    zoo.main([])
+    zoo.main(["--only", "a", "--out", str(tmp_path / "own.json")])
+    result = PATH.parent.parent / "results" / "zoo.json"
+    assert asked[0] != result
+    assert asked[1:] == [result, tmp_path / "own.json"]
 
 
 # ---------------------------------------------------------------- processes
