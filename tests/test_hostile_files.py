@@ -275,6 +275,8 @@ class Table:
         self.scores.write(self.path)
 
     def read(self):
+        for row in self.scores.rows:
+            row.loss = row.seconds_saved = row.why_not = None
         self.scores._recall(self.path)
         for row in self.scores.usable():
             self.scores._sketch([(self.scores._unit(row), self.scores._specs_of(row))])

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from quincunx.data.memory import gigabytes
 from quincunx.files import ZIP_DAMAGE, bounded, naming, read_member
 from quincunx.pickles import Dictionary, Makers, Named, read_pickle
+from quincunx.reading import reason_of
 from quincunx.writing import write_atomically
 
 __all__ = ["check_disk", "only_writer", "read_checkpoint", "write_checkpoint"]
@@ -99,8 +100,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except _UNREADABLE as error:
         if isinstance(error, OSError) and not isinstance(error, zipfile.BadZipFile):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: corrupt, or no checkpoint of quincunx ({reason[:200]})") from error
+        raise ValueError(f"{path}: corrupt, or no checkpoint of quincunx ({reason_of(error)})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: no checkpoint of quincunx")
     version = content.get("version")

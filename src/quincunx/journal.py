@@ -11,7 +11,7 @@ from typing import Any
 from quincunx.artifact import build_measured, storable_state, take_dtypes
 from quincunx.methods import build_module
 from quincunx.networks.weights import fill
-from quincunx.reading import difference, read_json, read_sealed, read_tensors, sealed, sha256_of
+from quincunx.reading import difference, read_json, read_sealed, read_tensors, reason_of, sealed, sha256_of
 from quincunx.streams import Layer
 from quincunx.surgery import Replacement
 from quincunx.writing import write_atomically, write_json, write_tensors
@@ -73,10 +73,13 @@ class FolderJournal:
                 raise ValueError("other sizes than the weights have")
             module = build_module(spec)
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"{place}: describes no layer of these weights ({error})") from error
+            raise ValueError(f"{place}: describes no layer of these weights ({reason_of(error)})") from error
         module.to(next(layer.module.parameters()).dtype)
         take_dtypes(module, state)
-        fill(module, state, what)
+        try:
+            fill(module, state, what)
+        except ValueError as error:
+            raise ValueError(reason_of(error)) from error
         self.recalled.append(layer.name)
         return Replacement(module, spec, record)
 

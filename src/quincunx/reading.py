@@ -21,7 +21,17 @@ from torch import Tensor
 
 from quincunx.files import bounded, naming
 
-__all__ = ["Entry", "difference", "read_json", "read_sealed", "read_tensors", "sealed", "sha256_of", "shown"]
+__all__ = [
+    "Entry",
+    "difference",
+    "read_json",
+    "read_sealed",
+    "read_tensors",
+    "reason_of",
+    "sealed",
+    "sha256_of",
+    "shown",
+]
 
 # memory that one byte of JSON can become: "{}," makes an empty dictionary
 _PER_BYTE = 24
@@ -42,8 +52,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a JSON file ({reason[:_SHOWN]})") from error
+        raise ValueError(f"{path}: not a JSON file ({reason_of(error)})") from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -62,6 +71,13 @@ def shown(value: object) -> str:
     """A value in an error's sentence: on one line, and cut where it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, on one line, or else its class."""
+    # torch appends where it was raised, line after line
+    text = str(error).partition("\nException raised from")[0]
+    return " ".join(text.split())[:500] or type(error).__name__
 
 
 class Entry:
@@ -244,5 +260,4 @@ def read_tensors(path: Path, *, what: str | None = None) -> dict[str, Tensor]:
         try:
             return load_file(str(path))
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{what}: damaged, or no file of tensors ({reason[:_SHOWN]})") from error
+            raise ValueError(f"{what}: damaged, or no file of tensors ({reason_of(error)})") from error

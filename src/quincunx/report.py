@@ -165,9 +165,9 @@ def _check(path: Path, content: dict[str, Any], reads: Callable[[dict[str, Any]]
     try:
         reads(content)
     except KeyError as error:
-        raise ValueError(f"{path}: not a whole result, {error} is missing") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole result ({error})") from None
+        raise ValueError(f"{path}: not a whole result, {str(error)[:200]} is missing") from None
+    except (AttributeError, LookupError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a whole result ({' '.join(str(error).split())[:200]})") from None
 
 
 _ENVIRONMENT = ("time", "command", "commit", "cpu", "cores", "capability", "threads", "quincunx", "torch")

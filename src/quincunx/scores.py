@@ -25,7 +25,7 @@ from quincunx.files import bounded
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, measure_models
 from quincunx.methods import Assigned, build_module
-from quincunx.reading import Entry, difference, read_json
+from quincunx.reading import Entry, difference, read_json, reason_of
 from quincunx.streams import Calibration, Layer
 from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, prepare, put, tried
 from quincunx.tail import Tails
@@ -87,7 +87,12 @@ class Scores:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model, self.candidates, self.tell = model, candidates, tell
-        first = next(iter(Calibration(calibration, model))).input
+        batch = Calibration(calibration, model).first()
+        if not batch.plain:
+            raise TypeError(
+                "calibration: batch 0 has more than one input tensor; a search for a target takes networks of one"
+            )
+        first = batch.input
         self.example = first[:8] if example_input is None else example_input
         # classes of layers, and whether pairs are to be found
         asked = Assigned({f"{i}": method for i, method in enumerate(candidates)})
@@ -284,8 +289,7 @@ class Scores:
         try:
             measured = build_measured(lambda: build_module(spec), state)
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise entry.wrong(f"the spec of a layer ({reason})") from error
+            raise entry.wrong(f"the spec of a layer ({reason_of(error)})") from error
         size = sum(value.nbytes for value in measured.state_dict().values())
         most = (1 << 20) + 4 * sum(value.nbytes for value in state.values())
         bounded(size, what=f"{entry.file}: {entry.at}", at_most=most)

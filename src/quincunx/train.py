@@ -33,6 +33,7 @@ from quincunx.evaluation import check_channels, check_scores, device_of, evaluat
 from quincunx.latency import environment
 from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
+from quincunx.reading import reason_of
 from quincunx.recipes import Recipe, from_dict
 
 __all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "identity_of", "other_part"]
@@ -181,6 +182,12 @@ def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:
     """The number of the first epoch of least test error; of equal ones that of the least test loss."""
     best = min(history, key=lambda entry: (entry["test_error"], entry["test_loss"]))
     return int(best["epoch"])
+
+
+def _is_entry(value: object) -> bool:
+    """Whether a checkpoint's history has an epoch here."""
+    names = ("epoch", "train_error", "test_loss", "test_error", "seconds")
+    return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in names)
 
 
 class _Run:
@@ -467,7 +474,9 @@ class _Run:
             other = other_part({**json.loads(content["identity"])}, ours)
             state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
             history = json.loads(content["history"])
-        except (KeyError, TypeError, ValueError) as error:
+            if not isinstance(history, list) or not all(_is_entry(entry) for entry in history):
+                raise ValueError("no history of epochs")
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
         if other is not None:
             raise ValueError(
@@ -484,8 +493,8 @@ class _Run:
                 if {k: v.shape for k, v in content["best"].items()} != {k: v.shape for k, v in now.items()}:
                     raise ValueError("other weights of the best epoch")
                 self.best = dict(content["best"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.checkpoint}: does not fit the network ({error})") from error
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.checkpoint}: does not fit the network ({reason_of(error)})") from error
         self.history, self.saved = history, len(history)
 
     def _finish(self) -> dict[str, Any]:
