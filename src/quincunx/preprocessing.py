@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -51,18 +51,18 @@ class Preprocessing:
 
     @classmethod
     def of(cls, info: Any) -> Preprocessing | None:
-        """From what an artifact notes of its training, "data" with "mean" and "std"; None where it does not."""
+        """From what an artifact notes of its training ("data": "mean", "std"); None where it does not."""
         data = info.get("data") if isinstance(info, dict) else None
         if not isinstance(data, dict):
             return None
         mean, std, size = (data.get(key) for key in ("mean", "std", "size"))
         if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 0):
             return None
-        sides = tuple(size) if _numbers(size) and len(size) == 2 else None
+        sides = (int(size[0]), int(size[1])) if _numbers(size) and len(size) == 2 else None
         return cls(tuple(mean), tuple(std), sides)
 
 
-def _numbers(values: Any) -> bool:
+def _numbers(values: Any) -> TypeGuard[list[float]]:
     return (
         isinstance(values, list)
         and len(values) > 0
