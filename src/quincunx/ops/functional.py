@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quincunx.ops.traced import as_tensor, is_tracing
 from quincunx.plan import Geometry
 from quincunx.sampling import Sampling
 
@@ -174,9 +175,10 @@ def sampled_conv2d(
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("x", x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
-    grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(x.shape[2], x.shape[3])
-    _check_grid(grid, x.shape[2:], weight)
-    sampling.count(*grid)  # a grid the sampling cannot be laid on is refused here, by name
+    if not is_tracing():  # the operator checks as well, in its own words
+        grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(x.shape[2], x.shape[3])
+        _check_grid(grid, x.shape[2:], weight)
+        sampling.count(*grid)  # a grid the sampling cannot be laid on is refused here, by name
     result: Tensor = torch.ops.quincunx.conv(
         x, weight, bias, sampling.spec, strides, paddings, dilations, groups
     )
@@ -228,10 +230,15 @@ def sampled_conv_transpose2d(
     _check_map("y", y)
     _check_map("weight", weight)
     y, weight, bias = _autocast(y, weight, bias)
-    height, width = pair("size", size, 1)
     dilations = pair("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], (1, 1), dilations)
     _check_parameters("y", y, weight, bias, weight.shape[0], weight.shape[1] * groups, groups)
+    if is_tracing():
+        traced: Tensor = torch.ops.quincunx.traced_conv_transpose(
+            y, weight, bias, as_tensor(size), sampling.spec, (1, 1), paddings, dilations, groups
+        )
+        return traced
+    height, width = pair("size", size, 1)
     grid = Geometry.make(weight.shape[2:], (1, 1), paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
     _check_count(y, sampling, grid)
@@ -270,6 +277,9 @@ def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tenso
     """
     _check_sampling(sampling)
     _check_map("y", y)
+    if is_tracing():
+        traced: Tensor = torch.ops.quincunx.traced_fill(y, sampling.spec, as_tensor(size))
+        return traced
     height, width = pair("size", size, 1)
     _check_count(y, sampling, (height, width))
     result: Tensor = torch.ops.quincunx.fill(y, sampling.spec, (height, width))
@@ -331,15 +341,21 @@ def filled_conv2d(
     _check_map("y", y)
     _check_map("weight", weight)
     y, weight, bias = _autocast(y, weight, bias)
-    height, width = pair("size", size, 1)
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("y", y, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
+    where = (strides, paddings, dilations, groups)
+    if is_tracing():
+        traced: Tensor = torch.ops.quincunx.traced_conv_filled(
+            y, weight, bias, source.spec, as_tensor(size), sampling.spec, *where
+        )
+        return traced
+    height, width = pair("size", size, 1)
     _check_count(y, source, (height, width))
     grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
     sampling.count(*grid)
     result: Tensor = torch.ops.quincunx.conv_filled(
-        y, weight, bias, source.spec, (height, width), sampling.spec, strides, paddings, dilations, groups
+        y, weight, bias, source.spec, (height, width), sampling.spec, *where
     )
     return result

@@ -1,0 +1,67 @@
+"""The operators that take a grid's size, with the size as a tensor: what ``torch.jit.trace`` records.
+
+A trace keeps integers as they were, so that it would go on with the size it was made on. A size that it
+reads from a map is a tensor to it, and these operators pass it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_tensor", "is_tracing"]
+
+_LIBRARY = torch.library.Library("quincunx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is recording."""
+    return torch._C._get_tracing_state() is not None
+
+
+def as_tensor(size: Sequence[Any]) -> Tensor:
+    """(H, W) as one tensor, which a trace follows to the map that it was read from."""
+    return torch.stack([torch.as_tensor(value) for value in size])
+
+
+def _size(size: Tensor) -> tuple[int, int]:
+    height, width = size.tolist()
+    return int(height), int(width)
+
+
+def _fill(y: Tensor, sampling: str, size: Tensor) -> Tensor:
+    result: Tensor = torch.ops.quincunx.fill(y, sampling, _size(size))
+    return result
+
+
+def _conv_transpose(y: Tensor, weight: Tensor, bias: Tensor | None, size: Tensor, *geometry: Any) -> Tensor:
+    result: Tensor = torch.ops.quincunx.conv_transpose(y, weight, bias, _size(size), *geometry)
+    return result
+
+
+def _conv_filled(
+    y: Tensor, weight: Tensor, bias: Tensor | None, source: str, size: Tensor, *geometry: Any
+) -> Tensor:
+    result: Tensor = torch.ops.quincunx.conv_filled(y, weight, bias, source, _size(size), *geometry)
+    return result
+
+
+for _name, _schema, _function in (
+    ("traced_fill", "(Tensor y, str sampling, Tensor size) -> Tensor", _fill),
+    (
+        "traced_conv_transpose",
+        f"(Tensor y, Tensor weight, Tensor? bias, Tensor size, {_GEOMETRY}) -> Tensor",
+        _conv_transpose,
+    ),
+    (
+        "traced_conv_filled",
+        f"(Tensor y, Tensor weight, Tensor? bias, str source, Tensor size, {_GEOMETRY}) -> Tensor",
+        _conv_filled,
+    ),
+):
+    _LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
