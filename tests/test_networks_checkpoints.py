@@ -70,6 +70,7 @@ FORMS = {
         "state_dict_ema": shifted(s),
         "state_dict": prefixed(s, "module."),
     },
+    "an average under a usual key": lambda s: {"ema": {"state_dict": shifted(s)}, "trained": s},
     "beside an optimiser": lambda s: {
         "model": s,
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(4)}}, "param_groups": [{"lr": 0.1}]},
