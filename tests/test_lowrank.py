@@ -506,7 +506,7 @@ def test_data_that_is_not_there():
 @pytest.mark.parametrize("method", [qx.LowRank(8), qx.Espace(8, mask="uniform")])
 def test_too_few_images_are_one_line_and_a_network(method):
     model, x = network(), images(1, 3, 8)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="few") as told:
         result = qx.accelerate(model, method, calibration=[x])
     (line,) = {str(one.message) for one in told}
     needed = {n: r["images_needed"] for n, r in result.replaced.items() if "images_needed" in r}

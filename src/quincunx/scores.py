@@ -90,7 +90,8 @@ class Scores:
         batch = Calibration(calibration, model).first()
         if not batch.plain:
             raise TypeError(
-                "calibration: batch 0 has more than one input tensor; a search for a target takes networks of one"
+                "calibration: batch 0 has more than one input tensor; a search for a target takes networks "
+                "of one"
             )
         first = batch.input
         self.example = first[:8] if example_input is None else example_input

@@ -17,6 +17,7 @@ from quincunx.choice import Candidate, Target, candidates_named, choose
 from quincunx.cost import inference_mode_of
 from quincunx.gain import without_slower
 from quincunx.methods import Assigned
+from quincunx.methods.masks import class_labels
 from quincunx.modules import copied
 from quincunx.scores import BUDGET, Scores
 from quincunx.surgery import Accelerated, Journal, Method, Where
@@ -453,7 +454,11 @@ class _Builder:
         with inference_mode_of(network):
             for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
                 own = answer.argmax(1)
-                wanted = batch.target if isinstance(batch.target, Tensor) else own
+                wanted = own
+                if batch.target is not None:
+                    wanted = class_labels(answer, batch.target, batch.index)
+                    # probabilities stand for the class that is likeliest
+                    wanted = wanted.argmax(1) if wanted.is_floating_point() else wanted
                 before += int((own == wanted).sum())
                 after += int((network(batch.input).argmax(1) == wanted).sum())
                 count += wanted.numel()
