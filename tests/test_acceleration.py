@@ -16,6 +16,7 @@ import quincunx as qx
 from quincunx import acceleration
 from quincunx.acceleration import accelerate_trained, mcnemar, reestimate_batch_norm, sample
 from quincunx.acceleration_report import acceleration_sentences, search_sentences, write_acceleration_report
+from quincunx.checkpoint import only_writer
 from quincunx.journal import FolderJournal
 from quincunx.recipes import Recipe
 from quincunx.train import fit
@@ -240,8 +241,29 @@ def test_the_verb_from_a_trained_run_to_a_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ("--network", "rrn8", "--epochs", "1", "--threads", "1", "--json")
     assert call("train", *small, "--out", "run").exit_code == 0
-    fast = ("--method", "lrd", "--rank-budget", "0.7", "--calibration", "60", "--rounds", "3")
-    done = call("accelerate", "run", *fast, "--threads", "1", "--finetune-epochs", "1", "--lr", "0.001")
+    fast = (
+        "--method",
+        "lrd",
+        "--rank-budget",
+        "0.7",
+        "--calibration",
+        "60",
+        "--rounds",
+        "3",
+        "--keep-slower",
+    )
+    done = call(
+        "accelerate",
+        "run",
+        *fast,
+        "--keep-slower",
+        "--threads",
+        "1",
+        "--finetune-epochs",
+        "1",
+        "--lr",
+        "0.001",
+    )
     assert done.exit_code == 0, done.stderr
     assert "MACs became" in done.stdout
     result = json.loads((tmp_path / "fast" / "accelerate.json").read_text())
@@ -308,10 +330,38 @@ def test_the_command_takes_images_without_classes(tmp_path, monkeypatch):
     done = call(*options, "--unlabelled", "--distill", "0.5", "--finetune-epochs", "1")
     assert done.exit_code == 2
     assert "distill=0.5: without labels" in done.stderr
-    more = ("--finetune-epochs", "1", "--distill-features", "0.5", "--calibration", "20")
+    more = ("--finetune-epochs", "1", "--distill-features", "0.5", "--calibration", "20", "--keep-slower")
+    more = (*more, "--method", "espace")
     done = call(*options, "--unlabelled", *more)
     assert done.exit_code == 0, done.stderr
     result = json.loads(Path("fast/accelerate.json").read_text())
     assert (result["recipe"]["distill"], result["recipe"]["distill_features"]) == (1.0, 0.5)
     assert result["stages"][0]["error"] == 0
     assert "The images have no labels" in Path("fast/report.html").read_text()
+
+
+def test_fine_tuning_that_makes_it_worse_is_not_kept(tmp_path):
+    """At a ruinous learning rate the network from before it is the result, and the best epoch otherwise."""
+    recipe = Recipe("ruin", epochs=2, batch_size=20, lr=0.5, augment="none")
+    options = {"layers": ["layer1.*"], "calibration": 40, "batch": 1, "rounds": 3}
+    model = network()
+    images = (DATA.test.images.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.3
+    # its own answers are the labels, so that it has something to lose
+    labels = model(images).argmax(1)
+    data = dataclasses.replace(DATA, test=dataclasses.replace(DATA.test, labels=labels))
+    result = accelerate_trained(model, METHOD, data, tmp_path, recipe=recipe, **options)
+    before, after = result["stages"][-2:]
+    assert after["error"] <= before["error"]
+    history = json.loads((tmp_path / "finetune" / "run.json").read_text())
+    assert history["test_error"] == min(entry["test_error"] for entry in history["history"])
+    assert ("not kept" in after["name"]) == (history["test_error"] > before["error"])
+
+
+def test_weights_that_are_no_numbers_and_a_second_run_in_the_folder_are_refused(tmp_path):
+    model = network()
+    with only_writer(tmp_path), pytest.raises(BlockingIOError, match="another run is writing"):
+        accelerate_trained(model, METHOD, DATA, tmp_path, calibration=20)
+    with torch.no_grad():
+        model.conv1.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"model: 9 of the 432 values of conv1\.weight are not finite"):
+        accelerate_trained(model, METHOD, DATA, tmp_path, calibration=20)
