@@ -480,8 +480,8 @@ class _Run:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
         if other is not None:
             raise ValueError(
-                f"{self.checkpoint}: a checkpoint of another {other}; another --out keeps both, and without "
-                f"the folder {self.folder} this one starts anew"
+                f"{self.checkpoint}: give another --out, or delete {self.folder} to start anew: a checkpoint of "
+                f"another {other}"
             )
         try:
             self.model.load_state_dict(state)
