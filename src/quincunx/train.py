@@ -480,8 +480,8 @@ class _Run:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
         if other is not None:
             raise ValueError(
-                f"{self.checkpoint}: give another --out, or delete {self.folder} to start anew: a checkpoint of "
-                f"another {other}"
+                f"{self.checkpoint}: give another --out, or delete {self.folder} to start anew: a checkpoint "
+                f"of another {other}"
             )
         try:
             self.model.load_state_dict(state)
