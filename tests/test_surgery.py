@@ -537,6 +537,7 @@ def test_an_interrupted_run_goes_on_where_it_was(method):
 # ---------------------------------------------------------------- on disk
 
 
+@pytest.mark.filterwarnings("ignore:calibration. 8 images are few:UserWarning")
 @pytest.mark.parametrize(
     "method", [qx.LowRank(2), qx.Espace(2, pointwise=True, resize_masks=True), qx.Espace(2, mask="random")]
 )
