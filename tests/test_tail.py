@@ -171,7 +171,7 @@ def test_what_lies_before_runs_once():
 )
 def test_a_method_in_place_of_a_layer(method):
     model = made("resnet")
-    data = images(model)
+    data = images(model, 24)  # enough for the method that needs the most
     tails = Tails(model, data)
     name = "stages.1.0.conv2"
     with inference_mode_of(model):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["copied", "first_line", "forward_hooks", "known_class", "surely"]
+__all__ = ["copied", "first_line", "forward_hooks", "known_class", "padding_of", "surely"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,6 +70,22 @@ def _kept(found: type[nn.Module]) -> set[str]:
 def surely(module: object, *classes: type[M]) -> bool:
     """Whether a module surely runs the forward of one of some classes: :func:`known_class` as a question."""
     return known_class(module, classes) is not None
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) as a convolution's forward pads with zeros now.
+
+    What its constructor noted for other modes does not follow a padding that is set later.
+    """
+    kernel, dilation = conv.weight.shape[2:], conv.dilation
+    spread = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
+    if conv.padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, spread, strict=True)]
+        top, left = (t // 2 for t in total)
+        return top, total[0] - top, left, total[1] - left
+    padding = 0 if conv.padding == "valid" else conv.padding
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])
+    return int(vertical), int(vertical), int(horizontal), int(horizontal)
 
 
 def forward_hooks(module: nn.Module) -> int:

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.nn import SampledConv2d, SampledConvTranspose2d
+from quincunx import tracing
+from quincunx.effects import added_to, module_of
+from quincunx.modules import known_class, surely
+from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d
 from quincunx.paired import PairedDown2d, PairedUp2d
 from quincunx.pairs import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from quincunx.plan import Geometry
 from quincunx.quantised import QuantConv2d, QuantLinear
+from quincunx.separable import MaskedConv2d
 from quincunx.steps import Follower
 
 __all__ = [
@@ -26,88 +30,66 @@ __all__ = [
     "activation",
     "addition",
     "affine_of",
+    "by_position",
     "drop_nothings",
     "follower",
     "give_sizes",
+    "is_conv",
+    "is_leaf",
     "is_map",
-    "module_of",
-    "out_of_place",
     "padded_channels",
     "size_of",
     "subsampled",
+    "tensor_of",
     "trace",
 ]
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
-CONVS = (nn.Conv2d, SampledConv2d, SampledConvTranspose2d)
+_ADDS = {operator.add, torch.add, added_to, "add"}
+_RELUS = {F.relu, torch.relu, "relu"}
+_SAMPLED = (SampledConv2d, PerforatedConv2d, MaskedConv2d, SampledDown2d, PairedDown2d)
+_TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
+CONVS = (nn.Conv2d, *_SAMPLED, *_TRANSPOSED)
 # they run as they are
 _WHOLE = (QuantConv2d, QuantLinear)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout}
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*CONVS, *_WHOLE)) or super().is_leaf_module(m, module_qualified_name)
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module of ours is one node of a graph."""
+    return surely(module, *CONVS, *_WHOLE)
 
 
-def trace(model: nn.Module) -> fx.Graph:
-    """A network's graph for the arguments that it cannot do without.
-
-    Those that are None by default stay None and are no inputs of the graph: a forward asks whether they
-    are there, and what stands for a value while tracing always is.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    left_out = {name: None for name, parameter in parameters.items() if parameter.default is None}
-    try:
-        graph = _Tracer().trace(model, concrete_args=left_out)
-        for node in [n for n in graph.nodes if n.op == "placeholder" and n.args == (None,)]:
-            for check in list(node.users):
-                graph.erase_node(check)
-            graph.erase_node(node)
-        return graph
-    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
-        raise TypeError(
-            f"model: {type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
-            "fuse the parts of it that can be"
-        ) from error
+def trace(model: nn.Module) -> tracing.Traced:
+    """A network's graph for the arguments that it cannot do without; see :func:`quincunx.tracing.trace`."""
+    return tracing.trace(model, is_leaf)
 
 
-def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+def is_conv(module: nn.Module | None) -> bool:
+    """Whether a module is surely one of the convolutions that a step can be."""
+    return surely(module, *CONVS)
+
+
+def by_position(model: nn.Module, graph: fx.Graph) -> None:
+    """Arguments by name, of modules that are known, become arguments by position."""
+    known = (*CONVS, nn.BatchNorm2d, nn.Linear, *ACTIVATIONS, nn.ReLU6, *_NOTHING, *_POOLINGS)
+    for node in graph.nodes:
+        module = module_of(model, node)
+        if node.kwargs and module is not None and (found := known_class(module, known)) is not None:
+            bound = inspect.signature(found.forward).bind(module, *node.args, **node.kwargs)
+            node.args, node.kwargs = tuple(bound.args[1:]), dict(bound.kwargs)
 
 
 def drop_nothings(model: nn.Module, graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        if isinstance(module_of(model, node), _NOTHING):
+        module = module_of(model, node)
+        nothing = surely(module, *_NOTHING) and module is not None and not module.training
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+            nothing = bound.arguments.get("training", True) is False
+        if nothing and node.args and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def out_of_place(model: nn.Module, graph: fx.Graph) -> None:
-    """In-place additions and activations made ordinary: who reads the changed value afterwards is made
-    to read the result."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        module = module_of(model, node)
-        inplace = (
-            getattr(module, "inplace", False)
-            or node.target in (operator.iadd, "add_", "relu_", torch.relu_, F.relu_)
-            or node.kwargs.get("inplace", False)
-        )
-        if inplace and node.args and isinstance(node.args[0], fx.Node):
-            changed = node.args[0]
-            for user in list(changed.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(changed, node)
-            if module is not None:
-                module.inplace = False  # type: ignore[assignment]
-            elif node.op == "call_function":
-                node.target = torch.add if node.target is operator.iadd else F.relu
-            elif node.op == "call_method":
-                node.target = str(node.target).rstrip("_")
-            if "inplace" in node.kwargs:
-                node.kwargs = {**node.kwargs, "inplace": False}
 
 
 def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
@@ -129,10 +111,17 @@ def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
 def activation(model: nn.Module, node: fx.Node) -> int:
     """1 for ReLU, 2 for ReLU6, 0 for anything else."""
     module = module_of(model, node)
-    if isinstance(module, nn.ReLU) or (node.op != "call_module" and node.target in _RELUS):
+    if getattr(module, "inplace", False) or _in_place(node):
+        return 0
+    if surely(module, nn.ReLU) or (node.op != "call_module" and node.target in _RELUS):
         return 1
-    sixth = isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0)
-    return 2 if sixth or node.target is F.relu6 else 0
+    sixth = surely(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0)  # type: ignore[union-attr]
+    return 2 if sixth or (node.op != "call_module" and node.target is F.relu6) else 0
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether a call of one of torch's activation functions changes what it is given."""
+    return bool(node.kwargs.get("inplace")) or (len(node.args) > 1 and node.args[-1] is True)
 
 
 def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -144,16 +133,58 @@ def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def affine_of(model: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) of a batch norm in evaluation mode, float64."""
+def affine_of(
+    model: nn.Module, node: fx.Node, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """(scale, shift) of a batch norm in evaluation mode, float64.
+
+    Args:
+        dtype: of the maps, where that is known; torch normalises maps in bfloat16 with statistics in
+            float32 too, and nothing else that is mixed.
+    """
     norm = module_of(model, node)
-    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+    if surely(norm, nn.BatchNorm2d) and norm is not None and not norm.training and len(node.args) == 1:
+        found = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    elif node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm):
+        found = _functional_norm(model, node)
+    else:
         return None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift + norm.bias.double() if norm.bias is not None else shift
+    mean, variance, weight, bias, eps = found
+    kinds = {t.dtype for t in (mean, variance, weight, bias) if isinstance(t, Tensor)}
+    allowed = {torch.float32, torch.bfloat16} if dtype in (None, torch.bfloat16) else {dtype}
+    if mean is None or variance is None or len(kinds) != 1 or not kinds <= allowed:
+        return None
+    scale = (variance.double() + eps).rsqrt()  # type: ignore[operator]
+    if weight is not None:
+        scale = scale * weight.double()  # type: ignore[operator]
+    shift = -mean.double() * scale  # type: ignore[operator]
+    return scale, shift + bias.double() if bias is not None else shift  # type: ignore[operator]
+
+
+_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def _functional_norm(model: nn.Module, node: fx.Node) -> tuple[Any, ...]:
+    """(mean, variance, weight, bias, eps) of a call of ``F.batch_norm`` on the network's own tensors."""
+    if node.target is F.batch_norm:
+        given = dict(zip(_NORM, node.args, strict=False)) | node.kwargs
+    else:
+        # torch.batch_norm has another order
+        order = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+        given = dict(zip(order, node.args, strict=False)) | node.kwargs
+    tensors = [given.get(name) for name in _NORM[1:5]]
+    own = all(t is None or (isinstance(t, fx.Node) and t.op == "get_attr") for t in tensors)
+    eps = given.get("eps", 1e-5)
+    if not own or given.get("training", False) or not isinstance(eps, float):
+        return None, None, None, None, 0.0
+    values = (None if t is None else tensor_of(model, t) for t in tensors)  # type: ignore[arg-type]
+    return (*values, eps)
+
+
+def tensor_of(model: nn.Module, node: fx.Node) -> Tensor:
+    """The network's own tensor that a ``get_attr`` node is."""
+    found: Tensor = operator.attrgetter(str(node.target))(model)
+    return found.detach()
 
 
 def subsampled(node: fx.Node) -> tuple[fx.Node, int] | None:
@@ -168,15 +199,17 @@ def subsampled(node: fx.Node) -> tuple[fx.Node, int] | None:
     return (node.args[0], steps[0]) if isinstance(steps[0], int) and steps[0] > 1 else None  # type: ignore[return-value]
 
 
-def padded_channels(node: fx.Node) -> fx.Node | None:
-    """The map that a node pads with zero channels behind its own."""
+def padded_channels(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The map that a node pads with zero channels behind its own, and how many."""
     if node.target is not F.pad or len(node.args) != 2:
         return None
     if node.kwargs.get("mode", "constant") != "constant" or node.kwargs.get("value"):
         return None
     amounts = node.args[1]
     zero = isinstance(amounts, tuple) and len(amounts) == 6 and not any(amounts[:5])
-    return node.args[0] if zero and isinstance(amounts[5], int) and amounts[5] >= 0 else None  # type: ignore[return-value,index]
+    if not zero or not isinstance(amounts[5], int) or amounts[5] < 0:  # type: ignore[index]
+        return None
+    return node.args[0], amounts[5]  # type: ignore[return-value,index]
 
 
 def size_of(node: object) -> fx.Node | None:
@@ -194,11 +227,11 @@ def size_of(node: object) -> fx.Node | None:
 def is_map(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
     maps = (*CONVS, QuantConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
-    if isinstance(module_of(model, node), maps):
+    if surely(module_of(model, node), *maps):
         return True
     if activation(model, node) or addition(node) is not None:
         return any(is_map(model, a) for a in node.all_input_nodes)
-    return any(isinstance(module_of(model, user), maps) for user in node.users)
+    return any(surely(module_of(model, user), *maps) for user in node.users)
 
 
 # ---------------------------------------------------------------- what reads maps in compact form
@@ -208,9 +241,10 @@ _POINTWISE_MODULES = (*ACTIVATIONS, nn.LocalResponseNorm)
 _POINTWISE_FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
     F.local_response_norm,
-    *(operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum),
+    *(operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum, added_to),
 }
 _POINTWISE_METHODS = {"relu", "sigmoid", "tanh", "add", "sub", "mul"}
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
@@ -266,7 +300,9 @@ def _pointwise(model: nn.Module, node: fx.Node) -> Follower | None:
     if sources is None or not _constants((*rest, *node.kwargs.values())):
         return None
     function: Callable[..., Tensor]
-    if isinstance(module, _POINTWISE_MODULES) or affine_of(model, node) is not None:
+    if _in_place(node) or getattr(module, "inplace", False):
+        return None
+    if surely(module, *_POINTWISE_MODULES) or (module is not None and affine_of(model, node) is not None):
         if module is None or rest or node.kwargs:
             return None
         function = module
@@ -291,7 +327,7 @@ def _concatenation(node: fx.Node) -> Follower | None:
 
 def _max_pooling(model: nn.Module, node: fx.Node) -> Follower | None:
     module = module_of(model, node)
-    if isinstance(module, nn.MaxPool2d):
+    if surely(module, nn.MaxPool2d) and len(node.args) == 1:
         given = {name: getattr(module, name) for name in _POOLING[1:]}
     elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
         given = dict(zip(_POOLING, node.args, strict=False)) | node.kwargs
@@ -327,8 +363,8 @@ def _mean(model: nn.Module, node: fx.Node) -> Follower | None:
     module, x = module_of(model, node), node.all_input_nodes[0]
     keepdim: object = True
     function: Callable[..., Tensor]
-    if isinstance(module, nn.AdaptiveAvgPool2d) and _both(module.output_size) == (1, 1):
-        function = module
+    if surely(module, nn.AdaptiveAvgPool2d) and _both(module.output_size) == (1, 1):  # type: ignore[union-attr]
+        function = module  # type: ignore[assignment]
     elif node.target is F.adaptive_avg_pool2d and len(node.args) == 2 and _both(node.args[1]) == (1, 1):
         function = _Applied(F.adaptive_avg_pool2d, (1,), {})
     elif node.target in (torch.mean, "mean") and node.op in ("call_function", "call_method"):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from quincunx.modules import copied, forward_hooks, surely
+from quincunx.modules import copied, forward_hooks, padding_of, surely
 
 __all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "Pairs", "find_pairs"]
 
@@ -86,9 +86,8 @@ def keeps_grid(module: nn.Module) -> bool:
         return False
     if max(module.kernel_size) == 1 or any(size % 2 == 0 for size in module.kernel_size):
         return False
-    left, right, top, bottom = module._reversed_padding_repeated_twice
     half = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    return [top, bottom, left, right] == [half[0], half[0], half[1], half[1]]
+    return padding_of(module) == (half[0], half[0], half[1], half[1])
 
 
 def _search(

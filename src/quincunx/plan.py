@@ -8,9 +8,10 @@ a sampled map does no multiplication by a structural zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,14 @@ __all__ = [
     "shift_plan",
     "window_plan",
 ]
+
+
+F_ = TypeVar("F_", bound=Callable[..., object])
+
+
+def _kept(make: F_) -> F_:
+    """Each result is kept, as an ordinary tensor: one of inference mode could not be used in training."""
+    return lru_cache(maxsize=1024)(torch.inference_mode(False)(make))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,13 @@ class Plan:
         return int(self.index.numel())
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def position_index(spec: str, height: int, width: int) -> Tensor:
     """Row-major indices of the computed positions, LongTensor [m]. Do not write to it."""
     return from_spec(spec).mask(height, width).flatten().nonzero().flatten()
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def nearest_index(spec: str, height: int, width: int) -> Tensor:
     """For each position of the grid the number (0..m-1) of the nearest computed one, LongTensor [H W].
 
@@ -126,7 +135,7 @@ def nearest_index(spec: str, height: int, width: int) -> Tensor:
     return _nearest(mask)
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def nearest_shares(spec: str, height: int, width: int) -> Tensor:
     """The part of the grid that each computed position stands for, float32 [m]; they add up to 1."""
     index, m = nearest_index(spec, height, width), position_index(spec, height, width).shape[0]
@@ -174,7 +183,7 @@ def _input_rows(geometry: Geometry, positions: Tensor, grid_width: int, height: 
     return torch.where(inside, r * width + c, -1)
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source: str | None = None) -> Plan:
     """Tables of a sampled convolution of an H x W map: one tap group that has every tap.
 
@@ -208,7 +217,7 @@ def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source:
     )
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan:
     """Tables of the transposed convolution: every position of H x W gathers from the sampled map.
 
@@ -292,7 +301,7 @@ class ShiftPlan:
     out_size: tuple[int, int]
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def shift_plan(geometry: Geometry, height: int, width: int) -> ShiftPlan:
     """Slots in which every tap reads neighbours for neighbouring positions, whatever the stride.
 
@@ -348,7 +357,7 @@ class WindowPlan:
     out_size: tuple[int, int]
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def window_plan(source: str, geometry: Geometry, height: int, width: int) -> WindowPlan:
     """Rows of a sampled map in the windows of a pooling of the H x W map filled from it.
 
@@ -374,7 +383,7 @@ def window_plan(source: str, geometry: Geometry, height: int, width: int) -> Win
     )
 
 
-@lru_cache(maxsize=1024)
+@_kept
 def collect_plan(spec: str, height: int, width: int) -> WindowPlan:
     """For each computed position those that it is the nearest one of: the transposed table."""
     nearest, m = nearest_index(spec, height, width), position_index(spec, height, width).shape[0]

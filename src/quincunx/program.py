@@ -9,6 +9,7 @@ between them stay compact in one arena. Between convolutions there may be what e
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from quincunx.latency import speed_ratio
 from quincunx.ops import backend, native
+from quincunx.ops.traced import is_tracing
 from quincunx.steps import (
     Follower,
     Map,
@@ -29,6 +31,7 @@ from quincunx.steps import (
     follow,
     followed,
     output,
+    parted,
     reference,
     settled,
     shortcut_rows,
@@ -245,6 +248,7 @@ class Program(nn.Module):
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self._weight = next(step.weight for step in steps if isinstance(step, Step))
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
+        self._key: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,21 +264,78 @@ class Program(nn.Module):
             raise RuntimeError("a fused network is frozen: convert the model first, then call qx.fuse")
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what was compiled for shapes and threads seen here is made again where it is needed
+        return {**self.__dict__, "_compiled": {}, "_key": None}
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        for name, tensor in zip(self.inputs, arguments, strict=True):
-            if tensor.dtype != self.dtype:
-                raise TypeError(f"{name}: {tensor.dtype}, but the network was fused in {self.dtype}")
+        """The outputs; in torch's own operators where arguments are not maps of one batch and our dtype."""
+        if torch.compiler.is_exporting():
+            raise TypeError(
+                "a fused network holds tables of this machine's kernels and cannot be exported; export the "
+                "network that was given to qx.fuse"
+            )
+        if is_tracing():
+            return tuple(torch.ops.quincunx.run_fused(list(arguments), self._registered()))
+        return self._answer(arguments)
+
+    def _answer(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if torch.is_autocast_enabled("cpu"):
+            # what stands between programs may have answered in autocast's type
+            arguments = tuple(t.to(self.dtype) if t.is_floating_point() else t for t in arguments)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            named = dict(zip(self.inputs, arguments, strict=True))
+            values = _run(self._stages_for(arguments), named) if self._fits(arguments) else self._plain(named)
+        return tuple(values[name] for name in self.outputs)
+
+    def _registered(self) -> str:
+        """A name by which a trace finds this program again, for as long as the process lives."""
+        if self._key is None:
+            self._key = uuid.uuid4().hex
+            _TRACED[self._key] = self
+        return self._key
+
+    def _fits(self, arguments: Sequence[Tensor]) -> bool:
+        batch = arguments[0].shape[:1]
+        return all(
+            t.dim() == 4
+            and t.shape[:1] == batch
+            and t.dtype == self.dtype
+            and t.device == self._weight.device
+            for t in arguments
+        )
+
+    def _plain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Step by step in torch's operators, which also say what does not go together."""
+        for step in self.steps:
+            if isinstance(step, Follower):
+                values[step.out] = step.function(*(values[name] for name in step.sources))
+            else:
+                found = {name: values[name] for name in step.needs}
+                if found[step.source].dtype != self.dtype:
+                    raise TypeError(
+                        f"{step.source}: {found[step.source].dtype}, "
+                        f"but the network was fused in {self.dtype}"
+                    )
+                maps = {
+                    n: Map(t.shape[1], (t.shape[2], t.shape[3])) for n, t in found.items() if t.dim() == 4
+                }
+                if step.kind != "dense" and step.source not in maps:
+                    shape = list(found[step.source].shape)
+                    raise ValueError(f"{step.source}: expected a map [N, C, H, W], got one of shape {shape}")
+                reference(settled(step, maps), values, maps)
+        return values
+
+    def _stages_for(self, arguments: Sequence[Tensor]) -> list[Stage]:
         key = (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
         stages = self._compiled.get(key)
         if stages is None:
             # what is measured and packed here is no part of the network's own work
-            with _disable_current_modes():
+            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                 stages = self._compile([tuple(tensor.shape) for tensor in arguments])
             self._compiled[key] = stages
-        with torch.no_grad():
-            values = _run(stages, dict(zip(self.inputs, arguments, strict=True)))
-        return tuple(values[name] for name in self.outputs)
+        return stages
 
     def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
         batch = shapes[0][0]
@@ -284,12 +345,17 @@ class Program(nn.Module):
         native_here = backend().name == "native" and self.dtype in native.DTYPES
         steps: list[Step | Follower] = []
         by_torch: dict[int, bool] = {}
-        for number, step in enumerate(self.steps):
+        todo = list(reversed(self.steps))
+        while todo:
+            step = todo.pop()
             if isinstance(step, Follower):
                 shape = followed(step, maps)
             else:
                 step = settled(step, maps)
                 shape = output(step, maps)
+                if step.shortcut is not None and not step.shortcut.meets(maps[step.shortcut.source], shape):
+                    todo += reversed(parted(step, step.shortcut))
+                    continue
             steps.append(step)
             # outside a native segment there are no compact filled maps
             plain = Map(shape.channels, shape.size)
@@ -297,7 +363,7 @@ class Program(nn.Module):
                 maps[name] = shape if native_here else plain
             if isinstance(step, Step):
                 dense = step.kind == "dense" and not maps[step.source].fill and not shape.fill
-                by_torch[number] = not native_here or (
+                by_torch[len(steps) - 1] = not native_here or (
                     not self.native_only and dense and _prefers_torch(step, maps, batch)
                 )
         mixed = self._stages(steps, maps, {number for number, torchs in by_torch.items() if torchs})
@@ -339,6 +405,28 @@ class Program(nn.Module):
             stages[number] = replace(stages[number], spent=stages[number].reads - wanted)
             wanted |= stages[number].reads
         return stages
+
+
+# programs that torch.jit.trace has seen
+_TRACED: dict[str, Program] = {}
+
+
+@torch.library.custom_op("quincunx::run_fused", mutates_args=())
+def _run_fused(inputs: list[Tensor], key: str) -> list[Tensor]:
+    """A program as one operator, for maps of any size: what torch.jit.trace records of it."""
+    if key not in _TRACED:
+        raise RuntimeError(
+            "this trace holds a network that was fused in another process; trace the network that was given "
+            "to qx.fuse, or fuse it again here"
+        )
+    state = torch._C._get_tracing_state()
+    # sizes are numbers again, and what runs here is not recorded
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        found = _TRACED[key]._answer(inputs)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+    return [t.clone() if any(t is x for x in inputs) else t for t in found]
 
 
 def _run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quincunx.effects import added_to
 from quincunx.nn import window_means
 from quincunx.ops import native
 from quincunx.plan import (
@@ -39,6 +40,7 @@ __all__ = [
     "followed",
     "keeps_compact",
     "output",
+    "parted",
     "reference",
     "settled",
     "shortcut_rows",
@@ -48,11 +50,37 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What is added to a step's output: another map, every ``stride``-th position of it, padded with
-    zero channels."""
+    """What is added to a step's output.
+
+    Attributes:
+        source: name of another map.
+        stride: every so many-th position of it is read, in both directions.
+        padded: zero channels behind its own.
+        into: which of the two was changed in place by the addition, "out" or "other"; empty for neither.
+    """
 
     source: str
     stride: int = 1
+    padded: int = 0
+    into: str = ""
+
+    def of(self, other: Tensor) -> Tensor:
+        """What is added, made of the other map."""
+        if self.stride > 1:
+            other = other[:, :, :: self.stride, :: self.stride]
+        return F.pad(other, (0, 0, 0, 0, 0, self.padded)) if self.padded else other
+
+    def add(self, out: Tensor, other: Tensor) -> Tensor:
+        """The sum as torch makes it, for shapes of any kind."""
+        other = self.of(other)
+        if self.into:
+            return added_to(out, other) if self.into == "out" else added_to(other, out)
+        return out + other
+
+    def meets(self, other: Map, out: Map) -> bool:
+        """Whether what is added has the shape of a step's output: what a convolution can take along."""
+        size = tuple(-(-n // self.stride) for n in other.size)
+        return size == out.size and other.channels + self.padded == out.channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +152,15 @@ class Follower:
     """Something else than a convolution that reads maps in compact form.
 
     Attributes:
-        kind: "pointwise" (each position by itself), "concat" (of channels), "maxpool" or "mean" (over all
-            positions).
+        kind: "pointwise" (each position by itself), "concat" (of channels), "maxpool", "mean" (over all
+            positions) or "sum" (of a step and a shortcut of another shape).
         sources: names of the maps it reads.
         function: torch's form of it, of whole maps.
         out: name of the result.
         window: of "maxpool", where its windows lie.
         ceil: of "maxpool", whether a window may begin inside the map and end outside.
         keepdim: of "mean", whether the result is [N, C, 1, 1].
+        shortcut: of "sum", what is added.
     """
 
     kind: str
@@ -141,6 +170,7 @@ class Follower:
     window: Geometry = _ONE
     ceil: bool = False
     keepdim: bool = False
+    shortcut: Shortcut | None = None
 
     @property
     def reads(self) -> list[str]:
@@ -268,18 +298,40 @@ def reference(step: Step, values: dict[str, Tensor], maps: dict[str, Map]) -> No
         if step.kind == "filled":
             out = torch.ops.quincunx.fill(out, step.sampling, geometry.grid(*x.shape[2:]))
     if step.shortcut is not None:
-        other, stride = values[step.shortcut.source], step.shortcut.stride
-        if stride > 1:
-            other = other[:, :, ::stride, ::stride]
-        missing = out.shape[1] - other.shape[1]
-        out = out + (F.pad(other, (0, 0, 0, 0, 0, missing)) if missing else other)
-    if step.activation:
-        out = F.relu(out) if step.activation == 1 else F.relu6(out)
+        out = step.shortcut.add(out, values[step.shortcut.source])
+    out = _activated(out, step.activation)
     if step.out is not None:
         values[step.out] = out
-    if step.out2 is not None and step.scale2 is not None and step.shift2 is not None:
-        scale, shift = (t.to(out.dtype).view(1, -1, 1, 1) for t in (step.scale2, step.shift2))
-        values[step.out2] = F.relu(out * scale + shift)
+    if step.out2 is not None:
+        values[step.out2] = _second(step, out)
+
+
+def _activated(out: Tensor, kind: int) -> Tensor:
+    return out if kind == 0 else F.relu(out) if kind == 1 else F.relu6(out)
+
+
+def _second(step: Step, out: Tensor) -> Tensor:
+    found = (t for t in (step.scale2, step.shift2) if t is not None)
+    scale, shift = (t.to(out.dtype).view(1, -1, 1, 1) for t in found)
+    return F.relu(out * scale + shift)
+
+
+def parted(step: Step, shortcut: Shortcut) -> list[Step | Follower]:
+    """A step without its shortcut, and the addition and what rides on it as calls of their own."""
+    bare = f"{step.out or step.out2}.bare"
+    total = step.out or f"{step.out2}.total"
+
+    def add(out: Tensor, other: Tensor) -> Tensor:
+        return _activated(shortcut.add(out, other), step.activation)
+
+    first = replace(step, shortcut=None, activation=0, out=bare, out2=None, scale2=None, shift2=None)
+    parts: list[Step | Follower] = [
+        first,
+        Follower("sum", (bare, shortcut.source), add, total, shortcut=shortcut),
+    ]
+    if step.out2 is not None:
+        parts.append(Follower("pointwise", (total,), partial(_second, step), step.out2))
+    return parts
 
 
 # ---------------------------------------------------------------- what follows them
@@ -300,6 +352,11 @@ def followed(step: Follower, maps: dict[str, Map]) -> Map:
         return Map(channels[0], (1, 1))
     if step.kind == "maxpool":
         return Map(channels[0], _window(step, size).grid(*size))
+    if step.shortcut is not None:
+        out, other = found
+        stride, padded = step.shortcut.stride, step.shortcut.padded
+        height, width = (max(a, -(-b // stride)) for a, b in zip(out.size, other.size, strict=True))
+        return Map(max(out.channels, other.channels + padded), (height, width))
     return Map(sum(channels) if step.kind == "concat" else max(channels), size, _shared(found))
 
 
@@ -317,7 +374,7 @@ def follow(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> N
         values[step.out] = _mean(values[step.sources[0]], first, step.keepdim)
     else:
         local = {name: values[name] for name in step.sources}
-        if not _shared([maps[name] for name in step.sources]):
+        if step.kind == "sum" or not _shared([maps[name] for name in step.sources]):
             fill_maps([(name, maps[name]) for name in local], local)
         values[step.out] = step.function(*(local[name] for name in step.sources))
 

@@ -12,6 +12,7 @@ from quincunx.cost import inference_mode_of
 from quincunx.fuse import fuse
 from quincunx.nodes import trace
 from quincunx.streams import MOST_KEPT, Batch
+from quincunx.tracing import as_module
 
 __all__ = ["Tails"]
 
@@ -161,7 +162,7 @@ def _between(
             result.output(fx.map_arg(wanted, lambda n: copied[n]))
     except KeyError:
         return None
-    return fx.GraphModule(network, result)
+    return as_module(network, result, getattr(graph, "constants", {}))
 
 
 def _said(node: fx.Node) -> tuple[str, str, str]:

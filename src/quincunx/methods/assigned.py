@@ -83,14 +83,14 @@ class _AssignedWork:
         made = work.replace(layer)
         return made if isinstance(made, str) else _signed(made, method)
 
-    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
         """What each method still changes in its own layers."""
         works: dict[int, tuple[Method, Work, dict[str, Replacement]]] = {}
         for name, made in done.items():
             method, work = self.by_name[name]
             works.setdefault(id(work), (method, work, {}))[2][name] = made
         return {
-            name: _signed(made, method)
+            name: made if isinstance(made, str) else _signed(made, method)
             for method, work, own in works.values()
             for name, made in work.finish(own).items()
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quincunx.binary import BinaryConv2d, BinaryLinear
 from quincunx.methods.fitting import conv_settings
-from quincunx.modules import copied
+from quincunx.modules import copied, surely
 from quincunx.ops.bits import row_bytes
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work, carry_hooks, each, put
@@ -150,7 +150,7 @@ def pack_binary(network: nn.Module) -> nn.Module:
     notes = dict(getattr(network, "quincunx_replaced", {}))
     made: dict[int, nn.Module] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
-        if isinstance(module, (BinaryConv2d, BinaryLinear)):
+        if surely(module, BinaryConv2d, BinaryLinear):
             if id(module) not in made:
                 made[id(module)] = packed = module.pack()
                 carry_hooks(module, packed)

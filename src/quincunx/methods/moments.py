@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.modules import padding_of
+
 __all__ = ["Accumulator", "Moments", "completed", "few_images", "moments", "of_noise", "patches"]
 
 # of a layer on larger maps, positions are drawn: neighbours say nearly the same
@@ -69,7 +71,7 @@ def patches(conv: nn.Conv2d, x: Tensor, at: Tensor | None = None) -> Tensor:
         x: its input [N, C, H, W].
         at: flat positions of the output grid, LongTensor; by default all of them.
     """
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    top, bottom, left, right = padding_of(conv)
     x = F.pad(x, (left, right, top, bottom)).contiguous()
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     n, c, height, width = x.shape

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quincunx.methods.fitting import check_integers, convolution_refusal
 from quincunx.methods.moments import POSITIONS, moments
 from quincunx.methods.product import Quantisation, bits_per_weight, quantise
+from quincunx.modules import padding_of
 from quincunx.quantised import QuantConv2d, QuantLinear, check_codebook
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work, each
@@ -163,7 +164,6 @@ def quantised(module: nn.Module, found: Quantisation) -> QuantConv2d | QuantLine
     made: QuantConv2d | QuantLinear
     bias = found.bias is not None
     if isinstance(module, nn.Conv2d):
-        left, right, top, bottom = module._reversed_padding_repeated_twice
         made = QuantConv2d(
             module.in_channels,
             module.out_channels,
@@ -171,7 +171,7 @@ def quantised(module: nn.Module, found: Quantisation) -> QuantConv2d | QuantLine
             subspace=width,
             codewords=k,
             stride=module.stride,
-            padding=(top, bottom, left, right),
+            padding=padding_of(module),
             dilation=module.dilation,
             groups=module.groups,
             bias=bias,

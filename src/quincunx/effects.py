@@ -1,0 +1,315 @@
+"""What the nodes of a traced network do besides giving a result: memory that they change, or share.
+
+A node that changes a tensor in place changes it for whoever holds the same memory: under its own name, under
+another one, or through a view. An operation that surely concerns one value only is made an ordinary one here
+(:func:`make_pure`); of all others :class:`Effects` tells who may not be moved past whom.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from quincunx.modules import forward_hooks, surely
+
+__all__ = ["Effects", "add_module", "added_to", "drop_unread", "make_pure", "module_of", "surely_changes"]
+
+_AUGMENTED = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+    *(operator.imatmul, operator.setitem),
+}
+# value by value; with a flag that makes them change what they are given
+_SWITCHED = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.RReLU),
+)
+# what gives memory of its own, whatever it is given
+_FRESH_MODULES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(nn.InstanceNorm2d, nn.LocalResponseNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+    *(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.PReLU, nn.Softmax, nn.Upsample),
+)
+_FRESH = {
+    *("add", "sub", "mul", "div", "true_divide", "truediv", "floordiv", "pow", "neg", "matmul", "maximum"),
+    *("minimum", "relu", "relu6", "sigmoid", "tanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu"),
+    *("mish", "softplus", "hardtanh", "hardswish", "hardsigmoid", "clamp", "exp", "sqrt", "rsqrt", "abs"),
+    *("conv2d", "conv_transpose2d", "linear", "batch_norm", "layer_norm", "group_norm", "cat", "concat"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "softmax", "mean", "sum", "stack"),
+    *("local_response_norm", "window_means", "clone", "added_to", "copied_argument", "new_zeros"),
+    *("new_ones", "zeros_like", "ones_like", "where", "einsum", "masked_fill", "argmax", "normalize"),
+}
+# facts about a tensor that share none of its memory
+_FACTS = {"shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "numel", "layout", "requires_grad"}
+_PURE_METHODS = {"relu_": "relu", "sigmoid_": "sigmoid", "tanh_": "tanh"}
+_PURE_FUNCTIONS = {
+    torch.relu_: torch.relu,
+    torch.sigmoid_: torch.sigmoid,
+    torch.tanh_: torch.tanh,
+    F.relu_: F.relu,
+    F.leaky_relu_: F.leaky_relu,
+    F.elu_: F.elu,
+    F.selu_: F.selu,
+    F.celu_: F.celu,
+    F.hardtanh_: F.hardtanh,
+}
+_OWN = "quincunx."
+
+
+def _submodule(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, hooks or not."""
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, if nothing but its forward runs; None otherwise."""
+    module = _submodule(model, node)
+    return module if module is not None and not forward_hooks(module) else None
+
+
+def added_to(changed: Tensor, other: Tensor) -> Tensor:
+    """What ``changed += other`` leaves in ``changed``, in memory of its own.
+
+    Raises:
+        RuntimeError: what torch raises, for shapes that do not fit.
+    """
+    result = changed + other
+    if isinstance(result, Tensor) and isinstance(changed, Tensor):
+        same = result.shape == changed.shape and result.dtype == changed.dtype
+        return result if same else changed.clone().add_(other)
+    return result
+
+
+# ---------------------------------------------------------------- what a node changes and shares
+
+
+def _parameter(node: fx.Node, name: str) -> Any:
+    """The value that a call of one of torch's Python functions has for a parameter; None without one."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if node.op != "call_function" or not inspect.isfunction(node.target):
+        return None
+    names = list(inspect.signature(node.target).parameters)
+    place = names.index(name) if name in names else len(node.args)
+    return node.args[place] if place < len(node.args) else None
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(values, found.append)
+    return found
+
+
+def _is_torchs(function: Any) -> bool:
+    home = getattr(function, "__module__", None) or ""
+    known = home.split(".")[0] in ("torch", "math", "_operator", "operator", "quincunx", "")
+    return (
+        known
+        or function is getattr
+        or isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    )
+
+
+def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The values that a node may change in place."""
+    if node.op == "call_module":
+        module = module_of(model, node)
+        if module is None or not _known(module):
+            return node.all_input_nodes
+        return _nodes(node.args[:1]) if getattr(module, "inplace", False) is True else []
+    if node.op == "call_method":
+        name = str(node.target)
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name == "__setitem__" or not hasattr(Tensor, name):
+            return _nodes(node.args[:1]) + _nodes(node.kwargs.get("out"))
+        return _nodes(node.kwargs.get("out"))
+    if node.op != "call_function" or isinstance(node.target, type):
+        return []
+    if node.target in _AUGMENTED:
+        return _nodes(node.args[:1])
+    if not _is_torchs(node.target):
+        return node.all_input_nodes
+    found = _nodes(node.kwargs.get("out"))
+    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    if (name.endswith("_") and not name.endswith("__")) or _parameter(node, "inplace"):
+        found += _nodes(node.args[:1]) or _nodes(node.kwargs)[:1]
+    if name == "batch_norm" and (_parameter(node, "training") or (len(node.args) > 5 and node.args[5])):
+        found += _nodes(node.args[1:3]) + _nodes(
+            [node.kwargs.get(k) for k in ("running_mean", "running_var")]
+        )
+    return found
+
+
+def surely_changes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether it is certain that a node changes something: a function that nobody can look into may not."""
+    opaque = node.op == "call_module" or (node.op == "call_function" and not _is_torchs(node.target))
+    return not opaque and bool(changes(model, node))
+
+
+def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
+    """Values that nobody reads, such as what assertions ask about, are not made."""
+    for node in reversed(list(graph.nodes)):
+        value = node.op in ("call_function", "call_method", "get_attr")
+        if value and not node.users and not changes(model, node):
+            graph.erase_node(node)
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module is one of torch's or of ours, which change nothing but by a flag."""
+    return type(module).__module__.startswith(("torch.nn.", _OWN)) and "forward" not in vars(module)
+
+
+def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The values whose memory a node's result may share."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return []
+    if node.op == "call_module":
+        module = module_of(model, node)
+        home = type(module).__module__ if module is not None else ""
+        own = home.startswith(_OWN) and not home.startswith("quincunx.networks")
+        fresh = module is not None and (own or surely(module, *_FRESH_MODULES))
+        switched = module is not None and surely(module, *_SWITCHED) and not getattr(module, "inplace", False)
+        return [] if fresh or switched else node.all_input_nodes
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
+    if node.target is getattr:
+        return [] if node.args[1] in _FACTS else node.all_input_nodes
+    if name in _FACTS or (name in _FRESH and not changes(model, node) and _is_torchs(node.target)):
+        return []
+    return node.all_input_nodes
+
+
+class _Classes:
+    """Values in classes that may share memory."""
+
+    def __init__(self) -> None:
+        self.members: dict[fx.Node, set[fx.Node]] = {}
+        self.attributes: dict[str, fx.Node] = {}
+
+    def add(self, model: nn.Module, node: fx.Node) -> None:
+        others = _shares(model, node)
+        if node.op == "get_attr":
+            others = [self.attributes.setdefault(str(node.target), node)]
+        merged = {node}.union(*(self.members.get(other, {other}) for other in others))
+        for member in merged:
+            self.members[member] = merged
+
+
+# ---------------------------------------------------------------- made ordinary
+
+
+def make_pure(model: nn.Module, graph: fx.Graph) -> None:
+    """In-place activations and additions become ordinary ones where nobody else holds what they change.
+
+    Who reads the changed value afterwards is made to read the result. What a module's flag says is asked at
+    each of its calls: another call of the same module may have to stay in place.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    classes = _Classes()
+    pure: dict[str, str] = {}
+    for node in list(graph.nodes):
+        changed = changes(model, node)
+        if len(changed) == 1 and _alone(classes, changed[0], node, order) and _purify(model, node, pure):
+            for user in list(changed[0].users):
+                if order[user] > order[node]:
+                    user.replace_input_with(changed[0], node)
+        classes.add(model, node)
+
+
+def _alone(classes: _Classes, value: fx.Node, at: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether nobody reads what shares a value's memory, but for the value itself, after a node."""
+    members = classes.members.get(value, {value})
+    if any(member.op == "get_attr" for member in members):
+        return False
+    return not any(order[user] > order[at] for member in members - {value} for user in member.users)
+
+
+def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
+    """Make a node give a new value instead of changing its first argument, if it is of a kind that can."""
+    module = module_of(model, node)
+    if module is not None and surely(module, *_SWITCHED):
+        name = str(node.target)
+        if name not in pure:
+            twin = copy.copy(module)
+            twin.inplace = False  # type: ignore[assignment]
+            pure[name] = add_module(model, "pure", twin)
+        node.target = pure[name]
+        return True
+    if node.op == "call_method" and node.target in _PURE_METHODS and "out" not in node.kwargs:
+        node.target = _PURE_METHODS[node.target]
+        return True
+    added = node.target is operator.iadd or (node.op == "call_method" and node.target == "add_")
+    if added and len(node.args) == 2 and not node.kwargs:
+        node.op, node.target = "call_function", added_to
+        return True
+    if node.op == "call_function" and node.target in _PURE_FUNCTIONS:
+        node.target = _PURE_FUNCTIONS[node.target]
+        return True
+    if node.op == "call_function" and inspect.isfunction(node.target) and _parameter(node, "inplace"):
+        if getattr(F, node.target.__name__, None) is not node.target or "dropout" in node.target.__name__:
+            return False
+        place = list(inspect.signature(node.target).parameters).index("inplace")
+        if place < len(node.args):
+            node.args = (*node.args[:place], False, *node.args[place + 1 :])
+        else:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    return False
+
+
+def add_module(model: nn.Module, name: str, module: nn.Module) -> str:
+    """Register a module under a name that the model does not have yet."""
+    number = 0
+    while hasattr(model, f"_{name}{number}"):
+        number += 1
+    model.add_module(f"_{name}{number}", module)
+    return f"_{name}{number}"
+
+
+# ---------------------------------------------------------------- who may not pass whom
+
+
+class Effects:
+    """Where in a graph memory is changed, and who sees it.
+
+    Args:
+        model: whose graph it is.
+        graph: its nodes keep their order.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        classes = _Classes()
+        for node in graph.nodes:
+            classes.add(model, node)
+        self.classes = classes.members
+        self.changed: dict[fx.Node, set[fx.Node]] = {}
+        for node in graph.nodes:
+            found = changes(model, node)
+            if found:
+                self.changed[node] = set().union(*(self.classes.get(value, {value}) for value in found))
+        self._places: dict[fx.Node, list[int]] = {}
+        for node, values in self.changed.items():
+            for value in values:
+                self._places.setdefault(value, []).append(self.order[node])
+
+    def between(self, value: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+        """Whether a value may change after one node has run and before another one has."""
+        return any(self.order[first] < at < self.order[last] for at in self._places.get(value, ()))
+
+    def arguments(self) -> list[fx.Node]:
+        """The network's own arguments that may be changed."""
+        changed = set().union(*self.changed.values()) if self.changed else set()
+        return [node for node in self.order if node.op == "placeholder" and node in changed]
+
+    def attributes(self) -> Iterable[fx.Node]:
+        """The network's own tensors that it surely or possibly changes."""
+        changed = set().union(*self.changed.values()) if self.changed else set()
+        return [node for node in self.order if node.op == "get_attr" and node in changed]

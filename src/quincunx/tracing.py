@@ -1,0 +1,439 @@
+"""From a module to a torch.fx graph that surely does what the module does.
+
+torch.fx runs a forward once with stand-ins for its values, so whatever the forward decides in Python is
+decided then and for all calls. Here that is watched: a question that only a value could answer (its type,
+its hash, whether it is true), a number drawn by chance, autocast switched on within, or state that changes
+from call to call end the tracing of the module that did so. Such a module becomes one node, which runs it as
+it is; where the network itself is such a module, there is no graph.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import inspect
+import math
+import operator
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from quincunx.modules import forward_hooks
+
+__all__ = ["Traced", "as_module", "trace"]
+
+# torch.fx exchanges nn.Module.__call__ while it traces, for all threads
+_LOCK = threading.RLock()
+_AUGMENTED = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul"),
+)
+# modules that run as they are; a user's subclass lives elsewhere and is looked into
+_LEAVES = ("torch.nn", "torch.ao.nn", "torch.jit", "torch._dynamo")
+_isinstance = builtins.isinstance
+
+
+class _Value(fx.Proxy):
+    """A stand-in for a value of the network, which does not answer what only the value could."""
+
+    def __getattr__(self, k: str) -> _Attribute:
+        return _Attribute(self, k)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            raise fx.proxy.TraceError(f"it sets {name!r} of a tensor")
+        super().__setattr__(name, value)
+
+    def __setitem__(self, index: object, value: object) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __hash__(self) -> int:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not str(caller).startswith(("torch.", "quincunx.")):
+            raise fx.proxy.TraceError("it looks something up by a value that is known only when it runs")
+        return id(self)
+
+
+class _Attribute(_Value, fx.proxy.Attribute):
+    """An attribute of a stand-in."""
+
+    __hash__ = _Value.__hash__
+
+
+def _augment(name: str) -> None:
+    def change(self: _Value, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    setattr(_Value, f"__{name}__", change)
+
+
+for _name in _AUGMENTED:
+    _augment(_name)
+
+
+def _surely_tensor(node: fx.Node) -> bool:
+    """Whether a value is known to be a tensor: an argument, or what torch's own layers make of such."""
+    if node.op == "placeholder":
+        return not str(node.target).startswith("*")
+    if node.op == "call_module":
+        return bool(node.meta.get("tensor", False))
+    if node.op == "call_function" and node.target in _TENSOR_FUNCTIONS:
+        return any(_surely_tensor(other) for other in node.all_input_nodes)
+    return False
+
+
+_TENSOR_FUNCTIONS = {
+    *(operator.add, operator.iadd, operator.mul, operator.sub, operator.truediv, torch.add, torch.cat),
+    *(torch.relu, torch.sigmoid, torch.nn.functional.relu, torch.nn.functional.conv2d),
+}
+_TENSOR_MODULES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Dropout),
+    *(nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Hardswish, nn.LeakyReLU),
+)
+
+
+def _watched_isinstance(value: Any, classes: Any) -> bool:
+    """``isinstance`` while tracing: to a forward that asks, stand-ins of tensors are tensors."""
+    if type(value) not in (_Value, _Attribute):
+        return _isinstance(value, classes)
+    caller = sys._getframe(1)
+    library = str(caller.f_globals.get("__name__", ""))
+    if library.startswith(("torch.", "quincunx.")) or (
+        library == "torch" and caller.f_code.co_name != "is_tensor"
+    ):
+        return _isinstance(value, classes)
+    if type(value) is _Value and _surely_tensor(value.node):
+        value.node.meta["asked"] = True
+        return issubclass(Tensor, classes)
+    raise fx.proxy.TraceError("it asks for the type of a value that is known only when it runs")
+
+
+class _Tracer(fx.Tracer):
+    """Torch's tracer, which falls back to running a module where it cannot look into it.
+
+    Args:
+        leaf: whether a module is one node.
+        whole: modules that are known to be one node, and why.
+        numbers: whether arguments whose default is a number stay arguments.
+
+    Attributes:
+        whole: name of a module that runs as it is -> why, for those that were tried.
+        fixed: arguments that were fixed to their default.
+    """
+
+    def __init__(self, leaf: Callable[[nn.Module], bool], whole: dict[str, str], numbers: bool) -> None:
+        super().__init__()
+        self.leaf, self.numbers = leaf, numbers
+        self.fixed: dict[str, Any] = {}
+        self.owner = threading.get_ident()
+        self.whole = dict(whole)
+        self.parameters: dict[str, fx.Proxy] = {}
+        self.autocast = _autocast()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return forward_hooks(m) > 0 or self.leaf(m) or _is_torchs(m)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast() != self.autocast:
+            raise fx.proxy.TraceError("it switches autocast by itself")
+        return super().create_node(kind, target, *args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self.owner:
+            return attr_val
+        self.parameters = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Flags, texts and the like are their default; tensors and numbers are the graph's inputs."""
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for parameter in parameters:
+            value = parameter.default
+            number = type(value) in (int, float) and math.isfinite(value) and self.numbers
+            if value is parameter.empty:
+                value = self.create_proxy("placeholder", parameter.name, (), {})
+            elif number or _isinstance(value, Tensor):
+                value = self.create_proxy("placeholder", parameter.name, (value,), {})
+            else:
+                self.fixed[parameter.name] = value
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                named[parameter.name] = value
+            else:
+                positional.append(value)
+        return (lambda root: root_fn(root, *positional, **named)), [self.root]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.owner:
+            return forward(*args, **kwargs)
+        name, calls_as_modules_do = self.path_of_module(m), _called_as_modules_are(m)
+        if name in self.whole or self.is_leaf_module(m, name):
+            if not calls_as_modules_do:
+                raise fx.proxy.TraceError(f"{name} has a __call__ of its own, and cannot run as it is")
+            if name in self.whole:
+                return self.create_proxy("call_module", name, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if type(m) in _TENSOR_MODULES and not forward_hooks(m) and "forward" not in vars(m):
+                result.node.meta["tensor"] = True
+            return result
+        last, states = next(iter(reversed(self.graph.nodes)), None), _random_states()
+        stack = dict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if not calls_as_modules_do:
+                raise
+            # what was recorded of it goes; it runs as it is
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
+                self.parameters.pop(str(node.target), None)
+                self.graph.erase_node(node)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            _restore_random_states(states)
+            self.whole[name] = _reason(error)
+            return self.create_proxy("call_module", name, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Containers keep their type: torch.fx would make a plain dict, list or tuple of every subclass."""
+        if _isinstance(a, fx.Proxy) and a.tracer is not self:
+            raise fx.proxy.TraceError("it keeps values from one call to the next")
+        if _isinstance(a, fx.Proxy) or type(a) in (dict, list, tuple, slice, range):
+            return super().create_arg(a)
+        if _isinstance(a, (dict, list, tuple)) and not hasattr(a, "_fields"):
+            return self._container(a)
+        return super().create_arg(a)
+
+    def _container(self, a: Any) -> Any:
+        """A node that makes a container of a subclass again."""
+        if type(a) in (torch.Size, fx.immutable_collections.immutable_list):
+            return super().create_arg(tuple(a))
+        if type(a) is fx.immutable_collections.immutable_dict:
+            return super().create_arg(dict(a))
+        make: Callable[..., Any] = type(a)
+        parts: tuple[Any, ...] = ()
+        named: dict[str, Any] = {}
+        if is_dataclass(a):
+            named = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
+        elif _isinstance(a, dict):
+            parts = (list(a.items()),)
+            if hasattr(a, "default_factory"):
+                make = _Made(a.default_factory, type(a))
+        else:
+            parts = (list(a),)
+        made = make(*parts, **named)
+        lost = [name for name in getattr(a, "__dict__", {}) if name not in vars(made)]
+        same = list(made.items()) == list(a.items()) if _isinstance(a, dict) else list(made) == list(a)
+        if type(made) is not type(a) or not same or lost:
+            raise fx.proxy.TraceError(
+                f"it makes a {type(a).__name__}, which cannot be made again from its parts"
+            )
+        return self.create_node("call_function", make, self.create_arg(parts), self.create_arg(named))
+
+
+class _Made:
+    """A container that takes a function first, such as a defaultdict, made from its items."""
+
+    def __init__(self, first: Callable[[], Any], kind: Callable[..., Any]) -> None:
+        self.first, self.kind = first, kind
+        self.__name__ = getattr(kind, "__name__", "made")
+
+    def __call__(self, items: Any) -> Any:
+        return self.kind(self.first, items)
+
+
+def _is_torchs(m: nn.Module) -> bool:
+    return type(m).__module__.startswith(_LEAVES) and not _isinstance(m, nn.Sequential)
+
+
+def _autocast() -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def _random_states() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _restore_random_states(states: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+
+
+def _drew(states: tuple[Any, Any, Tensor]) -> bool:
+    now = _random_states()
+    same_numpy = all(np.array_equal(a, b) for a, b in zip(states[1], now[1], strict=True))
+    return states[0] != now[0] or not same_numpy or not torch.equal(states[2], now[2])
+
+
+@contextmanager
+def _watching() -> Iterator[None]:
+    builtins.isinstance = _watched_isinstance
+    try:
+        yield
+    finally:
+        builtins.isinstance = _isinstance
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    known = _isinstance(error, (fx.proxy.TraceError, TypeError, RuntimeError))
+    return text if known and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class Traced(fx.Graph):
+    """A graph with what its nodes need besides the model.
+
+    Attributes:
+        constants: name of a ``get_attr`` node -> a tensor that the forward made, for those that are no part
+            of the model.
+        whole: name of a module that is one node since it cannot be looked into -> why.
+        fixed: arguments that are no inputs of the graph -> their default.
+    """
+
+    constants: dict[str, Tensor]
+    whole: dict[str, str]
+    fixed: dict[str, Any]
+
+
+def trace(model: nn.Module, leaf: Callable[[nn.Module], bool] | None = None) -> Traced:
+    """A network's graph for the arguments that it cannot do without.
+
+    Arguments with a default that is no tensor and no number keep it and are no inputs of the graph; numbers
+    neither, where the forward decides something by them. Modules with hooks, and those that cannot be looked
+    into, are one node each. The model stays as it is.
+
+    Args:
+        model: any module.
+        leaf: whether a module is to be one node, besides torch's own layers.
+
+    Raises:
+        TypeError: its own forward cannot be traced, or does not do the same at every call.
+    """
+    name = type(model).__name__
+    if not _called_as_modules_are(model):
+        raise TypeError(f"model: {name} cannot be traced by torch.fx (it has a __call__ of its own)")
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        states = _random_states()
+        try:
+            try:
+                graph, again = _trace_twice(model, leaf or (lambda _: False), True)
+            except Exception:  # noqa: BLE001 - whatever a forward raises on a stand-in for a number
+                graph, again = _trace_twice(model, leaf or (lambda _: False), False)
+        except Exception as error:
+            raise TypeError(
+                f"model: {name} cannot be traced by torch.fx ({_reason(error)}); "
+                "fuse the parts of it that can be"
+            ) from error
+        finally:
+            _restore_random_states(states)
+    if _text(graph) != _text(again) or not _equal(graph.constants, again.constants):
+        raise TypeError(
+            f"model: {name} cannot be traced by torch.fx (it does not do the same at every call); "
+            "fuse the parts of it that do"
+        )
+    return graph
+
+
+def _trace_twice(model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool) -> tuple[Traced, Traced]:
+    """Two traces of one copy: what it keeps from one call to the next shows in the second.
+
+    A module that can be looked into at the first call only, as one that fills a cache, runs as it is.
+    """
+    whole: dict[str, str] = {}
+    while True:
+        scratch = _scratch(model)
+        first, second = (_trace_once(scratch, leaf, whole, numbers) for _ in range(2))
+        found = {**second.whole, **first.whole}
+        if set(found) == set(whole) or set(first.whole) == set(second.whole):
+            return first, second
+        whole = found
+
+
+def _called_as_modules_are(module: nn.Module) -> bool:
+    """Whether a call runs hooks and forward, and nothing else."""
+    own = (
+        c for c in type(module).__mro__ if c not in (nn.Module, object) and not issubclass(c, fx.GraphModule)
+    )
+    return not any("__call__" in vars(c) for c in own)
+
+
+def _scratch(model: nn.Module) -> nn.Module:
+    """A copy that a forward may leave stand-ins in; it shares the parameters."""
+    scratch = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    forward = vars(scratch).pop("forward", None)
+    if forward is not None:
+        # torch.fx reads the class's forward, a call takes the instance's
+        if getattr(forward, "__self__", None) is not scratch:
+            raise TypeError("its forward was exchanged for a function of another object")
+        scratch.__class__ = type(type(model).__name__, (type(model),), {"forward": forward.__func__})
+    return scratch
+
+
+def _trace_once(
+    scratch: nn.Module, leaf: Callable[[nn.Module], bool], whole: dict[str, str], numbers: bool
+) -> Traced:
+    tracer = _Tracer(leaf, whole, numbers)
+    states, kept, known = _random_states(), _versions(scratch), set(vars(scratch))
+    with _watching():
+        graph = cast(Traced, tracer.trace(scratch))
+    if _drew(states):
+        raise fx.proxy.TraceError("it draws random numbers")
+    for name, (tensor, version) in kept.items():
+        inside = any(name.startswith(f"{whole}.") for whole in tracer.whole)
+        if tensor._version != version and not inside:
+            raise fx.proxy.TraceError(f"it changes its own {name}")
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    graph.constants = {name: vars(scratch).pop(name) for name in targets & set(vars(scratch)) - known}
+    graph.whole, graph.fixed = tracer.whole, tracer.fixed
+    return graph
+
+
+def _versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """All tensors that a module and its parts hold by name, and how often each was written."""
+    found = {}
+    for path, part in module.named_modules():
+        held = {**part._parameters, **part._buffers, **vars(part)}
+        for name, value in held.items():
+            if _isinstance(value, Tensor) and not value.is_inference():
+                found[f"{path}.{name}" if path else name] = (value, value._version)
+    return found
+
+
+def _text(graph: fx.Graph) -> list[str]:
+    return [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
+
+
+def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    def same(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+    return some.keys() == others.keys() and all(same(some[name], others[name]) for name in some)
+
+
+def as_module(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> fx.GraphModule:
+    """A graph of a model's nodes as a module, which shares the model's layers."""
+    used = dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr"))
+    root = {name: constants[name] if name in constants else operator.attrgetter(name)(model) for name in used}
+    return fx.GraphModule(root, graph, type(model).__name__)
