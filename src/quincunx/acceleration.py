@@ -701,7 +701,7 @@ def _timed(
         progress=progress,
         round_seconds=_LAYER_SECONDS,
     )
-    forms, unfused = _forms(models)
+    forms, unfused = _forms(models, one)
     beside_whole = dict.fromkeys(peers, original)
     whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds, beside_whole))
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
@@ -771,7 +771,8 @@ def time_together(
         task = bar.add_task("timing together", total=len(names), state="")
         for start in range(0, len(names), _TOGETHER):
             some = names[start : start + _TOGETHER]
-            forms, _ = _forms({_ORIGINAL: original, **{name: fast[name]() for name in some}})
+            whole = {_ORIGINAL: original, **{name: fast[name]() for name in some}}
+            forms, _ = _forms(whole, torch.randn(1, *shape))
             timings = _measured(forms, (batch, *shape), rounds, {})
             for name in some:
                 found[name] = _ratio({"before": timings[_ORIGINAL], "after": timings[name]})
@@ -791,10 +792,14 @@ def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
     return {"name": pair_name(names), **records[0], **records[-1], **macs}
 
 
-def _forms(models: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], str | None]:
-    """All fused, or none where one cannot be, as with a forward that depends on its data; and why."""
+def _forms(models: dict[str, nn.Module], one: Tensor) -> tuple[dict[str, nn.Module], str | None]:
+    """All fused, or none where one cannot be, as with a forward that depends on its data; and why.
+
+    Args:
+        one: an input of one image, on which each is compared with what it was made of.
+    """
     try:
-        return {key: fuse(model) for key, model in models.items()}, None
+        return {key: fuse(model, check=one) for key, model in models.items()}, None
     except TypeError as error:
         return {key: eager_form(model) for key, model in models.items()}, str(error)
 

@@ -19,7 +19,17 @@ from torch import Tensor, fx, nn
 
 from quincunx.modules import forward_hooks, surely
 
-__all__ = ["Effects", "add_module", "added_to", "drop_unread", "make_pure", "module_of", "surely_changes"]
+__all__ = [
+    "Effects",
+    "add_module",
+    "added_to",
+    "drop_unread",
+    "forget_layout",
+    "is_opaque",
+    "make_pure",
+    "module_of",
+    "surely_changes",
+]
 
 _AUGMENTED = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
@@ -49,6 +59,10 @@ _FRESH = {
 }
 # facts about a tensor that share none of its memory
 _FACTS = {"shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "numel", "layout", "requires_grad"}
+# a view or a copy, as the memory's layout has it
+_BY_LAYOUT = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "view", "view_as", "unflatten"}
+# what tells the layout
+_ASKS_LAYOUT = {"as_strided", "stride", "is_contiguous", "storage", "untyped_storage", "data_ptr"}
 _PURE_METHODS = {"relu_": "relu", "sigmoid_": "sigmoid", "tanh_": "tanh"}
 _PURE_FUNCTIONS = {
     torch.relu_: torch.relu,
@@ -152,6 +166,47 @@ def surely_changes(model: nn.Module, node: fx.Node) -> bool:
     """Whether it is certain that a node changes something: a function that nobody can look into may not."""
     opaque = node.op == "call_module" or (node.op == "call_function" and not _is_torchs(node.target))
     return not opaque and bool(changes(model, node))
+
+
+def is_opaque(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node runs what nobody has looked into: a user's module as it is, or one with hooks."""
+    if node.op == "call_module":
+        module = module_of(model, node)
+        return module is None or not _known(module)
+    return node.op == "call_function" and not isinstance(node.target, type) and not _is_torchs(node.target)
+
+
+def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
+    """Let maps lie in memory in another order than the network's.
+
+    Raises:
+        TypeError: the forward asks how a map lies in memory, or writes to what is a view in one order and a
+            copy in another.
+    """
+    effects = Effects(model, graph)
+    for node in graph.nodes:
+        name = _name(node)
+        if name in _ASKS_LAYOUT and any(n.op != "get_attr" for n in node.all_input_nodes):
+            raise TypeError(
+                f"model: {type(model).__name__} cannot be fused: its forward asks for the layout of a map in "
+                f"memory ({name}), which is another one here"
+            )
+        if surely_changes(model, node):
+            for other in effects.changed[node]:
+                if _name(other) in _BY_LAYOUT or surely(_submodule(model, other), nn.Flatten, nn.Unflatten):
+                    raise TypeError(
+                        f"model: {type(model).__name__} cannot be fused: its forward changes in place "
+                        f"({_name(node)}) what {other.name} is a view or a copy of, as memory's layout has it"
+                    )
+        viewed = node.op == "call_method" and node.target in ("view", "view_as")
+        if viewed and not isinstance(node.args[-1], torch.dtype) and "dtype" not in node.kwargs:
+            node.target = str(node.target).replace("view", "reshape")
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
 
 
 def drop_unread(model: nn.Module, graph: fx.Graph) -> None:

@@ -12,8 +12,17 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize
 
 from quincunx.constants import fold_constants, make_modules
-from quincunx.effects import Effects, added_to, drop_unread, make_pure, module_of, surely_changes
-from quincunx.fused import Fused, copied_argument, same_argument, tensor_argument
+from quincunx.effects import (
+    Effects,
+    added_to,
+    drop_unread,
+    forget_layout,
+    is_opaque,
+    make_pure,
+    module_of,
+    surely_changes,
+)
+from quincunx.fused import Fused, copied_argument, laid_like, same_argument, tensor_argument
 from quincunx.methods.binaryconnect import pack_binary
 from quincunx.modules import copied, padding_of, surely
 from quincunx.nn import PerforatedConv2d, SampledConvTranspose2d, SampledDown2d, window_means
@@ -108,6 +117,7 @@ def fuse(model: nn.Module, *, check: Any = None) -> Fused:
         fold_constants(own, graph)
         make_modules(own, graph)
         make_pure(own, graph)
+        forget_layout(own, graph)
         give_sizes(own, graph)
         _keep_arguments(own, graph)
         fixed = {name: value for name, value in graph.fixed.items() if _is_written(value)}
@@ -479,6 +489,10 @@ class _Writer:
             for node in needs(reader):
                 self.readers.setdefault(node, []).append(reader)
         self.programs: dict[str, Program] = {}
+        # whose layout in memory the network's maps have: its input's, unless its weights have another
+        layouts = (p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous())
+        inputs = [n for n in graph.nodes if n.op == "placeholder" and n in live]
+        self.like = inputs[0] if inputs and next(layouts, None) is None else None
 
     def write(self, fixed: dict[str, Any]) -> Fused:
         for node in self.graph.nodes:
@@ -547,8 +561,15 @@ class _Writer:
         self.programs[name] = Program(steps, [n.name for n in inputs], [n.name for n in outputs])
         call = self.result.call_module(name, tuple(self.copied[n] for n in inputs))
         for i, node in enumerate(outputs):
-            self.copied[node] = self.result.call_function(operator.getitem, (call, i))
+            value = self.result.call_function(operator.getitem, (call, i))
+            if self.like is not None and any(self._sees_layout(n) for n in self.readers.get(node, [])):
+                value = self.result.call_function(laid_like, (value, self.copied[self.like]))
+            self.copied[node] = value
         self.pending = []
+
+    def _sees_layout(self, reader: fx.Node) -> bool:
+        """Whether somebody else gets a map: the caller, or a module that nobody has looked into."""
+        return reader.op == "output" or is_opaque(self.model, reader)
 
     def _read_outside(self, node: fx.Node, waiting: set[int]) -> bool:
         owners = (self.fused.get(reader) or self.seconds.get(reader) for reader in self.readers.get(node, []))

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-__all__ = ["Fused", "copied_argument", "same_argument", "tensor_argument"]
+__all__ = ["Fused", "copied_argument", "found_at", "laid_like", "path_of", "same_argument", "tensor_argument"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -43,6 +43,16 @@ def tensor_argument(value: Any, name: str) -> Any:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: this network was fused for a tensor, got {type(value).__name__}")
     return value
+
+
+def laid_like(value: Any, like: Any) -> Any:
+    """A map in the order in memory that a network gives its maps: that of its input.
+
+    Programs answer in channels_last; who takes a view of a map may rely on the other order.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(like, Tensor):
+        return value
+    return value.contiguous() if like.is_contiguous() else value
 
 
 def copied_argument(value: Any) -> Any:
@@ -88,7 +98,7 @@ class _Name(str):
 
 
 def _written(node: fx.Node) -> tuple[Any, ...]:
-    target = node.target if isinstance(node.target, str) else _path(node.target)
+    target = node.target if isinstance(node.target, str) else path_of(node.target)
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(n.name))
     return node.op, node.name, target, _plain(args), _plain(kwargs)
 
@@ -102,16 +112,16 @@ def _plain(values: Any) -> Any:
     return {k: _plain(v) for k, v in values.items()} if isinstance(values, dict) else values
 
 
-def _path(function: Any) -> Any:
+def path_of(function: Any) -> Any:
     """Where a function is found again; pickle cannot name those that torch makes inside others."""
     path = fx.node._get_qualified_name(function) if callable(function) else ""
     try:
-        return path if _found(path) is function else function
+        return path if found_at(path) is function else function
     except (ImportError, AttributeError):
         return function  # pickle says what is wrong with it
 
 
-def _found(path: str) -> Any:
+def found_at(path: str) -> Any:
     parts = path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
@@ -135,7 +145,7 @@ def _rebuilt(parts: Mapping[str, Any]) -> Fused:
         root.register_buffer(name, buffer)
     for op, name, target, args, kwargs in parts["nodes"]:
         args, kwargs = map_aggregate((args, kwargs), lambda a: nodes[a] if type(a) is _Name else a)
-        function = _found(target) if op == "call_function" and isinstance(target, str) else target
+        function = found_at(target) if op == "call_function" and isinstance(target, str) else target
         nodes[name] = graph.create_node(op, function, args, kwargs, name)
     result = Fused(root, graph, parts["name"])
     result.meta.update(parts["meta"])
@@ -148,3 +158,4 @@ def _rebuilt(parts: Mapping[str, Any]) -> Fused:
 torch.fx.wrap("same_argument")
 torch.fx.wrap("tensor_argument")
 torch.fx.wrap("copied_argument")
+torch.fx.wrap("laid_like")

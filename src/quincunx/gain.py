@@ -66,7 +66,7 @@ def without_slower(
     x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
     classes = list(_classes(original, found))
     gains: list[float] = []
-    whole = inference_form(found.model)
+    whole = inference_form(found.model, x[:1])
     for start in range(0, len(classes), _TOGETHER):
         some = classes[start : start + _TOGETHER]
         others = {
@@ -86,7 +86,9 @@ def without_slower(
     if not found.replaced:
         return found
     timings = measure_models(
-        {"": inference_form(found.model), "before": inference_form(original)}, x, rounds=rounds
+        {"": inference_form(found.model, x[:1]), "before": inference_form(original, x[:1])},
+        x,
+        rounds=rounds,
     )
     if (ratio := _times_as_long(timings["before"], timings[""])) >= _CLEAR:
         return found

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from quincunx import tracing
 from quincunx.effects import added_to, module_of
+from quincunx.fused import found_at, path_of
 from quincunx.modules import known_class, surely
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d
 from quincunx.paired import PairedDown2d, PairedUp2d
@@ -258,6 +259,13 @@ class _Applied:
 
     def __call__(self, *maps: Tensor) -> Tensor:
         return self.function(*maps, *self.rest, **self.named)
+
+    def __reduce__(self) -> Any:
+        return _applied, (path_of(self.function), self.rest, dict(self.named))
+
+
+def _applied(function: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> _Applied:
+    return _Applied(found_at(function) if isinstance(function, str) else function, rest, named)
 
 
 def _concatenated(*maps: Tensor) -> Tensor:

@@ -41,10 +41,10 @@ BUDGET = "not scored: the time budget was used up"
 NO_GAIN = "no gain, stays dense"
 
 
-def inference_form(model: nn.Module) -> nn.Module:
-    """The fused copy where the network can be traced, else a copy in channels_last."""
+def inference_form(model: nn.Module, check: Tensor | None = None) -> nn.Module:
+    """The fused copy, compared with the network on ``check``; where there is none, one in channels_last."""
     try:
-        return fuse(model)
+        return fuse(model, check=check)
     except TypeError:
         return eager_form(model)
 
@@ -105,7 +105,7 @@ class Scores:
         self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
         self.macs = cost(model, first[:1]).macs
-        self.dense = inference_form(model)
+        self.dense = inference_form(model, first[:1])
         self.tails = self.context.shortcut = Tails(model, self.context.data)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}

@@ -85,7 +85,7 @@ def time_networks(
     example = torch.randn(batch, *shape)
     example = example.contiguous(memory_format=torch.channels_last)
     # every network gets the same treatment for inference, the ordinary one included
-    fused = {label: fuse(model.eval()) for label, model in models.items()}
+    fused = {label: fuse(model.eval(), check=example[:1]) for label, model in models.items()}
     timings = _in_parts(fused, example, f"timing at batch {batch}", progress)
     rows = {}
     for name, timing in timings.items():

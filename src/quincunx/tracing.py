@@ -258,6 +258,9 @@ class _Made:
         self.first, self.kind = first, kind
         self.__name__ = getattr(kind, "__name__", "made")
 
+    def __repr__(self) -> str:
+        return f"{self.__name__} of {self.first!r}"
+
     def __call__(self, items: Any) -> Any:
         return self.kind(self.first, items)
 
