@@ -387,7 +387,7 @@ def test_an_artifact_names_its_function_and_imports_nothing(home):
         assert "--model trap:make --weights mine" in sentence
     assert 'qx.load("mine", factory=make)' in refused("train", "--start", "mine")
     assert not (home / "executed").exists()
-    assert "mine has its own" in refused("evaluate", "mine", *MODEL, "--weights", "w.pt")
+    assert "not both" in refused("evaluate", "mine", *MODEL, "--weights", "w.pt")
     qx.save(qx.networks.build("rrn8", in_channels=1), "theirs")
     assert "theirs holds rrn8, which needs none" in refused("evaluate", "theirs", *MODEL)
 

@@ -357,12 +357,13 @@ def test_refusals_name_the_file(folder):
     bad = folder / "bad.json"
     bad.write_text("{")
     refused(ValueError, r"bad\.json: not a JSON file")
+    bad.write_text(json.dumps({**run(), "test_error": math.nan}))
+    refused(ValueError, r"bad\.json: not a JSON file \(NaN")
     for content, pattern in [
         ({"schema": 1, "kind": "train"}, "'network' is missing"),
         ({**run(), "history": []}, "no epoch"),
         ({**run(), "history": 3}, "not iterable"),
         ({**run(), "test_error": "low"}, "'low' where a number"),
-        ({**run(), "test_error": math.nan}, "nan where a number"),
         ({**run(), "cost": {"macs": 0, "params": 1}}, "0 where a number"),
         ({**timing(), "rows": {"rrn14": {}}}, "'median_s' is missing"),
         ({**timing(), "rows": []}, "no attribute"),
@@ -400,7 +401,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
     page = write_report(folder)
     before = page.read_bytes()
     put(folder / "a.json", run(error=0.3))
-    monkeypatch.setattr("quincunx.artifact._write_text", _full_disk)
+    monkeypatch.setattr("quincunx.writing._write_text", _full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(folder)
     assert page.read_bytes() == before

@@ -158,7 +158,7 @@ def _masks() -> list[Point]:
 
 
 def _lowrank() -> list[Point]:
-    return [Point("LRD", f"rank {share:g}", LowRank(rank=share)) for share in (0.6, 0.5, 0.35, 0.25)]
+    return [Point("LRD", f"rank {share:g}", LowRank(rank=share)) for share in (0.45, 0.35, 0.25)]
 
 
 def _cp() -> list[Point]:

@@ -1,3 +1,11 @@
+"""From a trained network to an inference copy made of programs.
+
+The network is traced with torch.fx. Each convolution takes along what can ride on its output: batch
+norm is folded into its weight, a residual addition and an activation go into its epilogue, and so does
+the batch norm and ReLU that a pre-activation block puts in front of the next convolution. What is left
+runs in torch as it was.
+"""
+
 from __future__ import annotations
 
 import math

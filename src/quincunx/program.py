@@ -134,7 +134,6 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
     outputs = [name for name in written if name in wanted]
     offsets = _arena(steps, [name for name in written if name not in wanted], maps)
     segment = _Segment(inputs, outputs)
-    _count_flops()
     numbers: dict[str, int] = {}
     for name in (*inputs, *written):
         kind = 0 if name in inputs else 2 if name in wanted else 1
@@ -247,6 +246,8 @@ class Program(nn.Module):
         self.native_only = native_only
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self._weight = next(step.weight for step in steps if isinstance(step, Step))
+        if backend().name == "native":
+            _count_flops()  # a counter reads the formulas that are there when it is made
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
         self._key: str | None = None
 
@@ -351,6 +352,7 @@ class Program(nn.Module):
             if isinstance(step, Follower):
                 shape = followed(step, maps)
             else:
+                _check_channels(step, maps)
                 step = settled(step, maps)
                 shape = output(step, maps)
                 if step.shortcut is not None and not step.shortcut.meets(maps[step.shortcut.source], shape):
@@ -427,6 +429,20 @@ def _run_fused(inputs: list[Tensor], key: str) -> list[Tensor]:
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
     return [t.clone() if any(t is x for x in inputs) else t for t in found]
+
+
+def _check_channels(step: Step, maps: dict[str, Map]) -> None:
+    """
+    Raises:
+        ValueError: a map that has other channels than the convolution that reads it.
+    """
+    expected = (
+        step.weight.shape[0] if step.kind in ("transposed", "mean") else step.weight.shape[1] * step.groups
+    )
+    if maps[step.source].channels != expected:
+        raise ValueError(
+            f"{step.source}: expected a map of {expected} channels, got {maps[step.source].channels}"
+        )
 
 
 def _run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
