@@ -291,6 +291,12 @@ def test_a_forward_that_changes_the_network_is_refused():
     refused(Net(number, a=conv()), "same at every call")
 
 
+def test_a_parameter_that_scales_in_place_is_not_changed():
+    model = Net(lambda m, x: m.b(m.a(x).mul_(m.gain)) * m.gain, a=conv(), b=conv(4))
+    model.gain = nn.Parameter(torch.tensor(0.25))
+    same(model, X)
+
+
 def test_a_cache_that_the_first_call_fills_stays_in_its_module():
     class Cached(nn.Module):
         def __init__(self):

@@ -238,6 +238,8 @@ def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
         return [] if node.args[1] in _FACTS else node.all_input_nodes
     if name in _FACTS or (name in _FRESH and not changes(model, node) and _is_torchs(node.target)):
         return []
+    if node.op == "call_method" or node.target in _AUGMENTED or node.target is operator.getitem:
+        return _nodes(node.args[:1])  # of its own tensor, whatever else it reads
     return node.all_input_nodes
 
 
