@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from quincunx.fused import copied_argument
 from quincunx.program import Program
 from quincunx.streams import evaluation
 
@@ -86,9 +87,9 @@ class Comparison:
         arguments = example_input if isinstance(example_input, tuple) else (example_input,)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation(model):
             torch.manual_seed(0)
-            expected = model(*_own(arguments))
+            expected = model(*copied_argument(arguments))
             torch.manual_seed(0)
-            found = fused(*_own(arguments))
+            found = fused(*copied_argument(arguments))
             off = difference(found, expected)
             if off <= _allowed(expected):
                 return
@@ -105,14 +106,14 @@ class Comparison:
             for path in {path for path, _ in self.modules.values()}:
 
                 def see(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
-                    wanted.setdefault(path, []).append(_own(output))
+                    wanted.setdefault(path, []).append(copied_argument(output))
 
                 stack.callback(model.get_submodule(path).register_forward_hook(see).remove)
             torch.manual_seed(0)
-            model(*_own(arguments))
+            model(*copied_argument(arguments))
         torch.manual_seed(0)
         watcher = _Watcher(fused)
-        watcher.run(*_own(arguments))
+        watcher.run(*copied_argument(arguments))
         for name, value in watcher.seen:
             path, call = self.modules.get(name, ("", 0))
             if call >= len(wanted.get(path, ())):
@@ -121,11 +122,6 @@ class Comparison:
             if off > _allowed(value):
                 return f", first at {path!r} ({type(model.get_submodule(path)).__name__}) by {off:.2g}"
         return ""
-
-
-def _own(values: Any) -> Any:
-    """The same values in memory of their own, since a network may write to what it is given or gives."""
-    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, values)
 
 
 class _Watcher(fx.Interpreter):
