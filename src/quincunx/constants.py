@@ -6,7 +6,6 @@ inference copy.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quincunx.effects import Effects, add_module
+from quincunx.modules import held_at
 from quincunx.nodes import tensor_of
 
 __all__ = ["fold_constants", "make_modules"]
@@ -36,7 +36,7 @@ def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node not in changed:
-            value = operator.attrgetter(str(node.target))(model)
+            value = held_at(model, str(node.target))
             if isinstance(value, Tensor):
                 values[node] = value.detach()
         elif _steady(node) and node.all_input_nodes and all(n in values for n in node.all_input_nodes):

@@ -55,14 +55,17 @@ _FRESH = {
     *("conv2d", "conv_transpose2d", "linear", "batch_norm", "layer_norm", "group_norm", "cat", "concat"),
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "softmax", "mean", "sum", "stack"),
     *("local_response_norm", "window_means", "clone", "added_to", "copied_argument", "new_zeros"),
-    *("new_ones", "zeros_like", "ones_like", "where", "einsum", "masked_fill", "argmax", "normalize"),
+    *("new_ones", "zeros_like", "ones_like", "where", "masked_fill", "argmax", "normalize"),
 }
 # facts about a tensor that share none of its memory
 _FACTS = {"shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "numel", "layout", "requires_grad"}
 # a view or a copy, as the memory's layout has it
 _BY_LAYOUT = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "view", "view_as", "unflatten"}
 # what tells the layout
-_ASKS_LAYOUT = {"as_strided", "stride", "is_contiguous", "storage", "untyped_storage", "data_ptr"}
+_ASKS_LAYOUT = {
+    *("as_strided", "stride", "is_contiguous", "storage", "untyped_storage", "data_ptr"),
+    *("resize_", "resize_as_", "set_"),
+}
 _PURE_METHODS = {"relu_": "relu", "sigmoid_": "sigmoid", "tanh_": "tanh"}
 _PURE_FUNCTIONS = {
     torch.relu_: torch.relu,
@@ -151,14 +154,32 @@ def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
         return _nodes(node.args[:1])
     if not _is_torchs(node.target):
         return node.all_input_nodes
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _written(node)
     found = _nodes(node.kwargs.get("out"))
     name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
     if (name.endswith("_") and not name.endswith("__")) or _parameter(node, "inplace"):
         found += _nodes(node.args[:1]) or _nodes(node.kwargs)[:1]
-    if name == "batch_norm" and (_parameter(node, "training") or (len(node.args) > 5 and node.args[5])):
+    if name in ("instance_norm", "native_batch_norm") or node.target is torch.batch_norm:
+        found += [n for n in node.all_input_nodes if n.op == "get_attr"]  # running statistics among them
+    elif name == "batch_norm" and (_parameter(node, "training") or (len(node.args) > 5 and node.args[5])):
         found += _nodes(node.args[1:3]) + _nodes(
             [node.kwargs.get(k) for k in ("running_mean", "running_var")]
         )
+    return found
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """What an operator of torch's dispatcher says that it writes to."""
+    overloads = [node.target]
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]  # type: ignore[no-untyped-call]
+    found: list[fx.Node] = []
+    for overload in overloads:
+        for place, argument in enumerate(overload._schema.arguments):  # type: ignore[union-attr]
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+                found += _nodes(given)
     return found
 
 
@@ -191,9 +212,14 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
                 f"model: {type(model).__name__} cannot be fused: its forward asks for the layout of a map in "
                 f"memory ({name}), which is another one here"
             )
+        if is_opaque(model, node) and _source_is_read(model, effects, node):
+            raise TypeError(
+                f"model: {type(model).__name__} cannot be fused: {node.name} may change in place what is a "
+                "view or a copy of a map that is read later, as memory's layout has it"
+            )
         if surely_changes(model, node):
             for other in effects.changed[node]:
-                if _name(other) in _BY_LAYOUT or surely(_submodule(model, other), nn.Flatten, nn.Unflatten):
+                if _lies_by_layout(model, other):
                     raise TypeError(
                         f"model: {type(model).__name__} cannot be fused: its forward changes in place "
                         f"({_name(node)}) what {other.name} is a view or a copy of, as memory's layout has it"
@@ -206,7 +232,24 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
 def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
-    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+    return str(getattr(node.target, "__name__", "")).split(".")[0] if node.op == "call_function" else ""
+
+
+def _lies_by_layout(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a value is a view or a copy of another one, as the layout in memory has it."""
+    moved = _name(node) == "to" and "memory_format" in node.kwargs
+    return moved or _name(node) in _BY_LAYOUT or surely(_submodule(model, node), nn.Flatten, nn.Unflatten)
+
+
+def _source_is_read(model: nn.Module, effects: Effects, node: fx.Node) -> bool:
+    """Whether what an opaque node may write to is a view or a copy of what somebody reads afterwards."""
+    for value in node.all_input_nodes:
+        for other in effects.classes.get(value, ()):
+            source = other.args[0] if _lies_by_layout(model, other) and other.args else None
+            readers = source.users if isinstance(source, fx.Node) and source is not value else ()
+            if any(effects.order[user] > effects.order[node] for user in readers):
+                return True
+    return False
 
 
 def drop_unread(model: nn.Module, graph: fx.Graph) -> None:

@@ -32,7 +32,7 @@ from quincunx.effects import (
 )
 from quincunx.fused import Fused, copied_argument, laid_like, same_argument, tensor_argument
 from quincunx.methods.binaryconnect import pack_binary
-from quincunx.modules import copied, padding_of, surely
+from quincunx.modules import copied, held_at, padding_of, surely
 from quincunx.nn import PerforatedConv2d, SampledConvTranspose2d, SampledDown2d, window_means
 from quincunx.nodes import (
     activation,
@@ -104,6 +104,10 @@ def fuse(model: nn.Module, *, check: Any = None) -> Fused:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: a scripted or traced module has no forward to look into; pass what it was made of"
+        )
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         raise TypeError(
             "model: forward hooks are registered for all modules (register_module_forward_hook), and a fused "
@@ -513,6 +517,7 @@ class _Writer:
             elif node.op == "placeholder" or (node in self.live and node not in self.seconds):
                 if self._written_by_pending() & set(node.all_input_nodes) or self._changes_what_waits(node):
                     self._flush()
+                self._lay_out(node)
                 self.copied[node] = self.result.node_copy(node, lambda n: self.copied[n])
         self._fix(fixed)
         modules: dict[str, Any] = {**dict(self.model.named_modules()), **self.programs}
@@ -521,7 +526,7 @@ class _Writer:
             if node.op == "call_module":
                 _attach(root, str(node.target), modules[str(node.target)])
             elif node.op == "get_attr":
-                _attach(root, str(node.target), operator.attrgetter(str(node.target))(self.model))
+                _attach(root, str(node.target), held_at(self.model, str(node.target)))
         return Fused(root, self.result, type(self.model).__name__)
 
     def _fix(self, fixed: dict[str, Any]) -> None:
@@ -574,6 +579,18 @@ class _Writer:
                 value = self.result.call_function(laid_like, (value, self.copied[self.like]))
             self.copied[node] = value
         self.pending = []
+
+    def _lay_out(self, reader: fx.Node) -> None:
+        """Give somebody else maps that lie in memory as the network's would, if nobody reads them after."""
+        if self.like is None or not self._sees_layout(reader):
+            return
+        for node in reader.all_input_nodes:
+            value, order = self.copied[node], self.effects.order
+            alike = self.effects.classes.get(node, {node})
+            later = any(order[user] > order[reader] for n in alike for user in n.users)
+            if node.op in ("placeholder", "get_attr") or value.target is laid_like or later:
+                continue
+            self.copied[node] = self.result.call_function(laid_like, (value, self.copied[self.like]))
 
     def _sees_layout(self, reader: fx.Node) -> bool:
         """Whether somebody else gets a map: the caller, or a module that nobody has looked into."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["copied", "first_line", "forward_hooks", "known_class", "padding_of", "surely"]
+__all__ = ["copied", "first_line", "forward_hooks", "held_at", "known_class", "padding_of", "surely"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,6 +88,16 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     return int(vertical), int(vertical), int(horizontal), int(horizontal)
 
 
+def held_at(model: nn.Module, path: str) -> Any:
+    """What a network holds at a path, as it is held: without the ``__getattr__`` of a user's class."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    for held in (module._parameters, module._buffers, vars(module)):
+        if name in held:
+            return held[name]
+    return getattr(module, name)
+
+
 def forward_hooks(module: nn.Module) -> int:
     """How many of a user's hooks run at each call of a module, before or after its forward."""
     return sum(len(getattr(module, name)) for name in _HOOKS)
@@ -109,12 +119,19 @@ def copied(model: M) -> M:
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with outside:
         try:
-            return copy.deepcopy(model)
+            made = copy.deepcopy(model)
         except Exception as error:
             # whatever is nested too deep is so from the network's own path on
             at = "" if isinstance(error, RecursionError) else _uncopied(model)
             part = "" if at == "" else f"its part {at!r}, a {type(model.get_submodule(at)).__name__}, "
             raise TypeError(f"model: {part}cannot be copied ({first_line(error)})") from error
+    own = {id(module) for module in model.modules()}
+    for name, module in made.named_modules():
+        if id(module) in own:
+            raise TypeError(
+                f"model: its part {name!r}, a {type(module).__name__}, cannot be copied (its copy is itself)"
+            )
+    return made
 
 
 def _without_weights(model: nn.Module) -> nn.Module | None:

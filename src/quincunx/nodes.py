@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from quincunx import tracing
 from quincunx.effects import added_to, module_of
 from quincunx.fused import found_at, path_of
-from quincunx.modules import known_class, surely
+from quincunx.modules import held_at, known_class, surely
 from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SampledDown2d
 from quincunx.paired import PairedDown2d, PairedUp2d
 from quincunx.pairs import ACTIVATION_FUNCTIONS, ACTIVATIONS
@@ -95,15 +95,35 @@ def drop_nothings(model: nn.Module, graph: fx.Graph) -> None:
 
 def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
     """Second halves of pairs are told the size of the first's input, which else is noted at run time."""
-    firsts: dict[int, fx.Node] = {}
     for node in list(graph.nodes):
         module = module_of(model, node)
-        if isinstance(module, PairedDown2d):
-            firsts[id(module.grid)] = node
-        elif isinstance(module, PairedUp2d) and len(node.args) == 1 and id(module.grid) in firsts:
+        if not isinstance(module, PairedUp2d) or len(node.args) != 1:
+            continue
+        if (first := _first_of(model, node, module)) is not None:
             with graph.inserting_before(node):
-                shape = graph.call_function(getattr, (firsts[id(module.grid)].args[0], "shape"))
+                shape = graph.call_function(getattr, (first.args[0], "shape"))
                 node.args = (*node.args, graph.call_function(operator.getitem, (shape, slice(2, None, None))))
+
+
+def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d) -> fx.Node | None:
+    """The call of a pair's first half that a call of its second half reads.
+
+    Raises:
+        TypeError: it reads several, of maps that may have several sizes.
+    """
+    found: set[fx.Node] = set()
+    seen, todo = {node}, list(node.all_input_nodes)
+    while todo:
+        other = todo.pop()
+        module = module_of(model, other)
+        if isinstance(module, PairedDown2d) and module.grid is second.grid:
+            found.add(other)
+        elif other not in seen:
+            todo += other.all_input_nodes
+        seen.add(other)
+    if len(found) > 1:
+        raise TypeError(f"model: {node.target!r} cannot be fused: it reads several maps of its first half")
+    return found.pop() if found else None
 
 
 # ---------------------------------------------------------------- what a node is
@@ -184,7 +204,7 @@ def _functional_norm(model: nn.Module, node: fx.Node) -> tuple[Any, ...]:
 
 def tensor_of(model: nn.Module, node: fx.Node) -> Tensor:
     """The network's own tensor that a ``get_attr`` node is."""
-    found: Tensor = operator.attrgetter(str(node.target))(model)
+    found: Tensor = held_at(model, str(node.target))
     return found.detach()
 
 

@@ -312,7 +312,7 @@ def _activated(out: Tensor, kind: int) -> Tensor:
 
 def _second(step: Step, out: Tensor) -> Tensor:
     found = (t for t in (step.scale2, step.shift2) if t is not None)
-    scale, shift = (t.to(out.dtype).view(1, -1, 1, 1) for t in found)
+    scale, shift = (t.to(out.dtype).view(-1, 1, 1) for t in found)
     return F.relu(out * scale + shift)
 
 

@@ -44,21 +44,32 @@ _isinstance = builtins.isinstance
 class _Value(fx.Proxy):
     """A stand-in for a value of the network, which does not answer what only the value could."""
 
+    tracer: _Tracer
+
     def __getattr__(self, k: str) -> _Attribute:
         return _Attribute(self, k)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in ("tracer", "node", "root", "attr", "_node"):
-            raise fx.proxy.TraceError(f"it sets {name!r} of a tensor")
+            raise self.tracer.refusal(f"it sets {name!r} of a tensor")
         super().__setattr__(name, value)
 
     def __setitem__(self, index: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __len__(self) -> int:
+        raise self.tracer.refusal("it asks for the length of a value that is known only when it runs")
+
+    def __int__(self) -> int:
+        raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
+
+    def __float__(self) -> float:
+        raise self.tracer.refusal("it makes a number of a value that is known only when it runs")
+
     def __hash__(self) -> int:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if not str(caller).startswith(("torch.", "quincunx.")):
-            raise fx.proxy.TraceError("it looks something up by a value that is known only when it runs")
+            raise self.tracer.refusal("it looks something up by a value that is known only when it runs")
         return id(self)
 
 
@@ -114,7 +125,7 @@ def _watched_isinstance(value: Any, classes: Any) -> bool:
     if type(value) is _Value and _surely_tensor(value.node):
         value.node.meta["asked"] = True
         return issubclass(Tensor, classes)
-    raise fx.proxy.TraceError("it asks for the type of a value that is known only when it runs")
+    raise value.tracer.refusal("it asks for the type of a value that is known only when it runs")
 
 
 class _Tracer(fx.Tracer):
@@ -136,11 +147,40 @@ class _Tracer(fx.Tracer):
         self.fixed: dict[str, Any] = {}
         self.owner = threading.get_ident()
         self.whole = dict(whole)
+        self.refused = ""
         self.parameters: dict[str, fx.Proxy] = {}
         self.autocast = _autocast()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
+
+    def refusal(self, reason: str) -> fx.proxy.TraceError:
+        """An error to raise; it counts even if the forward catches it and goes on in another way."""
+        self.refused = self.refused or reason
+        return fx.proxy.TraceError(reason)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.refusal("symbolically traced variables cannot be used as inputs to control flow")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        raise self.refusal("it goes through a value in a loop, whose length is known only when it runs")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise self.refusal("it asks for the names in a dictionary that is known only when it runs")
+
+    def note_set(self, module: nn.Module, name: str, value: object) -> None:
+        """A forward sets an attribute of one of the network's modules.
+
+        Raises:
+            TraceError: of the kind that the copy would not follow: a setting, a tensor, a number that counts.
+        """
+        if module not in (self.submodule_paths or {}) or threading.get_ident() != self.owner:
+            return
+        tensors = name in module._parameters or name in module._buffers or name in module._modules
+        plain = type(value) in (bool, int, float, str)
+        same = plain and name in vars(module) and vars(module)[name] == value
+        if tensors or ((plain or _is_torchs(module)) and not same):
+            raise self.refusal(f"it sets {name!r} of a {type(module).__name__}")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return forward_hooks(m) > 0 or self.leaf(m) or _is_torchs(m)
@@ -198,7 +238,10 @@ class _Tracer(fx.Tracer):
         last, states = next(iter(reversed(self.graph.nodes)), None), _random_states()
         stack = dict(self.module_stack)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if self.refused:
+                raise fx.proxy.TraceError(self.refused)
+            return result
         except Exception as error:
             if not calls_as_modules_do:
                 raise
@@ -212,6 +255,7 @@ class _Tracer(fx.Tracer):
             self.module_stack.update(stack)
             _restore_random_states(states)
             self.whole[name] = _reason(error)
+            self.refused = ""
             return self.create_proxy("call_module", name, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -290,12 +334,26 @@ def _drew(states: tuple[Any, Any, Tensor]) -> bool:
 
 
 @contextmanager
-def _watching() -> Iterator[None]:
+def _watching(tracer: _Tracer) -> Iterator[None]:
+    set_attribute, delete_attribute = nn.Module.__setattr__, nn.Module.__delattr__
+
+    def watched_set(module: nn.Module, name: str, value: Any) -> None:
+        tracer.note_set(module, name, value)
+        set_attribute(module, name, value)
+
+    def watched_delete(module: nn.Module, name: str) -> None:
+        tracer.note_set(module, name, None)
+        delete_attribute(module, name)
+
     builtins.isinstance = _watched_isinstance
+    nn.Module.__setattr__ = watched_set  # type: ignore[method-assign, assignment]
+    nn.Module.__delattr__ = watched_delete  # type: ignore[method-assign]
     try:
         yield
     finally:
         builtins.isinstance = _isinstance
+        nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
+        nn.Module.__delattr__ = delete_attribute  # type: ignore[method-assign]
 
 
 def _reason(error: Exception) -> str:
@@ -385,11 +443,14 @@ def _called_as_modules_are(module: nn.Module) -> bool:
 def _scratch(model: nn.Module) -> nn.Module:
     """A copy that a forward may leave stand-ins in; it shares the parameters."""
     scratch = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for name, part in scratch.named_modules():
+        own = vars(part).get("forward")
+        if own is not None and getattr(own, "__self__", None) is not part:
+            # the copy would run what belongs to the original
+            raise TypeError(f"the forward of {name or 'it'!r} was exchanged for a function of another object")
     forward = vars(scratch).pop("forward", None)
     if forward is not None:
         # torch.fx reads the class's forward, a call takes the instance's
-        if getattr(forward, "__self__", None) is not scratch:
-            raise TypeError("its forward was exchanged for a function of another object")
         scratch.__class__ = type(type(model).__name__, (type(model),), {"forward": forward.__func__})
     return scratch
 
@@ -399,13 +460,16 @@ def _trace_once(
 ) -> Traced:
     tracer = _Tracer(leaf, whole, numbers)
     states, kept, known = _random_states(), _versions(scratch), set(vars(scratch))
-    with _watching():
+    with _watching(tracer):
         graph = cast(Traced, tracer.trace(scratch))
+    if tracer.refused:
+        raise fx.proxy.TraceError(tracer.refused)
     if _drew(states):
         raise fx.proxy.TraceError("it draws random numbers")
-    for name, (tensor, version) in kept.items():
+    now = _versions(scratch)
+    for name, (tensor, *facts) in kept.items():
         inside = any(name.startswith(f"{whole}.") for whole in tracer.whole)
-        if tensor._version != version and not inside:
+        if not inside and (name not in now or now[name][0] is not tensor or now[name][1:] != tuple(facts)):
             raise fx.proxy.TraceError(f"it changes its own {name}")
     targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.constants = {name: vars(scratch).pop(name) for name in targets & set(vars(scratch)) - known}
@@ -413,14 +477,15 @@ def _trace_once(
     return graph
 
 
-def _versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """All tensors that a module and its parts hold by name, and how often each was written."""
+def _versions(module: nn.Module) -> dict[str, tuple[Tensor, int, int]]:
+    """All tensors that a module and its parts hold by name, where each lies and how often it was written."""
     found = {}
     for path, part in module.named_modules():
         held = {**part._parameters, **part._buffers, **vars(part)}
         for name, value in held.items():
             if _isinstance(value, Tensor) and not value.is_inference():
-                found[f"{path}.{name}" if path else name] = (value, value._version)
+                place = value.data_ptr() if value.layout is torch.strided else 0
+                found[f"{path}.{name}" if path else name] = (value, place, value._version)
     return found
 
 
