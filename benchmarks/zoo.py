@@ -60,7 +60,7 @@ DULL = 5e-3
 BATCHES = (1, 2)
 ROUNDS, ROUND_SECONDS = 7, 0.03
 # parameters; of larger networks no layers are fitted, and no artifact is written
-LARGE = 150_000_000
+LARGE = 60_000_000
 # heights and widths, the first that a network takes; two where it takes any
 SIZES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((64, 64), (96, 64)),
