@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.effects import Effects, add_module
+from quincunx.effects import Effects, add_to
 from quincunx.modules import held_at
 from quincunx.nodes import tensor_of
 
@@ -50,7 +50,7 @@ def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
         made = node.op != "get_attr" and isinstance(values.get(node), Tensor)
         if made and any(user not in values for user in node.users):
             with graph.inserting_before(node):
-                folded = graph.get_attr(_add_buffer(model, values[node].clone()))
+                folded = graph.get_attr(add_to(model, "folded", values[node].clone()))
             node.replace_all_uses_with(folded)
     for node in reversed(list(graph.nodes)):
         if node in values and not node.users:
@@ -79,7 +79,7 @@ def make_modules(model: nn.Module, graph: fx.Graph) -> None:
         own = [None if t is None else tensor_of(model, t) for t in (weight, bias)]
         module = None if own[0] is None else _convolution(own[0], own[1], settings)
         if module is not None and isinstance(given.get("input"), fx.Node):
-            name = add_module(model, "conv", module)
+            name = add_to(model, "conv", module)
             with graph.inserting_before(node):
                 call = graph.call_module(name, (given["input"],))
             node.replace_all_uses_with(call)
@@ -117,11 +117,3 @@ def _convolution(weight: Tensor, bias: Tensor | None, settings: list[Any]) -> nn
     if bias is not None:
         module.bias = nn.Parameter(bias, requires_grad=False)
     return module.eval()  # type: ignore[no-any-return]
-
-
-def _add_buffer(model: nn.Module, value: Tensor) -> str:
-    number = 0
-    while hasattr(model, f"_folded{number}"):
-        number += 1
-    model.register_buffer(f"_folded{number}", value)
-    return f"_folded{number}"

@@ -21,7 +21,7 @@ from quincunx.modules import forward_hooks, surely
 
 __all__ = [
     "Effects",
-    "add_module",
+    "add_to",
     "added_to",
     "drop_unread",
     "forget_layout",
@@ -339,7 +339,7 @@ def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
         if name not in pure:
             twin = copy.copy(module)
             twin.inplace = False  # type: ignore[assignment]
-            pure[name] = add_module(model, "pure", twin)
+            pure[name] = add_to(model, "pure", twin)
         node.target = pure[name]
         return True
     if node.op == "call_method" and node.target in _PURE_METHODS and "out" not in node.kwargs:
@@ -364,13 +364,16 @@ def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
     return False
 
 
-def add_module(model: nn.Module, name: str, module: nn.Module) -> str:
-    """Register a module under a name that the model does not have yet."""
+def add_to(model: nn.Module, name: str, value: nn.Module | Tensor) -> str:
+    """Register a module or a buffer under a name that the model does not have yet, which is given back."""
     number = 0
-    while hasattr(model, f"_{name}{number}"):
+    while hasattr(model, free := f"_{name}{number}"):
         number += 1
-    model.add_module(f"_{name}{number}", module)
-    return f"_{name}{number}"
+    if isinstance(value, Tensor):
+        model.register_buffer(free, value)
+    else:
+        model.add_module(free, value)
+    return free
 
 
 # ---------------------------------------------------------------- who may not pass whom

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from quincunx.modules import forward_hooks
+from quincunx.modules import first_line, forward_hooks
 
 __all__ = ["Traced", "as_module", "trace"]
 
@@ -357,10 +357,9 @@ def _watching(tracer: _Tracer) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
+    text, kind = first_line(error), type(error).__name__
     known = _isinstance(error, (fx.proxy.TraceError, TypeError, RuntimeError))
-    return text if known and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if known or text == kind else f"{kind}: {text}"
 
 
 class Traced(fx.Graph):
