@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 # a process that only prints the version needs none of what takes seconds to import: torch
@@ -29,7 +30,10 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
     from quincunx.surgery import Accelerated
 
-__version__ = _version("quincunx")
+try:
+    __version__ = _version("quincunx")
+except _PackageNotFoundError:  # a checkout that is on the path and not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "CHESSBOARD",

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -223,7 +223,7 @@ def environment() -> dict[str, Any]:
         # python -m names the file that it runs
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "quincunx"), *sys.argv[1:]]),
         "commit": _commit(),
-        "quincunx": version("quincunx"),
+        "quincunx": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
@@ -232,6 +232,13 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _own_version() -> str | None:
+    try:
+        return version("quincunx")
+    except PackageNotFoundError:
+        return None  # run from a checkout that is not installed
 
 
 def _cpu_name() -> str:
@@ -245,7 +252,11 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout the package runs from, "+" behind it if files differ; None elsewhere."""
+    """The commit of the checkout the package runs from, "+" behind it if files differ.
+
+    Elsewhere what the environment variable ``QUINCUNX_COMMIT`` says, for copies of a checkout; else None.
+    """
+    elsewhere = os.environ.get("QUINCUNX_COMMIT") or None
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -255,9 +266,9 @@ def _commit() -> str | None:
 
     try:
         if git("ls-files", "--error-unmatch", str(Path(__file__).name)) == "":
-            return None
+            return elsewhere
         # a result that was just written is no other code
         changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return elsewhere
