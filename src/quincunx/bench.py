@@ -28,7 +28,7 @@ from quincunx.program import Program
 from quincunx.sampling import CHESSBOARD, QUARTER, Random, Sampling
 from quincunx.steps import Step
 
-__all__ = ["SUITES", "Case", "run_suite", "summary"]
+__all__ = ["SUITES", "Case", "Dense", "Regular", "run_suite", "summary"]
 
 # channels, side of the map, batch
 SHAPES = (
@@ -60,7 +60,7 @@ class Case:
 # ---------------------------------------------------------------- the blocks
 
 
-class _Dense(nn.Module):
+class Dense(nn.Module):
     """Two 3 x 3 convolutions and the shortcut, batch norm folded: what remains of rRB in inference."""
 
     def __init__(self, channels: int) -> None:
@@ -72,7 +72,7 @@ class _Dense(nn.Module):
         return self.conv2(F.relu(self.conv1(x))) + x  # type: ignore[no-any-return]
 
 
-class _Regular(nn.Module):
+class Regular(nn.Module):
     """rSB: the same pair at the positions of a sampling."""
 
     def __init__(self, channels: int, sampling: Sampling) -> None:
@@ -171,16 +171,16 @@ def blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
     for channels, side, batch in shapes:
         torch.manual_seed(0)
         x, half = _map(batch, channels, side), _map(batch, channels, side, torch.bfloat16)
-        dense = _Dense(channels).eval()
+        dense = Dense(channels).eval()
         pairs = {"rSB 2/4": CHESSBOARD, "rSB 1/4": QUARTER}
         ours = {"rRB": (_fused(dense, x), 1.0)}
         for name, sampling in pairs.items():
-            block = _Regular(channels, sampling).eval()
+            block = Regular(channels, sampling).eval()
             ours[name] = (_fused(block, x), _ratio(dense, block, x))
-        low = _Regular(channels, CHESSBOARD).eval().bfloat16()
+        low = Regular(channels, CHESSBOARD).eval().bfloat16()
         ours["rSB 2/4 bfloat16"] = (_fused(low, half), ours["rSB 2/4"][1])
         peers = {name: _peer(name, dense, x) for name in (*DENSE_PEERS, "OpenVINO bfloat16")}
-        facts = partial(_peaks, {"rRB": dense, "rSB 2/4": _Regular(channels, CHESSBOARD).eval()}, x)
+        facts = partial(_peaks, {"rRB": dense, "rSB 2/4": Regular(channels, CHESSBOARD).eval()}, x)
         yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, facts)
         if channels < 64 or batch == 64:
             continue
@@ -379,16 +379,19 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
     }
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind of case, candidate and number of threads the geometric mean and the worst ratio."""
-    groups: dict[tuple[str, str, int], list[tuple[float, dict[str, Any], str]]] = {}
+def summary(rows: Sequence[dict[str, Any]], by: str = "threads") -> list[dict[str, Any]]:
+    """For each kind of case, candidate and number of threads the geometric mean and the worst ratio.
+
+    ``by`` names what rows are told apart by instead of threads.
+    """
+    groups: dict[tuple[str, str, Any], list[tuple[float, dict[str, Any], str]]] = {}
     for row in rows:
         kind = row["case"].split()[0] if row["case"][0].isalpha() else ""
         for name, entry in row["candidates"].items():
             for key in [k for k in entry if k.startswith("speedup")]:
                 label = f"{name}{key.removeprefix('speedup')}"
                 place = f"{row['case']}, batch {row['batch']}"
-                groups.setdefault((kind, label, row["threads"]), []).append((entry[key], entry, place))
+                groups.setdefault((kind, label, row[by]), []).append((entry[key], entry, place))
     found = []
     for (kind, label, count), entries in groups.items():
         ratios = [ratio for ratio, _, _ in entries]
@@ -399,7 +402,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "kind": kind,
                 "candidate": label,
-                "threads": count,
+                by: count,
                 "mac_ratio": macs,
                 "mean": mean,
                 "worst": worst[0],

@@ -136,14 +136,15 @@ def print_bench(result: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("against", "candidate"):
         table.add_column(column)
-    for column in ("threads", "cases", "MAC\nratio", "speed-up\n(geo. mean)", "worst"):
+    by = "dtype" if result["backend"] == "cuda" else "threads"
+    for column in (by, "cases", "MAC\nratio", "speed-up\n(geo. mean)", "worst"):
         table.add_column(column, justify="right")
     table.add_column("worst case")
     for row in result["summary"]:
         table.add_row(
             row["kind"],
             row["candidate"],
-            str(row["threads"]),
+            str(row[by]),
             str(row["cases"]),
             f"{row['mac_ratio']:.2f}",
             f"{row['mean']:.2f}x",
@@ -152,6 +153,11 @@ def print_bench(result: dict[str, Any]) -> None:
         )
     _console().print(table)
     say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")
+    for row in result["rows"]:
+        for name, why in row.get("failed", {}).items():
+            say(f"{row['case']}, batch {row['batch']}, {row['dtype']}: {name} failed: {why}")
+    if result.get("left_out"):
+        say(f"No time was left for {len(result['left_out'])} cases: {'; '.join(result['left_out'])}.")
 
 
 def _printed(mean: float | None, deviation: float | None) -> str:

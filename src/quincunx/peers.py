@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from quincunx.latency import using_threads
 from quincunx.nodes import trace
 
-__all__ = ["PEERS", "fold_batch_norm", "onnx_bytes"]
+__all__ = ["PEERS", "fold_batch_norm", "onnx_bytes", "quiet"]
 
 Run = Callable[[], object]
 
@@ -59,7 +59,7 @@ def _eager(model: nn.Module, x: Tensor, threads: int) -> Run:
 def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
     folded = fold_batch_norm(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     torch.compiler.reset()
-    with _quiet(), using_threads(threads), torch.no_grad():
+    with quiet(), using_threads(threads), torch.no_grad():
         # freezing packs the weights once
         compiled: Callable[[Tensor], object] = torch.compile(folded, options={"freezing": True})
         compiled(x)  # compiles
@@ -84,7 +84,7 @@ def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
 
 
 def _export(model: nn.Module, x: Tensor) -> bytes:
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(fold_batch_norm(model), (x,), dynamo=True, verbose=False)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
@@ -123,7 +123,7 @@ def _openvino_bf16(model: nn.Module, x: Tensor, threads: int) -> Run:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Exporters and compilers talk much; what they say is not the measurement."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

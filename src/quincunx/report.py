@@ -459,9 +459,17 @@ def render(template: str, **values: Any) -> str:
 def speedup_figure(result: dict[str, Any]) -> bytes:
     """A benchmark's result file as an SVG of speed-up against MAC ratio."""
     points = [
-        (f"{name}, {row['threads']} thread{'s' * (row['threads'] > 1)}", entry["mac_ratio"], entry["speedup"])
+        (f"{name}, {_told_apart(row)}", entry["mac_ratio"], entry["speedup"])
         for row in result["rows"]
         for name, entry in row["candidates"].items()
     ]
-    title = f"Speed-up over the best dense, {result['suite']}, {result['environment']['cpu']}"
+    where = result["environment"]
+    title = f"Speed-up over the best dense, {result['suite']}, {where.get('device', where['cpu'])}"
     return speedups(points, title).content
+
+
+def _told_apart(row: dict[str, Any]) -> str:
+    """By what a benchmark has several rows of one case."""
+    if "dtype" in row:
+        return f"{row['dtype']}, batch {row['batch']}"
+    return f"{row['threads']} thread{'s' * (row['threads'] > 1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import quincunx as qx
 from quincunx import recipes
 from quincunx.artifact import write_json
 from quincunx.bench import SUITES, run_suite
+from quincunx.bench_cuda import DTYPES, run_suite_cuda
 from quincunx.cli.common import (
     Down,
     Json,
@@ -20,6 +22,7 @@ from quincunx.cli.common import (
     Width,
     app,
     bad_input,
+    check_device,
     check_folder,
     example,
     make_folder,
@@ -108,6 +111,16 @@ def bench(
     threads: Annotated[str, typer.Option(help="Numbers of threads, with commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(help="How often each candidate has its turn.", min=3)] = 11,
     only: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help=f"With cuda: types with commas, of {', '.join(DTYPES)} (by tf32).")
+    ] = "bfloat16",
+    budget: Annotated[
+        float | None, typer.Option(help="With cuda: seconds; cases that do not fit are left out.", min=1)
+    ] = None,
+    compilers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="With cuda: whether torch.compile is a peer.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Time ours against the best dense network, interleaved in one process; writes JSON and a figure.
@@ -115,33 +128,54 @@ def bench(
     ops: single convolutions. blocks: residual blocks in inference. training: forward and backward.
     networks: whole networks, fused. Needs the bench extra (ONNX Runtime, OpenVINO). The same command again
     goes on after an interruption.
+
+    With --device cuda each call is a CUDA graph, and the peers are cuDNN, torch.compile and TensorRT, where
+    that is installed; the result so far is written after each case.
     """
     with bad_input():
         counts = _parse_counts("threads", threads)
+        on_card = check_device(device) == "cuda"
+        if budget is not None and not on_card:
+            raise ValueError(f"budget={budget:g}: only with --device cuda")
         check_can_draw()
         make_folder(out)
+        stem = f"bench-{suite}-cuda" if on_card else f"bench-{suite}"
+        path, figure = out / f"{stem}.json", out / f"{stem}.svg"
         with running(), progress_bar(not as_json) as bar:
             task = bar.add_task(suite, total=None, state="")
-            result = run_suite(
-                suite,
-                threads=counts,
-                rounds=rounds,
-                only=only,
-                keep=out / f".bench-{suite}.json",
-                progress=lambda where, done, total: bar.update(
-                    task, completed=done, total=total, state=where
-                ),
-            )
+
+            def progress(where: str, done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, state=where)
+
+            if on_card:
+                result = run_suite_cuda(
+                    suite,
+                    dtypes=[part.strip() for part in dtype.split(",")],
+                    compilers=compilers,
+                    rounds=rounds,
+                    only=only,
+                    budget=budget,
+                    keep=partial(write_json, path),
+                    progress=progress,
+                )
+            else:
+                result = run_suite(
+                    suite,
+                    threads=counts,
+                    rounds=rounds,
+                    only=only,
+                    keep=out / f".bench-{suite}.json",
+                    progress=progress,
+                )
             bar.update(task, completed=len(result["rows"]), state="")
-            path = out / f"bench-{suite}.json"
             write_json(path, result)
-            figure = out / f"bench-{suite}.svg"
-            figure.write_bytes(speedup_figure(result))
+            if drawn := any(row["candidates"] for row in result["rows"]):
+                figure.write_bytes(speedup_figure(result))
     if as_json:
         show(result)
         return
     print_bench(result)
-    say(f"wrote {path} and {figure}")
+    say(f"wrote {path}{f' and {figure}' * drawn}")
 
 
 def _parse_counts(name: str, text: str) -> list[int]:
