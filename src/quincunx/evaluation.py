@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.cost import inference_mode_of
-from quincunx.data import ImageData, Part, batches
+from quincunx.data import ImageData, Part, Resident, batches
 from quincunx.ranks import ALONE, Ranks
 
 __all__ = [
@@ -44,16 +44,25 @@ def evaluate(
     batch_size: int = _AT_ONCE,
     ranks: Ranks = ALONE,
     workers: int | None = None,
+    held: Resident | None = None,
 ) -> Evaluation:
     """Loss and top-1 error of a network on one part of a data set.
 
-    Several processes take a share of the images each and all get the result for all of them.
+    Several processes take a share of the images each and all get the result for all of them. ``held`` are
+    the part's images where they lie on the network's device already.
 
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
     losses, right, _ = judged(
-        model, split, data, batch_size=batch_size, rank=ranks.rank, world=ranks.world, workers=workers
+        model,
+        split,
+        data,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=workers,
+        held=held,
     )
     loss, errors = ranks.total([float(losses.sum()), float((~right).sum())])
     return Evaluation(loss / len(split), errors / len(split), len(split))
@@ -68,24 +77,33 @@ def judged(
     rank: int = 0,
     world: int = 1,
     workers: int | None = None,
+    held: Resident | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Image by image, in the part's order: cross-entropy (float64), and whether the right answer was the
-    first, or among the first five.
+    first, or among the first five. ``held`` as for :func:`evaluate`.
 
     Raises:
         ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
     """
-    losses = [torch.zeros(0, dtype=torch.float64)]
-    right, among = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
+    losses: list[Tensor] = []
+    right: list[Tensor] = []
+    among: list[Tensor] = []
+    if held is None:
+        source = batches(split, data, batch_size, rank=rank, world=world, workers=workers)
+    else:
+        source = held.batches(held.drawn(batch_size, rank=rank, world=world).to(held.device))
     with inference_mode_of(model):
-        for scores, answers in _scored(
-            model, data, batches(split, data, batch_size, rank=rank, world=world, workers=workers)
-        ):
-            losses.append(F.cross_entropy(scores.float(), answers, reduction="none").double().cpu())
-            right.append((scores.argmax(1) == answers).cpu())
+        for scores, answers in _scored(model, data, source):
+            losses.append(F.cross_entropy(scores.float(), answers, reduction="none").double())
+            right.append(scores.argmax(1) == answers)
             first = scores.topk(min(5, scores.shape[1])).indices
-            among.append((first == answers[:, None]).any(1).cpu())
-    return torch.cat(losses), torch.cat(right), torch.cat(among)
+            among.append((first == answers[:, None]).any(1))
+    return _fetched(losses, torch.float64), _fetched(right, torch.bool), _fetched(among, torch.bool)
+
+
+def _fetched(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """All of them, at the end: to wait for a GPU after each batch would leave it idle."""
+    return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=dtype)
 
 
 def _scored(

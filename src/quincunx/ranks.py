@@ -127,9 +127,10 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
     shape = [1, -1] + [1] * (x.dim() - 2)
     wide = x.float()
     # a process without images of this batch takes part with zeros
-    count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
+    count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
     dist.all_reduce(count)
-    images = max(float(count), 1.0)
+    # a GPU is not waited for, layer by layer
+    images = count.clamp_min(1.0).float() if x.is_cuda else max(float(count), 1.0)
     mean = _summed(wide.sum(others)) / images
     centred = wide - mean.view(shape)
     # in two steps, since the difference of two large sums would lose the variance of a shifted map
@@ -140,7 +141,8 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
             batches.add_(1)
             share = norm.momentum if norm.momentum is not None else 1 / float(batches)
             mean_so_far.lerp_(mean.detach(), share)
-            variance_so_far.lerp_(variance.detach() * (images / max(images - 1, 1.0)), share)
+            rest = (images - 1).clamp_min(1.0) if isinstance(images, Tensor) else max(images - 1, 1.0)
+            variance_so_far.lerp_(variance.detach() * (images / rest), share)
     result = centred * torch.rsqrt(variance + norm.eps).view(shape)
     if norm.affine:
         result = result * norm.weight.view(shape) + norm.bias.view(shape)

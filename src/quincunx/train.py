@@ -1,19 +1,26 @@
-"""One training loop: reproducible, resumable to the bit on the CPU, and it documents itself."""
+"""One training loop: reproducible, resumable to the bit on the CPU, and it documents itself.
+
+A GPU computes while Python goes on. There the images lie on the device, losses are read once in a while, and
+the steps of a small network are replayed as a CUDA graph (:mod:`quincunx.replay`).
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.sgd import sgd
+from torch.utils._pytree import tree_map_only
 
 from quincunx.artifact import (
     check_replaceable,
@@ -27,20 +34,23 @@ from quincunx.artifact import (
 from quincunx.binary import PackedConv2d, PackedLinear
 from quincunx.checkpoint import check_disk, only_writer, read_checkpoint, write_checkpoint
 from quincunx.cost import Cost, cost, inference_mode_of
-from quincunx.data import ImageData, WorkerFailed, batches, memory
+from quincunx.data import ImageData, Part, Pass, Resident, Split, WorkerFailed, batches, can_reside, memory
 from quincunx.distillation import Loss
-from quincunx.evaluation import check_channels, check_scores, device_of, evaluate
+from quincunx.evaluation import Evaluation, check_channels, check_scores, device_of, evaluate
 from quincunx.latency import environment
 from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
 from quincunx.reading import reason_of
 from quincunx.recipes import Recipe, from_dict
+from quincunx.replay import ONE_AT_A_TIME, Replayed, counted_together, own_stream, warmed, why_not
 
 __all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "identity_of", "other_part"]
 
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
+# on a GPU: steps after which losses are read where steps are not replayed, and images of a test at once
+_READ_EVERY, _TESTED_AT_ONCE = 100, 1024
 
 
 class RunFailed(RuntimeError):
@@ -111,6 +121,16 @@ def fit(
     They always go on from a checkpoint that is there, since a launcher starts them again after one of
     them died.
 
+    On a GPU order and augmentation are those of the CPU with the same seed. The images lie on the device if
+    they are in memory and not augmented as photographs are. Whether losses are finite is looked at some
+    times an epoch, not at each step, and before a checkpoint is written. The steps of one process with
+    networks of torch's and this package's modules are replayed as a CUDA graph unless the recipe has parts
+    of a batch, a teacher or float16; "graph" in the result says whether they were, and if not, why.
+
+    Several runs may go on in threads of one process, each with networks and folders of its own, as on a GPU
+    that one small network does not fill. What a network draws at random while it trains (dropout) then
+    depends on the others, since the process has one generator for that; nothing else does.
+
     Args:
         model: a network made by :func:`quincunx.networks.build`, or one whose factory is noted; trained
             in place, on the device where it is.
@@ -142,11 +162,12 @@ def fit(
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
     rule = stop or StopRule()
-    run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best)
+    with ONE_AT_A_TIME:
+        run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best)
     return run.go(resume, progress)
 
 
-def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
+def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
     """Refuse a step whose maps alone, one for each layer, do not fit in the memory that is free."""
     images = math.ceil(recipe.batch_size / ranks.world / recipe.accumulate)
     values = sum(math.prod(row.output) for row in cost_of_one.rows)
@@ -154,7 +175,19 @@ def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks) -> None:
         f"a step of {images} images",
         images * values * (4 if recipe.precision == "float32" else 2),
         "a smaller --batch-size or a larger --accumulate needs less",
+        _free_on(device) if device.type == "cuda" else None,
     )
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that a GPU has left, with those that torch holds for nobody."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def _runs_apart(device: torch.device) -> bool:
+    """Whether a device computes while Python goes on, so that to look at a value costs time."""
+    return device.type == "cuda"
 
 
 def identity_of(network: dict[str, Any], recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
@@ -250,6 +283,7 @@ class _Run:
         self.stepped: nn.Module = model
         self.history: list[dict[str, float]] = []
         self.saved = 0
+        self.apart: _Apart | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -267,6 +301,11 @@ class _Run:
                     self.stepped = DistributedDataParallel(self.model)
                     # what is still there when the process ends can keep it from ending
                     stack.callback(self._part)
+                else:
+                    stack.enter_context(own_stream(self.device))
+                if _runs_apart(self.device):
+                    self.apart = _Apart(self)
+                    stack.callback(self.apart.close)
                 return self._epochs(progress)
             except KeyboardInterrupt:
                 kept = (
@@ -301,7 +340,7 @@ class _Run:
         state = sum(t.nbytes for t in self.model.state_dict().values())
         # a checkpoint has weights and momentum, and the old one stays until the new one is written
         self.ranks.from_first(lambda: check_disk(self.folder, (7 if self.keep_best else 5) * state))
-        _check_memory(self.cost, self.recipe, self.ranks)
+        _check_memory(self.cost, self.recipe, self.ranks, self.device)
         if not self.history:
             self._save()
         self._write_log()
@@ -325,8 +364,12 @@ class _Run:
                 state="",
             )
             while len(self.history) < self.recipe.epochs and self.stop.reason(self.history) is None:
+                if self.apart is not None:
+                    self.apart.record()
                 entry = self._epoch(
-                    len(self.history), steps, lambda state: bar.update(task, advance=1, state=state)
+                    len(self.history),
+                    steps,
+                    lambda state, done=1: bar.update(task, advance=done, state=state),
                 )
                 self.history.append(entry)
                 if self.keep_best and _best_epoch(self.history) == len(self.history):
@@ -335,48 +378,32 @@ class _Run:
                 self._write_log()
         return self._finish()
 
-    def _epoch(self, number: int, steps: int, advance: Any) -> dict[str, float]:
+    def generator(self, number: int) -> torch.Generator:
+        """Draws the order and the augmentation of an epoch."""
         # a large odd factor keeps the streams of neighbouring seeds and epochs apart
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+
+    def _epoch(self, number: int, steps: int, advance: Callable[..., None]) -> dict[str, float]:
         # anything random inside the network draws from the global generator
         torch.manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
         self.model.train()
         began = time.perf_counter()
-        total, wrong, lr, count = 0.0, 0.0, self.recipe.lr, len(self.data.train)
-        epoch_batches = batches(
-            self.data.train,
-            self.data,
-            self.recipe.batch_size,
-            generator=generator,
-            augment=self.augment,
-            channels_last=self.recipe.channels_last,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            workers=self.workers,
-        )
-        for step, (images, labels) in enumerate(self._read(epoch_batches)):
-            taken = number * steps + step
-            lr = self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.zero_grad(set_to_none=True)
-            whole = min(self.recipe.batch_size, count - step * self.recipe.batch_size)
-            loss, errors = self._derive(images.to(self.device), labels.to(self.device), whole)
-            if not math.isfinite(loss):
-                raise self._diverged("loss", loss, number, step + 1, lr)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            total += loss * whole
-            wrong += errors
-            advance(f"epoch {number + 1} loss {total / (step * self.recipe.batch_size + whole):.3f}")
+        count = len(self.data.train)
+        rates = [self._rate(number * steps + step, steps) for step in range(steps)]
+        total, wrong, done = 0.0, 0.0, 0
+        work = self._steps(number, rates) if self.apart is None else self.apart.steps(number, rates)
+        for so_far, total, wrong in work:  # noqa: B007 - the last ones count
+            seen = min(count, so_far * self.recipe.batch_size)
+            advance(f"epoch {number + 1} loss {total / seen:.3f}", so_far - done)
+            done = so_far
         seconds = time.perf_counter() - began
-        tested = evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
+        tested = self._tested()
         if not math.isfinite(tested.loss):
             # the last step may be the one that broke the weights: they must not replace good ones
-            raise self._diverged("test loss", tested.loss, number, steps, lr)
+            raise self.diverged("test loss", tested.loss, number, f"step {steps}", rates[-1])
         return {
             "epoch": number + 1,
-            "lr": lr,
+            "lr": rates[-1],
             "train_loss": total / count,
             "train_error": wrong / count,
             "test_loss": tested.loss,
@@ -385,25 +412,73 @@ class _Run:
             "images_per_second": count / seconds,
         }
 
-    def _read(self, source: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches; an image that cannot be read, or a worker that died, ends the run with its reason."""
+    def _rate(self, taken: int, steps: int) -> float:
+        """The learning rate after so many steps in all."""
+        return self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
+
+    def _steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+        """The steps of an epoch, one by one; after each how many, their losses and wrong answers."""
+        total, wrong, count = 0.0, 0.0, len(self.data.train)
+        for step, (images, labels) in enumerate(self.read(number)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rates[step]
+            self.optimizer.zero_grad(set_to_none=True)
+            whole = min(self.recipe.batch_size, count - step * self.recipe.batch_size)
+            share, errors = self.derive(images, labels, whole)
+            loss, all_errors = self.ranks.total([float(share), int(errors)])
+            if not math.isfinite(loss):
+                raise self.diverged("loss", loss, number, f"step {step + 1}", rates[step])
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            total += loss * whole
+            wrong += all_errors
+            yield step + 1, total, wrong
+
+    def _tested(self) -> Evaluation:
+        if self.apart is None:
+            return evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
+        return evaluate(
+            self.model,
+            self.data.test,
+            self.data,
+            batch_size=_TESTED_AT_ONCE,
+            ranks=self.ranks,
+            workers=self.workers,
+            held=self.apart.tests,
+        )
+
+    def read(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches on the device; an image that cannot be read, or a worker that died, ends the run
+        with its reason."""
+        source = batches(
+            self.data.train,
+            self.data,
+            self.recipe.batch_size,
+            generator=self.generator(number),
+            augment=self.augment,
+            channels_last=self.recipe.channels_last,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            workers=self.workers,
+        )
         while True:
             try:
-                batch = next(source)
+                images, labels = next(source)
             except StopIteration:
                 return
             except (ValueError, WorkerFailed) as error:
                 raise RunFailed(
                     f"{error}; the checkpoint after epoch {self.saved} is kept in {self.checkpoint}"
                 ) from error
-            yield batch
+            yield images.to(self.device), labels.to(self.device)
 
-    def _derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[float, float]:
+    def derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         """Mean loss and wrong answers of a batch of ``whole`` images, its gradients left at the parameters.
 
-        ``images`` are this process's share of the batch.
+        ``images`` are this process's share of the batch; what is returned is that of them, on the device.
         """
-        loss, wrong = 0.0, 0
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        wrong = torch.zeros((), dtype=torch.long, device=self.device)
         parts = self.recipe.accumulate
         for i, (part, answers) in enumerate(
             zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
@@ -422,10 +497,9 @@ class _Run:
                     share = share + _AUXILIARY * self.loss.of_scores(other, answers, wanted) / whole
                 # torch takes the mean of the processes' gradients, where the sum is wanted
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
-            loss += float(share.detach())
-            wrong += int((scores.detach().argmax(1) != answers).sum())
-        loss, errors = self.ranks.total([loss, wrong])
-        return loss, errors
+            loss = loss + share.detach()
+            wrong = wrong + (scores.detach().argmax(1) != answers).sum()
+        return loss, wrong
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once a step, with its last part."""
@@ -437,9 +511,9 @@ class _Run:
         dtype = getattr(torch, self.recipe.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def _diverged(self, what: str, value: float, number: int, step: int, lr: float) -> Diverged:
+    def diverged(self, what: str, value: float, number: int, where: str, lr: float) -> Diverged:
         return Diverged(
-            f"the {what} is {value} in epoch {number + 1}, step {step}, at learning rate {lr:g}; the "
+            f"the {what} is {value} in epoch {number + 1}, {where}, at learning rate {lr:g}; the "
             f"checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller --lr may help"
         )
 
@@ -449,17 +523,17 @@ class _Run:
 
     def _save(self) -> None:
         if self.ranks.first:
-            write_checkpoint(
-                self.checkpoint,
-                {
-                    "identity": json.dumps(self._identity()),
-                    "history": json.dumps(self.history),
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    **({} if self.best is None else {"best": self.best}),
-                },
-            )
+            content = {
+                "identity": json.dumps(self._identity()),
+                "history": json.dumps(self.history),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                **({} if self.best is None else {"best": self.best}),
+            }
+            if self.device.type != "cpu":
+                content = tree_map_only(Tensor, Tensor.cpu, content)
+            write_checkpoint(self.checkpoint, content)
         self.saved = len(self.history)
 
     def _write_log(self) -> None:
@@ -518,6 +592,8 @@ class _Run:
         }
         if self.best is not None:
             result["best_epoch"] = last["epoch"]
+        if self.apart is not None:
+            result |= self.apart.facts()
         if len(self.history) < self.recipe.epochs:
             result["stopped"] = self.stop.reason(self.history)
         info = {"data": self.data.describe(), "test_error": last["test_error"]}
@@ -525,3 +601,192 @@ class _Run:
             save(self.model, self.folder / ARTIFACT, info=info)
             write_json(self.folder / RESULT, result)
         return result
+
+
+class _Apart:
+    """The steps of a run on a device that computes while Python goes on."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.held, self.tests = self._held(run.data.train, run.augment), self._held(run.data.test, "none")
+        self.total = torch.zeros((), dtype=torch.float64, device=run.device)
+        self.wrong = torch.zeros((), dtype=torch.long, device=run.device)
+        self.rate = torch.zeros((), device=run.device)
+        self.replayed: Replayed | None = None
+        self.why: str | None = "no step was needed"
+        self._tried = False
+        self._next: tuple[int, Pass] | None = None
+
+    def _held(self, part: Part, augment: str) -> Resident | None:
+        """The images on the device, if they can be there."""
+        if not isinstance(part, Split) or not can_reside(part, augment):
+            return None
+        device = self.run.device
+        if device.type == "cuda" and part.images.nbytes > _free_on(device) // 2:
+            return None
+        return Resident(part, self.run.data, device)
+
+    # ---- what is replayed
+
+    def _why_not(self) -> str | None:
+        run = self.run
+        for holds, why in (
+            (run.ranks.world == 1, "several processes exchange at each step"),
+            (run.recipe.accumulate == 1, "batches pass in parts"),
+            (run.loss.teacher is None, "a teacher is asked at each step"),
+            (not run.scaler.is_enabled(), "in float16 the scale of the losses may change at each step"),
+            (self.held is not None, "the images come from the processor"),
+            (len(run.data.train) >= run.recipe.batch_size, "there are fewer images than a batch has"),
+        ):
+            if not holds:
+                return why
+        return why_not(run.model)
+
+    def record(self) -> None:
+        """Record a step if it can be replayed; the network, its momentum and its counts stay as they are."""
+        if self._tried:
+            return
+        self._tried, self.why = True, self._why_not()
+        if self.why is None and self.held is not None:
+            try:
+                self._record(self.held)
+            except RuntimeError as error:
+                self._forget()
+                self.why = f"a step cannot be recorded ({reason_of(error)})"
+
+    def _record(self, held: Resident) -> None:
+        run, size = self.run, self.run.recipe.batch_size
+        run.model.train()
+        state = [*run.model.parameters(), *run.model.buffers(), self.total, self.wrong]
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                # torch makes them at the first step, as the gradient is, which is what zeros lead to as well
+                kept = run.optimizer.state[parameter]
+                if kept.get("momentum_buffer") is None:
+                    kept["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+                state.append(kept["momentum_buffer"])
+        whole, rest = divmod(len(held), size)
+        count = min(held.at_once(size), whole)
+        self.replayed = Replayed(self._whole_step, self.rate, state, (size, *held.shape), count)
+        # what else an epoch does, so that kernels are made by one thread at a time
+        if rest:
+            images = torch.zeros(rest, *held.shape, device=run.device)
+            labels = torch.zeros(rest, dtype=torch.long, device=run.device)
+            warmed(partial(self._whole_step, images, labels), [*state, self.rate])
+        warmed(run._tested, [])
+        run.model.train()
+
+    def _whole_step(self, images: Tensor, labels: Tensor) -> None:
+        """From bytes to weights, for images [B, H, W, C]; nothing in it waits for the device."""
+        with counted_together(self.run.model):
+            self._derive(images.permute(0, 3, 1, 2), labels, len(labels))
+        self._update()
+
+    def _derive(self, images: Tensor, labels: Tensor, whole: int) -> None:
+        run = self.run
+        run.optimizer.zero_grad(set_to_none=True)
+        loss, wrong = run.derive(images if run.recipe.channels_last else images.contiguous(), labels, whole)
+        self.total.add_(loss * whole)
+        self.wrong.add_(wrong)
+
+    def _update(self) -> None:
+        """A step of the optimiser with the rate that lies on the device, which a record can hold."""
+        run = self.run
+        for group in run.optimizer.param_groups:
+            learning = [p for p in group["params"] if p.grad is not None]
+            momentum = [run.optimizer.state[p]["momentum_buffer"] for p in learning if group["momentum"]]
+            with torch.no_grad():
+                sgd(
+                    learning,
+                    [p.grad for p in learning],
+                    momentum,
+                    fused=run.device.type == "cuda",
+                    foreach=False,
+                    lr=self.rate,  # type: ignore[arg-type]
+                    **{
+                        k: group[k] for k in ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
+                    },
+                )
+
+    # ---- an epoch
+
+    def steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+        """As :meth:`_Run._steps`, but after some steps at a time."""
+        run, size, count = self.run, self.run.recipe.batch_size, len(self.run.data.train)
+        self.total.zero_()
+        self.wrong.zero_()
+        first = 0
+        if self.held is None:
+            source = run.read(number)
+        else:
+            taken = self._taken(number).to(run.device)
+            if self.replayed is not None:
+                on_device = torch.tensor(rates, device=run.device)
+                while some := min(self.replayed.count, count // size - first):
+                    images, labels = self.held.some(taken, first * size, (first + some) * size)
+                    self.replayed.run(images, labels, on_device[first : first + some])
+                    first += some
+                    yield self._so_far(number, first, rates)
+            source = self.held.batches(taken, first)
+        for step, (images, labels) in enumerate(source, first):
+            self._derive(images, labels, min(size, count - step * size))
+            if self.replayed is not None:
+                self.rate.fill_(rates[step])
+                self._update()
+            else:
+                self._note_rate(rates[step])
+                run.scaler.step(run.optimizer)
+                run.scaler.update()
+            if (step + 1) % _READ_EVERY == 0 or step + 1 == len(rates):
+                yield self._so_far(number, step + 1, rates)
+        self._note_rate(rates[-1])
+
+    def _note_rate(self, rate: float) -> None:
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _so_far(self, number: int, done: int, rates: Sequence[float]) -> tuple[int, float, float]:
+        """Steps, summed losses and wrong answers; here the device is waited for."""
+        run = self.run
+        if done == len(rates) and self.held is not None and number + 1 < run.recipe.epochs:
+            # the device is busy meanwhile
+            self._next = number + 1, self._drawn(number + 1)
+        total, wrong = run.ranks.total([float(self.total), float(self.wrong)])
+        if not math.isfinite(total):
+            raise run.diverged("loss", total, number, f"by step {done}", rates[done - 1])
+        return done, total, wrong
+
+    def _taken(self, number: int) -> Pass:
+        if self._next is not None and self._next[0] == number:
+            return self._next[1]
+        return self._drawn(number)
+
+    def _drawn(self, number: int) -> Pass:
+        run = self.run
+        if self.held is None:
+            raise AssertionError("drawn for images that are elsewhere")
+        return self.held.drawn(
+            run.recipe.batch_size,
+            generator=run.generator(number),
+            augment=run.augment,
+            rank=run.ranks.rank,
+            world=run.ranks.world,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the result says of it."""
+        device = self.run.device
+        own = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        return {**own, "graph": {"used": self.replayed is not None, "why_not": self.why}}
+
+    def _forget(self) -> None:
+        """Gradients may lie in a record's memory."""
+        self.run.optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        self._forget()
+        replayed, self.replayed = self.replayed, None
+        if replayed is not None:
+            replayed.close()
+        # a GPU's memory must not wait until Python finds the circles that objects lead each other in
+        self.held = self.tests = None

@@ -7,6 +7,7 @@ Larger ones, such as ImageNet, are decoded and augmented in worker processes.
 
 from quincunx.data.epoch import AUGMENTATIONS, batches, normalised
 from quincunx.data.load import load_data
+from quincunx.data.resident import Pass, Resident, can_reside
 from quincunx.data.sets import ImageData, Part, Split, Stream
 from quincunx.data.stream import WorkerFailed
 
@@ -14,10 +15,13 @@ __all__ = [
     "AUGMENTATIONS",
     "ImageData",
     "Part",
+    "Pass",
+    "Resident",
     "Split",
     "Stream",
     "WorkerFailed",
     "batches",
+    "can_reside",
     "load_data",
     "normalised",
 ]

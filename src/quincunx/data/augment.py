@@ -173,15 +173,25 @@ def _middles(count: int) -> Tensor:
     return (2 * torch.arange(count, dtype=torch.float64) + 1) / count - 1
 
 
+def crop_draws(
+    size: tuple[int, int], drawn: int, ours: slice, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(shifts down and right [2, n], whether to flip [n]) of images of H x W: :func:`crop_and_flip`.
+
+    ``drawn`` images are drawn for, of which those of ``ours`` are given.
+    """
+    margin = max(1, round(min(size) / 8))
+    shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours, 0] - margin
+    return shifts, torch.rand(drawn, 1, generator=generator)[ours, 0] < 0.5
+
+
 def crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
     """Each image [H, W, C] shifted by up to an eighth of its side, zeros coming in, and perhaps flipped.
 
     ``drawn`` images are drawn for, of which ``images`` are ``ours``.
     """
     _, height, width, _ = images.shape
-    margin = max(1, round(min(height, width) / 8))
-    shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours, 0] - margin
-    flips = torch.rand(drawn, 1, generator=generator)[ours, 0] < 0.5
+    shifts, flips = crop_draws((height, width), drawn, ours, generator)
     found = torch.zeros_like(images)
     # copies of whole runs of pixels: four times as fast as one gather of all pixels
     each = zip(images, found, *shifts.tolist(), flips.tolist(), strict=True)
@@ -191,3 +201,26 @@ def crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Gene
             part, right = part.flip(1), -right
         target[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)] = part
     return found
+
+
+def cropped_rows(
+    size: tuple[int, int], numbers: Tensor, shifts: Tensor, flips: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the pixels of :func:`crop_and_flip` come from, for a gather on any device.
+
+    Args:
+        size: (H, W).
+        numbers: of the images, [n].
+        shifts, flips: as :func:`crop_draws` gives them.
+
+    Returns:
+        Rows of all images' pixels one below the other, [n, H, W], and whether a pixel lies outside of its
+        image, where any row is given.
+    """
+    height, width = size
+    across = torch.arange(width, device=numbers.device)
+    down = torch.arange(height, device=numbers.device) + shifts[0, :, None]
+    right = torch.where(flips[:, None], width - 1 - across, across) + shifts[1, :, None]
+    outside = ((down < 0) | (down >= height))[:, :, None] | ((right < 0) | (right >= width))[:, None, :]
+    lines = numbers[:, None] * height + down.clamp(0, height - 1)
+    return lines[:, :, None] * width + right.clamp(0, width - 1)[:, None, :], outside

@@ -16,9 +16,25 @@ AUGMENTATIONS = ("none", "cifar", "imagenet")
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Byte images [N, H, W, C] as floats of mean 0 and deviation 1, same layout."""
+    scale, shift = scale_and_shift(mean, std)
+    return images.float().mul_(scale).add_(shift)
+
+
+def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """What byte values are multiplied by and what is then added, per channel, for mean 0 and deviation 1."""
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
-    return images.float().mul_(scale).add_(shift)
+    return scale, shift
+
+
+def shares(
+    count: int, batch_size: int, rank: int, world: int, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, slice]]:
+    """Numbers of the images of each batch, and which of them are this process's, of an epoch's one order."""
+    order = torch.randperm(count, generator=generator) if generator is not None else torch.arange(count)
+    for start in range(0, count, batch_size):
+        whole = order[start : start + batch_size]
+        yield whole, slice(rank * len(whole) // world, (rank + 1) * len(whole) // world)
 
 
 def batches(
@@ -87,11 +103,8 @@ def _epoch(
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in channels_last."""
-    count = len(split)
-    order = torch.randperm(count, generator=generator) if generator is not None else torch.arange(count)
-    wholes = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    shares = [slice(rank * len(b) // world, (rank + 1) * len(b) // world) for b in wholes]
-    chosen = [whole[ours] for whole, ours in zip(wholes, shares, strict=True)]
+    taken = list(shares(len(split), batch_size, rank, world, generator))
+    chosen = [whole[ours] for whole, ours in taken]
     if isinstance(split, Split):
         pixels = split.images
         read: Iterator[Tensor] = (pixels[some] for some in chosen)
@@ -100,7 +113,7 @@ def _epoch(
         if augment == "imagenet" and generator is not None:
             key = int(torch.randint(0, 2**62, (1,), generator=generator))
         read = crops(split, [some.tolist() for some in chosen], key, workers)
-    for whole, ours, some, images in zip(wholes, shares, chosen, read, strict=True):
+    for (whole, ours), some, images in zip(taken, chosen, read, strict=True):
         if augment == "imagenet" and generator is not None and isinstance(split, Split):
             found = photographs(images, len(whole), ours, generator)
             found = _normalised_planes(found, data).contiguous(memory_format=torch.channels_last)

@@ -44,13 +44,13 @@ def needed(images: int, pixels: int, channels: int = 3) -> int:
     return 2 * images * pixels * channels
 
 
-def check(name: str, bytes_needed: int, remedy: str) -> None:
-    """Refuse what does not fit.
+def check(name: str, bytes_needed: int, remedy: str, free: int | None = None) -> None:
+    """Refuse what does not fit into the ``free`` bytes, by default those of this process.
 
     Raises:
         ValueError: more bytes than are available; ``remedy`` says what to do instead.
     """
-    free = available()
+    free = available() if free is None else free
     if bytes_needed > free:
         raise ValueError(
             f"{name}: needs {gigabytes(bytes_needed)} of memory, {gigabytes(free)} are free; {remedy}"

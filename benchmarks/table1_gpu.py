@@ -1,0 +1,516 @@
+"""The paper's Table 1 (Peng et al., arXiv:1809.02601) on one GPU, several networks at a time.
+
+    PYTHONPATH=src python3 benchmarks/table1_gpu.py --train TRAIN.tar.gz --test TEST.tar.gz --out FILE.json
+
+Depth 20 first: the dense network, the spatial bottleneck at 1/4, 2/4 and 3/4 of the positions, average
+pooling in place of strides, and the dense network on smaller images with as many multiply-adds; then deeper
+networks in the time that is left, with fewer epochs if need be. A seed of all networks comes before the next
+seed. Each run is a thread with a stream and a graph of its own, since one small network does not fill a GPU.
+The file is written anew after each run, so that it has all that is finished, whatever ends the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quincunx import networks
+from quincunx.artifact import write_json
+from quincunx.cost import cost
+from quincunx.data import ImageData, Split, load_data
+from quincunx.data.sets import statistics as statistics_of
+from quincunx.latency import environment
+from quincunx.ops import backend
+from quincunx.recipes import Recipe, cifar
+from quincunx.report import file_name, label_of
+from quincunx.train import fit
+
+
+def age() -> float:
+    """Seconds since this process began, its imports included; 0 where the system does not say."""
+    try:
+        started = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+
+
+BEGAN = time.perf_counter() - max(0.0, age())
+# (name without depth, settings), in the order of the table; the first is what the others are compared with
+NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("rrn", {}),
+    ("rsbn", {}),
+    ("rsbn", {"sampling": "1/4"}),
+    ("rsbn", {"sampling": "3/4"}),
+    ("rsbn", {"down": "avgpool"}),
+    ("rsbn", {"sampling": "1/4", "down": "avgpool"}),
+)
+# of deeper networks these come first
+DEEP = NETWORKS[:2]
+# seconds for the last evaluation and the file, and share of the time that a plan may use
+_END, _SURE = 3.0, 0.88
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        depth: of the network.
+        network: its name.
+        settings: of it.
+        side: of its images.
+        seed: of weights, order and augmentation.
+        whole: whether the images are as they are, and not made smaller.
+    """
+
+    depth: int
+    network: str
+    settings: tuple[tuple[str, str], ...]
+    side: int
+    seed: int
+    whole: bool = True
+
+    @property
+    def label(self) -> str:
+        name = label_of({"name": self.network, "settings": dict(self.settings)})
+        return name if self.whole else f"{name} at {self.side} x {self.side}"
+
+    def build(self, classes: int) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return networks.build(self.network, classes, 3, **dict(self.settings))
+
+
+def side_of_equal_cost(dense: nn.Module, other: nn.Module, side: int) -> int:
+    """The image size at which the dense network's multiply-adds are nearest to the other's at ``side``."""
+
+    def macs(model: nn.Module, at: int) -> int:
+        return cost(model, torch.zeros(1, 3, at, at)).macs
+
+    wanted = macs(other, side)
+    about = round(side * math.sqrt(wanted / macs(dense, side)))
+    near = range(max(1, about - 4), min(side, about + 5))
+    return min(near, key=lambda at: abs(macs(dense, at) - wanted))
+
+
+def jobs_of(depths: Sequence[int], seeds: Sequence[int], side: int, only: str) -> list[Job]:
+    """All runs, the most important first."""
+
+    def job(depth: int, name: str, settings: Mapping[str, str], seed: int, at: int = side) -> Job:
+        return Job(depth, f"{name}{depth}", tuple(settings.items()), at, seed, at == side)
+
+    found: list[Job] = []
+    first, *deeper = depths
+    dense = networks.build(f"rrn{first}", 10, 3)
+    sizes = [
+        side_of_equal_cost(dense, networks.build(f"rsbn{first}", 10, 3, sampling=s), side)
+        for s in ("2/4", "1/4")
+    ]
+    for seed in seeds:
+        found += [job(first, name, settings, seed) for name, settings in NETWORKS]
+        found.append(job(first, "rrn", {}, seed, sizes[0]))
+    found += [job(depth, name, settings, seeds[0]) for depth in deeper for name, settings in DEEP]
+    found += [job(first, "rrn", {}, seed, sizes[1]) for seed in seeds]
+    for seed in seeds:
+        for depth in deeper:
+            found += [job(depth, name, settings, seed) for name, settings in NETWORKS]
+    wanted = [part.strip() for part in only.split(",") if part.strip()]
+    unique = dict.fromkeys(found)
+    return [j for j in unique if not wanted or any(part in (j.label, j.network) for part in wanted)]
+
+
+def resized(data: ImageData, side: int, device: torch.device) -> ImageData:
+    """The same images smaller (bicubic, antialiased), with their own mean and deviation."""
+
+    def part(split: Split) -> Split:
+        pieces = []
+        for some in split.images.split(8192):
+            floats = some.to(device).permute(0, 3, 1, 2).float()
+            small = F.interpolate(floats, (side, side), mode="bicubic", antialias=True)
+            pieces.append(small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        return Split(torch.cat(pieces).contiguous(), split.labels)
+
+    train, test = part(data.train), part(data.test)  # type: ignore[arg-type]
+    mean, std = statistics_of(train.images)
+    return replace(data, train=train, test=test, mean=mean, std=std)
+
+
+class Watch:
+    """Ends a run at the deadline, and notes what its epochs take."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline, self.before = deadline, time.perf_counter()
+        self.epochs, self.each, self.over = 0, 0.0, False
+
+    def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        now = time.perf_counter()
+        if len(history) > self.epochs:
+            # the first one holds what comes before it
+            self.each = (now - self.before) / (len(history) - self.epochs)
+            self.epochs, self.before = len(history), now
+        self.over = self.over or now + self.each > self.deadline
+        return "the time is up" if self.over else None
+
+
+class Table:
+    """The runs to make, those that are made, and the file."""
+
+    def __init__(self, given: argparse.Namespace, data: ImageData, jobs: list[Job]) -> None:
+        self.given, self.data, self.left = given, data, jobs
+        self.device = torch.device(given.device)
+        self.deadline = BEGAN + given.budget if given.budget else math.inf
+        self.lock = threading.Lock()
+        self.sizes: dict[int, ImageData] = {data.size[0]: data}
+        for side in {job.side for job in jobs} - self.sizes.keys():
+            self.sizes[side] = resized(data, side, self.device)
+        # before anything trains: weights are drawn from the process's one generator
+        self.models = {job: job.build(len(data.classes)) for job in jobs}
+        self.runs: list[dict[str, Any]] = []
+        self.unfinished: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self.skipped: list[Job] = []
+        self.watches: list[tuple[Job, Watch]] = []
+        self.deep: dict[int, int | None] = {}
+        self.alone: dict[str, Any] | None = None
+        self.environment = environment()
+        self.started = time.perf_counter()
+
+    # ---- which run is next
+
+    def recipe(self, epochs: int) -> Recipe:
+        given = self.given
+        plain = cifar()
+        # rates go with the batch; the first epoch rises to a rate that is larger than the paper's
+        rate = given.lr or plain.lr * given.batch_size / plain.batch_size
+        warm = 1 / epochs if rate > plain.lr and epochs > 4 else 0.0
+        return replace(
+            plain,
+            name="cifar, shorter",
+            epochs=epochs,
+            batch_size=given.batch_size,
+            lr=rate,
+            warmup=warm,
+            augment="cifar",
+            precision=given.precision,
+        )
+
+    def _each(self, job: Job) -> float | None:
+        """Seconds that an epoch of it takes beside the others, by what was seen; None at the beginning."""
+        seen = [(other, watch.each) for other, watch in self.watches if watch.epochs > 1]
+        same = [each for other, each in seen if other.label == job.label]
+        if same:
+            return statistics.median(same)
+        # a deeper network takes longer by its depth
+        scaled = [each * job.depth / other.depth for other, each in seen]
+        return max(scaled) if scaled else None
+
+    def _epochs(self, job: Job) -> int | None:
+        """The epochs of a run; None if there is no time for it."""
+        given = self.given
+        each, seconds = self._each(job), self.deadline - time.perf_counter() - _END
+        if each is None or math.isinf(seconds):
+            return given.epochs if seconds > 0 else None
+        fit_in = int(_SURE * seconds / each)
+        if job.depth == given.depths[0]:
+            return given.epochs if fit_in >= given.epochs else None
+        # all networks of a depth are trained alike
+        if job.depth not in self.deep:
+            # those of the same depth that begin a little later
+            fewer = min(given.epochs, int(0.9 * fit_in))
+            self.deep[job.depth] = fewer if fewer >= given.least else None
+        epochs = self.deep[job.depth]
+        return epochs if epochs is not None and fit_in >= epochs else None
+
+    def next(self) -> tuple[Job, int, Watch] | None:
+        with self.lock:
+            while self.left:
+                job = self.left.pop(0)
+                epochs = self._epochs(job)
+                if epochs is None:
+                    self.skipped.append(job)
+                    continue
+                watch = Watch(self.deadline)
+                self.watches.append((job, watch))
+                return job, epochs, watch
+        return None
+
+    # ---- what is made
+
+    def train(self, job: Job, epochs: int, watch: Any, folder: Path) -> dict[str, Any]:
+        name = f"{file_name(job.label)}-seed{job.seed}"
+        return fit(
+            self.models.pop(job).to(self.device),
+            self.sizes[job.side],
+            self.recipe(epochs),
+            folder / name,
+            seed=job.seed,
+            stop=watch,
+        )
+
+    def keep(self, job: Job, result: dict[str, Any]) -> None:
+        entry = {"label": job.label, "depth": job.depth, "side": job.side, **short(result)}
+        with self.lock:
+            (self.unfinished if "stopped" in result else self.runs).append(entry)
+            self.write()
+        last = result["history"][-1]
+        print(
+            f"{time.perf_counter() - BEGAN:6.0f} s  {job.label}, seed {job.seed}: "
+            f"{100 * result['test_error']:.2f}% after {len(result['history'])} epochs, "
+            f"{last['images_per_second']:,.0f} images/s, graph {result.get('graph')}",
+            flush=True,
+        )
+
+    def fail(self, job: Job) -> None:
+        with self.lock:
+            self.failures.append(
+                {"label": job.label, "seed": job.seed, "error": traceback.format_exc(limit=12)}
+            )
+            self.write()
+        print(f"{job.label}, seed {job.seed} failed:\n{self.failures[-1]['error']}", flush=True)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row a network: its errors, and how far it is from the dense network of its depth."""
+        by_label: dict[str, list[dict[str, Any]]] = {}
+        for run in self.runs:
+            by_label.setdefault(run["label"], []).append(run)
+        mean = {
+            label: statistics.fmean(100 * run["test_error"] for run in found)
+            for label, found in by_label.items()
+        }
+        small = next((label for label in mean if " at " in label), None)
+        rows = []
+        for label, found in by_label.items():
+            errors = [100 * run["test_error"] for run in found]
+            dense = mean.get(f"rrn{found[0]['depth']}")
+            rows.append(
+                {
+                    "label": label,
+                    "depth": found[0]["depth"],
+                    "side": found[0]["side"],
+                    "macs": found[0]["cost"]["macs"],
+                    "params": found[0]["cost"]["params"],
+                    "epochs": found[0]["recipe"]["epochs"],
+                    "seeds": [run["seed"] for run in found],
+                    "errors": errors,
+                    "error": mean[label],
+                    "deviation": statistics.stdev(errors) if len(errors) > 1 else None,
+                    "over_dense": None if dense is None else mean[label] - dense,
+                    "over_small_images": (
+                        None
+                        if small is None or found[0]["depth"] != self.given.depths[0]
+                        else mean[label] - mean[small]
+                    ),
+                    "images_per_second": statistics.fmean(
+                        statistics.median(entry["images_per_second"] for entry in run["history"])
+                        for run in found
+                    ),
+                }
+            )
+        return sorted(rows, key=lambda row: (row["depth"], -row["side"], -row["macs"]))
+
+    def write(self) -> None:
+        given = self.given
+        seconds = time.perf_counter() - self.started
+        images = len(self.data.train) * sum(watch.epochs for _, watch in self.watches)
+        gpu = self.device.type == "cuda"
+        write_json(
+            given.out,
+            {
+                "schema": 1,
+                "kind": "table1",
+                "data": self.data.describe(),
+                "recipe": self.recipe(given.epochs).to_dict(),
+                "device": self.device.type,
+                "gpu": torch.cuda.get_device_name(self.device) if gpu else None,
+                "cuda": torch.version.cuda if gpu else None,
+                "backend": str(backend(self.device)),
+                "jobs": given.jobs,
+                "budget": given.budget,
+                "seconds": round(seconds, 2),
+                "seconds_before": round(self.started - BEGAN, 2),
+                "images_per_second": round(images / seconds, 1),
+                "alone": self.alone,
+                "summary": self.summary(),
+                "runs": self.runs,
+                "unfinished": self.unfinished,
+                "not_started": [f"{job.label}, seed {job.seed}" for job in self.skipped],
+                "failures": self.failures,
+                "environment": self.environment,
+            },
+        )
+
+
+def short(result: dict[str, Any]) -> dict[str, Any]:
+    """A run without what all runs share."""
+    left_out = ("schema", "data", "environment", "device", "gpu", "augment", "processes")
+    kept = {key: value for key, value in result.items() if key not in left_out}
+    history = [
+        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in entry.items()}
+        for entry in result["history"]
+    ]
+    return {**kept, "history": history}
+
+
+@contextmanager
+def stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """Within: this thread's work goes to one stream, whichever run makes it."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+def work(table: Table, folder: Path) -> None:
+    """One thread: a run after another as long as there are some."""
+    in_a_row = 0
+    with stream_of_its_own(table.device):
+        while in_a_row < 3 and (found := table.next()) is not None:
+            job, epochs, watch = found
+            try:
+                table.keep(job, table.train(job, epochs, watch, folder))
+                in_a_row = 0
+            except Exception:  # noqa: BLE001 - the other runs go on, and the file says what happened
+                table.fail(job)
+                in_a_row += 1
+
+
+def run_alone(table: Table, folder: Path) -> None:
+    """How fast one network trains with the GPU for itself; its kernels are made here too."""
+    given = table.given
+    side = table.data.size[0]
+    # a seed that no run of the table has
+    job = Job(given.depths[0], f"rsbn{given.depths[0]}", (), side, 1 + max(given.seeds))
+    watch = Watch(math.inf)
+    table.models[job] = job.build(len(table.data.classes))
+    try:
+        with stream_of_its_own(table.device):
+            result = table.train(job, given.alone, watch, folder / "alone")
+    except Exception:  # noqa: BLE001 - as for any run
+        table.fail(job)
+        return
+    fastest = max(entry["images_per_second"] for entry in result["history"])
+    table.alone = {
+        "label": job.label,
+        "images_per_second": round(fastest, 1),
+        "graph": result.get("graph"),
+        "history": short(result)["history"],
+    }
+    print(
+        f"{time.perf_counter() - BEGAN:6.0f} s  {job.label} alone: {fastest:,.0f} images/s, "
+        f"graph {result.get('graph')}",
+        flush=True,
+    )
+
+
+def loaded(given: argparse.Namespace) -> ImageData:
+    """The images; the GPU starts meanwhile."""
+    device = torch.device(given.device)
+    begins = threading.Thread(target=lambda: torch.zeros(1, device=device).add_(1).cpu(), daemon=True)
+    begins.start()
+    data = load_data(given.train, test_source=given.test, size=given.size)
+    if not isinstance(data.train, Split):
+        raise SystemExit(f"{given.train}: images that fit into memory are expected")
+    begins.join()
+    return data
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", required=True, help="training images by class: a folder or an archive")
+    parser.add_argument("--test", required=True, help="test images, likewise")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--size", type=int, help="shorter side of the images; as they are by default")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument(
+        "--least", type=int, default=20, help="epochs below which a deeper network is left out"
+    )
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument(
+        "--depths", type=numbers, default=[20, 44, 110], help="the first one is planned whole"
+    )
+    parser.add_argument("--only", default="", help="names or labels of networks, with commas")
+    parser.add_argument("--jobs", type=int, default=7, help="runs at a time")
+    parser.add_argument("--budget", type=float, default=0, help="seconds from the start; 0 for no end")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, help="by default the paper's 0.1 at 64 images, in proportion")
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--alone", type=int, default=4, help="epochs of rsbn by itself first; 0 for none")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms")
+    parser.add_argument("--commit", help="of this code, where there is no repository")
+    parser.add_argument("--folder", type=Path, help="of the runs' checkpoints; a temporary one by default")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    # read when CUDA starts: streams must not wait for each other in one queue
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if given.commit:
+        os.environ["QUINCUNX_COMMIT"] = given.commit
+    torch.backends.cudnn.benchmark = given.cudnn_benchmark
+    # threads that wait for the interpreter are waited for by a GPU
+    sys.setswitchinterval(0.001)
+    data = loaded(given)
+    print(f"{time.perf_counter() - BEGAN:6.1f} s  {len(data.train):,} images read", flush=True)
+    torch.set_num_threads(1)
+    jobs = jobs_of(given.depths, given.seeds, data.size[0], given.only)
+    table = Table(given, data, jobs)
+    with nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if given.alone:
+            run_alone(table, folder)
+        table.started = time.perf_counter()
+        threads = [
+            threading.Thread(target=work, args=(table, folder), daemon=True)
+            for _ in range(min(given.jobs, len(jobs)))
+        ]
+        for thread in threads:
+            thread.start()
+        # whoever hangs is left behind
+        while any(thread.is_alive() for thread in threads) and time.perf_counter() < table.deadline + 20:
+            time.sleep(0.1)
+        with table.lock:
+            table.write()
+            rows = table.summary()
+        for row in rows:
+            errors = ", ".join(f"{error:.2f}" for error in row["errors"])
+            print(
+                f"{row['label']:28s} {row['macs'] / 1e6:7.2f} M MACs, {row['epochs']} epochs: "
+                f"{row['error']:6.2f}% ({errors}), {row['images_per_second']:,.0f} images/s"
+            )
+        print(
+            f"{len(table.runs)} runs, {len(table.unfinished)} unfinished, {len(table.skipped)} not started, "
+            f"{len(table.failures)} failed; {given.out}",
+            flush=True,
+        )
+        if any(thread.is_alive() for thread in threads):
+            print("a run did not end in time", flush=True)
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
