@@ -141,7 +141,7 @@ def test_the_least_work_of_a_network_is_near_what_its_layers_move():
 # ---- suites
 
 
-def test_blocks(card):
+def test_blocks(card, monkeypatch):
     kept = []
     result = quick("blocks", dtypes=("float32", "bfloat16"), keep=kept.append)
     assert [(r["case"], r["batch"], r["dtype"]) for r in result["rows"]] == [
@@ -162,6 +162,15 @@ def test_blocks(card):
     json.dumps(result, allow_nan=False)
     print_bench(result)
     assert speedup_figure(result).lstrip().startswith(b"<?xml")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_summary
+
+    lines = list(gpu_summary.bench_lines(result))
+    assert lines[0].startswith("-- blocks: 8 cases")
+    assert lines[1].startswith("rRB 4 x 8^2 b3 tf32: cuDNN")
+    assert "rSB 1/4" in lines[1]
+    assert "/ stride 2" in lines[1]
+    assert "copy 2.00 TB/s" in gpu_summary.ceiling_line(result)
 
 
 @pytest.mark.parametrize("suite", ["ops", "training"])

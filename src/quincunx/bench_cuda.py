@@ -265,7 +265,8 @@ def _own_dense(model: nn.Sequential, x: Tensor) -> Run:
     """Our kernel even where cuDNN's is the faster one."""
     conv = copy.deepcopy(model[0]).to(x.device, x.dtype).requires_grad_(False)
     where = Geometry((3, 3), padding=(1, 1, 1, 1))
-    step = Step("dense", "x", conv.weight, conv.bias, where, 1, activation=1, out="y")  # type: ignore[arg-type]
+    weight, bias = conv.weight, conv.bias.float()  # as fuse makes them
+    step = Step("dense", "x", weight, bias, where, 1, activation=1, out="y")  # type: ignore[arg-type]
     program = Program([step], ["x"], ["y"], native_only=True)
 
     def run() -> object:
