@@ -58,9 +58,12 @@ part() {
     [ "$limit" -gt "$left" ] && limit=$left
     note "== $name, at most $limit s"
     echo "\$ $*" >>"$LOG"
-    timeout -k 5 "$limit" "$@" >"$WORK/log" 2>&1
+    # no pipe: a process that outlives its parent would keep it open
+    local before
+    before=$(wc -c <"$LOG")
+    timeout -k 5 "$limit" "$@" >>"$LOG" 2>&1
     code=$?
-    cat "$WORK/log" >>"$LOG"
+    tail -c +$((before + 1)) "$LOG" >"$WORK/log"
     if [ "$code" != 0 ]; then
         FAILED=1
         tail -n 12 "$WORK/log" | cut -c1-240
@@ -73,6 +76,7 @@ part() {
 bench() {
     local suite=$1 seconds=$2
     shift 2
+    rm -f "$OUT/bench-$suite-cuda.json"
     part "$suite" $((seconds + 25)) "$PYTHON" -m quincunx bench "$suite" --device cuda --budget "$seconds" \
         --out "$OUT" $COMPILING "$@"
     rm -f "$OUT/bench-$suite-cuda.svg"
@@ -80,6 +84,7 @@ bench() {
 
 correctness() {
     local seconds=${CORRECTNESS:-75}
+    rm -f "$OUT/correct.json"
     part correctness $((seconds + 30)) "$PYTHON" benchmarks/gpu_correct.py --budget "$seconds" --grace 15 \
         --out "$OUT/correct.json"
 }

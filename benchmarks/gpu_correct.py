@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -599,7 +600,7 @@ def perform(job: Job, device: str) -> dict[str, Any]:
         "precision": job.precision,
         "seconds": time.perf_counter() - begin,
         "fault": fault,
-        "checks": [[r.check, r.error if r.error == r.error else None, r.ok, r.note] for r in records],
+        "checks": [[r.check, r.error if math.isfinite(r.error) else None, r.ok, r.note] for r in records],
     }
 
 
@@ -680,7 +681,7 @@ def failures(result: dict[str, Any]) -> list[str]:
             found.append(f"{where}: {job['fault']}")
         for check, error, ok, note in job["checks"]:
             if not ok:
-                size = "not a number" if error is None else f"{error:.3g} times what is allowed"
+                size = "differs, or is no number" if error is None else f"{error:.3g} times what is allowed"
                 found.append(f"{where}: {check}: {size} {note}".rstrip())
     return found
 

@@ -1,10 +1,11 @@
 """Benchmarks on a GPU, without one: what is compared, what is said of failures, the arithmetic."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +307,120 @@ def test_candidates_take_turns_and_the_cache_is_emptied_outside_what_is_timed(mo
     assert found["a"].speedup_over(found["b"]) == pytest.approx((2, 2, 2))
     rounds = "".join(order)[-3 * 2 * (6 + 4) :]
     assert rounds == ("fa" * 6 + "fb" * 4) * 3
-    assert clocks == [1980] * 3
+    assert clocks == [1980] * 2
+
+
+class Stream:
+    cuda_stream = 1
+
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """What torch.cuda has, as far as it can be had without a card; replays are counted."""
+    graphs = []
+
+    class Graph:
+        def __init__(self):
+            graphs.append(self)
+            self.replays = 0
+
+        def replay(self):
+            self.replays += 1
+
+    @contextmanager
+    def graph(which, stream, capture_error_mode):
+        assert which is graphs[-1]
+        try:
+            yield
+        finally:
+            if sys.exc_info()[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    facts = {"name": "Fake", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 1 << 36}
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "Stream": Stream,
+        "current_device": lambda: 0,
+        "current_stream": Stream,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=1 << 20, **facts),
+        "graph": graph,
+        "max_memory_allocated": lambda: 700,
+        "memory_allocated": lambda: 200,
+        "reset_peak_memory_stats": lambda: None,
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(latency_cuda, "_CARD", "cpu")
+    monkeypatch.setattr(latency_cuda, "_STREAMS", {})
+    return graphs
+
+
+def test_a_call_is_warmed_up_captured_once_and_replayed(fake_cuda):
+    calls = []
+
+    def run():
+        assert gc.isenabled() == (len(calls) < 3)  # nothing is collected within the capture
+        calls.append(1)
+        return len(calls)
+
+    with latency_cuda.on_stream():
+        replay = latency_cuda.captured(run)
+    assert (len(calls), gc.isenabled()) == (4, True)
+    assert (replay(), replay()) == (4, 4)
+    assert len(calls) == 4
+    assert fake_cuda[0].replays == 3
+
+
+def test_a_capture_that_fails_says_why(fake_cuda):
+    calls = []
+
+    def run():
+        calls.append(1)
+        if len(calls) == 4:
+            raise ValueError("waits for the card")
+
+    with pytest.raises(RuntimeError, match="capture: waits for the card"):
+        latency_cuda.captured(run)
+    assert gc.isenabled()
+
+
+def test_memory_ceilings_and_facts(fake_cuda, monkeypatch):
+    monkeypatch.setattr(latency_cuda, "_query", lambda *names: {"clocks.sm": "1980", "driver_version": "5"})
+    run, most = latency_cuda.peak_memory_cuda(lambda: lambda: "answer")
+    assert (run(), most) == ("answer", 500)
+    found = latency_cuda.ceilings(size=16, bytes_copied=64)
+    # the fake clock stands still: no event is shorter than half a microsecond
+    assert found.bandwidth == pytest.approx(2 * 64 / 5e-7)
+    assert found.rates == dict.fromkeys(bench_cuda.DTYPES, pytest.approx(2 * 16**3 / 5e-7))
+    flush = latency_cuda.Flush(least=1 << 10)
+    assert flush.buffer.numel() * 4 == 4 << 20
+    flush()
+    facts = latency_cuda.environment_cuda()
+    assert (facts["device"], facts["compute_capability"], facts["l2_bytes"]) == ("Fake", "9.0", 1 << 20)
+    assert (facts["clocks_sm"], facts["driver_version"]) == ("1980", "5")
+    assert latency_cuda.sm_clock() == 1980
+    json.dumps(facts, allow_nan=False)
+
+
+def test_nvidia_smi_is_only_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="1, 2\n3, [N/A]\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert latency_cuda._query("a", "b") == {"a": "3", "b": "[N/A]"}
+    assert asked == [["nvidia-smi", "--query-gpu=a,b", "--format=csv,noheader,nounits"]]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: raising(FileNotFoundError()))
+    assert latency_cuda._query("a") == {}
 
 
 @pytest.mark.parametrize(("candidates", "rounds"), [({}, 1), ({"a": lambda: None}, 0)])

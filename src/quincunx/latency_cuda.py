@@ -32,6 +32,7 @@ __all__ = [
 
 Run = Callable[[], object]
 
+_CARD = "cuda"
 _WARMUP = 3
 # a round has so many calls at least, and no more than there is anything to gain from
 _FEWEST_CALLS, _MOST_CALLS = 3, 200
@@ -81,9 +82,10 @@ def captured(run: Run, warmup: int = _WARMUP) -> Run:
         for _ in range(warmup):
             run()
         torch.cuda.synchronize()
-        collects = gc.isenabled()
-        # what is freed by chance must not fall into the capture; other threads may go on
+        collects, tries = gc.isenabled(), torch.backends.cudnn.benchmark
+        # what is freed by chance must not fall into the capture; cuDNN keeps to what it found before
         gc.disable()
+        torch.backends.cudnn.benchmark = False
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 kept = run()
@@ -92,6 +94,7 @@ def captured(run: Run, warmup: int = _WARMUP) -> Run:
             first = error.__context__
             raise RuntimeError(f"capture: {first or error}") from error
         finally:
+            torch.backends.cudnn.benchmark = tries
             if collects:
                 gc.enable()
     torch.cuda.current_stream().wait_stream(stream)
@@ -112,8 +115,8 @@ class Flush:
     """
 
     def __init__(self, times: float = 4.0, least: int = 256 << 20) -> None:
-        self.buffer = torch.zeros(int(max(times * l2_bytes(), least)) // 4, device="cuda")
-        self.sink = torch.zeros((), device="cuda")
+        self.buffer = torch.zeros(int(max(times * l2_bytes(), least)) // 4, device=_CARD)
+        self.sink = torch.zeros((), device=_CARD)
 
     def __call__(self) -> None:
         torch.sum(self.buffer, 0, out=self.sink)
@@ -162,7 +165,7 @@ def measure_cuda(
         rounds: how often each is timed; a round's figure is the median of its calls.
         round_seconds: about how long one round of one candidate lasts, flushes included.
         flush: runs before each call, outside what is timed.
-        clocks: gets the clock of the multiprocessors in MHz, once a round.
+        clocks: gets the clock of the multiprocessors in MHz, in the middle and at the end.
 
     Raises:
         ValueError: no candidates, or no rounds.
@@ -178,10 +181,11 @@ def measure_cuda(
         once = float(np.median(_seconds(run, 3, flush)))
         calls[name] = min(max(_FEWEST_CALLS, int(round_seconds / (once + emptied))), _MOST_CALLS)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, run in candidates.items():
             seconds[name].append(float(np.median(_seconds(run, calls[name], flush))))
-        if clocks is not None and (now := sm_clock()) is not None:
+        # asking may take as long as a round
+        if clocks is not None and number in (rounds // 2, rounds - 1) and (now := sm_clock()) is not None:
             clocks.append(now)
     threads = torch.get_num_threads()
     return {name: Timing(name, threads, tuple(values)) for name, values in seconds.items()}
@@ -245,14 +249,14 @@ def ceilings(size: int = 8192, bytes_copied: int = 1 << 31) -> Ceilings:
 
 
 def _bandwidth(size: int) -> float:
-    source = torch.empty(size // 4, device="cuda").normal_()
+    source = torch.empty(size // 4, device=_CARD).normal_()
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / _median(lambda: target.copy_(source))
 
 
 def _rate(size: int, dtype: torch.dtype) -> float:
     # zeros would run faster than values do
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=_CARD).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / _median(lambda: torch.mm(a, b, out=out))
 
