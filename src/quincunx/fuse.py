@@ -59,8 +59,11 @@ from quincunx.verified import Comparison
 
 __all__ = ["fuse"]
 
-# what the kernels and the epilogues compute in
-_DTYPES = (torch.float32, torch.bfloat16)
+# what the kernels and the epilogues compute in, by device
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def fuse(model: nn.Module, *, check: Any = None) -> Fused:
@@ -264,7 +267,11 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
 def _served(module: nn.Module | None) -> bool:
     """Whether a convolution's tensors are of one type that the kernels compute in."""
     tensors = [t for t in (getattr(module, "weight", None), getattr(module, "bias", None)) if t is not None]
-    return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.dtype == tensors[0].dtype for t in tensors)
+    return all(
+        t.dtype in _DTYPES.get(t.device.type, ())
+        and (t.dtype, t.device) == (tensors[0].dtype, tensors[0].device)
+        for t in tensors
+    )
 
 
 def _pooled(node: fx.Node) -> bool:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
+from quincunx import launches
 from quincunx.latency import speed_ratio
-from quincunx.ops import backend, native
+from quincunx.ops import backend, native, serving
 from quincunx.ops.traced import is_tracing
 from quincunx.steps import (
     Follower,
@@ -249,6 +250,7 @@ class Program(nn.Module):
         if backend().name == "native":
             _count_flops()  # a counter reads the formulas that are there when it is made
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
+        self._graphs: dict[tuple[Any, ...], launches.Recorded] = {}
         self._key: str | None = None
 
     @property
@@ -267,7 +269,7 @@ class Program(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # what was compiled for shapes and threads seen here is made again where it is needed
-        return {**self.__dict__, "_compiled": {}, "_key": None}
+        return {**self.__dict__, "_compiled": {}, "_graphs": {}, "_key": None}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -282,13 +284,36 @@ class Program(nn.Module):
         return self._answer(arguments)
 
     def _answer(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if torch.is_autocast_enabled("cpu"):
+        device = self._weight.device.type
+        if torch.is_autocast_enabled(device):
             # what stands between programs may have answered in autocast's type
             arguments = tuple(t.to(self.dtype) if t.is_floating_point() else t for t in arguments)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            named = dict(zip(self.inputs, arguments, strict=True))
-            values = _run(self._stages_for(arguments), named) if self._fits(arguments) else self._plain(named)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if not self._fits(arguments):
+                values = self._plain(dict(zip(self.inputs, arguments, strict=True)))
+                return tuple(values[name] for name in self.outputs)
+            if self._weight.is_cuda and self._serving() == "triton":
+                return self._recorded(arguments)
+            return self._through(self._stages_for(arguments), arguments)
+
+    def _through(self, stages: Sequence[Stage], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        values = _run(stages, dict(zip(self.inputs, arguments, strict=True)))
         return tuple(values[name] for name in self.outputs)
+
+    def _recorded(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """On a GPU: the launches, or the graph that was recorded of them for inputs of these shapes."""
+        with torch.cuda.device(self._weight.device):
+            # a stream's work is in order, so one graph serves it; another stream has its own
+            key = (torch.cuda.current_stream().cuda_stream, *(tuple(t.shape) for t in arguments))
+            recorded = self._graphs.get(key)
+            if recorded is None:
+                stages = self._stages_for(arguments)
+                if launches.is_recording():
+                    return self._through(stages, arguments)
+                with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+                    recorded = launches.Recorded(partial(self._through, stages), arguments)
+                self._graphs[key] = recorded
+            return recorded(arguments)
 
     def _registered(self) -> str:
         """A name by which a trace finds this program again, for as long as the process lives."""
@@ -343,7 +368,7 @@ class Program(nn.Module):
         maps = {
             name: Map(shape[1], (shape[2], shape[3])) for name, shape in zip(self.inputs, shapes, strict=True)
         }
-        native_here = backend().name == "native" and self.dtype in native.DTYPES
+        serving = self._serving()
         steps: list[Step | Follower] = []
         by_torch: dict[int, bool] = {}
         todo = list(reversed(self.steps))
@@ -362,20 +387,37 @@ class Program(nn.Module):
             # outside a native segment there are no compact filled maps
             plain = Map(shape.channels, shape.size)
             for name in step.writes:
-                maps[name] = shape if native_here else plain
+                maps[name] = plain if serving == "reference" else shape
             if isinstance(step, Step):
                 dense = step.kind == "dense" and not maps[step.source].fill and not shape.fill
-                by_torch[len(steps) - 1] = not native_here or (
-                    not self.native_only and dense and _prefers_torch(step, maps, batch)
+                by_torch[len(steps) - 1] = serving == "reference" or (
+                    not self.native_only and dense and self._prefers_torch(step, maps, batch)
                 )
         mixed = self._stages(steps, maps, {number for number, torchs in by_torch.items() if torchs})
-        if not native_here or not any(by_torch.values()) or all(by_torch.values()):
+        if serving != "native" or not any(by_torch.values()) or all(by_torch.values()):
             return mixed
         # a step that torch runs faster also cuts a native call in two
         whole = self._stages(steps, maps, set())
         example = {name: _example(maps[name], batch, self.dtype) for name in self.inputs}
         ratio = speed_ratio(partial(_run, mixed, example), partial(_run, whole, example), level=1 / _MARGIN)
         return mixed if ratio * _MARGIN > 1 else whole
+
+    def _launched(
+        self, step: Step | Follower, maps: dict[str, Map], by_cudnn: bool
+    ) -> Callable[[dict[str, Tensor]], None]:
+        device = self._weight.device
+        if isinstance(step, Follower):
+            return launches.follower_stage(step, maps, device)
+        return launches.cudnn_stage(step, maps) if by_cudnn else launches.step_stage(step, maps, device)
+
+    def _serving(self) -> str:
+        """The back end that computes our convolutions on the device and in the dtype of the weights."""
+        return serving(self._weight.device, self.dtype)
+
+    def _prefers_torch(self, step: Step, maps: dict[str, Map], batch: int) -> bool:
+        if self._weight.is_cuda:
+            return launches.prefers_cudnn(step, maps, batch, self._weight.device)
+        return _prefers_torch(step, maps, batch)
 
     def _stages(
         self, steps: Sequence[Step | Follower], maps: dict[str, Map], by_torch: set[int]
@@ -384,7 +426,9 @@ class Program(nn.Module):
         segment: list[Step] = []
         for number, step in enumerate(steps):
             alone: Stage | None = None
-            if isinstance(step, Follower):
+            if self._serving() == "triton":
+                alone = Stage(self._launched(step, maps, number in by_torch), frozenset(step.reads))
+            elif isinstance(step, Follower):
                 alone = Stage(partial(follow, step, maps), frozenset(step.reads))
             elif number in by_torch:
                 alone = Stage(partial(_reference_stage, step, maps), frozenset(step.reads))

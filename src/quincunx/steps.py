@@ -41,6 +41,7 @@ __all__ = [
     "keeps_compact",
     "output",
     "parted",
+    "pool_window",
     "reference",
     "settled",
     "shortcut_rows",
@@ -351,7 +352,7 @@ def followed(step: Follower, maps: dict[str, Map]) -> Map:
     if step.kind == "mean":
         return Map(channels[0], (1, 1))
     if step.kind == "maxpool":
-        return Map(channels[0], _window(step, size).grid(*size))
+        return Map(channels[0], pool_window(step, size).grid(*size))
     if step.shortcut is not None:
         out, other = found
         stride, padded = step.shortcut.stride, step.shortcut.padded
@@ -360,7 +361,8 @@ def followed(step: Follower, maps: dict[str, Map]) -> Map:
     return Map(sum(channels) if step.kind == "concat" else max(channels), size, _shared(found))
 
 
-def _window(step: Follower, size: tuple[int, int]) -> Geometry:
+def pool_window(step: Follower, size: tuple[int, int]) -> Geometry:
+    """Where the windows of a pooling lie on a map of this size."""
     return step.window.rounded_up(*size) if step.ceil else step.window
 
 
@@ -368,7 +370,7 @@ def follow(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> N
     """Run a follower, on compact maps where the result is the same; adds its output to ``values``."""
     first = maps[step.sources[0]]
     if step.kind == "maxpool" and first.fill:
-        plan = window_plan(first.fill, _window(step, first.size), *first.size)
+        plan = window_plan(first.fill, pool_window(step, first.size), *first.size)
         values[step.out] = native.window_max(values[step.sources[0]], plan)
     elif step.kind == "mean" and first.fill:
         values[step.out] = _mean(values[step.sources[0]], first, step.keepdim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quincunx.ops.functional import fill_nearest, filled_conv2d, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.lookup import decoded, lookup_conv2d
-from quincunx.ops.select import Backend, backend, register
+from quincunx.ops.select import Backend, backend, register, serving
 
 __all__ = [
     "Backend",
@@ -15,6 +15,7 @@ __all__ = [
     "lookup_conv2d",
     "sampled_conv2d",
     "sampled_conv_transpose2d",
+    "serving",
 ]
 
 register()

@@ -12,8 +12,9 @@ the sum over the computed positions p: ``conv`` gives dT/dy, ``conv_transpose`` 
 and has no derivatives.
 
 Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
-Every map an operator returns is in channels_last. A sampling travels as its ``spec`` text, which
-``torch.export`` can store and which is the key of the plan caches.
+Every map an operator returns is in channels_last; a weight's gradient is so on GPUs, and contiguous
+elsewhere. A sampling travels as its ``spec`` text, which ``torch.export`` can store and which is the key of
+the plan caches.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def _conv_weight_fake(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    return x.new_empty((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
+    shape = (y.shape[1], x.shape[1] // groups, kernel[0], kernel[1])
+    # as convolutions on each device read weights best, so that a gradient is not laid out again
+    return _empty_map(x, shape) if x.device.type == "cuda" else x.new_empty(shape)
 
 
 def _conv_filled_fake(

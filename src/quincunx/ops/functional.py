@@ -105,12 +105,19 @@ def _check_parameters(
             )
 
 
+_has_autocast = torch.amp.is_autocast_available
+_WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if _has_autocast(kind))
+
+
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in autocast's dtype where it is on, as torch's own convolutions do; float64 stays as it is."""
-    # some devices, such as "meta", have no autocast, and asking them raises
-    if not torch.amp.is_autocast_available(x.device.type) or not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    # some devices, such as "meta", have no autocast, and asking them raises; compilers cannot ask
+    if kind not in _WITH_AUTOCAST and (torch.compiler.is_compiling() or not _has_autocast(kind)):
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
+    if not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
 
     def cast(value: Tensor) -> Tensor:
         return value if value.dtype == torch.float64 else value.to(dtype)

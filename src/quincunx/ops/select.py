@@ -1,4 +1,4 @@
-"""Which back end serves the CPU, and the registration of all of them."""
+"""Which back end serves a device, and the registration of all of them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from quincunx.ops import contract, lookup, native, reference
+from quincunx.ops import contract, lookup, native, reference, triton
 
-__all__ = ["Backend", "backend", "register"]
+__all__ = ["Backend", "backend", "register", "serving"]
 
 _HOW = (
     "install a C++ compiler and install quincunx again (pip install --no-build-isolation -e . in its folder)"
 )
 
 
+_NAMES = ("native", "triton", "reference")
+
+
 @dataclass(frozen=True)
 class Backend:
-    """What serves the CPU.
+    """What serves a device.
 
     Attributes:
-        name: "native" or "reference".
+        name: "native" (CPU), "triton" (NVIDIA GPUs) or "reference" (every device).
         reason: why that one.
-        isa: the instruction set of the native kernels, None for the reference.
+        isa: the instruction set of the native kernels, or the GPU's architecture; None for the reference.
     """
 
     name: str
@@ -38,13 +42,16 @@ class Backend:
         return f"{self.name}{f' ({self.isa})' if self.isa else ''}: {self.reason}"
 
 
-@lru_cache(maxsize=1)
-def backend() -> Backend:
-    """Which back end computes on the CPU here, and why.
+def backend(device: str | torch.device = "cpu") -> Backend:
+    """Which back end computes on a device here, and why.
 
-    The environment variable ``QUINCUNX_BACKEND`` forces "reference" or "native"; it is read once.
-    Unforced, the native kernels serve float32 and bfloat16 where they were built, and the reference
-    serves every other dtype, such as float64.
+    The environment variable ``QUINCUNX_BACKEND`` forces "reference" everywhere, "native" on the CPU or
+    "triton" on GPUs. Unforced, the native kernels serve float32 and bfloat16 on the CPU where they were
+    built, Triton's float32, bfloat16 and float16 on NVIDIA GPUs from compute capability 8.0 on, and the
+    reference every other dtype and device.
+
+    Args:
+        device: such as "cpu", "cuda" or "cuda:1".
 
     Raises:
         ValueError: ``QUINCUNX_BACKEND`` or ``QUINCUNX_ISA`` names something else.
@@ -54,9 +61,32 @@ def backend() -> Backend:
         >>> backend().name in ("native", "reference")
         True
     """
+    where = torch.device(device)
+    if where.type == "cpu":
+        return _of_cpu(_wanted())
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            return Backend("reference", "torch finds no GPU that it can use here")
+        return _of_cuda(_wanted(), torch.cuda.current_device() if where.index is None else where.index)
+    return Backend("reference", f"no kernels for {where.type}")
+
+
+def serving(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the back end that computes in this dtype on this device."""
+    name = backend(device).name
+    served = {"native": native.DTYPES, "triton": triton.DTYPES}
+    return name if dtype in served.get(name, ()) else "reference"
+
+
+def _wanted() -> str:
     wanted = os.environ.get("QUINCUNX_BACKEND", "") or "auto"
-    if wanted not in ("auto", "native", "reference"):
-        raise ValueError(f"QUINCUNX_BACKEND={wanted!r}: expected 'native', 'reference' or 'auto'")
+    if wanted not in (*_NAMES, "auto"):
+        raise ValueError(f"QUINCUNX_BACKEND={wanted!r}: expected 'native', 'triton', 'reference' or 'auto'")
+    return wanted
+
+
+@lru_cache(maxsize=8)
+def _of_cpu(wanted: str) -> Backend:
     if wanted == "reference":
         return Backend("reference", "QUINCUNX_BACKEND=reference")
     missing = native.load()
@@ -73,28 +103,51 @@ def backend() -> Backend:
     return Backend("reference", f"the native extension cannot be used ({missing}); {_HOW}")
 
 
-@lru_cache(maxsize=1)
-def _warn_once() -> None:
+@lru_cache(maxsize=32)
+def _of_cuda(wanted: str, index: int) -> Backend:
+    if wanted == "reference":
+        return Backend("reference", "QUINCUNX_BACKEND=reference")
+    missing = triton.card(index) or triton.load()
+    if missing is None:
+        major, minor = torch.cuda.get_device_capability(index)
+        forced = wanted == "triton"
+        reason = "QUINCUNX_BACKEND=triton" if forced else "Triton's kernels; other dtypes by the reference"
+        return Backend("triton", reason, f"sm_{major}{minor}")
+    if wanted == "triton":
+        raise RuntimeError(f"QUINCUNX_BACKEND=triton: {missing}")
+    return Backend("reference", missing)
+
+
+@lru_cache(maxsize=8)
+def _warn_once(device: str) -> None:
     warnings.warn(
-        f"quincunx computes with the slow reference: {backend().reason}", RuntimeWarning, stacklevel=5
+        f"quincunx computes with the slow reference on {device}: {backend(device).reason}",
+        RuntimeWarning,
+        stacklevel=5,
     )
 
 
-def _on_cpu(name: str) -> Callable[..., Tensor]:
-    fast, slow = getattr(native, name), getattr(reference, name)
-    unavailable = native.binary_unavailable if name == "binary_conv" else native.unavailable
+def _on(device: str, name: str) -> Callable[..., Tensor]:
+    """An operator on a kind of device: by its kernels; by the reference where nothing was asked for."""
+    kernels = "native" if device == "cpu" else "triton"
+    slow = getattr(reference, name)
+    if device == "cpu":
+        unavailable = native.binary_unavailable if name == "binary_conv" else native.unavailable
+    else:
+        unavailable = triton.unavailable
 
     def run(first: Tensor, second: Any, *rest: Any) -> Tensor:
-        serving = backend()
-        if serving.name == "native":
+        serves = backend(first.device)
+        if serves.name == kernels:
             refusal = unavailable(first, second)
             if refusal is None:
+                fast = getattr(native, name) if device == "cpu" else triton.operator(name)
                 result: Tensor = fast(first, second, *rest)
                 return result
-            if os.environ.get("QUINCUNX_BACKEND") == "native":
-                raise TypeError(f"QUINCUNX_BACKEND=native: {refusal}")
+            if os.environ.get("QUINCUNX_BACKEND") == kernels:
+                raise TypeError(f"QUINCUNX_BACKEND={kernels}: {refusal}")
         elif os.environ.get("QUINCUNX_BACKEND") != "reference":
-            _warn_once()
+            _warn_once(device)
         result = slow(first, second, *rest)
         return result
 
@@ -102,8 +155,10 @@ def _on_cpu(name: str) -> Callable[..., Tensor]:
 
 
 def register() -> None:
-    """The reference for every device; on the CPU whichever back end serves."""
+    """The reference for every device; on the CPU and on GPUs whichever back end serves."""
     for name in (*contract.OPERATORS, *lookup.OPERATORS):
         contract.implement(name, getattr(reference, name), "CompositeExplicitAutograd")
         if hasattr(native, name):
-            contract.implement(name, _on_cpu(name), "CPU")
+            contract.implement(name, _on("cpu", name), "CPU")
+        if name in triton.OPERATORS:
+            contract.implement(name, _on("cuda", name), "CUDA")

@@ -1,0 +1,221 @@
+"""Calls of the GPU kernels: checks, memory, configurations and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quincunx.ops.contract import CHANNELS_LAST
+from quincunx.ops.triton import kernels
+from quincunx.ops.triton.configs import Config, for_gemm, for_weight
+from quincunx.ops.triton.layouts import Layout
+
+__all__ = ["convolve", "derive_weight", "fill_rows", "precision", "reduce_windows"]
+
+_LARGEST = 2**31 - 1
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made; as cuDNN's, by ``torch.backends.cudnn.allow_tf32``."""
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return "ieee"
+    return "tf32"
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A map whose rows of channels lie one behind the other."""
+    return x.contiguous(memory_format=CHANNELS_LAST)
+
+
+def _wide(*sizes: int) -> bool:
+    return max(sizes) > _LARGEST
+
+
+def _laid(weight: Tensor) -> Tensor:
+    """A weight in the kernels' order: of each of its first channels tap after tap, channels side by side."""
+    laid = weight.contiguous(memory_format=CHANNELS_LAST)
+    if laid.shape[1] == 1 or laid.shape[2] * laid.shape[3] == 1:
+        # what torch calls so may have any strides in directions of one step; contiguous is the same order
+        laid = laid.contiguous()
+    return laid
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    groups: int,
+    *,
+    transposed: bool = False,
+    residual: Tensor | None = None,
+    residual_rows: Tensor | None = None,
+    activation: int = 0,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    keep: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """out = act(conv(x) + bias + residual) and, with ``scale2``, out2 = relu(out scale2 + shift2).
+
+    Args:
+        x: map [N, C, ...] whose rows the layout reads.
+        weight: [O, C / groups, kh, kw], or for ``transposed`` [C, O / groups, kh, kw].
+        residual: map that is added, channels behind its last one are zero.
+        residual_rows: int32, the row of ``residual`` behind each output row; None where it is the same.
+        activation: 0 for none, 1 for ReLU, 2 for ReLU6.
+        keep: whether ``out`` is wanted.
+        config: tiles; by default those that the table or the rule says.
+    """
+    x = _rows(x)
+    weight = _laid(weight)
+    taps = weight.shape[2] * weight.shape[3]
+    batch, channels = x.shape[0], x.shape[1]
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    shape = (batch, outputs, *layout.out_size)
+    out = _empty(x, shape) if keep else None
+    out2 = _empty(x, shape) if scale2 is not None else None
+    if not batch * outputs * layout.out_rows:
+        return out, out2
+    inner, outer = channels // groups, outputs // groups
+    wide = _wide(x.numel(), batch * outputs * layout.out_rows, 0 if residual is None else residual.numel())
+    res_rows = res_channels = 0
+    if residual is not None:
+        residual = _rows(residual)
+        res_rows, res_channels = residual.shape[2] * residual.shape[3], residual.shape[1]
+    ends = (bias, residual, residual_rows, scale2, shift2, out, out2)
+    with _on(x):
+        if inner == outer == 1:
+            config = config or Config(64, min(64, _power(outputs)), 1, 4, 2)
+            kernels.depthwise[_tiles(layout, batch, config.rows), -(-outputs // config.columns)](
+                x, weight, *ends, layout.classes, layout.taps, layout.index, layout.rows,
+                batch, len(layout.shape), layout.in_rows, layout.out_rows,
+                outputs, res_rows, res_channels, TAPS=taps,
+                AFFINE=layout.affine, ACT=activation, WIDE=wide, BM=config.rows, BN=config.columns,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+            return out, out2
+        config = config or for_gemm(x.dtype, batch, inner, outer, groups, layout)
+        workspace = None
+        if config.split > 1:
+            workspace = torch.empty(
+                (config.split, batch * layout.out_rows * outputs), dtype=torch.float32, device=x.device
+            )
+        tiles_n = -(-outer // config.columns)
+        kernels.gather_gemm[_tiles(layout, batch, config.rows) * tiles_n, groups, config.split](
+            x, weight, *ends, workspace, layout.classes, layout.taps, layout.index, layout.rows,
+            batch, len(layout.shape), tiles_n, layout.in_rows, layout.out_rows,
+            channels, outputs, res_rows, res_channels,
+            C=inner, O=outer, TAPS=taps, TRANSPOSED=transposed, AFFINE=layout.affine, ACT=activation, WIDE=wide,
+            PRECISION=precision(x.dtype), SPLIT=config.split, BM=config.rows, BN=config.columns,
+            BK=config.depth, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if workspace is not None:
+            columns = min(64, _power(outputs))
+            kernels.finish[-(-batch * layout.out_rows // 32), -(-outputs // columns)](
+                workspace, *ends, batch, layout.out_rows, outputs, res_rows, res_channels,
+                ACT=activation, WIDE=wide or _wide(workspace.numel()), SPLIT=config.split, BM=32, BN=columns,
+                num_warps=4,
+            )  # fmt: skip
+    return out, out2
+
+
+def derive_weight(
+    x: Tensor,
+    y: Tensor,
+    kernel: Sequence[int],
+    table: Tensor,
+    points: int,
+    groups: int,
+    config: Config | None = None,
+) -> Tensor:
+    """dT/dw [O, C / groups, kh, kw] in channels_last, of a dense and a sampled map; the same bits always."""
+    taps, inner, outer = kernel[0] * kernel[1], x.shape[1] // groups, y.shape[1] // groups
+    out = _empty(x, (y.shape[1], inner, kernel[0], kernel[1]))
+    batch = y.shape[0]
+    if not batch * points * out.numel():
+        return out.zero_()
+    x, y = _rows(x), _rows(y)
+    config = config or for_weight(x.dtype, batch, points, taps, inner, outer, groups)
+    blocks = -(-points // config.depth)
+    block_parts = min(config.split, blocks)
+    image_parts = min(config.split // block_parts, batch)
+    count = block_parts * image_parts
+    parts = out
+    if count > 1:
+        parts = torch.empty((count, out.numel()), dtype=torch.float32, device=x.device)
+    tiles_o, tiles_c = -(-outer // config.rows), -(-inner // config.columns)
+    with _on(x):
+        kernels.weight_grad[tiles_o * tiles_c * taps, groups, count](
+            x, y, parts, table, batch, points, x.shape[2] * x.shape[3], x.shape[1], y.shape[1], tiles_c,
+            blocks, block_parts, image_parts, C=inner, O=outer, TAPS=taps, GROUPS=groups,
+            PRECISION=precision(x.dtype), BP=config.depth, BO=config.rows, BC=config.columns,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if count > 1:
+            kernels.reduce_weight[(-(-out.numel() // 1024),)](
+                parts, out, out.numel(), count, BLOCK=1024, num_warps=4
+            )
+    return out
+
+
+def fill_rows(y: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
+    """out[n, :, p] = y[n, :, index[p]]."""
+    y = _rows(y)
+    channels, rows = y.shape[1], size[0] * size[1]
+    out = _empty(y, (y.shape[0], channels, size[0], size[1]))
+    total = y.shape[0] * rows
+    if total and channels:
+        columns = min(256, _power(channels))
+        many = max(1, 4096 // columns)
+        with _on(y):
+            kernels.gather_rows[-(-total // many), -(-channels // columns)](
+                y, out, index, total, y.shape[2] * y.shape[3], rows, channels,
+                WIDE=_wide(out.numel(), y.numel()), BM=many, BN=columns, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def reduce_windows(x: Tensor, index: Tensor, starts: Tensor, size: Sequence[int], how: str = "sum") -> Tensor:
+    """Of the rows behind each window their "sum", "mean" or "max"; an empty one has 0 or -infinity."""
+    x = _rows(x)
+    channels, windows = x.shape[1], size[0] * size[1]
+    out = _empty(x, (x.shape[0], channels, size[0], size[1]))
+    if out.numel():
+        columns = min(256, _power(channels))
+        with _on(x):
+            kernels.collect_rows[x.shape[0] * windows, -(-channels // columns)](
+                x, out, index, starts, x.shape[2] * x.shape[3], windows, channels,
+                MAX=how == "max", MEAN=how == "mean", WIDE=_wide(out.numel(), x.numel()), BN=columns,
+                num_warps=1 if columns <= 64 else 2,
+            )  # fmt: skip
+    return out
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
+
+
+def _tiles(layout: Layout, batch: int, rows: int) -> int:
+    return sum(-(-batch * points // rows) for points, _ in layout.shape)
+
+
+def _power(value: int) -> int:
+    """The least power of two that is not smaller, and at least 16."""
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else _Here()
+
+
+class _Here:
+    """No device to change to: the interpreter's tensors are on the CPU."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
