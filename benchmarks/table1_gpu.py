@@ -164,7 +164,8 @@ class Watch:
             # the first one holds what comes before it
             self.each = (now - self.before) / (len(history) - self.epochs)
             self.epochs, self.before = len(history), now
-        self.over = self.over or now + self.each > self.deadline
+        # a run that was begun has an epoch to show
+        self.over = self.over or (self.epochs > 0 and now + self.each > self.deadline)
         return "the time is up" if self.over else None
 
 

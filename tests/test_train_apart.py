@@ -322,7 +322,7 @@ def test_a_step_that_cannot_be_recorded_is_made_as_any_other(monkeypatch, tmp_pa
 
 
 def test_replays_take_batches_and_rates_in_turn_and_warming_up_changes_nothing():
-    rate, total = torch.zeros(()), torch.zeros(())
+    rate, total = torch.zeros(1), torch.zeros(())
     seen = []
 
     def step(images, labels):
@@ -337,7 +337,9 @@ def test_replays_take_batches_and_rates_in_turn_and_warming_up_changes_nothing()
         images, labels = torch.rand(2 * count, 1, 1, 3), torch.randint(0, 9, (2 * count,))
         rates = torch.rand(count)
         before = float(total)
+        version = total._version
         replayed.run(images, labels, rates)
+        assert total._version > version + count
         assert float(total) == before + count
         for i, (some, numbers, at) in enumerate(seen):
             assert torch.equal(some, images[2 * i : 2 * i + 2])
@@ -346,8 +348,27 @@ def test_replays_take_batches_and_rates_in_turn_and_warming_up_changes_nothing()
     replayed.close()
 
 
+def test_the_fused_optimiser_of_gpus_makes_the_same_network(apart, tmp_path, monkeypatch):
+    """It tells torch of no change, and our kernels keep what they make of a weight until there is one."""
+    _, wanted = run(tmp_path / "plain")
+    plain, calls = train.sgd, []
+
+    def fused(*lists, fused, lr, **rest):
+        assert not fused
+        calls.append(len(lists))
+        for tensors in zip(*lists, strict=True):
+            assert len({tensor.stride() for tensor in tensors}) == 1
+        plain(*lists, fused=True, lr=torch.tensor([lr]), **rest)
+
+    monkeypatch.setattr(train, "sgd", fused)
+    _, found = run(tmp_path / "fused")
+    assert len(calls) > 9
+    for ours, theirs in zip(found.state_dict().values(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_warming_up_that_fails_changes_nothing():
-    rate, total = torch.zeros(()), torch.ones(())
+    rate, total = torch.zeros(1), torch.ones(())
 
     def step(images, labels):
         total.add_(1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quincunx.modules import forward_hooks, surely
 from quincunx.ops import backend
 
-__all__ = ["ONE_AT_A_TIME", "Replayed", "counted_together", "own_stream", "warmed", "why_not"]
+__all__ = ["ONE_AT_A_TIME", "Replayed", "counted_together", "own_stream", "warmed", "why_not", "written"]
 
 # Held by whoever records: CUDA's allocator and the compiler of Triton's kernels want one in a process. And by
 # whoever counts a network's work, which is done by hooks on all modules of all threads.
@@ -37,7 +37,7 @@ class Replayed:
 
     Args:
         step: one step on images [B, H, W, C] and labels [B], at the rate that lies in ``rate``.
-        rate: the learning rate on the device, without dimensions.
+        rate: the learning rate on the device, [1].
         state: whatever a step changes.
         shape: (B, H, W, C).
         count: batches that lie ready at once.
@@ -55,7 +55,7 @@ class Replayed:
         count: int,
     ) -> None:
         device = rate.device
-        self.count, self._step, self._rate = count, step, rate
+        self.count, self._step, self._rate, self._state = count, step, rate, list(state)
         self._images = torch.zeros(count, *shape, device=device)
         self._labels = torch.zeros(count, shape[0], dtype=torch.long, device=device)
         self._rates = torch.zeros(count, device=device)
@@ -79,7 +79,7 @@ class Replayed:
     def _once(self) -> None:
         images = self._images.index_select(0, self._place).squeeze(0)
         labels = self._labels.index_select(0, self._place).squeeze(0)
-        self._rate.copy_(self._rates.index_select(0, self._place).squeeze(0))
+        self._rate.copy_(self._rates.index_select(0, self._place))
         self._step(images, labels)
         self._place.add_(1)
 
@@ -99,6 +99,7 @@ class Replayed:
         once = self._once if self._graph is None else self._graph.replay
         for _ in range(n):
             once()
+        written(self._state)
 
     def close(self) -> None:
         """Give the record's memory back; whoever still computes is waited for."""
@@ -106,6 +107,13 @@ class Replayed:
             torch.cuda.current_stream(self._rate.device).synchronize()
             with ONE_AT_A_TIME:
                 self._graph.reset()
+
+
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tell torch that tensors were written to behind its back, as by a graph or a fused optimiser: who keeps
+    something made of a weight asks for its version."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
 def warmed(run: Callable[[], object], state: Sequence[Tensor]) -> None:

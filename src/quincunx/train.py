@@ -42,15 +42,17 @@ from quincunx.progress import progress_bar
 from quincunx.ranks import ALONE, Ranks, batch_norm_across
 from quincunx.reading import reason_of
 from quincunx.recipes import Recipe, from_dict
-from quincunx.replay import ONE_AT_A_TIME, Replayed, counted_together, own_stream, warmed, why_not
+from quincunx.replay import ONE_AT_A_TIME, Replayed, counted_together, own_stream, warmed, why_not, written
 
 __all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "identity_of", "other_part"]
 
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
-# on a GPU: steps after which losses are read where steps are not replayed, and images of a test at once
-_READ_EVERY, _TESTED_AT_ONCE = 100, 1024
+# on a GPU: steps after which losses are read where steps are not replayed; images of a test at once, from the
+# first to the second number by how many pixels they have together
+_READ_EVERY = 100
+_TESTED_AT_ONCE, _TESTED_PIXELS = (256, 1024), 1 << 22
 
 
 class RunFailed(RuntimeError):
@@ -437,11 +439,12 @@ class _Run:
     def _tested(self) -> Evaluation:
         if self.apart is None:
             return evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
+        fewest, most = _TESTED_AT_ONCE
         return evaluate(
             self.model,
             self.data.test,
             self.data,
-            batch_size=_TESTED_AT_ONCE,
+            batch_size=max(fewest, min(most, _TESTED_PIXELS // math.prod(self.data.size))),
             ranks=self.ranks,
             workers=self.workers,
             held=self.apart.tests,
@@ -611,7 +614,7 @@ class _Apart:
         self.held, self.tests = self._held(run.data.train, run.augment), self._held(run.data.test, "none")
         self.total = torch.zeros((), dtype=torch.float64, device=run.device)
         self.wrong = torch.zeros((), dtype=torch.long, device=run.device)
-        self.rate = torch.zeros((), device=run.device)
+        self.rate = torch.zeros(1, device=run.device)
         self.replayed: Replayed | None = None
         self.why: str | None = "no step was needed"
         self._tried = False
@@ -692,6 +695,9 @@ class _Apart:
     def _update(self) -> None:
         """A step of the optimiser with the rate that lies on the device, which a record can hold."""
         run = self.run
+        # the fused kernel reads the rate where it lies, others take a number
+        fused = run.device.type == "cuda"
+        rate: Any = self.rate if fused else float(self.rate)
         for group in run.optimizer.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
             momentum = [run.optimizer.state[p]["momentum_buffer"] for p in learning if group["momentum"]]
@@ -700,13 +706,14 @@ class _Apart:
                     learning,
                     [p.grad for p in learning],
                     momentum,
-                    fused=run.device.type == "cuda",
+                    fused=fused,
                     foreach=False,
-                    lr=self.rate,  # type: ignore[arg-type]
+                    lr=rate,
                     **{
                         k: group[k] for k in ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
                     },
                 )
+            written(learning)
 
     # ---- an epoch
 
@@ -780,13 +787,13 @@ class _Apart:
         return {**own, "graph": {"used": self.replayed is not None, "why_not": self.why}}
 
     def _forget(self) -> None:
-        """Gradients may lie in a record's memory."""
+        """Give a record's memory back, in which gradients lie."""
         self.run.optimizer.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        self._forget()
         replayed, self.replayed = self.replayed, None
         if replayed is not None:
             replayed.close()
+
+    def close(self) -> None:
+        self._forget()
         # a GPU's memory must not wait until Python finds the circles that objects lead each other in
         self.held = self.tests = None
