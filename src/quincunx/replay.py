@@ -116,9 +116,9 @@ def written(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def warmed(run: Callable[[], object], state: Sequence[Tensor]) -> None:
-    """Run something once so that later it finds its kernels; all of ``state`` is what it was afterwards."""
-    with ONE_AT_A_TIME, _unchanged(state):
+def warmed(run: Callable[[], object]) -> None:
+    """Run once what changes nothing, so that it finds its kernels later."""
+    with ONE_AT_A_TIME:
         run()
 
 

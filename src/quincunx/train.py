@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -615,7 +614,9 @@ class _Apart:
         self.total = torch.zeros((), dtype=torch.float64, device=run.device)
         self.wrong = torch.zeros((), dtype=torch.long, device=run.device)
         self.rate = torch.zeros(1, device=run.device)
+        # the step of a whole batch, and that of the smaller one at an epoch's end
         self.replayed: Replayed | None = None
+        self.rest: Replayed | None = None
         self.why: str | None = "no step was needed"
         self._tried = False
         self._next: tuple[int, Pass] | None = None
@@ -671,12 +672,10 @@ class _Apart:
         whole, rest = divmod(len(held), size)
         count = min(held.at_once(size), whole)
         self.replayed = Replayed(self._whole_step, self.rate, state, (size, *held.shape), count)
-        # what else an epoch does, so that kernels are made by one thread at a time
         if rest:
-            images = torch.zeros(rest, *held.shape, device=run.device)
-            labels = torch.zeros(rest, dtype=torch.long, device=run.device)
-            warmed(partial(self._whole_step, images, labels), [*state, self.rate])
-        warmed(run._tested, [])
+            self.rest = Replayed(self._whole_step, self.rate, state, (rest, *held.shape), 1)
+        # what else an epoch does, so that kernels are made by one thread at a time
+        warmed(run._tested)
         run.model.train()
 
     def _whole_step(self, images: Tensor, labels: Tensor) -> None:
@@ -722,30 +721,39 @@ class _Apart:
         run, size, count = self.run, self.run.recipe.batch_size, len(self.run.data.train)
         self.total.zero_()
         self.wrong.zero_()
-        first = 0
         if self.held is None:
             source = run.read(number)
         else:
             taken = self._taken(number).to(run.device)
             if self.replayed is not None:
-                on_device = torch.tensor(rates, device=run.device)
-                while some := min(self.replayed.count, count // size - first):
-                    images, labels = self.held.some(taken, first * size, (first + some) * size)
-                    self.replayed.run(images, labels, on_device[first : first + some])
-                    first += some
-                    yield self._so_far(number, first, rates)
-            source = self.held.batches(taken, first)
-        for step, (images, labels) in enumerate(source, first):
+                yield from self._replays(number, rates, self.held, taken, self.replayed)
+                return
+            source = self.held.batches(taken)
+        for step, (images, labels) in enumerate(source):
+            self._note_rate(rates[step])
             self._derive(images, labels, min(size, count - step * size))
-            if self.replayed is not None:
-                self.rate.fill_(rates[step])
-                self._update()
-            else:
-                self._note_rate(rates[step])
-                run.scaler.step(run.optimizer)
-                run.scaler.update()
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
             if (step + 1) % _READ_EVERY == 0 or step + 1 == len(rates):
                 yield self._so_far(number, step + 1, rates)
+
+    def _replays(
+        self, number: int, rates: Sequence[float], held: Resident, taken: Pass, replayed: Replayed
+    ) -> Iterator[tuple[int, float, float]]:
+        """An epoch's steps as replays, as many at a time as images lie ready."""
+        size, on_device = self.run.recipe.batch_size, torch.tensor(rates, device=self.run.device)
+        whole, done = len(held) // size, 0
+        while done < len(rates):
+            some = min(replayed.count, whole - done)
+            # the smaller batch, if there is one, is the last
+            which = replayed if some else self.rest
+            some = max(some, 1)
+            if which is None:
+                raise AssertionError("a smaller batch that nobody recorded")
+            images, labels = held.some(taken, done * size, (done + some) * size)
+            which.run(images, labels, on_device[done : done + some])
+            done += some
+            yield self._so_far(number, done, rates)
         self._note_rate(rates[-1])
 
     def _note_rate(self, rate: float) -> None:
@@ -789,9 +797,10 @@ class _Apart:
     def _forget(self) -> None:
         """Give a record's memory back, in which gradients lie."""
         self.run.optimizer.zero_grad(set_to_none=True)
-        replayed, self.replayed = self.replayed, None
-        if replayed is not None:
-            replayed.close()
+        for replayed in (self.replayed, self.rest):
+            if replayed is not None:
+                replayed.close()
+        self.replayed = self.rest = None
 
     def close(self) -> None:
         self._forget()

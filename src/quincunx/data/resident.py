@@ -120,11 +120,10 @@ class Resident:
             found.masked_fill_(outside[..., None], 0.0)
         return found, self.labels.index_select(0, numbers)
 
-    def batches(self, taken: Pass, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a pass that lies on the device, from number ``first`` on: [B, C, H, W] in
-        channels_last, and labels [B]."""
+    def batches(self, taken: Pass) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a pass that lies on the device: [B, C, H, W] in channels_last, and labels [B]."""
         count, many = len(taken.ends) - 1, self.at_once(max(1, taken.ends[1]))
-        for begin in range(first, count, many):
+        for begin in range(0, count, many):
             end = min(count, begin + many)
             start = taken.ends[begin]
             images, labels = self.some(taken, start, taken.ends[end])
