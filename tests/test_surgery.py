@@ -170,6 +170,30 @@ def test_mode_dtype_layout_and_frozen_weights_are_kept(training, frozen):
         assert {p.requires_grad for p in new[2].parameters()} == {True}
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("conv", "method"),
+    [
+        (nn.Conv2d(1, 8, 3, padding=1), qx.LowRank(2)),
+        (nn.Conv2d(1, 8, 3, padding=1), qx.Espace(2, mask="random")),
+        (nn.Conv2d(8, 8, 1), qx.Espace(mask="random", pointwise=True)),
+    ],
+)
+def test_a_weight_that_lies_in_both_layouts_takes_its_networks(tmp_path, conv, method, layout):
+    def make():
+        return nn.Sequential(copy.deepcopy(conv), nn.Conv2d(conv.out_channels, 8, 3))
+
+    model, x = make().to(memory_format=layout).eval(), torch.randn(2, conv.in_channels, 8, 8)
+    new = qx.accelerate(model, method, where=["0"], calibration=[x]).model
+    weights = [p for p in new[0].parameters() if p.dim() == 4]
+    assert [p.stride() for p in weights] == [p.to(memory_format=layout).stride() for p in weights]
+    if layout == torch.contiguous_format:
+        # a loaded network is laid out so; its answers are the saved one's to the bit
+        loaded = qx.load(qx.save(new, tmp_path / "model", factory="my:make"), factory=make)
+        assert [p.stride() for p in loaded.parameters()] == [p.stride() for p in new.parameters()]
+        assert torch.equal(loaded(x), new(x))
+
+
 def test_hooks_go_on_and_the_fit_does_not_see_them():
     model, data, calls = small(), batches(), []
     model[2].register_forward_hook(lambda m, args, out: calls.append(type(m).__name__) or out * 2)

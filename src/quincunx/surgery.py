@@ -439,7 +439,7 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     """Put a module in a layer's places, with the layer's device, dtype, layout and hooks."""
     weight = layer.module.get_parameter("weight")
     module.to(device=weight.device, dtype=weight.dtype)
-    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+    if _channels_last(weight):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     module.eval()
     bias = layer.module._parameters.get("bias")
@@ -454,6 +454,19 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
     if isinstance(module, Attached):
         module.attach(context.network)
     context.changed = True
+
+
+def _channels_last(weight: Tensor) -> bool:
+    """Whether a weight's strides, and not its sizes alone, say so.
+
+    One of a single input channel or position lies in both layouts at once, also in a network that nobody
+    laid out.
+    """
+    return (
+        weight.dim() == 4
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and weight.stride() != torch.empty(weight.shape, device="meta").stride()
+    )
 
 
 def _put_back_uncalled(
