@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -394,9 +395,106 @@ def test_batch_norms_count_together_whatever_happens():
     assert int(held[0]) == 1
 
 
-def test_other_devices_have_no_streams():
+class FakeStream:
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self):
+        self.told.append(f"{self.name} is waited for")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What is asked of CUDA, in order; ``now[0]`` is the present stream."""
+    told = []
+    default = FakeStream("default", told)
+    now = [default]
+
+    class Graph:
+        replay = partial(told.append, "replay")
+        reset = partial(told.append, "reset")
+
+    @contextmanager
+    def within(name, stream=None, **options):
+        told.append(f"{name} {options}" if options else name)
+        before, now[0] = now[0], stream or now[0]
+        yield
+        now[0] = before
+        told.append(f"end of {name}")
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": lambda graph, **options: within("record", **options),
+        "Stream": lambda: FakeStream("own", told),
+        "stream": lambda stream: within(f"on {stream.name}", stream),
+        "current_stream": lambda device=None: now[0],
+        "default_stream": lambda device=None: default,
+        "device": lambda device: within(f"on {device}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return told, now
+
+
+def test_a_run_has_a_stream_of_its_own_unless_it_was_given_one(cuda):
+    told, now = cuda
     with own_stream(torch.device("cpu")):
-        pass
+        assert now[0].name == "default"
+    assert told == []
+    with own_stream(torch.device("cuda", 1)):
+        assert now[0].name == "own"
+        told.append("work")
+    assert now[0].name == "default"
+    assert told == [
+        "on cuda:1", "own waits for default", "on own", "work", "end of on own", "default waits for own",
+        "end of on cuda:1",
+    ]  # fmt: skip
+    told.clear()
+    now[0] = FakeStream("given", told)
+    with own_stream(torch.device("cuda", 1)):
+        assert now[0].name == "given"
+    assert told == ["on cuda:1", "end of on cuda:1"]
+
+
+def test_a_graph_is_recorded_on_the_threads_stream_and_closed_when_it_is_done(cuda):
+    told, now = cuda
+    now[0] = FakeStream("own", told)
+    again, close = replay._recorded(partial(told.append, "step"), torch.device("cuda", 0))
+    again()
+    again()
+    close()
+    assert told == [
+        "record {'capture_error_mode': 'thread_local'}", "step", "end of record", "replay", "replay",
+        "own is waited for", "reset",
+    ]  # fmt: skip
+
+
+def test_recording_is_one_at_a_time_and_leaves_the_first_step_first(monkeypatch):
+    rate, total = torch.zeros(1), torch.zeros(())
+    seen = []
+
+    def step(images, labels):
+        total.add_(1)
+
+    def recorded(once, device):
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(replay.ONE_AT_A_TIME.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+        seen.append((taken, float(total)))
+        # a record is no step
+        return (lambda: (seen.append("replay"), once())), partial(seen.append, "closed")
+
+    monkeypatch.setattr(replay, "_recorded", recorded)
+    replayed = Replayed(step, rate, [total], (2, 1, 1, 3), 3)
+    assert seen == [([False], 3)]
+    assert float(total) == 0
+    replayed.run(torch.zeros(4, 1, 1, 3), torch.zeros(4, dtype=torch.long), torch.ones(2))
+    replayed.close()
+    assert seen[1:] == ["replay", "replay", "closed"]
+    assert float(total) == 2
 
 
 # ---- several runs at once

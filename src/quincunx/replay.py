@@ -60,21 +60,12 @@ class Replayed:
         self._labels = torch.zeros(count, shape[0], dtype=torch.long, device=device)
         self._rates = torch.zeros(count, device=device)
         self._place = torch.zeros(1, dtype=torch.long, device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
         with ONE_AT_A_TIME, _unchanged([*state, rate]):
             for _ in range(_WARM):
                 self._place.zero_()
                 self._once()
             self._place.zero_()
-            if device.type == "cuda":
-                self._graph = torch.cuda.CUDAGraph()
-                # other threads go on meanwhile, also with what this one may not do
-                with torch.cuda.graph(
-                    self._graph,
-                    stream=torch.cuda.current_stream(device),
-                    capture_error_mode="thread_local",
-                ):
-                    self._once()
+            self._replay, self._close = _recorded(self._once, device)
 
     def _once(self) -> None:
         images = self._images.index_select(0, self._place).squeeze(0)
@@ -96,17 +87,33 @@ class Replayed:
         self._labels[:n].copy_(labels.view(n, -1))
         self._rates[:n].copy_(rates)
         self._place.zero_()
-        once = self._once if self._graph is None else self._graph.replay
         for _ in range(n):
-            once()
+            self._replay()
         written(self._state)
 
     def close(self) -> None:
         """Give the record's memory back; whoever still computes is waited for."""
-        if self._graph is not None:
-            torch.cuda.current_stream(self._rate.device).synchronize()
-            with ONE_AT_A_TIME:
-                self._graph.reset()
+        self._close()
+
+
+def _recorded(
+    once: Callable[[], None], device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(what repeats ``once``, what gives its memory back); where there are no graphs, itself and nothing."""
+    if device.type != "cuda":
+        return once, lambda: None
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream(device)
+    # other threads go on meanwhile, also with what this one may not do
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        once()
+
+    def close() -> None:
+        stream.synchronize()
+        with ONE_AT_A_TIME:
+            graph.reset()
+
+    return graph.replay, close
 
 
 def written(tensors: Sequence[Tensor]) -> None:
