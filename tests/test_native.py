@@ -148,7 +148,7 @@ def test_an_instruction_set_can_be_forced(isa):
     ("code", "environment", "message"),
     [
         (SHOW, {"QUINCUNX_ISA": "sse9"}, "sse9"),
-        (SHOW, {"QUINCUNX_BACKEND": "triton"}, "QUINCUNX_BACKEND='triton'"),
+        (SHOW, {"QUINCUNX_BACKEND": "cutlass"}, "QUINCUNX_BACKEND='cutlass'"),
         (USE.format(dtype="float32"), {"QUINCUNX_BACKEND": "cuda"}, "QUINCUNX_BACKEND='cuda'"),
         (USE.format(dtype="float64"), {"QUINCUNX_BACKEND": "native"}, "not torch.float64"),
         (

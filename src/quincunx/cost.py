@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Cost", "Row", "cost", "inference_mode_of"]
 
@@ -114,7 +113,7 @@ _KNOWN = {"prim", "prims", "quincunx", "profiler", "c10d", "_c10d_functional", "
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Notes the operators that a counter has no formula for."""
 
-    def __init__(self, counter: FlopCounterMode) -> None:
+    def __init__(self, counter: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.counter = counter
         self.found: dict[tuple[str, str], None] = {}
@@ -187,6 +186,8 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
         raise TypeError(f"example_input: expected a tensor or a tuple, got {type(example_input).__name__}")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     counted: dict[str, int] = {}
+    from torch.utils.flop_counter import FlopCounterMode  # with it comes Triton, where that is installed
+
     shapes: dict[str, tuple[int, ...]] = {}
     names = dict(model.named_modules())
     with ExitStack() as stack:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import register_flop_formula
 
 from quincunx import launches
 from quincunx.latency import speed_ratio
 from quincunx.ops import backend, native, serving
+from quincunx.ops.flops import counted_by
 from quincunx.ops.traced import is_tracing
 from quincunx.steps import (
     Follower,
@@ -83,7 +83,7 @@ _INDEX_FIELD, _OUT_FIELD = 8, 12
 
 @lru_cache(maxsize=1)
 def _count_flops() -> None:
-    register_flop_formula(torch.ops.quincunx_native.run_program)(_program_flops)
+    counted_by(_program_flops, torch.ops.quincunx_native.run_program)
 
 
 # ---------------------------------------------------------------- native segments
@@ -244,6 +244,7 @@ class Program(nn.Module):
         native_only: bool = False,
     ) -> None:
         super().__init__()
+        _hide_from_compilers()
         self.native_only = native_only
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self._weight = next(step.weight for step in steps if isinstance(step, Step))
@@ -271,7 +272,10 @@ class Program(nn.Module):
         # what was compiled for shapes and threads seen here is made again where it is needed
         return {**self.__dict__, "_compiled": {}, "_graphs": {}, "_key": None}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _hide_from_compilers()
+
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """The outputs; in torch's own operators where arguments are not maps of one batch and our dtype."""
         if torch.compiler.is_exporting():
@@ -451,6 +455,12 @@ class Program(nn.Module):
             stages[number] = replace(stages[number], spent=stages[number].reads - wanted)
             wanted |= stages[number].reads
         return stages
+
+
+@lru_cache(maxsize=1)
+def _hide_from_compilers() -> None:
+    # here and not as a decorator: it imports the whole compiler, which takes longer than all of this package
+    Program.forward = torch.compiler.disable(Program.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
 # programs that torch.jit.trace has seen

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from quincunx.ops.flops import counted_by
 from quincunx.plan import Geometry
 from quincunx.sampling import from_spec
 
@@ -280,31 +280,33 @@ for _name, _backward, _keep in (
 # torch counts two FLOPs for a multiply-add. A tap outside the map is counted, as it is for Conv2d.
 
 
-@register_flop_formula([torch.ops.quincunx.conv, torch.ops.quincunx.conv_filled])
 def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     batch, _, m, _ = out_shape
     out_channels, in_channels, kh, kw = weight
     return int(2 * batch * m * out_channels * in_channels * kh * kw)
 
 
-@register_flop_formula(torch.ops.quincunx.conv_transpose)
 def _conv_transpose_flops(y: Any, weight: Any, *_: Any, **__: Any) -> int:
     batch, _, m, _ = y
     in_channels, out_channels, kh, kw = weight
     return int(2 * batch * m * in_channels * out_channels * kh * kw)
 
 
-@register_flop_formula(torch.ops.quincunx.conv_weight)
 def _conv_weight_flops(x: Any, y: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     batch, _, m, _ = y
     out_channels, in_channels, kh, kw = out_shape
     return int(2 * batch * m * out_channels * in_channels * kh * kw)
 
 
-@register_flop_formula(torch.ops.quincunx.binary_conv)
 def _binary_conv_flops(
     x: Any, bits: Any, scale: Any, bias: Any, kernel: Any, *where: Any, out_shape: Any, **__: Any
 ) -> int:
     """An addition counted as the multiply-add that it stands for."""
     batch, out_channels, height, width = out_shape
     return int(2 * batch * height * width * out_channels * (x[1] // where[3]) * kernel[0] * kernel[1])
+
+
+counted_by(_conv_flops, _OPS.conv, _OPS.conv_filled)
+counted_by(_conv_transpose_flops, _OPS.conv_transpose)
+counted_by(_conv_weight_flops, _OPS.conv_weight)
+counted_by(_binary_conv_flops, _OPS.binary_conv)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from quincunx.ops.flops import counted_by
 from quincunx.ops.functional import Padding, _autocast, _check_map, expand_padding, pair
 from quincunx.plan import Geometry
 
@@ -114,13 +114,15 @@ torch.library.register_fake("quincunx::lookup", _fake, lib=_LIBRARY)
 torch.library.register_autograd("quincunx::lookup", _backward, setup_context=_keep, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.quincunx.lookup)
 def _flops(x: Any, codebooks: Any, assignments: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     """Twice the MACs: the products of every table, and one for each value that is looked up and added."""
     batch, _, height, width = x
     tables = height * width * codebooks[0] * codebooks[1] * codebooks[2]
     look_ups = out_shape[2] * out_shape[3] * assignments[0] * assignments[1] * assignments[2]
     return int(2 * batch * (tables + look_ups))
+
+
+counted_by(_flops, torch.ops.quincunx.lookup)
 
 
 def lookup_conv2d(

@@ -97,8 +97,9 @@ def gather_gemm(
     classes, taps, index, rows,
     batch, class_count, tiles_n, in_rows, out_rows,
     x_channels, out_channels, res_rows, res_channels,
-    C: constexpr, O: constexpr, TAPS: constexpr, TRANSPOSED: constexpr, AFFINE: constexpr, ACT: constexpr, WIDE: constexpr,
-    PRECISION: constexpr, SPLIT: constexpr, BM: constexpr, BN: constexpr, BK: constexpr,
+    C: constexpr, O: constexpr, TAPS: constexpr, TRANSPOSED: constexpr, AFFINE: constexpr,
+    ACT: constexpr, WIDE: constexpr, PRECISION: constexpr, SPLIT: constexpr,
+    BM: constexpr, BN: constexpr, BK: constexpr,
 ):  # fmt: skip
     """A tile of BM rows and BN output channels of one channel group; one part of SPLIT of its sum."""
     tile = tl.program_id(0) // tiles_n

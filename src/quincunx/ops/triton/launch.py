@@ -109,9 +109,9 @@ def convolve(
             x, weight, *ends, workspace, layout.classes, layout.taps, layout.index, layout.rows,
             batch, len(layout.shape), tiles_n, layout.in_rows, layout.out_rows,
             channels, outputs, res_rows, res_channels,
-            C=inner, O=outer, TAPS=taps, TRANSPOSED=transposed, AFFINE=layout.affine, ACT=activation, WIDE=wide,
-            PRECISION=precision(x.dtype), SPLIT=config.split, BM=config.rows, BN=config.columns,
-            BK=config.depth, num_warps=config.warps, num_stages=config.stages,
+            C=inner, O=outer, TAPS=taps, TRANSPOSED=transposed, AFFINE=layout.affine, ACT=activation,
+            WIDE=wide, PRECISION=precision(x.dtype), SPLIT=config.split, BM=config.rows,
+            BN=config.columns, BK=config.depth, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if workspace is not None:
             columns = min(64, _power(outputs))
