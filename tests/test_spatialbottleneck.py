@@ -8,13 +8,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
 from quincunx.methods import Assigned, spatialbottleneck
-from quincunx.methods.spatialbottleneck import _leading
+from quincunx.methods.spatialbottleneck import _around_noise, _leading
 
 ALL = qx.Cosets(2, [(0, 0), (0, 1), (1, 0), (1, 1)])
+
+
+def two(values):
+    return values if isinstance(values, tuple) else (values, values)
 
 
 def images(count, channels=3, size=(8, 8), seed=0):
@@ -358,6 +363,23 @@ def test_many_codes_fitted_to_noise():
     model, x = nn.Sequential(conv(3, 12)), torch.randn(2, 3, 8, 8).double()
     new = qx.accelerate(model, qx.SpatialBottleneck(ALL, data=False, mid_share=100)).model
     torch.testing.assert_close(new(x), model(x), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("size", "dilation", "groups"), [(3, 1, 1), ((3, 5), (2, 1), 1), (3, 2, 2)])
+def test_what_noise_would_tell_a_first_half_is_known(size, dilation, groups):
+    torch.manual_seed(0)
+    padding = [d * (k - 1) // 2 for d, k in zip(two(dilation), two(size), strict=True)]
+    layer = nn.Conv2d(4, 6, size, padding=padding, dilation=dilation, groups=groups, bias=False).double()
+    # of what is linear in white noise the moments are those of one value at a time
+    grid, borders = (17, 17), {"dilation": dilation, "padding": padding}
+    x = torch.eye(4 * 17 * 17, dtype=torch.double).view(-1, 4, *grid)
+    with torch.no_grad():
+        y = layer(x)
+    p, t = (F.unfold(z, size, **borders)[:, :, 8 * 17 + 8].view(len(z), groups, -1) for z in (x, y))
+    found = _around_noise(layer)
+    torch.testing.assert_close(found.gram.contiguous(), torch.einsum("ngp,ngq->gpq", p, p))
+    torch.testing.assert_close(found.cross, torch.einsum("ngp,ngt->gpt", p, t))
+    torch.testing.assert_close(found.power, t.square().sum((0, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -256,7 +256,9 @@ class _BottleneckWork:
             "spatial-bottleneck", SpatialBottleneck2d, conv, mid_channels=mid, down=method.down, bias=bias
         )
         pairs: Iterable[tuple[Tensor, Tensor]]
-        pairs = noise = _Noise(conv, mid, method)
+        # of the halves that noise is drawn for, the more channels
+        known = self.with_data and _is_known(module.down)
+        pairs = noise = _Noise(conv, mid if known else max(conv.in_channels, mid), method)
         if self.with_data:
             pairs = self.context.responses(layer)
         with torch.no_grad():
@@ -313,7 +315,7 @@ def _needed(found: Moments) -> int:
 class _Noise:
     """Inputs that show every direction alike, and the layer's answers to them, again and again."""
 
-    def __init__(self, conv: nn.Conv2d, mid: int, method: SpatialBottleneck) -> None:
+    def __init__(self, conv: nn.Conv2d, channels: int, method: SpatialBottleneck) -> None:
         self.conv, self.method = conv, method
         sampling = method.sampling
         least = max(16, sampling.period) if isinstance(sampling, Cosets) else 16
@@ -321,7 +323,7 @@ class _Noise:
         self.size = sampling.size if isinstance(sampling, Positions) else (least, least)
         kernel = conv.kernel_size[0] * conv.kernel_size[1]
         used = 8 * min(sampling.count(*self.size), method.positions)
-        self.batches = -(-4 * max(conv.in_channels, mid) // conv.groups * kernel // used)
+        self.batches = -(-4 * channels // conv.groups * kernel // used)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.method.seed)
@@ -359,7 +361,9 @@ def _damped(found: Moments) -> Tensor:
     # where a map never changes there is only the rounding of its mean square
     least = _LEAST + _RIDGE * found.mean_patch.square().mean(1)
     ridge = _RIDGE * found.gram.diagonal(dim1=1, dim2=2).mean(1).maximum(least)
-    return found.gram + torch.diag_embed(ridge[:, None].expand(found.gram.shape[:2]))
+    gram = found.gram.clone()  # may be gigabytes: no second one for a diagonal
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    return gram
 
 
 def _regression(found: Moments, start: Tensor) -> Tensor:
@@ -440,7 +444,8 @@ def _solve_codes(
 
     found = whole = read(pairs)
     if pairs is not noise and found.samples < _needed(found):
-        whole = completed(found, _needed(found), read(noise))
+        prior = _around_noise(conv) if _is_known(down) else read(noise)
+        whole = completed(found, _needed(found), prior)
     factor = torch.linalg.cholesky(_damped(whole))
     told = torch.linalg.solve_triangular(factor, whole.cross, upper=False)
     count = down.out_channels // conv.groups
@@ -450,6 +455,28 @@ def _solve_codes(
     directions = torch.linalg.solve_triangular(factor.transpose(1, 2), leading, upper=True)
     down.weight.copy_(directions.transpose(1, 2).reshape(down.weight.shape))
     return found
+
+
+def _is_known(down: SampledDown2d) -> bool:
+    """Whether :func:`_around_noise` holds for a first half."""
+    return down.window == 1 and all(size % 2 for size in _two(down.kernel_size))
+
+
+def _around_noise(conv: nn.Conv2d) -> Moments:
+    """Away from the borders, the moments of white noise under an odd kernel and of the responses around it.
+
+    G = I. The response i taps from the position reads the value at tap a through tap b = a - i + (k - 1) / 2.
+    To draw this noise was the dearest part of a fit: there are more responses than values.
+    """
+    g, weight = conv.groups, conv.weight.detach().double()
+    o, c, kh, kw = weight.shape
+    padded = F.pad(weight, (kw - 1, kw - 1, kh - 1, kh - 1))
+    taps = [torch.arange(k, device=weight.device) for k in (kh, kw)]
+    rows, cols = (t[:, None] - t + (len(t) - 1) // 2 + len(t) - 1 for t in taps)
+    read = padded[:, :, rows][..., cols].view(g, o // g, c, kh, kh, kw, kw)
+    cross = read.permute(0, 2, 3, 5, 1, 4, 6).reshape(g, c * kh * kw, o // g * kh * kw)
+    power = kh * kw * weight.square().view(g, -1).sum(1)
+    return replace(of_noise(cross), power=power)
 
 
 def _balance(module: SpatialBottleneck2d) -> None:
