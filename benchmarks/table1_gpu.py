@@ -64,7 +64,11 @@ NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
 # of deeper networks these come first
 DEEP = NETWORKS[:2]
 # seconds for the last evaluation and the file, and share of the time that a plan may use
-_END, _SURE = 3.0, 0.88
+_END, _SURE = 3.0, 0.9
+# of how much faster several runs are together than one, as long as it was not seen; seconds over which it is
+_TOGETHER, _SEEN_OVER = 1.5, 15.0
+# seconds before which nothing is given up, since runs begin one by one
+_PATIENCE = 45.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Job:
         side: of its images.
         seed: of weights, order and augmentation.
         whole: whether the images are as they are, and not made smaller.
+        work: of an epoch, in images through a network of the first depth.
     """
 
     depth: int
@@ -86,6 +91,7 @@ class Job:
     side: int
     seed: int
     whole: bool = True
+    work: float = 0.0
 
     @property
     def label(self) -> str:
@@ -109,11 +115,12 @@ def side_of_equal_cost(dense: nn.Module, other: nn.Module, side: int) -> int:
     return min(near, key=lambda at: abs(macs(dense, at) - wanted))
 
 
-def jobs_of(depths: Sequence[int], seeds: Sequence[int], side: int, only: str) -> list[Job]:
-    """All runs, the most important first."""
+def jobs_of(depths: Sequence[int], seeds: Sequence[int], side: int, only: str, images: int = 1) -> list[Job]:
+    """All runs on so many images, the most important first."""
 
     def job(depth: int, name: str, settings: Mapping[str, str], seed: int, at: int = side) -> Job:
-        return Job(depth, f"{name}{depth}", tuple(settings.items()), at, seed, at == side)
+        work = images * depth / depths[0]
+        return Job(depth, f"{name}{depth}", tuple(settings.items()), at, seed, at == side, work)
 
     found: list[Job] = []
     first, *deeper = depths
@@ -152,21 +159,28 @@ def resized(data: ImageData, side: int, device: torch.device) -> ImageData:
 
 
 class Watch:
-    """Ends a run at the deadline, and notes what its epochs take."""
+    """One run's progress: what its epochs take, and when it has to end."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline, self.before = deadline, time.perf_counter()
-        self.epochs, self.each, self.over = 0, 0.0, False
+    def __init__(self, table: Table | None, job: Job, epochs: int) -> None:
+        self.table, self.job, self.epochs = table, job, epochs
+        self.before = time.perf_counter()
+        self.done, self.each, self.why = 0, 0.0, ""
+
+    @property
+    def left(self) -> float:
+        """Work that is left, in images through a network of the first depth."""
+        return self.job.work * (self.epochs - self.done) if self.table is not None else 0.0
 
     def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """As of a :class:`quincunx.train.StopRule`: asked after each epoch, and again at the end."""
         now = time.perf_counter()
-        if len(history) > self.epochs:
+        if len(history) > self.done:
             # the first one holds what comes before it
-            self.each = (now - self.before) / (len(history) - self.epochs)
-            self.epochs, self.before = len(history), now
-        # a run that was begun has an epoch to show
-        self.over = self.over or (self.epochs > 0 and now + self.each > self.deadline)
-        return "the time is up" if self.over else None
+            self.each = (now - self.before) / (len(history) - self.done)
+            self.done, self.before = len(history), now
+            if self.table is not None:
+                self.table.note(self, now)
+        return self.why or None
 
 
 class Table:
@@ -186,9 +200,13 @@ class Table:
         self.unfinished: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.skipped: list[Job] = []
-        self.watches: list[tuple[Job, Watch]] = []
-        self.deep: dict[int, int | None] = {}
+        self.watches: list[Watch] = []
+        self.active: list[Watch] = []
+        self.ended: list[tuple[float, float]] = []
+        self.deep: dict[int, int] = {}
         self.alone: dict[str, Any] | None = None
+        # work a second: of one run with the GPU for itself, and of all together
+        self.alone_rate, self.rate, self.seen = math.inf, math.inf, False
         self.environment = environment()
         self.started = time.perf_counter()
 
@@ -211,54 +229,81 @@ class Table:
             precision=given.precision,
         )
 
-    def _each(self, job: Job) -> float | None:
-        """Seconds that an epoch of it takes beside the others, by what was seen; None at the beginning."""
-        seen = [(other, watch.each) for other, watch in self.watches if watch.epochs > 1]
-        same = [each for other, each in seen if other.label == job.label]
-        if same:
-            return statistics.median(same)
-        # a deeper network takes longer by its depth
-        scaled = [each * job.depth / other.depth for other, each in seen]
-        return max(scaled) if scaled else None
+    def note(self, watch: Watch, now: float) -> None:
+        """An epoch has ended: how fast all are, and who has to end."""
+        with self.lock:
+            self.ended.append((now, watch.job.work))
+            self.ended = [(when, work) for when, work in self.ended if when > now - _SEEN_OVER]
+            if now - self.started > _SEEN_OVER + 3:
+                rate = sum(work for _, work in self.ended) / _SEEN_OVER
+                self.rate, self.seen = max(rate, self.rate if self.seen else 0.0), True
+            if now + watch.each > self.deadline and watch.done < watch.epochs:
+                watch.why = "the time is up"
+            self._shed(now)
+
+    def _shed(self, now: float) -> None:
+        """Give up the least important runs if not all can end in time, so that the others do."""
+        if not self.seen or now - self.started < _PATIENCE or math.isinf(self.deadline):
+            return
+        going = [watch for watch in self.active if not watch.why]
+        while len(going) > 1 and sum(w.left for w in going) > 1.1 * self.rate * (self.deadline - now):
+            going.pop().why = "given up for more important runs"
 
     def _epochs(self, job: Job) -> int | None:
         """The epochs of a run; None if there is no time for it."""
         given = self.given
-        each, seconds = self._each(job), self.deadline - time.perf_counter() - _END
-        if each is None or math.isinf(seconds):
-            return given.epochs if seconds > 0 else None
-        fit_in = int(_SURE * seconds / each)
-        if job.depth == given.depths[0]:
-            return given.epochs if fit_in >= given.epochs else None
-        # all networks of a depth are trained alike
-        if job.depth not in self.deep:
-            # those of the same depth that begin a little later
-            fewer = min(given.epochs, int(0.9 * fit_in))
-            self.deep[job.depth] = fewer if fewer >= given.least else None
-        epochs = self.deep[job.depth]
-        return epochs if epochs is not None and fit_in >= epochs else None
+        seconds = _SURE * (self.deadline - time.perf_counter() - _END)
+        if math.isinf(seconds):
+            return given.epochs
+        if seconds <= 0:
+            return None
+        going = sum(watch.left for watch in self.active if not watch.why)
+        alone, together = self.alone_rate * seconds, self.rate * seconds - going
+        epochs = self.deep.get(job.depth, given.epochs)
+        if job.depth != given.depths[0] and job.depth not in self.deep:
+            # all networks of a depth are trained alike, and there are at least two to be compared
+            most = min(alone, together / len(DEEP)) / job.work
+            epochs = given.epochs if most >= given.epochs else int(most)
+        enough = epochs >= min(given.least, given.epochs)
+        return epochs if enough and job.work * epochs <= min(alone, together) else None
 
-    def next(self) -> tuple[Job, int, Watch] | None:
-        with self.lock:
-            while self.left:
-                job = self.left.pop(0)
-                epochs = self._epochs(job)
-                if epochs is None:
-                    self.skipped.append(job)
-                    continue
-                watch = Watch(self.deadline)
-                self.watches.append((job, watch))
-                return job, epochs, watch
+    def _chosen(self) -> Watch | None:
+        """The most important run that there is time for beside the others, begun."""
+        # as long as it was not seen how fast all are together, nothing goes before what is more important
+        for job in self.left if self.seen else self.left[:1]:
+            epochs = self._epochs(job)
+            if epochs is not None:
+                if job.depth != self.given.depths[0]:
+                    self.deep[job.depth] = epochs
+                self.left.remove(job)
+                watch = Watch(self, job, epochs)
+                self.watches.append(watch)
+                self.active.append(watch)
+                return watch
         return None
+
+    def next(self) -> Watch | None:
+        """What a thread does next; None if it has nothing to do any more."""
+        while True:
+            with self.lock:
+                watch = self._chosen()
+                if watch is not None or not self.left:
+                    return watch
+                if not self.active:
+                    self.skipped, self.left = [*self.skipped, *self.left], []
+                    return None
+            # others may end earlier than expected
+            time.sleep(0.25)
 
     # ---- what is made
 
-    def train(self, job: Job, epochs: int, watch: Any, folder: Path) -> dict[str, Any]:
+    def train(self, watch: Watch, folder: Path) -> dict[str, Any]:
+        job = watch.job
         name = f"{file_name(job.label)}-seed{job.seed}"
         return fit(
             self.models.pop(job).to(self.device),
             self.sizes[job.side],
-            self.recipe(epochs),
+            self.recipe(watch.epochs),
             folder / name,
             seed=job.seed,
             stop=watch,
@@ -277,50 +322,55 @@ class Table:
             flush=True,
         )
 
-    def fail(self, job: Job) -> None:
+    def fail(self, job: Job, error: str) -> None:
         with self.lock:
-            self.failures.append(
-                {"label": job.label, "seed": job.seed, "error": traceback.format_exc(limit=12)}
-            )
+            self.failures.append({"label": job.label, "seed": job.seed, "error": error})
             self.write()
-        print(f"{job.label}, seed {job.seed} failed:\n{self.failures[-1]['error']}", flush=True)
+        print(f"{job.label}, seed {job.seed} failed:\n{error}", flush=True)
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row a network: its errors, and how far it is from the dense network of its depth."""
-        by_label: dict[str, list[dict[str, Any]]] = {}
+        """A row a network: its errors in percent, and how far it is from the dense network, on the same
+        images and on smaller ones with as many multiply-adds: means over the seeds that both have."""
+        by_label: dict[str, dict[int, dict[str, Any]]] = {}
         for run in self.runs:
-            by_label.setdefault(run["label"], []).append(run)
-        mean = {
-            label: statistics.fmean(100 * run["test_error"] for run in found)
-            for label, found in by_label.items()
-        }
-        small = next((label for label in mean if " at " in label), None)
+            by_label.setdefault(run["label"], {})[run["seed"]] = run
+        macs = {label: next(iter(found.values()))["cost"]["macs"] for label, found in by_label.items()}
+
+        def beyond(label: str, other: str | None) -> float | None:
+            ours, theirs = by_label[label], by_label.get(other or "", {})
+            both = [
+                100 * (ours[seed]["test_error"] - theirs[seed]["test_error"])
+                for seed in ours
+                if seed in theirs
+            ]
+            return statistics.fmean(both) if both else None
+
         rows = []
         for label, found in by_label.items():
-            errors = [100 * run["test_error"] for run in found]
-            dense = mean.get(f"rrn{found[0]['depth']}")
+            first = next(iter(found.values()))
+            errors = [100 * run["test_error"] for run in found.values()]
+            of_depth = [name for name in by_label if name.startswith(f"rrn{first['depth']} at ")]
+            small = min(of_depth, key=lambda name: abs(macs[name] - macs[label]), default=None)
+            speeds = [
+                statistics.median(entry["images_per_second"] for entry in run["history"])
+                for run in found.values()
+            ]
             rows.append(
                 {
                     "label": label,
-                    "depth": found[0]["depth"],
-                    "side": found[0]["side"],
-                    "macs": found[0]["cost"]["macs"],
-                    "params": found[0]["cost"]["params"],
-                    "epochs": found[0]["recipe"]["epochs"],
-                    "seeds": [run["seed"] for run in found],
+                    "depth": first["depth"],
+                    "side": first["side"],
+                    "macs": macs[label],
+                    "params": first["cost"]["params"],
+                    "epochs": first["recipe"]["epochs"],
+                    "seeds": list(found),
                     "errors": errors,
-                    "error": mean[label],
+                    "error": statistics.fmean(errors),
                     "deviation": statistics.stdev(errors) if len(errors) > 1 else None,
-                    "over_dense": None if dense is None else mean[label] - dense,
-                    "over_small_images": (
-                        None
-                        if small is None or found[0]["depth"] != self.given.depths[0]
-                        else mean[label] - mean[small]
-                    ),
-                    "images_per_second": statistics.fmean(
-                        statistics.median(entry["images_per_second"] for entry in run["history"])
-                        for run in found
-                    ),
+                    "over_dense": beyond(label, f"rrn{first['depth']}"),
+                    "small_images": small,
+                    "over_small_images": beyond(label, small),
+                    "images_per_second": round(statistics.fmean(speeds), 1),
                 }
             )
         return sorted(rows, key=lambda row: (row["depth"], -row["side"], -row["macs"]))
@@ -328,7 +378,7 @@ class Table:
     def write(self) -> None:
         given = self.given
         seconds = time.perf_counter() - self.started
-        images = len(self.data.train) * sum(watch.epochs for _, watch in self.watches)
+        images = len(self.data.train) * sum(watch.done for watch in self.watches)
         gpu = self.device.type == "cuda"
         write_json(
             given.out,
@@ -382,14 +432,19 @@ def work(table: Table, folder: Path) -> None:
     """One thread: a run after another as long as there are some."""
     in_a_row = 0
     with stream_of_its_own(table.device):
-        while in_a_row < 3 and (found := table.next()) is not None:
-            job, epochs, watch = found
+        while in_a_row < 3 and (watch := table.next()) is not None:
             try:
-                table.keep(job, table.train(job, epochs, watch, folder))
+                result = table.train(watch, folder)
                 in_a_row = 0
             except Exception:  # noqa: BLE001 - the other runs go on, and the file says what happened
-                table.fail(job)
+                result, error = None, traceback.format_exc(limit=12)
                 in_a_row += 1
+            with table.lock:
+                table.active.remove(watch)
+            if result is None:
+                table.fail(watch.job, error)
+            else:
+                table.keep(watch.job, result)
 
 
 def run_alone(table: Table, folder: Path) -> None:
@@ -397,15 +452,19 @@ def run_alone(table: Table, folder: Path) -> None:
     given = table.given
     side = table.data.size[0]
     # a seed that no run of the table has
-    job = Job(given.depths[0], f"rsbn{given.depths[0]}", (), side, 1 + max(given.seeds))
-    watch = Watch(math.inf)
+    depth, seed = given.depths[0], 1 + max(given.seeds)
+    watch = Watch(None, Job(depth, f"rsbn{depth}", (), side, seed), given.alone)
+    job = watch.job
     table.models[job] = job.build(len(table.data.classes))
     try:
         with stream_of_its_own(table.device):
-            result = table.train(job, given.alone, watch, folder / "alone")
+            result = table.train(watch, folder / "alone")
     except Exception:  # noqa: BLE001 - as for any run
-        table.fail(job)
+        table.fail(job, traceback.format_exc(limit=12))
         return
+    if watch.done > 1:
+        table.alone_rate = len(table.data.train) / watch.each
+        table.rate = _TOGETHER * table.alone_rate
     fastest = max(entry["images_per_second"] for entry in result["history"])
     table.alone = {
         "label": job.label,
@@ -478,7 +537,7 @@ def main() -> None:
     data = loaded(given)
     print(f"{time.perf_counter() - BEGAN:6.1f} s  {len(data.train):,} images read", flush=True)
     torch.set_num_threads(1)
-    jobs = jobs_of(given.depths, given.seeds, data.size[0], given.only)
+    jobs = jobs_of(given.depths, given.seeds, data.size[0], given.only, len(data.train))
     table = Table(given, data, jobs)
     with nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as place:
         folder = Path(place)

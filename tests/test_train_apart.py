@@ -619,7 +619,11 @@ def test_the_script_makes_the_whole_table(table, apart):
     small = next(row for row in found["summary"] if row["side"] < 16 and row["depth"] == 8)
     whole = next(row for row in found["summary"] if row["label"] == "rsbn8 2/4")
     assert small["macs"] == pytest.approx(whole["macs"], rel=0.15) or small["macs"] < whole["macs"]
-    # a run of the table is a run by itself
+    assert whole["small_images"] == small["label"]
+    assert whole["over_dense"] == pytest.approx(
+        whole["error"] - next(row["error"] for row in found["summary"] if row["label"] == "rrn8")
+    )
+    assert whole["over_small_images"] == pytest.approx(whole["error"] - small["error"])
     run = next(r for r in found["runs"] if r["label"] == "rsbn8 1/4" and r["seed"] == 1)
     assert run["recipe"]["lr"] == pytest.approx(0.1 * 8 / 64)
 
@@ -654,32 +658,98 @@ def test_a_run_that_fails_leaves_the_others(table, monkeypatch):
     assert "illegal memory access" in found["failures"][0]["error"]
 
 
-def test_deeper_networks_get_the_epochs_that_there_is_time_for(table, monkeypatch):
+@pytest.fixture
+def chart(table, monkeypatch):
+    """A table of no images, a clock that is set by hand, and a function that starts the next run."""
     module, _ = table
     given = module.argparse.Namespace(
         epochs=60, least=20, depths=[20, 110], budget=0, device="cpu", seeds=[0], jobs=1
-    )  # fmt: skip
-    chart = module.Table(given, pictures(channels=3, size=8), [])
-    shallow, deep = (module.Job(d, f"rrn{d}", (), 8, 0) for d in (20, 110))
-    watch = module.Watch(math.inf)
-    chart.watches.append((shallow, watch))
-    now = module.time.perf_counter()
-    assert chart._epochs(shallow) == 60
-    watch.epochs, watch.each = 5, 1.0
-    chart.deadline = now + 1000
-    assert chart._epochs(shallow) == 60
-    assert chart._epochs(deep) == 60
-    chart.deep.clear()
-    chart.deadline = now + 5.5 * 60
-    fewer = chart._epochs(deep)
-    assert 40 < fewer < 55
-    chart.deadline = now + 5.5 * 55
-    assert chart._epochs(deep) in (None, fewer)
-    chart.deep.clear()
-    chart.deadline = now + 5.5 * 20
-    assert chart._epochs(deep) is None
-    chart.deadline = now + 50
-    assert chart._epochs(shallow) is None
+    )
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    made = module.Table(given, pictures(channels=3, size=8), [])
+    made.deadline = math.inf
+
+    def start(depth=20, epochs=60):
+        job = module.Job(depth, f"rrn{depth}", (), 8, len(made.watches), True, 100 * depth / 20)
+        made.left = [job]
+        return made._chosen()
+
+    return made, clock, start
+
+
+def test_a_run_starts_only_if_it_can_end_in_time_beside_the_others(chart):
+    made, clock, start = chart
+    assert start().epochs == 60
+    # a run is 6000 images, three of them fit into 90% of what is left
+    made.active.clear()
+    made.deadline, made.alone_rate, made.rate = clock[0] + 3 + 100, 100.0, 210.0
+    assert [watch is not None for watch in (start(), start(), start(), start())] == [True, True, True, False]
+    # one alone would not be fast enough
+    made.active.clear()
+    made.alone_rate = 60.0
+    assert start() is None
+    made.deadline = clock[0] + 2
+    assert start() is None
+    # what finds no time is named at the end
+    assert made.next() is None
+    assert [job.seed for job in made.skipped] == [len(made.watches)]
+    assert made.left == []
+
+
+def test_nothing_overtakes_more_important_runs_before_it_is_known_how_fast_all_are(chart):
+    made, clock, _ = chart
+    module = sys.modules["table1_gpu"]
+    made.deadline, made.alone_rate, made.rate = clock[0] + 103, 1000.0, 60.0
+    large, small = (
+        module.Job(20, "rrn20", (), 8, seed, True, work) for seed, work in ((0, 100.0), (1, 10.0))
+    )
+    made.left = [large, small]
+    assert made._chosen() is None
+    made.seen = True
+    assert made._chosen().job == small
+    assert made.left == [large]
+
+
+def test_deeper_networks_get_the_epochs_that_there_is_time_for(chart):
+    made, clock, start = chart
+    assert start(110).epochs == 60
+    made.active.clear()
+    made.deep.clear()
+    made.deadline, made.alone_rate, made.rate = clock[0] + 3 + 200, 1000.0, 300.0
+    # 54,000 images for two networks of 550 an epoch
+    first, second = start(110), start(110)
+    assert first.epochs == second.epochs == 49
+    assert start(110) is None
+    made.active.clear()
+    made.deep.clear()
+    made.deadline = clock[0] + 3 + 70
+    assert start(110) is None, "fewer than 20 epochs"
+
+
+def test_the_least_important_runs_are_given_up_if_not_all_can_end(chart):
+    made, clock, start = chart
+    made.started, made.rate = clock[0], 1000.0
+    watches = [start(), start(), start()]
+    made.deadline = clock[0] + 70
+    history = []
+
+    def epoch():
+        clock[0] += 1
+        history.append({})
+        return [watch.reason(history) for watch in watches]
+
+    while clock[0] < made.started + 46:
+        assert epoch() == [None, None, None]
+    # 300 images a second are seen: 14 epochs of three runs need 14 of the 24 seconds that are left
+    assert made.rate == 300
+    assert epoch() == [None, None, None]
+    made.deadline = clock[0] + 10
+    assert epoch() == [None, None, "given up for more important runs"]
+    made.deadline = clock[0] + 6
+    assert epoch() == [None, "given up for more important runs", "given up for more important runs"]
+    made.deadline = clock[0] + 1.5
+    assert epoch()[0] == "the time is up"
 
 
 # ---- on a GPU

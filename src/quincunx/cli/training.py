@@ -132,6 +132,9 @@ def train(
     What --recipe names sets epochs, batch size, learning rate, weight decay and momentum; each can be
     set by itself as well.
 
+    With --device cuda images in memory go to the GPU once and steps are replayed as a CUDA graph where they
+    can be ("graph" in run.json); --precision bfloat16 takes the least time there.
+
     On several processes or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m quincunx train ...;
     the batch size is that of all of them, and a run whose process died goes on from its last checkpoint.
     """
