@@ -182,6 +182,38 @@ def test_a_file_with_holes_is_an_unreadable_image(tmp_path, pack):
     assert len(load_data(path, skip_bad=True).train) == 2
 
 
+def sparse(name, content, form):
+    """A member as tar --sparse writes it, one that is all data."""
+    if form == "old":
+        return header(name, len(content), b"S") + block(content)
+    entries = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name}
+    member = tarfile.TarInfo("GNUSparseFile.0/0")
+    member.pax_headers = entries | {"GNU.sparse.realsize": str(len(content))}
+    packed = block(b"1\n0\n%d\n" % len(content)) + content
+    member.size = len(packed)
+    return member.tobuf(tarfile.PAX_FORMAT) + block(packed)
+
+
+@pytest.mark.parametrize("form", ["old", "pax"])
+@pytest.mark.parametrize("name", ["set/labels.csv", "cifar-10-batches-py/test_batch"])
+def test_what_is_no_image_and_has_holes_is_refused_by_name(tmp_path, name, form):
+    path, image = tmp_path / "holes.tar", shaded(0)
+    images = header("set/0.png", len(image)) + block(image) if name.endswith(".csv") else b""
+    path.write_bytes(sparse(name, b"file,label\n0.png,x\n", form) + images + END)
+    said = rf"^{path}[:/]\S*{name.split('/')[1]}: a file with holes \(sparse\), which is not read$"
+    with pytest.raises(ValueError, match=said):
+        load_data(path)
+
+
+@pytest.mark.parametrize("form", ["old", "pax"])
+def test_an_image_with_holes_is_passed_over_by_its_own_name(tmp_path, form):
+    path = tmp_path / "holes.tar"
+    path.write_bytes(BODY + sparse("train/x/1.png", shaded(9), form) + END)
+    with pytest.raises(ValueError, match=r"train/x/1\.png: not a readable image"):
+        load_data(path)
+    assert len(load_data(path, skip_bad=True).train) == 2
+
+
 @pytest.mark.parametrize("pack", ["gz", "xz", "bz2"])
 def test_archives_do_not_unpack_without_end(tmp_path, pack, monkeypatch):
     monkeypatch.setattr(archives, "_ANY", 1 << 20)

@@ -340,7 +340,7 @@ def _file(stream: _Stream, name: str, size: int, sparse: bool) -> Iterator[Membe
 
     def content() -> bytes:
         if sparse:
-            raise TooLarge("a file with holes, which no image is")
+            raise TooLarge("a file with holes (sparse), which is not read")
         if size > LARGEST:
             raise TooLarge(f"{size:,} bytes, more than any image has")
         bounded(size, what=repr(name[:80]))
