@@ -471,6 +471,18 @@ def test_a_graph_is_recorded_on_the_threads_stream_and_closed_when_it_is_done(cu
     ]  # fmt: skip
 
 
+def test_a_graph_that_cannot_be_recorded_is_kept_where_torch_may_ask_for_it(cuda, monkeypatch):
+    kept = []
+    monkeypatch.setattr(replay, "_FAILED", kept)
+
+    def once():
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        replay._recorded(once, torch.device("cuda", 0))
+    assert [type(graph) for graph in kept] == [torch.cuda.CUDAGraph]
+
+
 def test_recording_is_one_at_a_time_and_leaves_the_first_step_first(monkeypatch):
     rate, total = torch.zeros(1), torch.zeros(())
     seen = []

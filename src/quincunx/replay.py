@@ -25,6 +25,7 @@ __all__ = ["ONE_AT_A_TIME", "Replayed", "counted_together", "own_stream", "warme
 ONE_AT_A_TIME = threading.RLock()
 # steps before the record: libraries choose and load their kernels, tables come to the device
 _WARM = 3
+_FAILED: list[object] = []
 _OWN = ("torch", "quincunx")
 _COUNT = "num_batches_tracked"
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -104,9 +105,14 @@ def _recorded(
         return once, lambda: None
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream(device)
-    # other threads go on meanwhile, also with what this one may not do
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        once()
+    try:
+        # other threads go on meanwhile, also with what this one may not do
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            once()
+    except BaseException:
+        # torch's allocator goes on asking a graph whose recording failed
+        _FAILED.append(graph)
+        raise
 
     def close() -> None:
         stream.synchronize()
