@@ -53,6 +53,30 @@ def test_a_wrapped_network_keeps_its_spec(tmp_path):
         assert torch.equal(value, network.state_dict()[name])
 
 
+class Versioned(nn.Sequential):
+    """As torchvision's MNASNet: weights that no version is noted of are refused."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") not in (1, 2):
+            raise ValueError(f"version should be set to 1 or 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def versioned():
+    return nn.Sequential(Versioned(nn.Conv2d(2, 5, 3, padding=1), nn.ReLU()), nn.BatchNorm2d(5)).eval()
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["plain", "replaced"])
+def test_a_network_that_asks_for_its_version_is_given_it(tmp_path, replaced):
+    network, x = versioned(), torch.randn(2, 2, 7, 7)
+    if replaced:
+        network = qx.accelerate(network, qx.LowRank(2, data=False)).model
+    folder = qx.save(network, tmp_path / "m", factory="mynets:versioned")
+    assert torch.equal(qx.load(folder, factory=versioned)(x), network(x))
+
+
 NUMBERS = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
     *(torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int16, torch.int32, torch.int64),

@@ -19,6 +19,7 @@ import io
 import math
 import tokenize
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,10 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         if name not in state:
             tied = [k for k in state if k in expected and place_of(expected[k]) == place_of(value)]
             state.update({name: state[tied[0]]} if tied else {})
+    if state.keys() == expected.keys():
+        # some modules refuse weights that no version is noted of; these have the names of the present one
+        state = OrderedDict(state)
+        state._metadata = getattr(expected, "_metadata", None)  # type: ignore[attr-defined]
     try:
         # torch itself knows the names that a module's older versions had
         missing, unexpected = model.load_state_dict(state, strict=False)
