@@ -536,9 +536,11 @@ def main() -> None:
     sys.setswitchinterval(0.001)
     data = loaded(given)
     print(f"{time.perf_counter() - BEGAN:6.1f} s  {len(data.train):,} images read", flush=True)
-    torch.set_num_threads(1)
     jobs = jobs_of(given.depths, given.seeds, data.size[0], given.only, len(data.train))
     table = Table(given, data, jobs)
+    # each run has a thread of its own
+    torch.set_num_threads(1)
+    table.environment = environment()
     with nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if given.alone:
