@@ -219,6 +219,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(apart, tmp_path, monkeypatch)
     assert again["graph"] == {"used": False, "why_not": "no step was needed"}
 
 
+def test_batches_of_a_test_are_of_one_size(apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_TESTED_AT_ONCE", (3, 4))
+    sizes = []
+    original = train.evaluate
+
+    def evaluating(*arguments, batch_size, **options):
+        sizes.append(batch_size)
+        return original(*arguments, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(train, "evaluate", evaluating)
+    run(tmp_path / "small", data=pictures(22), recipe=replace(TINY, epochs=1))
+    assert set(sizes) == {4}  # 11 images as 4, 4 and 3
+    monkeypatch.setattr(train, "_TESTED_AT_ONCE", (3, 10))
+    sizes.clear()
+    run(tmp_path / "whole", data=pictures(22), recipe=replace(TINY, epochs=1))
+    assert set(sizes) == {6}
+    monkeypatch.setattr(train, "_TESTED_PIXELS", 200)
+    sizes.clear()
+    run(tmp_path / "large", data=pictures(22), recipe=replace(TINY, epochs=1))
+    assert set(sizes) == {3}
+
+
 def test_what_draws_at_random_is_no_different(monkeypatch, tmp_path):
     def make():
         torch.manual_seed(0)

@@ -439,11 +439,14 @@ class _Run:
         if self.apart is None:
             return evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
         fewest, most = _TESTED_AT_ONCE
+        most = max(fewest, min(most, _TESTED_PIXELS // math.prod(self.data.size)))
+        count = len(self.data.test)
         return evaluate(
             self.model,
             self.data.test,
             self.data,
-            batch_size=max(fewest, min(most, _TESTED_PIXELS // math.prod(self.data.size))),
+            # batches of one size, since each size may need kernels of its own
+            batch_size=math.ceil(count / math.ceil(count / most)),
             ranks=self.ranks,
             workers=self.workers,
             held=self.apart.tests,
