@@ -172,6 +172,25 @@ def test_windows(interpreted: SimpleNamespace, how: str) -> None:
     assert bool((found[:, :, 1] == (-torch.inf if how == "max" else 0)).all())
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation", "ceil"),
+    [(3, 2, 1, 1, False), (2, 2, 0, 1, True), ((3, 2), (1, 3), (1, 0), (2, 1), False), (3, 2, 0, 1, True)],
+)
+def test_max_pooling(
+    interpreted: SimpleNamespace, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
+) -> None:
+    x = torch.randn(2, 20, 11, 10)
+    x[0, 3, 4, 4] = float("nan")
+    wanted = nn.functional.max_pool2d(x, kernel, stride, padding, dilation, ceil)
+    two = [v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding, dilation)]
+    (top, left), down, right = two[2], two[1][0], two[1][1]
+    window = Geometry(two[0], (down, right), (top, top, left, left), two[3])
+    if ceil:
+        window = window.rounded_up(11, 10)
+    found = interpreted.launch.max_pool(x, window, window.grid(11, 10))
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
 def _rows_of(layout: layouts.Layout) -> dict[tuple[int, int], int]:
     """(output row, kernel tap) -> input row, as a kernel works it out."""
     found = {}

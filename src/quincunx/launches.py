@@ -20,7 +20,7 @@ from torch import Tensor
 from quincunx.latency_cuda import captured
 from quincunx.modules import first_line
 from quincunx.ops.triton.layouts import adjoint_layout, forward_layout
-from quincunx.plan import forward_plan, nearest_shares, window_plan
+from quincunx.plan import Geometry, forward_plan, nearest_shares, window_plan
 from quincunx.replay import ONE_AT_A_TIME
 from quincunx.steps import (
     Follower,
@@ -116,6 +116,9 @@ def follower_stage(step: Follower, maps: dict[str, Map], device: torch.device) -
     if step.kind == "maxpool" and first.fill:
         plan = window_plan(first.fill, pool_window(step, first.size), *first.size)
         return partial(_pool, step, plan.index.to(device), plan.starts.to(device), plan.out_size)
+    if step.kind == "maxpool":
+        window = pool_window(step, first.size)
+        return partial(_pool_dense, step, window, window.grid(*first.size))
     if step.kind == "mean" and first.fill:
         shares = nearest_shares(first.fill, *first.size).to(device).view(-1, 1)
         return partial(_mean, step, shares)
@@ -124,6 +127,11 @@ def follower_stage(step: Follower, maps: dict[str, Map], device: torch.device) -
 
 def _pool(step: Follower, index: Tensor, starts: Tensor, size: tuple[int, int], values: Values) -> None:
     values[step.out] = _kernels().reduce_windows(values[step.sources[0]], index, starts, size, "max")
+
+
+def _pool_dense(step: Follower, window: Geometry, size: tuple[int, int], values: Values) -> None:
+    # torch's own also notes where each maximum was, which training needs, and takes four times as long
+    values[step.out] = _kernels().max_pool(values[step.sources[0]], window, size)
 
 
 def _mean(step: Follower, shares: Tensor, values: Values) -> None:

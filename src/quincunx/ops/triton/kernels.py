@@ -17,6 +17,7 @@ __all__ = [
     "finish",
     "gather_gemm",
     "gather_rows",
+    "max_rows",
     "reduce_weight",
     "weight_grad",
 ]
@@ -397,3 +398,32 @@ def collect_rows(
     if MEAN:
         acc = acc / tl.maximum(end - begin, 1).to(tl.float32)
     tl.store(out + here * channels + channel, acc.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["total", "height", "width", "out_height", "out_width"])
+def max_rows(
+    x, out, total, height, width, out_height, out_width, channels,
+    KH: constexpr, KW: constexpr, SH: constexpr, SW: constexpr, TOP: constexpr, LEFT: constexpr,
+    DH: constexpr, DW: constexpr, BM: constexpr, BN: constexpr,
+):  # fmt: skip
+    """The greatest value of each window of a dense map."""
+    number = tl.program_id(0) * BM + tl.arange(0, BM)
+    ok = number < total
+    column = number % out_width
+    rest = number // out_width
+    row = rest % out_height
+    image = (rest // out_height).to(tl.int64)
+    channel = tl.program_id(1) * BN + tl.arange(0, BN)
+    ok_c = (channel < channels)[None, :]
+    acc = tl.full((BM, BN), float("-inf"), tl.float32)
+    for i in tl.static_range(KH):
+        for j in tl.static_range(KW):
+            r = row * SH - TOP + i * DH
+            c = column * SW - LEFT + j * DW
+            inside = ok & (r >= 0) & (r < height) & (c >= 0) & (c < width)
+            place = ((image * height + r) * width + c)[:, None] * channels + channel[None, :]
+            value = tl.load(x + place, mask=inside[:, None] & ok_c, other=float("-inf")).to(tl.float32)
+            # what is not a number wins, as in torch
+            acc = tl.where((value > acc) | (value != value), value, acc)
+    here = number.to(tl.int64)[:, None] * channels + channel[None, :]
+    tl.store(out + here, acc.to(out.dtype.element_ty), mask=ok[:, None] & ok_c)

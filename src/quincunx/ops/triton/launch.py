@@ -12,8 +12,9 @@ from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.triton import kernels
 from quincunx.ops.triton.configs import Config, for_gemm, for_weight
 from quincunx.ops.triton.layouts import Layout
+from quincunx.plan import Geometry
 
-__all__ = ["convolve", "derive_weight", "fill_rows", "precision", "reduce_windows"]
+__all__ = ["convolve", "derive_weight", "fill_rows", "max_pool", "precision", "reduce_windows"]
 
 _LARGEST = 2**31 - 1
 
@@ -191,6 +192,25 @@ def reduce_windows(x: Tensor, index: Tensor, starts: Tensor, size: Sequence[int]
                 x, out, index, starts, x.shape[2] * x.shape[3], windows, channels,
                 MAX=how == "max", MEAN=how == "mean", WIDE=_wide(out.numel(), x.numel()), BN=columns,
                 num_warps=1 if columns <= 64 else 2,
+            )  # fmt: skip
+    return out
+
+
+def max_pool(x: Tensor, window: Geometry, size: tuple[int, int]) -> Tensor:
+    """The greatest value of each window of a dense map; ``size`` is the output's (height, width)."""
+    x = _rows(x)
+    channels = x.shape[1]
+    out = _empty(x, (x.shape[0], channels, *size))
+    total = x.shape[0] * size[0] * size[1]
+    if total and channels:
+        columns = min(128, _power(channels))
+        many = max(1, 2048 // columns)
+        with _on(x):
+            kernels.max_rows[-(-total // many), -(-channels // columns)](
+                x, out, total, x.shape[2], x.shape[3], *size, channels,
+                KH=window.kernel[0], KW=window.kernel[1], SH=window.stride[0], SW=window.stride[1],
+                TOP=window.padding[0], LEFT=window.padding[2], DH=window.dilation[0],
+                DW=window.dilation[1], BM=many, BN=columns, num_warps=4,
             )  # fmt: skip
     return out
 
