@@ -366,9 +366,36 @@ def test_tuning_keeps_the_fastest(
     assert {tuple(v) for v in found["table"].values()} == {(32, 16, 16, 4, 5, 1)}
     assert "KeyError" in found["rows"][0]["failed"][0]["reason"]
     json.dumps(found)
+    assert all("32 x 16 x 16" in text for text in tuning.best_tiles(found).values())
     key = next(iter(found["table"]))
     assert configs._found(key) == best
     configs._tuned.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "tpu"], "device='tpu'"),
+        (["--device", "cpu"], "only cuda has tiles"),
+        ([], "torch finds no GPU"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_tune_refuses(words: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quincunx", "tune", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+
+
+def test_shapes_of_tune() -> None:
+    from quincunx.cli.measuring import _parse_shapes
+
+    assert _parse_shapes("64x56, 128x28") == [(64, 56), (128, 28)]
+    for text in ("64", "64x", "0x4", "axb", "64x1", ""):
+        with pytest.raises(ValueError, match="shapes="):
+            _parse_shapes(text)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -28,9 +28,9 @@ from quincunx.ops.triton.configs import (
 )
 from quincunx.ops.triton.layouts import Layout, adjoint_layout, forward_layout, weight_table
 from quincunx.plan import Geometry
-from quincunx.sampling import CHESSBOARD, QUARTER, Random
+from quincunx.sampling import CHESSBOARD, QUARTER, Cosets, Random, from_spec
 
-__all__ = ["SHAPES", "Case", "cases", "tune"]
+__all__ = ["SHAPES", "Case", "best_tiles", "cases", "tune"]
 
 # channels and side of the maps
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -60,8 +60,15 @@ class Case:
     def name(self) -> str:
         return (
             f"{self.what} {self.geometry.kernel[0]} x {self.geometry.kernel[1]}, {self.inner} to "
-            f"{self.outer}, {self.side}^2, batch {self.batch}, {self.dtype}, {self.spec or 'every position'}"
+            f"{self.outer}, {self.side}^2, batch {self.batch}, {self.dtype}, {self._where}"
         )
+
+    @property
+    def _where(self) -> str:
+        sampling = from_spec(self.spec) if self.spec else None
+        if isinstance(sampling, Cosets):
+            return f"{len(sampling.offsets)} of {sampling.period**2} cosets"
+        return "every position" if sampling is None else f"density {sampling.density:g}"
 
     def layout(self, device: torch.device) -> Layout:
         if self.what == "transpose":
@@ -184,7 +191,7 @@ def tune(
                 "failed": failed,
             }
         )
-    keep(architecture(device.index), best)
+    path = keep(architecture(device.index), best)
     return {
         "schema": 1,
         "kind": "tune",
@@ -192,8 +199,26 @@ def tune(
         "device": torch.cuda.get_device_name(device),
         "table": {key: list(asdict(config).values()) for key, config in best.items()},
         "rows": rows,
+        "kept": str(path),
         "environment": environment(),
     }
+
+
+def best_tiles(result: dict[str, Any]) -> dict[str, str]:
+    """Of each case of a result the fastest tiles, their time and that of the slowest."""
+    found = {}
+    for row in result["rows"]:
+        tried = row["tried"]
+        if not tried:
+            found[row["case"]] = f"none ran: {row['failed'][0]['reason']}" if row["failed"] else "none fits"
+            continue
+        best, worst = tried[0], tried[-1]
+        tiles = " x ".join(str(best[part]) for part in ("rows", "columns", "depth"))
+        found[row["case"]] = (
+            f"{tiles}, {best['split']} parts: {1e6 * best['seconds']:.1f} us; slowest of {len(tried)}: "
+            f"{1e6 * worst['seconds']:.1f} us"
+        )
+    return found
 
 
 def _seconds(run: Callable[[], object]) -> float | str:
