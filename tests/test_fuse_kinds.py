@@ -590,6 +590,42 @@ def opaque(x, weight):
     return x + weight.mean()
 
 
+CHANGERS = {"torch's module": nn.SiLU(inplace=True), "hooked": nn.ReLU(inplace=True), "opaque": Net(None)}
+CHANGERS["hooked"].register_forward_hook(lambda _, __, out: out * 2)
+CHANGERS["opaque"].run = lambda _, x: x.mul_(2) if float(x.sum()) else x.mul_(3)
+
+
+@pytest.mark.parametrize("change", CHANGERS.values(), ids=CHANGERS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x.reshape(2, 4, 9, 9),
+        lambda x: x.flatten(1).unflatten(1, (4, 9, 9)),
+        lambda x: x.to(memory_format=torch.contiguous_format)[:, :],
+    ],
+)
+def test_what_changes_a_view_or_a_copy_as_the_layout_has_it(change, other):
+    def source_changed(m, x):
+        y = m.a(x)
+        z = other(y)
+        m.change(y)
+        return m.b(z)
+
+    def other_changed(m, x):
+        y = m.a(x)
+        m.change(other(y))
+        return m.b(y)
+
+    def given_on(m, x):
+        return m.b(m.change(other(m.a(x))))
+
+    for run in (source_changed, other_changed):
+        refused(Net(run, a=conv(), b=conv(4), change=change), "a view or a copy")
+    # nobody reads the one that was not changed
+    same(Net(given_on, a=conv(), b=conv(4), change=change), X)
+
+
 def test_a_function_that_nobody_can_look_into():
     def run(m, x):
         y = m.a(x)

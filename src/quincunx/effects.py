@@ -11,6 +11,7 @@ import copy
 import inspect
 import operator
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
         TypeError: the forward asks how a map lies in memory, or writes to what is a view in one order and a
             copy in another.
     """
-    effects = Effects(model, graph)
+    effects, origins = Effects(model, graph), _Origins(model, graph)
     for node in graph.nodes:
         name = _name(node)
         if name in _ASKS_LAYOUT and any(n.op != "get_attr" for n in node.all_input_nodes):
@@ -212,11 +213,8 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
                 f"model: {type(model).__name__} cannot be fused: its forward asks for the layout of a map in "
                 f"memory ({name}), which is another one here"
             )
-        if is_opaque(model, node) and _source_is_read(model, effects, node):
-            raise TypeError(
-                f"model: {type(model).__name__} cannot be fused: {node.name} may change in place what is a "
-                "view or a copy of a map that is read later, as memory's layout has it"
-            )
+        if is_opaque(model, node) or node.op == "call_module":
+            origins.check(effects, node)
         if surely_changes(model, node):
             for other in effects.changed[node]:
                 if _lies_by_layout(model, other):
@@ -241,15 +239,45 @@ def _lies_by_layout(model: nn.Module, node: fx.Node) -> bool:
     return moved or _name(node) in _BY_LAYOUT or surely(_submodule(model, node), nn.Flatten, nn.Unflatten)
 
 
-def _source_is_read(model: nn.Module, effects: Effects, node: fx.Node) -> bool:
-    """Whether what an opaque node may write to is a view or a copy of what somebody reads afterwards."""
-    for value in node.all_input_nodes:
-        for other in effects.classes.get(value, ()):
-            source = other.args[0] if _lies_by_layout(model, other) and other.args else None
-            readers = source.users if isinstance(source, fx.Node) and source is not value else ()
-            if any(effects.order[user] > effects.order[node] for user in readers):
-                return True
-    return False
+class _Origins:
+    """The values whose memory each value may lie in.
+
+    Attributes:
+        sure: the nearest with memory of their own, or that are a view or a copy as the layout has it.
+        any: also those behind the latter.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
+        self.any: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.sure: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in graph.nodes:
+            shared = _shares(model, node)
+            cut = _lies_by_layout(model, node)
+            for found, others in ((self.any, shared), (self.sure, [] if cut else shared)):
+                found[node] = frozenset().union(*(found[other] for other in others)) or frozenset({node})
+
+    def check(self, effects: Effects, node: fx.Node) -> None:
+        """Refuse a module or an opaque function that may change what is a view or a copy, by the layout, of
+        what somebody reads afterwards; whichever of the two it is given.
+
+        Raises:
+            TypeError: it may.
+        """
+        for value in changes(self.model, node):
+            for other in effects.classes.get(value, ()):
+                later = any(effects.order[user] > effects.order[node] for user in other.users)
+                if later and other is not value and self._apart(value, other):
+                    raise TypeError(
+                        f"model: {type(self.model).__name__} cannot be fused: {node.name} may change "
+                        "in place what is a view or a copy of a map that is read later, as memory's "
+                        "layout has it"
+                    )
+
+    def _apart(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether it is the layout that says if two values share memory."""
+        pairs = product(self.sure[one], self.sure[other])
+        return any(a is not b and self.any[a] & self.any[b] for a, b in pairs)
 
 
 def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
