@@ -55,6 +55,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
 # of the largest value of an output, in float32
 TOLERANCE = 1e-4
+# an answer of which float32 changes more than this shows nothing: other images are tried
+CHAOS = 1e-2
+SEEDS = (SEED, 10, 20, 30)
 # two images whose answers differ by less than this show little of what is computed in between
 DULL = 5e-3
 BATCHES = (1, 2)
@@ -438,20 +441,23 @@ def fused_record(
     worst, calls = 0.0, [*((sizes[0], batch) for batch in BATCHES), *((size, 1) for size in sizes[1:])]
     started = time.perf_counter()
     for size, batch in [*calls, calls[0]]:
-        x = images(size, batch)
-        with torch.no_grad():
-            expected = model(x)
-            try:
-                answer = fused(x)
-            except Exception as error:  # noqa: BLE001 - as above
-                return {**failed(error), "answer": "error", "input": [batch, 3, *size]}, None
-        off = distance(answer, expected)
-        if off > TOLERANCE:
-            own = own_rounding(model, x)
-            found.setdefault("off", {})[f"{batch}x{size[0]}x{size[1]}"] = shortened(off)
-            found["own_rounding"] = shortened(own)
-            if off > 4 * own:
-                return {**found, "answer": "wrong", "error": shortened(off)}, fused
+        for seed in SEEDS:
+            x, own = images(size, batch, seed), 0.0
+            with torch.no_grad():
+                expected = model(x)
+                try:
+                    answer = fused(x)
+                except Exception as error:  # noqa: BLE001 - as above
+                    return {**failed(error), "answer": "error", "input": [batch, 3, *size]}, None
+            off = distance(answer, expected)
+            if off > TOLERANCE:
+                own = own_rounding(model, x)
+                told = {"images": seed, "off": shortened(off), "own_rounding": shortened(own)}
+                found.setdefault("off", {}).setdefault(f"{batch}x{size[0]}x{size[1]}", []).append(told)
+            if own <= CHAOS:
+                break
+        if off > max(TOLERANCE, 4 * min(own, CHAOS)):
+            return {**found, "answer": "wrong", "error": shortened(off)}, fused
         worst = max(worst, off)
     if versions != [(p.data_ptr(), p._version) for p in (*model.parameters(), *model.buffers())]:
         return {**found, "answer": "wrong", "sentence": "the user's own network was changed"}, fused

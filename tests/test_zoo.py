@@ -113,6 +113,19 @@ def test_an_answer_of_another_images_size_is_wrong(model, monkeypatch):
     assert zoo.fused_record(model, [(16, 16), (16, 12)])[0]["answer"] == "wrong"
 
 
+@pytest.mark.parametrize("rounding", [0.5, float("inf")])
+def test_an_answer_that_is_rounding_excuses_nothing(model, monkeypatch, rounding):
+    """Other images are tried instead."""
+    torn = zoo.images((16, 16), 1)
+    monkeypatch.setattr(zoo, "own_rounding", lambda *_: rounding)
+    monkeypatch.setattr(zoo.qx, "fuse", lambda own: lambda x: own(x) * (1.5 if torch.equal(x, torn) else 1))
+    record, _ = zoo.fused_record(model, [(16, 16)])
+    assert (record["answer"], record["error"]) == ("equal", 0)
+    assert [told["off"] for told in record["off"]["1x16x16"]] == [0.5, 0.5]  # the first input comes twice
+    monkeypatch.setattr(zoo.qx, "fuse", lambda own: lambda x: own(x) * 1.5)
+    assert zoo.fused_record(model, [(16, 16)])[0]["answer"] == "wrong"
+
+
 def test_a_call_that_changes_the_users_network_is_wrong(model, monkeypatch):
     def fuse(own):
         own.norm.weight.mul_(1.0)
