@@ -156,10 +156,8 @@ class Accumulator:
         power = raw - r.square().sum(1)
         # a response that never changes: what is left is rounding
         power = power.where(power > 64 * torch.finfo(torch.float64).eps * raw, 0.0)
-        upper = self.gram.triu()
-        gram = upper + upper.triu(1).transpose(1, 2)
         return Moments(
-            gram=gram / n - p[:, :, None] * p[:, None, :],
+            gram=self._centred(p),
             cross=self.cross / n - p[:, :, None] * r[:, None, :],
             power=power,
             mean_patch=p,
@@ -167,6 +165,17 @@ class Accumulator:
             samples=n,
             images=self.images,
         )
+
+    def _centred(self, mean: Tensor) -> Tensor:
+        """G of the sums' upper triangle. In stripes, since of thousands of channels it has gigabytes."""
+        gram = self.gram / self.samples
+        for row in range(0, gram.shape[1], _STRIPE):
+            rows, behind = slice(row, row + _STRIPE), slice(row + _STRIPE, None)
+            own = gram[:, rows, rows].triu()
+            gram[:, rows, rows] = own + own.triu(1).transpose(1, 2)
+            gram[:, rows, row:] -= mean[:, rows, None] * mean[:, None, row:]
+            gram[:, behind, rows] = gram[:, rows, behind].transpose(1, 2)
+        return gram
 
 
 def moments(
@@ -237,10 +246,11 @@ def completed(data: Moments, needed: int, prior: Moments) -> Moments:
         return data
     powers = [found.gram.diagonal(dim1=1, dim2=2).sum(1) for found in (data, prior)]
     scale = (needed / data.samples - 1) * powers[0] / powers[1].clamp_min(torch.finfo(torch.float64).tiny)
+    share = scale[:, None, None]
     return replace(
         data,
-        gram=data.gram + scale[:, None, None] * prior.gram,
-        cross=data.cross + scale[:, None, None] * prior.cross,
+        gram=data.gram.addcmul(share, prior.gram),
+        cross=data.cross.addcmul(share, prior.cross),
         power=data.power + scale * prior.power,
     )
 
