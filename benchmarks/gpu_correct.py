@@ -7,7 +7,8 @@
 Operators are held componentwise to the bound of their arithmetic, with s the same sum over absolute values
 and n its products: float32 (n + 2) eps s; tf32, which cuts each factor to 10 bits, 2^-9 s more; float16 and
 bfloat16, summed in float32 and rounded once, 2 eps s. Uninitialised memory is filled with NaN, and a second
-call must give the same bits. Derivatives of both orders and networks are compared by norms.
+call must give the same bits. Derivatives of both orders and networks are compared by norms; a network in tf32
+or bfloat16 may be 2.5 times as far off as the same rounding makes it on the CPU, where that is more.
 """
 
 from __future__ import annotations
@@ -410,6 +411,26 @@ def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
     return model.eval()
 
 
+def cut(t: Tensor) -> Tensor:
+    """What is left of float32 factors in tf32: 10 bits behind the point."""
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def with_cut_factors(model: nn.Module) -> nn.Module:
+    """A copy that computes in float32 on the CPU with the factors that tf32 has on a GPU.
+
+    On an H100 the fused networks above were 0.89 to 1.01 times as far off as this copy. The ordinary ones
+    were nearer to float32: cuDNN rounds its factors, our kernels cut them.
+    """
+    own = copy.deepcopy(model)
+    for module in own.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() > 1:
+            weight.data = cut(weight.data)
+            module.register_forward_pre_hook(lambda _, given: (cut(given[0]), *given[1:]))
+    return own
+
+
 def network(name: str) -> Callable[[str, str], list[Record]]:
     def run(device: str, precision: str) -> list[Record]:
         make, side, batches = NETWORKS[name]
@@ -425,9 +446,10 @@ def network(name: str) -> Callable[[str, str], list[Record]]:
         records = []
         with torch.no_grad(), tf32(fast):
             want = [model(t.float().cpu()) for t in (first, other)]
-            if dtype == torch.bfloat16:
+            if precision in ("tf32", "bfloat16"):
                 # deep networks of random weights make more of each rounding: as much on the CPU
-                limit = max(limit, 2.5 * distance(low(first.cpu()), want[0]))
+                alike = low if dtype == torch.bfloat16 else with_cut_factors(model)
+                limit = max(limit, 2.5 * distance(alike(first.to(dtype).cpu()), want[0]))
             records.append(Record("eager", distance(own(first), want[0]) / limit))
             fused = qx.fuse(own)
             for _ in range(2):  # the first call may decide, the second one replays

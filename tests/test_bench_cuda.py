@@ -492,6 +492,24 @@ def test_the_other_checks_hold_on_the_cpu(monkeypatch, part, name):
     assert done["checks"]
 
 
+def test_a_network_may_be_as_far_off_as_its_factors_are_cut(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_correct
+
+    whole = torch.tensor([1 + 2.0**-10 + 2.0**-11, -(1 + 2.0**-11), 3.0, 0.0, 1e-30])
+    want = [1 + 2.0**-10, -1.0, 3.0, 0.0]
+    assert gpu_correct.cut(whole)[:4].tolist() == want
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    got = gpu_correct.with_cut_factors(layer)(x)
+    weight = gpu_correct.cut(layer[0].weight)
+    torch.testing.assert_close(got, layer[1](torch.nn.functional.conv2d(gpu_correct.cut(x), weight)))
+    assert 0 < gpu_correct.distance(got, layer(x)) < 2e-3
+    # the network given is left as it is
+    assert not torch.equal(weight, layer[0].weight)
+
+
 def test_correctness_in_processes(tmp_path):
     out = tmp_path / "correct.json"
     run = script(
