@@ -14,7 +14,7 @@ from typing import Any
 from quincunx.espace_experiments import espace_by_name
 from quincunx.experiments import by_name
 from quincunx.printed import ESPACE, Gain
-from quincunx.report import collect, label_of, lines, pictures, verdicts
+from quincunx.report import collect, label_of, lines, pictures, speedup_figure, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -334,6 +334,138 @@ def zoo() -> str:
     return f"{table(header, cells)}\n\n{left_by_reason(result['rows'])}"
 
 
+# ---------------------------------------------------------------- a GPU
+
+
+def gpu_machine() -> str:
+    """The card and the versions; what it reaches in a copy and in a matrix product."""
+    result = read("bench-blocks-cuda.json")
+    where, most = result["environment"], result["ceilings"]
+    rates = {"bfloat16": "bfloat16", "float16": "float16", "float32": "tf32"}
+    clocks = [clock for row in result["rows"] for clock in row["sm_clock_mhz"]]
+    cudnn = where["cudnn"]
+    cells = {
+        "card": f"{where['device']}, {where['multiprocessors']} multiprocessors, "
+        f"{where['memory_bytes'] / 2**30:.0f} GiB, {where['l2_bytes'] / 2**20:.0f} MiB of second-level cache",
+        "driver, CUDA, cuDNN": f"{where['driver_version']}, {where['cuda']}, "
+        f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}",
+        "torch, Triton": f"{where['torch']}, {where['triton']}",
+        "clock while timing": f"{min(clocks)} to {max(clocks)} MHz of {where['clocks_max_sm']}",
+        "a large copy": f"{most['bandwidth'] / 1e12:.2f} TB/s",
+        "a large matrix product": ", ".join(
+            f"{label} {most['rates'][name] / 1e12:.0f} TFLOP/s" for name, label in rates.items()
+        ),
+        "command": f"`{where['command'].partition(' --out')[0]}`, commit {where['commit']}",
+    }
+    return table(["what", "value"], [list(cell) for cell in cells.items()]).replace("---:", "---")
+
+
+# of the blocks on a GPU those that are drawn, beside their MAC ratios
+GPU_DRAWN = ("rSB 2/4", "rSB 1/4")
+
+
+def gpu_blocks() -> str:
+    """Each block on the card: dense, ours, and QUARTER by ordinary operators."""
+    result = read("bench-blocks-cuda.json")
+    header = ["block", "batch", "fastest dense, us", "of roofline", "rRB by `qx.fuse`"]
+    for name in GPU_DRAWN:
+        header += [f"{name}: MAC ratio", "speed-up", "of roofline"]
+    header += ["stride 2 and back by cuDNN", "rSB 1/4 over that"]
+    cells = []
+    for row in result["rows"]:
+        best, own = row["best_dense"], row["candidates"]
+        quarter, plain = own["rSB 1/4"], own["cuDNN, stride 2"]
+        cells.append(
+            [
+                row["case"].replace("rRB ", ""),
+                str(row["batch"]),
+                f"{1e6 * row['timings'][best]['median_s']:.1f}",
+                f"{row['roofline'][best]['share']:.0%}",
+                f"{own['rRB']['speedup']:.2f}x",
+                *(
+                    text
+                    for entry in (own[name] for name in GPU_DRAWN)
+                    for text in (
+                        f"{entry['mac_ratio']:.2f}",
+                        f"{entry['speedup']:.2f}x",
+                        f"{entry['roofline_share']:.0%}",
+                    )
+                ),
+                f"{plain['speedup']:.2f}x",
+                f"{quarter['speedup_over cuDNN, stride 2']:.2f}x",
+            ]
+        )
+    if "--check" not in sys.argv:
+        shown = [
+            {**row, "candidates": {name: row["candidates"][name] for name in GPU_DRAWN}}
+            for row in result["rows"]
+        ]
+        (ROOT / "results" / "bench-blocks-cuda.svg").write_bytes(speedup_figure({**result, "rows": shown}))
+    return f"{table(header, cells)}\n\n![speed-up against MAC ratio](results/bench-blocks-cuda.svg)"
+
+
+# what was wanted of blocks in bfloat16: what, channels, batches, candidate, which of its ratios, at least
+GPU_TARGETS: tuple[tuple[str, str, tuple[int, ...], str, str, float], ...] = (
+    ("dense block by `qx.fuse`, over cuDNN's", "", (64, 256), "rRB", "speedup", 0.9),
+    ("rSB 2/4, 64 x 56^2", "64", (64, 256), "rSB 2/4", "speedup", 1.35),
+    ("rSB 2/4, 128 x 28^2", "128", (64, 256), "rSB 2/4", "speedup", 1.8),
+    ("rSB 2/4, 256 x 14^2", "256", (64, 256), "rSB 2/4", "speedup", 1.8),
+    ("rSB 2/4, 512 x 7^2", "512", (64, 256), "rSB 2/4", "speedup", 1.8),
+    ("rSB 1/4, 64 x 56^2", "64", (64, 256), "rSB 1/4", "speedup", 1.5),
+    ("rSB 1/4, 128 x 28^2", "128", (64, 256), "rSB 1/4", "speedup", 2.7),
+    ("rSB 1/4, 256 x 14^2", "256", (64, 256), "rSB 1/4", "speedup", 3.4),
+    ("rSB 1/4, 512 x 7^2", "512", (64, 256), "rSB 1/4", "speedup", 2.7),
+    ("rSB 1/4, over stride 2 and back", "", (64, 256), "rSB 1/4", "speedup_over cuDNN, stride 2", 1.0),
+    ("rSB 2/4, one image", "", (1,), "rSB 2/4", "speedup", 1.0),
+    ("rSB 1/4, one image", "", (1,), "rSB 1/4", "speedup", 1.0),
+)
+GPU_RATE = 20_000
+
+
+def gpu_targets() -> str:
+    """What was wanted of a GPU beside what was measured, what was missed among it."""
+    rows = read("bench-blocks-cuda.json")["rows"]
+    cells = []
+    for what, channels, batches, name, key, least in GPU_TARGETS:
+        values = [
+            row["candidates"][name][key]
+            for row in rows
+            if row["batch"] in batches and channels in ("", row["case"].split()[1])
+        ]
+        met = sum(value >= least for value in values)
+        verdict = "yes" if met == len(values) else "no" if not met else f"in {met} of {len(values)}"
+        told = f"{min(values):.2f}x to {max(values):.2f}x"
+        cells.append([what, f"{least:g}x", told, verdict])
+    alone = read("gpu-training.json")["alone"]
+    rate = alone["images_per_second"]
+    reached = "yes" if rate >= GPU_RATE else "no"
+    cells.append([f"training of {alone['label']}, images a second", f"{GPU_RATE:,}", f"{rate:,.0f}", reached])
+    return table(["what", "wanted, at least", "measured", "reached"], cells)
+
+
+def gpu_correct() -> str:
+    """Checks by part and type, and the greatest error in units of what is allowed."""
+    result = read("gpu-correct.json")
+    groups: dict[tuple[str, str], list[list[Any]]] = {}
+    for job in result["jobs"]:
+        groups.setdefault((job["part"], job["precision"]), []).extend(job["checks"])
+    types = ("float32", "tf32", "float16", "bfloat16")
+    order = list(dict.fromkeys(part for part, _ in groups))
+    cells = [
+        [
+            part,
+            precision,
+            str(len(checks)),
+            str(sum(not ok for _, _, ok, _ in checks)),
+            f"{max(error for _, error, _, _ in checks if error is not None):.2g}",
+        ]
+        for (part, precision), checks in sorted(
+            groups.items(), key=lambda found: (order.index(found[0][0]), types.index(found[0][1]))
+        )
+    ]
+    return table(["what", "type", "checks", "failed", "greatest error / allowed"], cells)
+
+
 METHODS = {"sb": "SpatialBottleneck", "lowrank": "LowRank", "espace": "Espace"}
 
 
@@ -371,6 +503,10 @@ MADE = {
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
     "networks": networks,
+    "gpu-machine": gpu_machine,
+    "gpu-blocks": gpu_blocks,
+    "gpu-targets": gpu_targets,
+    "gpu-correct": gpu_correct,
     "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
     "clothing-small-128": lambda: trained("clothing-small-128"),
     "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
