@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -208,6 +209,7 @@ def compare(model, x):
     return True
 
 
+@pytest.mark.timeout(300 + EXAMPLES)
 def test_random_networks(monkeypatch):
     """One in ten may be refused."""
     monkeypatch.setattr(program, "speed_ratio", lambda *_, **__: 2.0)
