@@ -1,5 +1,6 @@
 """What the README and the pages behind it say is so: tables come from the result files, examples run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_the_examples_run(tmp_path, monkeypatch):
     exec(second, scope)
     assert scope["result"].replaced["layer1.0.conv1"]["rates"] == [0.5, 0.5]
     assert scope["result"].model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "batches"),
+    [(("rSB 2/4",), (64, 256)), (("rSB 1/4",), (64, 256)), (("rSB 2/4", "rSB 1/4"), (1,))],
+)
+def test_what_is_said_of_a_gpu_is_what_was_measured(candidates, batches):
+    rows = json.loads((ROOT / "results" / "bench-blocks-cuda.json").read_text(encoding="utf-8"))["rows"]
+    found = [r["candidates"][name]["speedup"] for r in rows if r["batch"] in batches for name in candidates]
+    assert f"{min(found):.2f} to {max(found):.2f} times" in " ".join(README.split())
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
