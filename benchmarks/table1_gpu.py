@@ -35,10 +35,11 @@ from quincunx.artifact import write_json
 from quincunx.cost import cost
 from quincunx.data import ImageData, Split, load_data
 from quincunx.data.sets import statistics as statistics_of
+from quincunx.files import file_name
 from quincunx.latency import environment
 from quincunx.ops import backend
 from quincunx.recipes import Recipe, cifar
-from quincunx.report import file_name, label_of
+from quincunx.report import label_of
 from quincunx.train import fit
 
 

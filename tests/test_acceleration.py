@@ -218,14 +218,14 @@ def test_a_sample_is_drawn_once_without_augmentation():
     ("arguments", "message"),
     [
         (("nothing",), "network='nothing': not the folder of an artifact or a run"),
-        ((".", "--method", "magic"), "method='magic': expected one of espace"),
+        ((".", "--method", "magic"), "method='magic': expected one of spatialbottleneck, espace"),
         ((".", "--rate", "2"), r"rate=2.0: expected a number in (0, 1]"),
         ((".", "--rate", "a"), "rate='a': expected one number or two with a comma"),
         ((".", "--rank", "much"), "rank='much': expected a number, a share in (0, 1] or full"),
         ((".", "--rank", "conv1=3,4"), "rank='conv1=3,4': expected one, or NAME=RANK"),
         ((".", "--rank", "conv1=x"), "rank='x': expected a number"),
         ((".", "--rank", "3", "--rank-budget", "0.5"), "rank_budget: chooses the ranks by itself"),
-        ((".", "--method", "lrd", "--mask", "random"), "mask='random': lrd has no such setting"),
+        ((".", "--method", "lowrank", "--mask", "random"), "mask='random': lowrank has no such setting"),
         ((".",), "spec.json"),
     ],
 )

@@ -265,16 +265,16 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
     recipe = Recipe("tiny", epochs=1, batch_size=30, lr=0.001, augment="none")
     rows = compare_methods(model, points, DATA, tmp_path, recipe=recipe, **{**OPTIONS, "calibration": 60})
     assert [row.series for row in rows] == [
-        *("espace, impact", "LRD", "CPD", "BinaryConnect", "Q-CNN", "spatial bottleneck")
+        *("spatial bottleneck", "espace, impact", "LRD", "CPD", "BinaryConnect", "Q-CNN")
     ]
     assert all(row.speedup > 0 and row.bytes > 0 for row in rows)
     stages = json.loads((tmp_path / "LRD-rank-0.45" / "accelerate.json").read_text())["stages"]
-    assert rows[1].untuned_drop == pytest.approx(100 * (stages[-2]["error"] - stages[0]["error"]))
+    assert rows[2].untuned_drop == pytest.approx(100 * (stages[-2]["error"] - stages[0]["error"]))
     # one bit a weight in the artifact; the run that trained it keeps the real ones
     weights = sum(
         m.weight.numel() for m in model.get_submodule("layer1").modules() if isinstance(m, torch.nn.Conv2d)
     )
-    assert rows[3].bytes_before - rows[3].bytes > 3.7 * weights
+    assert rows[4].bytes_before - rows[4].bytes > 3.7 * weights
     assert isinstance(
         qx.load(tmp_path / "BinaryConnect-1-bit/finetune/model").get_submodule("layer1.0.conv1"),
         qx.BinaryConv2d,
@@ -435,7 +435,7 @@ def test_the_verbs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ("--network", "rrn8", "--epochs", "1", "--threads", "1", "--json", "--out", "run")
     assert call("train", *small).exit_code == 0
-    monkeypatch.setitem(SWEEPS, "lrd", lambda: [POINTS[2]])
+    monkeypatch.setitem(SWEEPS, "lowrank", lambda: [POINTS[2]])
     done = call(
         "compare", "run", "--methods", "lrd", "--calibration", "60", "--rounds", "3", "--threads", "1"
     )

@@ -29,7 +29,7 @@ def run(folder, *arguments):
 
 def test_each_example_is_tested_here_and_told_of_in_the_readme():
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["own_network.py", "package_network.py", "torchvision_timm.py"]
+    assert names == ["own_method.py", "own_network.py", "package_network.py", "torchvision_timm.py"]
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"examples/{name}" in readme for name in names)
 
@@ -44,6 +44,17 @@ def test_a_network_of_the_package(tmp_path):
     assert float(errors["after fine-tuning"]) < 60
     assert text.endswith("loaded and fused: (8, 10)\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_of_the_user(tmp_path):
+    path = EXAMPLES / "own_method.py"
+    assert len(path.read_text().splitlines()) < 60
+    text = run(tmp_path, path, 1)
+    ratios = [float(r) for r in re.findall(r"rate [\d.]+: ([\d.]+) times fewer MACs", text)]
+    assert len(ratios) == 2
+    assert 1 < ratios[0] < ratios[1]
+    assert "random positions" in text
+    assert "a search for 80% of the MACs" in text
 
 
 def test_a_network_of_the_user_in_python_and_by_the_command_in_its_first_lines(tmp_path):

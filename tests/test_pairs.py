@@ -69,7 +69,7 @@ def test_pairs_at_every_position_change_no_network(choices, seed):
     model = Graph([("conv", 0, 2), ("relu", 0, 0), ("conv", 0, 1), *choices]).eval()
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "accelerate: sb replaced nothing")
+        warnings.filterwarnings("ignore", "accelerate: spatialbottleneck replaced nothing")
         result = qx.accelerate(model, EXACT, example_input=x)
     ends = [end for pair in find_pairs(model).found for end in pair]
     assert sorted(result.replaced) == sorted(ends)

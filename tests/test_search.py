@@ -15,9 +15,11 @@ from torch import nn
 
 import quincunx as qx
 from quincunx import scores
-from quincunx.choice import Candidate, Target, candidates_named, choose, label_of
+from quincunx.choice import Candidate, Target, choose
 from quincunx.latency import Timing
 from quincunx.methods import Assigned
+from quincunx.methods.points import worded
+from quincunx.methods.registry import candidates_named
 from quincunx.scores import BUDGET, Scores, inference_form
 from quincunx.search import search, shortfall
 from quincunx.surgery import prepare, tried
@@ -122,13 +124,15 @@ def test_targets():
 
 def test_names_of_candidates():
     assert candidates_named("auto") == tuple(
-        m for kind in ("sb", "espace", "lrd") for m in candidates_named(kind)
+        m for kind in ("spatialbottleneck", "espace", "lowrank") for m in candidates_named(kind)
     )
-    assert candidates_named(["lrd", "sb"]) == candidates_named("lrd") + candidates_named("sb")
-    with pytest.raises(ValueError, match="method='cp': expected auto or some of sb, espace, lrd"):
+    both = candidates_named("lowrank") + candidates_named("spatialbottleneck")
+    assert candidates_named(["lrd", "sb"]) == both
+    expected = "method='cp': expected auto or some of spatialbottleneck, espace, lowrank"
+    with pytest.raises(ValueError, match=expected):
         candidates_named(["sb", "cp"])
-    assert label_of(qx.SpatialBottleneck(down="avgpool")) == "sb, density 0.5, avgpool"
-    assert label_of(qx.LowRank(rank=0.5)) == "lowrank, rank 0.5"
+    assert worded(qx.SpatialBottleneck(down="avgpool")) == "spatialbottleneck, density 0.5, avgpool"
+    assert worded(qx.LowRank(rank=0.5)) == "lowrank, rank 0.5"
 
 
 # ---------------------------------------------------------------- a network, and times made of MACs
@@ -294,11 +298,11 @@ def test_latency_is_that_of_the_clock():
 def test_what_a_row_says():
     found = run({"macs": "60%"})
     rows = {(row.layers, row.label): row for row in found.rows}
-    pair = rows[("a", "b"), "sb of the pair, density 0.25"]
+    pair = rows[("a", "b"), "spatialbottleneck of the pair, density 0.25"]
     # a quarter of two layers of 8 x 8 channels, 9 taps, 64 positions
     assert pair.macs_saved == 2 * 8 * 8 * 9 * (64 - 16)
     assert pair.seconds == pytest.approx(1e-9 * pair.macs_saved)
-    single = rows[("c",), "sb, density 0.5"]
+    single = rows[("c",), "spatialbottleneck, density 0.5"]
     assert single.macs_saved == 8 * 8 * 9 * (64 - 32)
     assert pair.loss > 0
     alone = qx.accelerate(net(), single.method, where=["c"], calibration=data())
@@ -307,7 +311,7 @@ def test_what_a_row_says():
         want, got = (torch.cat([m(x) for x in data()]).log_softmax(1) for m in (model, alone.model.eval()))
     divergence = float((want.exp() * (want - got)).sum(1).mean())
     assert single.loss == pytest.approx(divergence, rel=1e-3)
-    assert rows[("point",), "sb, density 0.5"].why_not.endswith("the computed ones empty")
+    assert rows[("point",), "spatialbottleneck, density 0.5"].why_not.endswith("the computed ones empty")
 
 
 def test_out_of_reach_the_fastest_is_given():
@@ -477,7 +481,7 @@ def test_a_choice_is_made_anew_from_other_candidates(tmp_path):
     first = run({"macs": "80%"}, candidates=[qx.LowRank(0.25, data=False)], table=table)
     second = run({"macs": "80%"}, candidates=[qx.SpatialBottleneck()], table=table)
     assert {row.method.name for row in first.chosen} == {qx.LowRank().name}
-    assert {row.method.name for row in second.chosen} == {"sb"}
+    assert {row.method.name for row in second.chosen} == {"spatialbottleneck"}
     assert second.met
 
 
@@ -486,7 +490,7 @@ def test_candidates_with_the_same_words_are_told_apart(tmp_path):
     both = [qx.SpatialBottleneck(), qx.SpatialBottleneck(other)]
     found = run({"speedup": 50}, candidates=both, table=tmp_path / "scores.json")
     rows = [row for row in found.rows if row.layers == ("c",)]
-    assert [row.label for row in rows] == ["sb, density 0.5"] * 2
+    assert [row.label for row in rows] == ["spatialbottleneck, density 0.5"] * 2
     assert rows[0].loss != rows[1].loss
     again = run({"speedup": 50}, candidates=both, table=tmp_path / "scores.json")
     names = [name for row in again.chosen for name in row.layers]
@@ -664,7 +668,7 @@ def test_accelerate_with_a_target(labels, tmp_path):
     )
     x = torch.randn(1, 3, 8, 8)
     assert qx.cost(result.model, x).macs <= 0.6 * qx.cost(model, x).macs
-    assert {made["method"] for made in result.replaced.values()} == {"sb"}
+    assert {made["method"] for made in result.replaced.values()} == {"spatialbottleneck"}
     assert sorted([*result.replaced, *result.skipped]) == sorted(CONVS)
     assert result.search["met"]
     assert result.search["target"] == {"macs": "60%"}
@@ -765,6 +769,6 @@ def test_each_layer_has_its_own_method_in_the_result():
     result = qx.accelerate(net(), Assigned(rows), calibration=data())
     assert {name: made["method"] for name, made in result.replaced.items()} == {
         "a": qx.LowRank().name,
-        "c": "sb",
+        "c": "spatialbottleneck",
     }
     assert result.skipped["b"] == "stays as it is: no method was chosen for it"

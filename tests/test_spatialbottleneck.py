@@ -503,7 +503,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case):
     layer, settings, reason = REFUSED[case]
-    with pytest.warns(UserWarning, match="sb replaced nothing"):
+    with pytest.warns(UserWarning, match="spatialbottleneck replaced nothing"):
         result = qx.accelerate(
             nn.Sequential(layer), qx.SpatialBottleneck(**settings), calibration=[images(20, 4)]
         )
@@ -521,7 +521,7 @@ def test_a_layer_that_is_called_twice_has_no_one_input():
             return self.layer(self.layer(x))
 
     data = [images(20, 4)]
-    with pytest.warns(UserWarning, match="sb replaced nothing"):
+    with pytest.warns(UserWarning, match="spatialbottleneck replaced nothing"):
         result = qx.accelerate(Twice(), qx.SpatialBottleneck(), calibration=data)
     assert result.skipped["layer"].startswith("called 2 times in a forward")
     assert qx.accelerate(Twice(), qx.SpatialBottleneck(data=False), calibration=data).replaced

@@ -28,7 +28,7 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     )
     from quincunx.search import accelerate
     from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
-    from quincunx.surgery import Accelerated
+    from quincunx.surgery import Accelerated, Method, Replacement
 
 try:
     __version__ = _version("quincunx")
@@ -51,11 +51,13 @@ __all__ = [
     "Espace",
     "EspaceConv2d",
     "LowRank",
+    "Method",
     "PerforatedConv2d",
     "Positions",
     "QuantConv2d",
     "QuantLinear",
     "Random",
+    "Replacement",
     "SampledConv2d",
     "SampledConvTranspose2d",
     "Sampling",

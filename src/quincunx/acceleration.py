@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from quincunx.artifact import save, spec_of, write_json
 from quincunx.checkpoint import only_writer
-from quincunx.choice import Search, Target, candidates_named, pair_name
+from quincunx.choice import Search, Target, pair_name
 from quincunx.cost import cost, inference_mode_of
 from quincunx.data import ImageData, batches
 from quincunx.evaluation import answered_by, check_finite, judged
@@ -30,7 +30,8 @@ from quincunx.fuse import fuse
 from quincunx.gain import without_slower
 from quincunx.journal import FolderJournal
 from quincunx.latency import Timing, environment, measure_models
-from quincunx.methods import QCNN, BinaryConnect
+from quincunx.methods import BinaryConnect
+from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied
 from quincunx.peers import PEERS
 from quincunx.progress import progress_bar
@@ -61,8 +62,6 @@ __all__ = [
 _PATIENCE = 5
 # about how long a round of a layer lasts: there are many, and each is called some hundred times in all
 _LAYER_SECONDS = 0.01
-# methods whose gain is the size on disk: slower layers of theirs stay
-_FOR_SIZE = (BinaryConnect, QCNN)
 # a network that has no more test images right than a guess, by so many deviations, is not a trained one
 _CHANCE_DEVIATIONS = 2.0
 # where accuracy is missed: shares of the speed that was reached at which it is looked at, too
@@ -254,7 +253,7 @@ def _accelerated(
         meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
         with _watched(journal, len(meant), progress) as watched:
             found = accelerate(original, method, where=where, calibration=images, journal=watched)
-        if found.replaced and not keep_slower and not isinstance(method, _FOR_SIZE):
+        if found.replaced and not keep_slower and not getattr(method, "saves_bytes", False):
             found = without_slower(original, found, torch.randn(batch, *one.shape[1:]), rounds=rounds)
     if not found.replaced and (isinstance(method, Search) or not keep_slower):
         # there is nothing to win back

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,47 +12,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from quincunx.methods import Assigned, Espace, LowRank, SpatialBottleneck
-from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS
+from quincunx.methods import Assigned
+from quincunx.methods.registry import candidates_named
 from quincunx.surgery import Method
 
 __all__ = [
-    "CANDIDATES",
     "Candidate",
     "Search",
     "Target",
-    "candidates_named",
     "choose",
-    "label_of",
     "pair_name",
 ]
-
-# what "auto" tries in each layer, by method
-CANDIDATES: dict[str, tuple[Method, ...]] = {
-    "sb": tuple(SpatialBottleneck(s) for s in (QUARTER, CHESSBOARD, THREE_QUARTERS)),
-    "espace": tuple(
-        Espace(rank=rank, rate=rate, mask="uniform") for rank, rate in ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25))
-    ),
-    "lrd": tuple(LowRank(rank=rank) for rank in (0.5, 0.25)),
-}
-
-
-def candidates_named(names: str | Iterable[str]) -> tuple[Method, ...]:
-    """The candidates of some methods; of all of them for "auto".
-
-    Raises:
-        ValueError: a method without candidates.
-
-    Example:
-        >>> len(candidates_named("sb"))
-        3
-    """
-    wanted = [names] if isinstance(names, str) else list(names)
-    for name in wanted:
-        if name not in CANDIDATES and name != "auto":
-            raise ValueError(f"method={name!r}: expected auto or some of {', '.join(CANDIDATES)}")
-    chosen = list(CANDIDATES) if "auto" in wanted else wanted
-    return tuple(method for name in chosen for method in CANDIDATES[name])
 
 
 @dataclass(frozen=True)
@@ -118,7 +88,7 @@ class Search:
 
     Attributes:
         target: to reach.
-        methods: names in ``CANDIDATES``, or "auto".
+        methods: names of methods, or "auto".
         time_budget: seconds of scoring.
         scores: file of the score table; by default ``scores.json`` in the result's folder.
     """
@@ -229,20 +199,3 @@ def pair_name(names: Sequence[str]) -> str:
     """
     parent, dot, _ = names[0].rpartition(".")
     return " + ".join([names[0], *(name.removeprefix(parent + dot) for name in names[1:])])
-
-
-def label_of(method: Method, pair: bool = False) -> str:
-    """A method's settings in a few words.
-
-    Example:
-        >>> label_of(Espace(rank=0.5, rate=0.25)), label_of(SpatialBottleneck(), pair=True)
-        ('espace, rank 0.5, rate 0.25, impact', 'sb of the pair, density 0.5')
-    """
-    words = [f"{method.name} of the pair" if pair else method.name]
-    if isinstance(method, SpatialBottleneck):
-        words.append(f"density {method.sampling.density:g}")
-        words += ["avgpool"] if method.down == "avgpool" else []
-    else:
-        words += [f"{name} {getattr(method, name)}" for name in ("rank", "rate") if hasattr(method, name)]
-        words += [str(method.mask)] if hasattr(method, "mask") else []
-    return ", ".join(words)

@@ -21,12 +21,12 @@ from quincunx.evaluation import answered_by
 from quincunx.figures import Mark, Picture, tradeoff
 from quincunx.journal import check_run
 from quincunx.latency import environment
-from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
+from quincunx.methods import Espace
+from quincunx.methods.espace import RATES
+from quincunx.methods.points import Point
+from quincunx.methods.registry import ALIASES, METHODS
 from quincunx.printed import ESPACE
 from quincunx.recipes import Recipe
-from quincunx.report import file_name
-from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS
-from quincunx.surgery import Method
 
 __all__ = [
     "SWEEPS",
@@ -38,35 +38,6 @@ __all__ = [
     "points_named",
     "with_fronts",
 ]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting of one method.
-
-    Attributes:
-        series: what is drawn as one line, such as "espace, impact masks".
-        label: of this point in it, such as "rate 1/4".
-        method: its settings.
-        paper: what the paper prints for it: "speedup", "drop" (points of error); empty if unknown.
-        draw: tells several of one series and label apart, such as "seed 1"; a figure shows their range.
-    """
-
-    series: str
-    label: str
-    method: Method
-    paper: tuple[tuple[str, float], ...] = ()
-    draw: str = ""
-
-    @property
-    def name(self) -> str:
-        """All of it in words."""
-        return ", ".join(filter(None, (self.series, self.label, self.draw)))
-
-    @property
-    def folder(self) -> str:
-        """Where its results lie: the words as a file name, such as "espace-impact-rate-1of4"."""
-        return file_name(f"{self.series} {self.label} {self.draw}".strip())
 
 
 @dataclass(frozen=True)
@@ -132,15 +103,7 @@ PRINTED = tuple(
     for gain in ESPACE[table]
     if gain.setting in ("rate 1/5", "rate 1/4")
 )
-_RATES = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
 _SEEDS = 3
-
-
-def _espace(mask: str = "impact") -> list[Point]:
-    return [
-        Point(f"espace, {mask}", f"rate {text}", Espace(rank=0.5, rate=rate, mask=mask))
-        for rate, text in _RATES
-    ]
 
 
 def _masks() -> list[Point]:
@@ -151,42 +114,15 @@ def _masks() -> list[Point]:
             Espace(rank=0.5, rate=rate, mask="random", mask_seed=seed),
             draw=f"seed {seed}",
         )
-        for rate, text in _RATES
+        for rate, text in RATES
         for seed in range(_SEEDS)
     ]
-    return [*_espace(), *_espace("uniform"), *drawn]
-
-
-def _lowrank() -> list[Point]:
-    return [Point("LRD", f"rank {share:g}", LowRank(rank=share)) for share in (0.45, 0.35, 0.25)]
-
-
-def _cp() -> list[Point]:
-    return [Point("CPD", f"rank {share:g}", CP(rank=share)) for share in (0.5, 0.35, 0.2)]
-
-
-def _binary() -> list[Point]:
-    return [Point("BinaryConnect", "1 bit", BinaryConnect())]
-
-
-def _qcnn() -> list[Point]:
-    settings = ((4, 64), (6, 64), (6, 128), (8, 128))
-    return [Point("Q-CNN", f"{c} per codeword, {k}", QCNN(subspace=c, codewords=k)) for c, k in settings]
-
-
-def _sb() -> list[Point]:
-    samplings = ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
-    return [Point("spatial bottleneck", text, SpatialBottleneck(sampling)) for sampling, text in samplings]
+    return [*Espace.sweep(), *Espace.sweep("uniform"), *drawn]
 
 
 # name -> the points that draw a method's curve; "masks" are those of ESPACE's three kinds
 SWEEPS: dict[str, Callable[[], list[Point]]] = {
-    "espace": _espace,
-    "lrd": _lowrank,
-    "cpd": _cp,
-    "binaryconnect": _binary,
-    "qcnn": _qcnn,
-    "sb": _sb,
+    **{name: method.sweep for name, method in METHODS.items()},
     "masks": _masks,
 }
 
@@ -203,9 +139,10 @@ def points_named(methods: Iterable[str], patterns: Sequence[str] = ()) -> list[P
     """
     points: list[Point] = []
     for name in methods:
-        if name not in SWEEPS:
+        known = ALIASES.get(name, name)
+        if known not in SWEEPS:
             raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
-        points += SWEEPS[name]()
+        points += SWEEPS[known]()
     for pattern in patterns:
         if not any(fnmatchcase(point.folder, pattern) for point in points):
             listed = ", ".join(point.folder for point in points)

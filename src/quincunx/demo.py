@@ -14,8 +14,9 @@ from quincunx import networks, recipes
 from quincunx.artifact import read_json, save, spec_of, write_json
 from quincunx.data import load_data
 from quincunx.figures import check_can_draw
+from quincunx.files import file_name
 from quincunx.recipes import recipe_with
-from quincunx.report import Line, collect, file_name, label_of, lines, write_report
+from quincunx.report import Line, collect, label_of, lines, write_report
 from quincunx.timings import time_networks
 from quincunx.train import CHECKPOINT, fit
 

@@ -29,11 +29,11 @@ from quincunx.acceleration import (
     where_named,
 )
 from quincunx.artifact import read_json, spec_of, write_json
-from quincunx.comparison import SWEEPS, Point
 from quincunx.data import ImageData, batches
 from quincunx.figures import Mark, Picture, tradeoff
 from quincunx.journal import FolderJournal, check_run
-from quincunx.methods import CP, Espace, LowRank
+from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank
+from quincunx.methods.points import Point
 from quincunx.printed import ESPACE, ESPACE_ORIGINALS, Gain
 from quincunx.recipes import Recipe, by_name, recipe_with
 from quincunx.streams import Layer
@@ -130,7 +130,7 @@ def _single(rank: int, ranks: Sequence[int]) -> tuple[Point, ...]:
             points.append(Point(series, f"rate {text}", Espace(rank=rank, rate=rate, mask=mask)))
     points += [Point("LRD", f"rank {k}", LowRank(rank=k)) for k in ranks]
     points += [Point("CPD", f"rank {k}", CP(rank=k)) for k in ranks]
-    return (*points, *SWEEPS["binaryconnect"](), *SWEEPS["qcnn"]())
+    return (*points, *BinaryConnect.sweep(), *QCNN.sweep())
 
 
 def _whole(share: float) -> tuple[Point, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["ZIP_DAMAGE", "bounded", "memory_left", "naming", "open_member", "read_member"]
+__all__ = ["ZIP_DAMAGE", "bounded", "file_name", "memory_left", "naming", "open_member", "read_member"]
 
 
 def memory_left() -> int:
@@ -139,3 +141,16 @@ def read_member(
     if left:
         raise ValueError(f"{what}: has other than the {size:,} bytes that it claims")
     return b"".join(pieces)
+
+
+def file_name(label: str) -> str:
+    """A network's label as a file name that any system takes.
+
+    Example:
+        >>> file_name("rsbn20 2/4, width 8")
+        'rsbn20-2of4-width-8'
+    """
+    name = re.sub(r"[^\w.]+", "-", re.sub(r"(\d)/(\d)", r"\1of\2", label)).strip("-.")
+    if len(name) <= 80:
+        return name
+    return f"{name[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

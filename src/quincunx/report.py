@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,7 +29,6 @@ __all__ = [
     "Results",
     "collect",
     "curve_of",
-    "file_name",
     "label_of",
     "lines",
     "pictures",
@@ -66,19 +63,6 @@ def label_of(network: dict[str, Any]) -> str:
     rest = {k: v for k, v in network["settings"].items() if k != "sampling"}
     down = rest.pop("down", "stride")
     return ", ".join([name, *([down] if down != "stride" else []), *(f"{k} {v}" for k, v in rest.items())])
-
-
-def file_name(label: str) -> str:
-    """A network's label as a file name that any system takes.
-
-    Example:
-        >>> file_name("rsbn20 2/4, width 8")
-        'rsbn20-2of4-width-8'
-    """
-    name = re.sub(r"[^\w.]+", "-", re.sub(r"(\d)/(\d)", r"\1of\2", label)).strip("-.")
-    if len(name) <= 80:
-        return name
-    return f"{name[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def _name_of(sampling: Sampling) -> str:

@@ -22,9 +22,10 @@ from quincunx.cost import cost
 from quincunx.data import ImageData
 from quincunx.experiments import Entry, Experiment
 from quincunx.figures import Picture, Point, learning_curves, scatter
+from quincunx.files import file_name
 from quincunx.ranks import ALONE, Ranks
 from quincunx.recipes import Recipe
-from quincunx.report import curve_of, file_name, label_of
+from quincunx.report import curve_of, label_of
 from quincunx.train import fit, identity_of, other_part
 
 __all__ = ["Compared", "Planned", "compare", "figure_of", "plan", "reproduce"]

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.artifact import build_measured
-from quincunx.choice import Candidate, label_of, pair_name
+from quincunx.choice import Candidate, pair_name
 from quincunx.cost import cost, inference_mode_of
 from quincunx.files import bounded
 from quincunx.fuse import fuse
 from quincunx.latency import Timing, measure_models
 from quincunx.methods import Assigned, build_module
+from quincunx.methods.points import worded
 from quincunx.reading import Entry, difference, read_json, reason_of
 from quincunx.streams import Calibration, Layer
 from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, prepare, put, tried
@@ -133,7 +134,7 @@ class Scores:
                 if not getattr(method, "singles", True):
                     continue
                 alone = dataclasses.replace(method, pairs=False, singles=True)  # type: ignore[type-var]
-            yield Candidate(tuple(layer.name for layer in unit), label_of(alone, len(unit) == 2), alone)
+            yield Candidate(tuple(layer.name for layer in unit), worded(alone, len(unit) == 2), alone)
 
     # ------------------------------------------------------------ scoring
 

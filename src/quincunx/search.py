@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quincunx.choice import Candidate, Target, candidates_named, choose
+from quincunx.choice import Candidate, Target, choose
 from quincunx.cost import inference_mode_of
 from quincunx.gain import without_slower
 from quincunx.methods import Assigned
 from quincunx.methods.masks import class_labels
+from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied
 from quincunx.scores import BUDGET, Scores
 from quincunx.surgery import Accelerated, Journal, Method, Where
@@ -110,7 +111,7 @@ def search(
         >>> images = [torch.randn(16, 3, 16, 16)]
         >>> found = search(net, Target(macs="80%"), images, candidates=[qx.SpatialBottleneck()])
         >>> [row.label for row in found.rows if row.layers == ("0", "2")]
-        ['sb of the pair, density 0.5']
+        ['spatialbottleneck of the pair, density 0.5']
     """
     began = time.perf_counter()
     place = None if table is None else Path(table)
@@ -158,7 +159,8 @@ def accelerate(
 
     Args:
         model: any network; it is left as it is.
-        method: such as ``qx.Espace()``; with a target also names ("auto", "sb", "espace", "lrd").
+        method: such as ``qx.Espace()``; with a target also names ("auto", "spatialbottleneck",
+            "espace", "lowrank").
         where: which layers may be replaced, by default all: a function of (name, module), or names, or
             pairs of names of convolutions that are taken at once.
         example_input: [N, C, H, W] or a tuple of arguments; tells the layers' order and sizes, and is what a
@@ -189,7 +191,7 @@ def accelerate(
         >>> images = [torch.randn(16, 8, 32, 32)]
         >>> accelerate(net, qx.SpatialBottleneck(), calibration=images).replaced["0"]["macs_after"]
         2359296
-        >>> found = accelerate(net, "sb", calibration=images, macs="99%")
+        >>> found = accelerate(net, "spatialbottleneck", calibration=images, macs="99%")
         >>> found.search["target"]
         {'macs': '99%'}
     """

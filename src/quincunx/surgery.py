@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from quincunx.attributes import ConvLike
 from quincunx.eligible import Where, chosen, eligible, in_order, pairs_of, reason_of
@@ -74,6 +73,12 @@ class Replacement:
         record: JSON-ready facts for people, such as rank, rates and response error; "macs_after" where
             the module cannot be run on the layer's input, and "method" where another one made it.
         maps: tensors that a report draws, such as impact maps.
+
+    Example:
+        >>> new = nn.Conv2d(8, 8, 1)
+        >>> spec = {"kind": "conv", "in_channels": 8, "out_channels": 8, "kernel_size": 1}
+        >>> qx.Replacement(new, spec, {"kept": "one tap"}).record
+        {'kept': 'one tap'}
     """
 
     module: nn.Module
@@ -96,7 +101,23 @@ class Work(Protocol):
 
 
 class Method(Protocol):
-    """What :func:`accelerate` asks of a method; the methods of ``quincunx.methods`` are such."""
+    """What :func:`accelerate` asks of a method; the methods of ``quincunx.methods`` are such.
+
+    A class with these four is a method wherever one is taken: in ``accelerate``, as a point of
+    ``compare_methods``, and with a target as a search's candidate. A frozen dataclass is best, since
+    methods with equal settings are one. ``examples/own_method.py`` writes one.
+
+    Example:
+        >>> class Keep:
+        ...     name, targets = "keep", (nn.Conv2d,)
+        ...     def refuse(self, layer, context):
+        ...         return None if layer.module.groups == 1 else "has groups"
+        ...     def begin(self, layers, context):
+        ...         spec = {"kind": "conv", "in_channels": 3, "out_channels": 8, "kernel_size": 3}
+        ...         return each(lambda layer: qx.Replacement(nn.Conv2d(3, 8, 3), spec, {}))
+        >>> qx.accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)), Keep()).replaced["0"]["method"]
+        'keep'
+    """
 
     @property
     def name(self) -> str:
@@ -591,6 +612,8 @@ def layer_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
 
     ``forward`` and not a call: the user's hooks are not to see this.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # with it comes Triton, where that is installed
+
     parameter = next(module.parameters())
     x = torch.zeros((1, *shape[1:]), device=parameter.device, dtype=parameter.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -18,7 +18,7 @@ from quincunx import recipes
 from quincunx.acceleration import accelerate_trained, plan_for_target
 from quincunx.acceleration_report import usage, write_acceleration_report
 from quincunx.artifact import read_json, write_json
-from quincunx.choice import CANDIDATES, Search, Target, candidates_named
+from quincunx.choice import Search, Target
 from quincunx.cli.common import (
     Data,
     Json,
@@ -57,6 +57,7 @@ from quincunx.espace_experiments import espace_by_name, response_picture, time_p
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
 from quincunx.methods.fitting import LayerRanks
+from quincunx.methods.registry import ALIASES, METHODS, candidates_named, method_named, with_candidates
 from quincunx.peers import PEERS
 from quincunx.sampling import parse
 from quincunx.surgery import Method
@@ -90,15 +91,6 @@ _LITTLE = 1.0
 # of a data set whose networks are judged by their first five answers, too
 _MANY_CLASSES = 100
 
-METHODS: dict[str, type] = {
-    "espace": qx.Espace,
-    "lrd": qx.LowRank,
-    "cpd": qx.CP,
-    "binaryconnect": qx.BinaryConnect,
-    "qcnn": qx.QCNN,
-    "sb": qx.SpatialBottleneck,
-}
-
 
 def _method(name: str, settings: Settings) -> Method:
     """A method with the settings that were given.
@@ -106,15 +98,21 @@ def _method(name: str, settings: Settings) -> Method:
     Raises:
         ValueError: an unknown method, or a setting that it has not or refuses.
     """
-    if name not in METHODS:
-        raise ValueError(f"method={name!r}: expected one of {', '.join(METHODS)}")
+    kind: Any = method_named(_noted(name))
     given = {key: value for key, value in settings.items() if value is not None}
-    known = {field.name for field in fields(METHODS[name])}
+    known = {field.name for field in fields(kind)}
     for key, value in given.items():
         if key not in known:
-            raise ValueError(f"{_OPTIONS.get(key, key)}={value!r}: {name} has no such setting")
-    method: Method = METHODS[name](**given)
+            raise ValueError(f"{_OPTIONS.get(key, key)}={value!r}: {kind.name} has no such setting")
+    method: Method = kind(**given)
     return method
+
+
+def _noted(name: str) -> str:
+    """A method's name; of one that it had before the newer one is told."""
+    if name in ALIASES:
+        typer.echo(f"note: the method {name} is called {ALIASES[name]} now", err=True)
+    return name
 
 
 _OPTIONS = {"budget": "rank_budget"}
@@ -144,8 +142,8 @@ def accelerate_command(
         str | None,
         typer.Option(
             help=f"One of {', '.join(METHODS)}, in every layer. With a target auto (the default) or some of "
-            f"{', '.join(CANDIDATES)} with commas. Without this, a target or a method's settings: a search "
-            f"for the fastest network that loses at most {_LITTLE:g} point (--max-drop {_LITTLE:g})."
+            f"{', '.join(with_candidates())} with commas. Without this, a target or a method's settings: a "
+            f"search for the fastest network that loses at most {_LITTLE:g} point (--max-drop {_LITTLE:g})."
         ),
     ] = None,
     speedup: Annotated[float | None, typer.Option(help="Target: times as fast, measured here.")] = None,
@@ -350,7 +348,7 @@ def _search(
         if value is not None:
             raise ValueError(f"{_OPTIONS.get(key, key)}: a search for a target chooses it; leave it out")
     names = tuple(name.strip() for name in (methods or "auto").split(","))
-    candidates_named(names)
+    candidates_named([_noted(name) for name in names])
     if scores is not None and not scores.is_file():
         raise ValueError(f"scores={str(scores)!r}: no such file")
     return Search(Target(**asked), names, None if time_budget is None else _duration(time_budget), scores)

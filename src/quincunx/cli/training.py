@@ -48,10 +48,11 @@ from quincunx.evaluation import evaluate
 from quincunx.experiments import EXPERIMENTS
 from quincunx.experiments import by_name as experiment_by_name
 from quincunx.figures import check_can_draw
+from quincunx.files import file_name
 from quincunx.latency import environment
 from quincunx.peers import PEERS
 from quincunx.ranks import joined
-from quincunx.report import file_name, label_of, verdicts
+from quincunx.report import label_of, verdicts
 from quincunx.reproduce import plan, reproduce
 from quincunx.train import ARTIFACT, CHECKPOINT, Interrupted, RunFailed, fit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import nn
 
@@ -26,15 +27,11 @@ class Assigned:
         >>> method = Assigned({"0": qx.LowRank(rank=4), "1": qx.SpatialBottleneck(pairs=False, data=False)})
         >>> result = qx.accelerate(net, method)
         >>> result.replaced["0"]["method"], result.replaced["1"]["method"]
-        ('lowrank', 'sb')
+        ('lowrank', 'spatialbottleneck')
     """
 
     methods: Mapping[str, Method]
-
-    @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "assigned"
+    name: ClassVar[str] = "assigned"
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:

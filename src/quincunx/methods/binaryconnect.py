@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from quincunx.binary import BinaryConv2d, BinaryLinear
 from quincunx.methods.fitting import conv_settings
+from quincunx.methods.points import Point
 from quincunx.modules import copied, surely
 from quincunx.ops.bits import row_bytes
 from quincunx.streams import Context, Layer
@@ -52,6 +54,9 @@ class BinaryConnect:
         (18432, 576)
     """
 
+    name: ClassVar[str] = "binaryconnect"
+    saves_bytes: ClassVar[bool] = True
+
     _: KW_ONLY
     stochastic: bool = False
     scale: str | None = "mean"
@@ -63,14 +68,23 @@ class BinaryConnect:
             raise ValueError(f"scale={self.scale!r}: expected 'mean', 'glorot' or None")
 
     @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "binaryconnect"
-
-    @property
     def targets(self) -> tuple[type[nn.Module], ...]:
         """Convolutions and linear layers."""
         return (nn.Conv2d, nn.Linear)
+
+    @classmethod
+    def candidates(cls) -> tuple[BinaryConnect, ...]:
+        """What a search tries in each layer."""
+        return ()
+
+    @classmethod
+    def sweep(cls) -> list[Point]:
+        """The settings that draw its curve of accuracy against speed."""
+        return [Point("BinaryConnect", "1 bit", cls())]
+
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return self.name
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""

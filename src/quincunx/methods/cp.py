@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from quincunx.methods.fitting import (
     rank_of,
 )
 from quincunx.methods.moments import POSITIONS, moments
+from quincunx.methods.points import Point
 from quincunx.separable import CPConv2d
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work, each
@@ -228,6 +229,9 @@ class CP:
         (8, 3)
     """
 
+    name: ClassVar[str] = "cp"
+    saves_bytes: ClassVar[bool] = False
+
     rank: LayerRanks = 0.25
     _: KW_ONLY
     restarts: int = 3
@@ -243,14 +247,23 @@ class CP:
             raise ValueError(f"tolerance={self.tolerance!r}: expected a positive number")
 
     @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "cp"
-
-    @property
     def targets(self) -> tuple[type[nn.Module], ...]:
         """Convolutions."""
         return (nn.Conv2d,)
+
+    @classmethod
+    def candidates(cls) -> tuple[CP, ...]:
+        """What a search tries in each layer."""
+        return ()
+
+    @classmethod
+    def sweep(cls) -> list[Point]:
+        """The settings that draw its curve of accuracy against speed."""
+        return [Point("CPD", f"rank {share:g}", cls(rank=share)) for share in (0.5, 0.35, 0.2)]
+
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return f"{self.name}, rank {self.rank}"
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer cannot become four."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,12 +18,17 @@ from quincunx.methods.fitting import (
 )
 from quincunx.methods.lowrank import separable
 from quincunx.methods.masks import MASKS, Loss, impacts, mask_of, without_gradient
+from quincunx.methods.points import Point
 from quincunx.sampling import Random
 from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work
 
 __all__ = ["Espace"]
+
+
+# the rates that the paper's tables have
+RATES = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Espace(SeparableFit):
         [0.5, 0.25]
     """
 
+    name: ClassVar[str] = "espace"
+    saves_bytes: ClassVar[bool] = False
+
     _: KW_ONLY
     rate: float | tuple[float, float] = 0.25
     mask: str = "impact"
@@ -84,11 +93,6 @@ class Espace(SeparableFit):
             check_integers(self, mask_seed=0)
 
     @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "espace"
-
-    @property
     def after_fits(self) -> tuple[str, ...]:
         """Settings that its fits do not depend on."""
         later = ("rate", "resize_masks", "loss", "mask_seed")
@@ -99,6 +103,26 @@ class Espace(SeparableFit):
     def rates(self) -> tuple[float, float]:
         """Of the vertical and of the horizontal half."""
         return self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
+
+    @classmethod
+    def candidates(cls) -> tuple[Espace, ...]:
+        """What a search tries in each layer."""
+        return tuple(
+            cls(rank=rank, rate=rate, mask="uniform")
+            for rank, rate in ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25))
+        )
+
+    @classmethod
+    def sweep(cls, mask: str = "impact") -> list[Point]:
+        """The settings that draw its curve of accuracy against speed, with one kind of mask."""
+        return [
+            Point(f"espace, {mask}", f"rate {text}", cls(rank=0.5, rate=rate, mask=mask))
+            for rate, text in RATES
+        ]
+
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return ", ".join([self.name, f"rank {self.rank}", f"rate {self.rate}", str(self.mask)])
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""

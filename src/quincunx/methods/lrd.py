@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quincunx.methods.fitting import SeparableFit, conv_of
 from quincunx.methods.lowrank import separable
+from quincunx.methods.points import Point
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work, each
 
@@ -52,10 +54,22 @@ class LowRank(SeparableFit):
         torch.Size([8, 16, 3, 1])
     """
 
-    @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "lowrank"
+    name: ClassVar[str] = "lowrank"
+    saves_bytes: ClassVar[bool] = False
+
+    @classmethod
+    def candidates(cls) -> tuple[LowRank, ...]:
+        """What a search tries in each layer."""
+        return tuple(cls(rank=rank) for rank in (0.5, 0.25))
+
+    @classmethod
+    def sweep(cls) -> list[Point]:
+        """The settings that draw its curve of accuracy against speed."""
+        return [Point("LRD", f"rank {share:g}", cls(rank=share)) for share in (0.45, 0.35, 0.25)]
+
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return ", ".join([f"{self.name} of the pair" if pair else self.name, f"rank {self.rank}"])
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer cannot become two convolutions."""

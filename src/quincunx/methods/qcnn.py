@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from quincunx.methods.fitting import check_integers, convolution_refusal
 from quincunx.methods.moments import POSITIONS, moments
+from quincunx.methods.points import Point
 from quincunx.methods.product import Quantisation, bits_per_weight, quantise
 from quincunx.modules import padding_of
 from quincunx.quantised import QuantConv2d, QuantLinear, check_codebook
@@ -58,6 +60,9 @@ class QCNN:
         (4, 32, 'QuantConv2d')
     """
 
+    name: ClassVar[str] = "qcnn"
+    saves_bytes: ClassVar[bool] = True
+
     subspace: int = 8
     codewords: int = 128
     _: KW_ONLY
@@ -75,11 +80,6 @@ class QCNN:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
 
     @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "qcnn"
-
-    @property
     def targets(self) -> tuple[type[nn.Module], ...]:
         """Convolutions, and fully connected layers where asked."""
         return (nn.Conv2d, nn.Linear) if self.linear else (nn.Conv2d,)
@@ -87,6 +87,23 @@ class QCNN:
     def with_data(self, context: Context) -> bool:
         """Whether layers are corrected on data: as asked, by default where there is some."""
         return context.calibration is not None if self.data is None else self.data
+
+    @classmethod
+    def candidates(cls) -> tuple[QCNN, ...]:
+        """What a search tries in each layer."""
+        return ()
+
+    @classmethod
+    def sweep(cls) -> list[Point]:
+        """The settings that draw its curve of accuracy against speed."""
+        return [
+            Point("Q-CNN", f"{length} per codeword, {count}", cls(subspace=length, codewords=count))
+            for length, count in ((4, 64), (6, 64), (6, 128), (8, 128))
+        ]
+
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return f"{self.name}, {self.subspace} per codeword, {self.codewords}"
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quincunx.methods.fitting import check_integers, conv_of, convolution_refusal
 from quincunx.methods.moments import POSITIONS, Accumulator, Moments, completed, few_images, moments, of_noise
+from quincunx.methods.points import Point
 from quincunx.nn import (
     SampledConvTranspose2d,
     SampledDown2d,
@@ -21,7 +22,7 @@ from quincunx.nn import (
 )
 from quincunx.paired import PairedDown2d, PairedUp2d
 from quincunx.pairs import keeps_grid
-from quincunx.sampling import CHESSBOARD, Cosets, Positions, Sampling
+from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Sampling
 from quincunx.streams import Context, Layer
 from quincunx.surgery import Replacement, Work
 
@@ -90,6 +91,9 @@ class SpatialBottleneck:
         (['0', '2'], 36864, 18432)
     """
 
+    name: ClassVar[str] = "spatialbottleneck"
+    saves_bytes: ClassVar[bool] = False
+
     sampling: Sampling = CHESSBOARD
     _: KW_ONLY
     down: str = "stride"
@@ -111,14 +115,32 @@ class SpatialBottleneck:
         check_integers(self, positions=1, seed=0)
 
     @property
-    def name(self) -> str:
-        """What records and messages call it."""
-        return "sb"
-
-    @property
     def targets(self) -> tuple[type[nn.Module], ...]:
         """Convolutions."""
         return (nn.Conv2d,)
+
+    @classmethod
+    def candidates(cls) -> tuple[SpatialBottleneck, ...]:
+        """What a search tries in each layer."""
+        return tuple(cls(sampling) for sampling in (QUARTER, CHESSBOARD, THREE_QUARTERS))
+
+    @classmethod
+    def sweep(cls) -> list[Point]:
+        """The settings that draw its curve of accuracy against speed."""
+        return [
+            Point("spatial bottleneck", text, cls(sampling))
+            for sampling, text in ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
+        ]
+
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return ", ".join(
+            [
+                f"{self.name} of the pair" if pair else self.name,
+                f"density {self.sampling.density:g}",
+                *(["avgpool"] if self.down == "avgpool" else []),
+            ]
+        )
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""
