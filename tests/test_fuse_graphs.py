@@ -190,7 +190,7 @@ step = st.one_of(
 
 
 def compare(model, x):
-    """Whether the network is fused; it answers as it did then."""
+    """Why the network is not fused; if it is, it answers as it did."""
     expected = model(x.clone())
     refusal = None
     try:
@@ -200,20 +200,20 @@ def compare(model, x):
     if refusal is not None:
         assert refusal.startswith("model: ")
         assert "\n" not in refusal
-        return False
+        return refusal
     given = x.clone()
     for found in (fused(given), fused(given)):
         assert type(found) is dict
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(given, x), "the argument was changed"
-    return True
+    return None
 
 
 @pytest.mark.timeout(300 + EXAMPLES)
 def test_random_networks(monkeypatch):
-    """One in ten may be refused."""
+    """Few are refused for another reason than that they write through a view that may be a copy."""
     monkeypatch.setattr(program, "speed_ratio", lambda *_, **__: 2.0)
-    fused = []
+    refusals = []
 
     @hypothesis.settings(
         max_examples=EXAMPLES,
@@ -238,7 +238,10 @@ def test_random_networks(monkeypatch):
             except (RuntimeError, ValueError, UserWarning):
                 # shapes that torch does not put together, a mean that no sampling fits, a value over itself
                 hypothesis.reject()
-            fused.append(compare(model, x))
+            refusals.append(compare(model, x))
 
     check()
-    assert fused.count(False) <= 0.1 * len(fused), f"{fused.count(False)} of {len(fused)} refused"
+    for_layout = sum(said is not None and "a view or a copy" in said for said in refusals)
+    others = [said for said in refusals if said is not None and "a view or a copy" not in said]
+    assert for_layout <= 0.2 * len(refusals), f"{for_layout} of {len(refusals)} refused"
+    assert len(others) <= 0.01 * len(refusals), f"{len(others)} of {len(refusals)} refused: {others[:3]}"

@@ -592,6 +592,7 @@ def opaque(x, weight):
 
 CHANGERS = {"torch's module": nn.SiLU(inplace=True), "hooked": nn.ReLU(inplace=True), "opaque": Net(None)}
 CHANGERS["hooked"].register_forward_hook(lambda _, __, out: out * 2)
+CHANGERS["method"] = Net(lambda _, x: x.mul_(2))
 CHANGERS["opaque"].run = lambda _, x: x.mul_(2) if float(x.sum()) else x.mul_(3)
 
 
@@ -624,6 +625,15 @@ def test_what_changes_a_view_or_a_copy_as_the_layout_has_it(change, other):
         refused(Net(run, a=conv(), b=conv(4), change=change), "a view or a copy")
     # nobody reads the one that was not changed
     same(Net(given_on, a=conv(), b=conv(4), change=change), X)
+
+
+def test_a_module_that_changes_a_tensor_of_the_networks_own():
+    def run(m, x):
+        return m.a(x) + m.change(m.scale)
+
+    model = Net(run, a=conv(), change=nn.SiLU(inplace=True))
+    model.register_buffer("scale", torch.rand(4, 1, 1))
+    refused(model, "changes its own 'scale' in place")
 
 
 def test_a_function_that_nobody_can_look_into():

@@ -186,8 +186,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 def surely_changes(model: nn.Module, node: fx.Node) -> bool:
     """Whether it is certain that a node changes something: a function that nobody can look into may not."""
-    opaque = node.op == "call_module" or (node.op == "call_function" and not _is_torchs(node.target))
-    return not opaque and bool(changes(model, node))
+    return not is_opaque(model, node) and bool(changes(model, node))
 
 
 def is_opaque(model: nn.Module, node: fx.Node) -> bool:
@@ -213,15 +212,7 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
                 f"model: {type(model).__name__} cannot be fused: its forward asks for the layout of a map in "
                 f"memory ({name}), which is another one here"
             )
-        if is_opaque(model, node) or node.op == "call_module":
-            origins.check(effects, node)
-        if surely_changes(model, node):
-            for other in effects.changed[node]:
-                if _lies_by_layout(model, other):
-                    raise TypeError(
-                        f"model: {type(model).__name__} cannot be fused: its forward changes in place "
-                        f"({_name(node)}) what {other.name} is a view or a copy of, as memory's layout has it"
-                    )
+        origins.check(effects, node)
         viewed = node.op == "call_method" and node.target in ("view", "view_as")
         if viewed and not isinstance(node.args[-1], torch.dtype) and "dtype" not in node.kwargs:
             node.target = str(node.target).replace("view", "reshape")
@@ -258,8 +249,8 @@ class _Origins:
                 found[node] = frozenset().union(*(found[other] for other in others)) or frozenset({node})
 
     def check(self, effects: Effects, node: fx.Node) -> None:
-        """Refuse a module or an opaque function that may change what is a view or a copy, by the layout, of
-        what somebody reads afterwards; whichever of the two it is given.
+        """Refuse a node that may change what is a view or a copy, by the layout, of what somebody reads
+        afterwards; whichever of the two it changes.
 
         Raises:
             TypeError: it may.
@@ -267,17 +258,20 @@ class _Origins:
         for value in changes(self.model, node):
             for other in effects.classes.get(value, ()):
                 later = any(effects.order[user] > effects.order[node] for user in other.users)
-                if later and other is not value and self._apart(value, other):
+                link = self._between(value, other) if later and other is not value else None
+                if link is not None:
                     raise TypeError(
-                        f"model: {type(self.model).__name__} cannot be fused: {node.name} may change "
-                        "in place what is a view or a copy of a map that is read later, as memory's "
-                        "layout has it"
+                        f"model: {type(self.model).__name__} cannot be fused: {node.name} may change in "
+                        f"place a map that is read later, of which {link.name} is a view or a copy as "
+                        "memory's layout has it"
                     )
 
-    def _apart(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether it is the layout that says if two values share memory."""
-        pairs = product(self.sure[one], self.sure[other])
-        return any(a is not b and self.any[a] & self.any[b] for a, b in pairs)
+    def _between(self, one: fx.Node, other: fx.Node) -> fx.Node | None:
+        """What is a view or a copy as the layout has it, and so says if two values share memory."""
+        for a, b in product(self.sure[one], self.sure[other]):
+            if a is not b and self.any[a] & self.any[b]:
+                return b if _lies_by_layout(self.model, b) else a
+        return None
 
 
 def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
