@@ -417,3 +417,16 @@ def test_compiles_for_cards_that_are_not_here(architecture: int, tmp_path: Path)
         assert row["shared"] <= most, row
         assert row["cubin"] > 0
         assert row["matrix"] or "ieee" in row["name"], row
+
+
+def test_a_capture_before_the_first_call_is_refused(
+    interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = qx.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
+    part = next(m for m in fused.modules() if isinstance(m, program.Program))
+    x = torch.randn(1, 3, 6, 6)
+    with pytest.raises(RuntimeError, match=r"call it once with inputs of \(1, 3, 6, 6\)"):
+        part._known((x,))
+    with torch.no_grad():
+        fused(x)
+    assert part._known((x,))

@@ -197,6 +197,8 @@ def peak_memory_cuda(make: Callable[[], Run]) -> tuple[Run, int]:
     Its own copy of the weights, tables and what it keeps from call to call count.
     """
     torch.cuda.synchronize()
+    # what earlier candidates left must not be freed in between and counted as this one's saving
+    gc.collect()
     before = torch.cuda.memory_allocated()
     run = make()
     # what is measured and compiled at the first call is no part of a later one

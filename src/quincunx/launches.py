@@ -130,7 +130,7 @@ def _pool(step: Follower, index: Tensor, starts: Tensor, size: tuple[int, int], 
 
 
 def _pool_dense(step: Follower, window: Geometry, size: tuple[int, int], values: Values) -> None:
-    # torch's own also notes where each maximum was, which training needs, and takes four times as long
+    # torch's own also notes where each maximum was, which only training needs
     values[step.out] = _kernels().max_pool(values[step.sources[0]], window, size)
 
 

@@ -311,9 +311,9 @@ class Program(nn.Module):
             key = (torch.cuda.current_stream().cuda_stream, *(tuple(t.shape) for t in arguments))
             recorded = self._graphs.get(key)
             if recorded is None:
-                stages = self._stages_for(arguments)
                 if launches.is_recording():
-                    return self._through(stages, arguments)
+                    return self._through(self._known(arguments), arguments)
+                stages = self._stages_for(arguments)
                 with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                     recorded = launches.Recorded(partial(self._through, stages), arguments)
                 self._graphs[key] = recorded
@@ -357,8 +357,26 @@ class Program(nn.Module):
                 reference(settled(step, maps), values, maps)
         return values
 
+    def _known(self, arguments: Sequence[Tensor]) -> list[Stage]:
+        """What was chosen for inputs of these shapes, within somebody else's capture.
+
+        Raises:
+            RuntimeError: nothing was yet: what is measured and copied for it cannot be captured.
+        """
+        stages = self._compiled.get(self._shapes(arguments))
+        if stages is None:
+            shapes = ", ".join(str(tuple(t.shape)) for t in arguments)
+            raise RuntimeError(
+                f"a fused network cannot be captured before its first call: call it once with inputs of {shapes}"
+            )
+        return stages
+
+    @staticmethod
+    def _shapes(arguments: Sequence[Tensor]) -> tuple[Any, ...]:
+        return (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
+
     def _stages_for(self, arguments: Sequence[Tensor]) -> list[Stage]:
-        key = (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
+        key = self._shapes(arguments)
         stages = self._compiled.get(key)
         if stages is None:
             # what is measured and packed here is no part of the network's own work
