@@ -367,7 +367,8 @@ class Program(nn.Module):
         if stages is None:
             shapes = ", ".join(str(tuple(t.shape)) for t in arguments)
             raise RuntimeError(
-                f"a fused network cannot be captured before its first call: call it once with inputs of {shapes}"
+                "a fused network cannot be captured before its first call: call it once with inputs of "
+                f"{shapes}"
             )
         return stages
 

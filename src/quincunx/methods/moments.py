@@ -168,7 +168,7 @@ class Accumulator:
 
     def _centred(self, mean: Tensor) -> Tensor:
         """G of the sums' upper triangle. In stripes, since of thousands of channels it has gigabytes."""
-        gram = self.gram / self.samples
+        gram: Tensor = self.gram / self.samples
         for row in range(0, gram.shape[1], _STRIPE):
             rows, behind = slice(row, row + _STRIPE), slice(row + _STRIPE, None)
             own = gram[:, rows, rows].triu()
