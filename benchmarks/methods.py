@@ -64,11 +64,11 @@ def candidates(name: str) -> Iterator[tuple[str, str, nn.Module]]:
     c, o = inputs // groups, outputs // groups
     for ratio in CP_RATIOS:
         rank = max(1, round(c * o * kernel**2 / (ratio * (c + o + 2 * kernel))))
-        yield "cpd", f"{ratio} x fewer", CPConv2d(inputs, outputs, kernel, rank=rank, **shared)
+        yield "cp", f"{ratio} x fewer", CPConv2d(inputs, outputs, kernel, rank=rank, **shared)
     full = kernel * min(c, o)
     for share in SHARES:
         layer = SeparableConv2d(inputs, outputs, kernel, rank=round(share * full), **shared)
-        yield "lrd", f"rank {share:g}", layer
+        yield "lowrank", f"rank {share:g}", layer
     for rate, text in RATES:
         masks = (qx.Random(rate, seed=0), qx.Random(rate, seed=0))
         layer = EspaceConv2d(inputs, outputs, kernel, rank=full // 4, masks=masks, **shared)

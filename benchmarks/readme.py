@@ -13,6 +13,7 @@ from typing import Any
 
 from quincunx.espace_experiments import espace_by_name
 from quincunx.experiments import by_name
+from quincunx.methods.registry import ALIASES
 from quincunx.printed import ESPACE, Gain
 from quincunx.report import collect, label_of, lines, pictures, speedup_figure, verdicts
 
@@ -237,7 +238,9 @@ def layers(method: str) -> str:
     """One method on single layers: speed-ups over the fastest dense layer, beside ratios of multiply-adds."""
     cases = []
     for case in read("bench-methods.json")["cases"]:
-        own = {row["setting"]: row for row in case["rows"] if row["method"] == method}
+        # results call methods as they were called when they were made
+        rows = [row for row in case["rows"] if ALIASES.get(row["method"], row["method"]) == method]
+        own = {row["setting"]: row for row in rows}
         if own:
             cases.append((case, own))
     settings = list(dict.fromkeys(setting for _, own in cases for setting in own))
@@ -524,7 +527,7 @@ MADE = {
     "compared-squeezenet": lambda: compared("compared-squeezenet", "top5-drop-speed"),
     **{
         f"layers-{method}": partial(layers, method)
-        for method in ("binaryconnect", "cpd", "espace", "lrd", "qcnn")
+        for method in ("binaryconnect", "cp", "espace", "lowrank", "qcnn")
     },
     **{
         f"printed-{name}": partial(printed_table, name)

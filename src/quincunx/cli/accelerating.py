@@ -423,7 +423,7 @@ def _rate(text: str | None) -> float | tuple[float, ...] | None:
 
 @app.command(
     "compare",
-    epilog=example("quincunx compare runs/rrn20 --methods espace,lrd --data cifar10"),
+    epilog=example("quincunx compare runs/rrn20 --methods espace,lowrank --data cifar10"),
     short_help="Several methods on one trained network.",
 )
 def compare_command(
