@@ -59,6 +59,8 @@ class Stage:
 
 # elements; keeps every map of the arena on its own cache lines
 _ALIGN = 32
+# shapes of inputs that are kept as CUDA graphs
+_MOST_GRAPHS = 16
 # one native call less is worth this much time of a step
 _MARGIN = 0.95
 
@@ -316,6 +318,9 @@ class Program(nn.Module):
                 stages = self._stages_for(arguments)
                 with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                     recorded = launches.Recorded(partial(self._through, stages), arguments)
+                if len(self._graphs) >= _MOST_GRAPHS:
+                    # each has memory of its own; the one that is oldest goes
+                    del self._graphs[next(iter(self._graphs))]
                 self._graphs[key] = recorded
             return recorded(arguments)
 
