@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quincunx as qx
-from quincunx import gain
+from quincunx import gain, scores
 from quincunx.gain import put_back, without_slower
 from quincunx.latency import Timing
 from quincunx.surgery import accelerate
@@ -52,7 +52,7 @@ def clock(monkeypatch):
     def measure(models, example, *, rounds):
         return {name: Timing(name, 1, (seconds(model),) * rounds) for name, model in models.items()}
 
-    monkeypatch.setattr(gain, "measure_models", measure)
+    monkeypatch.setattr(scores, "measure_models", measure)
     monkeypatch.setattr(gain, "inference_form", lambda model, _=None: copy.deepcopy(model))
     return per_layer
 
@@ -70,6 +70,30 @@ def test_a_layer_that_makes_the_network_slower_is_put_back_with_its_reason(net, 
     assert type(made.model.stem) is qx.SeparableConv2d, "what was given is left as it is"
 
 
+def test_what_timings_do_not_tell_from_noise_is_put_back(net, clock, monkeypatch):
+    """Of rounds half of which say so: their median is a gain, and it is chance."""
+    clock |= {"a": -0.2, "b": -0.2, "once": -0.2}
+    steady, asked = scores.measure_models, []
+
+    def noisy(models, example, *, rounds):
+        asked.append((rounds, list(models)))
+        found = steady(models, example, rounds=rounds)
+        for key, model in models.items():
+            # without the stem's replacement: now slower, now faster, a little more often slower
+            if type(model.stem) is nn.Conv2d and type(model.a) is qx.SeparableConv2d:
+                seconds = [found[key].median * (1.1 if i % 9 < 5 else 0.95) for i in range(rounds)]
+                found[key] = Timing(key, 1, tuple(seconds))
+        return found
+
+    monkeypatch.setattr(scores, "measure_models", noisy)
+    found = without_slower(net, accelerate(net, METHOD, example_input=X), X)
+    assert sorted(found.replaced) == ["a", "b", "once"]
+    assert found.skipped["stem"].startswith("no clear gain: the network takes 1.10 times as long without it")
+    (first, all_of_them), (more, doubtful), *_ = asked
+    assert (first, more) == (11, 31)
+    assert (len(all_of_them), len(doubtful)) == (4, 2), "only what is in doubt is timed again"
+
+
 def test_a_network_that_is_no_faster_becomes_the_one_before(net, clock, tmp_path):
     clock |= {"stem": 0.1, "a": 0.0, "b": 0.0, "once": 0.0}
     found = without_slower(net, accelerate(net, METHOD, example_input=X), X)
@@ -83,14 +107,14 @@ def test_a_network_that_is_no_faster_becomes_the_one_before(net, clock, tmp_path
 
 def test_a_whole_network_that_gains_nothing_is_put_back_though_each_layer_seems_to(net, clock, monkeypatch):
     clock |= {"a": -0.2, "b": -0.2}
-    measure = gain.measure_models
+    measure = scores.measure_models
 
     def together(models, example, *, rounds):
         found = measure(models, example, rounds=rounds)
         # beside the original it is as slow
         return {**found, "before": found[""]} if "before" in found else found
 
-    monkeypatch.setattr(gain, "measure_models", together)
+    monkeypatch.setattr(scores, "measure_models", together)
     found = without_slower(net, accelerate(net, METHOD, where=["a", "b"], example_input=X), X)
     assert not found.replaced
     assert "whole network" in found.skipped["a"]
@@ -113,7 +137,7 @@ def test_both_halves_of_a_pair_are_judged_and_put_back_together(net, clock, monk
         takes = {k: 1.0 + (type(m.a) is not nn.Conv2d) for k, m in models.items()}
         return {k: Timing(k, 1, (t,) * rounds) for k, t in takes.items()}
 
-    monkeypatch.setattr(gain, "measure_models", slow)
+    monkeypatch.setattr(scores, "measure_models", slow)
     found = without_slower(net, pair, X)
     assert not found.replaced
     assert torch.equal(found.model(X), net(X))

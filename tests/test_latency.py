@@ -61,6 +61,22 @@ def test_rounds_of_another_measurement_are_not_paired(rounds):
         Timing("a", 1, (1.0,) * 3).speedup_over(Timing("b", 1, (1.0,) * rounds))
 
 
+def test_faster_is_what_more_rounds_say_than_chance_would():
+    def against(won, rounds):
+        other = Timing("b", 1, (2.0,) * rounds)
+        return Timing("a", 1, (1.0,) * won + (2.5,) * (rounds - won)).clearly_faster_than(other)
+
+    # one-sided, 5%: of 11 rounds 9, of 42 rounds 27
+    assert [against(won, 11) for won in (8, 9)] == [False, True]
+    assert [against(won, 42) for won in (26, 27)] == [False, True]
+    assert not against(4, 4), "too few rounds"
+    same = Timing("a", 1, (1.0,) * 40)
+    assert not same.clearly_faster_than(same), "a draw is no win"
+    wild = Timing("a", 1, (1.0,) * 30 + (900.0,) * 12)
+    assert wild.clearly_faster_than(Timing("b", 1, (1.1,) * 42)), "how wild the rest is does not matter"
+    assert wild.and_more(same).seconds == wild.seconds + same.seconds
+
+
 def test_the_dictionary_says_threads_rounds_and_spread():
     told = json.loads(json.dumps(Timing("a", 3, (1.0, 2.0, 3.0, 123.4567, 5.0)).to_dict(), allow_nan=False))
     assert told == {
@@ -98,6 +114,26 @@ def test_candidates_take_turns(rounds, warmup):
     assert all(s > 0 for timing in found.values() for s in timing.seconds)
     # at least the warm-up, one call to size the rounds, and one a round
     assert all(calls.count(name) >= warmup + 1 + rounds for name in "abc")
+
+
+def test_one_slow_call_does_not_make_a_round_of_one_call(monkeypatch):
+    timed = []
+
+    class Slow:
+        """As on a busy machine: the first call that is timed takes a hundred times as long."""
+
+        def __init__(self, *_, **__):
+            self.calls = 0
+
+        def timeit(self, number):
+            self.calls += 1
+            timed.append(number)
+            seconds = 1e-1 if self.calls == 3 else 1e-3
+            return type("Result", (), {"mean": seconds})()
+
+    monkeypatch.setattr(latency, "Timer", Slow)
+    measure({"a": lambda: 0}, rounds=2, round_seconds=0.05)
+    assert timed[-2:] == [50, 50]
 
 
 # ---- a decision at run time, by a clock that only calls move

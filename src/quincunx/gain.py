@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quincunx.latency import Timing, measure_models
+from quincunx.latency import Timing
 from quincunx.modules import copied
-from quincunx.scores import inference_form
+from quincunx.scores import inference_form, timed_clearly
 from quincunx.surgery import Accelerated, put
 
-__all__ = ["put_back", "without_slower"]
+__all__ = ["put_back", "whole_gain", "without_slower"]
 
 # networks beside the whole one that are held at once to be timed in turn
 _TOGETHER = 6
@@ -53,9 +53,10 @@ def without_slower(
     """The same without the replacements by which the network gains no time.
 
     Replacements of layers that are as large as each other are judged together: the network is timed with
-    and without them, in turn, both fused where they can be. What is left has a "gain" in its record: how
-    many times as long the network takes without those. Where the network that is left is no faster than the
-    original, everything is put back.
+    and without them, in turn, both fused where they can be, and for longer where it is not clear which is
+    faster. They stay if more rounds say so than chance would give. What is left has a "gain" in its record:
+    how many times as long the network takes without those. Where the network that is left is no faster than
+    the original, everything is put back.
 
     Args:
         original: the network before.
@@ -65,7 +66,7 @@ def without_slower(
     """
     x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
     classes = list(_classes(original, found))
-    gains: list[float] = []
+    slower: dict[str, str] = {}
     whole = inference_form(found.model, x[:1])
     for start in range(0, len(classes), _TOGETHER):
         some = classes[start : start + _TOGETHER]
@@ -73,27 +74,29 @@ def without_slower(
             f"{start + i}": inference_form(put_back(original, found, dict.fromkeys(names, "")).model)
             for i, names in enumerate(some)
         }
-        timings = measure_models({"": whole, **others}, x, rounds=rounds)
-        gains += [_times_as_long(timings[key], timings[""]) for key in others]
-    slower: dict[str, str] = {}
-    for names, gain in zip(classes, gains, strict=True):
-        for name in names:
-            found.replaced[name]["gain"] = gain
-            if gain <= 1:
-                slower[name] = _reason(gain)
+        timings = timed_clearly({"": whole, **others}, x, rounds=rounds)
+        for names, key in zip(some, others, strict=True):
+            with_it, without = timings[key]
+            gain = _times_as_long(without, with_it)
+            for name in names:
+                found.replaced[name]["gain"] = gain
+                if not with_it.clearly_faster_than(without):
+                    slower[name] = _reason(gain)
     if slower:
         found = put_back(original, found, slower)
     if not found.replaced:
         return found
-    timings = measure_models(
-        {"": inference_form(found.model, x[:1]), "before": inference_form(original, x[:1])},
-        x,
-        rounds=rounds,
-    )
-    if (ratio := _times_as_long(timings["before"], timings[""])) >= _CLEAR:
+    if (ratio := whole_gain(original, found.model, x, rounds=rounds)) >= _CLEAR:
         return found
     reason = f"no gain: the whole network with all that was replaced is {ratio:.2f} times as fast as before"
     return put_back(original, found, dict.fromkeys(found.replaced, reason))
+
+
+def whole_gain(original: nn.Module, fast: nn.Module, x: Tensor, *, rounds: int = _ROUNDS) -> float:
+    """How many times as fast as the original a network is, both fused where they can be."""
+    forms = {"": inference_form(fast, x[:1]), "before": inference_form(original, x[:1])}
+    after, before = timed_clearly(forms, x, rounds=rounds)["before"]
+    return _times_as_long(before, after)
 
 
 def _times_as_long(without: Timing, with_it: Timing) -> float:
@@ -102,6 +105,10 @@ def _times_as_long(without: Timing, with_it: Timing) -> float:
 
 
 def _reason(gain: float) -> str:
+    if gain > 1:
+        return (
+            f"no clear gain: the network takes {gain:.2f} times as long without it, within what timings vary"
+        )
     return f"no gain: the network takes {1 / gain:.2f} times as long with it as without it"
 
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from math import comb
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +26,11 @@ from torch.utils.benchmark import Timer
 from quincunx.cost import inference_mode_of
 
 __all__ = ["Timing", "environment", "measure", "measure_models", "speed_ratio", "using_threads"]
+
+# a difference that is as likely without a reason is none
+_BY_CHANCE = 0.05
+# calls by which a round's length is decided
+_SIZED_BY = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,17 @@ class Timing:
         ratios = np.array(other.seconds) / np.array(self.seconds)
         low, middle, high = np.percentile(ratios, [25, 50, 75])
         return float(middle), float(low), float(high)
+
+    def clearly_faster_than(self, other: Timing) -> bool:
+        """Whether it took less time in more rounds than chance gives once in twenty: a sign test, which asks
+        nothing of how the noise is distributed. Of fewer than five rounds none are enough."""
+        rounds, won = len(self.seconds), sum(a < b for a, b in zip(self.seconds, other.seconds, strict=True))
+        at_least = sum(comb(rounds, i) for i in range(won, rounds + 1))
+        return at_least <= _BY_CHANCE * float(2**rounds)
+
+    def and_more(self, later: Timing) -> Timing:
+        """With the rounds of a later measurement behind its own."""
+        return replace(self, seconds=(*self.seconds, *later.seconds))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -132,7 +149,8 @@ def measure(
         for name, timer in timers.items():
             for _ in range(warmup):
                 timer.timeit(1)
-            once = timer.timeit(1).mean
+            # on a busy machine one call may take ten times as long, and a round would be of one cold call
+            once = min(timer.timeit(1).mean for _ in range(_SIZED_BY))
             calls[name] = max(1, int(round_seconds / max(once, 1e-9)))
         seconds: dict[str, list[float]] = {name: [] for name in timers}
         for _ in range(rounds):

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from quincunx.surgery import Attached, Method, Replacement, Where, layer_macs, p
 from quincunx.tail import Tails
 from quincunx.writing import write_json
 
-__all__ = ["BUDGET", "Scores", "eager_form", "inference_form"]
+__all__ = ["BUDGET", "Scores", "eager_form", "inference_form", "timed_clearly"]
 
 _ROUNDS = 11
 # of a whole network of a choice: few are timed, and one decides
@@ -53,6 +53,29 @@ def inference_form(model: nn.Module, check: Tensor | None = None) -> nn.Module:
 def eager_form(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and channels_last, not fused."""
     return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def timed_clearly(
+    models: Mapping[str, nn.Module], x: Tensor, *, rounds: int = _ROUNDS, more: int = _ATTEMPT_ROUNDS
+) -> dict[str, tuple[Timing, Timing]]:
+    """(seconds of the first network, seconds of another) by the other's name, in turn.
+
+    Where neither is clearly faster both are timed again, and have the rounds of both measurements.
+    """
+    first, *others = models
+    timings = measure_models(models, x, rounds=rounds)
+    found = {key: (timings[first], timings[key]) for key in others}
+    doubtful = [
+        key
+        for key, (one, other) in found.items()
+        if not one.clearly_faster_than(other) and not other.clearly_faster_than(one)
+    ]
+    if doubtful:
+        again = measure_models({key: models[key] for key in (first, *doubtful)}, x, rounds=more)
+        for key in doubtful:
+            one, other = found[key]
+            found[key] = one.and_more(again[first]), other.and_more(again[key])
+    return found
 
 
 class Scores:
@@ -339,7 +362,8 @@ class Scores:
         """Of a choice, the layers without which its network is no slower: their names -> how many times as
         long the network takes without them.
 
-        Those of one shape and method are judged together, in turn with the whole choice.
+        Those of one shape and method are judged together, in turn with the whole choice, and for longer
+        where that leaves a doubt.
         """
         classes: dict[tuple[str, str], list[Candidate]] = {}
         for row in chosen:
@@ -348,8 +372,8 @@ class Scores:
         fast = self._form_of(chosen) if chosen else self.dense
         for rows in classes.values():
             without = self._form_of([row for row in chosen if row not in rows])
-            timings = measure_models({"": without, "fast": fast}, self._timed_input(), rounds=_ROUNDS)
-            ratio, _, _ = timings["fast"].speedup_over(timings[""])
+            with_it, alone = timed_clearly({"fast": fast, "": without}, self._timed_input())[""]
+            ratio, _, _ = with_it.speedup_over(alone)
             if ratio <= 1:
                 found |= {row.layers: ratio for row in rows}
         return found
