@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,7 +22,7 @@ from quincunx.methods import Assigned
 from quincunx.methods.points import worded
 from quincunx.methods.registry import candidates_named
 from quincunx.scores import BUDGET, Scores, inference_form
-from quincunx.search import search, shortfall
+from quincunx.search import _Builder, search, shortfall
 from quincunx.surgery import prepare, tried
 
 # ---------------------------------------------------------------- the choice
@@ -272,6 +273,35 @@ def test_as_much_is_taken_as_the_whole_network_needs(case, paid, monkeypatch):
     assert len(found.record["attempts"]) <= 8
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("target", [1.3, 1.5])
+def test_the_target_is_met_by_little_whatever_candidates_seemed_to_save_alone(target, seed):
+    """As on a busy machine: what each saves was measured badly, and one that costs little saves nothing."""
+    rng, rows, true = random.Random(seed), [], {}
+    for layer in range(12):
+        for share, loss in ((0.03, 0.002), (0.04, 0.006), (0.05, 0.02)):
+            label = f"{layer} {share}"
+            true[label] = share * rng.uniform(0.8, 1.2)
+            seemed = true[label] * rng.choice((0.5, 0.9, 1, 1.2, 2))
+            cost = loss * rng.uniform(0.5, 2)
+            rows.append(Candidate((str(layer),), label, qx.LowRank(), seconds_saved=(seemed,) * 3, loss=cost))
+    true["nothing"] = 0.0
+    rows.append(Candidate(("x",), "nothing", qx.LowRank(), seconds_saved=(0.7,) * 3, loss=1e-4))
+
+    class Known:
+        reference, macs = 1.0, 1
+
+        def attempt(self, chosen):
+            after = 1 - 0.8 * sum(true[row.label] for row in chosen)
+            return {"layers": len(chosen), "before": 1.0, "after": after, "speedup": 1 / after}
+
+    builder = _Builder(Known(), Target(speedup=target), [], None, None, True)
+    chosen, met, attempts = builder._by_time(rows)
+    assert met
+    assert target <= attempts[-1]["speedup"] <= 1.06 * target
+    assert attempts[-1]["speedup"] == Known().attempt(chosen)["speedup"]
+
+
 def test_drift_of_the_clock_changes_no_choice(monkeypatch):
     steady = run(TARGETS["speedup"])
     factors, measure = itertools.cycle([1.0, 1.3, 0.8, 1.15]), scores.measure_models
@@ -406,7 +436,7 @@ def test_another_target_needs_no_new_forward_pass(tmp_path, scored, timed):
     second = run({"speedup": 1.3}, table=table)
     assert second.met
     assert scored == []
-    assert all(names in ([""], ["", "fast"]) for names in timed)  # the whole network alone
+    assert all(set(names) <= {"", "fast"} for names in timed)  # the whole network alone
     assert [vars(row) for row in second.rows] == [vars(row) for row in first.rows]
     timed.clear()
     # the same target again: the same network, and nothing is timed

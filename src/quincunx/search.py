@@ -27,8 +27,10 @@ from quincunx.verdict import shortcoming
 
 __all__ = ["Found", "accelerate", "search", "shortfall"]
 
-# choices that are timed before the nearest one is taken
-_CORRECTIONS = 6
+# choices that are timed before the nearest one is taken, and those that are looked at in between
+_CORRECTIONS, _LOOKS = 10, 40
+# what is asked for is known so well, as a share of what was asked first
+_NEAR = 0.01
 _BISECTIONS = 5
 # ask for 1% more than an attempt says is needed: timings vary
 _MARGIN = 1.01
@@ -316,22 +318,33 @@ class _Builder:
         share = self._share_wanted(attempts[0])
         if share <= 0 or not usable:
             return [], share <= 0, attempts
-        asked = share * self.scores.reference
+        asked = first = share * self.scores.reference
         choices: list[list[Candidate]] = [[]]
-        for _ in range(_CORRECTIONS):
+        # what was asked for and is too little, and what was enough: timings tell of the sum of what
+        # candidates save alone only so much, so each choice narrows what is asked for next
+        low, high = 0.0, float("inf")
+        for _ in range(_LOOKS):
             chosen = choose(usable, saved, asked)
             if chosen in choices:
+                now = attempts[choices.index(chosen)]
+            elif len(choices) > _CORRECTIONS:
                 break
-            choices.append(chosen)
-            attempts.append(self.scores.attempt(chosen))
-            now = attempts[-1]
-            share, met = self._share_wanted(now), self._meets(now, sure=_SURE)
-            if not met and _sum(chosen) >= most * (1 - 1e-9):
+            else:
+                choices.append(chosen)
+                attempts.append(now := self.scores.attempt(chosen))
+            if not (met := self._meets(now, sure=_SURE)) and _sum(chosen) >= most * (1 - 1e-9):
                 break
+            # a choice is the same for all that is asked for up to what it saves
+            low, high = (low, min(high, asked, most)) if met else (max(low, _sum(chosen)), high)
+            if high - low <= _NEAR * first:
+                break
+            share = self._share_wanted(now)
             paid = (1 - now["after"] / now["before"]) * self.scores.reference / _sum(chosen)
-            asked = _MARGIN * share * self.scores.reference / min(max(paid, 0.2), 1.5)
-            if not met:
-                asked = max(asked, _MARGIN * _sum(chosen))
+            asked = _MARGIN * share * self.scores.reference / max(paid, 1e-9)
+            if high == float("inf"):
+                asked = max(asked, _MARGIN * low)
+            elif not low < asked < high:
+                asked = (low + high) / 2
         surely = [i for i in range(1, len(choices)) if self._meets(attempts[i], sure=_SURE)]
         reached = surely or [i for i in range(1, len(choices)) if self._meets(attempts[i])]
         best = min(reached, key=lambda i: _loss_of(choices[i]), default=None)
