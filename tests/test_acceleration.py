@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,18 @@ from scipy import stats
 from torch import nn
 
 import quincunx as qx
-from quincunx import acceleration
+from quincunx import acceleration, gain, scores
 from quincunx.acceleration import accelerate_trained, mcnemar, reestimate_batch_norm, sample
-from quincunx.acceleration_report import acceleration_sentences, search_sentences, write_acceleration_report
+from quincunx.acceleration_report import (
+    acceleration_sentences,
+    first_sentences,
+    search_sentences,
+    write_acceleration_report,
+)
 from quincunx.checkpoint import only_writer
+from quincunx.choice import Search, Target
 from quincunx.journal import FolderJournal
+from quincunx.latency import Timing
 from quincunx.recipes import Recipe
 from quincunx.train import fit
 from test_cli import call
@@ -355,6 +363,135 @@ def test_fine_tuning_that_makes_it_worse_is_not_kept(tmp_path):
     history = json.loads((tmp_path / "finetune" / "run.json").read_text())
     assert history["test_error"] == min(entry["test_error"] for entry in history["history"])
     assert ("not kept" in after["name"]) == (history["test_error"] > before["error"])
+
+
+def as_fast(ratio):
+    """Times of networks: the first of a call takes 1, all others ``ratio``."""
+
+    def measure(models, example, *, rounds, **_):
+        return {name: Timing(name, 1, ((ratio if i else 1.0),) * rounds) for i, name in enumerate(models)}
+
+    return measure
+
+
+@pytest.mark.parametrize("method", [METHOD, Search(Target(speedup=1.5))])
+def test_a_finished_network_that_is_no_faster_becomes_the_one_before(method, tmp_path, monkeypatch):
+    """When layers were judged they seemed to gain; the final times say otherwise, after fine-tuning."""
+
+    def by_macs(models, example, *, rounds):
+        macs = {name: qx.cost(model, example[:1].contiguous()).macs for name, model in models.items()}
+        return {name: Timing(name, 1, (count,) * rounds) for name, count in macs.items()}
+
+    monkeypatch.setattr(scores, "measure_models", by_macs)
+    for module in (scores, gain):
+        monkeypatch.setattr(module, "inference_form", lambda model, _=None: model)
+    monkeypatch.setattr(acceleration, "measure_models", as_fast(1.25))
+    recipe = Recipe("tiny", epochs=1, batch_size=20, lr=0.01, augment="none")
+    options = {"layers": ["layer1.*"], "calibration": 40, "batch": 1, "rounds": 3, "keep_slower": False}
+    model = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few images
+        result = accelerate_trained(model, method, DATA, tmp_path, recipe=recipe, **options)
+    assert result["put_back"] == 0.8
+    assert result["layers"] == []
+    assert result["cost"]["before"] == result["cost"]["after"]
+    assert result["skipped"]["layer1.0.conv1"].startswith("no gain: the finished network was 0.80 times as")
+    assert result["stages"][-1]["name"].startswith("after putting everything back")
+    assert result["stages"][-1]["error"] == result["stages"][0]["error"]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(qx.load(tmp_path / "model").eval()(x), model(x))
+    first = first_sentences(result)
+    assert first[0].startswith("Nothing was gained: the finished network was 0.80 times as fast as before")
+    if method is not METHOD:
+        assert first[1].startswith("Target missed: ")
+        assert "nothing here saves time" in first[2]
+    assert "Nothing was gained" in write_acceleration_report(tmp_path).read_text()
+
+
+def test_a_whole_network_that_decides_is_timed_for_longer(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(models, example, *, rounds, **_):
+        asked.append(rounds)
+        return as_fast(0.5 if "after" in models else 1.0)(models, example, rounds=rounds)
+
+    monkeypatch.setattr(acceleration, "measure_models", measure)
+    options = {"layers": ["layer1.*"], "calibration": 40, "batch": 1, "rounds": 3}
+    result = accelerate_trained(network(), METHOD, DATA, tmp_path, **options)
+    # of three rounds no number is clear
+    assert asked == [3, 3, 3, 31]
+    assert result["whole"]["rounds"] == 34
+    assert result["whole"]["speedup"]["median"] == 2.0
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A trained network and images of three classes that it tells apart, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    data = pictures(count=120, size=16, channels=3)
+    recipe = Recipe("tiny", epochs=4, batch_size=20, lr=0.05, augment="none")
+    fit(network(), data, recipe, tmp_path / "run")
+    for part in ("train", "test"):
+        split = getattr(data, part)
+        for i, (image, label) in enumerate(zip(split.images.numpy(), split.labels.tolist(), strict=True)):
+            place = tmp_path / "photos" / part / "abc"[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{i}.png")
+    return (
+        "accelerate",
+        "run",
+        "--data",
+        "photos",
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+        "--calibration",
+        "120",
+    )
+
+
+def test_a_target_that_is_missed_ends_with_1_and_says_which_half_and_the_next_step(small):
+    """Nobody reaches 50 times as fast; what was reached is kept, and what can be asked for is said."""
+    done = call(*small, "--speedup", "50", "--max-drop", "100", "--method", "lrd", "--batch", "16")
+    assert done.exit_code == 1, done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    found = re.fullmatch(
+        r"Target missed: ([\d.]+)x faster \(asked: 50x\); (no|[\d.]+ points of) accuracy lost on 60 test "
+        r"images, without fine-tuning \(asked: at most 100\)\.",
+        first,
+    )
+    assert found, first
+    assert second.startswith("Next: ")
+    assert "within reach" in second or "a larger --batch" in second
+    result = json.loads(Path("fast/accelerate.json").read_text())
+    parts = {part["what"]: part["met"] for part in result["verdict"]["parts"]}
+    assert parts == {"speedup": False, "max_drop": True}
+    assert Path("fast/model").is_dir()
+    assert first in Path("fast/report.html").read_text()
+
+
+def test_a_loss_that_was_not_to_be_ends_with_1_and_says_so_first(small, monkeypatch):
+    """Half of the answers of whatever is replaced are made wrong, so that accuracy is what fails."""
+    real = acceleration.judged
+
+    def worse(model, **options):
+        losses, right, among = real(model, **options)
+        if any(isinstance(m, qx.SeparableConv2d) for m in model.modules()):
+            right = right & (torch.arange(len(right)) % 2 == 0)
+        return losses, right, among
+
+    monkeypatch.setattr(acceleration, "judged", worse)
+    options = ("--macs", "90%", "--max-drop", "1", "--method", "lrd", "--batch", "16")
+    done = call(*small, *options)
+    assert done.exit_code == 1, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0].startswith("Much worse than before: ")
+    assert "add --finetune-epochs 5, or ask for less" in said[0]
+    assert re.match(
+        r"Target missed: [\d.]+ points of accuracy lost on 60 test images, without fine-tuning", said[1]
+    )
+    assert said[2].startswith("Next: add --finetune-epochs 5")
 
 
 def test_weights_that_are_no_numbers_and_a_second_run_in_the_folder_are_refused(tmp_path):

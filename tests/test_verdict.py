@@ -2,7 +2,7 @@
 
 import pytest
 
-from quincunx.verdict import asked_in_words, judge, shortcoming, worse
+from quincunx.verdict import asked_in_words, judge, put_back, shortcoming, worse
 
 
 def result(
@@ -59,6 +59,29 @@ def test_a_speed_that_is_missed_at_the_end_is_missed_whatever_the_search_measure
     assert found["next"] == "--speedup 1.45 is within reach"
     assert "7 candidates were not tried" in judge(result({"speedup": 2}, late=7))["next"]
     assert "saves time" in judge(result({"speedup": 2}, chosen=0, speed=1.0))["next"]
+
+
+def test_a_network_that_was_put_back_is_said_with_what_to_try():
+    back = {**result({"speedup": 1.5, "max_drop": 1}, speed=1.0, wrong=(0.1, 0.1)), "put_back": 0.97}
+    said = put_back(back)
+    assert said.startswith(
+        "Nothing was gained: the finished network was 0.97 times as fast as before, so all"
+    )
+    assert "--keep-slower" not in said, "a search has no such option"
+    found = judge({**back, "recipe": {"epochs": 3}})
+    assert found["words"] == (
+        "Target missed: 1.00x faster (asked: 1.5x); no accuracy lost on 1,000 test images, without "
+        "fine-tuning (asked: at most 1)."
+    )
+    assert found["next"].startswith("nothing here saves time; a larger --batch")
+    assert "--keep-slower" in put_back({**back, "search": None})
+    assert put_back(result({"speedup": 1.5})) is None
+
+
+def test_of_a_speed_that_is_hardly_one_no_less_can_be_asked_for():
+    assert judge(result({"speedup": 1.5}, speed=1.03))["next"].startswith(
+        "a larger --batch, or other --method"
+    )
 
 
 @pytest.mark.parametrize(

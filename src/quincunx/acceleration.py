@@ -62,6 +62,8 @@ __all__ = [
 _PATIENCE = 5
 # about how long a round of a layer lasts: there are many, and each is called some hundred times in all
 _LAYER_SECONDS = 0.01
+# rounds that are added for a whole network where much hangs on its time
+_MORE_ROUNDS = 31
 # a network that has no more test images right than a guess, by so many deviations, is not a trained one
 _CHANCE_DEVIATIONS = 2.0
 # where accuracy is missed: shares of the speed that was reached at which it is looked at, too
@@ -185,7 +187,8 @@ def accelerate_trained(
             and the last stage's name say so.
         keep_slower: a method's layers stay also where the network, timed with and without them, gains no
             time by them; False puts those back, but for methods whose gain is the size on disk. A search
-            never takes such layers.
+            never takes such layers. What is finished is timed once more: where the whole network is no faster
+            after all, the original is the result.
         keep_best: of fine-tuning the epoch of least test error is the result, or the network from before it
             where every epoch was worse; False takes the last epoch.
         tell: called with each doubt about the input, before the work: one sentence.
@@ -294,6 +297,18 @@ def _accelerated(
             name = f"after fine-tuning (not kept: {100 * tuned.error:.2f}% of all its epochs is the best)"
             tuned = _Stage(name, fast, judge)
         stages.append(tuned)
+    timed = _timed(original, found, one, batch, rounds, progress, sure=isinstance(method, Search))
+    put_back = None
+    for_time = isinstance(method, Search) or not (keep_slower or getattr(method, "saves_bytes", False))
+    if for_time and found.replaced and (ratio := timed["whole"]["speedup"]["median"]) <= 1:
+        # what is no faster is not worth what it lost
+        put_back = ratio
+        reason = f"no gain: the finished network was {ratio:.2f} times as fast as before"
+        reasons = {**found.skipped, **dict.fromkeys(found.replaced, reason)}
+        found = Accelerated(copied(original).eval(), {}, reasons, search=found.search)
+        fast = found.model
+        stages.append(_Stage("after putting everything back (it was no faster)", fast, judge))
+        timed = _timed(original, found, one, batch, rounds, progress)
     packed = BinaryConnect.pack(fast)
     result = {
         "schema": 1,
@@ -305,13 +320,14 @@ def _accelerated(
         "images": {"train": len(data.train), "test": len(data.test)},
         "stages": [stage.against(stages[0]) for stage in stages],
         "diverged": diverged,
+        "put_back": put_back,
         "skipped": found.skipped,
         "search": found.search,
         "recalled": journal.recalled,
         "fitting": fitting,
         "cost": {key: _cost(m, one) for key, m in (("before", original), ("after", fast))},
         "bytes": {key: _weight_bytes(m) for key, m in (("before", original), ("after", packed))},
-        **_timed(original, found, one, batch, rounds, progress),
+        **timed,
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
         "environment": environment(),
     }
@@ -687,8 +703,13 @@ def _timed(
     rounds: int,
     progress: bool,
     peers: Sequence[str] = (),
+    *,
+    sure: bool = False,
 ) -> dict[str, Any]:
-    """Milliseconds of each replaced layer and of the whole network, before and after, both fused."""
+    """Milliseconds of each replaced layer and of the whole network, before and after, both fused.
+
+    The whole network is timed for longer where ``sure`` asks for it, or it is not clear whether it is faster.
+    """
     models = {"before": original, "after": found.model}
     rows = time_layers(
         original,
@@ -702,7 +723,12 @@ def _timed(
     )
     forms, unfused = _forms(models, one)
     beside_whole = dict.fromkeys(peers, original)
-    whole = _ratio(_measured(forms, (batch, *one.shape[1:]), rounds, beside_whole))
+    shape = (batch, *one.shape[1:])
+    timings = _measured(forms, shape, rounds, beside_whole)
+    if found.replaced and (sure or not timings["after"].clearly_faster_than(timings["before"])):
+        more = _measured(forms, shape, _MORE_ROUNDS, beside_whole)
+        timings = {name: timing.and_more(more[name]) for name, timing in timings.items()}
+    whole = _ratio(timings)
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
     threads = torch.get_num_threads()
     many = "s" if threads > 1 else ""

@@ -9,7 +9,7 @@ from quincunx.artifact import lines_to_load, read_json, read_spec, write_text
 from quincunx.figures import Dot, Picture, candidate_scores, layer_times, map_picture, sampling_picture
 from quincunx.report import label_of, render, speed_words
 from quincunx.sampling import from_spec
-from quincunx.verdict import asked_in_words, shortcoming, worse
+from quincunx.verdict import asked_in_words, put_back, shortcoming, worse
 
 __all__ = [
     "acceleration_sentences",
@@ -60,8 +60,9 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
 
 
 def first_sentences(result: dict[str, Any]) -> list[str]:
-    """What is to be read first: that a network is ruined, the verdict on a target, doubts about the input."""
-    said = [text] if (text := worse(result)) else []
+    """What is to be read first: that nothing was gained or the network is ruined, the verdict on a target,
+    doubts about the input."""
+    said = [text for text in (put_back(result), worse(result)) if text]
     verdict = result.get("verdict")
     if verdict:
         said.append(verdict["words"])

@@ -232,7 +232,7 @@ def print_acceleration(result: dict[str, Any]) -> None:
     first = first_sentences(result)
     for sentence in first:
         say(sentence)
-    if not result["layers"]:
+    if not result["layers"] and result.get("put_back") is None:
         say("Nothing was replaced: the network is as it was.")
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("layer")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["asked_in_words", "judge", "macs_allowed", "points_lost", "shortcoming", "worse"]
+__all__ = ["asked_in_words", "judge", "macs_allowed", "points_lost", "put_back", "shortcoming", "worse"]
 
 # points of accuracy from which on a loss that nobody asked for is said before all else, and how sure it is
 _MUCH, _SURE = 2.0, 0.01
 # figures are compared as they are printed
 _DIGITS = 2
+_ELSE = "a larger --batch, or other --method candidates, may save more time"
 
 
 def points_lost(stages: Sequence[Mapping[str, Any]]) -> float:
@@ -101,10 +102,11 @@ def _lost(points: float, result: Mapping[str, Any]) -> str:
     tested = result["images"]["test"] if "images" in result else result["data"]["test"]
     own = result["data"].get("labelled", True)
     on = f"{tested:,} test images" if own else f"the network's own answers to {tested:,} test images"
-    tuned = "after fine-tuning" if result.get("recipe") else "without fine-tuning"
+    tuned = result.get("recipe") and result.get("put_back") is None
+    when = "after fine-tuning" if tuned else "without fine-tuning"
     if points <= 0:
-        return f"no accuracy lost on {on}, {tuned}"
-    return f"{points:.2f} points of accuracy lost on {on}, {tuned}"
+        return f"no accuracy lost on {on}, {when}"
+    return f"{points:.2f} points of accuracy lost on {on}, {when}"
 
 
 def _next(
@@ -118,7 +120,7 @@ def _next(
         advice += [f"{other['speedup']:.2g}x {_costs(other['drop'])}" for other in alternatives]
     for what in ("speedup", "latency_ms", "macs"):
         if what in failed:
-            advice += _less(what, failed[what], result["search"])
+            advice += _less(what, failed[what], result)
     return "; ".join(advice)
 
 
@@ -134,16 +136,16 @@ def _finetune(result: Mapping[str, Any]) -> str:
     return more if recipe.get("distill") else f"{more} --distill 0.5"
 
 
-def _less(what: str, part: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     """Of time or MACs: what can be had, and how more could be."""
+    record = result["search"]
     left = sum("time budget" in (row["why_not"] or "") for row in record["candidates"])
     advice = [f"a longer --time-budget: {left} candidates were not tried"] if left else []
-    if not record["chosen"]:
-        return [*advice, "nothing here saves time: a larger --batch, or other --method candidates, may"]
+    if not record["chosen"] or result.get("put_back") is not None:
+        return [*advice, f"nothing here saves time; {_ELSE}"]
     if what == "speedup":
         reached = int(20 * part["found"]) / 20
-        if reached > 1:
-            advice.append(f"--speedup {reached:g} is within reach")
+        advice.append(f"--speedup {reached:g} is within reach" if reached > 1 else _ELSE)
     elif what == "latency_ms":
         advice.append(f"--latency-ms {1.02 * part['found']:.3g} is within reach")
     else:
@@ -168,6 +170,18 @@ def worse(result: Mapping[str, Any]) -> str | None:
     return (
         f"Much worse than before: {100 * stages[0]['error']:.2f}% became {100 * last['error']:.2f}% {own} of "
         f"{tested:,} test images; {_finetune(result)}, or {less}."
+    )
+
+
+def put_back(result: Mapping[str, Any]) -> str | None:
+    """One sentence where the finished network was no faster and is the one from before again; else None."""
+    ratio = result.get("put_back")
+    if ratio is None:
+        return None
+    kept = "" if result.get("search") else ", or keep what is no faster with --keep-slower"
+    return (
+        f"Nothing was gained: the finished network was {ratio:.2f} times as fast as before, so all of it is "
+        f"as it was; try a larger --batch or another --method{kept}."
     )
 
 
