@@ -23,6 +23,8 @@ import json
 import math
 import multiprocessing
 import re
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -64,6 +66,8 @@ BATCHES = (1, 2)
 ROUNDS, ROUND_SECONDS = 7, 0.03
 # a network whose calls take seconds is timed in fewer rounds: none begins later, but for the first three
 TIMES_SECONDS = 20.0
+# by the clock a network may take so many times its limit, which is processor time: it may not be alone
+CLOCK = 3
 # parameters; of larger networks no layers are fitted, and no artifact is written
 LARGE = 60_000_000
 # heights and widths, the first that a network takes; two where it takes any
@@ -672,7 +676,10 @@ class _Running:
     doing: str = "begin"
 
 
-def _child(examiner: Callable[..., None], entry: Entry, pipe: Connection) -> None:
+def _child(examiner: Callable[..., None], entry: Entry, pipe: Connection, limit: float) -> None:
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), most))
+
     def done(part: str, value: Any) -> None:
         pipe.send((part, value))
 
@@ -694,10 +701,12 @@ def rows_of(
         while waiting and len(running) < jobs:
             entry = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(examiner, entry, theirs), daemon=True)
+            process = context.Process(target=_child, args=(examiner, entry, theirs, limit), daemon=True)
             process.start()
             theirs.close()
-            running.append(_Running(entry, process, ours, time.monotonic() + limit, {"name": entry.name}))
+            running.append(
+                _Running(entry, process, ours, time.monotonic() + CLOCK * limit, {"name": entry.name})
+            )
         multiprocessing.connection.wait([r.pipe for r in running], timeout=0.5)
         for one in list(running):
             if (row := _ended(one, limit)) is not None:
@@ -716,6 +725,8 @@ def _ended(one: _Running, limit: float) -> dict[str, Any] | None:
             one.row[part] = value
     except EOFError:
         one.process.join()
+        if one.process.exitcode == -signal.SIGXCPU:
+            return {**one.row, "stopped": f"timeout: {limit:g} s, after {last_part(one.row)}"}
         return {**one.row, "stopped": f"crash: exit code {one.process.exitcode} after {last_part(one.row)}"}
     if time.monotonic() < one.ends:
         return None
@@ -806,7 +817,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="*", help="names of library/architecture, such as 'timm/res*'")
     parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each")
-    parser.add_argument("--limit", type=float, default=180, help="seconds a network may take")
+    parser.add_argument("--limit", type=float, default=180, help="processor seconds a network may take")
     parser.add_argument("--out", type=Path, help="default: results/zoo.json, of some a temporary one")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     given = parser.parse_args(arguments)
