@@ -431,6 +431,18 @@ def test_a_whole_network_that_decides_is_timed_for_longer(tmp_path, monkeypatch)
     assert result["whole"]["speedup"]["median"] == 2.0
 
 
+def test_a_network_in_which_nothing_was_replaced_is_exactly_as_fast(tmp_path, monkeypatch):
+    """Two times of one network differ, and neither a gain nor a loss may be read from them."""
+    monkeypatch.setattr(acceleration, "measure_models", as_fast(0.5))
+    options = {"layers": ["layer1.*"], "calibration": 40, "batch": 1, "rounds": 3}
+    # no time to score any candidate
+    search = Search(Target(speedup=1.5), time_budget=1e-9)
+    result = accelerate_trained(network(), search, DATA, tmp_path, **options)
+    assert (result["layers"], result["put_back"]) == ([], None)
+    assert result["whole"]["speedup"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    assert result["whole"]["seconds_before"] == result["whole"]["seconds_after"]
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A trained network and images of three classes that it tells apart, in the current folder."""
