@@ -110,6 +110,18 @@ class EspaceExperiment:
             "paper": [asdict(gain) for gain in self.elsewhere],
         }
 
+    def check_single(self) -> None:
+        """Of data alone.
+
+        Raises:
+            ValueError: it has more than one layer, whose errors a response does not tell.
+        """
+        if len(self.layers) != 1:
+            raise ValueError(
+                f"data: {self.name} replaces many layers; what it loses the error of the "
+                "trained network (weights) tells, not a layer's response"
+            )
+
     def without_data(self) -> EspaceExperiment:
         """With masks that need none: times depend on how many positions are computed, not on which."""
         plain: dict[tuple[str, str], Point] = {}
@@ -247,12 +259,9 @@ def time_points(
         ValueError: data for an experiment of more than one layer, whose errors a response does not tell;
             points of another run in the folder.
     """
-    if data is not None and len(experiment.layers) != 1:
-        raise ValueError(
-            f"data: {experiment.name} replaces many layers; what it loses the error of the "
-            "trained network (weights) tells, not a layer's response"
-        )
-    if data is None:
+    if data is not None:
+        experiment.check_single()
+    else:
         experiment = experiment.without_data()
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(TemporaryDirectory()))

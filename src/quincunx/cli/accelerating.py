@@ -568,17 +568,23 @@ def reproduce_espace(
                 for sentence in experiment.sentences:
                     say(sentence)
             return
+        if data is not None and weights is None:
+            experiment.check_single()
         check_can_draw()
         check_folder(out)
-        make_folder(out)
         settings = dict(experiment.settings)
         timing: Settings = {"batch": batch, "rounds": rounds, "progress": not as_json}
+        network = (
+            None if weights is None else qx.networks.weights.load(experiment.network, weights, **settings)
+        )
         images = (
             None
             if data is None
             else read_data(data, test_data, experiment.side, stream=stream, quiet=as_json)
         )
-        if weights is None or images is None:
+        # the folder is made after all that can be refused
+        make_folder(out)
+        if network is None or images is None:
             torch.manual_seed(0)
             classes = 1000 if images is None else len(images.classes)
             model = qx.networks.build(experiment.network, classes, 3, **settings)
@@ -608,11 +614,10 @@ def reproduce_espace(
                     )
             as_rows, table = rows, partial(print_speeds, rows)
         else:
-            model = qx.networks.weights.load(experiment.network, weights, **settings)
             tuned = experiment.recipe(epochs or 0)
             with running():
                 compared = compare_methods(
-                    model,
+                    network,
                     experiment.points,
                     as_trained(images, weights),
                     out,

@@ -331,6 +331,7 @@ def demo(
     short_help="Run a table of the paper, or plan it.",
 )
 def reproduce_command(
+    context: typer.Context,
     experiment: Annotated[
         str, typer.Argument(help=f"One of {', '.join((*EXPERIMENTS, *ESPACE_EXPERIMENTS))}.")
     ],
@@ -377,8 +378,11 @@ def reproduce_command(
 
     ESPACE's figures and tables are timed on this machine; with --weights and --data of the trained network
     their errors are measured too, after --epochs of the paper's fine-tuning. With --data alone the figures,
-    of one layer each, show the error of its response, with weights drawn at random.
+    of one layer each, show the error of its response, with weights drawn at random. An option that would
+    do nothing is refused.
     """
+    with bad_input():
+        _refuse_idle(context, experiment, weights is not None, data is not None, only_plan)
     if experiment in ESPACE_EXPERIMENTS:
         reproduce_espace(
             experiment,
@@ -463,6 +467,41 @@ def reproduce_command(
     if chosen.note:
         say(chosen.note)
     say(f"wrote {folder} ({chosen.figure[0]}.svg and one JSON a run)")
+
+
+# of reproduce: what only ESPACE's experiments take, with which input, and what only the tables take
+_ESPACE_TIMES = ("out", "batch", "rounds", "threads")
+_ESPACE_DATA = ("data", "test_data", "stream", "workers")
+_ONLY_ESPACE = ("weights", "batch", "rounds", "peers")
+_ALWAYS = ("experiment", "only_plan", "as_json")
+
+
+def _refuse_idle(context: typer.Context, experiment: str, weights: bool, data: bool, only_plan: bool) -> None:
+    """Options that were given and would do nothing.
+
+    Raises:
+        ValueError: there is one.
+    """
+    of, takes = experiment, tuple[str, ...]()
+    if experiment in ESPACE_EXPERIMENTS:
+        if only_plan:
+            of = f"{experiment} with --plan"
+        elif weights:
+            # without data it is refused with what it is for
+            takes, of = ("weights", "epochs", *_ESPACE_TIMES, *_ESPACE_DATA), f"{experiment} with --weights"
+        elif data:
+            takes, of = ("peers", *_ESPACE_TIMES, *_ESPACE_DATA), f"{experiment} without --weights"
+        else:
+            takes, of = ("peers", "data", *_ESPACE_TIMES), f"{experiment} without --weights and --data"
+    else:
+        idle = (*_ONLY_ESPACE, *(("workers", "device") if only_plan else ()))
+        takes = tuple(name for name in context.params if name not in idle)
+        of += " with --plan" if only_plan else ""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in (*takes, *_ALWAYS):
+            raise ValueError(f"{name}: --{name.replace('_', '-')} does nothing for {of}; leave it out")
 
 
 def _parse_numbers(name: str, text: str) -> list[int]:
