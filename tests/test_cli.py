@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import quincunx as qx
+from quincunx import console
 from quincunx.__main__ import main
 from quincunx.cli import app
+from quincunx.console import _kept, warn_in_one_line
 
 SMALL = ("--network", "rsbn8", "--width", "4")
 VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce", "accelerate", "compare")
@@ -161,7 +164,10 @@ def test_info():
         (["cost", "rsbn20", "--input", "1x3x1x1"], ["grid 1 x 1", "K=2"]),
         (["cost", "nosuch"], ["unknown network"]),
         (["evaluate", "empty"], ["empty: no artifact here"]),
-        (["evaluate", "nosuch"], ["nosuch: no such folder"]),
+        (
+            ["evaluate", "cifar-resnet20"],
+            ["cifar-resnet20: no such folder; a network's name needs --weights"],
+        ),
         (["report", "empty"], ["empty: no results"]),
         (["report", "nosuch"], ["nosuch: no such folder"]),
         (["report", "file"], ["file: not a folder"]),
@@ -248,6 +254,21 @@ def test_without_an_extra_the_extra_is_named(tmp_path, monkeypatch, capsys, miss
         f"error: this command needs {missing}, which is not installed; pip install 'quincunx[{extra}]'"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_warning_of_the_package_is_one_line_without_its_place_in_the_code(capsys, monkeypatch):
+    others = []
+    monkeypatch.setattr(console, "_show_warning", lambda *given: others.append(given[2]))
+    here = Path(qx.__file__).parent / "acceleration.py"
+    warn_in_one_line(UserWarning("nothing was replaced"), UserWarning, str(here), 7)
+    assert capsys.readouterr().err == "warning: nothing was replaced\n"
+    warn_in_one_line(UserWarning("theirs"), UserWarning, "/elsewhere/torch/nn.py", 7)
+    assert (others, capsys.readouterr().err) == (["/elsewhere/torch/nn.py"], "")
+
+
+def test_layers_that_stay_for_one_reason_are_one_line():
+    skipped = {f"l{i}": "left out by where" for i in range(9)} | {"m": "no gain", "n": "no gain"}
+    assert _kept(skipped) == ["kept m, n: no gain", "kept l0, l1, l2, l3, l4, l5, 3 more: left out by where"]
 
 
 def test_a_pipe_that_closes_early_is_no_traceback():

@@ -22,9 +22,9 @@ def main() -> None:
         sys.stdout.write(f"quincunx {version('quincunx')}, torch {version('torch')}\n")
         return
     try:
-        from quincunx.cli import app
+        from quincunx.cli import main as run
 
-        app(prog_name="quincunx")
+        run()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         for extra, brings in _EXTRAS.items():

@@ -6,7 +6,9 @@ import json
 import math
 import re
 import sys
-from typing import Any
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -35,7 +37,11 @@ __all__ = [
     "say",
     "show",
     "warn",
+    "warn_in_one_line",
 ]
+
+# layers that are listed of those that stay for one reason; and the reason that the user knows
+_NAMES, _LEFT_OUT = 6, "left out by where"
 
 
 def complain(message: object) -> None:
@@ -48,6 +54,24 @@ def complain(message: object) -> None:
 def warn(message: object) -> None:
     """A doubt in one sentence on standard error."""
     Console(stderr=True, soft_wrap=True).print(f"warning: {message}", markup=False, highlight=False)
+
+
+def warn_in_one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In place of ``warnings.showwarning``: the package's own warnings without the place in its code."""
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parent):
+        warn(message)
+    else:
+        _show_warning(message, category, filename, lineno, file, line)
+
+
+_show_warning = warnings.showwarning
 
 
 def say(text: str) -> None:
@@ -252,11 +276,23 @@ def print_acceleration(result: dict[str, Any]) -> None:
         )
     if result["layers"]:
         _console().print(table)
-    for name, reason in result["skipped"].items():
-        say(f"kept {name}: {reason}")
+    for line in _kept(result["skipped"]):
+        say(line)
     for sentence in acceleration_sentences(result):
         if sentence not in first:
             say(sentence)
+
+
+def _kept(skipped: dict[str, str]) -> list[str]:
+    """A line for each reason for which layers stay, those that were left out by name last."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in sorted(reasons.items(), key=lambda entry: entry[0] == _LEFT_OUT):
+        few = names if len(names) <= _NAMES + 1 else [*names[:_NAMES], f"{len(names) - _NAMES} more"]
+        lines.append(f"kept {', '.join(few)}: {reason}")
+    return lines
 
 
 def print_search(record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import torch
@@ -12,7 +13,7 @@ import quincunx as qx
 # the verbs register themselves; help lists them in this order
 from quincunx.cli import accelerating, measuring, training  # noqa: F401
 from quincunx.cli.common import app
-from quincunx.console import say
+from quincunx.console import say, warn_in_one_line
 
 __all__ = ["app", "main"]
 
@@ -34,4 +35,5 @@ def _every_verb(
 
 def main() -> None:
     """The command line on this process's arguments."""
+    warnings.showwarning = warn_in_one_line
     app(prog_name="quincunx")

@@ -144,6 +144,8 @@ def judged_network(
         return trained(str(artifact), weights, None, shape)
     if model is not None:
         return trained(None, artifact, model, shape)
+    if not artifact.exists():
+        raise ValueError(f"{artifact}: no such folder; a network's name needs --weights")
     found, taken = read_artifact(artifact), None if shape is None else parse_input(shape)
     check_finite(found)
     return Trained(found, artifact, taken)
