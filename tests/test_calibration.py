@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import quincunx as qx
 from quincunx import search
-from quincunx.methods.masks import class_labels
+from quincunx.methods.fitting.impact import class_labels
 from quincunx.streams import Calibration
 
 Pair = collections.namedtuple("Pair", "picture kind")

@@ -11,7 +11,7 @@ from torch import nn
 
 import quincunx as qx
 from quincunx.methods import build_module
-from quincunx.methods.masks import highest, impacts
+from quincunx.methods.fitting.impact import highest, impacts
 from quincunx.ops import filled_conv2d
 from quincunx.separable import MaskedConv2d, resized
 from quincunx.streams import Batch

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
-from quincunx.methods.fitting import rank_of
-from quincunx.methods.lowrank import fit, full_rank, kernel_energies, samples_needed, separable
-from quincunx.methods.moments import Accumulator, completed, moments, of_noise
-from quincunx.methods.ranks import Candidate, select_ranks
+from quincunx.methods.fitting.moments import Accumulator, completed, moments, of_noise
+from quincunx.methods.fitting.rank_budget import Candidate, select_ranks
+from quincunx.methods.fitting.separable import fit, full_rank, kernel_energies, samples_needed, separable
+from quincunx.methods.fitting.settings import rank_of
 
 LAYERS = {
     "plain": {"kernel_size": 3, "padding": 1},
@@ -98,8 +98,8 @@ def test_moments_are_those_of_patches_found_one_by_one(settings):
 def test_moments_in_blocks_and_stripes_are_the_same(monkeypatch):
     layer, x = conv(), images(6)
     whole = moments(layer, responses(layer, x))
-    monkeypatch.setattr("quincunx.methods.moments._BLOCK", 1)
-    monkeypatch.setattr("quincunx.methods.moments._STRIPE", 7)
+    monkeypatch.setattr("quincunx.methods.fitting.moments._BLOCK", 1)
+    monkeypatch.setattr("quincunx.methods.fitting.moments._STRIPE", 7)
     parts = moments(layer, responses(layer, x))
     for name in ("gram", "cross", "power"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
-from quincunx.methods.masks import highest, impacts, mask_of, self_loss
+from quincunx.methods.fitting.impact import highest, impacts, mask_of, self_loss
 from quincunx.sampling import from_spec
 from quincunx.streams import Batch
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import quincunx as qx
 from quincunx.artifact import load, save
-from quincunx.methods.moments import moments
-from quincunx.methods.product import _assign, _solve_words, quantise
+from quincunx.methods.fitting.codebooks import _assign, _solve_words, quantise
+from quincunx.methods.fitting.moments import moments
 from quincunx.methods.qcnn import quantised
 
 # ---------------------------------------------------------------- the fit

@@ -17,7 +17,7 @@ from quincunx.choice import Candidate, Target, choose
 from quincunx.cost import inference_mode_of
 from quincunx.gain import without_slower
 from quincunx.methods import Assigned
-from quincunx.methods.masks import class_labels
+from quincunx.methods.fitting.impact import class_labels
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied
 from quincunx.scores import BUDGET, Scores

@@ -56,7 +56,7 @@ from quincunx.console import (
 from quincunx.espace_experiments import espace_by_name, response_picture, time_points
 from quincunx.figures import check_can_draw
 from quincunx.latency import environment
-from quincunx.methods.fitting import LayerRanks
+from quincunx.methods.fitting.settings import LayerRanks
 from quincunx.methods.registry import ALIASES, METHODS, candidates_named, method_named, with_candidates
 from quincunx.peers import PEERS
 from quincunx.sampling import parse

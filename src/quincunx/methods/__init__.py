@@ -18,7 +18,7 @@ from quincunx.methods.assigned import Assigned
 from quincunx.methods.binaryconnect import BinaryConnect
 from quincunx.methods.cp import CP
 from quincunx.methods.espace import Espace
-from quincunx.methods.lrd import LowRank
+from quincunx.methods.lowrank import LowRank
 from quincunx.methods.qcnn import QCNN
 from quincunx.methods.spatialbottleneck import SpatialBottleneck
 from quincunx.nn import SpatialBottleneck2d

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.binary import BinaryConv2d, BinaryLinear
-from quincunx.methods.fitting import conv_settings
+from quincunx.methods.fitting.settings import conv_settings
 from quincunx.methods.points import Point
 from quincunx.modules import copied, surely
 from quincunx.ops.bits import row_bytes

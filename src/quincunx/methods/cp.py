@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import (
+from quincunx.methods.fitting.moments import POSITIONS, moments
+from quincunx.methods.fitting.settings import (
     LayerRanks,
     SeparableFit,
     check_integers,
@@ -22,7 +23,6 @@ from quincunx.methods.fitting import (
     plain_ranks,
     rank_of,
 )
-from quincunx.methods.moments import POSITIONS, moments
 from quincunx.methods.points import Point
 from quincunx.separable import CPConv2d
 from quincunx.streams import Context, Layer

@@ -9,15 +9,15 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import (
+from quincunx.methods.fitting.impact import MASKS, Loss, impacts, mask_of, without_gradient
+from quincunx.methods.fitting.separable import separable
+from quincunx.methods.fitting.settings import (
     SeparableFit,
     check_integers,
     conv_of,
     conv_settings,
     convolution_refusal,
 )
-from quincunx.methods.lowrank import separable
-from quincunx.methods.masks import MASKS, Loss, impacts, mask_of, without_gradient
 from quincunx.methods.points import Point
 from quincunx.sampling import Random
 from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d

@@ -1,356 +1,90 @@
-r"""A convolution as d x 1 then 1 x d: the fit, on weights alone or on the data a layer sees.
-
-With patches ordered (q, j), q = (c, i), a layer of rank K is W[(q, j), n] = sum_k V[q, k] T[j][k, n].
-All of it is done for each channel group by itself.
-"""
+"""LRD: every convolution as d x 1 then 1 x d, dense (Jaderberg et al. 2014, scheme 2)."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from quincunx.methods.fitting.separable import separable
+from quincunx.methods.fitting.settings import SeparableFit, conv_of
+from quincunx.methods.points import Point
+from quincunx.streams import Context, Layer
+from quincunx.surgery import Replacement, Work, each
 
-from quincunx.methods.moments import Moments, completed, of_noise, relative
-from quincunx.separable import SeparableConv2d
-
-__all__ = [
-    "Fit",
-    "fit",
-    "full_rank",
-    "kernel_energies",
-    "samples_needed",
-    "separable",
-]
+__all__ = ["LowRank"]
 
 
-# of the mean of a normal matrix's diagonal. It pulls towards the step before, not towards zero: what the
-# data does not determine stays as the weights had it, and the error cannot rise
-_RIDGE = 1e-9
-_CG_STEPS = 6
-# samples for each unknown, below which a fit does worse on images that it has not seen
-_FULL = 8
+@dataclass(frozen=True)
+class LowRank(SeparableFit):
+    r"""A convolution as a vertical and a horizontal one with K channels between them.
 
+    .. math:: W_{n,c,i,j} \approx \sum_{k \le K} V_{k,c,i}\, T_{n,k,j}
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """A convolution of low rank.
-
-    Attributes:
-        vertical: V [K g, C / g, dh, 1], g being the channel groups.
-        horizontal: T [O, K, 1, dw].
-        bias: [O] or None.
-        rank: K, of each group.
-        energy: kept share of the PCA energy of the partial responses; see :func:`kernel_energies`.
-        response_error: E|y - z|^2 / E|y - mean y|^2 on the data it was fitted to; None without data.
-        history: that error after each iteration, the start first; where samples were missing, with the
-            noise in their place.
-    """
-
-    vertical: Tensor
-    horizontal: Tensor
-    bias: Tensor | None
-    rank: int
-    energy: float
-    response_error: float | None = None
-    history: tuple[float, ...] = ()
-
-
-def full_rank(conv: nn.Conv2d) -> int:
-    """The least K of each group at which any weight is matched exactly: min(C dh, O dw) / groups."""
-    inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    return min(inputs * conv.kernel_size[0], outputs * conv.kernel_size[1])
-
-
-def samples_needed(conv: nn.Conv2d, rank: int) -> int:
-    """Samples, positions of images, of a full fit: max(8 u, 2 C dh dw), u = max(K dw, K dh C / O) + 1.
-
-    u samples have as many equations as there are unknowns: each output has K dw in T, and V has K dh C of
-    them in all for O responses a position. With eight times as many, and more than the directions of a
-    patch, a fit is as good on other images. At full rank nothing is fitted.
-    """
-    inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    kh, kw = conv.kernel_size
-    unknowns = max(rank * kw, math.ceil(rank * kh * inputs / outputs)) + 1
-    return 0 if rank == full_rank(conv) else max(_FULL * unknowns, 2 * inputs * kh * kw)
-
-
-def _matrices(conv: nn.Conv2d) -> Tensor:
-    """The weight as [g, q, dw, n] in float64."""
-    weight = conv.weight.detach().double()
-    o, c, kh, kw = weight.shape
-    grouped = weight.reshape(conv.groups, o // conv.groups, c * kh, kw)
-    return grouped.permute(0, 2, 3, 1)
-
-
-def _column_gram(conv: nn.Conv2d, gram: Tensor) -> Tensor:
-    """Second moments of one column of a patch, averaged over the columns: [g, q, q]."""
-    kw = conv.kernel_size[1]
-    g, size, _ = gram.shape
-    blocks = gram.view(g, size // kw, kw, size // kw, kw)
-    return blocks.diagonal(dim1=2, dim2=4).mean(-1)
-
-
-def kernel_energies(conv: nn.Conv2d, column_gram: Tensor | None = None) -> Tensor:
-    r"""PCA energies of a layer's partial responses, falling: [full rank], summed over the groups.
-
-    The dw partial responses of a column q of a patch are M^T q, M being the weight as [C dh, dw O];
-    their covariance M^T Gamma M has these eigenvalues, and a rank K keeps the K largest. Without data
-    Gamma = I, and they are the squared singular values of the weight.
+    A full fit to data takes n* = max(8 u, 2 C dh dw) samples, positions of images, with
+    u = max(K dw, K dh C / O) + 1 unknowns for each. Of n that are fewer, the error that is minimised has
+    (n* / n - 1) s |W - V T|^2 added, s being the mean variance of an input: the fewer samples, the nearer to
+    the weights' own solution. One warning then says how many images all layers would need.
 
     Args:
-        conv: the layer.
-        column_gram: Gamma [g, C dh / g, C dh / g].
-
-    Source: Zhang et al., arXiv:1505.06798, section 3.3, for the first half of a separable pair.
-    """
-    matrix = _matrices(conv).flatten(2)
-    rows, columns = matrix.shape[1:]
-    if column_gram is not None:
-        squares = matrix.transpose(1, 2) @ column_gram.double() @ matrix
-    else:
-        squares = matrix.transpose(1, 2) @ matrix if rows > columns else matrix @ matrix.transpose(1, 2)
-    found = torch.linalg.eigvalsh(squares).flip(-1).clamp_min(0)
-    energies: Tensor = found[:, : min(rows, columns)].sum(0)
-    return energies
-
-
-def _singular(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s and V^T of matrices [g, rows, columns], s falling, from eigenvectors of the smaller Gram matrix.
-
-    Faster than a singular value decomposition. U s V^T gives the matrix again to rounding; values below some
-    1e-8 of the largest are not exact, and only the full rank keeps their directions.
-    """
-    if matrices.shape[1] > matrices.shape[2]:
-        left, values, right = _singular(matrices.transpose(1, 2))
-        return right.transpose(1, 2), values, left.transpose(1, 2)
-    vectors = torch.linalg.eigh(matrices @ matrices.transpose(1, 2)).eigenvectors.flip(-1)
-    scaled = vectors.transpose(1, 2) @ matrices
-    values = scaled.norm(dim=2)
-    return vectors, values, scaled / values.clamp_min(1e-300)[:, :, None]
-
-
-def fit(
-    conv: nn.Conv2d,
-    rank: int,
-    data: Moments | None = None,
-    *,
-    iterations: int = 20,
-    tolerance: float = 1e-3,
-) -> Fit:
-    r"""The best convolution of rank K: on the weights alone, or on data.
-
-    Without data the truncated SVD of the weight as [C dh, dw O], which minimises |W - V T|. With data
-
-    .. math:: \min_{V, T, b} E\,|y - T * (V * x) - b|^2
-
-    by alternating least squares from that start: with V fixed T solves linear equations, with T fixed
-    V does (by a few preconditioned conjugate gradients), so the error never rises. Where there are fewer
-    than n* = :func:`samples_needed` samples, noise takes the place of the others
-    (:func:`quincunx.methods.moments.completed`), which is answered as W answers it: the error becomes
-
-    .. math:: E\,|y - T * (V * x) - b|^2 + t\,s\,|W - V T|^2, \quad t = n^* / n - 1
-
-    with s the mean variance of an input, so that few samples move little from the weights' own solution.
-
-    Args:
-        conv: the layer, with zero padding.
-        rank: K, of each channel group; at full rank the weight itself is kept.
-        data: moments of what the layer reads and is to answer.
-        iterations: at most so many of both solves; of n samples where n* are needed n / n* as many.
-        tolerance: stop when the error falls by a smaller share of itself.
+        rank: K of each channel group: an integer (of a layer of smaller full rank, that one), a share
+            of the full rank min(C dh, O dw) in (0, 1], or "full", which changes nothing but rounding. A
+            layer for which a number or share saves no multiply-adds stays. A
+            mapping of patterns to these, such as {"conv2": 71, "*": 0.3}, gives layers their own, the
+            first that matches a name; layers without one stay.
+        data: fit V and T to the layer's responses on the calibration data; False truncates the SVD of
+            the weight; None does the first where there is calibration data.
+        budget: instead of ``rank``, the share of the layers' dense MACs that all of them together may
+            cost; ranks are chosen by PCA energies and rounded to multiples of ``multiple``.
+        multiple: of ranks chosen for a budget.
+        iterations: at most so many of the alternating least squares.
+        positions: most positions of an image that the fit sums over; of larger maps as many are drawn.
+        seed: of that draw.
 
     Raises:
-        ValueError: a rank outside 1..full rank.
+        ValueError: a rank, budget or count outside its range.
+        TypeError: a rank of another type.
 
-    Source: Lin et al., ESPACE (AAAI 2017), eqs. 3 and 4; Jaderberg et al., arXiv:1405.3866,
-        section 2.2 (filter and data reconstruction).
+    Source: Jaderberg et al., arXiv:1405.3866, scheme 2 (filter and data reconstruction); ranks: Zhang
+        et al., arXiv:1505.06798, section 3.4.
 
     Example:
-        >>> conv = nn.Conv2d(8, 8, 3)
-        >>> exact = separable(conv, fit(conv, full_rank(conv)))
-        >>> x = torch.randn(1, 8, 6, 6)
-        >>> torch.allclose(exact(x), conv(x), atol=1e-5)
-        True
-    """
-    top = full_rank(conv)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= top:
-        raise ValueError(f"rank={rank!r}: expected an integer from 1 to {top}, the full rank of this layer")
-    matrices = _matrices(conv)
-    g, q, kw, n = matrices.shape
-    left, values, right = _singular(matrices.flatten(2))
-    energies = values.square().sum(0)
-    if data is not None:
-        energies = kernel_energies(conv, _column_gram(conv, data.gram))
-    total = float(energies.sum())
-    energy = float(energies[:rank].sum()) / total if total > 0 else 1.0
-    v = left[:, :, :rank] * values[:, None, :rank].sqrt()
-    t = (values[:, :rank, None].sqrt() * right[:, :rank]).view(g, rank, kw, n).transpose(1, 2)
-    bias = None if conv.bias is None else conv.bias.detach().double()
-    history: list[float] = []
-    error: float | None = None
-    if data is not None:
-        if rank < top:
-            whole = completed(data, samples_needed(conv, rank), of_noise(matrices.reshape(g, q * kw, n)))
-            if whole is not data:
-                # near its start, the weights' own solution, it is there the sooner
-                iterations = max(2, math.ceil(iterations * data.samples / samples_needed(conv, rank)))
-            v, t, history = _alternate(whole, v, t, iterations, tolerance)
-            weight = torch.einsum("gqk,gjkn->gqjn", v, t).reshape(g, q * kw, n)
-            bias = data.bias(weight).flatten()
-            error = history[-1] if whole is data else data.error(weight)
-        else:
-            error = data.error(matrices.reshape(g, q * kw, n))
-            history = [error]
-    inputs, kh = conv.in_channels // conv.groups, conv.kernel_size[0]
-    like = conv.weight.detach()
-    return Fit(
-        vertical=v.transpose(1, 2).reshape(g * rank, inputs, kh, 1).to(like),
-        horizontal=t.permute(0, 3, 2, 1).reshape(g * n, rank, 1, kw).to(like),
-        bias=None if bias is None else bias.to(like),
-        rank=rank,
-        energy=energy,
-        response_error=error,
-        history=tuple(history),
-    )
-
-
-# ---------------------------------------------------------------- alternating least squares
-
-
-def _alternate(
-    data: Moments, v: Tensor, t: Tensor, iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor, list[float]]:
-    """V [g, q, K] and T [g, dw, K, n] after the iterations, and the error after each."""
-    groups = [_Group(data, i, v[i], t[i]) for i in range(v.shape[0])]
-    power = float(data.power.sum())
-    history = [relative(sum(group.squares for group in groups), power)]
-    for number in range(iterations):
-        for group in groups:
-            if number:
-                group.solve_vertical()
-            group.solve_horizontal()
-        history.append(relative(sum(group.squares for group in groups), power))
-        if number and history[-2] - history[-1] <= tolerance * history[-2]:
-            break
-    return torch.stack([group.v for group in groups]), torch.stack([group.t for group in groups]), history
-
-
-class _Group:
-    """One channel group's equations and unknowns.
-
-    Attributes:
-        squares: E|y - z|^2, centred, of the present V and T.
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1))
+        >>> qx.accelerate(net, LowRank(rank=8)).model[0].vertical.weight.shape
+        torch.Size([8, 16, 3, 1])
     """
 
-    def __init__(self, data: Moments, index: int, v: Tensor, t: Tensor) -> None:
-        self.v, self.t = v, t
-        self.q, self.k = v.shape
-        self.kw, _, self.n = t.shape
-        blocks = data.gram[index].view(self.q, self.kw, self.q, self.kw)
-        # rows (j, q), columns (j', q'): the block of two columns of a patch is a slice
-        self.gram = blocks.permute(1, 0, 3, 2).reshape(self.kw * self.q, self.kw * self.q)
-        self.coarse = self.gram.float()
-        self.cross = data.cross[index].view(self.q, self.kw, self.n).transpose(0, 1).contiguous()
-        self.power = float(data.power[index])
-        diagonal = blocks.diagonal(dim1=1, dim2=3).sum(-1)
-        self.ridge = _RIDGE * float(diagonal.diagonal().mean()) + torch.finfo(torch.float64).tiny
-        self.factor = _damped_cholesky(diagonal, self.ridge)
-        self.squares = self._squares(*self._reduced())
+    name: ClassVar[str] = "lowrank"
+    saves_bytes: ClassVar[bool] = False
 
-    def _reduced(self) -> tuple[Tensor, Tensor]:
-        """A^T G A [dw K, dw K] and A^T B [dw K, n], A being V for each column of a patch."""
-        half = (self.gram.view(-1, self.q) @ self.v).view(self.kw, self.q, self.kw * self.k)
-        normal = (self.v.T @ half).view(self.kw * self.k, self.kw * self.k)
-        return (normal + normal.T) / 2, (self.v.T @ self.cross).view(self.kw * self.k, self.n)
+    @classmethod
+    def candidates(cls) -> tuple[LowRank, ...]:
+        """What a search tries in each layer."""
+        return tuple(cls(rank=rank) for rank in (0.5, 0.25))
 
-    def _squares(self, normal: Tensor, right: Tensor) -> float:
-        t = self.t.reshape(self.kw * self.k, self.n)
-        return self.power + float((t * (normal @ t - 2 * right)).sum())
+    @classmethod
+    def sweep(cls) -> list[Point]:
+        """The settings that draw its curve of accuracy against speed."""
+        return [Point("LRD", f"rank {share:g}", cls(rank=share)) for share in (0.45, 0.35, 0.25)]
 
-    def solve_horizontal(self) -> None:
-        """The best T for this V: A^T G A T = A^T B."""
-        normal, right = self._reduced()
-        t = self.t.reshape(self.kw * self.k, self.n)
-        ridge = _RIDGE * float(normal.diagonal().mean()) + torch.finfo(torch.float64).tiny
-        step = torch.cholesky_solve(right - normal @ t, _damped_cholesky(normal, ridge))
-        self.t = (t + step).view(self.kw, self.k, self.n)
-        self.squares = self._squares(normal, right)
+    def label(self, pair: bool = False) -> str:
+        """Its settings in a few words."""
+        return ", ".join([f"{self.name} of the pair" if pair else self.name, f"rank {self.rank}"])
 
-    def solve_vertical(self) -> None:
-        """A better V for this T: a few conjugate gradients on sum_jj' G_jj' V T_j' T_j^T = sum_j B_j T_j^T.
+    def refuse(self, layer: Layer, context: Context) -> str | None:
+        """Why a layer cannot become two convolutions."""
+        return self.separable_refusal(layer, self.with_data(context))
 
-        First V and T are turned so that the rows of T are orthonormal: then the sum of the G_jj, the
-        equations without the coupling of columns, is a good preconditioner. The residual at the start
-        is in float64 and the correction in float32, as in iterative refinement: half the time, and
-        the fixed point is that of float64.
-        """
-        rows = self.t.transpose(0, 1).reshape(self.k, self.kw * self.n)
-        basis, turn = torch.linalg.qr(rows.T)
-        self.v = self.v @ turn.T
-        self.t = basis.T.reshape(self.k, self.kw, self.n).transpose(0, 1).contiguous()
-        right = (self.cross @ self.t.transpose(1, 2)).sum(0)
-        products = torch.einsum("akn,bln->akbl", self.t, self.t)
-        residual = right - _normal(self.gram, products, self.v)
-        scale = float(residual.abs().max())
-        if scale == 0:
-            return
-        residual, products = (residual / scale).float(), products.float()
-        delta = torch.zeros_like(residual)
-        direction = ready = self._precondition(residual)
-        rate = float((residual * ready).sum())
-        start = rate
-        for _ in range(_CG_STEPS):
-            if rate <= 1e-10 * start:
-                break
-            image = _normal(self.coarse, products, direction) + self.ridge * direction
-            length = rate / float((direction * image).sum())
-            delta += length * direction
-            residual = residual - length * image
-            ready = self._precondition(residual)
-            previous, rate = rate, float((residual * ready).sum())
-            direction = ready + rate / previous * direction
-        self.v = self.v + scale * delta.double()
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Choose all ranks, then fit layer by layer."""
+        with_data = self.with_data(context)
+        ranks = self.ranks(layers, context, with_data)
 
-    def _precondition(self, residual: Tensor) -> Tensor:
-        return torch.cholesky_solve(residual.double(), self.factor).float()
+        def replace(layer: Layer) -> Replacement | str:
+            if (reason := self.no_saving(layer, ranks[layer.name])) is not None:
+                return reason
+            found, record = self.fitted(layer, ranks[layer.name], context, with_data)
+            module = separable(conv_of(layer), found)
+            return Replacement(module, module.spec, record)
 
-
-def _damped_cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    factor: Tensor = torch.linalg.cholesky(matrix + ridge * torch.eye(len(matrix)).to(matrix))
-    return factor
-
-
-def _normal(gram: Tensor, products: Tensor, v: Tensor) -> Tensor:
-    """sum_jj' G_jj' V T_j' T_j^T, [q, K], from G [dw q, dw q] and the products T_j T_j'^T."""
-    kw, k = products.shape[:2]
-    q = v.shape[0]
-    # for each j: V T_j' T_j^T for all j' below each other, then G's rows of j
-    turned = (v @ products.reshape(kw, k, kw * k)).view(kw, q, kw, k).permute(2, 0, 1, 3)
-    rows = gram.view(kw, q, kw * q)
-    return (rows @ turned.reshape(kw, kw * q, k)).sum(0)
-
-
-# ---------------------------------------------------------------- applying
-
-
-def separable(conv: nn.Conv2d, found: Fit) -> SeparableConv2d:
-    """A fit as a module in place of the layer it was made for."""
-    module = SeparableConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        rank=found.rank,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=found.bias is not None,
-    ).to(found.vertical)
-    with torch.no_grad():
-        module.vertical.weight.copy_(found.vertical)
-        module.horizontal.weight.copy_(found.horizontal)
-        if found.bias is not None and module.horizontal.bias is not None:
-            module.horizontal.bias.copy_(found.bias)
-    return module
+        return each(replace)

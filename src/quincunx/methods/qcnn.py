@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import check_integers, convolution_refusal
-from quincunx.methods.moments import POSITIONS, moments
+from quincunx.methods.fitting.codebooks import Quantisation, bits_per_weight, quantise
+from quincunx.methods.fitting.moments import POSITIONS, moments
+from quincunx.methods.fitting.settings import check_integers, convolution_refusal
 from quincunx.methods.points import Point
-from quincunx.methods.product import Quantisation, bits_per_weight, quantise
 from quincunx.modules import padding_of
 from quincunx.quantised import QuantConv2d, QuantLinear, check_codebook
 from quincunx.streams import Context, Layer

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from quincunx.methods.binaryconnect import BinaryConnect
 from quincunx.methods.cp import CP
 from quincunx.methods.espace import Espace
-from quincunx.methods.lrd import LowRank
+from quincunx.methods.lowrank import LowRank
 from quincunx.methods.points import Point
 from quincunx.methods.qcnn import QCNN
 from quincunx.methods.spatialbottleneck import SpatialBottleneck

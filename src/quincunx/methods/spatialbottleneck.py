@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.methods.fitting import check_integers, conv_of, convolution_refusal
-from quincunx.methods.moments import POSITIONS, Accumulator, Moments, completed, few_images, moments, of_noise
+from quincunx.methods.fitting.moments import (
+    POSITIONS,
+    Accumulator,
+    Moments,
+    completed,
+    few_images,
+    moments,
+    of_noise,
+)
+from quincunx.methods.fitting.settings import check_integers, conv_of, convolution_refusal
 from quincunx.methods.points import Point
 from quincunx.nn import (
     SampledConvTranspose2d,

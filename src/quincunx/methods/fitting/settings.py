@@ -10,9 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quincunx.methods.lowrank import Fit, fit, full_rank, kernel_energies, samples_needed
-from quincunx.methods.moments import POSITIONS, Accumulator, Moments, completed, few_images, moments, of_noise
-from quincunx.methods.ranks import candidate, select_ranks
+from quincunx.methods.fitting.moments import (
+    POSITIONS,
+    Accumulator,
+    Moments,
+    completed,
+    few_images,
+    moments,
+    of_noise,
+)
+from quincunx.methods.fitting.rank_budget import candidate, select_ranks
+from quincunx.methods.fitting.separable import Fit, fit, full_rank, kernel_energies, samples_needed
 from quincunx.streams import Context, Layer
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quincunx.methods.moments import Moments, relative
+from quincunx.methods.fitting.moments import Moments, relative
 from quincunx.quantised import check_codebook
 
 __all__ = ["Quantisation", "quantise"]

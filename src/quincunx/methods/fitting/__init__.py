@@ -1,0 +1,1 @@
+"""How layers are fitted: moments of data, ranks, codebooks, masks; the settings that methods share."""
