@@ -148,7 +148,7 @@ def fit(
     by alternating least squares from that start: with V fixed T solves linear equations, with T fixed
     V does (by a few preconditioned conjugate gradients), so the error never rises. Where there are fewer
     than n* = :func:`samples_needed` samples, noise takes the place of the others
-    (:func:`quincunx.methods.moments.completed`), which is answered as W answers it: the error becomes
+    (:func:`quincunx.methods.fitting.moments.completed`), which is answered as W answers it: the error becomes
 
     .. math:: E\,|y - T * (V * x) - b|^2 + t\,s\,|W - V T|^2, \quad t = n^* / n - 1
 
