@@ -506,6 +506,7 @@ MADE = {
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
     "networks": networks,
+    "zoo": zoo,
     "gpu-machine": gpu_machine,
     "gpu-blocks": gpu_blocks,
     "gpu-targets": gpu_targets,
