@@ -339,7 +339,7 @@ def test_a_table_is_planned_without_any_data_and_nothing_is_written(tmp_path, mo
         # what would do nothing
         (
             ("espace-figure3", "--recipe", "short"),
-            "--recipe does nothing for espace-figure3 without --weights",
+            "--recipe does nothing for espace-figure3; leave it out",
         ),
         (("espace-figure3", "--lr", "0.1"), "lr: --lr does nothing for espace-figure3"),
         (

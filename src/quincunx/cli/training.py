@@ -472,6 +472,7 @@ def reproduce_command(
 # of reproduce: what only ESPACE's experiments take, with which input, and what only the tables take
 _ESPACE_TIMES = ("out", "batch", "rounds", "threads")
 _ESPACE_DATA = ("data", "test_data", "stream", "workers")
+_ESPACE_TAKES = ("weights", "epochs", "peers", *_ESPACE_TIMES, *_ESPACE_DATA)
 _ONLY_ESPACE = ("weights", "batch", "rounds", "peers")
 _ALWAYS = ("experiment", "only_plan", "as_json")
 
@@ -501,6 +502,8 @@ def _refuse_idle(context: typer.Context, experiment: str, weights: bool, data: b
         source = context.get_parameter_source(name)
         given = source is not None and source.name == "COMMANDLINE"
         if given and name not in (*takes, *_ALWAYS):
+            if experiment in ESPACE_EXPERIMENTS and name not in _ESPACE_TAKES:
+                of = experiment  # with whatever else
             raise ValueError(f"{name}: --{name.replace('_', '-')} does nothing for {of}; leave it out")
 
 
