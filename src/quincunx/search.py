@@ -167,7 +167,9 @@ def accelerate(
             pairs of names of convolutions that are taken at once.
         example_input: [N, C, H, W] or a tuple of arguments; tells the layers' order and sizes, and is what a
             search times. By default taken from ``calibration``.
-        calibration: input batches, or (input, target) pairs, that can be read several times.
+        calibration: a DataLoader, a data set or a list of batches: what can be read several times. A batch is
+            a tensor, (input, target), several inputs with a target or without, or a dictionary with such
+            keys as "pixel_values" and "labels". A search takes networks of one input.
         journal: keeps each layer as it is finished.
         speedup: seconds before over seconds after.
         latency_ms: milliseconds of one call after.
