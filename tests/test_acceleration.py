@@ -374,9 +374,8 @@ def as_fast(ratio):
     return measure
 
 
-@pytest.fixture
-def by_macs(monkeypatch):
-    """A clock that multiply-adds alone move."""
+def clock_of_macs(monkeypatch):
+    """Multiply-adds alone move it."""
 
     def measure(models, example, *, rounds, **_):
         macs = {name: qx.cost(model, example[:1].contiguous()).macs for name, model in models.items()}
@@ -387,6 +386,11 @@ def by_macs(monkeypatch):
     for module in (scores, gain):
         monkeypatch.setattr(module, "inference_form", lambda model, _=None: model)
     monkeypatch.setattr(acceleration, "fuse", lambda model, **_: model)
+
+
+@pytest.fixture
+def by_macs(monkeypatch):
+    clock_of_macs(monkeypatch)
 
 
 @pytest.mark.parametrize("method", [METHOD, Search(Target(speedup=1.5))])
@@ -441,75 +445,6 @@ def test_a_network_in_which_nothing_was_replaced_is_exactly_as_fast(tmp_path, mo
     assert (result["layers"], result["put_back"]) == ([], None)
     assert result["whole"]["speedup"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert result["whole"]["seconds_before"] == result["whole"]["seconds_after"]
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A trained network and images of three classes that it tells apart, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    data = pictures(count=120, size=16, channels=3)
-    recipe = Recipe("tiny", epochs=4, batch_size=20, lr=0.05, augment="none")
-    fit(network(), data, recipe, tmp_path / "run")
-    for part in ("train", "test"):
-        split = getattr(data, part)
-        for i, (image, label) in enumerate(zip(split.images.numpy(), split.labels.tolist(), strict=True)):
-            place = tmp_path / "photos" / part / "abc"[label]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(place / f"{i}.png")
-    return (
-        "accelerate",
-        "run",
-        "--data",
-        "photos",
-        "--rounds",
-        "3",
-        "--threads",
-        "1",
-        "--calibration",
-        "120",
-    )
-
-
-def test_a_target_that_is_missed_ends_with_1_and_says_which_half_and_the_next_step(small, by_macs):
-    """Nobody reaches 50 times as fast; what was reached is kept, and what can be asked for is said."""
-    done = call(*small, "--speedup", "50", "--max-drop", "100", "--method", "lowrank")
-    assert done.exit_code == 1, done.stderr
-    first, second, *_ = done.stdout.splitlines()
-    found = re.fullmatch(
-        r"Target missed: ([\d.]+)x faster \(asked: 50x\); (no|[\d.]+ points of) accuracy lost on 60 test "
-        r"images, without fine-tuning \(asked: at most 100\)\.",
-        first,
-    )
-    assert found, first
-    assert re.fullmatch(r"Next: --speedup [\d.]+ is within reach\.", second)
-    result = json.loads(Path("fast/accelerate.json").read_text())
-    parts = {part["what"]: part["met"] for part in result["verdict"]["parts"]}
-    assert parts == {"speedup": False, "max_drop": True}
-    assert Path("fast/model").is_dir()
-    assert first in Path("fast/report.html").read_text()
-
-
-def test_a_loss_that_was_not_to_be_ends_with_1_and_says_so_first(small, by_macs, monkeypatch):
-    """Half of the answers of whatever is replaced are made wrong, so that accuracy is what fails."""
-    real = acceleration.judged
-
-    def worse(model, **options):
-        losses, right, among = real(model, **options)
-        if any(isinstance(m, qx.SeparableConv2d) for m in model.modules()):
-            right = right & (torch.arange(len(right)) % 2 == 0)
-        return losses, right, among
-
-    monkeypatch.setattr(acceleration, "judged", worse)
-    options = ("--macs", "90%", "--max-drop", "1", "--method", "lowrank")
-    done = call(*small, *options)
-    assert done.exit_code == 1, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0].startswith("Much worse than before: ")
-    assert "add --finetune-epochs 5, or ask for less" in said[0]
-    assert re.match(
-        r"Target missed: [\d.]+ points of accuracy lost on 60 test images, without fine-tuning", said[1]
-    )
-    assert said[2].startswith("Next: add --finetune-epochs 5")
 
 
 def test_weights_that_are_no_numbers_and_a_second_run_in_the_folder_are_refused(tmp_path):

@@ -115,6 +115,14 @@ def test_train_evaluate_report(tmp_path):
     assert (tmp_path / "runs" / "rsbn8-1of4-width-4-seed3" / "run.json").exists()
 
 
+def test_training_ends_with_the_next_steps(tmp_path):
+    said = call("train", *SMALL, "--epochs", 1, "--out", "run").stdout.splitlines()
+    assert said[-1] == (
+        "next: quincunx accelerate run --data digits makes it faster; quincunx evaluate run --data digits "
+        "judges it again"
+    )
+
+
 def test_cost():
     found = document("cost", "rsbn8", "--sampling", "1/4", "--input", "2x1x32x32")
     model = qx.networks.build("rsbn8", 10, 1, sampling="1/4")

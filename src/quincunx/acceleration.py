@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -385,7 +386,10 @@ def _alternatives(
         if wanted <= 1:
             break
         less = dataclasses.replace(method, target=Target(speedup=wanted))
-        other = searched(original, less, images, out, where, batch, False)
+        with warnings.catch_warnings():
+            # of few images it was warned before
+            warnings.simplefilter("ignore", UserWarning)
+            other = searched(original, less, images, out, where, batch, False)
         if not other.replaced or other.search is None:
             break
         if any(isinstance(m, _BatchNorm) for m in other.model.modules()):

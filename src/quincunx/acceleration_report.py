@@ -113,11 +113,8 @@ def _prediction(record: dict[str, Any]) -> str:
     verdict = "would be met" if record["met"] else "would be missed"
     missed = shortcoming(record)
     why = f" ({'; '.join(missed)})" if missed and not record["met"] else ""
-    fit = (
-        ""
-        if record["met"] or "drop" not in record
-        else "; fine-tuning, such as --finetune-epochs 5, may win it back"
-    )
+    lost = record.get("drop", 0.0) > target.get("max_drop", 0.0)
+    fit = "; fine-tuning, such as --finetune-epochs 5, may win accuracy back" if lost else ""
     return f"Prediction, nothing is kept: {'; '.join(said)}. The target {verdict}{why}{fit}."
 
 
