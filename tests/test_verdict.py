@@ -53,6 +53,13 @@ def test_the_half_that_failed_comes_first_with_the_next_step_and_what_less_costs
     assert "--finetune-epochs 6 --distill 0.5" in tuned["next"]
 
 
+def test_after_fine_tuning_that_ruined_a_lower_rate_is_what_to_try():
+    lost = result({"max_drop": 1}, wrong=(0.085, 0.2), p=1e-9, tuned={"epochs": 3, "distill": 0.0, "lr": 0.5})
+    lost["stages"][-1]["name"] = "after fine-tuning (not kept: 84.20% after its best epoch)"
+    assert judge(lost)["next"] == "fine-tune at a lower rate, as with --lr 0.05"
+    assert "; fine-tune at a lower rate, as with --lr 0.05, or ask for less." in worse(lost)
+
+
 def test_a_speed_that_is_missed_at_the_end_is_missed_whatever_the_search_measured():
     found = judge(result({"speedup": 1.5}, speed=1.46))
     assert (found["met"], found["words"]) == (False, "Target missed: 1.46x faster (asked: 1.5x).")

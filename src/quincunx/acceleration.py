@@ -295,7 +295,7 @@ def _accelerated(
         tuned = _Stage(f"after fine-tuning{doubt}", fast, judge)
         if keep_best and untuned is not None and tuned.error > stages[-1].error:
             fast, found = untuned, dataclasses.replace(found, model=untuned)
-            name = f"after fine-tuning (not kept: {100 * tuned.error:.2f}% of all its epochs is the best)"
+            name = f"after fine-tuning (not kept: {100 * tuned.error:.2f}% after its best epoch)"
             tuned = _Stage(name, fast, judge)
         stages.append(tuned)
     timed = _timed(original, found, one, batch, rounds, progress, sure=isinstance(method, Search))

@@ -132,6 +132,9 @@ def _finetune(result: Mapping[str, Any]) -> str:
     recipe = result.get("recipe")
     if not recipe:
         return "add --finetune-epochs 5"
+    if any("fine-tuning (not kept" in stage.get("name", "") for stage in result["stages"]):
+        # every epoch was worse than none
+        return f"fine-tune at a lower rate, as with --lr {recipe['lr'] / 10:.2g}"
     more = f"fine-tune for longer, as with --finetune-epochs {2 * int(recipe['epochs'])}"
     return more if recipe.get("distill") else f"{more} --distill 0.5"
 
