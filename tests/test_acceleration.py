@@ -447,6 +447,22 @@ def test_a_network_in_which_nothing_was_replaced_is_exactly_as_fast(tmp_path, mo
     assert result["whole"]["seconds_before"] == result["whole"]["seconds_after"]
 
 
+def test_fine_tuning_that_ends_early_says_after_how_many_epochs(tmp_path, by_macs):
+    recipe = Recipe("tiny", epochs=9, batch_size=20, lr=0.001, augment="none")
+    search = Search(Target(macs="95%", max_drop=100), methods=("lowrank",))
+    options = {"layers": ["layer2.*"], "calibration": 60, "batch": 1, "rounds": 3}
+    result = accelerate_trained(network(), search, DATA, tmp_path, recipe=recipe, **options)
+    assert (result["epochs"], result["recipe"]["epochs"]) == (1, 9)
+    ended = "Fine-tuning ended after 1 of 9 epochs: the accuracy asked for was reached."
+    assert ended in acceleration_sentences(result)
+    page = write_acceleration_report(tmp_path).read_text()
+    assert "Fine-tuned for 1 epoch." in page
+    assert ended in page
+    part = {"what": "max_drop", "met": False}
+    missed = {**result, "verdict": {**result["verdict"], "parts": [part]}}
+    assert "9 epochs: it no longer got better" in " ".join(acceleration_sentences(missed))
+
+
 def test_weights_that_are_no_numbers_and_a_second_run_in_the_folder_are_refused(tmp_path):
     model = network()
     with only_writer(tmp_path), pytest.raises(BlockingIOError, match="another run is writing"):

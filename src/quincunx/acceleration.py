@@ -269,11 +269,11 @@ def _accelerated(
         kept = _renormalised(fast, images, [x for x, _ in sample(data, normalisation, seed + 1, 100)])
         doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
         stages.append(_Stage(f"after re-estimating batch norm{doubt}", fast, judge))
-    diverged = None
+    diverged, epochs = None, None
     if recipe is not None:
         untuned = copied(fast) if keep_diverged or keep_best else None
         try:
-            fit(
+            history = fit(
                 fast,
                 data,
                 recipe,
@@ -285,7 +285,8 @@ def _accelerated(
                 workers=workers,
                 stop=_stop_rule(method, stages[0]),
                 keep_best=keep_best,
-            )
+            )["history"]
+            epochs = len(history)
         except Diverged as error:
             if untuned is None or not keep_diverged:
                 raise
@@ -320,6 +321,7 @@ def _accelerated(
         "recipe": None if recipe is None else recipe.to_dict(),
         "images": {"train": len(data.train), "test": len(data.test)},
         "stages": [stage.against(stages[0]) for stage in stages],
+        "epochs": epochs,
         "diverged": diverged,
         "put_back": put_back,
         "skipped": found.skipped,

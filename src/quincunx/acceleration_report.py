@@ -45,6 +45,7 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         if "lost" in stage:
             text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
         said.append(f"{text}.")
+    said += _ended(result)
     slower = [row for row in result["layers"] if row["speedup"]["median"] < 1]
     gained = [row for row in slower if row.get("gain", 0.0) > 1]
     if gained:
@@ -57,6 +58,17 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     if result.get("unfused"):
         said.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
     return said
+
+
+def _ended(result: dict[str, Any]) -> list[str]:
+    """A sentence on fine-tuning that took fewer epochs than it could."""
+    done, planned = result.get("epochs"), (result.get("recipe") or {}).get("epochs")
+    if done is None or planned is None or done >= planned:
+        return []
+    parts = (result.get("verdict") or {"parts": ()})["parts"]
+    reached = all(part["met"] for part in parts if part["what"] == "max_drop")
+    why = "the accuracy asked for was reached" if reached else "it no longer got better"
+    return [f"Fine-tuning ended after {done} of {planned} epochs: {why}."]
 
 
 def first_sentences(result: dict[str, Any]) -> list[str]:
