@@ -297,6 +297,32 @@ def targets(*names: str) -> str:
     return table(header, cells)
 
 
+def with_drop(*names: str) -> str:
+    """Searches for a speed-up within a loss, one command each: what was asked and how it ended."""
+    header = ["network", "asked", "points allowed", "measured", "MAC ratio", "error before", "replaced"]
+    header += ["fine-tuned", "points lost", "p", "epochs", "scoring, min"]
+    cells = []
+    for name in names:
+        result = read(name, "accelerate.json")
+        cost, speed, stages = result["cost"], result["whole"]["speedup"], result["stages"]
+        asked = {part["what"]: part for part in result["verdict"]["parts"]}
+        cells.append(
+            [
+                name,
+                f"{asked['speedup']['asked']:g}x",
+                f"{asked['max_drop']['asked']:g}",
+                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
+                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *(f"{100 * stages[i]['error']:.2f}%" for i in (0, 1, -1)),
+                f"{asked['max_drop']['found']:+.2f}",
+                f"{stages[-1]['p']:.2g}",
+                f"{len(read(name, 'run.json')['history'])} of {result['recipe']['epochs']}",
+                f"{result['search']['seconds']['scoring'] / 60:.1f}",
+            ]
+        )
+    return table(header, cells)
+
+
 def zoo() -> str:
     """Networks of other libraries: is the fused copy equal, how fast, which layers each method takes."""
     result = read("zoo.json")
@@ -515,6 +541,7 @@ MADE = {
     "clothing-small-128": lambda: trained("clothing-small-128"),
     "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
     "targets": lambda: targets("resnet56-2x", "resnet56-1.5x", "clothing-resnet18-2x"),
+    "with-drop": lambda: with_drop("resnet20-published-1.5x", "resnet20-jpeg-1.5x"),
     "masks-cifar-resnet20": lambda: compared("masks-cifar-resnet20"),
     "masks-cifar-resnet56": lambda: compared("masks-cifar-resnet56"),
     "masks-jpeg-cifar-resnet20": lambda: compared("masks-jpeg-cifar-resnet20"),
