@@ -266,8 +266,9 @@ def accelerate(
             :class:`quincunx.SpatialBottleneck`).
         example_input: a tensor [N, C, H, W] or a tuple of arguments; tells the layers' order and
             sizes. By default the first batch of ``calibration``.
-        calibration: input batches, or (input, target) pairs, that can be read several times: a list
-            or a DataLoader, not an iterator.
+        calibration: a DataLoader, a data set or a list of batches: what can be read several times. A batch
+            is a tensor, (input, target), several inputs with a target or without, or a dictionary with
+            such keys as "pixel_values" and "labels"; see :class:`quincunx.streams.Calibration`.
         journal: keeps each layer as it is finished and gives it back to a later call.
 
     Returns:
