@@ -31,12 +31,14 @@ from quincunx.steps import (
     output,
     pool_window,
     reference,
+    shape_key,
     shortcut_rows,
 )
 
 __all__ = [
     "Recorded",
     "cudnn_stage",
+    "example_map",
     "follower_stage",
     "gpu_seconds",
     "is_recording",
@@ -158,23 +160,9 @@ def _means(step: Step, index: Tensor, starts: Tensor, out: Map, values: Values) 
 
 def prefers_cudnn(step: Step, maps: dict[str, Map], batch: int, device: torch.device) -> bool:
     """Whether cuDNN is faster for a dense step of this shape; measured once a process and card."""
-    shortcut = maps[step.shortcut.source] if step.shortcut else None
-    key = (
-        batch,
-        device,
-        torch.backends.cudnn.allow_tf32,
-        step.weight.dtype,
-        tuple(step.weight.shape),
-        step.geometry,
-        step.groups,
-        maps[step.source],
-        shortcut,
-        step.activation,
-        step.out is None,
-        step.out2 is None,
-    )
+    key = (device, torch.backends.cudnn.allow_tf32, *shape_key(step, maps, batch))
     if key not in _FASTER:
-        values = {name: _example(maps[name], batch, step.weight.dtype, device) for name in step.reads}
+        values = {name: example_map(maps[name], batch, step.weight.dtype, device) for name in step.reads}
         ours = step_stage(step, maps, device)
         theirs = cudnn_stage(step, maps)
         ratio = gpu_seconds(lambda: ours(dict(values))) / gpu_seconds(lambda: theirs(dict(values)))
@@ -226,7 +214,8 @@ def _cudnn() -> Any:
     )
 
 
-def _example(shape: Map, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def example_map(shape: Map, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random values of a map's shape, to time a step with."""
     made = torch.randn(batch, shape.channels, *shape.stored, device=device)
     return made.to(dtype).contiguous(memory_format=torch.channels_last)
 

@@ -35,6 +35,7 @@ from quincunx.steps import (
     parted,
     reference,
     settled,
+    shape_key,
     shortcut_rows,
     tables,
 )
@@ -194,22 +195,12 @@ _FASTER: dict[tuple[Any, ...], bool] = {}
 
 def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
     """Whether torch's convolution is faster for a dense step of this shape; measured once a process."""
-    shortcut = maps[step.shortcut.source] if step.shortcut else None
-    key = (
-        batch,
-        torch.get_num_threads(),
-        step.weight.dtype,
-        tuple(step.weight.shape),
-        step.geometry,
-        step.groups,
-        maps[step.source],
-        shortcut,
-        step.activation,
-        step.out is None,
-        step.out2 is None,
-    )
+    key = (torch.get_num_threads(), *shape_key(step, maps, batch))
     if key not in _FASTER:
-        values = {name: _example(maps[name], batch, step.weight.dtype) for name in step.reads}
+        device = step.weight.device
+        values = {
+            name: launches.example_map(maps[name], batch, step.weight.dtype, device) for name in step.reads
+        }
         ours = _segment([step], maps, set(step.writes))
         ratio = speed_ratio(
             partial(_reference_stage, step, maps, dict(values)),
@@ -218,10 +209,6 @@ def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
         )
         _FASTER[key] = ratio * _MARGIN > 1
     return _FASTER[key]
-
-
-def _example(shape: Map, batch: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(batch, shape.channels, *shape.stored).to(dtype, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- the module
@@ -426,7 +413,10 @@ class Program(nn.Module):
             return mixed
         # a step that torch runs faster also cuts a native call in two
         whole = self._stages(steps, maps, set())
-        example = {name: _example(maps[name], batch, self.dtype) for name in self.inputs}
+        example = {
+            name: launches.example_map(maps[name], batch, self.dtype, self._weight.device)
+            for name in self.inputs
+        }
         ratio = speed_ratio(partial(_run, mixed, example), partial(_run, whole, example), level=1 / _MARGIN)
         return mixed if ratio * _MARGIN > 1 else whole
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ __all__ = [
     "pool_window",
     "reference",
     "settled",
+    "shape_key",
     "shortcut_rows",
     "tables",
 ]
@@ -220,6 +222,23 @@ def settled(step: Step, maps: dict[str, Map]) -> Step:
         return step
     grid = step.geometry.grid(*maps[step.source].size)
     return replace(step, sampling=laid(from_spec(step.sampling), grid, step.resize_masks).spec)
+
+
+def shape_key(step: Step, maps: dict[str, Map], batch: int) -> tuple[Any, ...]:
+    """What the time of a dense step depends on, besides where it runs."""
+    shortcut = maps[step.shortcut.source] if step.shortcut else None
+    return (
+        batch,
+        step.weight.dtype,
+        tuple(step.weight.shape),
+        step.geometry,
+        step.groups,
+        maps[step.source],
+        shortcut,
+        step.activation,
+        step.out is None,
+        step.out2 is None,
+    )
 
 
 def keeps_compact(step: Step, source: str, shortcut: str) -> bool:

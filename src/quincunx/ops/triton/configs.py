@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from quincunx.ops.triton.layouts import Layout
+from quincunx.writing import write_json
 
 __all__ = [
     "Config",
@@ -22,6 +23,7 @@ __all__ = [
     "for_weight",
     "keep",
     "key_of",
+    "power",
     "processors",
     "weight_candidates",
 ]
@@ -53,7 +55,8 @@ class Config:
     split: int = 1
 
 
-def _power(value: int) -> int:
+def power(value: int) -> int:
+    """The least power of two that is not smaller, and at least 16: what a side of a tile may be."""
     return max(16, 1 << (max(1, value) - 1).bit_length())
 
 
@@ -119,10 +122,7 @@ def keep(card: str, best: dict[str, Config]) -> Path:
     table = json.loads(path.read_text())["tables"].get(card, {}) if path.exists() else {}
     table.update({key: list(astuple(config)) for key, config in best.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a reader sees the old file or the new one
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps({"tables": {card: table}}, indent=1, sort_keys=True))
-    beside.replace(path)
+    write_json(path, {"tables": {card: table}})
     _tuned.cache_clear()
     return path
 
@@ -152,8 +152,8 @@ def _ruled(
 ) -> Config:
     """Large tiles while they fill the card, then smaller ones, then parts of sums."""
     half = torch.finfo(dtype).bits == 16
-    depth = min(64 if half else 32, _power(inner))
-    columns = min(128, _power(outer))
+    depth = min(64 if half else 32, power(inner))
+    columns = min(128, power(outer))
     taps = max(1, max(taps for _, taps in layout.shape))
 
     def tiles(rows: int, columns: int) -> int:
@@ -181,8 +181,8 @@ def for_weight(
     if found is not None:
         return found
     half = torch.finfo(dtype).bits == 16
-    rows, columns = min(128, _power(outer)), min(64 if outer > 64 else 128, _power(inner))
-    depth = min(64 if half else 32, _power(points))
+    rows, columns = min(128, power(outer)), min(64 if outer > 64 else 128, power(inner))
+    depth = min(64 if half else 32, power(points))
     tiles = -(-outer // rows) * -(-inner // columns) * taps * groups
     most = -(-points // depth) * max(1, batch // 8)
     split = max(1, min(most, 2 * processors(_card()) // tiles))
@@ -199,8 +199,8 @@ def candidates(
         count: the card's processors.
     """
     size = torch.finfo(dtype).bits // 8
-    depths = sorted({min(depth, _power(inner)) for depth in ((64, 128) if size == 2 else (32, 64))})
-    widths = sorted({min(columns, _power(outer)) for columns in (32, 64, 128, 256)})
+    depths = sorted({min(depth, power(inner)) for depth in ((64, 128) if size == 2 else (32, 64))})
+    widths = sorted({min(columns, power(outer)) for columns in (32, 64, 128, 256)})
     found = []
     # a long step needs long sums, or it is one of a few
     depths = [depth for depth in depths if depth == depths[0] or inner >= 2 * depth]
@@ -227,9 +227,9 @@ def weight_candidates(
     """What is worth trying for a weight's gradient; ``count`` as in :func:`candidates`."""
     size = torch.finfo(dtype).bits // 8
     found = []
-    sides = sorted({min(side, _power(outer)) for side in (64, 128)})
-    widths = sorted({min(side, _power(inner)) for side in (64, 128)})
-    depths = sorted({min(depth, _power(points)) for depth in (32, 64)})
+    sides = sorted({min(side, power(outer)) for side in (64, 128)})
+    widths = sorted({min(side, power(inner)) for side in (64, 128)})
+    depths = sorted({min(depth, power(points)) for depth in (32, 64)})
     for rows, columns, depth in product(sides, widths, depths):
         tiles = -(-outer // rows) * -(-inner // columns) * taps
         most = -(-points // depth) * batch

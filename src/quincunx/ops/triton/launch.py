@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.triton import kernels
-from quincunx.ops.triton.configs import Config, for_gemm, for_weight
+from quincunx.ops.triton.configs import Config, for_gemm, for_weight, power
 from quincunx.ops.triton.layouts import Layout
 from quincunx.plan import Geometry
 
@@ -90,7 +90,7 @@ def convolve(
     ends = (bias, residual, residual_rows, scale2, shift2, out, out2)
     with _on(x):
         if inner == outer == 1:
-            config = config or Config(64, min(64, _power(outputs)), 1, 4, 2)
+            config = config or Config(64, min(64, power(outputs)), 1, 4, 2)
             kernels.depthwise[_tiles(layout, batch, config.rows), -(-outputs // config.columns)](
                 x, weight, *ends, layout.classes, layout.taps, layout.index, layout.rows,
                 batch, len(layout.shape), layout.in_rows, layout.out_rows,
@@ -115,7 +115,7 @@ def convolve(
             BN=config.columns, BK=config.depth, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if workspace is not None:
-            columns = min(64, _power(outputs))
+            columns = min(64, power(outputs))
             kernels.finish[-(-batch * layout.out_rows // 32), -(-outputs // columns)](
                 workspace, *ends, batch, layout.out_rows, outputs, res_rows, res_channels,
                 ACT=activation, WIDE=wide or _wide(workspace.numel()), SPLIT=config.split, BM=32, BN=columns,
@@ -170,7 +170,7 @@ def fill_rows(y: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
     out = _empty(y, (y.shape[0], channels, size[0], size[1]))
     total = y.shape[0] * rows
     if total and channels:
-        columns = min(256, _power(channels))
+        columns = min(256, power(channels))
         many = max(1, 4096 // columns)
         with _on(y):
             kernels.gather_rows[-(-total // many), -(-channels // columns)](
@@ -186,7 +186,7 @@ def reduce_windows(x: Tensor, index: Tensor, starts: Tensor, size: Sequence[int]
     channels, windows = x.shape[1], size[0] * size[1]
     out = _empty(x, (x.shape[0], channels, size[0], size[1]))
     if out.numel():
-        columns = min(256, _power(channels))
+        columns = min(256, power(channels))
         with _on(x):
             kernels.collect_rows[x.shape[0] * windows, -(-channels // columns)](
                 x, out, index, starts, x.shape[2] * x.shape[3], windows, channels,
@@ -203,7 +203,7 @@ def max_pool(x: Tensor, window: Geometry, size: tuple[int, int]) -> Tensor:
     out = _empty(x, (x.shape[0], channels, *size))
     total = x.shape[0] * size[0] * size[1]
     if total and channels:
-        columns = min(128, _power(channels))
+        columns = min(128, power(channels))
         many = max(1, 2048 // columns)
         with _on(x):
             kernels.max_rows[-(-total // many), -(-channels // columns)](
@@ -221,11 +221,6 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _tiles(layout: Layout, batch: int, rows: int) -> int:
     return sum(-(-batch * points // rows) for points, _ in layout.shape)
-
-
-def _power(value: int) -> int:
-    """The least power of two that is not smaller, and at least 16."""
-    return max(16, 1 << (value - 1).bit_length())
 
 
 def _on(x: Tensor) -> Any:
