@@ -527,12 +527,22 @@ def times_record(model: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Any
 
 
 def calls_of(run: nn.Module, x: Tensor) -> int:
-    """How many calls make a round, after a warm-up."""
+    """How many calls make a round, after a warm-up.
+
+    Doubled until they take a part of the round that the clock can tell: where the system counts a process's
+    time in steps, one short call may take none.
+    """
     for _ in range(2):
         run(x)
-    begin = time.process_time()
-    run(x)
-    return max(1, int(ROUND_SECONDS / max(time.process_time() - begin, 1e-6)))
+    calls = 1
+    while True:
+        begin = time.process_time()
+        for _ in range(calls):
+            run(x)
+        seconds = time.process_time() - begin
+        if seconds >= ROUND_SECONDS / 4:
+            return max(1, round(calls * ROUND_SECONDS / seconds))
+        calls *= 2
 
 
 def methods_record(model: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, list[str]]]:
