@@ -49,10 +49,10 @@ format: $(STAMP)
 sanitize: build/test_kernel
 	build/test_kernel
 
-build/test_kernel: $(wildcard csrc/*)
+build/test_kernel: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-		csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+	$(CXX) -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so

@@ -14,7 +14,7 @@ from typing import Any
 from setuptools import setup
 
 REQUIRED = os.environ.get("QUINCUNX_REQUIRE_NATIVE", "") not in ("", "0")
-SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp") if not p.name.startswith("test_"))
+SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
 
 

@@ -37,14 +37,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import quincunx as qx
-from oracle import AWKWARD, Case, lay_out
-from quincunx.artifact import write_json
-from quincunx.latency_cuda import environment_cuda, tf32
+from helpers.oracle import AWKWARD, Case, lay_out
+from quincunx.fusion.program import Program
+from quincunx.fusion.steps import Shortcut, Step
+from quincunx.measure.latency_cuda import environment_cuda, tf32
 from quincunx.ops import reference
-from quincunx.plan import Geometry
-from quincunx.program import Program
+from quincunx.ops.geometry import Geometry
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Random, Uniform, from_spec
-from quincunx.steps import Shortcut, Step
+from quincunx.writing import write_json
 
 OPS = torch.ops.quincunx
 

@@ -118,7 +118,7 @@ def summary(folder: Path) -> Iterator[str]:
 def machine() -> Iterator[str]:
     import torch
 
-    from quincunx.latency_cuda import environment_cuda
+    from quincunx.measure.latency_cuda import environment_cuda
     from quincunx.ops import backend
 
     if not torch.cuda.is_available():

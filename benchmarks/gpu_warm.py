@@ -18,8 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
-from quincunx.bench_cuda import SUITES, Case
-from quincunx.latency_cuda import on_stream, tf32
+from quincunx.experiments.bench_cuda import SUITES, Case
+from quincunx.measure.latency_cuda import tf32
+from quincunx.ops.cuda_graphs import on_stream
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -31,16 +31,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from quincunx import networks
-from quincunx.artifact import write_json
-from quincunx.cost import cost
 from quincunx.data import ImageData, Split, load_data
 from quincunx.data.sets import statistics as statistics_of
-from quincunx.files import file_name
-from quincunx.latency import environment
+from quincunx.measure.cost import cost
+from quincunx.measure.environment import environment
 from quincunx.ops import backend
-from quincunx.recipes import Recipe, cifar
-from quincunx.report import label_of
-from quincunx.train import fit
+from quincunx.report.results import label_of
+from quincunx.train.loop import fit
+from quincunx.train.recipes import Recipe, cifar
+from quincunx.writing import file_name, write_json
 
 
 def age() -> float:
@@ -173,7 +172,7 @@ class Watch:
         return self.job.work * (self.epochs - self.done) if self.table is not None else 0.0
 
     def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """As of a :class:`quincunx.train.StopRule`: asked after each epoch, and again at the end."""
+        """As of a :class:`quincunx.train.loop.StopRule`: asked after each epoch, and again at the end."""
         now = time.perf_counter()
         if len(history) > self.done:
             # the first one holds what comes before it

@@ -48,10 +48,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import quincunx as qx
-from quincunx.artifact import write_text
-from quincunx.latency import environment
-from quincunx.streams import Layer
-from quincunx.surgery import prepare
+from quincunx.measure.environment import environment
+from quincunx.surgery.calibration import Layer
+from quincunx.surgery.replace import prepare
+from quincunx.writing import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -814,13 +814,6 @@ def kept_rows(side: Path, made_by: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found[1:] if found and found[0] == made_by else []
 
 
-def result_text(head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
-    """JSON with one row a line."""
-    start = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
-    body = ",\n".join("    " + json.dumps(row, allow_nan=False) for row in rows)
-    return f'{start},\n  "rows": [\n{body}\n  ]\n}}\n'
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -879,7 +872,7 @@ def run(entries: Sequence[Entry], out: Path, *, only: str, jobs: int, limit: flo
         "minutes": round((time.monotonic() - started) / 60, 1),
         "environment": {**environment(), **versions_of()},
     }
-    write_text(out, result_text(head, rows))
+    write_json(out, {**head, "rows": rows})
     side.unlink()
     wrong = [fault for row in rows for fault in faults(row)]
     print(summary(rows), *wrong, sep="\n")

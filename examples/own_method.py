@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import quincunx as qx
-from quincunx.comparison import compare_methods
 from quincunx.data import load_data
-from quincunx.methods import build_module
+from quincunx.experiments.compare import compare_methods
+from quincunx.layers.build import build_module
 from quincunx.methods.points import Point
-from quincunx.recipes import by_name, recipe_with
 from quincunx.surgery import Context, Layer, Work, each
-from quincunx.train import fit
+from quincunx.train.loop import fit
+from quincunx.train.recipes import by_name, recipe_with
 
 
 @dataclass(frozen=True)

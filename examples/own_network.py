@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import quincunx as qx
 from quincunx.data import batches, load_data
-from quincunx.evaluation import evaluate
+from quincunx.train.evaluation import evaluate
 
 
 class Branch(nn.Module):

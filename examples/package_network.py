@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 
 import quincunx as qx
-from quincunx.acceleration import accelerate_trained
-from quincunx.acceleration_report import acceleration_sentences
+from quincunx.acceleration.pipeline import accelerate_trained
 from quincunx.data import load_data
-from quincunx.recipes import by_name, recipe_with
-from quincunx.train import fit
+from quincunx.report.acceleration import acceleration_sentences
+from quincunx.train.loop import fit
+from quincunx.train.recipes import by_name, recipe_with
 
 
 def main(epochs: int) -> None:

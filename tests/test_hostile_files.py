@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 import quincunx as qx
-from quincunx import scores
-from quincunx.artifact import read_spec
-from quincunx.checkpoint import read_checkpoint, write_checkpoint
-from quincunx.journal import FolderJournal
-from quincunx.latency import Timing
+from quincunx.acceleration import scores
+from quincunx.acceleration.journal import FolderJournal
+from quincunx.acceleration.scores import Scores
+from quincunx.measure.latency import Timing
+from quincunx.networks.spec import read_spec
 from quincunx.reading import Entry, read_json, sealed, sha256_of
-from quincunx.scores import Scores
-from quincunx.streams import Layer
-from quincunx.surgery import Replacement
+from quincunx.surgery.calibration import Layer
+from quincunx.surgery.method import Replacement
+from quincunx.train.checkpoint import read_checkpoint, write_checkpoint
 
 TIMES = int(os.environ.get("QUINCUNX_FUZZ", "40"))
 ODD = [

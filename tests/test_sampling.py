@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracle import computed, samplings
+from helpers.oracle import computed, samplings
 from quincunx.sampling import (
     CHESSBOARD,
     QUARTER,

@@ -16,10 +16,11 @@ from torch import nn
 
 import quincunx as qx
 from quincunx import writing
-from quincunx.checkpoint import write_checkpoint
-from quincunx.journal import FolderJournal
-from quincunx.streams import Layer
-from quincunx.surgery import Replacement
+from quincunx.acceleration.journal import FolderJournal
+from quincunx.reading import read_json
+from quincunx.surgery.calibration import Layer
+from quincunx.surgery.method import Replacement
+from quincunx.train.checkpoint import write_checkpoint
 from quincunx.writing import fill_folder, restore, write_atomically, write_json
 
 FORK = multiprocessing.get_context("fork")
@@ -83,7 +84,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path):
         time.sleep(dice.uniform(0.001, 0.02))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        assert len(set(qx.artifact.read_json(place))) == 1
+        assert len(set(read_json(place))) == 1
     write_json(place, [])
     assert os.listdir(tmp_path) == ["r.json"]
 

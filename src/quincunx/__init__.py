@@ -8,27 +8,33 @@ from importlib.metadata import version as _version
 # a process that only prints the version needs none of what takes seconds to import: torch
 if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quincunx", "__main__.py", "-m"):
     from quincunx import networks
-    from quincunx.artifact import load, save
-    from quincunx.binary import BinaryConv2d, BinaryLinear
-    from quincunx.cost import Cost, cost
-    from quincunx.fuse import fuse
+    from quincunx.acceleration.accelerate import accelerate
+    from quincunx.fusion.fuse import fuse
+    from quincunx.layers.binary import BinaryConv2d, BinaryLinear
+    from quincunx.layers.quantised import CodebookConv2d, CodebookLinear, QuantConv2d, QuantLinear
+    from quincunx.layers.sampled import (
+        PerforatedConv2d,
+        SampledConv2d,
+        SampledConvTranspose2d,
+        SpatialBottleneck2d,
+    )
+    from quincunx.layers.separable import CPConv2d, EspaceConv2d, SeparableConv2d
+    from quincunx.measure.cost import Cost, cost
     from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
-    from quincunx.nn import PerforatedConv2d, SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
+    from quincunx.networks.artifact import load, save
     from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
-    from quincunx.quantised import QuantConv2d, QuantLinear
     from quincunx.sampling import (
         CHESSBOARD,
         QUARTER,
         THREE_QUARTERS,
         Cosets,
+        EvenGrid,
         Positions,
         Random,
         Sampling,
         Uniform,
     )
-    from quincunx.search import accelerate
-    from quincunx.separable import CPConv2d, EspaceConv2d, SeparableConv2d
-    from quincunx.surgery import Accelerated, Method, Replacement
+    from quincunx.surgery.method import Accelerated, Method, Replacement
 
 try:
     __version__ = _version("quincunx")
@@ -46,10 +52,13 @@ __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
     "CPConv2d",
+    "CodebookConv2d",
+    "CodebookLinear",
     "Cosets",
     "Cost",
     "Espace",
     "EspaceConv2d",
+    "EvenGrid",
     "LowRank",
     "Method",
     "PerforatedConv2d",

@@ -7,14 +7,28 @@ layer for what its class says asks here first. Whoever changes a network copies 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["copied", "first_line", "forward_hooks", "held_at", "known_class", "padding_of", "surely"]
+__all__ = [
+    "Attached",
+    "carry_hooks",
+    "copied",
+    "evaluation",
+    "first_line",
+    "forward_hooks",
+    "held_at",
+    "inference_mode_of",
+    "known_class",
+    "padding_of",
+    "set_module",
+    "surely",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -169,3 +183,68 @@ def first_line(error: Exception) -> str:
     """The first line of what an exception says, or else its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+_CARRIED = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """A module that works together with another one of its network."""
+
+    def attach(self, network: nn.Module) -> None:
+        """Find the other one; called whenever the module was put in a network."""
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of the one whose place it takes."""
+    for name in _CARRIED:
+        setattr(new, name, copy.copy(getattr(old, name)))
+
+
+def set_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The network with a module at a path; the module itself where the path is empty."""
+    if not name:
+        return module
+    parent, _, last = name.rpartition(".")
+    network.get_submodule(parent).add_module(last, module)
+    return network
+
+
+@contextmanager
+def evaluation(network: nn.Module) -> Iterator[None]:
+    """Within: every module in evaluation mode, and tensors that can be trained also where inference mode is
+    on; each module's own mode after."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """Within: every module in evaluation mode and no gradients; each module's own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

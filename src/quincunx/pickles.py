@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from quincunx.files import memory_left
+from quincunx.reading import memory_left
 
 __all__ = ["Bounded", "Dictionary", "Made", "Makers", "Named", "Opaque", "read_pickle"]
 

@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import math
 import os
 import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quincunx.files import bounded, naming
-
 __all__ = [
+    "ZIP_DAMAGE",
     "Entry",
-    "difference",
+    "bounded",
+    "differing_fields",
+    "memory_left",
+    "naming",
+    "one_line",
+    "open_member",
     "read_json",
+    "read_member",
     "read_sealed",
     "read_tensors",
-    "reason_of",
     "sealed",
     "sha256_of",
     "shown",
@@ -52,7 +61,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({reason_of(error)})") from error
+        raise ValueError(f"{path}: not a JSON file ({one_line(error)})") from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -73,7 +82,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def reason_of(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception says, on one line, or else its class."""
     # torch appends where it was raised, line after line
     text = str(error).partition("\nException raised from")[0]
@@ -177,7 +186,7 @@ class Entry:
         return f"{self.at}.{name}" if self.at else name
 
 
-def difference(theirs: Any, ours: Any) -> str:
+def differing_fields(theirs: Any, ours: Any) -> str:
     """The fields in which two descriptions differ, as a sentence's end."""
     if not isinstance(theirs, dict) or not isinstance(ours, dict):
         return f"was {shown(theirs)}, now {shown(ours)}"
@@ -192,9 +201,8 @@ def difference(theirs: Any, ours: Any) -> str:
                 and not {"name", "factory"}.isdisjoint({**one, **other})
             )
             name = key if key.isidentifier() else shown(key)
-            found.append(
-                f"{name} {difference(one, other) if nested else f'was {shown(one)}, now {shown(other)}'}"
-            )
+            told = differing_fields(one, other) if nested else f"was {shown(one)}, now {shown(other)}"
+            found.append(f"{name} {told}")
     return ", ".join(found)
 
 
@@ -260,4 +268,136 @@ def read_tensors(path: Path, *, what: str | None = None) -> dict[str, Tensor]:
         try:
             return load_file(str(path))
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{what}: damaged, or no file of tensors ({reason_of(error)})") from error
+            raise ValueError(f"{what}: damaged, or no file of tensors ({one_line(error)})") from error
+
+
+def memory_left() -> int:
+    """Bytes of memory that this machine can still give, at least 1 MiB; 1 GiB where it does not say."""
+    try:
+        left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 30
+    return max(int(left), 1 << 20)
+
+
+def bounded(claimed: int, *, what: str, at_most: int | None = None) -> int:
+    """A number of bytes that a file claims, if there can be as many.
+
+    Args:
+        claimed: bytes, as the file says.
+        what: the file and the part of it, which the error begins with.
+        at_most: what the file itself can hold of it, where that is known; always no more than half of the
+            memory that is left.
+
+    Raises:
+        ValueError: negative, or more than that.
+    """
+    limit = memory_left() // 2
+    limit = limit if at_most is None else min(limit, at_most)
+    if not 0 <= claimed <= limit:
+        raise ValueError(f"{what}: claims {claimed:,} bytes, of which there can be {limit:,} at most")
+    return claimed
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Within: an error of the operating system that does not name a file names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+# what reading a zip archive may raise, besides errors of the operating system
+ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    ValueError,
+    LookupError,
+    OverflowError,
+    # an encrypted member; NotImplementedError, an unknown compression, is one as well
+    RuntimeError,
+)
+
+
+# what one byte can become when it is unpacked: deflate's format allows no more
+_DEFLATE = 1040
+
+
+_PIECE = 1 << 20
+
+
+# bytes that lzma may look back, for which unpacking takes memory before the first byte comes
+_LARGEST_WINDOW = 1 << 28
+
+
+def _window(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """What a member packed by lzma asks for."""
+    file = archive.fp
+    if file is None:
+        return 0
+    file.seek(member.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))
+    file.seek(sum(lengths), 1)
+    # four bytes of version and length, one of settings, then the window
+    return int.from_bytes(file.read(9)[5:], "little")
+
+
+def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, length: int, *, what: str) -> IO[bytes]:
+    """A member of a zip archive to read from, once what it takes to unpack it is known to be there.
+
+    Args:
+        archive, member: what is opened.
+        length: bytes of the archive.
+        what: the file and the member, which an error begins with.
+
+    Raises:
+        ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
+    """
+    bounded(member.compress_size, what=what, at_most=length)
+    if member.compress_type == zipfile.ZIP_LZMA:
+        bounded(_window(archive, member), what=f"{what}: its window", at_most=_LARGEST_WINDOW)
+    return archive.open(member)
+
+
+def read_member(
+    archive: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    length: int,
+    *,
+    what: str,
+    at_most: int | None = None,
+) -> bytes:
+    """A member of a zip archive, its size bounded before anything is read.
+
+    Args:
+        archive, member: what is read.
+        length: bytes of the archive.
+        what: the file and the member, which an error begins with.
+        at_most: bytes that there may be.
+
+    Raises:
+        ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
+    """
+    stored = member.compress_type == zipfile.ZIP_STORED
+    deflated = member.compress_type == zipfile.ZIP_DEFLATED
+    limit = member.compress_size * (1 if stored else _DEFLATE)
+    limits = [n for n in (limit if stored or deflated else None, at_most) if n is not None]
+    size = bounded(member.file_size, what=what, at_most=min(limits, default=None))
+    pieces: list[bytes] = []
+    left = size
+    with open_member(archive, member, length, what=what) as file:
+        # a piece at a time: a call for all of it unpacks what there is, whatever was claimed
+        while piece := file.read(min(left + 1, _PIECE)):
+            left -= len(piece)
+            if left < 0:
+                break
+            pieces.append(piece)
+    if left:
+        raise ValueError(f"{what}: has other than the {size:,} bytes that it claims")
+    return b"".join(pieces)

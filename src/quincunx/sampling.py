@@ -23,6 +23,7 @@ __all__ = [
     "QUARTER",
     "THREE_QUARTERS",
     "Cosets",
+    "EvenGrid",
     "Positions",
     "Random",
     "Sampling",
@@ -320,6 +321,10 @@ def _even_counts(rate: float, height: int, width: int) -> tuple[int, int]:
     if best is None:
         raise ValueError(f"grid {height} x {width}: a grid needs at least one row and one column")
     return best[1], best[2]
+
+
+# the name that says what it is; the older one stays
+EvenGrid = Uniform
 
 
 class Positions(Sampling):

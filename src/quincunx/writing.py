@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -33,7 +34,9 @@ except ImportError:  # another system than Unix: nothing is locked, and nothing 
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "file_name",
     "fill_folder",
+    "json_text",
     "restore",
     "storable",
     "write_atomically",
@@ -80,7 +83,7 @@ def fill_folder(place: Path, write: Callable[[Path], None]) -> None:
         for path in folder.iterdir():
             _settle(path, folder)
         _sync(folder)
-        _put(folder, place)
+        _move_into_place(folder, place)
         _sync(place.parent)
 
 
@@ -90,8 +93,38 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (no NaN), atomically."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Strict JSON (no NaN), atomically; its layout is that of :func:`json_text`."""
+    write_text(path, json_text(value) + "\n")
+
+
+# characters up to which a value stays on its line, and a record, an item of a list, on one of its own
+_LINE, _RECORD = 160, 2000
+
+
+def json_text(value: Any) -> str:
+    r"""Strict JSON to read and to compare by lines: an array of numbers or a short record is one line.
+
+    Raises:
+        ValueError: NaN or an infinity.
+
+    Example:
+        >>> json_text({"rows": [{"name": "a" * 90}, {"name": "b" * 90}]}).count("\n")
+        5
+    """
+    # as a reader will find it: keys are text, tuples are lists
+    return _json_lines(json.loads(json.dumps(value, allow_nan=False)), "\n", _LINE)
+
+
+def _json_lines(value: Any, margin: str, longest: int) -> str:
+    line = json.dumps(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if len(line) <= longest or not any(isinstance(x, dict | list) for x in items):
+        return line
+    deeper = margin + "  "
+    if isinstance(value, dict):
+        inner = [f"{json.dumps(key)}: {_json_lines(x, deeper, _LINE)}" for key, x in value.items()]
+        return "{" + deeper + f",{deeper}".join(inner) + margin + "}"
+    return "[" + deeper + f",{deeper}".join(_json_lines(x, deeper, _RECORD) for x in value) + margin + "]"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -239,7 +272,7 @@ def _sync(path: Path) -> None:
 # ---------------------------------------------------------------- one folder in another's place
 
 
-def _put(fresh: Path, place: Path) -> None:
+def _move_into_place(fresh: Path, place: Path) -> None:
     if not place.exists():
         try:
             fresh.rename(place)
@@ -314,3 +347,16 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
         return None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return lambda one, other: int(renameat2(here, one, here, other, exchange))
+
+
+def file_name(label: str) -> str:
+    """A network's label as a file name that any system takes.
+
+    Example:
+        >>> file_name("rsbn20 2/4, width 8")
+        'rsbn20-2of4-width-8'
+    """
+    name = re.sub(r"[^\w.]+", "-", re.sub(r"(\d)/(\d)", r"\1of\2", label)).strip("-.")
+    if len(name) <= 80:
+        return name
+    return f"{name[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

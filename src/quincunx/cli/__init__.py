@@ -11,9 +11,24 @@ import typer
 import quincunx as qx
 
 # the verbs register themselves; help lists them in this order
-from quincunx.cli import accelerating, measuring, training  # noqa: F401
-from quincunx.cli.common import app
-from quincunx.console import say, warn_in_one_line
+# isort: off
+from quincunx.cli import (
+    demo,
+    train,
+    evaluate,
+    accelerate,
+    compare,
+    bench,
+    cost,
+    tune,
+    reproduce,
+    report,
+    info,
+)
+
+# isort: on
+from quincunx.cli.options import app
+from quincunx.cli.printing import say, warn_in_one_line
 
 __all__ = ["app", "main"]
 

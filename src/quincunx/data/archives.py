@@ -20,7 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from quincunx.files import ZIP_DAMAGE, bounded, open_member, read_member
+from quincunx.reading import (
+    ZIP_DAMAGE,
+    bounded,
+    open_member,
+    read_member,
+)
 
 __all__ = ["LARGEST", "Member", "TooLarge", "members", "plain", "resolved"]
 

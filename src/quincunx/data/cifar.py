@@ -16,7 +16,7 @@ from quincunx.data.archives import LARGEST, TooLarge, members
 from quincunx.data.download import Progress, check_sum, data_folder, fetch
 from quincunx.data.images import Pixels, begins_like_image, centre, is_image, may_be_image
 from quincunx.data.sets import ImageData, Split, statistics
-from quincunx.data.unpickle import Array, read_pickle
+from quincunx.data.unpickle import Array, read_cifar_pickle
 
 SITE = "https://www.cs.toronto.edu/~kriz/"
 # the sums published there
@@ -204,7 +204,7 @@ def _check_length(name: str, length: int) -> None:
 
 def _class_names(name: str, content: bytes, form: Form) -> tuple[str, ...]:
     if form.names:
-        found = read_pickle(name, content).get(form.names)
+        found = read_cifar_pickle(name, content).get(form.names)
         listed = found if isinstance(found, list) else []
         names = [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in listed]
     else:
@@ -227,7 +227,7 @@ def _binary(name: str, content: bytes, form: Form, width: int) -> tuple[Tensor, 
 
 def _python(name: str, content: bytes, form: Form) -> tuple[Tensor, Tensor]:
     """A pickled dictionary of an array of images, plane by plane, and a list of classes."""
-    batch = read_pickle(name, content)
+    batch = read_cifar_pickle(name, content)
     images, listed = batch.get("data"), batch.get(str(form.labels))
     if not isinstance(images, Array) or not isinstance(listed, list):
         raise ValueError(f"{name}: expected entries data (an array) and {form.labels} (a list)")

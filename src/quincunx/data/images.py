@@ -54,7 +54,7 @@ _STRIP = 16
 Pixels = NDArray[np.uint8]
 
 
-class Entry(NamedTuple):
+class ImageEntry(NamedTuple):
     """An image that was found: what to call it, its class and part, and where or what it is."""
 
     name: str
@@ -113,7 +113,7 @@ def _hidden(folder: str) -> bool:
     return folder.startswith(".") and folder != ".."
 
 
-def folder_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[Entry]:
+def folder_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[ImageEntry]:
     """Images below a folder, in order; links to folders are followed, once round.
 
     Args:
@@ -132,7 +132,7 @@ def _below(
     labelled: bool,
     left: list[str],
     seen: dict[tuple[str, object], None],
-) -> Iterator[Entry]:
+) -> Iterator[ImageEntry]:
     place = _class_and_part(inside, labelled)
     if place is None or place[1] is None:
         # the root's own name may say which part it is
@@ -154,10 +154,10 @@ def _below(
         # a link to nowhere is an image that cannot be read, not one that is not there
         elif is_image(entry.name):
             if entry.is_file() or not os.path.exists(entry.path):
-                yield Entry(entry.path, place[0], part or place[1], entry.path)
+                yield ImageEntry(entry.path, place[0], part or place[1], entry.path)
         elif may_be_image(entry.name) and entry.is_file():
             if begins_like_image(_beginning(entry.path)):
-                yield Entry(entry.path, place[0], part or place[1], entry.path)
+                yield ImageEntry(entry.path, place[0], part or place[1], entry.path)
             elif inside:
                 left.append(printable(entry.path))
 
@@ -175,7 +175,7 @@ def _beginning(path: str) -> bytes:
         return b""
 
 
-def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[Entry]:
+def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[ImageEntry]:
     """Images inside an archive, in its order, then those that links in it lead to; nothing is written.
 
     Args:
@@ -200,7 +200,7 @@ def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str
             continue
         shown = f"{root}:{member.name}"
         if is_image(name) or (may_be_image(name) and begins_like_image(member.head())):
-            yield Entry(shown, place[0], part or place[1], _content(member))
+            yield ImageEntry(shown, place[0], part or place[1], _content(member))
         elif may_be_image(name) and folders:
             left.append(printable(shown))
     yield from _linked(root, part, links, resolved(targets, files))
@@ -208,7 +208,7 @@ def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str
 
 def _linked(
     root: Path, part: str | None, links: list[tuple[str, str, tuple[str, str | None]]], ends: dict[str, str]
-) -> Iterator[Entry]:
+) -> Iterator[ImageEntry]:
     """The images that links lead to, by reading the archive once more, each file for all its links."""
     wanted: dict[str, list[tuple[str, tuple[str, str | None]]]] = {}
     for name, link, place in links:
@@ -216,13 +216,13 @@ def _linked(
             wanted.setdefault(ends[link], []).append((name, place))
         elif is_image(name):
             # an image that cannot be read
-            yield Entry(f"{root}:{name}", place[0], part or place[1], b"")
+            yield ImageEntry(f"{root}:{name}", place[0], part or place[1], b"")
     for member in members(root) if wanted else ():
         if member.target is None and plain(member.name) in wanted:
             content = _content(member)
             for name, place in wanted.pop(plain(member.name)):
                 if is_image(name) or (isinstance(content, bytes) and begins_like_image(content[:64])):
-                    yield Entry(f"{root}:{name}", place[0], part or place[1], content)
+                    yield ImageEntry(f"{root}:{name}", place[0], part or place[1], content)
 
 
 def _content(member: Member) -> bytes:
@@ -254,7 +254,7 @@ _TURNS = {
 _ORIENTATION = 274
 
 
-def decoded(entry: Entry, use: Callable[[Image], Pixels], exif: bool = True) -> Pixels | str:
+def decoded(entry: ImageEntry, use: Callable[[Image], Pixels], exif: bool = True) -> Pixels | str:
     """What ``use`` makes of an image of three channels, or the sentence that says why it cannot be read.
 
     Args:
@@ -354,12 +354,12 @@ def centre(image: Image, shorter: int, side: int) -> Pixels:
     return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
-def first_size(entries: Iterable[Entry]) -> tuple[int, int] | None:
+def first_size(entries: Iterable[ImageEntry]) -> tuple[int, int] | None:
     """(H, W) of the first image whose head can be read; None if there is none."""
     return next((size for size in map(_head, entries) if size is not None), None)
 
 
-def _head(entry: Entry) -> tuple[int, int] | None:
+def _head(entry: ImageEntry) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
@@ -370,14 +370,14 @@ def _head(entry: Entry) -> tuple[int, int] | None:
 
 
 def in_threads(
-    entries: Iterable[Entry], use: Callable[[Image], Pixels], exif: bool = True
-) -> Iterator[tuple[Entry, Pixels | str]]:
+    entries: Iterable[ImageEntry], use: Callable[[Image], Pixels], exif: bool = True
+) -> Iterator[tuple[ImageEntry, Pixels | str]]:
     """Every entry with what it became, in order; decoding releases the interpreter's lock."""
     waiting: dict[int, int] = {}
     # several links in a row may lead to one file of an archive: it is decoded once
     latest: list[tuple[str | bytes, Pixels | str]] = []
 
-    def some(number: int, task: list[Entry]) -> list[Pixels | str | None]:
+    def some(number: int, task: list[ImageEntry]) -> list[Pixels | str | None]:
         found: list[Pixels | str | None] = []
         for entry in task:
             known = latest[:]
@@ -393,9 +393,9 @@ def in_threads(
                 waiting[number] = waiting.get(number, 0) + getattr(image, "nbytes", 0)
         return found
 
-    tasks: deque[tuple[int, list[Entry], Future[list[Pixels | str | None]]]] = deque()
+    tasks: deque[tuple[int, list[ImageEntry], Future[list[Pixels | str | None]]]] = deque()
 
-    def taken() -> Iterator[tuple[Entry, Pixels | str]]:
+    def taken() -> Iterator[tuple[ImageEntry, Pixels | str]]:
         number, task, future = tasks.popleft()
         for entry, image in zip(task, future.result(), strict=True):
             yield entry, decoded(entry, use, exif) if image is None else image
@@ -417,15 +417,15 @@ def in_threads(
                 future.cancel()
 
 
-def _bytes(task: Sequence[Entry]) -> int:
+def _bytes(task: Sequence[ImageEntry]) -> int:
     """Of the files in memory; a file to which several links lead counts once."""
     contents = {id(entry.content): entry.content for entry in task if isinstance(entry.content, bytes)}
     return sum(map(len, contents.values()))
 
 
-def _tasks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+def _tasks(entries: Iterable[ImageEntry]) -> Iterator[list[ImageEntry]]:
     """Some images at a time, fewer where their files are large."""
-    task: list[Entry] = []
+    task: list[ImageEntry] = []
     size = 0
     for entry in entries:
         shared = bool(task) and entry.content is task[-1].content
@@ -455,7 +455,7 @@ class Reader:
         self._first: tuple[str, tuple[int, ...]] | None = None
         self._bytes, self._free = 0, memory.available()
 
-    def read(self, entries: Iterable[Entry], source: Path) -> None:
+    def read(self, entries: Iterable[ImageEntry], source: Path) -> None:
         """Decode and keep them all.
 
         Raises:
@@ -489,7 +489,7 @@ class Reader:
             )
 
 
-def refuse_or_count(reason: str, entry: Entry, skip_bad: bool, bad: list[str]) -> None:
+def refuse_or_count(reason: str, entry: ImageEntry, skip_bad: bool, bad: list[str]) -> None:
     """An unreadable image stops the reading, unless the user wants it left out."""
     if not skip_bad:
         raise ValueError(f"{reason}; --skip-bad goes on without it")

@@ -17,7 +17,7 @@ from quincunx.data import cifar, memory
 from quincunx.data.download import Progress
 from quincunx.data.images import (
     SUFFIXES,
-    Entry,
+    ImageEntry,
     Reader,
     archive_entries,
     first_size,
@@ -167,7 +167,7 @@ def _read(
     left: list[str] = []
     unnamed: list[str] = []
 
-    def entries(place: Path, part: str | None) -> Iterator[Entry]:
+    def entries(place: Path, part: str | None) -> Iterator[ImageEntry]:
         found = (folder_entries if place.is_dir() else archive_entries)(place, part, labelled, left)
         return label_entries(found, tables[place], part, unnamed) if place in tables else found
 
@@ -187,7 +187,7 @@ def _read(
     return _in_memory(order, reader, left, unnamed, tables)
 
 
-def _why_stream(root: Path, found: Sequence[Entry], size: int | None, stream: bool | None) -> str | None:
+def _why_stream(root: Path, found: Sequence[ImageEntry], size: int | None, stream: bool | None) -> str | None:
     """The reason for which images are streamed; None if they are to be in memory."""
     if stream:
         return "as asked for"
@@ -256,7 +256,7 @@ def _in_memory(
 
 def _streamed(
     order: _Order,
-    entries: Sequence[Entry],
+    entries: Sequence[ImageEntry],
     left: Sequence[str],
     unnamed: Sequence[str],
     tables: Mapping[Path, Table],

@@ -85,7 +85,7 @@ class ImageData:
         augment: the augmentation that suits it, as :func:`quincunx.data.batches` names them.
         notes: what a person should know, such as a part that was held out.
         labelled: whether the labels are the images' own. If not, they are those that a network gives
-            (:func:`quincunx.evaluation.answered_by`), or as long as there are no classes, none.
+            (:func:`quincunx.train.evaluation.label_with`), or as long as there are no classes, none.
         exif: whether images were turned as their EXIF orientation says.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from quincunx.data.augment import draws_of_image, photograph
-from quincunx.data.images import Entry, Pixels, centre, decoded
+from quincunx.data.images import ImageEntry, Pixels, centre, decoded
 from quincunx.data.sets import Stream
 
 if TYPE_CHECKING:
@@ -61,10 +61,12 @@ class _Photographs(Dataset[Tensor]):
         path, side, exif = self.split.path(index), self.split.side, self.split.exif
         if self.key is None:
             return decoded(
-                Entry(path, "", None, path), lambda image: centre(image, round(side * _MARGIN), side), exif
+                ImageEntry(path, "", None, path),
+                lambda image: centre(image, round(side * _MARGIN), side),
+                exif,
             )
         draws = draws_of_image(self.key, index)
-        return decoded(Entry(path, "", None, path), lambda image: photograph(image, side, draws), exif)
+        return decoded(ImageEntry(path, "", None, path), lambda image: photograph(image, side, draws), exif)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quincunx.data.archives import TooLarge, members, plain
-from quincunx.data.images import Entry, printable
-from quincunx.files import naming
+from quincunx.data.images import ImageEntry, printable
+from quincunx.reading import naming
 
 __all__ = ["Table", "find_table", "label_entries", "numbered_classes"]
 
@@ -98,8 +98,8 @@ def _column(head: list[str], names: Iterable[str]) -> int | None:
 
 
 def label_entries(
-    entries: Iterable[Entry], table: Table, part: str | None, unnamed: list[str]
-) -> Iterator[Entry]:
+    entries: Iterable[ImageEntry], table: Table, part: str | None, unnamed: list[str]
+) -> Iterator[ImageEntry]:
     """Images with the labels that a table says; those that it does not name are counted and left out.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 from quincunx import pickles
 
-__all__ = ["Array", "read_pickle"]
+__all__ = ["Array", "read_cifar_pickle"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ _MAKERS: pickles.Makers = {
 }
 
 
-def read_pickle(name: str, content: bytes) -> dict[str, Any]:
+def read_cifar_pickle(name: str, content: bytes) -> dict[str, Any]:
     """A pickled dictionary of plain values and :class:`Array`, its keys as text.
 
     Args:
@@ -86,9 +86,9 @@ def read_pickle(name: str, content: bytes) -> dict[str, Any]:
 
     Example:
         >>> import pickle
-        >>> read_pickle("x", pickle.dumps({"a": [1, 2]}))
+        >>> read_cifar_pickle("x", pickle.dumps({"a": [1, 2]}))
         {'a': [1, 2]}
-        >>> read_pickle("x", pickle.dumps(print))
+        >>> read_cifar_pickle("x", pickle.dumps(print))
         Traceback (most recent call last):
         ValueError: x: not a file of CIFAR's python archives (it asks for builtins.print, which is refused)
     """

@@ -10,15 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from quincunx.binary import BinaryConv2d, BinaryLinear
+from quincunx.layers.binary import BinaryConv2d, BinaryLinear, pack_binary
 from quincunx.methods.fitting.settings import conv_settings
 from quincunx.methods.points import Point
-from quincunx.modules import copied, surely
+from quincunx.modules import copied
 from quincunx.ops.bits import row_bytes
-from quincunx.streams import Context, Layer
-from quincunx.surgery import Replacement, Work, carry_hooks, each, put
+from quincunx.surgery.calibration import Context, Layer
+from quincunx.surgery.method import Replacement, Work, each
 
-__all__ = ["BinaryConnect", "pack_binary"]
+__all__ = [
+    "BinaryConnect",
+]
 
 _SCALES = ("mean", "glorot", None)
 
@@ -157,20 +159,3 @@ class BinaryConnect:
             'PackedConv2d'
         """
         return pack_binary(copied(model))
-
-
-def pack_binary(network: nn.Module) -> nn.Module:
-    """The network itself with its binary layers replaced by packed ones, and its notes for ``qx.save``."""
-    notes = dict(getattr(network, "quincunx_replaced", {}))
-    made: dict[int, nn.Module] = {}
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if surely(module, BinaryConv2d, BinaryLinear):
-            if id(module) not in made:
-                made[id(module)] = packed = module.pack()
-                carry_hooks(module, packed)
-                if name in notes:
-                    notes[name] = packed.spec
-            network = put(network, name, made[id(module)])
-    if notes:
-        network.quincunx_replaced = notes  # type: ignore[assignment]
-    return network

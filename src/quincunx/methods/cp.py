@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quincunx.layers.separable import CPConv2d
 from quincunx.methods.fitting.moments import POSITIONS, moments
 from quincunx.methods.fitting.settings import (
     LayerRanks,
@@ -24,9 +25,8 @@ from quincunx.methods.fitting.settings import (
     rank_of,
 )
 from quincunx.methods.points import Point
-from quincunx.separable import CPConv2d
-from quincunx.streams import Context, Layer
-from quincunx.surgery import Replacement, Work, each
+from quincunx.surgery.calibration import Context, Layer
+from quincunx.surgery.method import Replacement, Work, each
 
 __all__ = ["CP", "Decomposition", "decompose", "full_cp_rank", "products"]
 

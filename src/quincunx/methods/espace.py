@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from quincunx.layers.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.methods.fitting.impact import MASKS, Loss, impacts, mask_of, without_gradient
 from quincunx.methods.fitting.separable import separable
 from quincunx.methods.fitting.settings import (
@@ -20,9 +21,8 @@ from quincunx.methods.fitting.settings import (
 )
 from quincunx.methods.points import Point
 from quincunx.sampling import Random
-from quincunx.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
-from quincunx.streams import Context, Layer
-from quincunx.surgery import Replacement, Work
+from quincunx.surgery.calibration import Context, Layer
+from quincunx.surgery.method import Replacement, Work
 
 __all__ = ["Espace"]
 
@@ -43,8 +43,9 @@ class Espace(SeparableFit):
     positions none has an impact, stays.
 
     Args:
-        rank: K of each channel group: an integer, a share of the full rank, or "full"; as in
-            :class:`LowRank`.
+        rank: K of each channel group: an integer (of a layer of smaller full rank, that one), a share of the
+            full rank min(C dh, O dw) in (0, 1], or "full". A mapping of patterns to these gives layers their
+            own, the first that matches a name; layers without one stay.
         rate: share of the positions that are computed, in (0, 1], or a pair for the two halves.
         mask: "impact", "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
         pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
@@ -53,8 +54,13 @@ class Espace(SeparableFit):
         loss: for impact masks, of (output, target), summed over images; by default cross-entropy with
             the targets, or with the network's own predictions where the data has none.
         seed: of the positions that a fit draws, and of random masks unless ``mask_seed`` is given.
-        data, budget, multiple, iterations, positions: as in :class:`LowRank`; a budget counts MACs
-            before masks.
+        data: fit both halves to the layer's responses on the calibration data; False truncates the SVD of
+            the weight; None does the first where there is calibration data.
+        budget: instead of ``rank``, the share of the layers' dense MACs that all of them together may cost
+            before masks; ranks are chosen by PCA energies and rounded to multiples of ``multiple``.
+        multiple: of ranks chosen for a budget.
+        iterations: at most so many of the alternating least squares.
+        positions: most positions of an image that the fit sums over; of larger maps as many are drawn.
 
     Raises:
         ValueError: a rate outside (0, 1], an unknown mask; what :class:`LowRank` refuses.

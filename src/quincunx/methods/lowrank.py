@@ -9,8 +9,8 @@ from typing import ClassVar
 from quincunx.methods.fitting.separable import separable
 from quincunx.methods.fitting.settings import SeparableFit, conv_of
 from quincunx.methods.points import Point
-from quincunx.streams import Context, Layer
-from quincunx.surgery import Replacement, Work, each
+from quincunx.surgery.calibration import Context, Layer
+from quincunx.surgery.method import Replacement, Work, each
 
 __all__ = ["LowRank"]
 

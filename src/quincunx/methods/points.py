@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quincunx.files import file_name
-from quincunx.surgery import Method
+from quincunx.surgery.method import Method
+from quincunx.writing import file_name
 
 __all__ = ["Point", "worded"]
 

@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from quincunx.layers.quantised import QuantConv2d, QuantLinear, check_codebook
 from quincunx.methods.fitting.codebooks import Quantisation, bits_per_weight, quantise
 from quincunx.methods.fitting.moments import POSITIONS, moments
 from quincunx.methods.fitting.settings import check_integers, convolution_refusal
 from quincunx.methods.points import Point
 from quincunx.modules import padding_of
-from quincunx.quantised import QuantConv2d, QuantLinear, check_codebook
-from quincunx.streams import Context, Layer
-from quincunx.surgery import Replacement, Work, each
+from quincunx.surgery.calibration import Context, Layer
+from quincunx.surgery.method import Replacement, Work, each
 
 __all__ = ["QCNN"]
 

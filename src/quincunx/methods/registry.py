@@ -16,7 +16,7 @@ from quincunx.methods.lowrank import LowRank
 from quincunx.methods.points import Point
 from quincunx.methods.qcnn import QCNN
 from quincunx.methods.spatialbottleneck import SpatialBottleneck
-from quincunx.surgery import Method
+from quincunx.surgery.method import Method
 
 __all__ = ["ALIASES", "METHODS", "Published", "candidates_named", "method_named", "with_candidates"]
 

@@ -10,6 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.paired import PairedDown2d, PairedUp2d
+from quincunx.layers.sampled import (
+    SampledConvTranspose2d,
+    SampledDown2d,
+    SpatialBottleneck2d,
+    half_padding,
+    window_means,
+)
 from quincunx.methods.fitting.moments import (
     POSITIONS,
     Accumulator,
@@ -21,18 +29,10 @@ from quincunx.methods.fitting.moments import (
 )
 from quincunx.methods.fitting.settings import check_integers, conv_of, convolution_refusal
 from quincunx.methods.points import Point
-from quincunx.nn import (
-    SampledConvTranspose2d,
-    SampledDown2d,
-    SpatialBottleneck2d,
-    half_padding,
-    window_means,
-)
-from quincunx.paired import PairedDown2d, PairedUp2d
-from quincunx.pairs import keeps_grid
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Sampling
-from quincunx.streams import Context, Layer
-from quincunx.surgery import Replacement, Work
+from quincunx.surgery.calibration import Context, Layer
+from quincunx.surgery.method import Replacement, Work
+from quincunx.surgery.pairs import keeps_grid
 
 __all__ = ["SpatialBottleneck"]
 

@@ -23,10 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quincunx.files import ZIP_DAMAGE, bounded, naming, read_member
 from quincunx.pickles import Bounded, Dictionary, Made, Makers, Named, read_pickle
+from quincunx.reading import (
+    ZIP_DAMAGE,
+    bounded,
+    naming,
+    read_member,
+)
 
-__all__ = ["read_checkpoint"]
+__all__ = ["read_weights"]
 
 # Where training scripts keep the weights: the plain ones first, then averages over training steps.
 _PLAIN = (
@@ -482,7 +487,7 @@ def _today(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
 
 
-def read_checkpoint(
+def read_weights(
     path: str | Path, *, known: Collection[str] = (), key: str | None = None
 ) -> dict[str, Tensor]:
     """A state dict from a torch checkpoint (.pth, .pt, .th) or a .safetensors file.

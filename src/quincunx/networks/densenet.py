@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.sampled import SpatialBottleneck2d
 from quincunx.networks.pieces import he_start
-from quincunx.nn import SpatialBottleneck2d
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
 __all__ = ["DenseNet", "densenet", "sb_densenet"]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.nn import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
+from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
 from quincunx.sampling import Sampling
 
 __all__ = [

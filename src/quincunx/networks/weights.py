@@ -29,11 +29,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quincunx.files import ZIP_DAMAGE, naming, read_member
-from quincunx.networks.checkpoints import read_checkpoint
+from quincunx.networks.checkpoints import read_weights
 from quincunx.networks.registry import build
+from quincunx.reading import ZIP_DAMAGE, naming, read_member
 
-__all__ = ["fill", "from_caffe", "load", "normalisation", "read_checkpoint", "read_npz"]
+__all__ = ["fill_parameters", "from_caffe", "load", "normalisation", "read_npz"]
 
 Arrays = Mapping[str, Sequence[Any]]
 
@@ -221,8 +221,8 @@ def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any
         name: as for :func:`quincunx.networks.build`; its numbers of classes and of input channels are those
             of the weights.
         path: a .npz file of Caffe weights (:func:`read_npz`, :func:`from_caffe`), or a state dict with
-            our keys (:func:`read_checkpoint`), which are torchvision's for the networks that it has.
-        key: which of several state dicts in the file, as for :func:`read_checkpoint`.
+            our keys (:func:`read_weights`), which are torchvision's for the networks that it has.
+        key: which of several state dicts in the file, as for :func:`read_weights`.
         settings: of the network. Caffe weights bring theirs: the original form, and GoogLeNet's heads.
 
     Raises:
@@ -243,7 +243,7 @@ def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any
     with torch.device("meta"):
         keys = list(build(name, **settings).state_dict())
     if Path(path).suffix != ".npz":
-        state = read_checkpoint(path, known=keys, key=key)
+        state = read_weights(path, known=keys, key=key)
     # counters that older checkpoints do not have; no result depends on them
     state |= {k: torch.tensor(0) for k in keys if k.endswith("num_batches_tracked") and k not in state}
     what = f"{path}: does not fit {name}"
@@ -256,7 +256,7 @@ def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any
     return network.eval()
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+def fill_parameters(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Put weights into a network whose names and sizes must be theirs.
 
     Args:
@@ -269,7 +269,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         ValueError: missing and unexpected names and wrong shapes, at most ten of each.
 
     Example:
-        >>> fill(nn.Linear(3, 2), {"weight": torch.zeros(2, 4), "b": torch.zeros(2)}, "my.pt")
+        >>> fill_parameters(nn.Linear(3, 2), {"weight": torch.zeros(2, 4), "b": torch.zeros(2)}, "my.pt")
         Traceback (most recent call last):
         ...
         ValueError: my.pt: missing bias; unexpected b; wrong shape of weight (2, 4), expected (2, 3)

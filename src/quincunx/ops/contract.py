@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from quincunx.ops.flops import counted_by
-from quincunx.plan import Geometry
+from quincunx.ops.geometry import Geometry
 from quincunx.sampling import from_spec
 
 __all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count"]

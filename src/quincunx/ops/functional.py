@@ -7,62 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
 from quincunx.ops.traced import as_tensor, is_tracing
-from quincunx.plan import Geometry
 from quincunx.sampling import Sampling
 
 __all__ = [
-    "expand_padding",
     "fill_nearest",
     "filled_conv2d",
-    "pair",
     "sampled_conv2d",
     "sampled_conv_transpose2d",
 ]
-
-Padding = int | Sequence[int] | str
-
-
-def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal), each at least ``least``."""
-    both = _integers(value, "an integer or a pair of integers", name)
-    if not isinstance(value, Sequence):
-        both *= 2
-    if len(both) != 2:
-        raise ValueError(f"{name}={value!r}: expected an integer or a pair of integers")
-    if both[0] < least or both[1] < least:
-        raise ValueError(f"{name}={value!r}: expected at least {least}")
-    return both[0], both[1]
-
-
-def _integers(value: object, expected: str, name: str) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{name}={value!r}: expected {expected}")
-    return values
-
-
-def expand_padding(
-    value: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
-    """``padding`` as (top, bottom, left, right); "same" puts the odd one below and right, as torch does."""
-    if isinstance(value, str):
-        if value == "valid":
-            return 0, 0, 0, 0
-        if value != "same":
-            raise ValueError(f"padding={value!r}: expected 'same', 'valid' or integers")
-        if tuple(stride) != (1, 1):
-            raise ValueError(f"padding='same' needs stride 1, got stride={tuple(stride)}")
-        v, h = (dilation[i] * (kernel[i] - 1) for i in (0, 1))
-        return v // 2, v - v // 2, h // 2, h - h // 2
-    values = _integers(value, "integers, 'same' or 'valid'", "padding")
-    if len(values) == 4:
-        top, bottom, left, right = values
-        if min(values) < 0:
-            raise ValueError(f"padding={values}: expected at least 0")
-        return top, bottom, left, right
-    v, h = pair("padding", value, 0)
-    return v, v, h, h
 
 
 def _check_sampling(sampling: Sampling) -> None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quincunx.ops.flops import counted_by
-from quincunx.ops.functional import Padding, _autocast, _check_map, expand_padding, pair
-from quincunx.plan import Geometry
+from quincunx.ops.functional import _autocast, _check_map
+from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
 
 __all__ = ["OPERATORS", "decoded", "lookup_conv2d"]
 

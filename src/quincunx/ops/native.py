@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quincunx.ops.contract import CHANNELS_LAST
-from quincunx.plan import (
-    Geometry,
+from quincunx.ops.geometry import Geometry
+from quincunx.ops.plan import (
     Plan,
     WindowPlan,
     adjoint_plan,

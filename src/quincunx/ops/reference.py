@@ -16,8 +16,9 @@ from torch.nn.grad import conv2d_weight
 
 from quincunx.ops.bits import unpack_signs
 from quincunx.ops.contract import CHANNELS_LAST
+from quincunx.ops.geometry import Geometry
 from quincunx.ops.lookup import decoded
-from quincunx.plan import Geometry, nearest_index, position_index
+from quincunx.ops.plan import nearest_index, position_index
 
 __all__ = ["binary_conv", "collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill", "lookup"]
 

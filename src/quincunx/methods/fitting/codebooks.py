@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quincunx.layers.quantised import check_codebook
 from quincunx.methods.fitting.moments import Moments, relative
-from quincunx.quantised import check_codebook
 
 __all__ = ["Quantisation", "quantise"]
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.modules import first_line
+from quincunx.modules import evaluation, first_line
 from quincunx.sampling import Positions, Random, Sampling, Uniform
-from quincunx.streams import Batch, evaluation
+from quincunx.surgery.calibration import Batch
 
 __all__ = [
     "MASKS",

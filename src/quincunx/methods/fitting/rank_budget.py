@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quincunx.streams import Layer
+from quincunx.surgery.calibration import Layer
 
-__all__ = ["Candidate", "candidate", "select_ranks"]
+__all__ = ["RankOption", "candidate", "select_ranks"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RankOption:
     """What the choice of one layer's rank is made from.
 
     Attributes:
@@ -33,7 +33,7 @@ class Candidate:
         return math.fsum(self.energies[:rank]) / total if total > 0 else 1.0
 
 
-def candidate(layer: Layer, energies: Tensor) -> Candidate:
+def candidate(layer: Layer, energies: Tensor) -> RankOption:
     """A convolution's share in the choice.
 
     MACs of rank K: K (dh C H' W + dw O H' W'), summed over the channel groups, for an H x W input.
@@ -45,10 +45,10 @@ def candidate(layer: Layer, energies: Tensor) -> Candidate:
     unit = conv.kernel_size[0] * conv.in_channels * height * wide
     unit += conv.kernel_size[1] * conv.out_channels * height * width
     dense = conv.weight.numel() * height * width
-    return Candidate(tuple(energies.tolist()), unit, dense)
+    return RankOption(tuple(energies.tolist()), unit, dense)
 
 
-def select_ranks(layers: Mapping[str, Candidate], budget: float, *, multiple: int = 16) -> dict[str, int]:
+def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: int = 16) -> dict[str, int]:
     r"""The rank of each layer, so that the product of kept PCA energies is large and the MACs fit.
 
     .. math:: \max \prod_l \frac{\sum_{k \le K_l} \sigma_{l,k}}{\sum_k \sigma_{l,k}}
@@ -58,7 +58,7 @@ def select_ranks(layers: Mapping[str, Candidate], budget: float, *, multiple: in
     each MAC saved; in the end what is left of the budget is given back where it gains most.
 
     Args:
-        layers: a :class:`Candidate` for each layer, with energies sigma, m and M.
+        layers: a :class:`RankOption` for each layer, with energies sigma, m and M.
         budget: share of the layers' dense MACs.
         multiple: ranks are multiples of this, or the full rank; 16 fills a register tile.
 
@@ -71,7 +71,7 @@ def select_ranks(layers: Mapping[str, Candidate], budget: float, *, multiple: in
     Source: Zhang et al., arXiv:1505.06798, section 3.4.
 
     Example:
-        >>> layers = {"a": Candidate((9.0, 1.0), 10, 40), "b": Candidate((5.0, 5.0), 10, 40)}
+        >>> layers = {"a": RankOption((9.0, 1.0), 10, 40), "b": RankOption((5.0, 5.0), 10, 40)}
         >>> select_ranks(layers, 0.4, multiple=1)
         {'a': 1, 'b': 2}
     """

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quincunx.layers.separable import SeparableConv2d
 from quincunx.methods.fitting.moments import Moments, completed, of_noise, relative
-from quincunx.separable import SeparableConv2d
 
 __all__ = [
     "Fit",
-    "fit",
+    "fit_separable",
     "full_rank",
     "kernel_energies",
     "samples_needed",
@@ -131,7 +131,7 @@ def _singular(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vectors, values, scaled / values.clamp_min(1e-300)[:, :, None]
 
 
-def fit(
+def fit_separable(
     conv: nn.Conv2d,
     rank: int,
     data: Moments | None = None,
@@ -169,7 +169,7 @@ def fit(
 
     Example:
         >>> conv = nn.Conv2d(8, 8, 3)
-        >>> exact = separable(conv, fit(conv, full_rank(conv)))
+        >>> exact = separable(conv, fit_separable(conv, full_rank(conv)))
         >>> x = torch.randn(1, 8, 6, 6)
         >>> torch.allclose(exact(x), conv(x), atol=1e-5)
         True

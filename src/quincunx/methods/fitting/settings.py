@@ -20,8 +20,8 @@ from quincunx.methods.fitting.moments import (
     of_noise,
 )
 from quincunx.methods.fitting.rank_budget import candidate, select_ranks
-from quincunx.methods.fitting.separable import Fit, fit, full_rank, kernel_energies, samples_needed
-from quincunx.streams import Context, Layer
+from quincunx.methods.fitting.separable import Fit, fit_separable, full_rank, kernel_energies, samples_needed
+from quincunx.surgery.calibration import Context, Layer
 
 __all__ = [
     "LayerRanks",
@@ -241,7 +241,7 @@ class SeparableFit:
                 (layer.name, self.positions, self.seed),
                 lambda: moments(conv, context.responses(layer), positions=self.positions, seed=self.seed),
             )
-        made = fit(conv, rank, found, iterations=self.iterations)
+        made = fit_separable(conv, rank, found, iterations=self.iterations)
         record = {"rank": made.rank, "response_error": made.response_error, "energy": made.energy}
         if found is not None:
             record |= few_images(found, samples_needed(conv, rank))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from quincunx.ops.contract import CHANNELS_LAST
+from quincunx.ops.geometry import Geometry
 from quincunx.ops.triton import kernels
 from quincunx.ops.triton.configs import Config, for_gemm, for_weight, power
 from quincunx.ops.triton.layouts import Layout
-from quincunx.plan import Geometry
 
 __all__ = ["convolve", "derive_weight", "fill_rows", "max_pool", "precision", "reduce_windows"]
 
@@ -35,7 +35,7 @@ def _wide(*sizes: int) -> bool:
     return max(sizes) > _LARGEST
 
 
-def _laid(weight: Tensor) -> Tensor:
+def _channels_last(weight: Tensor) -> Tensor:
     """A weight in the kernels' order: of each of its first channels tap after tap, channels side by side."""
     laid = weight.contiguous(memory_format=CHANNELS_LAST)
     if laid.shape[1] == 1 or laid.shape[2] * laid.shape[3] == 1:
@@ -72,7 +72,7 @@ def convolve(
         config: tiles; by default those that the table or the rule says.
     """
     x = _rows(x)
-    weight = _laid(weight)
+    weight = _channels_last(weight)
     taps = weight.shape[2] * weight.shape[3]
     batch, channels = x.shape[0], x.shape[1]
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]

@@ -8,7 +8,7 @@ Positions whose taps are the same shifts form a *class*. With cosets a class is 
 
 This holds for compact maps too: a row of a grid has as many computed positions as its residue modulo the
 period says, so ranks are affine. Which taps of a point fall inside the map is a bit each. Explicit
-positions, and maps read as if filled, go through the tables of :mod:`quincunx.plan`, one for all images.
+positions, and maps read as if filled, go through the tables of :mod:`quincunx.ops.plan`, one for all images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quincunx.plan import Geometry, Plan, adjoint_plan, forward_plan
+from quincunx.ops.geometry import Geometry
+from quincunx.ops.plan import Plan, adjoint_plan, forward_plan
 from quincunx.sampling import Cosets, from_spec
 
 __all__ = ["CLASS_FIELDS", "TAP_BITS", "Layout", "adjoint_layout", "forward_layout", "weight_table"]
@@ -134,7 +135,7 @@ class _Lattice:
 def forward_layout(
     spec: str, geometry: Geometry, height: int, width: int, source: str | None, device: torch.device
 ) -> Layout:
-    """Of a sampled convolution of an H x W map; arguments as of :func:`quincunx.plan.forward_plan`."""
+    """Of a sampled convolution of an H x W map; arguments as of :func:`quincunx.ops.plan.forward_plan`."""
     if source is not None or not _is_affine(spec, geometry):
         return _tabled(forward_plan(spec, geometry, height, width, source=source), device)
     grid = geometry.grid(height, width)
@@ -165,7 +166,7 @@ def forward_layout(
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def adjoint_layout(spec: str, geometry: Geometry, height: int, width: int, device: torch.device) -> Layout:
-    """Of the transposed convolution to an H x W map; arguments as of :func:`quincunx.plan.adjoint_plan`."""
+    """Of the transposed convolution to an H x W map; arguments: :func:`quincunx.ops.plan.adjoint_plan`."""
     lattices = None
     grid = geometry.grid(height, width)
     if _is_affine(spec, geometry):

@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quincunx.ops.geometry import Geometry
+from quincunx.ops.plan import collect_plan, nearest_index
 from quincunx.ops.triton import launch
 from quincunx.ops.triton.layouts import adjoint_layout, forward_layout, weight_table
-from quincunx.plan import Geometry, collect_plan, nearest_index
 
 __all__ = ["collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill"]
 

@@ -1,0 +1,607 @@
+"""Writes the tables and pictures of README.md and docs from results/*.json.
+
+python docs/tables.py            # write them
+python docs/tables.py --check    # only compare; exit code 1 where a page differs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from quincunx.experiments.bottleneck_paper import by_name
+from quincunx.experiments.espace_paper import espace_by_name
+from quincunx.experiments.printed import ESPACE, Gain
+from quincunx.methods.registry import ALIASES
+from quincunx.report.results import (
+    collect,
+    label_of,
+    result_lines,
+    verdicts,
+)
+from quincunx.report.training import draw_pictures, draw_speedup_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def read(*place: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ROOT.joinpath("results", *place).read_text(encoding="utf-8"))
+    return found
+
+
+def demo() -> str:
+    found = collect(ROOT / "results" / "digits")
+    rows = result_lines(found)
+    settings = list(rows[0].times)
+    header = ["network", "test error", f"wrong of {rows[0].tested}", "M MACs", "MAC ratio"]
+    header += [f"ms, {s}" for s in settings] + [f"speed-up, {s}" for s in settings]
+    cells = [
+        [
+            row.label,
+            f"{100 * row.error:.2f}%",
+            f"{row.wrong:g}",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.mac_ratio:.2f}",
+            *(f"{1e3 * row.times[s][0]:.2f}" for s in settings),
+            *(f"{row.speedups[s][0]:.2f}x" for s in settings),
+        ]
+        for row in rows
+    ]
+    return table(header, cells) + "\n\n" + "\n".join(f"- {said}" for said in verdicts(rows))
+
+
+def bench(suite: str) -> str:
+    result = read(f"bench-{suite}.json")
+    header = ["ours / the fastest dense", "threads", "cases", "MAC ratio", "speed-up (geo. mean)", "worst"]
+    cells = [
+        [
+            f"{row['candidate']} / {row['kind'] or 'dense 3 x 3'}",
+            str(row["threads"]),
+            str(row["cases"]),
+            f"{row['mac_ratio']:.2f}",
+            f"{row['mean']:.2f}x",
+            f"{row['worst']:.2f}x ({row['worst_case']})",
+        ]
+        for row in result["summary"]
+        if "_over" not in row["candidate"]
+    ]
+    return table(header, cells)
+
+
+def networks() -> str:
+    result = read("bench-networks.json")
+    header = ["network", "batch", "threads", "MAC ratio", "speed-up over the dense one, fused"]
+    header += ["the dense one on smaller images", "ms", "dense, ms"]
+    first = result["rows"][0]
+    others = [n for n in first["timings"] if n not in first["candidates"] and n != "ours, dense"]
+    header += [f"{name}, ms" for name in others]
+    cells = []
+    for row in result["rows"]:
+        (candidate, entry), *rest = row["candidates"].items()
+        times: dict[str, Any] = {name: timing["median_s"] for name, timing in row["timings"].items()}
+        dense = times["ours, dense"]
+        smaller = [f"{dense / times[name]:.2f}x ({name.rpartition(' ')[2]})" for name, _ in rest]
+        cells.append(
+            [
+                row["case"],
+                str(row["batch"]),
+                str(row["threads"]),
+                f"{entry['mac_ratio']:.2f}",
+                f"{dense / times[candidate]:.2f}x",
+                smaller[0] if smaller else "",
+                *(f"{1e3 * times[name]:.2f}" for name in (candidate, "ours, dense", *others)),
+            ]
+        )
+    return table(header, cells)
+
+
+def trained(name: str) -> str:
+    """Runs with several seeds; the figure of error against time is written beside their JSON."""
+    folder = ROOT / "results" / name
+    found = collect(folder)
+    rows = result_lines(found)
+    settings = list(rows[0].times)
+    header = ["network", "test error", "seeds", "M MACs", "MAC ratio"]
+    header += [f"ms, {s}" for s in settings] + [f"speed-up, {s}" for s in settings]
+    cells = []
+    for row in rows:
+        spread = "" if row.deviation is None else f" ± {100 * row.deviation:.2f}"
+        cells.append(
+            [
+                row.label,
+                f"{100 * row.error:.2f}{spread}%",
+                str(row.seeds),
+                f"{row.macs / 1e6:.2f}",
+                f"{row.mac_ratio:.2f}",
+                *(f"{1e3 * row.times[s][0]:.2f}" for s in settings),
+                *(f"{row.speedups[s][0]:.2f}x" for s in settings),
+            ]
+        )
+    drawn = draw_pictures(found, rows)
+    if "--check" not in sys.argv:
+        (folder / "error-time.svg").write_bytes(drawn[-1].content)
+    figure = f"![{drawn[-1].alternative}](results/{name}/error-time.svg)"
+    return f"{table(header, cells)}\n\n{figure}"
+
+
+def espace(name: str) -> str:
+    """The paper's layers and networks, timed, beside what it prints for a setting today's list of it has."""
+    rows = read(name, f"{name}.json")["rows"]
+    experiment = espace_by_name(name)
+    points = (*experiment.points, *experiment.without_data().points)
+    paper = {(point.series, point.label): dict(point.paper) for point in points}
+    peers = list(rows[0]["layers"]["peers"])
+    judged = rows[0]["response_error"] is not None
+    header = ["method", "setting", *(["response error"] if judged else []), "MAC ratio", "speed-up"]
+    header += [f"over {peer}" for peer in peers]
+    parts = [part for part in ("layers", "network") if part in rows[0]]
+    if len(parts) > 1:
+        header += ["network: MAC ratio", "speed-up", *(f"over {peer}" for peer in peers)]
+    header += ["the paper's"]
+    cells = [
+        [
+            row["series"],
+            row["label"],
+            *([f"{100 * row['response_error']:.1f}%"] if judged else []),
+            *(
+                text
+                for part in (row[part] for part in parts)
+                for text in (
+                    f"{part['mac_ratio']:.2f}",
+                    *(f"{value:.2f}x" for value in (part["speedup"], *part["peers"].values())),
+                )
+            ),
+            paper_gain(paper.get((row["series"], row["label"]), {})),
+        ]
+        for row in rows
+    ]
+    figure = f"\n\n![response error against measured speed-up](results/{name}/response-speed.svg)"
+    return table(header, cells) + (figure if judged else "")
+
+
+def paper_gain(printed: dict[str, float]) -> str:
+    """A printed speed-up, and for what."""
+    return str(Gain("", "", printed["speedup"], printed.get("drop"))) if printed else ""
+
+
+def printed_espace(name: str) -> str:
+    """What the ESPACE paper prints in a figure or table."""
+    cells = [
+        [gain.method, gain.setting or "not stated", f"{gain.speedup:g}x", *points_of(gain)]
+        for gain in ESPACE[name]
+    ]
+    return table(["method", "setting", "speed-up", "points of top-5 error"], cells)
+
+
+def points_of(gain: Gain) -> list[str]:
+    return ["" if gain.drop is None else f"{gain.drop:.2f}"]
+
+
+def printed_table(name: str) -> str:
+    """What the spatial bottleneck paper prints in a table."""
+    experiment = by_name(name)
+    sets = ("cifar10", "cifar100") if experiment.data == "cifar10" else (experiment.data,)
+    names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
+    top5 = experiment.data == "imagenet"
+    cells = [
+        [
+            label_of({"name": entry.network, "settings": dict(entry.settings)}),
+            *("" if (found := entry.printed(data)) is None else str(found) for data in sets),
+            *([str(entry.printed_top5(experiment.data))] if top5 else []),
+            "" if entry.paper_macs is None else f"{entry.paper_macs:g}",
+        ]
+        for entry in experiment.entries
+        if any(entry.printed(data) for data in sets)
+    ]
+    errors = [f"{names[data]}, error in %" for data in sets]
+    return table(["network", *errors, *(["top-5"] if top5 else []), "M MACs"], cells)
+
+
+def compared(name: str, figure: str = "drop-speed") -> str:
+    """Methods on one trained network; several draws of a setting are one row, with their range."""
+    result = read(name, "comparison.json")
+    top5 = figure.startswith("top5")
+    tuned = result["recipe"] is not None
+    header = ["method", "setting", "accuracy lost, points", *(["top-5 accuracy lost"] if top5 else [])]
+    header += [*(["before fine-tuning"] if tuned else []), "p", "network", "MAC ratio"]
+    bytes_differ = len({row["bytes"] for row in result["rows"]}) > 1
+    several = len({row["series"].split(",")[0] for row in result["rows"]}) > 1
+    header += [*(["KB"] if bytes_differ else []), *(["on the front of"] if several else [])]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["series"], row["label"]), []).append(row)
+    cells = [
+        [
+            series,
+            f"{label}, diverged" if any(row.get("diverged") for row in rows) else label,
+            span(rows, "drop"),
+            *([span(rows, "top5_drop")] if top5 else []),
+            *([span(rows, "untuned_drop")] if tuned else []),
+            "< 1e-6" if (p := max(row["p"] for row in rows)) < 1e-6 else f"{p:.2g}",
+            f"{fmean(row['speedup'] for row in rows):.2f}x",
+            f"{fmean(row['mac_ratio'] for row in rows):.2f}",
+            *(
+                [f"{rows[0]['bytes'] / 1e3:.0f} of {rows[0]['bytes_before'] / 1e3:.0f}"]
+                if bytes_differ
+                else []
+            ),
+            *([", ".join(rows[0]["fronts"])] if several else []),
+        ]
+        for (series, label), rows in groups.items()
+    ]
+    picture = f"![accuracy lost against measured speed-up](results/{name}/{figure}.svg)"
+    return f"{table(header, cells)}\n\n{picture}"
+
+
+def layers(method: str) -> str:
+    """One method on single layers: speed-ups over the fastest dense layer, beside ratios of multiply-adds."""
+    cases = []
+    for case in read("bench-methods.json")["cases"]:
+        # results call methods as they were called when they were made
+        rows = [row for row in case["rows"] if ALIASES.get(row["method"], row["method"]) == method]
+        own = {row["setting"]: row for row in rows}
+        if own:
+            cases.append((case, own))
+    settings = list(dict.fromkeys(setting for _, own in cases for setting in own))
+    cells = [
+        [
+            case["name"],
+            str(case["batch"]),
+            f"{1e3 * min(case['dense'].values()):.2f}",
+            *(
+                f"{own[key]['speedup']:.2f}x of {own[key]['mac_ratio']:.2f}" if key in own else ""
+                for key in settings
+            ),
+        ]
+        for case, own in cases
+    ]
+    return table(["layer", "batch", "dense, ms", *settings], cells)
+
+
+def span(rows: list[dict[str, Any]], key: str) -> str:
+    """A value, or the mean of several draws with the least and the largest."""
+    values = [row[key] for row in rows]
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    return f"{fmean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+
+
+def targets(*names: str) -> str:
+    """Searches for a speed-up: what was asked, predicted and measured, and the error at each stage."""
+    header = ["network", "asked", "predicted", "measured", "MAC ratio", "error before", "replaced"]
+    header += ["batch norm anew", "fine-tuned", "epochs", "p", "search, min"]
+    cells = []
+    for name in names:
+        result = read(name, "accelerate.json")
+        # a run that was timed again finds its scores there
+        first = (
+            read(name, "first-run.json") if (ROOT / "results" / name / "first-run.json").exists() else result
+        )
+        cost, speed, stages = result["cost"], result["whole"]["speedup"], result["stages"]
+        last = result["search"]["attempts"][-1]
+        errors = [f"{100 * stage['error']:.2f}%" for stage in stages]
+        cells.append(
+            [
+                name,
+                f"{result['search']['target']['speedup']:g}x",
+                f"{last['before'] / last['predicted']:.2f}x",
+                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
+                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *errors,
+                str(result["recipe"]["epochs"]),
+                f"{stages[-1]['p']:.2g}",
+                f"{first['search']['seconds']['scoring'] / 60:.1f}",
+            ]
+        )
+    return table(header, cells)
+
+
+def with_drop(*names: str) -> str:
+    """Searches for a speed-up within a loss, one command each: what was asked and how it ended."""
+    header = ["network", "asked", "points allowed", "measured", "MAC ratio", "error before", "replaced"]
+    header += ["fine-tuned", "points lost", "p", "epochs", "scoring, min"]
+    cells = []
+    for name in names:
+        result = read(name, "accelerate.json")
+        cost, speed, stages = result["cost"], result["whole"]["speedup"], result["stages"]
+        asked = {part["what"]: part for part in result["verdict"]["parts"]}
+        cells.append(
+            [
+                name,
+                f"{asked['speedup']['asked']:g}x",
+                f"{asked['max_drop']['asked']:g}",
+                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
+                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *(f"{100 * stages[i]['error']:.2f}%" for i in (0, 1, -1)),
+                f"{asked['max_drop']['found']:+.2f}",
+                f"{stages[-1]['p']:.2g}",
+                f"{len(read(name, 'run.json')['history'])} of {result['recipe']['epochs']}",
+                f"{result['search']['seconds']['scoring'] / 60:.1f}",
+            ]
+        )
+    return table(header, cells)
+
+
+def zoo() -> str:
+    """Networks of other libraries: is the fused copy equal, how fast, which layers each method takes."""
+    result = read("zoo.json")
+    header = ["networks", "number", "fused: equal", "refused", "wrong or failed"]
+    header += [
+        "convolutions in programs",
+        "fused over eager (median)",
+        "least",
+        "SpatialBottleneck takes",
+        "LowRank",
+        "Espace",
+    ]
+    header += ["artifact equal"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if "unusable" not in row:
+            groups.setdefault(row["name"].partition("/")[0], []).append(row)
+    cells = []
+    for library, rows in groups.items():
+        answers = Counter(row.get("fuse", {}).get("answer", "stopped") for row in rows)
+        convs = [row["convs"] for row in rows if "convs" in row]
+        speed = {row["name"].partition("/")[2]: row["time"]["speedup"] for row in rows if "time" in row}
+        slowest = min(speed, key=lambda name: speed[name]) if speed else None
+        cells.append(
+            [
+                library,
+                str(len(rows)),
+                str(answers["equal"]),
+                str(answers["refused"]),
+                str(len(rows) - answers["equal"] - answers["refused"]),
+                f"{sum(c['programs'] for c in convs)} of {sum(c['all'] for c in convs)}",
+                f"{median(speed.values()):.2f}x" if speed else "",
+                f"{speed[slowest]:.2f}x ({slowest})" if slowest else "",
+                *(of_all([row["methods"][method] for row in rows if "methods" in row]) for method in METHODS),
+                of_artifacts([row["accelerated"] for row in rows if "accelerated" in row]),
+            ]
+        )
+    return f"{table(header, cells)}\n\n{left_by_reason(result['rows'])}"
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+def gpu_machine() -> str:
+    """The card and the versions; what it reaches in a copy and in a matrix product."""
+    result = read("bench-blocks-cuda.json")
+    where, most = result["environment"], result["ceilings"]
+    rates = {"bfloat16": "bfloat16", "float16": "float16", "float32": "tf32"}
+    clocks = [clock for row in result["rows"] for clock in row["sm_clock_mhz"]]
+    cudnn = where["cudnn"]
+    cells = {
+        "card": f"{where['device']}, {where['multiprocessors']} multiprocessors, "
+        f"{where['memory_bytes'] / 2**30:.0f} GiB, {where['l2_bytes'] / 2**20:.0f} MiB of second-level cache",
+        "driver, CUDA, cuDNN": f"{where['driver_version']}, {where['cuda']}, "
+        f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}",
+        "torch, Triton": f"{where['torch']}, {where['triton']}",
+        "clock while timing": f"{min(clocks)} to {max(clocks)} MHz of {where['clocks_max_sm']}",
+        "a large copy": f"{most['bandwidth'] / 1e12:.2f} TB/s",
+        "a large matrix product": ", ".join(
+            f"{label} {most['rates'][name] / 1e12:.0f} TFLOP/s" for name, label in rates.items()
+        ),
+        "command": f"`{where['command'].partition(' --out')[0]}`, commit {where['commit']}",
+    }
+    return table(["what", "value"], [list(cell) for cell in cells.items()]).replace("---:", "---")
+
+
+# of the blocks on a GPU those that are drawn, beside their MAC ratios
+GPU_DRAWN = ("rSB 2/4", "rSB 1/4")
+
+
+def gpu_blocks() -> str:
+    """Each block on the card: dense, ours, and QUARTER by ordinary operators."""
+    result = read("bench-blocks-cuda.json")
+    header = ["block", "batch", "fastest dense, us", "of roofline", "rRB by `qx.fuse`"]
+    for name in GPU_DRAWN:
+        header += [f"{name}: MAC ratio", "speed-up", "of roofline"]
+    header += ["stride 2 and back by cuDNN", "rSB 1/4 over that"]
+    cells = []
+    for row in result["rows"]:
+        best, own = row["best_dense"], row["candidates"]
+        quarter, plain = own["rSB 1/4"], own["cuDNN, stride 2"]
+        cells.append(
+            [
+                row["case"].replace("rRB ", ""),
+                str(row["batch"]),
+                f"{1e6 * row['timings'][best]['median_s']:.1f}",
+                f"{row['roofline'][best]['share']:.0%}",
+                f"{own['rRB']['speedup']:.2f}x",
+                *(
+                    text
+                    for entry in (own[name] for name in GPU_DRAWN)
+                    for text in (
+                        f"{entry['mac_ratio']:.2f}",
+                        f"{entry['speedup']:.2f}x",
+                        f"{entry['roofline_share']:.0%}",
+                    )
+                ),
+                f"{plain['speedup']:.2f}x",
+                f"{quarter['speedup_over cuDNN, stride 2']:.2f}x",
+            ]
+        )
+    if "--check" not in sys.argv:
+        shown = [
+            {**row, "candidates": {name: row["candidates"][name] for name in GPU_DRAWN}}
+            for row in result["rows"]
+        ]
+        (ROOT / "results" / "bench-blocks-cuda.svg").write_bytes(
+            draw_speedup_figure({**result, "rows": shown})
+        )
+    return f"{table(header, cells)}\n\n![speed-up against MAC ratio](results/bench-blocks-cuda.svg)"
+
+
+# what was wanted of blocks in bfloat16: what, channels, batches, candidate, which of its ratios, at least
+GPU_TARGETS: tuple[tuple[str, str, tuple[int, ...], str, str, float], ...] = (
+    ("dense block by `qx.fuse`, over cuDNN's", "", (64, 256), "rRB", "speedup", 0.9),
+    ("rSB 2/4, 64 x 56^2", "64", (64, 256), "rSB 2/4", "speedup", 1.35),
+    ("rSB 2/4, 128 x 28^2", "128", (64, 256), "rSB 2/4", "speedup", 1.8),
+    ("rSB 2/4, 256 x 14^2", "256", (64, 256), "rSB 2/4", "speedup", 1.8),
+    ("rSB 2/4, 512 x 7^2", "512", (64, 256), "rSB 2/4", "speedup", 1.8),
+    ("rSB 1/4, 64 x 56^2", "64", (64, 256), "rSB 1/4", "speedup", 1.5),
+    ("rSB 1/4, 128 x 28^2", "128", (64, 256), "rSB 1/4", "speedup", 2.7),
+    ("rSB 1/4, 256 x 14^2", "256", (64, 256), "rSB 1/4", "speedup", 3.4),
+    ("rSB 1/4, 512 x 7^2", "512", (64, 256), "rSB 1/4", "speedup", 2.7),
+    ("rSB 1/4, over stride 2 and back", "", (64, 256), "rSB 1/4", "speedup_over cuDNN, stride 2", 1.0),
+    ("rSB 2/4, one image", "", (1,), "rSB 2/4", "speedup", 1.0),
+    ("rSB 1/4, one image", "", (1,), "rSB 1/4", "speedup", 1.0),
+)
+GPU_RATE = 20_000
+
+
+def gpu_targets() -> str:
+    """What was wanted of a GPU beside what was measured, what was missed among it."""
+    rows = read("bench-blocks-cuda.json")["rows"]
+    cells = []
+    for what, channels, batches, name, key, least in GPU_TARGETS:
+        values = [
+            row["candidates"][name][key]
+            for row in rows
+            if row["batch"] in batches and channels in ("", row["case"].split()[1])
+        ]
+        met = sum(value >= least for value in values)
+        verdict = "yes" if met == len(values) else "no" if not met else f"in {met} of {len(values)}"
+        told = f"{min(values):.2f}x to {max(values):.2f}x"
+        cells.append([what, f"{least:g}x", told, verdict])
+    alone = read("gpu-training.json")["alone"]
+    rate = alone["images_per_second"]
+    reached = "yes" if rate >= GPU_RATE else "no"
+    cells.append([f"training of {alone['label']}, images a second", f"{GPU_RATE:,}", f"{rate:,.0f}", reached])
+    return table(["what", "wanted, at least", "measured", "reached"], cells)
+
+
+def gpu_correct() -> str:
+    """Checks by part and type, and the greatest error in units of what is allowed."""
+    result = read("gpu-correct.json")
+    groups: dict[tuple[str, str], list[list[Any]]] = {}
+    for job in result["jobs"]:
+        groups.setdefault((job["part"], job["precision"]), []).extend(job["checks"])
+    types = ("float32", "tf32", "float16", "bfloat16")
+    order = list(dict.fromkeys(part for part, _ in groups))
+    cells = [
+        [
+            part,
+            precision,
+            str(len(checks)),
+            str(sum(not ok for _, _, ok, _ in checks)),
+            f"{max(error for _, error, _, _ in checks if error is not None):.2g}",
+        ]
+        for (part, precision), checks in sorted(
+            groups.items(), key=lambda found: (order.index(found[0][0]), types.index(found[0][1]))
+        )
+    ]
+    return table(["what", "type", "checks", "failed", "greatest error / allowed"], cells)
+
+
+METHODS = {"sb": "SpatialBottleneck", "lowrank": "LowRank", "espace": "Espace"}
+
+
+def of_all(records: list[dict[str, Any]]) -> str:
+    """How many layers a method takes, of all convolutions that it was asked about."""
+    found = [record for record in records if "takes" in record]
+    taken = sum(record["takes"] for record in found)
+    return f"{taken} of {taken + sum(sum(record['leaves'].values()) for record in found)}"
+
+
+def of_artifacts(records: list[dict[str, Any]]) -> str:
+    """How many accelerated networks answer alike once saved and loaded."""
+    found = [record["artifact"]["answer"] for record in records if "artifact" in record]
+    return f"{found.count('equal')} of {len(found)}"
+
+
+def left_by_reason(rows: list[dict[str, Any]]) -> str:
+    """Why layers stay, by method, and why networks are refused: the most frequent reasons."""
+    said = []
+    for method, label in METHODS.items():
+        reasons: Counter[str] = Counter()
+        for row in rows:
+            reasons.update(row.get("methods", {}).get(method, {}).get("leaves", {}))
+        said.append(f"- {label} leaves: " + "; ".join(f"{n} {text}" for text, n in reasons.most_common(6)))
+    refused = [row for row in rows if row.get("fuse", {}).get("answer") == "refused"]
+    if refused:
+        names = ", ".join(row["name"].partition("/")[2] for row in refused)
+        said.append(f"- not fused: {names}")
+    return "\n".join(said)
+
+
+MADE = {
+    "demo": demo,
+    "blocks": lambda: bench("blocks"),
+    "ops": lambda: bench("ops"),
+    "training": lambda: bench("training"),
+    "networks": networks,
+    "zoo": zoo,
+    "gpu-machine": gpu_machine,
+    "gpu-blocks": gpu_blocks,
+    "gpu-targets": gpu_targets,
+    "gpu-correct": gpu_correct,
+    "cifar10-jpeg": lambda: trained("cifar10-jpeg"),
+    "clothing-small-128": lambda: trained("clothing-small-128"),
+    "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
+    "targets": lambda: targets("resnet56-2x", "resnet56-1.5x", "clothing-resnet18-2x"),
+    "with-drop": lambda: with_drop("resnet20-published-1.5x", "resnet20-jpeg-1.5x"),
+    "masks-cifar-resnet20": lambda: compared("masks-cifar-resnet20"),
+    "masks-cifar-resnet56": lambda: compared("masks-cifar-resnet56"),
+    "masks-jpeg-cifar-resnet20": lambda: compared("masks-jpeg-cifar-resnet20"),
+    "masks-jpeg-cifar-resnet56": lambda: compared("masks-jpeg-cifar-resnet56"),
+    "masks-clothing-resnet18": lambda: compared("masks-clothing-resnet18"),
+    "masks-squeezenet-tuned": lambda: compared("masks-squeezenet-tuned", "top5-drop-speed"),
+    "masks-squeezenet": lambda: compared("masks-squeezenet", "top5-drop-speed"),
+    "compared-cifar-resnet20": lambda: compared("compared-cifar-resnet20"),
+    "compared-clothing-resnet18": lambda: compared("compared-clothing-resnet18"),
+    "compared-clothing-resnet18-sb": lambda: compared("compared-clothing-resnet18-sb"),
+    "compared-squeezenet": lambda: compared("compared-squeezenet", "top5-drop-speed"),
+    **{
+        f"layers-{method}": partial(layers, method)
+        for method in ("binaryconnect", "cp", "espace", "lowrank", "qcnn")
+    },
+    **{
+        f"printed-{name}": partial(printed_table, name)
+        for name in ("table1", "table2", "table3", "table4", "downsampling")
+    },
+    **{f"printed-{name}": partial(printed_espace, name) for name in ESPACE},
+    "espace-figure3": lambda: espace("espace-figure3"),
+    "espace-figure4": lambda: espace("espace-figure4"),
+    "espace-table2": lambda: espace("espace-table2"),
+    "espace-table3": lambda: espace("espace-table3"),
+}
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = fresh = path.read_text(encoding="utf-8")
+        up = "../" * (len(path.relative_to(ROOT).parts) - 1)
+        for name in re.findall(r"<!-- ([\w.-]+) -->", text):
+            made = MADE[name]().replace("](results/", f"]({up}results/")
+            block = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
+            fresh = re.sub(
+                rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, fresh, flags=re.DOTALL
+            )
+        if fresh != text:
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                path.write_text(fresh, encoding="utf-8")
+    if "--check" in sys.argv:
+        for place in stale:
+            print(f"{place}: a table is not what results/*.json say; run python docs/tables.py")
+        return int(bool(stale))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

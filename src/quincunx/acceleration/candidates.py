@@ -1,0 +1,56 @@
+"""What a search chooses from and towards: candidates, targets, and the best choice for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quincunx.surgery.method import Method
+
+__all__ = [
+    "Candidate",
+    "pair_name",
+]
+
+
+@dataclass
+class Candidate:
+    """A method for one layer or pair, and its scores.
+
+    Attributes:
+        layers: one name, or two of a pair.
+        label: the method's settings, in words.
+        macs_saved: for one image.
+        seconds_saved: [first quartile, median, third] of a call, measured in the whole network.
+        loss: mean Kullback-Leibler divergence from the original network's answers, of this one alone.
+        why_not: why it cannot be chosen, if so.
+    """
+
+    layers: tuple[str, ...]
+    label: str
+    method: Method
+    macs_saved: int = 0
+    seconds_saved: tuple[float, float, float] | None = None
+    loss: float | None = None
+    why_not: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The median of the seconds saved."""
+        return self.seconds_saved[1] if self.seconds_saved is not None else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**{k: v for k, v in vars(self).items() if k != "method"}, "method": repr(self.method)}
+
+
+def pair_name(names: Sequence[str]) -> str:
+    """A layer's name, or those of a pair, what they share said once.
+
+    Example:
+        >>> pair_name(["layer1.0.conv1", "layer1.0.conv2"])
+        'layer1.0.conv1 + conv2'
+    """
+    parent, dot, _ = names[0].rpartition(".")
+    return " + ".join([names[0], *(name.removeprefix(parent + dot) for name in names[1:])])

@@ -1,0 +1,109 @@
+"""What tells one acceleration from another, so that a run that was interrupted goes on with its own fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quincunx.acceleration.journal import FolderJournal
+from quincunx.acceleration.target import Search
+from quincunx.data import ImageData
+from quincunx.networks.spec import spec_of
+from quincunx.surgery.method import (
+    Method,
+)
+
+__all__ = ["shared_fits", "trained_identity", "where_named"]
+
+
+def shared_fits(
+    folder: Path,
+    model: nn.Module,
+    method: Method,
+    data: ImageData | None,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    seed: int = 0,
+) -> FolderJournal:
+    """The journal in ``folder`` of finished layers that all methods share which fit them in the same way.
+
+    Such are ESPACE's at other rates. Arguments as in :func:`accelerate_trained`.
+    """
+    return fits_folder(folder, method, acceleration_identity(model, method, data, layers, calibration, seed))
+
+
+def fits_folder(folder: Path, method: Method | Search, identity: dict[str, Any]) -> FolderJournal:
+    after = getattr(method, "after_fits", ())
+    settings = {key: value for key, value in identity["method"].items() if key not in after}
+    reduced = {**identity, "method": settings}
+    digest = hashlib.sha256(json.dumps(reduced, sort_keys=True).encode()).hexdigest()
+    return FolderJournal(folder / f"{method.name}-{digest[:12]}", reduced)
+
+
+def acceleration_identity(
+    model: nn.Module,
+    method: Method | Search,
+    data: ImageData | None,
+    layers: Sequence[str],
+    calibration: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What decides on the finished layers of a run, JSON-ready."""
+    settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    same = trained_identity(model, data, layers=layers, calibration=calibration, seed=seed)
+    return {**same, "method": {"name": method.name, **settings}}
+
+
+def trained_identity(
+    model: nn.Module,
+    data: ImageData | None,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    seed: int = 0,
+    **_: Any,
+) -> dict[str, Any]:
+    """What decides on the results of a run besides method and recipe, JSON-ready.
+
+    Other options of :func:`accelerate_trained` are taken and left out: they decide on times alone.
+    """
+    state = hashlib.sha256(b"".join(_bytes(t) for t in model.state_dict().values())).hexdigest()
+    return {
+        "network": spec_of(model),
+        "weights": state,
+        "data": None if data is None else data.describe(),
+        "layers": list(layers),
+        "calibration": calibration,
+        "seed": seed,
+    }
+
+
+def _bytes(value: Tensor) -> bytes:
+    return (
+        bytes(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) if value.dim() else b""
+    )
+
+
+def where_named(model: nn.Module, patterns: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+    """Which layers the patterns mean; all without any.
+
+    Raises:
+        ValueError: one of them matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            some = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+            raise ValueError(
+                f"layers={pattern!r}: no layer has such a name; there are {', '.join(some[:10])}"
+            )
+    return lambda name, _: not patterns or any(fnmatch(name, pattern) for pattern in patterns)

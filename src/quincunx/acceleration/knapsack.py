@@ -1,0 +1,61 @@
+"""Which candidate each layer gets: least loss at the speed that is wanted, an integer program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from quincunx.acceleration.candidates import Candidate
+
+__all__ = ["choose"]
+
+
+def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> list[Candidate]:
+    """The rows of least loss that together gain what is wanted, at most one for each layer; if it cannot be
+    reached, those of the greatest gain, to a millionth.
+
+    Source: a multiple-choice knapsack, solved by HiGHS as an integer program.
+    """
+    if not rows or wanted <= 0:
+        return []
+    losses = np.array([max(row.loss or 0.0, 0.0) for row in rows])
+    names = sorted({name for row in rows for name in row.layers})
+    once = np.array([[float(name in row.layers) for row in rows] for name in names])
+    scale = max(max(abs(g) for g in gains), 1e-30)
+    gain = np.array(gains) / scale
+    found, worst, least = None, float(losses.max()), wanted / scale
+    while np.isfinite(wanted):
+        # loss decides; of equal losses the greater gain
+        cost_of = losses / max(worst, 1e-30) - 1e-6 * gain
+        better = _solved(cost_of, once, losses <= worst, gain, least)
+        if better is None:
+            break
+        found, total = better, float(losses[better].sum())
+        if np.array(gains)[better].sum() < wanted and least == wanted / scale:
+            least += 2e-6  # the solver's tolerance
+        elif total < worst / 2:
+            worst = total  # exact to a millionth of the greatest loss, so without those that are too great
+        else:
+            break
+    if found is None:
+        found = _solved(-gain, once, losses >= 0, gain, -np.inf)
+        most = 0.0 if found is None else float(np.array(gains)[found].sum())
+        # what gains as much with less loss
+        return choose(rows, gains, most * (1 - 1e-6))
+    return [row for row, taken in zip(rows, found, strict=True) if taken]
+
+
+def _solved(
+    cost_of: np.ndarray, once: np.ndarray, allowed: np.ndarray, gain: np.ndarray, least: float
+) -> np.ndarray | None:
+    """Which columns are of least cost, each row of ``once`` taken at most once; None if none gain enough."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    limits = [LinearConstraint(once, ub=np.ones(len(once)))]
+    if np.isfinite(least):
+        limits.append(LinearConstraint(gain[None, :], lb=least))
+    bounds = Bounds(0, allowed.astype(float))
+    options = {"mip_rel_gap": 0.0}
+    found = milp(cost_of, constraints=limits, integrality=np.ones(len(gain)), bounds=bounds, options=options)
+    return None if found.x is None else found.x > 0.5

@@ -1,0 +1,433 @@
+"""A trained network made faster by a method: fitted, re-normalised, fine-tuned, judged and timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from quincunx.acceleration.gain import without_slower
+from quincunx.acceleration.identity import (
+    acceleration_identity,
+    fits_folder,
+    where_named,
+)
+from quincunx.acceleration.journal import FolderJournal
+from quincunx.acceleration.judge import (
+    JudgedStage,
+    doubts_about,
+    renormalise,
+    sample_batches,
+)
+from quincunx.acceleration.search import search
+from quincunx.acceleration.target import Search, Target
+from quincunx.acceleration.timing import (
+    cost_record,
+    time_record,
+)
+from quincunx.data import ImageData
+from quincunx.measure.environment import environment
+from quincunx.methods import BinaryConnect
+from quincunx.methods.registry import candidates_named
+from quincunx.modules import copied
+from quincunx.networks.artifact import save
+from quincunx.networks.spec import spec_of
+from quincunx.progress import progress_bar
+from quincunx.report.verdict import judge as judge_target
+from quincunx.surgery.calibration import Layer
+from quincunx.surgery.method import (
+    Accelerated,
+    Journal,
+    Method,
+    Replacement,
+)
+from quincunx.surgery.replace import replace_layers
+from quincunx.train.checkpoint import only_writer
+from quincunx.train.evaluation import check_finite, label_with, score_images
+from quincunx.train.loop import Diverged, StopRule, fit
+from quincunx.train.recipes import Recipe
+from quincunx.writing import write_json
+
+__all__ = [
+    "accelerate_trained",
+    "plan_for_target",
+    "run_search",
+]
+
+# epochs without progress after which a fine-tuning towards an accuracy ends
+_PATIENCE = 5
+# where accuracy is missed: shares of the speed that was reached at which it is looked at, too
+_ALTERNATIVES = (2 / 3, 1 / 3)
+
+
+def accelerate_trained(
+    model: nn.Module,
+    method: Method | Search,
+    data: ImageData,
+    out: str | Path,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    normalisation: int = 2000,
+    recipe: Recipe | None = None,
+    batch: int = 8,
+    rounds: int = 11,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+    fits: Path | None = None,
+    keep_diverged: bool = False,
+    keep_slower: bool = True,
+    keep_best: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Make a trained network faster and say what it cost: error at each stage, time of each layer.
+
+    The folder gets ``accelerate.json`` (the result), ``model`` (the artifact, weights of one bit packed),
+    ``layers`` (finished layers, which the same call does not make again) and, with a recipe, ``finetune``
+    (that run, from whose own artifact training can go on).
+
+    Args:
+        model: a trained network with a spec or a noted factory; it is left as it is.
+        method: such as ``qx.Espace()``, or a search for a target.
+        data: its training images calibrate and fine-tune, its test images judge. Where they have no
+            labels the network's own answers take their place, and a recipe has to learn from it alone
+            (``distill=1``).
+        out: folder of the results.
+        layers: patterns of layer names such as "stages.*.conv2"; by default every layer.
+        calibration: training images the method is given.
+        normalisation: training images by which batch norm is estimated anew.
+        recipe: of fine-tuning; one with ``distill`` or ``distill_features`` has the original network as
+            teacher. With a
+            target's ``max_drop`` it ends once the test error is within it, or stays for
+            some epochs.
+        batch: images of the timed inputs.
+        rounds: how often each candidate is timed.
+        seed: of the draws and of fine-tuning.
+        workers: processes that decode streamed images.
+        progress: show bars.
+        fits: folder where finished layers are kept instead, for other methods that fit them in the same
+            way; such are ESPACE's at other rates.
+        keep_diverged: if fine-tuning diverges, the network from before it is the result, and "diverged"
+            and the last stage's name say so.
+        keep_slower: a method's layers stay also where the network, timed with and without them, gains no
+            time by them; False puts those back, but for methods whose gain is the size on disk. A search
+            never takes such layers. What is finished is timed once more: where the whole network is no faster
+            after all, the original is the result.
+        keep_best: of fine-tuning the epoch of least test error is the result, or the network from before it
+            where every epoch was worse; False takes the last epoch.
+        tell: called with each doubt about the input, before the work: one sentence.
+
+    Returns:
+        The content of ``accelerate.json``; "verdict" says whether a search's target is met by the final
+        test error and the final times.
+
+    Raises:
+        BlockingIOError: another process works in the folder.
+        ValueError: weights that are not finite; the network does not fit the data; what the method refuses;
+            a pattern that matches nothing; finished layers of another run in the folder.
+        Diverged: fine-tuning did, and ``keep_diverged`` is False.
+        RunFailed: fine-tuning could not go on for another reason.
+    """
+    with only_writer(Path(out)):
+        return _accelerated(
+            model.eval(), method, data, Path(out), layers=layers, calibration=calibration,
+            normalisation=normalisation, recipe=recipe, batch=batch, rounds=rounds, seed=seed,
+            workers=workers, progress=progress, fits=fits, keep_diverged=keep_diverged,
+            keep_slower=keep_slower, keep_best=keep_best, tell=tell,
+        )  # fmt: skip
+
+
+def _accelerated(
+    original: nn.Module,
+    method: Method | Search,
+    data: ImageData,
+    out: Path,
+    *,
+    layers: Sequence[str],
+    calibration: int,
+    normalisation: int,
+    recipe: Recipe | None,
+    batch: int,
+    rounds: int,
+    seed: int,
+    workers: int | None,
+    progress: bool,
+    fits: Path | None,
+    keep_diverged: bool,
+    keep_slower: bool,
+    keep_best: bool,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """As :func:`accelerate_trained`, which says what the arguments are."""
+    check_finite(original)
+    data = label_with(original, data, workers)
+    identity = acceleration_identity(original, method, data, layers, calibration, seed)
+    journal = FolderJournal(out / "layers", identity) if fits is None else fits_folder(fits, method, identity)
+    images = sample_batches(data, calibration, seed)
+    one = torch.zeros(1, data.in_channels, *data.size)
+    judge = partial(score_images, split=data.test, data=data, workers=workers)
+    stages = [JudgedStage("before", original, judge)]
+    doubts = doubts_about(stages[0], data)
+    for doubt in doubts:
+        tell(doubt)
+    where = where_named(original, layers)
+    began = time.perf_counter()
+    if isinstance(method, Search):
+        found = run_search(original, method, images, out, where, batch, progress, journal)
+    else:
+        meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
+        with _watched(journal, len(meant), progress) as watched:
+            found = replace_layers(original, method, where=where, calibration=images, journal=watched)
+        if found.replaced and not keep_slower and not getattr(method, "saves_bytes", False):
+            found = without_slower(original, found, torch.randn(batch, *one.shape[1:]), rounds=rounds)
+    if not found.replaced and (isinstance(method, Search) or not keep_slower):
+        # there is nothing to win back
+        recipe = None
+    fitting = {"seconds": time.perf_counter() - began, "peak_memory": _peak_resident_bytes()}
+    fast = found.model.eval()
+    stages.append(JudgedStage("after replacing", fast, judge))
+    if found.replaced and any(isinstance(m, _BatchNorm) for m in fast.modules()):
+        kept = renormalise(fast, images, [x for x, _ in sample_batches(data, normalisation, seed + 1, 100)])
+        doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
+        stages.append(JudgedStage(f"after re-estimating batch norm{doubt}", fast, judge))
+    diverged, epochs = None, None
+    if recipe is not None:
+        untuned = copied(fast) if keep_diverged or keep_best else None
+        try:
+            history = fit(
+                fast,
+                data,
+                recipe,
+                out / "finetune",
+                seed=seed,
+                resume=True,
+                progress="fine-tuning" if progress else False,
+                teacher=original if recipe.taught else None,
+                workers=workers,
+                stop=_stop_rule(method, stages[0]),
+                keep_best=keep_best,
+            )["history"]
+            epochs = len(history)
+        except Diverged as error:
+            if untuned is None or not keep_diverged:
+                raise
+            fast, diverged = untuned, str(error)
+            found = dataclasses.replace(found, model=fast)
+        doubt = "" if diverged is None else " (it diverged: the network from before it)"
+        tuned = JudgedStage(f"after fine-tuning{doubt}", fast, judge)
+        if keep_best and untuned is not None and tuned.error > stages[-1].error:
+            fast, found = untuned, dataclasses.replace(found, model=untuned)
+            name = f"after fine-tuning (not kept: {100 * tuned.error:.2f}% after its best epoch)"
+            tuned = JudgedStage(name, fast, judge)
+        stages.append(tuned)
+    timed = time_record(original, found, one, batch, rounds, progress, sure=isinstance(method, Search))
+    put_back = None
+    for_time = isinstance(method, Search) or not (keep_slower or getattr(method, "saves_bytes", False))
+    if for_time and found.replaced and (ratio := timed["whole"]["speedup"]["median"]) <= 1:
+        # what is no faster is not worth what it lost
+        put_back = ratio
+        reason = f"no gain: the finished network was {ratio:.2f} times as fast as before"
+        reasons = {**found.skipped, **dict.fromkeys(found.replaced, reason)}
+        found = Accelerated(copied(original).eval(), {}, reasons, search=found.search)
+        fast = found.model
+        stages.append(JudgedStage("after putting everything back (it was no faster)", fast, judge))
+        timed = time_record(original, found, one, batch, rounds, progress)
+    packed = BinaryConnect.pack(fast)
+    result = {
+        "schema": 1,
+        "kind": "accelerate",
+        **{key: value for key, value in identity.items() if key != "network"},
+        "network": spec_of(original),
+        "doubts": doubts,
+        "recipe": None if recipe is None else recipe.to_dict(),
+        "images": {"train": len(data.train), "test": len(data.test)},
+        "stages": [stage.against(stages[0]) for stage in stages],
+        "epochs": epochs,
+        "diverged": diverged,
+        "put_back": put_back,
+        "skipped": found.skipped,
+        "search": found.search,
+        "recalled": journal.recalled,
+        "fitting": fitting,
+        "cost": {key: cost_record(m, one) for key, m in (("before", original), ("after", fast))},
+        "bytes": {key: _weight_bytes(m) for key, m in (("before", original), ("after", packed))},
+        **timed,
+        "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
+        "environment": environment(),
+    }
+    others: list[dict[str, float]] = []
+    if isinstance(method, Search) and found.search is not None:
+        search_again = partial(_alternatives, original, method, data, images, where, batch, out, judge)
+        others = search_again(result, [x for x, _ in sample_batches(data, normalisation, seed + 1, 100)])
+    result["verdict"] = judge_target(result, others)
+    info = {"data": data.describe(), "test_error": result["stages"][-1]["error"]}
+    save(packed, out / "model", info=info)
+    write_json(out / "accelerate.json", result)
+    return result
+
+
+def _alternatives(
+    original: nn.Module,
+    method: Search,
+    data: ImageData,
+    images: list[tuple[Tensor, Tensor]],
+    where: Callable[[str, nn.Module], bool],
+    batch: int,
+    out: Path,
+    judge: Callable[[nn.Module], tuple[Tensor, ...]],
+    result: dict[str, Any],
+    inputs: Sequence[Tensor],
+) -> list[dict[str, float]]:
+    """What less speed costs, where a target's accuracy was missed: "speedup", and "drop" on the test images.
+
+    The networks are fitted and judged without fine-tuning; the scores are there already.
+    """
+    verdict = judge_target(result) or {"parts": ()}
+    if all(part["met"] for part in verdict["parts"] if part["what"] == "max_drop"):
+        return []
+    found: list[dict[str, float]] = []
+    wrong = result["stages"][0]["error"]
+    reached = float(result["whole"]["speedup"]["median"])
+    for share in _ALTERNATIVES:
+        wanted = round(1 + share * (reached - 1), 2)
+        if wanted <= 1:
+            break
+        less = dataclasses.replace(method, target=Target(speedup=wanted))
+        with warnings.catch_warnings():
+            # of few images it was warned before
+            warnings.simplefilter("ignore", UserWarning)
+            other = run_search(original, less, images, out, where, batch, False)
+        if not other.replaced or other.search is None:
+            break
+        if any(isinstance(m, _BatchNorm) for m in other.model.modules()):
+            renormalise(other.model, images, inputs)
+        _, right, _ = judge(other.model)
+        drop = 100 * (int((~right).sum()) / len(right) - wrong)
+        found.append({"speedup": float(other.search["attempts"][-1]["speedup"]), "drop": drop})
+        if drop <= float(method.target.max_drop or 0.0):
+            break
+    return found
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    """Of what an artifact keeps, each tensor once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _peak_resident_bytes() -> int | None:
+    """The most bytes that this process has held so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held
+
+
+def run_search(
+    model: nn.Module,
+    method: Search,
+    images: list[tuple[Tensor, Tensor]],
+    out: Path,
+    where: Callable[[str, nn.Module], bool],
+    batch: int,
+    progress: bool,
+    journal: Journal | None = None,
+    *,
+    dry_run: bool = False,
+) -> Accelerated:
+    """What a search finds, with a bar; its scores are kept in the folder or where it says."""
+    with progress_bar(progress) as bar:
+        task = bar.add_task("searching", total=1.0, state="")
+
+        def tell(what: str, share: float) -> None:
+            bar.update(task, state=what, completed=share if share >= 0 else None)
+
+        found = search(
+            model,
+            method.target,
+            images,
+            candidates=candidates_named(method.methods),
+            where=where,
+            example_input=torch.randn(batch, *images[0][0].shape[1:]),
+            table=method.scores or out / "scores.json",
+            time_budget=method.time_budget,
+            dry_run=dry_run,
+            journal=journal,
+            tell=tell,
+        )
+    return dataclasses.replace(found.result, search=found.record)
+
+
+def plan_for_target(
+    model: nn.Module,
+    method: Search,
+    data: ImageData,
+    out: str | Path,
+    *,
+    layers: Sequence[str] = (),
+    calibration: int = 500,
+    batch: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What a search would choose, with its estimates, and nothing more; arguments as in
+    :func:`accelerate_trained`."""
+    check_finite(model)
+    with only_writer(Path(out)):
+        data = label_with(model.eval(), data)
+        for doubt in doubts_about(
+            JudgedStage("before", model, partial(score_images, split=data.test, data=data)), data
+        ):
+            tell(doubt)
+        images = sample_batches(data, calibration, seed)
+        where = where_named(model, layers)
+        found = run_search(model.eval(), method, images, Path(out), where, batch, progress, dry_run=True)
+    return found.search or {}
+
+
+def _stop_rule(method: Method | Search, before: JudgedStage) -> StopRule | None:
+    """Of fine-tuning towards an accuracy; None where none was asked for."""
+    if not isinstance(method, Search) or method.target.max_drop is None:
+        return None
+    # by a hair more, for what adding two shares of ten rounds away
+    return StopRule(before.error + method.target.max_drop / 100 + 1e-9, _PATIENCE)
+
+
+class _Watched:
+    """A journal that also tells a person which layer is finished."""
+
+    def __init__(self, journal: FolderJournal, tell: Callable[[str], None]) -> None:
+        self.journal, self.tell = journal, tell
+
+    def recall(self, layer: Layer) -> Replacement | None:
+        self.tell(f"at {layer.name}")
+        return self.journal.recall(layer)
+
+    def keep(self, layer: Layer, replacement: Replacement) -> None:
+        self.journal.keep(layer, replacement)
+        self.tell(f"{layer.name} done")
+
+
+@contextmanager
+def _watched(journal: FolderJournal, layers: int, progress: bool) -> Iterator[_Watched]:
+    with progress_bar(progress) as bar:
+        task = bar.add_task("layers", total=layers, state="")
+
+        def tell(what: str) -> None:
+            bar.update(task, advance=what.endswith("done"), state=what)
+
+        yield _Watched(journal, tell)

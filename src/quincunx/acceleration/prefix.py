@@ -1,0 +1,176 @@
+"""Answers of networks that differ from a layer on: what lies before it runs once, for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from quincunx.fusion.fuse import fuse
+from quincunx.layers.graph import trace
+from quincunx.layers.tracing import as_module
+from quincunx.modules import inference_mode_of
+from quincunx.surgery.calibration import MOST_KEPT, Batch
+
+__all__ = ["Tails"]
+
+
+class Tails:
+    """A network's batches up to some layer, from which changed copies of it go on.
+
+    Both parts run fused. A network that torch.fx cannot trace, one with hooks, which only its own forward
+    calls, and one whose values are too many to keep, run whole.
+
+    Args:
+        model: the network that nothing is changed in.
+        data: its batches, which can be read several times.
+    """
+
+    def __init__(self, model: nn.Module, data: Iterable[Batch]) -> None:
+        self.model, self.data = model, data
+        with inference_mode_of(model):
+            self.graph = None if _hooked(model) else _traced(model)
+        self.wanted = self.at = 0
+        self.kept: list[tuple[Any, ...]] = []
+
+    def go_to(self, names: Sequence[str]) -> None:
+        """Keep what the first call of a layer, which has these names, and all behind it read."""
+        if self.graph is None:
+            return
+        at = _call_of(self.graph, names) or 0
+        if at == self.wanted:
+            return
+        self.wanted = at
+        if at < self.at:
+            self.at, self.kept = 0, []
+        read = _live(self.graph, at)
+        part = _between(self.model, self.graph, self.graph, self.at, at, tuple(read)) if at else None
+        if part is None:
+            return
+        head, kept, held = fuse(part), [], 0
+        for values in self._values():
+            kept.append(tuple(head(*values)))
+            held += sum(v.numel() * v.element_size() for v in kept[-1] if isinstance(v, Tensor))
+            if held > MOST_KEPT:
+                at, kept = 0, []
+                break
+        self.at, self.kept = at, kept
+
+    def answers(self, network: nn.Module) -> Iterator[Any]:
+        """What a network, equal to the model up to the layer, answers to each batch."""
+        graph = None if self.graph is None else _traced(network)
+        tail = None
+        if self.graph is not None and graph is not None:
+            tail = _between(network, self.graph, graph, self.at)
+        if tail is None:
+            yield from (network(batch.input) for batch in self.data)
+            return
+        fused = fuse(tail)
+        yield from (fused(*values) for values in self._values())
+
+    def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
+        """What the first call of a layer, which has these names, reads of each batch.
+
+        Args:
+            network: equal to the model up to where the batches are.
+            names: the layer's.
+
+        Returns:
+            None where the layer was passed already, or the network has to run whole.
+        """
+        graph = None if self.graph is None else self.graph if network is self.model else _traced(network)
+        if self.graph is None or graph is None or (stop := _call_of(graph, names)) is None:
+            return None
+        part = None
+        read = list(graph.nodes)[stop].args[0]
+        if stop >= self.at and isinstance(read, fx.Node):
+            part = _between(network, self.graph, graph, self.at, stop, read)
+        if part is None:
+            return None
+        # not all that the rest of the network reads is read up to here
+        given = [node for node in part.graph.nodes if node.op == "placeholder"]
+        used = [i for i, node in enumerate(given) if node.users]
+        for node in given:
+            if not node.users:
+                part.graph.erase_node(node)
+        part.recompile()
+        computes = any(node.op.startswith("call") for node in part.graph.nodes)
+        head = fuse(part) if computes else part
+        return (head(*(values[i] for i in used)) for values in self._values())
+
+    def _values(self) -> Iterable[tuple[Any, ...]]:
+        """What is read from where the batches are now on."""
+        return self.kept if self.at else self._inputs()
+
+    def _inputs(self) -> Iterator[tuple[Tensor]]:
+        return ((batch.input.contiguous(memory_format=_layout(batch.input)),) for batch in self.data)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+def _hooked(model: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _traced(model: nn.Module) -> fx.Graph | None:
+    try:
+        return trace(model)
+    except TypeError:
+        return None
+
+
+def _call_of(graph: fx.Graph, names: Sequence[str]) -> int | None:
+    """The place of the first call of a module that has these names."""
+    places = (i for i, n in enumerate(graph.nodes) if n.op == "call_module" and n.target in names)
+    return next(places, None)
+
+
+def _between(
+    network: nn.Module,
+    original: fx.Graph,
+    graph: fx.Graph,
+    start: int,
+    stop: int | None = None,
+    wanted: fx.Node | tuple[fx.Node, ...] = (),
+) -> fx.GraphModule | None:
+    """The nodes of a network from one on, and before another, as a function of what they read.
+
+    Args:
+        original: the graph whose nodes before ``start`` were run.
+        graph: the network's own, of the same nodes up to there.
+        wanted: what it gives where it stops.
+
+    Returns:
+        The function; it gives the network's answer, or where it stops what is wanted. None where the
+        graphs differ before ``start``, or something is read that is not there any more.
+    """
+    before = list(original.nodes)[:start]
+    nodes = list(graph.nodes)
+    if [_description(node) for node in nodes[:start]] != [_description(node) for node in before]:
+        return None
+    result = fx.Graph()
+    own = dict(zip(before, nodes, strict=False))
+    copied = {own[node]: result.placeholder(node.name) for node in _live(original, start)}
+    try:
+        for node in nodes[start:stop]:
+            copied[node] = result.node_copy(node, lambda n: copied[n])
+        if stop is not None:
+            result.output(fx.map_arg(wanted, lambda n: copied[n]))
+    except KeyError:
+        return None
+    return as_module(network, result, getattr(graph, "constants", {}))
+
+
+def _description(node: fx.Node) -> tuple[str, str, str]:
+    return node.op, node.name, str(node.target)
+
+
+def _live(graph: fx.Graph, at: int) -> list[fx.Node]:
+    """The nodes before a place that one behind it reads."""
+    nodes = list(graph.nodes)
+    later = set(nodes[at:])
+    return [node for node in nodes[:at] if later.intersection(node.users)]

@@ -1,0 +1,497 @@
+"""The score table of a search: what each candidate alone costs in accuracy and saves in time, measured."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quincunx.acceleration.assigned import Assigned
+from quincunx.acceleration.candidates import Candidate, pair_name
+from quincunx.acceleration.prefix import Tails
+from quincunx.fusion.fuse import fuse
+from quincunx.layers.build import build_module
+from quincunx.measure.cost import cost
+from quincunx.measure.latency import Timing, measure_models
+from quincunx.methods.points import worded
+from quincunx.modules import Attached, inference_mode_of, set_module
+from quincunx.networks.artifact import build_measured
+from quincunx.reading import Entry, bounded, differing_fields, one_line, read_json
+from quincunx.surgery.calibration import Calibration, Layer
+from quincunx.surgery.eligible import Where
+from quincunx.surgery.method import Method, Replacement
+from quincunx.surgery.replace import layer_macs, prepare, temporarily_replaced
+from quincunx.writing import write_json
+
+__all__ = ["BUDGET", "Scores", "eager_form", "inference_form", "timed_clearly"]
+
+_ROUNDS = 11
+# of a whole network of a choice: few are timed, and one decides
+_ATTEMPT_ROUNDS = 31
+BUDGET = "not scored: the time budget was used up"
+# it saves no multiply-adds, or no time
+NO_GAIN = "no gain, stays dense"
+
+
+def inference_form(model: nn.Module, check: Tensor | None = None) -> nn.Module:
+    """The fused copy, compared with the network on ``check``; where there is none, one in channels_last."""
+    try:
+        return fuse(model, check=check)
+    except TypeError:
+        return eager_form(model)
+
+
+def eager_form(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and channels_last, not fused."""
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def timed_clearly(
+    models: Mapping[str, nn.Module], x: Tensor, *, rounds: int = _ROUNDS, more: int = _ATTEMPT_ROUNDS
+) -> dict[str, tuple[Timing, Timing]]:
+    """(seconds of the first network, seconds of another) by the other's name, in turn.
+
+    Where neither is clearly faster both are timed again, and have the rounds of both measurements.
+    """
+    first, *others = models
+    timings = measure_models(models, x, rounds=rounds)
+    found = {key: (timings[first], timings[key]) for key in others}
+    doubtful = [
+        key
+        for key, (one, other) in found.items()
+        if not one.clearly_faster_than(other) and not other.clearly_faster_than(one)
+    ]
+    if doubtful:
+        again = measure_models({key: models[key] for key in (first, *doubtful)}, x, rounds=more)
+        for key in doubtful:
+            one, other = found[key]
+            found[key] = one.and_more(again[first]), other.and_more(again[key])
+    return found
+
+
+class Scores:
+    """Every candidate of a network, its loss alone in the network and the time it saves there.
+
+    Args:
+        model, calibration, candidates, where, example_input, tell: as in
+            :func:`quincunx.acceleration.search.search`.
+
+    Attributes:
+        rows: the candidates.
+        layers: name -> layer, in forward order.
+        skipped: layers that no candidate may replace, and why.
+        answers: log-probabilities of the original network, batch by batch.
+        dense: its fused form.
+        macs: of one calibration image.
+        reference: seconds of one call of the dense network, to which shares saved are applied.
+        choices: what was chosen before, by target; kept in the table.
+
+    Raises:
+        TypeError: no network, or its answer is no tensor [N, classes].
+        ValueError: answers that are not finite, or calibration data that is not the same each time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Iterable[Any],
+        candidates: Sequence[Method],
+        where: Where | None,
+        example_input: Tensor | None,
+        tell: Callable[[str, float], None],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        self.model, self.candidates, self.tell = model, candidates, tell
+        batch = Calibration(calibration, model).first()
+        if not batch.plain:
+            raise TypeError(
+                "calibration: batch 0 has more than one input tensor; a search for a target takes networks "
+                "of one"
+            )
+        first = batch.input
+        self.example = first[:8] if example_input is None else example_input
+        # classes of layers, and whether pairs are to be found
+        asked = Assigned({f"{i}": method for i, method in enumerate(candidates)})
+        self.context, layers, self.skipped = prepare(
+            model, asked, where=where, example_input=first[:1], calibration=calibration
+        )
+        self.pairs = self.context.pairs
+        self.layers = {layer.name: layer for layer in layers}
+        self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
+        self.rows = [row for unit in self.units for row in self._rows_of(unit)]
+        self.macs = cost(model, first[:1]).macs
+        self.dense = inference_form(model, first[:1])
+        self.tails = self.context.shortcut = Tails(model, self.context.data)
+        self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.choices: dict[str, dict[str, Any]] = {}
+        self.reference = 0.0
+        self.marks, self.answers = [], []
+        with inference_mode_of(model):
+            for batch in self.context.data:
+                self.marks.append(_mark(batch.input))
+                self.answers.append(_checked(model(batch.input)))
+                if not self.answers[-1].isfinite().all():
+                    raise ValueError(f"calibration: batch {batch.index}: the answers are not finite")
+        if [_mark(batch.input) for batch in self.context.data] != self.marks:
+            raise ValueError(
+                "calibration: gives other batches each time it is read, so candidates cannot be compared; "
+                "turn off shuffling and augmentation"
+            )
+
+    def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
+        for method in self.candidates:
+            together = bool(getattr(method, "pairs", False))
+            if len(unit) == 2 and not together:
+                continue
+            alone = method
+            if len(unit) == 1 and hasattr(method, "pairs"):
+                if not getattr(method, "singles", True):
+                    continue
+                alone = dataclasses.replace(method, pairs=False, singles=True)  # type: ignore[type-var]
+            yield Candidate(tuple(layer.name for layer in unit), worded(alone, len(unit) == 2), alone)
+
+    # ------------------------------------------------------------ scoring
+
+    def fill(self, table: Path | None, time_budget: float | None) -> None:
+        """Time and score every candidate that the table does not know yet."""
+        ends = float("inf") if time_budget is None else time.perf_counter() + time_budget
+        self._recall(table)
+        classes: dict[str, list[tuple[Layer, ...]]] = {}
+        for unit in self.units:
+            classes.setdefault(_shape_of(unit), []).append(unit)
+        todo = [row for row in self.rows if not _finished(row)]
+        for units in classes.values():
+            if not self.reference and time.perf_counter() < ends:
+                timed = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)
+                self.reference = timed[""].median
+            if time.perf_counter() < ends:
+                self._time_class(units)
+            for unit in units:
+                names = tuple(layer.name for layer in unit)
+                for row in self.rows:
+                    if row.layers != names or _finished(row):
+                        continue
+                    if time.perf_counter() >= ends:
+                        row.why_not = BUDGET
+                        continue
+                    self._score(unit, row)
+                    left = sum(not _finished(other) for other in todo)
+                    self.tell(f"{pair_name(names)}: {row.label}", 1 - left / len(todo))
+                self.context.kept = None
+                self.write(table)
+
+    def _loss(self, network: nn.Module) -> float:
+        total, count = 0.0, 0
+        with inference_mode_of(network):
+            for given, answer in zip(self.tails.answers(network), self.answers, strict=True):
+                total += float(F.kl_div(_checked(given), answer, reduction="sum", log_target=True))
+                count += len(answer)
+        return total / count
+
+    @contextmanager
+    def _tried(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[None]:
+        """Within: the candidate alone is in the network; its modules' specs are kept."""
+        self.context.pairs = tuple(pair for pair in self.pairs if pair == unit)
+        if self.context.kept is None:
+            self.context.kept = {}
+        with temporarily_replaced(self.context, row.method, unit) as done:
+            row.macs_saved = sum(_macs_saved(layer, done[layer.name]) for layer in unit)
+            if row.macs_saved <= 0:
+                raise ValueError(NO_GAIN)
+            self.specs[_shape_of(unit), repr(row.method)] = [done[layer.name].spec for layer in unit]
+            yield
+
+    def _score(self, unit: tuple[Layer, ...], row: Candidate) -> None:
+        with inference_mode_of(self.model):
+            self.tails.go_to(unit[0].names)
+        with _excused(row), self._tried(unit, row):
+            row.loss = self._loss(self.context.network)
+            if not np.isfinite(row.loss):
+                row.loss, row.why_not = None, "its answers are not finite"
+
+    def _time_class(self, units: list[tuple[Layer, ...]]) -> None:
+        """Time each candidate on all units of one shape at once, in the whole network."""
+        unit_of = {tuple(layer.name for layer in unit): unit for unit in units}
+        rows = [r for r in self.rows if r.layers in unit_of and r.seconds_saved is None and r.why_not is None]
+        networks: dict[str, nn.Module] = {}
+        for row in rows:
+            method = repr(row.method)
+            # the first unit that the method can take stands for all
+            if method not in networks:
+                self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
+                self._score(unit_of[row.layers], row)
+                if row.why_not is None:
+                    specs = self.specs[_shape_of(units[0]), method]
+                    with _excused(row):
+                        networks[method] = inference_form(self._sketch([(unit, specs) for unit in units]))
+        if not networks:
+            return
+        timings = measure_models({"": self.dense, **networks}, self._timed_input(), rounds=_ROUNDS)
+        for row in rows:
+            if row.why_not is None and repr(row.method) in networks:
+                shares = _saved(timings[""], timings[repr(row.method)], len(units))
+                low, middle, high = (share * self.reference for share in shares)
+                row.seconds_saved = (low, middle, high)
+                if row.seconds_saved[0] <= 0:
+                    row.why_not = NO_GAIN
+
+    def _timed_input(self) -> Tensor:
+        return self.example.contiguous(memory_format=torch.channels_last)
+
+    def _sketch(self, chosen: Sequence[tuple[tuple[Layer, ...], list[dict[str, Any]]]]) -> nn.Module:
+        """A copy of the network with modules of these specs and fresh weights: as fast as the fitted one."""
+        network = copy.deepcopy(self.model).eval()
+        made: list[nn.Module] = []
+        for unit, specs in chosen:
+            for layer, spec in zip(unit, specs, strict=True):
+                # a second half knows its first half by name
+                own = {**spec, "partner": unit[0].name} if "partner" in spec else spec
+                weight = layer.module.get_parameter("weight")
+                made.append(build_module(own).to(weight).eval().requires_grad_(False))
+                for name in layer.names:
+                    network = set_module(network, name, made[-1])
+        for module in made:
+            if isinstance(module, Attached):
+                module.attach(network)
+        return network
+
+    # ------------------------------------------------------------ the table
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        layers = [f"{x.name} {x.module} {tuple(x.input_shape or ())[1:]}" for x in self.layers.values()]
+        weights = sum(float(p.detach().double().abs().sum()) for p in self.model.parameters())
+        return {
+            "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16],
+            "weights": weights,
+            "images": hashlib.sha256("".join(self.marks).encode()).hexdigest()[:16],
+            "example": list(self.example.shape),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _recall(self, table: Path | None) -> None:
+        if table is None or not table.exists():
+            return
+        content = Entry(read_json(table), table)
+        if (theirs := content.get("identity", None).value) != self._identity:
+            raise ValueError(f"{table}: scores of another search: {differing_fields(theirs, self._identity)}")
+        kept = {}
+        for entry in content["rows"].items():
+            names = tuple(name.text() for name in entry["layers"].items())
+            kept[names, entry["method"].text()] = _Scored.read(entry)
+        reference = content["reference"].number(0.0)
+        specs = {}
+        for entry in content["specs"].items():
+            shape, method, modules = entry.items(3)
+            specs[shape.text(), method.text()] = [self._spec(module) for module in modules.items()]
+        choices = {target: _choice(choice) for target, choice in content["choices"].entries()}
+        for row in self.rows:
+            scored = kept.get((row.layers, repr(row.method)))
+            if scored is None:
+                continue
+            unit = self._unit(row)
+            known = specs.get((_shape_of(unit), repr(row.method)), ())
+            if scored.usable and not (reference > 0 and len(known) == len(unit)):
+                raise content["rows"].wrong(f"with each usable candidate a reference and specs ({row.label})")
+            row.macs_saved, row.loss = scored.macs_saved, scored.loss
+            row.why_not = None if scored.why_not == BUDGET else scored.why_not
+            row.seconds_saved = scored.seconds_saved
+        # nothing of a table that is refused stays
+        self.specs, self.choices, self.reference = specs, choices, reference
+
+    def _spec(self, entry: Entry) -> dict[str, Any]:
+        """A module's spec; what replaces a layer is no larger than the whole network, or hardly."""
+        spec, state = entry.object(), self.context.network.state_dict()
+        try:
+            measured = build_measured(lambda: build_module(spec), state)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise entry.wrong(f"the spec of a layer ({one_line(error)})") from error
+        size = sum(value.nbytes for value in measured.state_dict().values())
+        most = (1 << 20) + 4 * sum(value.nbytes for value in state.values())
+        bounded(size, what=f"{entry.file}: {entry.at}", at_most=most)
+        return spec
+
+    def write(self, table: Path | None) -> None:
+        """Put the table in its file, if it has one."""
+        if table is not None:
+            write_json(
+                table,
+                {
+                    "schema": 1,
+                    "kind": "scores",
+                    "identity": self._identity,
+                    "rows": [row.to_dict() for row in self.rows],
+                    "specs": [[shape, method, specs] for (shape, method), specs in self.specs.items()],
+                    "reference": self.reference,
+                    "choices": self.choices,
+                },
+            )
+
+    # ------------------------------------------------------------ the whole network
+
+    def attempt(self, chosen: Sequence[Candidate]) -> dict[str, Any]:
+        """A choice's predicted and measured times; seconds of one call."""
+        if not chosen:
+            before = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)[""].median
+            return {"layers": 0, "before": before, "predicted": before, "after": before, "speedup": 1.0}
+        timings = measure_models(
+            {"": self.dense, "fast": self._form_of(chosen)}, self._timed_input(), rounds=_ATTEMPT_ROUNDS
+        )
+        middle, low, high = timings["fast"].speedup_over(timings[""])
+        before = timings[""].median
+        return {
+            "layers": sum(len(row.layers) for row in chosen),
+            "before": before,
+            # shares of the time before, whatever the machine's speed is now
+            "predicted": before * (1 - sum(row.seconds for row in chosen) / self.reference),
+            "after": before / middle,
+            "speedup": middle,
+            "quartiles": [low, high],
+        }
+
+    def slower(self, chosen: Sequence[Candidate]) -> dict[tuple[str, ...], float]:
+        """Of a choice, the layers without which its network is no slower: their names -> how many times as
+        long the network takes without them.
+
+        Those of one shape and method are judged together, in turn with the whole choice, and for longer
+        where that leaves a doubt.
+        """
+        classes: dict[tuple[str, str], list[Candidate]] = {}
+        for row in chosen:
+            classes.setdefault((_shape_of(self._unit(row)), repr(row.method)), []).append(row)
+        found: dict[tuple[str, ...], float] = {}
+        fast = self._form_of(chosen) if chosen else self.dense
+        for rows in classes.values():
+            without = self._form_of([row for row in chosen if row not in rows])
+            with_it, alone = timed_clearly({"fast": fast, "": without}, self._timed_input())[""]
+            ratio, _, _ = with_it.speedup_over(alone)
+            if ratio <= 1:
+                found |= {row.layers: ratio for row in rows}
+        return found
+
+    def _form_of(self, chosen: Sequence[Candidate]) -> nn.Module:
+        if not chosen:
+            return self.dense
+        return inference_form(self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen]))
+
+    def _unit(self, row: Candidate) -> tuple[Layer, ...]:
+        return tuple(self.layers[name] for name in row.layers)
+
+    def _specs_of(self, row: Candidate) -> list[dict[str, Any]]:
+        return self.specs[_shape_of(self._unit(row)), repr(row.method)]
+
+    def usable(self) -> list[Candidate]:
+        """The candidates that a choice may hold."""
+        return [r for r in self.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
+
+
+def _choice(entry: Entry) -> dict[str, Any]:
+    """What a table says of an earlier choice."""
+    entry["among"].items()
+    entry["met"].boolean()
+    for attempt in entry["attempts"].items():
+        for name in ("layers", "before", "predicted", "after", "speedup"):
+            attempt[name].number(0.0)
+        for quartile in attempt.get("quartiles", []).items():
+            quartile.number()
+    for chosen in entry["chosen"].items():
+        chosen["method"].text()
+        for layer in chosen["layers"].items():
+            layer.text()
+    return entry.object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """What a table says of a candidate."""
+
+    macs_saved: int
+    loss: float | None
+    seconds_saved: tuple[float, float, float] | None
+    why_not: str | None
+
+    @property
+    def usable(self) -> bool:
+        return self.why_not is None and self.loss is not None and self.seconds_saved is not None
+
+    @classmethod
+    def read(cls, entry: Entry) -> _Scored:
+        loss, why_not, saved = entry["loss"], entry["why_not"], entry["seconds_saved"]
+        quartiles = None
+        if not saved.missing():
+            low, middle, high = (value.number() for value in saved.items(3))
+            quartiles = (low, middle, high)
+        return cls(
+            entry["macs_saved"].integer(),
+            None if loss.missing() else loss.number(),
+            quartiles,
+            None if why_not.missing() else why_not.text(),
+        )
+
+
+def _finished(row: Candidate) -> bool:
+    return row.why_not is not None or (row.loss is not None and row.seconds_saved is not None)
+
+
+def _shape_of(unit: tuple[Layer, ...]) -> str:
+    """Alike for units that are as fast as each other."""
+    return " + ".join(f"{tuple(x.input_shape or ())[1:]} {x.module}" for x in unit)
+
+
+def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, float]:
+    """Quartiles over the rounds of the share of the network's time that one unit saves.
+
+    A round's two times lie side by side, so shares hold where the machine's speed drifts.
+    """
+    each = (1 - np.array(after.seconds) / np.array(before.seconds)) / units
+    low, middle, high = np.percentile(each, [25, 50, 75])
+    return float(low), float(middle), float(high)
+
+
+def _macs_saved(layer: Layer, made: Replacement) -> int:
+    shape = layer.input_shape or ()
+    after = made.record.get("macs_after")
+    return layer_macs(layer.module, shape) - (layer_macs(made.module, shape) if after is None else int(after))
+
+
+def _checked(answer: object) -> Tensor:
+    """An answer's log-probabilities [N, classes, ...]."""
+    if not isinstance(answer, Tensor) or answer.dim() < 2:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise TypeError(f"model: a search compares answers [N, classes], got {got}")
+    return answer.float().log_softmax(1)
+
+
+def _mark(x: Tensor) -> str:
+    """The same for the same values alone."""
+    return hashlib.sha256(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+@contextmanager
+def _excused(row: Candidate) -> Iterator[None]:
+    """Within: what keeps one candidate from being tried is noted, and the search goes on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    except ValueError as error:
+        row.why_not = str(error)
+    except MemoryError:
+        row.why_not = "not enough memory for it"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        row.why_not = "not enough memory for it"

@@ -1,0 +1,393 @@
+"""A method for each layer of a network so that it meets a target, from measured losses and times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quincunx.acceleration.assigned import Assigned
+from quincunx.acceleration.candidates import Candidate
+from quincunx.acceleration.knapsack import choose
+from quincunx.acceleration.scores import BUDGET, Scores
+from quincunx.acceleration.target import Target
+from quincunx.methods.fitting.impact import class_labels
+from quincunx.methods.registry import candidates_named
+from quincunx.modules import copied, inference_mode_of
+from quincunx.report.verdict import shortcoming
+from quincunx.surgery.eligible import Where
+from quincunx.surgery.method import Accelerated, Journal, Method
+from quincunx.surgery.replace import replace_layers as replace_by
+
+__all__ = [
+    "Found",
+    "search",
+    "shortfall",
+]
+
+# choices that are timed before the nearest one is taken, and those that are looked at in between
+_CORRECTIONS, _LOOKS = 10, 40
+# what is asked for is known so well, as a share of what was asked first
+_NEAR = 0.01
+_BISECTIONS = 5
+# ask for 1% more than an attempt says is needed: timings vary
+_MARGIN = 1.01
+# a choice is taken as fast enough if it is so by 2%: the finished network is timed again
+_SURE = 1.02
+# how often layers that gain nothing within a choice are left out and the choice is made again
+_PRUNINGS = 3
+SLOWER = "no gain in the network that was chosen, stays dense"
+
+
+@dataclass
+class Found:
+    """What :func:`search` found.
+
+    Attributes:
+        result: the network, as :func:`quincunx.accelerate` gives it.
+        rows: every candidate with its scores.
+        chosen: those that are in the network.
+        met: whether the target was met by measurement.
+        record: JSON-ready: target, predicted and measured times, every attempt.
+    """
+
+    result: Accelerated
+    rows: list[Candidate]
+    chosen: list[Candidate]
+    met: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def search(
+    model: nn.Module,
+    target: Target,
+    calibration: Iterable[Any],
+    *,
+    candidates: Sequence[Method] = (),
+    where: Where | None = None,
+    example_input: Tensor | None = None,
+    table: str | Path | None = None,
+    time_budget: float | None = None,
+    dry_run: bool = False,
+    journal: Journal | None = None,
+    tell: Callable[[str, float], None] = lambda *_: None,
+) -> Found:
+    r"""Choose a method for every layer, by its measured time and its loss, so that a target is met.
+
+    Each candidate is put alone in the network: its loss is the mean Kullback-Leibler divergence of the
+    answers on the calibration data; its time is measured in place, in the fused network, on all layers of
+    its shape at once. Candidates that save no time are dropped. The rest is a choice of at most one
+    candidate for each layer,
+
+    .. math:: \min_x \sum_c x_c \ell_c \quad\text{s.t.}\quad \sum_c x_c t_c \ge t_{\text{wanted}},
+
+    solved exactly as an integer program; the network of the choice is timed and the wanted saving is
+    corrected until the target is met or everything was chosen. Then the layers are fitted in forward order.
+
+    Args:
+        model: any network that ``accelerate`` takes.
+        target: what to reach.
+        calibration: batches as for :func:`quincunx.accelerate`.
+        candidates: methods to choose from; by default those of "auto".
+        where: which layers may be replaced.
+        example_input: what is timed, [N, C, H, W]; by default the first calibration batch's first 8.
+        table: file of the scores; one that is there is gone on with, so that another target needs no new
+            forward pass.
+        time_budget: seconds after which no further candidate is scored.
+        dry_run: stop before the fit; the result holds the choice and the estimate alone. What accuracy a
+            choice loses only a fit tells: where the target has ``max_drop`` it is fitted all the same.
+        journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`.
+        tell: called with what is done now and the share of the scoring that is done.
+
+    Raises:
+        ValueError: the table is of another network or other data; what ``accelerate`` refuses.
+
+    Source: the choice under a budget follows Zhang et al., arXiv:1505.06798, section 3.4, with measured
+        times in place of MACs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        ...                     nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images = [torch.randn(16, 3, 16, 16)]
+        >>> found = search(net, Target(macs="80%"), images, candidates=[qx.SpatialBottleneck()])
+        >>> [row.label for row in found.rows if row.layers == ("0", "2")]
+        ['spatialbottleneck of the pair, density 0.5']
+    """
+    began = time.perf_counter()
+    place = None if table is None else Path(table)
+    if where is not None and not callable(where) and not isinstance(where, str):
+        where = list(where)  # it is read twice
+    scores = Scores(
+        model, calibration, tuple(candidates) or candidates_named("auto"), where, example_input, tell
+    )
+    scores.fill(place, time_budget)
+    scored = time.perf_counter() - began
+    key = json.dumps(target.to_dict(), sort_keys=True)
+    builder = _Builder(scores, target, calibration, where, journal, dry_run)
+    # a resumed run is not to choose another network, unless there is more to choose from now
+    among = [[list(row.layers), repr(row.method)] for row in scores.usable()]
+    kept = scores.choices.get(key)
+    found = builder.chosen() if kept is None or kept["among"] != among else builder.again(kept)
+    names = ("met", "attempts", "chosen")
+    scores.choices[key] = {"among": among, **{name: found.record[name] for name in names}}
+    scores.write(place)
+    found.record["seconds"] = {"scoring": scored, "all": time.perf_counter() - began}
+    return found
+
+
+def shortfall(record: Mapping[str, Any]) -> str:
+    """How far a search came that did not meet its target, in words."""
+    asked = ", ".join(f"{key}={value}" for key, value in record["target"].items())
+    # of one thing asked for it is clear what failed
+    missed = "; ".join(shortcoming(record)) if len(record["target"]) > 1 else ""
+    attempts = record["attempts"]
+    if not attempts or not record["chosen"]:
+        left = sum(row["why_not"] == BUDGET for row in record["candidates"])
+        late = f"; {left} were not scored within the time budget" if left else ""
+        return f"the target {asked} is out of reach: no candidate can be used{late}"
+    best = max(attempts, key=lambda attempt: attempt["speedup"])
+    told = f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
+    if "macs" in record["target"]:
+        told += f", with {record['macs'] / 1e6:.1f} M MACs"
+    told += f", and loses {record['drop']:.1f} points" if "drop" in record else ""
+    return f"{told} ({missed})" if missed else told
+
+
+@dataclass
+class _Builder:
+    """From scores to a network that meets a target."""
+
+    scores: Scores
+    target: Target
+    calibration: Iterable[Any]
+    where: Where | None
+    journal: Journal | None
+    dry_run: bool
+    # names of layers that gain nothing within a choice -> how many times as long it takes without them
+    slower: dict[tuple[str, ...], float] = field(default_factory=dict)
+
+    def again(self, kept: dict[str, Any]) -> Found:
+        """The network of an earlier choice for this target."""
+        wanted = [(tuple(entry["layers"]), entry["method"]) for entry in kept["chosen"]]
+        rows = [row for row in self.scores.rows if (row.layers, repr(row.method)) in wanted]
+        return self._built(rows, kept["met"], kept["attempts"])
+
+    def chosen(self) -> Found:
+        """The choice that meets the target by measurement, or comes nearest, and its network."""
+        usable = self.scores.usable()
+        if self.target.max_drop is not None and len(self.target.to_dict()) == 1:
+            return self._within_drop(usable)
+        choice = self._by_macs if self.target.macs is not None else self._by_time
+        attempts: list[dict[str, Any]] = []
+        for _ in range(_PRUNINGS):
+            chosen, met, tried = choice(usable)
+            attempts += tried
+            slower = self.scores.slower(chosen)
+            if not slower:
+                break
+            self.slower |= slower
+            usable = [row for row in usable if row not in chosen or row.layers not in slower]
+        else:
+            # what is left of the last choice
+            chosen = [row for row in chosen if row.layers not in slower]
+            attempts.append(self.scores.attempt(chosen))
+            met = self._meets(attempts[-1], chosen)
+        if chosen and attempts[-1]["speedup"] <= 1:
+            # a network that is no faster is not worth its loss
+            chosen, met = [], False
+            attempts.append(self.scores.attempt([]))
+        return self._built(chosen, met, attempts)
+
+    def _by_macs(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
+        """The choice of least loss that saves enough MACs, whether it does, and its times."""
+        wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
+        chosen = choose(usable, [float(row.macs_saved) for row in usable], wanted)
+        attempt = self.scores.attempt(chosen)
+        return chosen, self._meets(attempt, chosen), [attempt]
+
+    def _by_time(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
+        """Choose, time the whole network, and ask for as much more, or less, as is missing or too much.
+
+        What candidates save is told in seconds of a network that lasts ``reference``; the machine's speed
+        drifts, so what is wanted and what was reached are compared as shares of the time before.
+        """
+        saved = [row.seconds for row in usable]
+        most = _sum(choose(usable, saved, float("inf")))
+        attempts = [self.scores.attempt([])]
+        share = self._share_wanted(attempts[0])
+        if share <= 0 or not usable:
+            return [], share <= 0, attempts
+        asked = first = share * self.scores.reference
+        choices: list[list[Candidate]] = [[]]
+        # what was asked for and is too little, and what was enough: timings tell of the sum of what
+        # candidates save alone only so much, so each choice narrows what is asked for next
+        low, high = 0.0, float("inf")
+        for _ in range(_LOOKS):
+            chosen = choose(usable, saved, asked)
+            if chosen in choices:
+                now = attempts[choices.index(chosen)]
+            elif len(choices) > _CORRECTIONS:
+                break
+            else:
+                choices.append(chosen)
+                attempts.append(now := self.scores.attempt(chosen))
+            if not (met := self._meets(now, sure=_SURE)) and _sum(chosen) >= most * (1 - 1e-9):
+                break
+            # a choice is the same for all that is asked for up to what it saves
+            low, high = (low, min(high, asked, most)) if met else (max(low, _sum(chosen)), high)
+            if high - low <= _NEAR * first:
+                break
+            share = self._share_wanted(now)
+            paid = (1 - now["after"] / now["before"]) * self.scores.reference / _sum(chosen)
+            asked = _MARGIN * share * self.scores.reference / max(paid, 1e-9)
+            if high == float("inf"):
+                asked = max(asked, _MARGIN * low)
+            elif not low < asked < high:
+                asked = (low + high) / 2
+        surely = [i for i in range(1, len(choices)) if self._meets(attempts[i], sure=_SURE)]
+        reached = surely or [i for i in range(1, len(choices)) if self._meets(attempts[i])]
+        best = min(reached, key=lambda i: _loss_of(choices[i]), default=None)
+        if best is None:
+            best = max(range(1, len(choices)), key=lambda i: float(attempts[i]["speedup"]), default=0)
+        # the one that was taken comes last
+        attempts.append(attempts.pop(best))
+        return choices[best], best in reached, attempts
+
+    def _share_wanted(self, attempt: dict[str, Any]) -> float:
+        """The share of the time before that has to be saved."""
+        if self.target.speedup is not None:
+            return 1 - 1 / self.target.speedup
+        return 1 - float(self.target.latency_ms or 0.0) / 1e3 / float(attempt["before"])
+
+    def _meets(self, attempt: dict[str, Any], chosen: Sequence[Candidate] = (), *, sure: float = 1.0) -> bool:
+        """Whether a choice of these times is fast enough, by a margin, or saves enough MACs."""
+        if self.target.macs is not None:
+            left = self.scores.macs - sum(row.macs_saved for row in chosen)
+            return left <= self.target.macs_of(self.scores.macs)
+        if self.target.speedup is not None:
+            return float(attempt["speedup"]) >= sure * self.target.speedup
+        return sure * 1e3 * float(attempt["after"]) <= float(self.target.latency_ms or 0.0)
+
+    def _built(self, chosen: list[Candidate], met: bool, attempts: list[dict[str, Any]]) -> Found:
+        record = {
+            "target": self.target.to_dict(),
+            "met": met,
+            "attempts": attempts,
+            "chosen": [
+                {"layers": list(r.layers), "label": r.label, "method": repr(r.method)} for r in chosen
+            ],
+            "candidates": [row.to_dict() for row in self.scores.rows],
+            "macs": self.scores.macs - sum(row.macs_saved for row in chosen),
+            "images": sum(len(answer) for answer in self.scores.answers),
+            "dry_run": self.dry_run,
+        }
+        # only a fitted network says what accuracy is lost
+        if not chosen or (self.dry_run and self.target.max_drop is None):
+            result = Accelerated(copied(self.scores.model), {}, dict(self.scores.skipped))
+            if self.target.max_drop is not None:
+                record["drop"] = 0.0
+        else:
+            result = replace_by(
+                self.scores.model,
+                Assigned({name: row.method for row in chosen for name in row.layers}),
+                where=self.where,
+                calibration=self.calibration,
+                journal=None if self.dry_run else self.journal,
+            )
+            if self.target.max_drop is not None:
+                drop = self._drop(result.model)
+                met = met and drop <= self.target.max_drop
+                record["drop"], record["met"] = drop, met
+            if self.dry_run:
+                result = Accelerated(copied(self.scores.model), {}, dict(self.scores.skipped))
+        result.skipped.update(self._reasons(chosen, met))
+        return Found(result, self.scores.rows, chosen, met, record)
+
+    def _reasons(self, chosen: Sequence[Candidate], met: bool) -> dict[str, str]:
+        """Why each layer that no chosen candidate holds stays."""
+        left = "the target is met without it" if met else "not in the best network found"
+        taken = {name for row in chosen for name in row.layers}
+        reasons: dict[str, str] = {}
+        for name in self.scores.layers:
+            if name not in taken:
+                own = [row for row in self.scores.rows if name in row.layers]
+                why = {row.why_not for row in own if row.why_not} if own else {"no candidate takes it"}
+                slow = any(name in names for names in self.slower)
+                could = SLOWER if slow else left
+                reasons[name] = could if any(row.why_not is None for row in own) else "; ".join(sorted(why))
+        return reasons
+
+    def _within_drop(self, usable: list[Candidate]) -> Found:
+        """The fastest network whose accuracy falls by no more than is allowed, by bisection."""
+        saved = [row.seconds for row in usable]
+        most = _sum(choose(usable, saved, float("inf")))
+        # each is fitted anew, so what a journal kept is another network's
+        trial = dataclasses.replace(self, journal=None, dry_run=False)
+        fits: dict[tuple[tuple[tuple[str, ...], str], ...], Found] = {}
+        low, high, share, best = 0.0, 1.0, 1.0, None
+        attempts: list[dict[str, Any]] = []
+        for _ in range(_BISECTIONS if usable else 0):
+            chosen = choose(usable, saved, share * most)
+            slower = self.scores.slower(chosen)
+            self.slower |= slower
+            chosen = [row for row in chosen if row.layers not in slower]
+            attempt = self.scores.attempt(chosen)
+            if chosen and attempt["speedup"] <= 1:
+                chosen, attempt = [], self.scores.attempt([])
+            key = tuple((row.layers, repr(row.method)) for row in chosen)
+            if key not in fits:
+                fits[key] = trial._built(chosen, True, [])
+            found = fits[key]
+            attempts.append({**attempt, "drop": found.record["drop"]})
+            if found.met:
+                low, best = share, found
+                if share == 1.0:
+                    break
+            else:
+                high = share
+            share = (low + high) / 2
+        if best is None:
+            # the network as it is loses nothing, and gains nothing
+            best = self._built([], False, [])
+        else:
+            # the one that was taken comes last
+            taken = max(i for i, one in enumerate(attempts) if one["drop"] == best.record["drop"])
+            attempts.append(attempts.pop(taken))
+        best.record["attempts"], best.record["dry_run"] = attempts, self.dry_run
+        if self.dry_run:
+            kept = {n: r for n, r in best.result.skipped.items() if n not in best.result.replaced}
+            best.result = Accelerated(copied(self.scores.model), {}, kept)
+        return best
+
+    def _drop(self, network: nn.Module) -> float:
+        """Points of the calibration images that the original has right, and a network no more.
+
+        Right is the label, or the original's own answer where there are no labels.
+        """
+        before = after = count = 0
+        with inference_mode_of(network):
+            for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
+                own = answer.argmax(1)
+                wanted = own
+                if batch.target is not None:
+                    wanted = class_labels(answer, batch.target, batch.index)
+                    # probabilities stand for the class that is likeliest
+                    wanted = wanted.argmax(1) if wanted.is_floating_point() else wanted
+                before += int((own == wanted).sum())
+                after += int((network(batch.input).argmax(1) == wanted).sum())
+                count += wanted.numel()
+        return 100 * (before - after) / count
+
+
+def _sum(rows: Sequence[Candidate]) -> float:
+    return sum(row.seconds for row in rows)
+
+
+def _loss_of(rows: Sequence[Candidate]) -> float:
+    return sum(row.loss or 0.0 for row in rows)

@@ -1,0 +1,100 @@
+"""What an acceleration is asked for: a speed or an accuracy, and what to search."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quincunx.acceleration.assigned import Assigned
+from quincunx.methods.registry import candidates_named
+
+__all__ = ["Search", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a search is to reach; one of the first three, or ``max_drop`` alone.
+
+    Args:
+        speedup: seconds before over seconds after, both fused, on this machine.
+        latency_ms: milliseconds of one call after.
+        macs: MACs after: "50%" of those before, or a number for one image.
+        max_drop: points of accuracy that may be lost on the calibration data (without labels: of
+            agreement with the network itself). Alone, the fastest network within it is looked for.
+
+    Raises:
+        ValueError: nothing or too much was asked for, or a value that makes no sense.
+    """
+
+    speedup: float | None = None
+    latency_ms: float | None = None
+    macs: str | float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        asked = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+        if not asked:
+            raise ValueError("target: one of speedup, latency_ms, macs and max_drop is needed")
+        if len([name for name in asked if name != "max_drop"]) > 1:
+            raise ValueError(f"target: {' and '.join(asked)} cannot be asked for together")
+        for name in ("speedup", "latency_ms", "max_drop"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{name}={value!r}: expected a number")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value!r}: expected a finite number")
+        if self.speedup is not None and not self.speedup > 1:
+            raise ValueError(f"speedup={self.speedup!r}: expected more than 1")
+        for name in ("latency_ms", "max_drop"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value!r}: expected a number that is not negative")
+        if self.macs is not None:
+            self.macs_of(1)
+
+    def macs_of(self, before: int) -> float:
+        """The MACs that are allowed for a network of ``before``."""
+        text = str(self.macs)
+        try:
+            value = float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < math.inf:
+            raise ValueError(f"macs={self.macs!r}: expected a share such as '50%' or a positive number")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what was asked for."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the command line asks :func:`search` for, in place of a method.
+
+    Attributes:
+        target: to reach.
+        methods: names of methods, or "auto".
+        time_budget: seconds of scoring.
+        scores: file of the score table; by default ``scores.json`` in the result's folder.
+    """
+
+    target: Target
+    methods: tuple[str, ...] = ("auto",)
+    time_budget: float | None = None
+    scores: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What records and messages call it."""
+        return "+".join(self.methods)
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """The classes of layers that its candidates replace."""
+        return Assigned({f"{i}": m for i, m in enumerate(candidates_named(self.methods))}).targets

@@ -1,0 +1,243 @@
+"""How fast a network and its layers are before and after, timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quincunx.acceleration.candidates import pair_name
+from quincunx.acceleration.scores import eager_form
+from quincunx.fusion.fuse import fuse
+from quincunx.measure.cost import cost
+from quincunx.measure.engines import PEERS
+from quincunx.measure.latency import Timing, measure_models
+from quincunx.modules import inference_mode_of
+from quincunx.progress import progress_bar
+from quincunx.surgery.calibration import run_order
+from quincunx.surgery.method import (
+    Accelerated,
+)
+
+__all__ = ["time_accelerated", "time_layers", "time_together"]
+
+# about how long a round of a layer lasts: there are many, and each is called some hundred times in all
+_LAYER_SECONDS = 0.01
+
+
+# rounds that are added for a whole network where much hangs on its time
+_MORE_ROUNDS = 31
+# networks beside the original that are held at once to be timed in turn, and what that one is called
+_TOGETHER, _ORIGINAL = 6, "(original)"
+
+
+def time_accelerated(
+    model: nn.Module,
+    found: Accelerated,
+    one: Tensor,
+    *,
+    peers: Sequence[str] = (),
+    batch: int = 8,
+    rounds: int = 11,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """MACs and times before and after, as :func:`accelerate_trained` gives them.
+
+    Args:
+        model: the network before; its weights need not be trained, since times do not depend on them.
+        found: what became of it.
+        one: an input [1, C, H, W].
+        peers: engines of ``quincunx.measure.engines.PEERS`` that are timed in turn with it, on each layer and
+            on the network as they were before; ratios are under "peers".
+        batch, rounds, progress: as in :func:`accelerate_trained`.
+    """
+    return {
+        "cost": {key: cost_record(m, one) for key, m in (("before", model), ("after", found.model))},
+        **time_record(model, found, one, batch, rounds, progress, peers),
+    }
+
+
+def cost_record(model: nn.Module, one: Tensor) -> dict[str, int]:
+    found = cost(model, one)
+    return {"macs": found.macs, "params": found.params}
+
+
+def time_record(
+    original: nn.Module,
+    found: Accelerated,
+    one: Tensor,
+    batch: int,
+    rounds: int,
+    progress: bool,
+    peers: Sequence[str] = (),
+    *,
+    sure: bool = False,
+) -> dict[str, Any]:
+    """Milliseconds of each replaced layer and of the whole network, before and after, both fused.
+
+    Where nothing was replaced there is one network. The whole network is timed for longer where ``sure``
+    asks for it, or it is not clear whether it is faster.
+    """
+    models = {"before": original, "after": found.model}
+    rows = time_layers(
+        original,
+        found,
+        one,
+        peers=peers,
+        batch=batch,
+        rounds=rounds,
+        progress=progress,
+        round_seconds=_LAYER_SECONDS,
+    )
+    forms, unfused = _forms(models, one)
+    beside_whole = dict.fromkeys(peers, original)
+    shape = (batch, *one.shape[1:])
+    if not found.replaced:
+        # one network, whose times would differ by chance
+        del forms["after"]
+    timings = _measured(forms, shape, rounds, beside_whole)
+    if not found.replaced:
+        timings["after"] = timings["before"]
+    if found.replaced and (sure or not timings["after"].clearly_faster_than(timings["before"])):
+        more = _measured(forms, shape, _MORE_ROUNDS, beside_whole)
+        timings = {name: timing.and_more(more[name]) for name, timing in timings.items()}
+    whole = _ratio(timings)
+    engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
+    threads = torch.get_num_threads()
+    many = "s" if threads > 1 else ""
+    how = f"{engine} before and after, channels_last, {threads} thread{many}, batch {batch}"
+    return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+
+
+def time_layers(
+    original: nn.Module,
+    found: Accelerated,
+    one: Tensor,
+    *,
+    peers: Sequence[str] = (),
+    batch: int = 8,
+    rounds: int = 11,
+    progress: bool = False,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """A row for each replaced layer: its record, and seconds before and after, both fused.
+
+    Args:
+        original, found, one, peers, batch, rounds, progress: as in :func:`time_accelerated`.
+        options: of :func:`quincunx.measure.latency.measure_models`, such as ``round_seconds``.
+    """
+    with inference_mode_of(original):
+        order = run_order(original, one, None) or {}
+    rows = []
+    models = {"before": original, "after": found.model}
+    with progress_bar(progress) as bar:
+        task = bar.add_task("timing", total=len(found.replaced), state="")
+        for name, record in found.replaced.items():
+            bar.update(task, state=name)
+            names = record.get("pair", [name])
+            if name == names[0]:
+                # within a network a layer that fx cannot trace stays whole
+                chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
+                layers = {key: fuse(chain) for key, chain in chains.items()}
+                beside = dict.fromkeys(peers, chains["before"])
+                timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside, **options)
+                rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
+            bar.update(task, advance=1)
+    return rows
+
+
+def time_together(
+    original: nn.Module,
+    fast: Mapping[str, Callable[[], nn.Module]],
+    shape: tuple[int, int, int],
+    *,
+    batch: int = 8,
+    rounds: int = 11,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Seconds of whole networks and how much faster each is than the original, all in turn in one process.
+
+    Args:
+        original: the network before.
+        fast: name -> function that gives a network with the same input; a few are held at a time, each
+            few with the original among them.
+        shape: (C, H, W) of an image.
+        batch, rounds, progress: as in :func:`accelerate_trained`.
+    """
+    names, found = list(fast), {}
+    with progress_bar(progress) as bar:
+        task = bar.add_task("timing together", total=len(names), state="")
+        for start in range(0, len(names), _TOGETHER):
+            some = names[start : start + _TOGETHER]
+            whole = {_ORIGINAL: original, **{name: fast[name]() for name in some}}
+            forms, _ = _forms(whole, torch.randn(1, *shape))
+            timings = _measured(forms, (batch, *shape), rounds, {})
+            for name in some:
+                found[name] = _ratio({"before": timings[_ORIGINAL], "after": timings[name]})
+            bar.update(task, advance=len(some))
+    return found
+
+
+def _chain(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A layer, or the two of a pair with a ReLU between them."""
+    parts = [model.get_submodule(name) for name in names]
+    return parts[0] if len(parts) == 1 else nn.Sequential(parts[0], nn.ReLU(), parts[1])
+
+
+def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """One row for the layers that are replaced together."""
+    macs = {key: sum(record[key] for record in records) for key in ("macs_before", "macs_after")}
+    return {"name": pair_name(names), **records[0], **records[-1], **macs}
+
+
+def _forms(models: dict[str, nn.Module], one: Tensor) -> tuple[dict[str, nn.Module], str | None]:
+    """All fused, or none where one cannot be, as with a forward that depends on its data; and why.
+
+    Args:
+        one: an input of one image, on which each is compared with what it was made of.
+    """
+    try:
+        return {key: fuse(model, check=one) for key, model in models.items()}, None
+    except TypeError as error:
+        return {key: eager_form(model) for key, model in models.items()}, str(error)
+
+
+def _measured(
+    models: Mapping[str, nn.Module],
+    shape: tuple[int, ...],
+    rounds: int,
+    peers: Mapping[str, nn.Module],
+    **options: Any,
+) -> dict[str, Timing]:
+    """Models, and others run by engines of those names, in turn."""
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    others = {name: PEERS[name](model, x, torch.get_num_threads()) for name, model in peers.items()}
+    return measure_models(models, x, others=others, rounds=rounds, **options)
+
+
+def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:
+    after = timings["after"]
+
+    def over(other: Timing) -> dict[str, float]:
+        return dict(zip(("median", "q1", "q3"), after.speedup_over(other), strict=True))
+
+    own = ("before", "after")
+    ratio = over(timings["before"])
+    # the times beside a ratio are to have it: medians of each alone drift apart
+    before = timings["before"].median
+    seconds = {"seconds_before": before, "seconds_after": before / ratio["median"]}
+    peers = {
+        name: {"seconds": timing.median, "speedup": over(timing)}
+        for name, timing in timings.items()
+        if name not in own
+    }
+    return {
+        **seconds,
+        "speedup": ratio,
+        "threads": timings["after"].threads,
+        "rounds": len(timings["after"].seconds),
+        **({"peers": peers} if peers else {}),
+    }

@@ -1,0 +1,136 @@
+"""``quincunx compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quincunx.cli.network import NetworkOptions
+from quincunx.cli.options import (
+    DataOptions,
+    FineTuningOptions,
+    FittingOptions,
+    Json,
+    Seed,
+    Threads,
+    TimingOptions,
+    Unlabelled,
+    bad_input,
+    check_folder,
+    example,
+    make_folder,
+    parse_patterns,
+    running,
+    use_threads,
+    verb,
+)
+from quincunx.cli.printing import (
+    print_compared,
+    say,
+    show,
+)
+from quincunx.experiments.compare import (
+    SWEEPS,
+    Compared,
+    compare_methods,
+    draw_comparison,
+    points_named,
+)
+from quincunx.methods.registry import METHODS
+from quincunx.reading import read_json
+from quincunx.report.figures import check_can_draw
+
+__all__ = ["compare_command", "draw_compared", "narrator"]
+
+# of a data set whose networks are judged by their first five answers, too
+MANY_CLASSES = 100
+
+
+@verb(
+    "compare",
+    epilog=example("quincunx compare runs/rrn20 --methods espace,lowrank --data cifar10"),
+    short_help="Compare methods on one trained network.",
+)
+def compare_command(
+    network: NetworkOptions,
+    images: DataOptions,
+    fitting: FittingOptions,
+    finetuning: FineTuningOptions,
+    timing: TimingOptions,
+    methods: Annotated[
+        str,
+        typer.Option(help=f"Some of {', '.join(SWEEPS)}, separated by commas.", rich_help_panel="Method"),
+    ] = ",".join(METHODS),
+    points: Annotated[
+        str | None,
+        typer.Option(
+            help="Only settings whose folder's name matches one of these patterns, such as *-1of4*, "
+            "separated by commas.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    unlabelled: Unlabelled = False,
+    seed: Seed = 0,
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.", rich_help_panel="Output")] = Path(
+        "compared"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Accelerate one trained network by several methods, each at several settings, and compare them.
+
+    All of them get the same data and the same fine-tuning. Each setting gets a folder with its JSON and its
+    artifact; at the end all networks are timed in turn. Run the same command again to make what is missing
+    and to time all networks again. Writes comparison.json and the figures drop-speed.svg, drop-macs.svg and
+    drop-bytes.svg. A setting that its method refuses is left out and named, and the exit code is 1.
+    """
+    with bad_input():
+        use_threads(threads)
+        chosen = points_named(parse_patterns(methods), parse_patterns(points))
+        further = finetuning.chosen(unlabelled)
+        check_can_draw()
+        check_folder(out)
+        found = network.load(seed)
+        data = found.suited(images.read(unlabelled=unlabelled, quiet=as_json), network.mean, network.std)
+        make_folder(out)
+        with running():
+            rows = compare_methods(
+                found.model,
+                chosen,
+                data,
+                out,
+                recipe=further,
+                tell=narrator(as_json),
+                layers=fitting.patterns,
+                calibration=fitting.calibration,
+                batch=timing.batch,
+                rounds=timing.rounds,
+                seed=seed,
+                workers=images.workers,
+                progress=not as_json,
+            )
+            draw_compared(rows, out, top5=len(data.classes) >= MANY_CLASSES)
+    refused = read_json(out / "comparison.json")["refused"]
+    if as_json:
+        show({"rows": [row.to_dict() for row in rows], "refused": refused, "out": str(out)})
+    else:
+        print_compared(rows)
+        for name, why in refused.items():
+            say(f"Left out, {name}: {why}.")
+        say(f"wrote {out}")
+    if refused:
+        raise typer.Exit(1)
+
+
+def narrator(quiet: bool) -> Callable[[str], None]:
+    console = Console(stderr=True, quiet=quiet)
+    return lambda text: console.print(text, markup=False, highlight=False)
+
+
+def draw_compared(rows: list[Compared], out: Path, *, top5: bool = False) -> None:
+    for name, picture in draw_comparison(rows, top5=top5).items():
+        (out / f"{name}.svg").write_bytes(picture.content)

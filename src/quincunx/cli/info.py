@@ -1,0 +1,41 @@
+"""``quincunx info``."""
+
+from __future__ import annotations
+
+import quincunx as qx
+from quincunx.cli.options import (
+    Json,
+    bad_input,
+    example,
+    running,
+    verb,
+)
+from quincunx.cli.printing import (
+    print_facts,
+    show,
+)
+from quincunx.measure.environment import environment
+from quincunx.train import recipes
+
+__all__ = ["info"]
+
+
+@verb("info", epilog=example("quincunx info --json"), short_help="Versions, processor, back end, networks.")
+def info(as_json: Json = False) -> None:
+    """Versions, processor, which back end serves and why, and what can be built."""
+    with bad_input(), running():
+        serving = qx.backend()
+    facts = {
+        **environment(),
+        "backend": serving.name,
+        "backend_reason": serving.reason,
+        "isa": serving.isa,
+        "networks": qx.networks.names(),
+        "recipes": list(recipes.RECIPES),
+    }
+    if as_json:
+        show(facts)
+        return
+    print_facts(
+        {k.replace("_", " "): v for k, v in facts.items() if k not in ("time", "command") and v is not None}
+    )

@@ -1,0 +1,1 @@
+"""What the project publishes: comparisons, the papers' tables, benchmarks, the demo."""

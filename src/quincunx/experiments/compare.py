@@ -1,0 +1,344 @@
+"""Several methods, or settings of one, on the same trained network: accuracy lost against what is gained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import compress
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from quincunx.acceleration.identity import trained_identity
+from quincunx.acceleration.journal import check_run
+from quincunx.acceleration.pipeline import accelerate_trained
+from quincunx.acceleration.timing import time_together
+from quincunx.data import ImageData
+from quincunx.experiments.printed import ESPACE
+from quincunx.measure.environment import environment
+from quincunx.methods import Espace
+from quincunx.methods.espace import RATES
+from quincunx.methods.points import Point
+from quincunx.methods.registry import ALIASES, METHODS
+from quincunx.networks.artifact import load, save
+from quincunx.networks.spec import spec_of
+from quincunx.reading import read_json
+from quincunx.report.figures import Mark, Picture, draw_tradeoff
+from quincunx.train.evaluation import label_with
+from quincunx.train.recipes import Recipe
+from quincunx.writing import write_json
+
+__all__ = [
+    "SWEEPS",
+    "Compared",
+    "Point",
+    "compare_methods",
+    "draw_comparison",
+    "on_front",
+    "points_named",
+    "with_fronts",
+]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What became of a point.
+
+    Attributes:
+        series, label, draw: of the point.
+        drop: test error after, less that before, in points; ``top5_drop`` of the first five answers,
+            ``untuned_drop`` without fine-tuning, None where there was none.
+        p: McNemar's, of an accuracy as different by chance; ``tested`` images.
+        seconds_before, seconds_after: of the whole network, measured in turn with the other points.
+        speedup: their ratio, the median of rounds; ``speedup_range`` their middle half.
+        layers_speedup: of the replaced layers together, measured when the point was made.
+        mac_ratio: MACs before over after.
+        bytes: of the weights on disk; ``bytes_before`` of the original's.
+        fronts: of which trade-offs it is on the Pareto front: "speed", "MACs", "bytes". The network as it
+            was is a point of each; draws of one setting are one point, their mean.
+        diverged: whether fine-tuning did; then this is the network from before it.
+        paper: what the paper prints.
+    """
+
+    series: str
+    label: str
+    draw: str
+    drop: float
+    top5_drop: float
+    untuned_drop: float | None
+    p: float
+    tested: int
+    seconds_before: float
+    seconds_after: float
+    speedup: float
+    speedup_range: tuple[float, float]
+    layers_speedup: float
+    mac_ratio: float
+    bytes: int
+    bytes_before: int
+    diverged: bool
+    paper: dict[str, float]
+    fronts: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> str:
+        """The label, and that fine-tuning diverged if it did."""
+        return f"{self.label} (diverged)" if self.diverged else self.label
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+# what accuracy is given up for -> in words, and how many times less a point takes
+_GAINS: dict[str, tuple[str, Callable[[Compared], float]]] = {
+    "speed": ("speed-up of the whole network, measured", lambda row: row.speedup),
+    "MACs": ("MACs before / after", lambda row: row.mac_ratio),
+    "bytes": ("bytes on disk before / after", lambda row: row.bytes_before / row.bytes),
+}
+# network, speed-up of all convolutions, points of top-5 error gained, at the rates 1/4 and 1/5
+PRINTED = tuple(
+    (network, gain.speedup, gain.drop or 0.0)
+    for network, table in (("AlexNet", "espace-table2"), ("GoogLeNet", "espace-table3"))
+    for gain in ESPACE[table]
+    if gain.setting in ("rate 1/5", "rate 1/4")
+)
+_SEEDS = 3
+
+
+def _masks() -> list[Point]:
+    drawn = [
+        Point(
+            "espace, random",
+            f"rate {text}",
+            Espace(rank=0.5, rate=rate, mask="random", mask_seed=seed),
+            draw=f"seed {seed}",
+        )
+        for rate, text in RATES
+        for seed in range(_SEEDS)
+    ]
+    return [*Espace.sweep(), *Espace.sweep("uniform"), *drawn]
+
+
+# name -> the points that draw a method's curve; "masks" are those of ESPACE's three kinds
+SWEEPS: dict[str, Callable[[], list[Point]]] = {
+    **{name: method.sweep for name, method in METHODS.items()},
+    "masks": _masks,
+}
+
+
+def points_named(methods: Iterable[str], patterns: Sequence[str] = ()) -> list[Point]:
+    """The settings of some methods of ``SWEEPS``; with patterns those whose folder one of them matches.
+
+    Raises:
+        ValueError: an unknown method, a pattern that matches nothing.
+
+    Example:
+        >>> [point.name for point in points_named(["masks"], ["*-impact-*1of4", "*-1of4-seed-2"])]
+        ['espace, impact, rate 1/4', 'espace, random, rate 1/4, seed 2']
+    """
+    points: list[Point] = []
+    for name in methods:
+        known = ALIASES.get(name, name)
+        if known not in SWEEPS:
+            raise ValueError(f"methods={name!r}: expected some of {', '.join(SWEEPS)}")
+        points += SWEEPS[known]()
+    for pattern in patterns:
+        if not any(fnmatchcase(point.folder, pattern) for point in points):
+            listed = ", ".join(point.folder for point in points)
+            raise ValueError(f"points={pattern!r}: matches none of {listed}")
+    return [p for p in points if not patterns or any(fnmatchcase(p.folder, one) for one in patterns)]
+
+
+def compare_methods(
+    model: nn.Module,
+    points: Iterable[Point],
+    data: ImageData,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> list[Compared]:
+    """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
+
+    All points have the same data and fine-tuning, and those that fit layers in the same way the same fits.
+    A point whose result is there is not made again, one whose fine-tuning diverges is what it was before,
+    marked so, and one that its method refuses is left out; "refused" in ``comparison.json`` says why. At the
+    end the whole networks are timed in turn with each other; the same call again times them anew.
+
+    Args:
+        model: a trained network with a spec.
+        points: the settings; their series, labels and draws together must differ.
+        data, recipe, options: as in :func:`quincunx.acceleration.pipeline.accelerate_trained`.
+        out: folder; each point gets one of its name in it.
+        tell: called with each point's name before it is made.
+
+    Raises:
+        ValueError: two points of one name; every point is refused; the folder holds points of another
+            network, data or fine-tuning (the difference is listed).
+        RunFailed: fine-tuning could not go on for another reason than that it diverged.
+    """
+    # once for all points
+    data = label_with(model, data, options.get("workers"))
+    out, found = Path(out), []
+    refused: dict[str, str] = {}
+    how = None if recipe is None else recipe.to_dict()
+    check_run(out, {**trained_identity(model, data, **options), "recipe": how}, "points")
+    before = save(model, out / "original") / "weights.safetensors"
+    names: set[str] = set()
+    for point in points:
+        if point.folder in names:
+            raise ValueError(f"points: two are called {point.name}")
+        names.add(point.folder)
+        tell(point.name)
+        folder = out / point.folder
+        place = folder / "accelerate.json"
+        try:
+            result = (
+                read_json(place)
+                if place.exists()
+                else accelerate_trained(
+                    model,
+                    point.method,
+                    data,
+                    folder,
+                    recipe=recipe,
+                    fits=out / "fits",
+                    keep_diverged=True,
+                    # the last epoch, for all: the test images choose nothing in a comparison
+                    keep_best=False,
+                    **options,
+                )
+            )
+        except ValueError as error:
+            # hours of other points are not lost for one that cannot be
+            refused[point.name] = str(error)
+            tell(f"refused: {error}")
+            continue
+        found.append((point, folder, result))
+    if not found:
+        raise ValueError("; ".join(dict.fromkeys(refused.values())) or "points: there are none")
+    own = spec_of(model)["kind"] == "factory"
+    factory = partial(copy.deepcopy, model) if own else None
+    timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress")}
+    times = time_together(
+        model,
+        {folder.name: partial(load, folder / "model", factory=factory) for _, folder, _ in found},
+        (data.in_channels, *data.size),
+        **timing,
+    )
+    rows = with_fronts(
+        [
+            _row(point, folder, result, before.stat().st_size, times[folder.name])
+            for point, folder, result in found
+        ]
+    )
+    shared = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
+    content = {
+        "schema": 2,
+        "kind": "comparison",
+        **{key: found[0][2][key] for key in shared},
+        "before": found[0][2]["stages"][0],
+        "rounds": next(iter(times.values()))["rounds"],
+        "rows": [r.to_dict() for r in rows],
+        "refused": refused,
+        "environment": environment(),
+    }
+    write_json(out / "comparison.json", content)
+    return rows
+
+
+def _drop(result: dict[str, Any], stage: int, key: str) -> float:
+    after, first = (float(result["stages"][i][key]) for i in (stage, 0))
+    return 100 * (after - first)
+
+
+def _row(point: Point, folder: Path, result: dict[str, Any], before: int, times: dict[str, Any]) -> Compared:
+    layers, cost, last = result["layers"], result["cost"], result["stages"][-1]
+    dense, fast = (sum(row[f"seconds_{key}"] for row in layers) for key in ("before", "after"))
+    return Compared(
+        point.series,
+        point.label,
+        point.draw,
+        _drop(result, -1, "error"),
+        _drop(result, -1, "top5_error"),
+        None if result["recipe"] is None else _drop(result, -2, "error"),
+        last["p"],
+        result["data"]["test"],
+        times["seconds_before"],
+        times["seconds_after"],
+        times["speedup"]["median"],
+        (times["speedup"]["q1"], times["speedup"]["q3"]),
+        dense / fast if fast else 1.0,
+        cost["before"]["macs"] / cost["after"]["macs"],
+        (folder / "model" / "weights.safetensors").stat().st_size,
+        before,
+        result.get("diverged") is not None,
+        dict(point.paper),
+    )
+
+
+def with_fronts(rows: Sequence[Compared]) -> list[Compared]:
+    """The rows, each with the trade-offs it is on the front of, as :class:`Compared` says."""
+    settings: dict[tuple[str, str], list[Compared]] = {}
+    for row in rows:
+        settings.setdefault((row.series, row.label), []).append(row)
+    fronts: dict[tuple[str, str], list[str]] = {key: [] for key in settings}
+    for what, (_, gain) in _GAINS.items():
+        means = [(fmean(r.drop for r in some), fmean(gain(r) for r in some)) for some in settings.values()]
+        # whoever leaves the network alone loses and gains nothing
+        _, *best = on_front([(0.0, 1.0), *means])
+        for key in compress(settings, best):
+            fronts[key].append(what)
+    return [replace(row, fronts=tuple(fronts[row.series, row.label])) for row in rows]
+
+
+def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
+    """Points of accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line a series.
+
+    With ``top5`` the first ones are also drawn for the error of the first five answers. Points that the
+    ESPACE paper prints stand beside ours, hollow: its own networks, named, where it does not have ours.
+    """
+    printed = [
+        Mark(f"{network}'s convolutions, top-5 (the paper)", "", gain, drop)
+        for network, gain, drop in PRINTED
+    ]
+    same = [
+        Mark(row.series, row.label, row.paper["speedup"], row.paper["drop"])
+        for row in rows
+        if {"speedup", "drop"} <= set(row.paper)
+    ]
+    found = {
+        f"drop-{what.lower()}": draw_tradeoff(
+            [Mark(row.series, row.setting, gain(row), row.drop, what in row.fronts) for row in rows],
+            (same or printed) if what == "speed" and not top5 else [],
+            label,
+        )
+        for what, (label, gain) in _GAINS.items()
+    }
+    if top5:
+        label, gain = _GAINS["speed"]
+        marks = [Mark(row.series, row.setting, gain(row), row.top5_drop) for row in rows]
+        found["top5-drop-speed"] = draw_tradeoff(
+            marks, same or printed, label, "top-5 accuracy lost (points)"
+        )
+    return found
+
+
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which (drop, speed-up) are on the Pareto front: no other one is as good in both and better in one.
+
+    Example:
+        >>> on_front([(0.0, 1.5), (1.0, 2.0), (1.0, 1.2)])
+        [True, True, False]
+    """
+    return [
+        not any(d <= drop and s >= speed and (d, s) != (drop, speed) for d, s in points)
+        for drop, speed in points
+    ]

@@ -1,0 +1,1 @@
+"""``qx.fuse``: inference copies whose convolutions run in few calls with all that follows them."""

@@ -1,0 +1,169 @@
+"""A fused network as a module: it can be copied and pickled, and says no to arguments that it is not for."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "Fused",
+    "copied_argument",
+    "found_at",
+    "match_layout",
+    "path_of",
+    "same_argument",
+    "tensor_argument",
+]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def same_argument(value: Any, fixed: Any, name: str) -> None:
+    """
+    Raises:
+        TypeError: an argument has another value than the one that it was fixed to.
+    """
+    simple = isinstance(value, (bool, int, float, str, tuple))
+    if value is not fixed and not (simple and type(value) is type(fixed) and value == fixed):
+        text = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name}={text}: this network was fused for {name}={fixed!r}, its default")
+
+
+def tensor_argument(value: Any, name: str) -> Any:
+    """The argument itself.
+
+    Raises:
+        TypeError: it is no tensor, which the forward asked for when it was traced.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: this network was fused for a tensor, got {type(value).__name__}")
+    return value
+
+
+def match_layout(value: Any, like: Any) -> Any:
+    """A map in the order in memory that a network gives its maps: that of its input.
+
+    Programs answer in channels_last; who takes a view of a map may rely on the other order.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(like, Tensor):
+        return value
+    return value.contiguous() if like.is_contiguous() else value
+
+
+def copied_argument(value: Any) -> Any:
+    """An argument, whatever holds its tensors, in memory of its own."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
+
+
+class Fused(fx.GraphModule):
+    """What :func:`quincunx.fuse` makes.
+
+    torch.fx would trace its code again when it is pickled, which loses operations in place and the hooks
+    that it carries; here its nodes are written down one by one.
+    """
+
+    def carry_hooks(self, model: nn.Module) -> None:
+        """Run a network's own hooks, those around its whole forward."""
+        for name in _HOOKS:
+            setattr(self, name, copy.copy(getattr(model, name)))
+
+    def __reduce__(self) -> Any:
+        return _rebuilt, (self._parts(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
+        return _rebuilt(copy.deepcopy(self._parts(), memo))
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "name": self.__class__.__name__,
+            "modules": dict(self._modules),
+            "parameters": dict(self._parameters),
+            "buffers": dict(self._buffers),
+            "nodes": [_written(node) for node in self.graph.nodes],
+            "meta": dict(self.meta),
+            "hooks": {name: getattr(self, name) for name in _HOOKS},
+            "training": self.training,
+        }
+
+
+class _Name(str):
+    """A node, by name."""
+
+    __slots__ = ()
+
+
+def _written(node: fx.Node) -> tuple[Any, ...]:
+    target = node.target if isinstance(node.target, str) else path_of(node.target)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(n.name))
+    return node.op, node.name, target, _plain(args), _plain(kwargs)
+
+
+def _plain(values: Any) -> Any:
+    """torch.fx's own containers as Python's."""
+    if isinstance(values, tuple) and not hasattr(values, "_fields"):
+        return tuple(_plain(value) for value in values)
+    if isinstance(values, list):
+        return [_plain(value) for value in values]
+    return {k: _plain(v) for k, v in values.items()} if isinstance(values, dict) else values
+
+
+def path_of(function: Any) -> Any:
+    """Where a function is found again; pickle cannot name those that torch makes inside others."""
+    path = fx.node._get_qualified_name(function) if callable(function) else ""
+    try:
+        return path if found_at(path) is function else function
+    except (ImportError, AttributeError):
+        return function  # pickle says what is wrong with it
+
+
+def found_at(path: str) -> Any:
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(path)
+
+
+def _rebuilt(parts: Mapping[str, Any]) -> Fused:
+    root, graph = nn.Module(), fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for name, module in parts["modules"].items():
+        root.add_module(name, module)
+    for name, parameter in parts["parameters"].items():
+        root.register_parameter(name, parameter)
+    for name, buffer in parts["buffers"].items():
+        root.register_buffer(name, buffer)
+    for op, name, target, args, kwargs in parts["nodes"]:
+        args, kwargs = map_aggregate((args, kwargs), lambda a: nodes[a] if type(a) is _Name else a)
+        function = found_at(target) if op == "call_function" and isinstance(target, str) else target
+        nodes[name] = graph.create_node(op, function, args, kwargs, name)
+    result = Fused(root, graph, parts["name"])
+    result.meta.update(parts["meta"])
+    for name, hooks in parts["hooks"].items():
+        setattr(result, name, hooks)
+    return result.train(parts["training"])
+
+
+# for whoever traces a fused network's code again
+torch.fx.wrap("same_argument")
+torch.fx.wrap("tensor_argument")
+torch.fx.wrap("copied_argument")
+torch.fx.wrap("match_layout")

@@ -1,0 +1,530 @@
+"""Straight lines of convolutions with their epilogues, run in one call of the native back end.
+
+A *step* is a convolution (dense, sampled or transposed) with everything that can ride on its output:
+bias, residual, activation, and a second output relu(out scale + shift), the pre-activation of the
+next block. A *program* is a list of steps; on the CPU consecutive steps are one native call, and maps
+between them stay compact in one arena. Between convolutions there may be what else reads compact maps, a
+*follower*, which is a call of its own.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from quincunx.fusion import launches
+from quincunx.fusion.faster import speed_ratio
+from quincunx.fusion.steps import (
+    Follower,
+    Map,
+    Step,
+    fill_maps,
+    follow,
+    followed,
+    output,
+    parted,
+    reference,
+    settled,
+    shape_key,
+    shortcut_rows,
+    tables,
+)
+from quincunx.ops import backend, native, serving
+from quincunx.ops.flops import counted_by
+from quincunx.ops.traced import is_tracing
+
+__all__ = ["Program"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a program.
+
+    Attributes:
+        run: reads values by name and adds others.
+        reads: the names.
+        spent: values that nobody reads afterwards; their memory goes to the maps that follow.
+    """
+
+    run: Callable[[dict[str, Tensor]], None]
+    reads: frozenset[str]
+    spent: frozenset[str] = frozenset()
+
+
+# elements; keeps every map of the arena on its own cache lines
+_ALIGN = 32
+# shapes of inputs that are kept as CUDA graphs
+_MOST_GRAPHS = 16
+# one native call less is worth this much time of a step
+_MARGIN = 0.95
+
+
+def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, **__: Any) -> int:
+    """Two for each multiply-add of a program; arguments as shapes and integers."""
+    fields = _OUT_FIELD + 5
+    total = 0
+    for at in range(0, len(code), fields):
+        step = code[at : at + fields]
+        if step[1] < 0:
+            continue  # means multiply nothing
+        out = step[_OUT_FIELD] if step[_OUT_FIELD] >= 0 else step[_OUT_FIELD + 1]
+        channels, outputs = (buffers[5 * number + 1] for number in (step[0], out))
+        reads = tensors[step[_INDEX_FIELD]][0]
+        total += 2 * inputs[0][0] * reads * channels * outputs // step[_OUT_FIELD + 3]
+    return total
+
+
+_INDEX_FIELD, _OUT_FIELD = 8, 12
+
+
+@lru_cache(maxsize=1)
+def _count_flops() -> None:
+    counted_by(_program_flops, torch.ops.quincunx_native.run_program)
+
+
+# ---------------------------------------------------------------- native segments
+
+
+@dataclass
+class _Segment:
+    """Consecutive steps as one native call: its arguments."""
+
+    inputs: list[str]
+    outputs: list[str]
+    tensors: list[Tensor] = field(default_factory=list)
+    buffers: list[int] = field(default_factory=list)
+    code: list[int] = field(default_factory=list)
+
+    def run(self, values: dict[str, Tensor]) -> None:
+        found = torch.ops.quincunx_native.run_program(
+            [values[name] for name in self.inputs], self.tensors, self.buffers, self.code
+        )
+        values.update(zip(self.outputs, found, strict=True))
+
+
+def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) -> dict[str, int]:
+    """First fit: an offset for each map inside the segment, none overlapping one that is still read."""
+    first = {name: i for i, step in enumerate(steps) for name in step.writes}
+    last = {name: i for i, step in enumerate(steps) for name in step.reads}
+    offsets: dict[str, int] = {}
+    sizes = {name: -(-maps[name].numel // _ALIGN) * _ALIGN for name in scratch}
+    for name in scratch:
+        busy = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other in offsets
+            if first[other] <= last.get(name, first[name]) and first[name] <= last.get(other, first[other])
+        )
+        at = 0
+        for begin, end in busy:
+            if at + sizes[name] <= begin:
+                break
+            at = max(at, end)
+        offsets[name] = at
+    return offsets
+
+
+def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _Segment:
+    """Tables, packed weights, buffers and code of consecutive steps."""
+    written = [name for step in steps for name in step.writes]
+    read = [name for step in steps for name in step.reads]
+    inputs = list(dict.fromkeys(name for name in read if name not in written))
+    outputs = [name for name in written if name in wanted]
+    offsets = _arena(steps, [name for name in written if name not in wanted], maps)
+    segment = _Segment(inputs, outputs)
+    numbers: dict[str, int] = {}
+    for name in (*inputs, *written):
+        kind = 0 if name in inputs else 2 if name in wanted else 1
+        numbers[name] = len(numbers)
+        segment.buffers += [kind, maps[name].channels, *maps[name].stored, offsets.get(name, 0)]
+
+    known: dict[int, int] = {}
+
+    def number(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        if id(tensor) not in known:
+            known[id(tensor)] = len(segment.tensors)
+            segment.tensors.append(tensor)
+        return known[id(tensor)]
+
+    for step in steps:
+        plan, out = tables(step, maps), output(step, maps)
+        residual, rows, channels = -1, None, 0
+        if step.shortcut is not None:
+            source = maps[step.shortcut.source]
+            residual, channels = numbers[step.shortcut.source], source.channels
+            if step.shortcut.stride > 1 or source.fill or out.fill:
+                rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
+        segment.code += [
+            numbers[step.source],
+            number(None if step.kind == "mean" else _packed(step)),
+            number(step.bias),
+            residual,
+            number(rows),
+            channels,
+            number(step.scale2),
+            number(step.shift2),
+            number(plan.index),
+            number(plan.rows),
+            number(plan.taps),
+            number(plan.groups),
+            numbers[step.out] if step.out is not None else -1,
+            numbers[step.out2] if step.out2 is not None else -1,
+            step.taps,
+            step.groups,
+            step.activation,
+        ]
+    return segment
+
+
+def _packed(step: Step) -> Tensor:
+    return native.pack(step.weight, step.groups, step.kind == "transposed")
+
+
+# ---------------------------------------------------------------- which back end for a dense step
+
+_FASTER: dict[tuple[Any, ...], bool] = {}
+
+
+def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
+    """Whether torch's convolution is faster for a dense step of this shape; measured once a process."""
+    key = (torch.get_num_threads(), *shape_key(step, maps, batch))
+    if key not in _FASTER:
+        device = step.weight.device
+        values = {
+            name: launches.example_map(maps[name], batch, step.weight.dtype, device) for name in step.reads
+        }
+        ours = _segment([step], maps, set(step.writes))
+        ratio = speed_ratio(
+            partial(_reference_stage, step, maps, dict(values)),
+            partial(ours.run, dict(values)),
+            level=1 / _MARGIN,
+        )
+        _FASTER[key] = ratio * _MARGIN > 1
+    return _FASTER[key]
+
+
+# ---------------------------------------------------------------- the module
+
+
+class Program(nn.Module):
+    """Steps as a module: maps in, maps out. Its weights are constants, in packed layout where used.
+
+    Args:
+        steps: in order, convolutions and what follows them; all in the dtype of the first convolution.
+        inputs: names of the arguments.
+        outputs: names of the values returned.
+        native_only: never torch's own convolution, not even where it is faster.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step | Follower],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        native_only: bool = False,
+    ) -> None:
+        super().__init__()
+        _hide_from_compilers()
+        self.native_only = native_only
+        self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
+        self._weight = next(step.weight for step in steps if isinstance(step, Step))
+        if backend().name == "native":
+            _count_flops()  # a counter reads the formulas that are there when it is made
+        self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
+        self._graphs: dict[tuple[Any, ...], launches.Recorded] = {}
+        self._key: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its maps."""
+        return self._weight.dtype
+
+    def extra_repr(self) -> str:
+        return f"{len(self.steps)} steps, ({', '.join(self.inputs)}) -> ({', '.join(self.outputs)})"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
+        moved = fn(self._weight[:0])
+        if moved.dtype != self.dtype or moved.device != self._weight.device:
+            raise RuntimeError("a fused network is frozen: convert the model first, then call qx.fuse")
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what was compiled for shapes and threads seen here is made again where it is needed
+        return {**self.__dict__, "_compiled": {}, "_graphs": {}, "_key": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _hide_from_compilers()
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """The outputs; in torch's own operators where arguments are not maps of one batch and our dtype."""
+        if torch.compiler.is_exporting():
+            raise TypeError(
+                "a fused network holds tables of this machine's kernels and cannot be exported; export the "
+                "network that was given to qx.fuse"
+            )
+        if is_tracing():
+            return tuple(torch.ops.quincunx.run_fused(list(arguments), self._registered()))
+        return self._answer(arguments)
+
+    def _answer(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        device = self._weight.device.type
+        if torch.is_autocast_enabled(device):
+            # what stands between programs may have answered in autocast's type
+            arguments = tuple(t.to(self.dtype) if t.is_floating_point() else t for t in arguments)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if not self._fits(arguments):
+                values = self._plain(dict(zip(self.inputs, arguments, strict=True)))
+                return tuple(values[name] for name in self.outputs)
+            if self._weight.is_cuda and self._serving() == "triton":
+                return self._recorded(arguments)
+            return self._through(self._stages_for(arguments), arguments)
+
+    def _through(self, stages: Sequence[Stage], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        values = _run(stages, dict(zip(self.inputs, arguments, strict=True)))
+        return tuple(values[name] for name in self.outputs)
+
+    def _recorded(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """On a GPU: the launches, or the graph that was recorded of them for inputs of these shapes."""
+        with torch.cuda.device(self._weight.device):
+            # a stream's work is in order, so one graph serves it; another stream has its own
+            key = (torch.cuda.current_stream().cuda_stream, *(tuple(t.shape) for t in arguments))
+            recorded = self._graphs.get(key)
+            if recorded is None:
+                if launches.is_recording():
+                    return self._through(self._known(arguments), arguments)
+                stages = self._stages_for(arguments)
+                with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+                    recorded = launches.Recorded(partial(self._through, stages), arguments)
+                if len(self._graphs) >= _MOST_GRAPHS:
+                    # each has memory of its own; the one that is oldest goes
+                    del self._graphs[next(iter(self._graphs))]
+                self._graphs[key] = recorded
+            return recorded(arguments)
+
+    def _registered(self) -> str:
+        """A name by which a trace finds this program again, for as long as the process lives."""
+        if self._key is None:
+            self._key = uuid.uuid4().hex
+            _TRACED[self._key] = self
+        return self._key
+
+    def _fits(self, arguments: Sequence[Tensor]) -> bool:
+        batch = arguments[0].shape[:1]
+        return all(
+            t.dim() == 4
+            and t.shape[:1] == batch
+            and t.dtype == self.dtype
+            and t.device == self._weight.device
+            for t in arguments
+        )
+
+    def _plain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Step by step in torch's operators, which also say what does not go together."""
+        for step in self.steps:
+            if isinstance(step, Follower):
+                values[step.out] = step.function(*(values[name] for name in step.sources))
+            else:
+                found = {name: values[name] for name in step.needs}
+                if found[step.source].dtype != self.dtype:
+                    raise TypeError(
+                        f"{step.source}: {found[step.source].dtype}, "
+                        f"but the network was fused in {self.dtype}"
+                    )
+                maps = {
+                    n: Map(t.shape[1], (t.shape[2], t.shape[3])) for n, t in found.items() if t.dim() == 4
+                }
+                if step.kind != "dense" and step.source not in maps:
+                    shape = list(found[step.source].shape)
+                    raise ValueError(f"{step.source}: expected a map [N, C, H, W], got one of shape {shape}")
+                reference(settled(step, maps), values, maps)
+        return values
+
+    def _known(self, arguments: Sequence[Tensor]) -> list[Stage]:
+        """What was chosen for inputs of these shapes, within somebody else's capture.
+
+        Raises:
+            RuntimeError: nothing was yet: what is measured and copied for it cannot be captured.
+        """
+        stages = self._compiled.get(self._shapes(arguments))
+        if stages is None:
+            shapes = ", ".join(str(tuple(t.shape)) for t in arguments)
+            raise RuntimeError(
+                "a fused network cannot be captured before its first call: call it once with inputs of "
+                f"{shapes}"
+            )
+        return stages
+
+    @staticmethod
+    def _shapes(arguments: Sequence[Tensor]) -> tuple[Any, ...]:
+        return (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
+
+    def _stages_for(self, arguments: Sequence[Tensor]) -> list[Stage]:
+        key = self._shapes(arguments)
+        stages = self._compiled.get(key)
+        if stages is None:
+            # what is measured and packed here is no part of the network's own work
+            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+                stages = self._compile([tuple(tensor.shape) for tensor in arguments])
+            self._compiled[key] = stages
+        return stages
+
+    def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
+        batch = shapes[0][0]
+        maps = {
+            name: Map(shape[1], (shape[2], shape[3])) for name, shape in zip(self.inputs, shapes, strict=True)
+        }
+        serving = self._serving()
+        steps: list[Step | Follower] = []
+        by_torch: dict[int, bool] = {}
+        todo = list(reversed(self.steps))
+        while todo:
+            step = todo.pop()
+            if isinstance(step, Follower):
+                shape = followed(step, maps)
+            else:
+                _check_channels(step, maps)
+                step = settled(step, maps)
+                shape = output(step, maps)
+                if step.shortcut is not None and not step.shortcut.meets(maps[step.shortcut.source], shape):
+                    todo += reversed(parted(step, step.shortcut))
+                    continue
+            steps.append(step)
+            # outside a native segment there are no compact filled maps
+            plain = Map(shape.channels, shape.size)
+            for name in step.writes:
+                maps[name] = plain if serving == "reference" else shape
+            if isinstance(step, Step):
+                dense = step.kind == "dense" and not maps[step.source].fill and not shape.fill
+                by_torch[len(steps) - 1] = serving == "reference" or (
+                    not self.native_only and dense and self._prefers_torch(step, maps, batch)
+                )
+        mixed = self._stages(steps, maps, {number for number, torchs in by_torch.items() if torchs})
+        if serving != "native" or not any(by_torch.values()) or all(by_torch.values()):
+            return mixed
+        # a step that torch runs faster also cuts a native call in two
+        whole = self._stages(steps, maps, set())
+        example = {
+            name: launches.example_map(maps[name], batch, self.dtype, self._weight.device)
+            for name in self.inputs
+        }
+        ratio = speed_ratio(partial(_run, mixed, example), partial(_run, whole, example), level=1 / _MARGIN)
+        return mixed if ratio * _MARGIN > 1 else whole
+
+    def _launched(
+        self, step: Step | Follower, maps: dict[str, Map], by_cudnn: bool
+    ) -> Callable[[dict[str, Tensor]], None]:
+        device = self._weight.device
+        if isinstance(step, Follower):
+            return launches.follower_stage(step, maps, device)
+        return launches.cudnn_stage(step, maps) if by_cudnn else launches.step_stage(step, maps, device)
+
+    def _serving(self) -> str:
+        """The back end that computes our convolutions on the device and in the dtype of the weights."""
+        return serving(self._weight.device, self.dtype)
+
+    def _prefers_torch(self, step: Step, maps: dict[str, Map], batch: int) -> bool:
+        if self._weight.is_cuda:
+            return launches.prefers_cudnn(step, maps, batch, self._weight.device)
+        return _prefers_torch(step, maps, batch)
+
+    def _stages(
+        self, steps: Sequence[Step | Follower], maps: dict[str, Map], by_torch: set[int]
+    ) -> list[Stage]:
+        stages: list[Stage] = []
+        segment: list[Step] = []
+        for number, step in enumerate(steps):
+            alone: Stage | None = None
+            if self._serving() == "triton":
+                alone = Stage(self._launched(step, maps, number in by_torch), frozenset(step.reads))
+            elif isinstance(step, Follower):
+                alone = Stage(partial(follow, step, maps), frozenset(step.reads))
+            elif number in by_torch:
+                alone = Stage(partial(_reference_stage, step, maps), frozenset(step.reads))
+            else:
+                segment.append(step)
+            if segment and (alone is not None or number == len(steps) - 1):
+                # a step that stands alone reads what the segment before it wrote
+                rest = steps[number if alone is not None else number + 1 :]
+                later = {name for other in rest for name in other.reads} | set(self.outputs)
+                native_call = _segment(segment, maps, later)
+                stages.append(Stage(native_call.run, frozenset(native_call.inputs)))
+                segment = []
+            if alone is not None:
+                stages.append(alone)
+        filled = [(name, maps[name]) for name in self.outputs if maps[name].fill]
+        if filled:
+            stages.append(Stage(partial(fill_maps, filled), frozenset(name for name, _ in filled)))
+        wanted = frozenset(self.outputs)
+        for number in reversed(range(len(stages))):
+            stages[number] = replace(stages[number], spent=stages[number].reads - wanted)
+            wanted |= stages[number].reads
+        return stages
+
+
+@lru_cache(maxsize=1)
+def _hide_from_compilers() -> None:
+    # here and not as a decorator: it imports the whole compiler, which takes longer than all of this package
+    Program.forward = torch.compiler.disable(Program.forward)  # type: ignore[method-assign, no-untyped-call]
+
+
+# programs that torch.jit.trace has seen
+_TRACED: dict[str, Program] = {}
+
+
+@torch.library.custom_op("quincunx::run_fused", mutates_args=())
+def _run_fused(inputs: list[Tensor], key: str) -> list[Tensor]:
+    """A program as one operator, for maps of any size: what torch.jit.trace records of it."""
+    if key not in _TRACED:
+        raise RuntimeError(
+            "this trace holds a network that was fused in another process; trace the network that was given "
+            "to qx.fuse, or fuse it again here"
+        )
+    state = torch._C._get_tracing_state()
+    # sizes are numbers again, and what runs here is not recorded
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        found = _TRACED[key]._answer(inputs)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+    return [t.clone() if any(t is x for x in inputs) else t for t in found]
+
+
+def _check_channels(step: Step, maps: dict[str, Map]) -> None:
+    """
+    Raises:
+        ValueError: a map that has other channels than the convolution that reads it.
+    """
+    expected = (
+        step.weight.shape[0] if step.kind in ("transposed", "mean") else step.weight.shape[1] * step.groups
+    )
+    if maps[step.source].channels != expected:
+        raise ValueError(
+            f"{step.source}: expected a map of {expected} channels, got {maps[step.source].channels}"
+        )
+
+
+def _run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    values = dict(inputs)
+    for stage in stages:
+        stage.run(values)
+        for name in stage.spent:
+            del values[name]
+    return values
+
+
+def _reference_stage(step: Step, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
+    local = {name: values[name] for name in step.reads}
+    # others may still read the compact maps
+    fill_maps([(name, maps[name]) for name in step.reads], local)
+    reference(step, local, maps)
+    values.update({name: local[name] for name in step.writes})

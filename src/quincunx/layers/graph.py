@@ -1,0 +1,40 @@
+"""A network as a graph whose leaves are torch's and this library's layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quincunx.layers import tracing
+from quincunx.layers.paired import PairedDown2d, PairedUp2d
+from quincunx.layers.quantised import QuantConv2d, QuantLinear
+from quincunx.layers.sampled import (
+    PerforatedConv2d,
+    SampledConv2d,
+    SampledConvTranspose2d,
+    SampledDown2d,
+)
+from quincunx.layers.separable import MaskedConv2d
+from quincunx.modules import surely
+
+__all__ = ["CONVS", "is_conv", "is_leaf", "trace"]
+
+_SAMPLED = (SampledConv2d, PerforatedConv2d, MaskedConv2d, SampledDown2d, PairedDown2d)
+_TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
+CONVS = (nn.Conv2d, *_SAMPLED, *_TRANSPOSED)
+# they run as they are
+_WHOLE = (QuantConv2d, QuantLinear)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module of ours is one node of a graph."""
+    return surely(module, *CONVS, *_WHOLE)
+
+
+def trace(model: nn.Module) -> tracing.Traced:
+    """A network's graph for its required arguments; see :func:`quincunx.layers.tracing.trace`."""
+    return tracing.trace(model, is_leaf)
+
+
+def is_conv(module: nn.Module | None) -> bool:
+    """Whether a module is surely one of the convolutions that a step can be."""
+    return surely(module, *CONVS)

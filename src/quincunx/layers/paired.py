@@ -1,0 +1,262 @@
+"""The two halves of a spatial bottleneck that takes the place of a pair of convolutions.
+
+Between them stand the network's own norm and activation, which see a sampled map. A network calls the
+second half with that map alone, so the map itself carries the size of its grid: neither half keeps anything
+of a forward, which may run in several threads, on several sizes, and again in a backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils._pytree import tree_map
+
+from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_padding
+from quincunx.ops.geometry import pair
+from quincunx.sampling import Sampling
+
+__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap"]
+
+_GETTER = type(Tensor.data.__get__)  # type: ignore[attr-defined, unused-ignore]
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined, unused-ignore]
+
+
+class SampledMap(Tensor):
+    """A sampled map [N, C, m, 1] that knows its grid's size (H, W); what is computed from it knows it too.
+
+    Example:
+        >>> y = nn.ReLU()(PairedDown2d(3, 8, sampling=qx.CHESSBOARD)(torch.randn(1, 3, 6, 4)))
+        >>> type(y).__name__, tuple(y.shape), y.grid_size
+        ('SampledMap', (1, 8, 12, 1), (6, 4))
+    """
+
+    grid_size: tuple[int, int] | None
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(func, OpOverload):  # in a compiled part, which takes plain tensors
+                return func(*tree_map(_plain, args), **tree_map(_plain, dict(kwargs or {})))
+            # a mode that watches every operation may know none but plain tensors
+            if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+                args, kwargs = tree_map(_plain, args), tree_map(_plain, dict(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if isinstance(func, OpOverloadPacket) and func._qualified_op_name.startswith("quincunx::"):
+                return result  # on another grid
+        if type(func) is _GETTER and func != _DATA:
+            return result  # .grad, ._base and the like are other tensors
+        sizes = [size for size in map(_size, _tensors(given)) if size is not None]
+        if not sizes or any(other != sizes[0] for other in sizes):
+            return result
+        if type(result) in (tuple, list):
+            return type(result)(_sized(part, sizes[0], given) for part in result)
+        return _sized(result, sizes[0], given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            if not self.is_leaf:
+                return super().__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+            plain = self.detach().as_subclass(Tensor).requires_grad_(self.requires_grad)
+            made: Tensor = _sized(copy.deepcopy(plain, memo), self.grid_size)
+        memo[id(self)] = made
+        return made
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, SampledMap) else value
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from _tensors(value)
+
+
+def _size(value: Tensor) -> tuple[int, int] | None:
+    return value.grid_size if isinstance(value, SampledMap) else None
+
+
+def _sized(result: Any, size: tuple[int, int] | None, given: Sequence[Any] = ()) -> Any:
+    """A result with the size, if it may still hold the map's positions and is nothing that was given."""
+    if type(result) is not Tensor or result.dim() < 3:
+        return result
+    if torch.compiler.is_compiling():
+        result = result.as_subclass(SampledMap)
+    elif any(result is value for value in given):
+        return result
+    else:
+        # the tensor itself: another one over the same values would be a view, which not every in-place
+        # operation may change
+        result.__class__ = SampledMap
+    result.grid_size = size  # type: ignore[attr-defined, unused-ignore]
+    return result
+
+
+class Grid:
+    """Which grids a first half has seen, shared with its partner; it says only what no forward can change.
+
+    A map that lost its size on the way still tells its number of positions. If all the grids seen so far
+    that have as many are of one size, it is that.
+
+    Attributes:
+        sizes: number of positions -> the only size seen with it; None where there were several.
+        symbols: the size while a tracer stands in for values, which nothing outside its trace reads.
+        key: under which a compiled first half says that it saw grids that are not in ``sizes``.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, tuple[int, int] | None] = {}
+        self.symbols: Sequence[Any] | None = None
+        self.key = str(next(_KEYS))
+
+    def see(self, positions: int, size: tuple[int, int]) -> None:
+        """Note a grid."""
+        if self.sizes.setdefault(positions, size) != size:
+            self.sizes[positions] = None
+
+    def only(self, positions: int) -> tuple[int, int] | None:
+        """The one size that a map of so many positions can have; None if there is not one."""
+        return None if self.key in _COMPILED else self.sizes.get(positions)
+
+
+_KEYS = itertools.count()
+_COMPILED: set[str] = set()
+
+
+def _note_compiled(key: str) -> bool:
+    """Called once, while compiling."""
+    _COMPILED.add(key)
+    return True
+
+
+# torch.compiler.assume_constant_result, without the import of all of torch._dynamo that it makes
+_note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class PairedDown2d(SampledDown2d):
+    """The first half: a convolution at the positions of a sampling, [N, C, H, W] to [N, O, m, 1].
+
+    Arguments and geometry are those of the first half of :class:`quincunx.SpatialBottleneck2d`. What it
+    returns is a :class:`SampledMap`, which tells its partner the map's size. Both share ``grid``.
+
+    Source: Peng et al., arXiv:1809.02601, section 3 (rSB).
+
+    Example:
+        >>> down = PairedDown2d(3, 8, sampling=qx.CHESSBOARD)
+        >>> y = down(torch.randn(1, 3, 6, 6))
+        >>> tuple(y.shape), y.grid_size
+        ((1, 8, 18, 1), (6, 6))
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.grid = Grid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        size = (x.shape[2], x.shape[3])
+        if torch.compiler.is_dynamo_compiling():
+            _note_compiled(self.grid.key)
+        elif torch.compiler.is_compiling() or not all(type(value) is int for value in size):
+            self.grid.symbols = size
+        else:
+            self.grid.see(y.shape[2], size)
+        # a stand-in for a tensor is of a class that has to stay
+        return _sized(y, size)  # type: ignore[no-any-return]
+
+
+class PairedUp2d(SampledConvTranspose2d):
+    """The second half: from the sampled map [N, C, m, 1] to every position, [N, O, H, W].
+
+    Args:
+        in_channels, out_channels, kernel_size, sampling, dilation, groups, bias: as in
+            :class:`quincunx.SampledConvTranspose2d`, with the padding that keeps the size.
+        partner: the path of the first half in the network.
+
+    Raises:
+        RuntimeError: at a call without a size, if something between the halves made a plain tensor of the
+            map and grids of several sizes have as many positions.
+
+    Source: Peng et al., arXiv:1809.02601, section 3 (rSB).
+
+    Example:
+        >>> net = nn.Sequential(PairedDown2d(3, 8, sampling=qx.CHESSBOARD), nn.ReLU(),
+        ...                     PairedUp2d(8, 3, sampling=qx.CHESSBOARD, partner="0"))
+        >>> net[2].attach(net)
+        >>> net(torch.randn(1, 3, 6, 6)).shape
+        torch.Size([1, 3, 6, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        sampling: Sampling,
+        partner: str,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        kernel, spread = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel,
+            sampling=sampling,
+            padding=half_padding(kernel, spread),
+            dilation=spread,
+            groups=groups,
+            bias=bias,
+        )
+        self.partner, self.grid = partner, Grid()
+
+    def attach(self, network: nn.Module) -> None:
+        """Take the grid's size from the first half in ``network`` from now on.
+
+        Raises:
+            AttributeError: the network has no module of the partner's name.
+            ValueError: that module is no first half.
+        """
+        first = network.get_submodule(self.partner)
+        if not isinstance(first, PairedDown2d):
+            raise ValueError(f"partner={self.partner!r}: expected a PairedDown2d, got {type(first).__name__}")
+        self.grid = first.grid
+
+    def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        if size is None:
+            size = self._size_of(y)
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().forward(y, size)
+
+    def _size_of(self, y: Tensor) -> Sequence[int]:
+        size = _size(y)
+        if size is not None:
+            return size
+        symbols, self.grid.symbols = self.grid.symbols, None
+        if symbols is not None:
+            return symbols
+        size = None if torch.compiler.is_compiling() else self.grid.only(y.shape[2])
+        if size is None:
+            raise RuntimeError(
+                f"the second half of the pair of {self.partner!r}: the grid's size is unknown, since its "
+                "input is no SampledMap that comes from the first half and not exactly one grid of as many "
+                "positions was seen; call it with the size"
+            )
+        return size

@@ -1,0 +1,1 @@
+"""What networks cost: multiplications, seconds, other engines."""

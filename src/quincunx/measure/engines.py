@@ -1,0 +1,145 @@
+"""Other engines behind one call: a module and an example become a function to time.
+
+Each engine gets its best: batch norm folded where it can be, channels_last or its own layout, packed
+weights, the same number of threads, float32 arithmetic in full.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from quincunx.layers.graph import trace
+from quincunx.measure.latency import using_threads
+
+__all__ = ["PEERS", "fold_batch_norm", "onnx_bytes", "quiet"]
+
+Run = Callable[[], object]
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode with each batch norm that directly follows a convolution folded into it."""
+    own = copy.deepcopy(model).eval()
+    traced = fx.GraphModule(own, trace(own))
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        before = node.args[0] if isinstance(norm, nn.BatchNorm2d) else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution = modules[str(before.target)]
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.requires_grad_(False)
+
+
+def _eager(model: nn.Module, x: Tensor, threads: int) -> Run:
+    folded = fold_batch_norm(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def run() -> object:
+        with torch.inference_mode():
+            return folded(x)
+
+    return run
+
+
+def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
+    folded = fold_batch_norm(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.compiler.reset()
+    with quiet(), using_threads(threads), torch.no_grad():
+        # freezing packs the weights once
+        compiled: Callable[[Tensor], object] = torch.compile(folded, options={"freezing": True})
+        compiled(x)  # compiles
+
+    def run() -> object:
+        with torch.no_grad():
+            return compiled(x)
+
+    return run
+
+
+# an export takes seconds and serves several engines and numbers of threads
+_EXPORTED: WeakKeyDictionary[nn.Module, dict[torch.Size, bytes]] = WeakKeyDictionary()
+
+
+def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
+    """The model as ONNX, its shapes fixed."""
+    known = _EXPORTED.setdefault(model, {})
+    if x.shape not in known:
+        known[x.shape] = _export(model, x)
+    return known[x.shape]
+
+
+def _export(model: nn.Module, x: Tensor) -> bytes:
+    with quiet():
+        program = torch.onnx.export(fold_batch_norm(model), (x,), dynamo=True, verbose=False)
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    return bytes(program.model_proto.SerializeToString())
+
+
+def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(onnx_bytes(model, x), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(model: nn.Module, x: Tensor, threads: int, precision: str = "f32") -> Run:
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = core.compile_model(core.read_model(io.BytesIO(onnx_bytes(model, x))), "CPU", settings)
+    request = compiled.create_infer_request()
+    feed = {0: x.contiguous().numpy()}
+    return lambda: request.infer(feed, share_inputs=True, share_outputs=True)
+
+
+def _openvino_bf16(model: nn.Module, x: Tensor, threads: int) -> Run:
+    return _openvino(model, x, threads, "bf16")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters and compilers talk much; what they say is not the measurement."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+# name -> (module, example, threads) -> a function that runs it once
+PEERS: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
+    "torch eager": _eager,
+    "torch.compile": _compiled,
+    "ONNX Runtime": _onnxruntime,
+    "OpenVINO": _openvino,
+    "OpenVINO bfloat16": _openvino_bf16,
+}

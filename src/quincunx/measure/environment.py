@@ -1,0 +1,75 @@
+"""Where a result was made: versions, processor, commit, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["environment"]
+
+
+def environment() -> dict[str, Any]:
+    """What a result file says about where it was made. JSON-ready."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        # python -m names the file that it runs
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "quincunx"), *sys.argv[1:]]),
+        "commit": _commit(),
+        "quincunx": _own_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _own_version() -> str | None:
+    try:
+        return version("quincunx")
+    except PackageNotFoundError:
+        return None  # run from a checkout that is not installed
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout the package runs from, "+" behind it if files differ.
+
+    Elsewhere what the environment variable ``QUINCUNX_COMMIT`` says, for copies of a checkout; else None.
+    """
+    elsewhere = os.environ.get("QUINCUNX_COMMIT") or None
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", str(Path(__file__).name)) == "":
+            return elsewhere
+        # a result that was just written is no other code
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return elsewhere

@@ -1,0 +1,109 @@
+"""How a window moves over a map: kernel, stride, padding and dilation, and what users may write for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+__all__ = [
+    "Geometry",
+    "Padding",
+    "expand_padding",
+    "pair",
+]
+
+Padding = int | Sequence[int] | str
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """``value`` as (vertical, horizontal), each at least ``least``."""
+    both = _integers(value, "an integer or a pair of integers", name)
+    if not isinstance(value, Sequence):
+        both *= 2
+    if len(both) != 2:
+        raise ValueError(f"{name}={value!r}: expected an integer or a pair of integers")
+    if both[0] < least or both[1] < least:
+        raise ValueError(f"{name}={value!r}: expected at least {least}")
+    return both[0], both[1]
+
+
+def _integers(value: object, expected: str, name: str) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}={value!r}: expected {expected}")
+    return values
+
+
+def expand_padding(
+    value: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """``padding`` as (top, bottom, left, right); "same" puts the odd one below and right, as torch does."""
+    if isinstance(value, str):
+        if value == "valid":
+            return 0, 0, 0, 0
+        if value != "same":
+            raise ValueError(f"padding={value!r}: expected 'same', 'valid' or integers")
+        if tuple(stride) != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride={tuple(stride)}")
+        v, h = (dilation[i] * (kernel[i] - 1) for i in (0, 1))
+        return v // 2, v - v // 2, h // 2, h - h // 2
+    values = _integers(value, "integers, 'same' or 'valid'", "padding")
+    if len(values) == 4:
+        top, bottom, left, right = values
+        if min(values) < 0:
+            raise ValueError(f"padding={values}: expected at least 0")
+        return top, bottom, left, right
+    v, h = pair("padding", value, 0)
+    return v, v, h, h
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution's kernel lands: what a Conv2d has besides its channels.
+
+    ``padding`` is (top, bottom, left, right). The grid of the output is
+    H' = floor((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, likewise W'.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def make(
+        cls, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Geometry:
+        """From plain sequences, as operators receive them."""
+        top, bottom, left, right = padding
+        return cls(
+            (kernel[0], kernel[1]),
+            (stride[0], stride[1]),
+            (top, bottom, left, right),
+            (dilation[0], dilation[1]),
+        )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The output's grid (H', W') for an H x W input; not positive where the kernel does not fit."""
+        top, bottom, left, right = self.padding
+        rows = (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
+        cols = (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
+        return rows, cols
+
+    def rounded_up(self, height: int, width: int) -> Geometry:
+        """With the padding below and right, also negative, that a pooling in ceil mode has.
+
+        H' = ceil((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, less one where the last window
+        would begin behind the map.
+        """
+        behind = []
+        for axis, length in enumerate((height, width)):
+            before, after = self.padding[2 * axis : 2 * axis + 2]
+            reach, stride = self.dilation[axis] * (self.kernel[axis] - 1) + 1, self.stride[axis]
+            count = -((reach - length - before - after) // stride) + 1
+            if (count - 1) * stride >= length + before:
+                count -= 1
+            behind.append((count - 1) * stride + reach - length - before)
+        return replace(self, padding=(self.padding[0], behind[0], self.padding[2], behind[1]))

@@ -1,0 +1,1 @@
+"""From result files to sentences, figures and pages."""

@@ -1,0 +1,234 @@
+"""The page of one acceleration, from its result file and its artifact's description. Reads JSON only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quincunx.networks.spec import lines_to_load, read_spec
+from quincunx.reading import read_json
+from quincunx.report.figures import (
+    Dot,
+    Picture,
+    draw_candidate_scores,
+    draw_layer_times,
+    draw_map,
+    draw_sampling,
+)
+from quincunx.report.page import render
+from quincunx.report.results import label_of, speed_words
+from quincunx.report.verdict import (
+    asked_in_words,
+    restored_in_words,
+    shortcoming,
+    worse,
+)
+from quincunx.sampling import from_spec
+from quincunx.writing import write_text
+
+__all__ = [
+    "acceleration_sentences",
+    "first_sentences",
+    "search_sentences",
+    "usage",
+    "write_acceleration_report",
+]
+
+
+def acceleration_sentences(result: dict[str, Any]) -> list[str]:
+    """What was gained and what it cost, in words."""
+    cost, whole = result["cost"], result["whole"]
+    speed = whole["speedup"]
+    before, after = (cost[key]["macs"] for key in ("before", "after"))
+    many = "s" if whole["threads"] > 1 else ""
+    times = [f"{1e3 * whole[f'seconds_{key}']:.2f} ms {key}" for key in ("before", "after")]
+    said = [
+        f"{before / 1e6:.1f} M MACs became {after / 1e6:.1f} M, {before / after:.2f} times fewer; the whole "
+        f"network at batch {result['batch']} on {whole['threads']} thread{many} is "
+        f"{speed_words(speed['median'], speed['q1'], speed['q3'])}: {', '.join(times)}."
+    ]
+    said = [*first_sentences(result), *said]
+    if "bytes" in result:
+        kept = [f"{result['bytes'][key] / 1e6:.2f}" for key in ("before", "after")]
+        said.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
+    if result.get("search"):
+        said += search_sentences(result["search"])
+    tested = result["data"]["test"]
+    for stage in result["stages"]:
+        own = "" if result["data"].get("labelled", True) else "the original network's answers to "
+        text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {own}{tested:,} images"
+        if "lost" in stage:
+            text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
+        said.append(f"{text}.")
+    said += _ended(result)
+    slower = [row for row in result["layers"] if row["speedup"]["median"] < 1]
+    gained = [row for row in slower if row.get("gain", 0.0) > 1]
+    if gained:
+        told = ", ".join(
+            f"{row['name']} (the network takes {row['gain']:.2f} times as long without it)" for row in gained
+        )
+        said.append(f"No faster alone, but within the network: {told}.")
+    if result.get("search") is None and (rest := [row["name"] for row in slower if row not in gained]):
+        said.append(f"No faster than before: {', '.join(rest)}.")
+    if result.get("unfused"):
+        said.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
+    return said
+
+
+def _ended(result: dict[str, Any]) -> list[str]:
+    """A sentence on fine-tuning that took fewer epochs than it could."""
+    done, planned = result.get("epochs"), (result.get("recipe") or {}).get("epochs")
+    if done is None or planned is None or done >= planned:
+        return []
+    parts = (result.get("verdict") or {"parts": ()})["parts"]
+    reached = all(part["met"] for part in parts if part["what"] == "max_drop")
+    why = "the accuracy asked for was reached" if reached else "it no longer got better"
+    return [f"Fine-tuning ended after {done} of {planned} epochs: {why}."]
+
+
+def first_sentences(result: dict[str, Any]) -> list[str]:
+    """What is to be read first: that nothing was gained or the network is ruined, the verdict on a target,
+    doubts about the input."""
+    said = [text for text in (restored_in_words(result), worse(result)) if text]
+    verdict = result.get("verdict")
+    if verdict:
+        said.append(verdict["words"])
+        if verdict["next"]:
+            said.append(f"Next: {verdict['next']}.")
+    return said + [f"Doubtful: {doubt}" for doubt in result.get("doubts", ())]
+
+
+def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
+    """What a search was for and what it expected, in words; the verdict is another's.
+
+    Args:
+        record: of the search.
+        judged: whether the network was made and judged; else these are predictions.
+    """
+    usable = sum(row["why_not"] is None for row in record["candidates"])
+    last = record["attempts"][-1] if record["attempts"] else None
+    asked = asked_in_words(record["target"])
+    said = [] if judged else [_prediction(record)]
+    said.append(
+        f"{'Asked' if judged else 'Target'}: {asked}. {len(record['candidates'])} candidates, {usable} of "
+        "them faster than what they would replace."
+    )
+    if last is not None and last["layers"] and record.get("chosen", True):
+        times = [1e3 * last[key] for key in ("before", "predicted", "after")]
+        off = 100 * (times[1] / times[2] - 1)
+        said.append(
+            f"The choice in the whole network, when it was chosen: {times[0]:.2f} ms before, "
+            f"{times[1]:.2f} ms predicted, {times[2]:.2f} ms measured ({off:+.0f}%), "
+            f"{last['speedup']:.2f}x faster."
+        )
+    return said
+
+
+def _prediction(record: dict[str, Any]) -> str:
+    """What a dry run expects, on which images."""
+    attempts, target = record["attempts"], record["target"]
+    speed = float(attempts[-1]["speedup"]) if attempts and record["chosen"] else 1.0
+    said = [f"{speed:.2f}x faster"]
+    if "macs" in target:
+        said.append(f"{record['macs'] / 1e6:.1f} M MACs")
+    on = f"{record.get('images', 0):,} calibration images, before fine-tuning"
+    said.append(
+        f"{record['drop']:.2f} points of accuracy lost on {on}"
+        if "drop" in record
+        else "what accuracy is lost is not predicted without --max-drop"
+    )
+    verdict = "would be met" if record["met"] else "would be missed"
+    missed = shortcoming(record)
+    why = f" ({'; '.join(missed)})" if missed and not record["met"] else ""
+    lost = record.get("drop", 0.0) > target.get("max_drop", 0.0)
+    fit = "; fine-tuning, such as --finetune-epochs 5, may win accuracy back" if lost else ""
+    return f"Prediction, nothing is kept: {'; '.join(said)}. The target {verdict}{why}{fit}."
+
+
+def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
+    """The lines of Python with which a person uses the network that an acceleration left in a folder.
+
+    Example:
+        >>> for line in usage({"network": {"kind": "factory", "factory": "mynets:make"}}, "fast"):
+        ...     print(line)
+        import quincunx as qx
+        from mynets import make
+        model = qx.fuse(qx.load("fast/model", factory=make))
+    """
+    *imports, loaded = lines_to_load(result["network"], Path(folder) / "model")
+    fused = loaded if result.get("unfused") else f"qx.fuse({loaded})"
+    return ["import quincunx as qx", *imports, f"model = {fused}"]
+
+
+def write_acceleration_report(folder: str | Path) -> Path:
+    """Write ``report.html`` beside ``accelerate.json``: one file that needs no other.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: no result or no artifact there.
+        ValueError: a file that is not JSON, or not the result of an acceleration.
+        ModuleNotFoundError: the ``report`` extra is not installed.
+    """
+    folder = Path(folder)
+    place = folder / "accelerate.json"
+    result = read_json(place)
+    if not isinstance(result, dict) or result.get("kind") != "accelerate" or result.get("schema") != 1:
+        raise ValueError(f"{place}: not the result of an acceleration")
+    rows = result["layers"]
+    times = [(row["name"], 1e3 * row["seconds_before"], 1e3 * row["seconds_after"]) for row in rows]
+    html = render(
+        "acceleration.html.jinja",
+        title=f"{label_of(result['network'])} by {result['method']['name']}",
+        result=result,
+        rows=rows,
+        first=first_sentences(result),
+        sentences=[s for s in acceleration_sentences(result) if s not in first_sentences(result)],
+        usage=usage(result, folder),
+        times=draw_layer_times(times, f"Time of each layer, batch {result['batch']}"),
+        scores=_scores(result.get("search")),
+        masks=_masks(result, read_spec(folder / "model")),
+    )
+    page = folder / "report.html"
+    write_text(page, html)
+    return page
+
+
+def _scores(record: dict[str, Any] | None) -> Picture | None:
+    """What each candidate that can be used costs and saves, the chosen ones marked."""
+    if record is None:
+        return None
+    chosen = {(tuple(row["layers"]), row["label"]) for row in record["chosen"]}
+    dots = [
+        Dot(
+            row["label"].partition(",")[0],
+            1e6 * row["seconds_saved"][1],
+            max(row["loss"], 0.0),
+            (tuple(row["layers"]), row["label"]) in chosen,
+        )
+        for row in record["candidates"]
+        if row["why_not"] is None and row["loss"] is not None
+    ]
+    return draw_candidate_scores(dots) if dots else None
+
+
+def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:
+    """The computed positions of every layer: on its impact map where there is one."""
+    pictures: list[Picture] = []
+    plain: dict[str, list[str]] = {}
+    for name, replaced in spec["model"].get("replaced", {}).items():
+        texts = replaced.get("masks") or [replaced[key] for key in ("sampling",) if key in replaced]
+        maps = result["maps"].get(name, {})
+        for i, text in enumerate(texts, 1):
+            sampling, values = from_spec(text), maps.get(f"impact{i}")
+            title = f"{name}, {'vertical' if i == 1 else 'horizontal'}" if len(texts) > 1 else name
+            if values is None:
+                plain.setdefault(text, []).append(title)
+            else:
+                computed = sampling.mask(len(values), len(values[0])).tolist()
+                pictures.append(draw_map(values, computed, title))
+    for text, titles in plain.items():
+        title = titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more"
+        pictures.append(draw_sampling(from_spec(text), title))
+    return pictures

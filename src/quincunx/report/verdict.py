@@ -1,0 +1,213 @@
+"""What an acceleration reached of what was asked for, judged on its final figures. JSON in, JSON out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "asked_in_words",
+    "judge",
+    "macs_allowed",
+    "points_lost",
+    "restored_in_words",
+    "shortcoming",
+    "worse",
+]
+
+# points of accuracy from which on a loss that nobody asked for is said before all else, and how sure it is
+_MUCH, _SURE = 2.0, 0.01
+# figures are compared as they are printed
+_DIGITS = 2
+_ELSE = "a larger --batch, or other --method candidates, may save more time"
+
+
+def points_lost(stages: Sequence[Mapping[str, Any]]) -> float:
+    """Points of accuracy on the test images, first stage to last."""
+    return 100 * (float(stages[-1]["error"]) - float(stages[0]["error"]))
+
+
+def macs_allowed(asked: str | float, before: int) -> float:
+    """The MACs that "50%" of those before, or a number, allows."""
+    text = str(asked)
+    return float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
+
+
+def asked_in_words(target: Mapping[str, Any]) -> str:
+    """A target as people write it.
+
+    Example:
+        >>> asked_in_words({"speedup": 1.5, "max_drop": 1.0})
+        'at least 1.5x faster, at most 1 point of accuracy lost'
+    """
+    words = {
+        "speedup": lambda v: f"at least {v:g}x faster",
+        "latency_ms": lambda v: f"at most {v:g} ms",
+        "macs": lambda v: f"at most {_macs_in_words(v)}",
+        "max_drop": lambda v: f"at most {_points(v)} of accuracy lost",
+    }
+    return ", ".join(words[key](value) for key, value in target.items())
+
+
+def _macs_in_words(asked: str | float) -> str:
+    text = str(asked)
+    return f"{text} of the MACs" if text.endswith("%") else f"{float(text) / 1e6:g} M MACs"
+
+
+def _points(value: float) -> str:
+    return f"{value:g} point{'' if value == 1 else 's'}"
+
+
+def judge(result: Mapping[str, Any], alternatives: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
+    """The verdict on a target, from an acceleration's final test error, time and MACs; None without a target.
+
+    Args:
+        result: as ``accelerate.json`` has it.
+        alternatives: of other choices, "speedup" and "drop" (on the test images, before fine-tuning).
+
+    Returns:
+        "met"; "parts": for each thing asked "what", "asked", "found" and "met"; "words": a sentence;
+        "next": what to do, None where nothing is left to do.
+    """
+    record = result.get("search")
+    if not record:
+        return None
+    parts = [_part(what, asked, result) for what, asked in record["target"].items()]
+    met = all(part["met"] for part in parts)
+    # what failed comes first
+    said = [part["words"] for part in sorted(parts, key=lambda part: bool(part["met"]))]
+    words = f"Target {'met' if met else 'missed'}: {'; '.join(said)}."
+    return {
+        "met": met,
+        "parts": parts,
+        "words": words,
+        "next": None if met else _next(result, parts, alternatives),
+    }
+
+
+def _part(what: str, asked: Any, result: Mapping[str, Any]) -> dict[str, Any]:
+    whole, cost = result["whole"], result["cost"]
+    if what == "speedup":
+        found = float(whole["speedup"]["median"])
+        met, words = round(found, _DIGITS) >= asked, f"{found:.2f}x faster (asked: {asked:g}x)"
+    elif what == "latency_ms":
+        found = 1e3 * float(whole["seconds_after"])
+        met, words = round(found, _DIGITS) <= asked, f"{found:.2f} ms a batch (asked: at most {asked:g} ms)"
+    elif what == "macs":
+        found = float(cost["after"]["macs"])
+        met = found <= macs_allowed(asked, cost["before"]["macs"])
+        share = 100 * found / cost["before"]["macs"]
+        words = f"{found / 1e6:.1f} M MACs, {share:.1f}% (asked: at most {_macs_in_words(asked)})"
+    else:
+        found = points_lost(result["stages"])
+        met = round(found, _DIGITS) <= asked
+        words = f"{_lost(found, result)} (asked: at most {asked:g})"
+    return {"what": what, "asked": asked, "found": found, "met": bool(met), "words": words}
+
+
+def _lost(points: float, result: Mapping[str, Any]) -> str:
+    """How much accuracy was lost, on which images, and whether they were judged after fine-tuning."""
+    tested = result["images"]["test"] if "images" in result else result["data"]["test"]
+    own = result["data"].get("labelled", True)
+    on = f"{tested:,} test images" if own else f"the network's own answers to {tested:,} test images"
+    tuned = result.get("recipe") and result.get("put_back") is None
+    when = "after fine-tuning" if tuned else "without fine-tuning"
+    if points <= 0:
+        return f"no accuracy lost on {on}, {when}"
+    return f"{points:.2f} points of accuracy lost on {on}, {when}"
+
+
+def _next(
+    result: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], alternatives: Sequence[Mapping[str, Any]]
+) -> str:
+    """What to do about the halves that failed."""
+    failed = {part["what"]: part for part in parts if not part["met"]}
+    advice: list[str] = []
+    if "max_drop" in failed:
+        advice.append(_finetune(result))
+        advice += [f"{other['speedup']:.2g}x {_costs(other['drop'])}" for other in alternatives]
+    for what in ("speedup", "latency_ms", "macs"):
+        if what in failed:
+            advice += _less(what, failed[what], result)
+    return "; ".join(advice)
+
+
+def _costs(drop: float) -> str:
+    return f"costs {drop:.1f} points before fine-tuning" if drop > 0 else "costs nothing"
+
+
+def _finetune(result: Mapping[str, Any]) -> str:
+    recipe = result.get("recipe")
+    if not recipe:
+        return "add --finetune-epochs 5"
+    if any("fine-tuning (not kept" in stage.get("name", "") for stage in result["stages"]):
+        # every epoch was worse than none
+        return f"fine-tune at a lower rate, as with --lr {recipe['lr'] / 10:.2g}"
+    more = f"fine-tune for longer, as with --finetune-epochs {2 * int(recipe['epochs'])}"
+    return more if recipe.get("distill") else f"{more} --distill 0.5"
+
+
+def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """Of time or MACs: what can be had, and how more could be."""
+    record = result["search"]
+    left = sum("time budget" in (row["why_not"] or "") for row in record["candidates"])
+    advice = [f"a longer --time-budget: {left} candidates were not tried"] if left else []
+    if not record["chosen"] or result.get("put_back") is not None:
+        return [*advice, f"nothing here saves time; {_ELSE}"]
+    if what == "speedup":
+        reached = int(20 * part["found"]) / 20
+        advice.append(f"--speedup {reached:g} is within reach" if reached > 1 else _ELSE)
+    elif what == "latency_ms":
+        advice.append(f"--latency-ms {1.02 * part['found']:.3g} is within reach")
+    else:
+        advice.append(f"--macs {part['found']:.0f} is within reach")
+    return advice
+
+
+def worse(result: Mapping[str, Any]) -> str | None:
+    """One sentence where a network became much worse than before, with what to do; else None."""
+    stages = result["stages"]
+    lost, last = points_lost(stages), stages[-1]
+    allowed = ((result.get("search") or {}).get("target") or {}).get("max_drop")
+    if lost <= max(_MUCH, allowed or 0.0) or last.get("p", 0.0) > _SURE:
+        return None
+    tested = result["images"]["test"] if "images" in result else result["data"]["test"]
+    own = "wrong" if result["data"].get("labelled", True) else "answered otherwise"
+    target = {} if not result.get("search") else result["search"]["target"]
+    if target:
+        less = "ask for less" if "max_drop" in target else "ask for less, or add --max-drop 1"
+    else:
+        less = "let a search choose what loses little: --max-drop 1 in place of --method"
+    return (
+        f"Much worse than before: {100 * stages[0]['error']:.2f}% became {100 * last['error']:.2f}% {own} of "
+        f"{tested:,} test images; {_finetune(result)}, or {less}."
+    )
+
+
+def restored_in_words(result: Mapping[str, Any]) -> str | None:
+    """One sentence where the finished network was no faster and is the one from before again; else None."""
+    ratio = result.get("put_back")
+    if ratio is None:
+        return None
+    kept = "" if result.get("search") else ", or keep what is no faster with --keep-slower"
+    return (
+        f"Nothing was gained: the finished network was {ratio:.2f} times as fast as before, so all of it is "
+        f"as it was; try a larger --batch or another --method{kept}."
+    )
+
+
+def shortcoming(record: Mapping[str, Any]) -> list[str]:
+    """Of a search that is not fine-tuned: which halves of its target were missed, each with its figures."""
+    target, attempts = record["target"], record["attempts"]
+    missed: list[str] = []
+    speed = float(attempts[-1]["speedup"]) if attempts else 1.0
+    if "speedup" in target and speed < target["speedup"]:
+        missed.append(f"{speed:.2f}x faster, where {target['speedup']:g}x is asked")
+    if "latency_ms" in target and attempts and 1e3 * attempts[-1]["after"] > target["latency_ms"]:
+        missed.append(f"{1e3 * attempts[-1]['after']:.2f} ms, where {target['latency_ms']:g} ms are asked")
+    if "max_drop" in target and record.get("drop", 0.0) > target["max_drop"]:
+        missed.append(
+            f"{record['drop']:.1f} points lost on {record.get('images', 0):,} calibration images, before "
+            f"fine-tuning, where {target['max_drop']:g} are allowed"
+        )
+    return missed

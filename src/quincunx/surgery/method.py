@@ -1,0 +1,188 @@
+"""The protocols of surgery: what a method is, what it is given, what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from quincunx.surgery.calibration import (
+    Context,
+    Layer,
+)
+
+__all__ = ["Accelerated", "Journal", "Method", "Replacement", "T", "Work", "each"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a method puts in a layer's place.
+
+    Attributes:
+        module: the new module. Surgery gives it the layer's device, training mode, memory format,
+            hooks and ``requires_grad``.
+        spec: JSON-ready; from it ``quincunx.layers.build.build_module`` makes such a module again.
+        record: JSON-ready facts for people, such as rank, rates and response error; "macs_after" where
+            the module cannot be run on the layer's input, and "method" where another one made it.
+        maps: tensors that a report draws, such as impact maps.
+
+    Example:
+        >>> new = nn.Conv2d(8, 8, 1)
+        >>> spec = {"kind": "conv", "in_channels": 8, "out_channels": 8, "kernel_size": 1}
+        >>> qx.Replacement(new, spec, {"kept": "one tap"}).record
+        {'kept': 'one tap'}
+    """
+
+    module: nn.Module
+    spec: dict[str, Any]
+    record: dict[str, Any]
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Work(Protocol):
+    """A method at work on one network."""
+
+    def replace(self, layer: Layer) -> Replacement | str:
+        """The replacement of one layer, or why it stays.
+
+        Called once a layer, in forward order; what was made for the layers before is in place.
+        """
+
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
+        """Other replacements for some of the layers, or why these stay, once all are in place."""
+
+
+class Method(Protocol):
+    """What :func:`accelerate` asks of a method; the methods of ``quincunx.methods`` are such.
+
+    A class with these four is a method wherever one is taken: in ``accelerate``, as a point of
+    ``compare_methods``, and with a target as a search's candidate. A frozen dataclass is best, since
+    methods with equal settings are one. ``examples/own_method.py`` writes one.
+
+    Example:
+        >>> class Keep:
+        ...     name, targets = "keep", (nn.Conv2d,)
+        ...     def refuse(self, layer, context):
+        ...         return None if layer.module.groups == 1 else "has groups"
+        ...     def begin(self, layers, context):
+        ...         spec = {"kind": "conv", "in_channels": 3, "out_channels": 8, "kernel_size": 3}
+        ...         return each(lambda layer: qx.Replacement(nn.Conv2d(3, 8, 3), spec, {}))
+        >>> qx.accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)), Keep()).replaced["0"]["method"]
+        'keep'
+    """
+
+    @property
+    def name(self) -> str:
+        """For records and messages."""
+
+    @property
+    def targets(self) -> tuple[type[nn.Module], ...]:
+        """The classes of layers it may replace."""
+
+    def refuse(self, layer: Layer, context: Context) -> str | None:
+        """Why it cannot take a layer; None if it can.
+
+        A method with an attribute ``pairs`` that is true finds in ``context.pairs`` which layers can be
+        taken two by two.
+        """
+
+    def begin(self, layers: Sequence[Layer], context: Context) -> Work:
+        """Start on a network, knowing all layers that will be replaced, in forward order.
+
+        Raises:
+            ValueError: it needs data and there is none.
+        """
+
+
+class Journal(Protocol):
+    """Where finished layers are kept, so that an interrupted run does not make them again.
+
+    A replacement can be written as its spec, its record and its module's state dict.
+    """
+
+    def recall(self, layer: Layer) -> Replacement | None:
+        """What :meth:`keep` was given for this layer, if anything."""
+
+    def keep(self, layer: Layer, replacement: Replacement) -> None:
+        """Called once for each layer as it is finished."""
+
+
+@dataclass(frozen=True)
+class _Each:
+    make: Callable[[Layer], Replacement | str]
+
+    def replace(self, layer: Layer) -> Replacement | str:
+        return self.make(layer)
+
+    def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
+        return {}
+
+
+def each(make: Callable[[Layer], Replacement | str]) -> Work:
+    """The work of a method that makes every replacement by itself."""
+    return _Each(make)
+
+
+@dataclass(frozen=True, repr=False)
+class Accelerated:
+    """What :func:`accelerate` made.
+
+    Attributes:
+        model: the new network.
+        replaced: for each replaced layer a JSON-ready record: "method", "kind" (the new class),
+            "macs_before" and "macs_after" for one image (None where no input was given), "names"
+            (all the places of a shared module), "hooks" (how many were carried over), and what the
+            method tells, such as "rank", "rates" and "response_error".
+        skipped: for each layer of the method's kind that stays, the reason.
+        maps: for each replaced layer the tensors a report draws, such as impact maps.
+        search: of a network made for a target: target, attempts, choice and scores, JSON-ready; else None.
+
+    Example:
+        >>> result = accelerate(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), qx.LowRank(rank=4))
+        >>> result.replaced["0"]["rank"], sorted(result.skipped)
+        (4, ['1'])
+    """
+
+    model: nn.Module
+    replaced: dict[str, dict[str, Any]]
+    skipped: dict[str, str]
+    maps: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Accelerated {type(self.model).__name__}: {self._counts()}; .summary() says more>"
+
+    def _counts(self) -> str:
+        saved = [r["macs_before"] / r["macs_after"] for r in self.replaced.values() if r.get("macs_after")]
+        ratios = f", {min(saved):.2f} to {max(saved):.2f} times fewer MACs each" if saved else ""
+        return f"{len(self.replaced)} layers replaced{ratios}, {len(self.skipped)} stay"
+
+    def summary(self) -> str:
+        """What was done, a line for each layer: what replaced it and its MACs, or why it stays.
+
+        Example:
+            >>> net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1))
+            >>> print(accelerate(net, qx.LowRank(rank=8), example_input=torch.zeros(1, 16, 8, 8)).summary())
+            Sequential: 1 layers replaced, 2.57 to 2.57 times fewer MACs each, 1 stay
+              0: lowrank, rank 8, 0.08 M MACs became 0.03 M
+              1 stays: a 1 x 1 kernel has no columns and rows to separate
+        """
+        lines = [f"{type(self.model).__name__}: {self._counts()}"]
+        for name, record in self.replaced.items():
+            words = [str(record["method"])]
+            words += [f"rank {record['rank']}"] if "rank" in record else []
+            words += (
+                ["rates " + " and ".join(f"{r:.2g}" for r in record["rates"])] if "rates" in record else []
+            )
+            if record.get("response_error") is not None:
+                words.append(f"response error {100 * record['response_error']:.2f}%")
+            if record.get("macs_before") and record.get("macs_after"):
+                macs = [f"{record[key] / 1e6:.2f} M" for key in ("macs_before", "macs_after")]
+                words.append(f"{macs[0]} MACs became {macs[1]}")
+            lines.append(f"  {name or '(network)'}: {', '.join(words)}")
+        lines += [f"  {name or '(network)'} stays: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""Pairs of convolutions with nothing but a norm and an activation in between, found in a network's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
+from quincunx.modules import copied, forward_hooks, padding_of, surely
+
+__all__ = [
+    "Pairs",
+    "find_pairs",
+]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
+_FUNCTIONS = {
+    *ACTIVATION_FUNCTIONS,
+    *(F.relu_, torch.relu_, F.dropout, "relu", "relu_", "sigmoid", "tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What :func:`find_pairs` found.
+
+    Attributes:
+        found: (first, second) names, in the order of the graph.
+        within: for each first name the module whose graph showed it; empty for the network itself.
+        untraced: name of a module that torch.fx cannot trace -> its reason; its parts were looked at one
+            by one.
+    """
+
+    found: tuple[tuple[str, str], ...]
+    within: dict[str, str]
+    untraced: dict[str, str]
+
+
+def find_pairs(network: nn.Module) -> Pairs:
+    """Each convolution whose result only one other reads, through a norm and an activation at most.
+
+    Both are larger than 1 x 1, have stride 1 and keep the map's size, so that all three maps have one grid.
+    In a chain of such convolutions the first two are a pair, then the next two.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        >>> find_pairs(net).found
+        (('0', '2'),)
+    """
+    within: dict[str, str] = {}
+    found: dict[str, str] = {}
+    untraced: dict[str, str] = {}
+    # a copy, since a forward may store what it computes, and a tracer's stand-ins are not to stay
+    _search(copied(network), "", found, within, untraced)
+    return Pairs(tuple(found.items()), within, untraced)
+
+
+def keeps_grid(module: nn.Module) -> bool:
+    """Whether a module is a convolution larger than 1 x 1 whose result has its input's size."""
+    if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
+        return False
+    if module.padding_mode != "zeros" or set(module.stride) != {1}:
+        return False
+    if max(module.kernel_size) == 1 or any(size % 2 == 0 for size in module.kernel_size):
+        return False
+    half = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    return padding_of(module) == (half[0], half[0], half[1], half[1])
+
+
+def _search(
+    module: nn.Module, name: str, found: dict[str, str], within: dict[str, str], untraced: dict[str, str]
+) -> None:
+    if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        return
+    try:
+        graph = _Tracer().trace(module)
+    except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on what is no tensor
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
+        for child_name, child in module.named_children():
+            _search(child, f"{name}.{child_name}" if name else child_name, found, within, untraced)
+        return
+    for first, second in _paired(module, graph):
+        ends = [f"{name}.{end}" if name else end for end in (first, second)]
+        if not {*found, *found.values()} & set(ends):
+            found[ends[0]] = ends[1]
+            within[ends[0]] = name
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = type(m).__module__
+        layer = own.startswith("quincunx.") and not own.startswith("quincunx.networks")
+        return layer or super().is_leaf_module(m, module_qualified_name)
+
+
+def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        if _is_conv(module, node) and (second := _next_conv(module, node)) is not None:
+            names = str(node.target), str(second.target)
+            if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+                yield names
+
+
+def _hooked(module: nn.Module, first: str, second: str) -> bool:
+    """Whether a hook of a container that holds only one of two modules sees what is between them."""
+    around = [{name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)} for name in (first, second)]
+    return any(forward_hooks(module.get_submodule(name)) for name in around[0] ^ around[1])
+
+
+def _is_conv(module: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and keeps_grid(module.get_submodule(str(node.target)))
+
+
+def _next_conv(module: nn.Module, node: fx.Node) -> fx.Node | None:
+    users = node.users
+    while len(users) == 1:
+        (node,) = users
+        if _is_conv(module, node):
+            return node
+        if not _passes(module, node):
+            return None
+        users = node.users
+    return None
+
+
+def _passes(module: nn.Module, node: fx.Node) -> bool:
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        between = module.get_submodule(str(node.target))
+        # a hook expects the whole map
+        return surely(between, *_POINTWISE, *_NORMS) and not forward_hooks(between)
+    return node.op in ("call_function", "call_method") and node.target in _FUNCTIONS

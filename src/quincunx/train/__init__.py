@@ -1,0 +1,1 @@
+"""Training: loop, recipes, losses, evaluation, checkpoints, processes."""

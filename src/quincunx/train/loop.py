@@ -1,0 +1,825 @@
+"""One training loop: reproducible, resumable to the bit on the CPU, and it documents itself.
+
+A GPU computes while Python goes on. There the images lie on the device, losses are read once in a while, and
+the steps of a small network are replayed as a CUDA graph (:mod:`quincunx.train.replay`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.sgd import sgd
+from torch.utils._pytree import tree_map_only
+
+from quincunx.data import ImageData, Part, Pass, Resident, Split, WorkerFailed, batches, can_reside, memory
+from quincunx.layers.binary import PackedConv2d, PackedLinear
+from quincunx.measure.cost import Cost, cost
+from quincunx.measure.environment import environment
+from quincunx.modules import inference_mode_of
+from quincunx.networks.artifact import check_replaceable, save
+from quincunx.networks.spec import name_of, spec_of
+from quincunx.ops.cuda_graphs import ONE_AT_A_TIME
+from quincunx.progress import progress_bar
+from quincunx.reading import differing_fields, one_line
+from quincunx.train.checkpoint import (
+    check_disk,
+    only_writer,
+    read_checkpoint,
+    write_checkpoint,
+)
+from quincunx.train.evaluation import (
+    Evaluation,
+    check_channels,
+    check_scores,
+    device_of,
+    evaluate,
+)
+from quincunx.train.loss import Loss
+from quincunx.train.processes import ALONE, Ranks, batch_norm_across
+from quincunx.train.recipes import Recipe, from_dict
+from quincunx.train.replay import (
+    Replayed,
+    counted_together,
+    own_stream,
+    warmed,
+    why_not,
+    written,
+)
+from quincunx.writing import write_json, write_text
+
+__all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "other_part", "run_identity"]
+
+# the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
+_AUXILIARY = 0.3
+CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
+# on a GPU: steps after which losses are read where steps are not replayed; images of a test at once, from the
+# first to the second number by how many pixels they have together
+_READ_EVERY = 100
+_TESTED_AT_ONCE, _TESTED_PIXELS = (256, 1024), 1 << 22
+
+
+class RunFailed(RuntimeError):
+    """Training started and could not go on; the message says what is kept."""
+
+
+class Diverged(RunFailed):
+    """The loss became infinite or not a number; the message says where."""
+
+
+class Interrupted(RunFailed):
+    """Training was stopped by the user; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a run ends before its last epoch.
+
+    Attributes:
+        error: it ends once the test error is no greater; None for never.
+        patience: it ends after so many epochs without a lower test error; None for never.
+
+    Example:
+        >>> StopRule(patience=2).reason([{"test_error": e} for e in (0.3, 0.2, 0.25, 0.2)])
+        'no lower test error in 2 epochs'
+    """
+
+    error: float | None = None
+    patience: int | None = None
+
+    def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """Why a run with this history is over; None if it is not."""
+        errors = [entry["test_error"] for entry in history]
+        if not errors:
+            return None
+        if self.error is not None and errors[-1] <= self.error:
+            return f"the test error is within {100 * self.error:.2f}%"
+        if self.patience is not None and len(errors) - 1 - errors.index(min(errors)) >= self.patience:
+            return f"no lower test error in {self.patience} epochs"
+        return None
+
+
+def fit(
+    model: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool | str = False,
+    ranks: Ranks = ALONE,
+    teacher: nn.Module | None = None,
+    workers: int | None = None,
+    stop: StopRule | None = None,
+    keep_best: bool = False,
+) -> dict[str, Any]:
+    """Train a network and write the run's folder.
+
+    The folder gets ``checkpoint.pt`` (after each epoch, atomically), ``log.jsonl`` (a line an epoch),
+    ``run.json`` (the result) and ``model/`` (the artifact). Order and augmentation of an epoch depend
+    on the seed and the epoch's number alone, so a resumed run equals an uninterrupted one, bit for
+    bit on the CPU with the same number of threads.
+
+    Several processes, each with the same arguments and its own ``ranks``, share each batch: the
+    recipe's batch size is that of all of them, batch norm takes its statistics over all of them, and
+    the losses are those of one process with the whole batch, up to rounding. The first one writes.
+    They always go on from a checkpoint that is there, since a launcher starts them again after one of
+    them died.
+
+    On a GPU order and augmentation are those of the CPU with the same seed. The images lie on the device if
+    they are in memory and not augmented as photographs are. Whether losses are finite is looked at some
+    times an epoch, not at each step, and before a checkpoint is written. The steps of one process with
+    networks of torch's and this package's modules are replayed as a CUDA graph unless the recipe has parts
+    of a batch, a teacher or float16; "graph" in the result says whether they were, and if not, why.
+
+    Several runs may go on in threads of one process, each with networks and folders of its own, as on a GPU
+    that one small network does not fill. What a network draws at random while it trains (dropout) then
+    depends on the others, since the process has one generator for that; nothing else does.
+
+    Args:
+        model: a network made by :func:`quincunx.networks.build`, or one whose factory is noted; trained
+            in place, on the device where it is.
+        data: training and test images.
+        recipe: how.
+        folder: of the run.
+        seed: of order and augmentation.
+        resume: go on from the folder's checkpoint, or start if there is none.
+        progress: show a bar, under this name.
+        ranks: this process's place among several, from :func:`quincunx.train.processes.joined`.
+        teacher: whose answers a recipe with ``distill`` asks for, and whose maps one with
+            ``distill_features``; it is evaluated and left as it is.
+        workers: processes that decode streamed images; by default one a core, at most eight.
+        stop: ends the run early; "stopped" in the result then says why.
+        keep_best: the network ends as it was after the epoch of least test error, "best_epoch" in the
+            result, and not as after the last.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        ValueError: the network has packed weights of one bit; it or its teacher does not fit the data; a
+            teacher is missing, or there for nothing; a step needs more memory than is free; the checkpoint is
+            corrupt, or of another network, recipe, seed or data set; the folder holds something else where
+            the artifact goes.
+        FileExistsError: the folder holds a run and ``resume`` was not asked for.
+        RunFailed: the loss is not finite, a streamed image cannot be read, the disk is full or too small,
+            or another process writes to the folder; the last checkpoint is kept.
+        Interrupted: Ctrl-C; the last checkpoint is kept.
+    """
+    rule = stop or StopRule()
+    with ONE_AT_A_TIME:
+        run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best)
+    return run.go(resume, progress)
+
+
+def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
+    """Refuse a step whose maps alone, one for each layer, do not fit in the memory that is free."""
+    images = math.ceil(recipe.batch_size / ranks.world / recipe.accumulate)
+    values = sum(math.prod(row.output) for row in cost_of_one.rows)
+    memory.check(
+        f"a step of {images} images",
+        images * values * (4 if recipe.precision == "float32" else 2),
+        "a smaller --batch-size or a larger --accumulate needs less",
+        _free_on(device) if device.type == "cuda" else None,
+    )
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that a GPU has left, with those that torch holds for nobody."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def _runs_apart(device: torch.device) -> bool:
+    """Whether a device computes while Python goes on, so that to look at a value costs time."""
+    return device.type == "cuda"
+
+
+def run_identity(network: dict[str, Any], recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
+    """What two runs must share to be the same run, JSON-ready."""
+    return {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
+
+
+def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first part in which a run is another one than :func:`run_identity` says, and how; None if none is.
+
+    Raises:
+        ValueError: its recipe is none.
+    """
+    for part, wanted in ours.items():
+        found = theirs.get(part)
+        if part == "recipe":
+            # a field that was not there yet has its default
+            found = from_dict(found or {}).to_dict()
+        if found != wanted:
+            return f"{part}: {differing_fields(found, wanted)}"
+    return None
+
+
+def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:
+    """The number of the first epoch of least test error; of equal ones that of the least test loss."""
+    best = min(history, key=lambda entry: (entry["test_error"], entry["test_loss"]))
+    return int(best["epoch"])
+
+
+def _is_entry(value: object) -> bool:
+    """Whether a checkpoint's history has an epoch here."""
+    names = ("epoch", "train_error", "test_loss", "test_error", "seconds")
+    return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in names)
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        recipe: Recipe,
+        folder: Path,
+        seed: int,
+        ranks: Ranks,
+        teacher: nn.Module | None,
+        workers: int | None,
+        stop: StopRule,
+        keep_best: bool = False,
+    ) -> None:
+        self.stop, self.keep_best = stop, keep_best
+        # the weights after the best epoch, where they are asked for
+        self.best: dict[str, Tensor] | None = None
+        self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
+        self.ranks, self.workers = ranks, workers
+        self.spec = spec_of(model)
+        for name, module in model.named_modules():
+            if isinstance(module, (PackedConv2d, PackedLinear)):
+                raise ValueError(
+                    f"{name}: weights of one bit are for inference and do not train; start from the run "
+                    "that trained them, such as the folder finetune"
+                )
+        self.device = device_of(model)
+        check_channels(model, data)
+        height, width = data.size
+        example = torch.zeros(1, data.in_channels, height, width, device=self.device)
+        with inference_mode_of(model):
+            check_scores(model(example), data)
+        self.loss = Loss(recipe, model, teacher, example)
+        if not data.labelled and recipe.distill < 1:
+            raise ValueError(
+                f"distill={recipe.distill:g}: the images of {data.name} have no labels; 1 learns from "
+                "the teacher alone"
+            )
+        if teacher is not None:
+            with inference_mode_of(teacher):
+                check_scores(teacher(example), data)
+        self.cost = cost(model, example)
+        self.augment = recipe.augment or data.augment
+        # float16 has too few exponents for small gradients: the loss is scaled up before it is derived
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov and recipe.momentum > 0,
+            weight_decay=recipe.weight_decay,
+        )
+        # what a step goes through: gradients of several processes are averaged by torch
+        self.stepped: nn.Module = model
+        self.history: list[dict[str, float]] = []
+        self.saved = 0
+        self.apart: _Apart | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+    def go(self, resume: bool, progress: bool | str) -> dict[str, Any]:
+        with ExitStack() as stack:
+            try:
+                if self.ranks.first:
+                    stack.enter_context(only_writer(self.folder))
+                # whoever starts several processes starts them again after one of them died
+                self._begin(resume or self.ranks.world > 1)
+                if self.ranks.world > 1:
+                    stack.enter_context(batch_norm_across(self.model))
+                    self.stepped = DistributedDataParallel(self.model)
+                    # what is still there when the process ends can keep it from ending
+                    stack.callback(self._part)
+                else:
+                    stack.enter_context(own_stream(self.device))
+                if _runs_apart(self.device):
+                    self.apart = _Apart(self)
+                    stack.callback(self.apart.close)
+                return self._epochs(progress)
+            except KeyboardInterrupt:
+                kept = (
+                    f"whose checkpoint is in {self.checkpoint}; the same command with --resume goes on"
+                    if self.checkpoint.exists()
+                    else "before there was a checkpoint; the same command starts again"
+                )
+                raise Interrupted(
+                    f"stopped after {self.saved} of {self.recipe.epochs} epochs, {kept}"
+                ) from None
+            except FileExistsError:
+                raise
+            except BlockingIOError as error:
+                raise RunFailed(str(error)) from error
+            except OSError as error:
+                raise RunFailed(
+                    f"{error}; the run's last whole checkpoint, if it had one, is still in {self.checkpoint}"
+                ) from error
+
+    def _part(self) -> None:
+        self.stepped = self.model
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _begin(self, resume: bool) -> None:
+        """Everything that may be refused before the first step."""
+        content = self.ranks.from_first(lambda: self._found(resume))
+        if content is not None:
+            self._restore(content)
+        # what cannot be written is better known before the training than after it
+        self.ranks.from_first(lambda: check_replaceable(self.folder / ARTIFACT))
+        state = sum(t.nbytes for t in self.model.state_dict().values())
+        # a checkpoint has weights and momentum, and the old one stays until the new one is written
+        self.ranks.from_first(lambda: check_disk(self.folder, (7 if self.keep_best else 5) * state))
+        _check_memory(self.cost, self.recipe, self.ranks, self.device)
+        if not self.history:
+            self._save()
+        self._write_log()
+
+    def _found(self, resume: bool) -> dict[str, Any] | None:
+        if not self.checkpoint.exists():
+            return None
+        if not resume:
+            raise FileExistsError(
+                f"{self.folder}: holds a run already; --resume goes on with it, another --out starts anew"
+            )
+        return read_checkpoint(self.checkpoint)
+
+    def _epochs(self, progress: bool | str) -> dict[str, Any]:
+        with progress_bar(bool(progress) and self.ranks.first) as bar:
+            steps = math.ceil(len(self.data.train) / self.recipe.batch_size)
+            task = bar.add_task(
+                progress if isinstance(progress, str) else name_of(self.spec),
+                total=steps * self.recipe.epochs,
+                completed=steps * len(self.history),
+                state="",
+            )
+            while len(self.history) < self.recipe.epochs and self.stop.reason(self.history) is None:
+                if self.apart is not None:
+                    self.apart.record()
+                entry = self._epoch(
+                    len(self.history),
+                    steps,
+                    lambda state, done=1: bar.update(task, advance=done, state=state),
+                )
+                self.history.append(entry)
+                if self.keep_best and _best_epoch(self.history) == len(self.history):
+                    self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+                self._save()
+                self._write_log()
+        return self._finish()
+
+    def generator(self, number: int) -> torch.Generator:
+        """Draws the order and the augmentation of an epoch."""
+        # a large odd factor keeps the streams of neighbouring seeds and epochs apart
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+
+    def _epoch(self, number: int, steps: int, advance: Callable[..., None]) -> dict[str, float]:
+        # anything random inside the network draws from the global generator
+        torch.manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
+        self.model.train()
+        began = time.perf_counter()
+        count = len(self.data.train)
+        rates = [self._rate(number * steps + step, steps) for step in range(steps)]
+        total, wrong, done = 0.0, 0.0, 0
+        work = self._steps(number, rates) if self.apart is None else self.apart.steps(number, rates)
+        for so_far, total, wrong in work:  # noqa: B007 - the last ones count
+            seen = min(count, so_far * self.recipe.batch_size)
+            advance(f"epoch {number + 1} loss {total / seen:.3f}", so_far - done)
+            done = so_far
+        seconds = time.perf_counter() - began
+        tested = self._tested()
+        if not math.isfinite(tested.loss):
+            # the last step may be the one that broke the weights: they must not replace good ones
+            raise self.diverged("test loss", tested.loss, number, f"step {steps}", rates[-1])
+        return {
+            "epoch": number + 1,
+            "lr": rates[-1],
+            "train_loss": total / count,
+            "train_error": wrong / count,
+            "test_loss": tested.loss,
+            "test_error": tested.error,
+            "seconds": seconds,
+            "images_per_second": count / seconds,
+        }
+
+    def _rate(self, taken: int, steps: int) -> float:
+        """The learning rate after so many steps in all."""
+        return self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
+
+    def _steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+        """The steps of an epoch, one by one; after each how many, their losses and wrong answers."""
+        total, wrong, count = 0.0, 0.0, len(self.data.train)
+        for step, (images, labels) in enumerate(self.read(number)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rates[step]
+            self.optimizer.zero_grad(set_to_none=True)
+            whole = min(self.recipe.batch_size, count - step * self.recipe.batch_size)
+            share, errors = self.derive(images, labels, whole)
+            loss, all_errors = self.ranks.total([float(share), int(errors)])
+            if not math.isfinite(loss):
+                raise self.diverged("loss", loss, number, f"step {step + 1}", rates[step])
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            total += loss * whole
+            wrong += all_errors
+            yield step + 1, total, wrong
+
+    def _tested(self) -> Evaluation:
+        if self.apart is None:
+            return evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
+        fewest, most = _TESTED_AT_ONCE
+        most = max(fewest, min(most, _TESTED_PIXELS // math.prod(self.data.size)))
+        count = len(self.data.test)
+        return evaluate(
+            self.model,
+            self.data.test,
+            self.data,
+            # batches of one size, since each size may need kernels of its own
+            batch_size=math.ceil(count / math.ceil(count / most)),
+            ranks=self.ranks,
+            workers=self.workers,
+            held=self.apart.tests,
+        )
+
+    def read(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches on the device; an image that cannot be read, or a worker that died, ends the run
+        with its reason."""
+        source = batches(
+            self.data.train,
+            self.data,
+            self.recipe.batch_size,
+            generator=self.generator(number),
+            augment=self.augment,
+            channels_last=self.recipe.channels_last,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            workers=self.workers,
+        )
+        while True:
+            try:
+                images, labels = next(source)
+            except StopIteration:
+                return
+            except (ValueError, WorkerFailed) as error:
+                raise RunFailed(
+                    f"{error}; the checkpoint after epoch {self.saved} is kept in {self.checkpoint}"
+                ) from error
+            yield images.to(self.device), labels.to(self.device)
+
+    def derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
+        """Mean loss and wrong answers of a batch of ``whole`` images, its gradients left at the parameters.
+
+        ``images`` are this process's share of the batch; what is returned is that of them, on the device.
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        wrong = torch.zeros((), dtype=torch.long, device=self.device)
+        parts = self.recipe.accumulate
+        for i, (part, answers) in enumerate(
+            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        ):
+            # of several processes each takes part in every exchange, also without images of its own
+            if not len(answers) and self.ranks.world == 1:
+                continue
+            with self._exchange(last=i == parts - 1):
+                with self._autocast(), self.loss.following():
+                    outputs, wanted = self.stepped(part), self.loss.asked(part)
+                    maps = self.loss.of_maps()
+                scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+                check_scores(scores, self.data)
+                share = (self.loss.of_scores(scores, answers, wanted) + maps) / whole
+                for other in auxiliary:
+                    share = share + _AUXILIARY * self.loss.of_scores(other, answers, wanted) / whole
+                # torch takes the mean of the processes' gradients, where the sum is wanted
+                self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
+            loss = loss + share.detach()
+            wrong = wrong + (scores.detach().argmax(1) != answers).sum()
+        return loss, wrong
+
+    def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged once a step, with its last part."""
+        if isinstance(self.stepped, DistributedDataParallel) and not last:
+            return self.stepped.no_sync()
+        return nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.recipe.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def diverged(self, what: str, value: float, number: int, where: str, lr: float) -> Diverged:
+        return Diverged(
+            f"the {what} is {value} in epoch {number + 1}, {where}, at learning rate {lr:g}; the "
+            f"checkpoint after epoch {number} is kept in {self.checkpoint}; a smaller --lr may help"
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it."""
+        return run_identity(self.spec, self.recipe, self.data, self.seed)
+
+    def _save(self) -> None:
+        if self.ranks.first:
+            content = {
+                "identity": json.dumps(self._identity()),
+                "history": json.dumps(self.history),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                **({} if self.best is None else {"best": self.best}),
+            }
+            if self.device.type != "cpu":
+                content = tree_map_only(Tensor, Tensor.cpu, content)
+            write_checkpoint(self.checkpoint, content)
+        self.saved = len(self.history)
+
+    def _write_log(self) -> None:
+        if not self.ranks.first:
+            return
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_text(self.folder / LOG, lines)
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        ours = self._identity()
+        try:
+            other = other_part({**json.loads(content["identity"])}, ours)
+            state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
+            history = json.loads(content["history"])
+            if not isinstance(history, list) or not all(_is_entry(entry) for entry in history):
+                raise ValueError("no history of epochs")
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
+        if other is not None:
+            raise ValueError(
+                f"{self.checkpoint}: give another --out, or delete {self.folder} to start anew: a checkpoint "
+                f"of another {other}"
+            )
+        try:
+            self.model.load_state_dict(state)
+            self.optimizer.load_state_dict(momentum)
+            if scale:
+                self.scaler.load_state_dict(scale)
+            if self.keep_best and "best" in content:
+                now = self.model.state_dict()
+                if {k: v.shape for k, v in content["best"].items()} != {k: v.shape for k, v in now.items()}:
+                    raise ValueError("other weights of the best epoch")
+                self.best = dict(content["best"])
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.checkpoint}: does not fit the network ({one_line(error)})") from error
+        self.history, self.saved = history, len(history)
+
+    def _finish(self) -> dict[str, Any]:
+        last = self.history[-1]
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
+            last = self.history[_best_epoch(self.history) - 1]
+        result = {
+            "schema": 1,
+            "kind": "train",
+            **self._identity(),
+            "augment": self.augment,
+            "device": self.device.type,
+            "processes": self.ranks.world,
+            "cost": {"macs": self.cost.macs, "params": self.cost.params},
+            "test_error": last["test_error"],
+            "test_loss": last["test_loss"],
+            "seconds": sum(entry["seconds"] for entry in self.history),
+            "history": self.history,
+            "environment": environment(),
+        }
+        if self.best is not None:
+            result["best_epoch"] = last["epoch"]
+        if self.apart is not None:
+            result |= self.apart.facts()
+        if len(self.history) < self.recipe.epochs:
+            result["stopped"] = self.stop.reason(self.history)
+        info = {"data": self.data.describe(), "test_error": last["test_error"]}
+        if self.ranks.first:
+            save(self.model, self.folder / ARTIFACT, info=info)
+            write_json(self.folder / RESULT, result)
+        return result
+
+
+class _Apart:
+    """The steps of a run on a device that computes while Python goes on."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.held, self.tests = self._held(run.data.train, run.augment), self._held(run.data.test, "none")
+        self.total = torch.zeros((), dtype=torch.float64, device=run.device)
+        self.wrong = torch.zeros((), dtype=torch.long, device=run.device)
+        self.rate = torch.zeros(1, device=run.device)
+        # the step of a whole batch, and that of the smaller one at an epoch's end
+        self.replayed: Replayed | None = None
+        self.rest: Replayed | None = None
+        self.why: str | None = "no step was needed"
+        self._tried = False
+        self._next: tuple[int, Pass] | None = None
+
+    def _held(self, part: Part, augment: str) -> Resident | None:
+        """The images on the device, if they can be there."""
+        if not isinstance(part, Split) or not can_reside(part, augment):
+            return None
+        device = self.run.device
+        if device.type == "cuda" and part.images.nbytes > _free_on(device) // 2:
+            return None
+        return Resident(part, self.run.data, device)
+
+    # ---- what is replayed
+
+    def _why_not(self) -> str | None:
+        run = self.run
+        for holds, why in (
+            (run.ranks.world == 1, "several processes exchange at each step"),
+            (run.recipe.accumulate == 1, "batches pass in parts"),
+            (run.loss.teacher is None, "a teacher is asked at each step"),
+            (not run.scaler.is_enabled(), "in float16 the scale of the losses may change at each step"),
+            (self.held is not None, "the images come from the processor"),
+            (len(run.data.train) >= run.recipe.batch_size, "there are fewer images than a batch has"),
+        ):
+            if not holds:
+                return why
+        return why_not(run.model)
+
+    def record(self) -> None:
+        """Record a step if it can be replayed; the network, its momentum and its counts stay as they are."""
+        if self._tried:
+            return
+        self._tried, self.why = True, self._why_not()
+        if self.why is None and self.held is not None:
+            try:
+                self._record(self.held)
+            except RuntimeError as error:
+                self._forget()
+                self.why = f"a step cannot be recorded ({one_line(error)})"
+
+    def _record(self, held: Resident) -> None:
+        run, size = self.run, self.run.recipe.batch_size
+        run.model.train()
+        state = [*run.model.parameters(), *run.model.buffers(), self.total, self.wrong]
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                # torch makes them at the first step, as the gradient is, which is what zeros lead to as well
+                kept = run.optimizer.state[parameter]
+                if kept.get("momentum_buffer") is None:
+                    kept["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+                state.append(kept["momentum_buffer"])
+        whole, rest = divmod(len(held), size)
+        count = min(held.at_once(size), whole)
+        self.replayed = Replayed(self._whole_step, self.rate, state, (size, *held.shape), count)
+        if rest:
+            self.rest = Replayed(self._whole_step, self.rate, state, (rest, *held.shape), 1)
+        # what else an epoch does, so that kernels are made by one thread at a time
+        warmed(run._tested)
+        run.model.train()
+
+    def _whole_step(self, images: Tensor, labels: Tensor) -> None:
+        """From bytes to weights, for images [B, H, W, C]; nothing in it waits for the device."""
+        with counted_together(self.run.model):
+            self._derive(images.permute(0, 3, 1, 2), labels, len(labels))
+        self._update()
+
+    def _derive(self, images: Tensor, labels: Tensor, whole: int) -> None:
+        run = self.run
+        run.optimizer.zero_grad(set_to_none=True)
+        loss, wrong = run.derive(images if run.recipe.channels_last else images.contiguous(), labels, whole)
+        self.total.add_(loss * whole)
+        self.wrong.add_(wrong)
+
+    def _update(self) -> None:
+        """A step of the optimiser with the rate that lies on the device, which a record can hold."""
+        run = self.run
+        # the fused kernel reads the rate where it lies, others take a number
+        fused = run.device.type == "cuda"
+        rate: Any = self.rate if fused else float(self.rate)
+        for group in run.optimizer.param_groups:
+            learning = [p for p in group["params"] if p.grad is not None]
+            momentum = [run.optimizer.state[p]["momentum_buffer"] for p in learning if group["momentum"]]
+            with torch.no_grad():
+                sgd(
+                    learning,
+                    [p.grad for p in learning],
+                    momentum,
+                    fused=fused,
+                    foreach=False,
+                    lr=rate,
+                    **{
+                        k: group[k] for k in ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
+                    },
+                )
+            written(learning)
+
+    # ---- an epoch
+
+    def steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+        """As :meth:`_Run._steps`, but after some steps at a time."""
+        run, size, count = self.run, self.run.recipe.batch_size, len(self.run.data.train)
+        self.total.zero_()
+        self.wrong.zero_()
+        if self.held is None:
+            source = run.read(number)
+        else:
+            taken = self._taken(number).to(run.device)
+            if self.replayed is not None:
+                yield from self._replays(number, rates, self.held, taken, self.replayed)
+                return
+            source = self.held.batches(taken)
+        for step, (images, labels) in enumerate(source):
+            self._note_rate(rates[step])
+            self._derive(images, labels, min(size, count - step * size))
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            if (step + 1) % _READ_EVERY == 0 or step + 1 == len(rates):
+                yield self._so_far(number, step + 1, rates)
+
+    def _replays(
+        self, number: int, rates: Sequence[float], held: Resident, taken: Pass, replayed: Replayed
+    ) -> Iterator[tuple[int, float, float]]:
+        """An epoch's steps as replays, as many at a time as images lie ready."""
+        size, on_device = self.run.recipe.batch_size, torch.tensor(rates, device=self.run.device)
+        whole, done = len(held) // size, 0
+        while done < len(rates):
+            some = min(replayed.count, whole - done)
+            # the smaller batch, if there is one, is the last
+            which = replayed if some else self.rest
+            some = max(some, 1)
+            if which is None:
+                raise AssertionError("a smaller batch that nobody recorded")
+            images, labels = held.some(taken, done * size, (done + some) * size)
+            which.run(images, labels, on_device[done : done + some])
+            done += some
+            yield self._so_far(number, done, rates)
+        self._note_rate(rates[-1])
+
+    def _note_rate(self, rate: float) -> None:
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _so_far(self, number: int, done: int, rates: Sequence[float]) -> tuple[int, float, float]:
+        """Steps, summed losses and wrong answers; here the device is waited for."""
+        run = self.run
+        if done == len(rates) and self.held is not None and number + 1 < run.recipe.epochs:
+            # the device is busy meanwhile
+            self._next = number + 1, self._drawn(number + 1)
+        total, wrong = run.ranks.total([float(self.total), float(self.wrong)])
+        if not math.isfinite(total):
+            raise run.diverged("loss", total, number, f"by step {done}", rates[done - 1])
+        return done, total, wrong
+
+    def _taken(self, number: int) -> Pass:
+        if self._next is not None and self._next[0] == number:
+            return self._next[1]
+        return self._drawn(number)
+
+    def _drawn(self, number: int) -> Pass:
+        run = self.run
+        if self.held is None:
+            raise AssertionError("drawn for images that are elsewhere")
+        return self.held.drawn(
+            run.recipe.batch_size,
+            generator=run.generator(number),
+            augment=run.augment,
+            rank=run.ranks.rank,
+            world=run.ranks.world,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the result says of it."""
+        device = self.run.device
+        own = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        return {**own, "graph": {"used": self.replayed is not None, "why_not": self.why}}
+
+    def _forget(self) -> None:
+        """Give a record's memory back, in which gradients lie."""
+        self.run.optimizer.zero_grad(set_to_none=True)
+        for replayed in (self.replayed, self.rest):
+            if replayed is not None:
+                replayed.close()
+        self.replayed = self.rest = None
+
+    def close(self) -> None:
+        self._forget()
+        # a GPU's memory must not wait until Python finds the circles that objects lead each other in
+        self.held = self.tests = None

@@ -1,0 +1,221 @@
+"""Training steps that a GPU repeats by itself: recorded once as a CUDA graph, then replayed.
+
+A step of a small network is some hundred kernels of a few microseconds each, which Python cannot launch as
+fast as they run. So a whole step, from the choice of its images to the new weights, is recorded once. What
+differs from step to step lies in tensors whose place is fixed: the images of many steps, their labels and
+learning rates, and the number of the step, which the record itself counts up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quincunx.modules import forward_hooks, surely
+from quincunx.ops import backend
+from quincunx.ops.cuda_graphs import ONE_AT_A_TIME
+
+__all__ = [
+    "Replayed",
+    "counted_together",
+    "own_stream",
+    "warmed",
+    "why_not",
+    "written",
+]
+
+# steps before the record: libraries choose and load their kernels, tables come to the device
+_WARM = 3
+_FAILED: list[object] = []
+_OWN = ("torch", "quincunx")
+_COUNT = "num_batches_tracked"
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+class Replayed:
+    """A step on the first batch of its images, and on those that follow, without a word from the processor.
+
+    Warming up changes nothing: all of ``state`` is what it was afterwards.
+
+    Args:
+        step: one step on images [B, H, W, C] and labels [B], at the rate that lies in ``rate``.
+        rate: the learning rate on the device, [1].
+        state: whatever a step changes.
+        shape: (B, H, W, C).
+        count: batches that lie ready at once.
+
+    Raises:
+        RuntimeError: the step cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor], None],
+        rate: Tensor,
+        state: Sequence[Tensor],
+        shape: tuple[int, int, int, int],
+        count: int,
+    ) -> None:
+        device = rate.device
+        self.count, self._step, self._rate, self._state = count, step, rate, list(state)
+        self._images = torch.zeros(count, *shape, device=device)
+        self._labels = torch.zeros(count, shape[0], dtype=torch.long, device=device)
+        self._rates = torch.zeros(count, device=device)
+        self._place = torch.zeros(1, dtype=torch.long, device=device)
+        with ONE_AT_A_TIME, _unchanged([*state, rate]):
+            for _ in range(_WARM):
+                self._place.zero_()
+                self._once()
+            self._place.zero_()
+            self._replay, self._close = _recorded(self._once, device)
+
+    def _once(self) -> None:
+        images = self._images.index_select(0, self._place).squeeze(0)
+        labels = self._labels.index_select(0, self._place).squeeze(0)
+        self._rate.copy_(self._rates.index_select(0, self._place))
+        self._step(images, labels)
+        self._place.add_(1)
+
+    def run(self, images: Tensor, labels: Tensor, rates: Tensor) -> None:
+        """A step for each of at most ``count`` batches; the processor does not wait for them.
+
+        Args:
+            images: of all steps, [n B, H, W, C].
+            labels: [n B].
+            rates: of each step, [n].
+        """
+        n = len(rates)
+        self._images[:n].copy_(images.view(n, *self._images.shape[1:]))
+        self._labels[:n].copy_(labels.view(n, -1))
+        self._rates[:n].copy_(rates)
+        self._place.zero_()
+        for _ in range(n):
+            self._replay()
+        written(self._state)
+
+    def close(self) -> None:
+        """Give the record's memory back; whoever still computes is waited for."""
+        self._close()
+
+
+def _recorded(
+    once: Callable[[], None], device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(what repeats ``once``, what gives its memory back); where there are no graphs, itself and nothing."""
+    if device.type != "cuda":
+        return once, lambda: None
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream(device)
+    try:
+        # other threads go on meanwhile, also with what this one may not do
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            once()
+    except BaseException:
+        # torch's allocator goes on asking a graph whose recording failed
+        _FAILED.append(graph)
+        raise
+
+    def close() -> None:
+        stream.synchronize()
+        with ONE_AT_A_TIME:
+            graph.reset()
+
+    return graph.replay, close
+
+
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tell torch that tensors were written to behind its back, as by a graph or a fused optimiser: who keeps
+    something made of a weight asks for its version."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+
+
+def warmed(run: Callable[[], object]) -> None:
+    """Run once what changes nothing, so that it finds its kernels later."""
+    with ONE_AT_A_TIME:
+        run()
+
+
+@contextmanager
+def counted_together(model: nn.Module) -> Iterator[None]:
+    """Within: batch norms do not count their batches; all counts go up together at the end.
+
+    They are numbers that nothing reads, and each costs a kernel.
+    """
+    held = [
+        module._buffers
+        for module in model.modules()
+        if surely(module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        and module.training
+        and getattr(module, "momentum", None) is not None
+    ]
+    counts = [(buffers, count) for buffers in held if (count := buffers.get(_COUNT)) is not None]
+    for buffers, _ in counts:
+        buffers[_COUNT] = None
+    try:
+        yield
+    finally:
+        for buffers, count in counts:
+            buffers[_COUNT] = count
+    if counts:
+        torch._foreach_add_([count for _, count in counts], 1)
+
+
+@contextmanager
+def _unchanged(state: Sequence[Tensor]) -> Iterator[None]:
+    """After it each tensor holds what it held before."""
+    with torch.no_grad():
+        before = [value.clone() for value in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, old in zip(state, before, strict=True):
+                value.copy_(old)
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Within: a GPU's work goes to a stream of this thread's, so that several runs can share the GPU.
+
+    A stream that the caller chose stays; on other devices nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
+        if before != torch.cuda.default_stream():
+            yield
+            return
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            before.wait_stream(stream)
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a step of a network is not to be recorded, None if it may be.
+
+    A record repeats what the network's code did once, which is the same at each step where all modules are of
+    torch or of this package and nobody else's code runs between them.
+    """
+    for path, module in model.named_modules():
+        name = repr(path) if path else "the network"
+        if type(module).__module__.partition(".")[0] not in _OWN or "forward" in vars(module):
+            return f"{name} has a forward of its own, which may do something else at each step"
+        if forward_hooks(module) or any(getattr(module, hooks) for hooks in _BACKWARD_HOOKS):
+            return f"{name} has hooks, which run at each step"
+    if any(parameter._backward_hooks for parameter in model.parameters()):
+        return "a weight has hooks, which run at each step"
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    ours = any(type(module).__module__.startswith("quincunx.") for module in model.modules())
+    if device.type == "cuda" and ours and (serves := backend(device)).name == "reference":
+        return f"without kernels of ours, tables come from the processor at each step ({serves.reason})"
+    return None

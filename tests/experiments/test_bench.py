@@ -1,0 +1,170 @@
+"""Benchmarks: what is compared with what, and the arithmetic of the summary. No time is asserted."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from quincunx.cli import app
+from quincunx.experiments import bench
+from quincunx.measure.cost import cost
+from quincunx.measure.engines import fold_batch_norm
+from quincunx.measure.environment import environment
+from quincunx.networks import build
+from quincunx.ops import backend
+
+
+def row(case, threads, **speedups):
+    candidates = {k: {"mac_ratio": 2.0, "speedup": v, "efficiency": v / 2} for k, v in speedups.items()}
+    return {"case": case, "batch": 1, "threads": threads, "candidates": candidates}
+
+
+def test_summary_has_geometric_mean_and_worst_case():
+    found = bench.summary([row("rRB a", 1, ours=1.0), row("rRB b", 1, ours=4.0), row("rRB a", 2, ours=3.0)])
+    one, two = found
+    assert (one["mean"], one["worst"], one["cases"]) == (pytest.approx(2.0), 1.0, 2)
+    assert one["worst_case"] == "rRB a, batch 1"
+    assert (two["threads"], two["mean"]) == (2, pytest.approx(3.0))
+
+
+def test_a_suite_writes_every_case_against_the_fastest_dense(monkeypatch):
+    def small():
+        yield from bench.training(((4, 6, 2), (8, 5, 1)))
+
+    monkeypatch.setitem(bench.SUITES, "training", small)
+    seen = []
+    result = bench.run_suite(
+        "training", threads=(1, 2), rounds=3, round_seconds=1e-3, progress=lambda *a: seen.append(a)
+    )
+    assert [(r["case"], r["threads"]) for r in result["rows"]] == [
+        ("rRB 4 x 6^2", 1), ("rRB 4 x 6^2", 2), ("rRB 8 x 5^2", 1), ("rRB 8 x 5^2", 2)
+    ]  # fmt: skip
+    assert [done for _, done, _ in seen] == [0, 1, 2, 3]
+    for r in result["rows"]:
+        assert r["best_dense"] == "torch eager"
+        entry = r["candidates"]["rSB 2/4"]
+        assert entry["q1"] <= entry["speedup"] <= entry["q3"]
+        assert entry["efficiency"] == pytest.approx(entry["speedup"] / entry["mac_ratio"])
+    assert {"cpu", "torch", "commit", "command"} <= set(result["environment"])
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "anew"), [("0123", "0123", 1), ("0123", "4567", 2), ("0123+", "0123+", 2)]
+)
+def test_an_interrupted_suite_goes_on_with_rows_of_the_same_code(monkeypatch, tmp_path, then, now, anew):
+    def small():
+        yield from bench.training(((4, 6, 2), (8, 5, 1)))
+
+    commit, timed, limit = [then], [], [1]
+    run_case = bench._run_case
+
+    def counted(case, *rest):
+        if len(timed) == limit[0]:
+            raise KeyboardInterrupt
+        timed.append(case.name)
+        return run_case(case, *rest)
+
+    monkeypatch.setitem(bench.SUITES, "training", small)
+    monkeypatch.setattr(bench, "environment", lambda: {**environment(), "commit": commit[0]})
+    monkeypatch.setattr(bench, "_run_case", counted)
+    settings = {"threads": (1,), "rounds": 3, "round_seconds": 1e-3, "keep": tmp_path / "kept.json"}
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_suite("training", **settings)
+    first = json.loads((tmp_path / "kept.json").read_text())["rows"]
+    commit[0], limit[0] = now, 99
+    timed.clear()
+    result = bench.run_suite("training", **settings)
+    assert len(timed) == anew
+    assert (result["rows"][0] == first[0]) is (anew == 1)
+    assert len(result["rows"]) == 2
+    assert not (tmp_path / "kept.json").exists()
+
+
+def test_blocks_compare_equal_work():
+    """Ratio of MACs: two convolutions against the same pair at half and a quarter of the positions."""
+    first = next(bench.blocks(((16, 8, 2),)))
+    assert first.ours["rSB 2/4"][1] == 2
+    assert first.ours["rSB 1/4"][1] == 4
+    cases = {c.name: c for c in bench.blocks(((64, 56, 1),))}
+    assert cases["cRB 256-64 x 56^2"].ours["cSB 2/4"][1] == pytest.approx(17 / 12.5)
+
+
+def test_peak_memory_counts_what_a_call_allocates():
+    x = torch.randn(1000)
+    assert bench.peak_memory(lambda: x + 1) == pytest.approx(4000, abs=64)
+    assert bench.peak_memory(lambda: (x + 1) + 1) >= 8000
+    assert bench.peak_memory(lambda: None) == 0
+
+
+@pytest.mark.parametrize(("channels", "side", "batch"), [(64, 28, 1), (16, 32, 8), (128, 14, 4)])
+def test_a_sampled_block_needs_less_memory_than_a_dense_one(channels, side, batch):
+    if backend().name != "native":
+        pytest.skip("the reference computes the dense convolution")
+    (case, *_) = bench.blocks(((channels, side, batch),))
+    peaks = case.facts()["peak_memory"]
+    assert peaks["rSB 2/4"] < peaks["rRB"]
+
+
+def test_folding_keeps_the_function():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    nn.init.normal_(model[1].running_mean)
+    x = torch.randn(2, 3, 6, 6)
+    folded = fold_batch_norm(model)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 1
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "suite='speed': expected one of ops, blocks"),
+        (["training", "--threads", "0"], "threads='0'"),
+        (["training", "--threads", "1,x"], "threads='1,x'"),
+        (["training", "--only", "vgg"], "only='vgg'"),
+        (["training", "--out", "/proc/nowhere"], "out='/proc/nowhere'"),
+    ],
+)
+def test_refuses(arguments, message):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_command_writes_result_and_figure(monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.SUITES, "training", lambda: bench.training(((4, 6, 2),)))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["bench", "training", "--threads", "1", "--rounds", "3", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((tmp_path / "results/bench-training.json").read_text())
+    assert (tmp_path / "results/bench-training.svg").read_bytes().lstrip().startswith(b"<?xml")
+    assert math.isfinite(json.loads(result.stdout)["rows"][0]["candidates"]["rSB 2/4"]["speedup"])
+
+
+@pytest.mark.parametrize(
+    ("dense", "sampled", "side"), [("rrn20", "rsbn20", 32), ("resnet18", "sb-resnet18", 128)]
+)
+def test_the_free_baseline_costs_what_the_sampled_network_costs(dense, sampled, side):
+    networks = [build(name).eval() for name in (dense, sampled)]
+    small = bench._side_of_equal_cost(*networks, side)
+    assert 1 < small < side
+    wanted = cost(networks[1], torch.zeros(1, 3, side, side)).macs
+    found, less, more = (
+        cost(networks[0], torch.zeros(1, 3, s, s)).macs for s in (small, small - 1, small + 1)
+    )
+    assert abs(found - wanted) <= min(abs(less - wanted), abs(more - wanted))
+
+
+def test_whole_networks_are_timed_beside_smaller_images():
+    case = next(bench.whole([("rrn8", "rsbn8", 16, (2,))]))
+    assert case.batch == 2
+    assert next(iter(case.dense)) == "ours, dense"
+    (name, (_, ratio)), (free, (make, free_ratio)) = case.ours.items()
+    assert (name, ratio > 1) == ("rsbn8", True)
+    assert free.startswith("rrn8 at 1")
+    assert free_ratio == pytest.approx(ratio, rel=0.25)
+    assert make(1)().shape == (2, 10)
