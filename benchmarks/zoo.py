@@ -63,7 +63,7 @@ SEEDS = (SEED, 10, 20, 30)
 # two images whose answers differ by less than this show little of what is computed in between
 DULL = 5e-3
 BATCHES = (1, 2)
-ROUNDS, ROUND_SECONDS = 7, 0.03
+ROUNDS, ROUND_SECONDS = 7, 0.1
 # a network whose calls take seconds is timed in fewer rounds: none begins later, but for the first three
 TIMES_SECONDS = 20.0
 # by the clock a network may take so many times its limit, which is processor time: it may not be alone

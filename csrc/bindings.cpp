@@ -412,29 +412,37 @@ struct Buffers {
   int64_t arena = 0;  // bytes an image
 };
 
+// What the integers of a program say, a record for each map and for each step. BufferCode and StepCode in
+// src/quincunx/fusion/program.py have the same names in the same order; a test compares them.
+enum BufferField : int64_t { kKind, kChannels, kHeight, kWidth, kOffset, kBufferFields };
+enum StepField : int64_t {
+  kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kTapIndex, kRows, kTaps,
+  kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kStepFields
+};
+
 Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& sizes, ScalarType type) {
-  constexpr int64_t kFields = 5;
-  STD_TORCH_CHECK(sizes.size() % kFields == 0, "buffers must have 5 integers each");
+  STD_TORCH_CHECK(sizes.size() % kBufferFields == 0, "buffers must have ", int64_t{kBufferFields}, " integers each");
   Buffers buffers;
-  const int64_t count = sizes.size() / kFields, batch = inputs[0].sizes()[0];
+  const int64_t count = sizes.size() / kBufferFields, batch = inputs[0].sizes()[0];
   buffers.maps.resize(count);
   int64_t arena = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t *f = &sizes[i * kFields], kind = f[0], offset = f[4];
+    const int64_t *f = &sizes[i * kBufferFields], kind = f[kKind], offset = f[kOffset];
     const bool is_input = i < static_cast<int64_t>(inputs.size());
     STD_TORCH_CHECK(is_input ? kind == Flow::kInput : kind == Flow::kScratch || kind == Flow::kOutput, "buffer ", i,
                     " has the wrong kind ", kind, ": inputs come first, then scratch (1) and outputs (2)");
-    STD_TORCH_CHECK(f[1] >= 1 && f[2] >= 0 && f[3] >= 0, "buffer ", i, " has an impossible size");
-    quincunx::check_map("a buffer", batch, f[1], f[2], f[3]);
+    STD_TORCH_CHECK(f[kChannels] >= 1 && f[kHeight] >= 0 && f[kWidth] >= 0, "buffer ", i, " has an impossible size");
+    quincunx::check_map("a buffer", batch, f[kChannels], f[kHeight], f[kWidth]);
     Map& map = buffers.maps[i];
-    map = Map{nullptr, batch, f[1], f[2], f[3]};
+    map = Map{nullptr, batch, f[kChannels], f[kHeight], f[kWidth]};
     if (kind == Flow::kInput) {
       const Map given = as_map(inputs[i], "input", type);
-      STD_TORCH_CHECK(given.batch == batch && given.channels == f[1] && given.height == f[2] && given.width == f[3],
-                      "input ", i, " must be [", batch, ", ", f[1], ", ", f[2], ", ", f[3], "]");
+      const bool fits = given.channels == f[kChannels] && given.height == f[kHeight] && given.width == f[kWidth];
+      STD_TORCH_CHECK(fits && given.batch == batch,
+                      "input ", i, " must be [", batch, ", ", f[kChannels], ", ", f[kHeight], ", ", f[kWidth], "]");
       map.data = given.data;
     } else if (kind == Flow::kOutput) {
-      buffers.outputs.push_back(empty({batch, f[1], f[2], f[3]}, type, MemoryFormat::ChannelsLast));
+      buffers.outputs.push_back(empty({batch, f[kChannels], f[kHeight], f[kWidth]}, type, MemoryFormat::ChannelsLast));
       map.data = static_cast<char*>(buffers.outputs.back().data_ptr());
     } else {
       STD_TORCH_CHECK(offset >= 0 && offset % 32 == 0 && offset < (int64_t{1} << 40), "buffer ", i,
@@ -450,7 +458,8 @@ Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& si
   buffers.arena = (arena + 31) / 32 * 32 * size_of(type);
   for (int64_t i = 0; i < count; ++i) {
     const Map& map = buffers.maps[i];
-    const int64_t offset = sizes[i * kFields] == Flow::kScratch ? sizes[i * kFields + 4] * size_of(type) : -1;
+    const int64_t* f = &sizes[i * kBufferFields];
+    const int64_t offset = f[kKind] == Flow::kScratch ? f[kOffset] * size_of(type) : -1;
     buffers.places.push_back(Place{map.data, map.channels * map.rows() * size_of(type), offset});
   }
   return buffers;
@@ -458,12 +467,8 @@ Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& si
 
 std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> tensors,
                                 std::vector<int64_t> buffer_sizes, std::vector<int64_t> code) {
-  enum Field {
-    kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kIndex, kRows, kTaps,
-    kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kFields
-  };
   STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "a program needs an input [N, C, H, W]");
-  STD_TORCH_CHECK(code.size() % kFields == 0, "code must have ", int(kFields), " integers for each step");
+  STD_TORCH_CHECK(code.size() % kStepFields == 0, "code must have ", int64_t{kStepFields}, " integers for each step");
   const ScalarType type = map_type(inputs[0]);
   const ForwardKernels& kernels = forward_of(type);
   Buffers buffers = make_buffers(inputs, buffer_sizes, type);
@@ -478,16 +483,16 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
                     " that does not exist");
     return operands[i];
   };
-  std::vector<Step> steps(code.size() / kFields);
+  std::vector<Step> steps(code.size() / kStepFields);
   std::vector<Places> used;
   for (size_t i = 0; i < steps.size(); ++i) {
-    const int64_t* f = &code[i * kFields];
+    const int64_t* f = &code[i * kStepFields];
     used.push_back(Places{f[kX], f[kResidual], f[kOut], f[kOut2]});
     GatherGemm& g = steps[i].problem;
     STD_TORCH_CHECK(f[kOut] >= 0 || f[kOut2] >= 0, "step ", i, " writes nothing");
     const Map& out = map(f[kOut] >= 0 ? f[kOut] : f[kOut2]);
     set_shape(g, map(f[kX]), out.channels, out.rows(), f[kNumTaps], f[kChannelGroups], f[kActivation]);
-    set_tables(g, {operand(f[kIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
+    set_tables(g, {operand(f[kTapIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
     if (f[kWeight] < 0) {
       const bool plain = f[kBias] < 0 && f[kResidual] < 0 && f[kOut2] < 0 && f[kActivation] == 0 && f[kOut] >= 0;
       STD_TORCH_CHECK(plain && g.channel_groups == 1 && g.in_channels == g.out_channels, "step ", i,

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,22 +66,60 @@ _MOST_GRAPHS = 16
 _MARGIN = 0.95
 
 
+class BufferCode(NamedTuple):
+    """A map as ``run_program`` reads it; ``BufferField`` in csrc/bindings.cpp has the same names.
+
+    ``kind`` is 0 for an input, 1 for scratch, 2 for an output; ``offset`` is that in the arena, in elements.
+    """
+
+    kind: int
+    channels: int
+    height: int
+    width: int
+    offset: int
+
+
+class StepCode(NamedTuple):
+    """A step as ``run_program`` reads it; ``StepField`` in csrc/bindings.cpp has the same names.
+
+    ``x``, ``residual``, ``out`` and ``out2`` are numbers of buffers, ``residual_channels``, ``num_taps``,
+    ``channel_groups`` and ``activation`` are values, all others are numbers of tensors; -1 is none.
+    """
+
+    x: int
+    weight: int
+    bias: int
+    residual: int
+    residual_rows: int
+    residual_channels: int
+    scale2: int
+    shift2: int
+    tap_index: int
+    rows: int
+    taps: int
+    groups: int
+    out: int
+    out2: int
+    num_taps: int
+    channel_groups: int
+    activation: int
+
+
+def _in_records(kind: Callable[..., Any], numbers: Sequence[int], length: int) -> list[Any]:
+    return [kind(*numbers[at : at + length]) for at in range(0, len(numbers), length)]
+
+
 def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, **__: Any) -> int:
     """Two for each multiply-add of a program; arguments as shapes and integers."""
-    fields = _OUT_FIELD + 5
+    maps = _in_records(BufferCode, buffers, len(BufferCode._fields))
     total = 0
-    for at in range(0, len(code), fields):
-        step = code[at : at + fields]
-        if step[1] < 0:
+    for step in _in_records(StepCode, code, len(StepCode._fields)):
+        if step.weight < 0:
             continue  # means multiply nothing
-        out = step[_OUT_FIELD] if step[_OUT_FIELD] >= 0 else step[_OUT_FIELD + 1]
-        channels, outputs = (buffers[5 * number + 1] for number in (step[0], out))
-        reads = tensors[step[_INDEX_FIELD]][0]
-        total += 2 * inputs[0][0] * reads * channels * outputs // step[_OUT_FIELD + 3]
+        out = maps[step.out if step.out >= 0 else step.out2]
+        reads = tensors[step.tap_index][0]
+        total += 2 * inputs[0][0] * reads * maps[step.x].channels * out.channels // step.channel_groups
     return total
-
-
-_INDEX_FIELD, _OUT_FIELD = 8, 12
 
 
 @lru_cache(maxsize=1)
@@ -142,7 +180,8 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
     for name in (*inputs, *written):
         kind = 0 if name in inputs else 2 if name in wanted else 1
         numbers[name] = len(numbers)
-        segment.buffers += [kind, maps[name].channels, *maps[name].stored, offsets.get(name, 0)]
+        height, width = maps[name].stored
+        segment.buffers += BufferCode(kind, maps[name].channels, height, width, offsets.get(name, 0))
 
     known: dict[int, int] = {}
 
@@ -162,25 +201,25 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
             residual, channels = numbers[step.shortcut.source], source.channels
             if step.shortcut.stride > 1 or source.fill or out.fill:
                 rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
-        segment.code += [
-            numbers[step.source],
-            number(None if step.kind == "mean" else _packed(step)),
-            number(step.bias),
-            residual,
-            number(rows),
-            channels,
-            number(step.scale2),
-            number(step.shift2),
-            number(plan.index),
-            number(plan.rows),
-            number(plan.taps),
-            number(plan.groups),
-            numbers[step.out] if step.out is not None else -1,
-            numbers[step.out2] if step.out2 is not None else -1,
-            step.taps,
-            step.groups,
-            step.activation,
-        ]
+        segment.code += StepCode(
+            x=numbers[step.source],
+            weight=number(None if step.kind == "mean" else _packed(step)),
+            bias=number(step.bias),
+            residual=residual,
+            residual_rows=number(rows),
+            residual_channels=channels,
+            scale2=number(step.scale2),
+            shift2=number(step.shift2),
+            tap_index=number(plan.index),
+            rows=number(plan.rows),
+            taps=number(plan.taps),
+            groups=number(plan.groups),
+            out=numbers[step.out] if step.out is not None else -1,
+            out2=numbers[step.out2] if step.out2 is not None else -1,
+            num_taps=step.taps,
+            channel_groups=step.groups,
+            activation=step.activation,
+        )
     return segment
 
 
