@@ -547,6 +547,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
 }
 
 std::string isa() { return quincunx::isa(); }
+int64_t level2_bytes() { return quincunx::level2_bytes(); }
 std::string available_isas() { return quincunx::available_isas(); }
 
 }  // namespace
@@ -566,6 +567,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
   m.def("window_sum(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def("isa() -> str");
   m.def("available_isas() -> str");
+  m.def("level2_bytes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
@@ -581,6 +583,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("available_isas", TORCH_BOX(&available_isas));
+  m.impl("level2_bytes", TORCH_BOX(&level2_bytes));
 }
 
 // importing the module registers the operators; it has nothing else

@@ -1,8 +1,12 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define QX_X86
@@ -58,12 +62,29 @@ const Choice& choose() {
                            " is not available here; available: " + available_isas());
 }
 
+// What the system says, within what processors have had; many systems without a say report nothing.
+int64_t read_level2() {
+  constexpr int64_t kUsual = 1 << 20, kLeast = 1 << 18, kMost = 1 << 22;
+  int64_t bytes = 0;
+  const char* said = std::getenv("QUINCUNX_L2");
+  if (said != nullptr && *said != 0) bytes = std::atoll(said);
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  if (bytes <= 0) bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return bytes <= 0 ? kUsual : std::clamp(bytes, kLeast, kMost);
+}
+
 const Choice& chosen() {
   static const Choice& choice = choose();
   return choice;
 }
 
 }  // namespace
+
+int64_t level2_bytes() {
+  static const int64_t bytes = read_level2();
+  return bytes;
+}
 
 const Kernels& kernels() { return chosen().kernels; }
 

@@ -25,8 +25,8 @@ constexpr int kMaxNv = QX_MAX_NV;
 constexpr int kTileRows[kMaxNv + 1] = {1, QX_TILE_ROWS};
 constexpr int kMaxRows = 28;
 constexpr int kUnroll = 2;
-// weights of one K block times one tile of output channels; stays in a level 2 cache with its input
-constexpr int64_t kPanelBytes = 320 * 1024;
+// Weights of one K block times one tile of output channels, which stay in the second-level cache with their input.
+inline int64_t panel_bytes() { return level2_bytes() / 16 * 5; }
 // channels of one K segment: a row is read in pieces of this many
 constexpr int kMaxSegment = 384;
 // positions that share one pass over the weights
@@ -581,7 +581,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
         const int64_t o_local = v0 * kLanes, o0 = channel_group * tiling.per_group + o_local;
         const int64_t count = least(width, tiling.per_group - o_local);
         const int64_t panel = num_taps * steps<Op>(channels) * width * 4;
-        const int64_t k_blocks = most(1, least(segments, ceil_div(panel, kPanelBytes)));
+        const int64_t k_blocks = most(1, least(segments, ceil_div(panel, panel_bytes())));
         const int64_t count_tiles = ceil_div(q1 - q0, kTileRows[nv]);
         const int64_t least_rows = (q1 - q0) / count_tiles, larger = (q1 - q0) % count_tiles;
         Segments<Op> s{static_cast<const Packed*>(g.weight) + (channel_group * tiling.vectors + v0) * column,

@@ -80,6 +80,9 @@ struct Cut {
   int64_t outputs, positions;
 };
 
+// Bytes of one core's second-level cache, read once; QUINCUNX_L2 says otherwise.
+int64_t level2_bytes();
+
 // Parts may run in any order and at the same time.
 struct ForwardKernels {
   bool packs_bf16;  // packed weights are bfloat16, else float32

@@ -94,7 +94,8 @@ inline void set_maps(GatherGemm& g, const Places& maps, const std::vector<Place>
 // Images at a time through a whole program, so that its maps stay in a near cache; 0 where the steps had
 // better be shared among the threads one by one.
 inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, int64_t element_bytes) {
-  constexpr int64_t kNearCache = 512 * 1024, kTileRows = 32, kWeightsPerRow = 24 * 1024;
+  constexpr int64_t kTileRows = 32, kWeightsPerRow = 24 * 1024;
+  const int64_t near_cache = level2_bytes() / 2;
   const int64_t threads = torch::stable::get_num_threads();
   int64_t enough = 1, largest = 1;
   for (const Step& step : steps) {
@@ -108,7 +109,7 @@ inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, i
   }
   const int64_t share = (batch + threads - 1) / threads;
   // a step reads one map and writes another
-  const int64_t most = std::max(enough, kNearCache / 2 / largest);
+  const int64_t most = std::max(enough, near_cache / 2 / largest);
   const int64_t turns = (share + most - 1) / std::max<int64_t>(1, most);
   const int64_t images = turns > 0 ? (share + turns - 1) / turns : 0;
   // no thread waits long for the last one

@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # read when Triton is imported, which any library may do first: its kernels then run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+# what is measured here is no other process's business
+os.environ["QUINCUNX_CACHE"] = ""
+
 # derandomized: a run on one machine repeats the examples of every other
 settings.register_profile("quincunx", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 settings.load_profile("quincunx")

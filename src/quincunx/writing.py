@@ -34,9 +34,11 @@ except ImportError:  # another system than Unix: nothing is locked, and nothing 
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "cache_folder",
     "file_name",
     "fill_folder",
     "json_text",
+    "only_one",
     "restore",
     "storable",
     "write_atomically",
@@ -49,6 +51,31 @@ __all__ = [
 _PART, _OLD = "part", "old"
 # how long a place may be empty while another process puts a folder there, seconds
 _PATIENCE = 2.0
+
+
+def cache_folder() -> Path | None:
+    """Where to keep what can be made again: what QUINCUNX_CACHE says, else a folder in the user's cache.
+
+    None where QUINCUNX_CACHE is set to nothing: then nothing is kept.
+    """
+    said = os.environ.get("QUINCUNX_CACHE")
+    if said is not None:
+        return Path(said).expanduser() if said else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quincunx"
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Within: no other process is within for the same path, on systems that lock files."""
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            # a file system without locks: the last writer's file stands
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import quincunx as qx
 from quincunx.cli.options import (
     Json,
@@ -14,7 +16,10 @@ from quincunx.cli.printing import (
     print_facts,
     show,
 )
+from quincunx.fusion.decisions import decisions_file
+from quincunx.fusion.formats import gain_of
 from quincunx.measure.environment import environment
+from quincunx.ops import native
 from quincunx.train import recipes
 
 __all__ = ["info"]
@@ -30,6 +35,9 @@ def info(as_json: Json = False) -> None:
         "backend": serving.name,
         "backend_reason": serving.reason,
         "isa": serving.isa,
+        "level 2 cache": native.level2_bytes() if serving.name == "native" else None,
+        "bfloat16": f"{gain_of(torch.bfloat16, 'cpu'):.2f} times as fast as float32 here",
+        "decisions": None if (kept := decisions_file()) is None else str(kept),
         "networks": qx.networks.names(),
         "recipes": list(recipes.RECIPES),
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quincunx.data import memory
+from quincunx.writing import cache_folder
 
 # bytes so far, and all bytes or None if that is unknown
 Progress = Callable[[int, int | None], None]
@@ -21,9 +22,9 @@ _CHUNK = 1 << 20
 
 
 def data_folder() -> Path:
-    """Where archives are kept: what QUINCUNX_DATA says, else ~/.cache/quincunx."""
+    """Where archives are kept: what QUINCUNX_DATA says, else the cache folder, else ~/.cache/quincunx."""
     said = os.environ.get("QUINCUNX_DATA")
-    return Path(said).expanduser() if said else Path.home() / ".cache" / "quincunx"
+    return Path(said).expanduser() if said else cache_folder() or Path.home() / ".cache" / "quincunx"
 
 
 def check_sum(path: Path, expected: str) -> None:

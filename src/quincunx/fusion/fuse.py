@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,7 +33,9 @@ from quincunx.fusion.effects import (
     module_of,
     surely_changes,
 )
+from quincunx.fusion.faster import speed_ratio
 from quincunx.fusion.followers import follower
+from quincunx.fusion.formats import gain_of
 from quincunx.fusion.fused import (
     Fused,
     copied_argument,
@@ -80,7 +85,14 @@ _DTYPES = {
 }
 
 
-def fuse(model: nn.Module, *, check: Any = None) -> Fused:
+def fuse(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    calibration: Any = None,
+    check: Any = None,
+    force: bool = False,
+) -> Fused:
     r"""An inference copy of a network, as fast as this machine's back end makes it.
 
     Batch norm is folded, w' = w \gamma / \sigma and b' = \beta + (b - \mu) \gamma / \sigma; bias,
@@ -99,8 +111,15 @@ def fuse(model: nn.Module, *, check: Any = None) -> Fused:
     Args:
         model: a network that ``torch.fx`` can trace, on the CPU; it stays as it is. Convolutions in float32
             and bfloat16 are fused, others run in torch.
+        dtype: number format that fused float32 convolutions compute in, such as ``torch.bfloat16``: maps and
+            weights are in it, sums, bias and batch norm in float32. Arguments, results, and what runs in
+            torch (a classifier, a mean over all positions behind a program) stay float32. A format that is
+            slower here than float32 is not used: a warning says so, and ``.meta["dtype"]`` of the result
+            has the format used and the measured ratio.
+        calibration: for formats that need it; none does yet.
         check: an example input (a tensor, or a tuple of arguments) on which the copy is compared with the
-            model.
+            model. With ``dtype``, the copies in both formats are timed on it.
+        force: use ``dtype`` where it is slower, too.
 
     Returns:
         A :class:`Fused`, a ``torch.fx.GraphModule``, that maps the same arguments to the same results, up to
@@ -112,6 +131,8 @@ def fuse(model: nn.Module, *, check: Any = None) -> Fused:
         TypeError: not a module; one that cannot be copied or whose forward cannot be traced; hooks on all
             modules; with ``check``, another answer than the model's (the first module whose output
             differs is named).
+        ValueError: a ``dtype`` that no kernel serves on the model's device, or ``calibration`` that nothing
+            needs.
 
     Example:
         >>> from quincunx import networks
@@ -130,6 +151,14 @@ def fuse(model: nn.Module, *, check: Any = None) -> Fused:
             "model: forward hooks are registered for all modules (register_module_forward_hook), and a fused "
             "network has no modules to call them on; remove them first"
         )
+    if dtype is not None:
+        return _fuse_in(model, dtype, calibration, check, force)
+    if calibration is not None:
+        raise ValueError("calibration: float32 and bfloat16 need none; leave it out")
+    return _fuse(model, None, check)
+
+
+def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any) -> Fused:
     with torch.inference_mode(False), torch.no_grad():
         own = pack_binary(copied(model)).eval().requires_grad_(False)
         _make_permanent(own)
@@ -150,11 +179,53 @@ def fuse(model: nn.Module, *, check: Any = None) -> Fused:
         give_sizes(own, graph)
         _keep_arguments(own, graph)
         fixed = {name: value for name, value in graph.fixed.items() if _is_written(value)}
-        result = _lower(own, graph, fixed).eval()
+        result = _lower(own, graph, fixed, dtype).eval()
     result.carry_hooks(own)
     result.meta["whole"] = whole
     if check is not None:
-        Comparison(modules).check(model, result, check)
+        Comparison(modules, dtype).check(model, result, check)
+    return result
+
+
+def _fuse_in(model: nn.Module, dtype: torch.dtype, calibration: Any, check: Any, force: bool) -> Fused:
+    """The copy in another format where that is faster, the one in the model's format elsewhere."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    served = [kind for kind in _DTYPES.get(device, ()) if kind != torch.float32]
+    if dtype != torch.float32 and dtype not in served:
+        names = " or ".join(str(kind) for kind in (torch.float32, *served))
+        raise ValueError(f"dtype={dtype}: expected {names} on {device}")
+    if calibration is not None:
+        raise ValueError(f"calibration: {dtype} needs none; leave it out")
+    if dtype == torch.float32:
+        return _fuse(model, None, check)
+    lower, ratio = _fuse(model, dtype, check), None
+    if not any(isinstance(m, Program) and m.dtype != m.outside for m in lower.modules()):
+        used, plain = None, lower  # nothing here is in float32 and fused
+    elif force:
+        used, plain = dtype, lower
+    else:
+        if check is None:
+            ratio, plain = gain_of(dtype, device), None
+        else:
+            plain = _fuse(model, None, None)
+            arguments = check if isinstance(check, tuple) else (check,)
+            with torch.no_grad():
+                runs = partial(lower, *arguments), partial(plain, *arguments)
+                ratio = median(speed_ratio(*runs) for _ in range(3))
+        used = dtype if ratio > 1 else None
+    if used is None and ratio is not None:
+        warnings.warn(
+            f"fuse: convolutions in {dtype} are {ratio:.2f} times as fast as in float32 here, so the copy "
+            "computes in float32 (force=True takes the other format all the same)",
+            UserWarning,
+            stacklevel=3,
+        )
+    result = lower if used is not None else plain if plain is not None else _fuse(model, None, check)
+    result.meta["dtype"] = {
+        "asked": str(dtype).removeprefix("torch."),
+        "used": str(used or torch.float32).removeprefix("torch."),
+        "ratio": ratio,
+    }
     return result
 
 
@@ -435,7 +506,7 @@ class _Absorber:
 # ---------------------------------------------------------------- the new graph
 
 
-def _lower(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any]) -> Fused:
+def _lower(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any], dtype: torch.dtype | None) -> Fused:
     """The graph with programs in place of the convolutions and what they absorbed."""
     _pool_outside(model, graph)
     effects = Effects(model, graph)
@@ -459,7 +530,7 @@ def _lower(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any]) -> Fused:
         if node not in live:
             live.add(node)
             todo += needs(node)
-    return _Writer(model, graph, fused, seconds, live, needs, effects).write(fixed)
+    return _Writer(model, graph, fused, seconds, live, needs, effects, dtype).write(fixed)
 
 
 def _follow(model: nn.Module, graph: fx.Graph, fused: dict[fx.Node, _Fused], barred: set[fx.Node]) -> None:
@@ -510,8 +581,10 @@ class _Writer:
         live: set[fx.Node],
         needs: Callable[[fx.Node], list[fx.Node]],
         effects: Effects,
+        dtype: torch.dtype | None,
     ) -> None:
         self.model, self.graph, self.fused, self.seconds = model, graph, fused, seconds
+        self.dtype = dtype
         self.live, self.needs, self.effects = live, needs, effects
         self.result = fx.Graph()
         self.copied: dict[fx.Node, fx.Node] = {}
@@ -592,7 +665,10 @@ class _Writer:
         number = len(self.programs)
         while hasattr(self.model, name := f"program{number}") or name in self.programs:
             number += 1
-        self.programs[name] = Program(steps, [n.name for n in inputs], [n.name for n in outputs])
+        # other formats than float32 are the network's own choice
+        lower = self.dtype if _dtype(self.pending[0]) == torch.float32 else None
+        names = [n.name for n in inputs], [n.name for n in outputs]
+        self.programs[name] = Program(steps, *names, dtype=lower)
         call = self.result.call_module(name, tuple(self.copied[n] for n in inputs))
         for i, node in enumerate(outputs):
             value = self.result.call_function(operator.getitem, (call, i))

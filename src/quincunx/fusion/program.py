@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quincunx.fusion import launches
+from quincunx.fusion.decisions import decision
 from quincunx.fusion.faster import speed_ratio
 from quincunx.fusion.steps import (
     Follower,
@@ -229,25 +230,24 @@ def _packed(step: Step) -> Tensor:
 
 # ---------------------------------------------------------------- which back end for a dense step
 
-_FASTER: dict[tuple[Any, ...], bool] = {}
-
 
 def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
-    """Whether torch's convolution is faster for a dense step of this shape; measured once a process."""
-    key = (torch.get_num_threads(), *shape_key(step, maps, batch))
-    if key not in _FASTER:
+    """Whether torch's convolution is faster for a dense step of this shape; measured once for a machine."""
+
+    def measure() -> float:
         device = step.weight.device
         values = {
             name: launches.example_map(maps[name], batch, step.weight.dtype, device) for name in step.reads
         }
         ours = _segment([step], maps, set(step.writes))
-        ratio = speed_ratio(
+        return speed_ratio(
             partial(_reference_stage, step, maps, dict(values)),
             partial(ours.run, dict(values)),
             level=1 / _MARGIN,
         )
-        _FASTER[key] = ratio * _MARGIN > 1
-    return _FASTER[key]
+
+    key = ("torch", torch.get_num_threads(), *shape_key(step, maps, batch))
+    return decision(key, measure) * _MARGIN > 1
 
 
 # ---------------------------------------------------------------- the module
@@ -261,6 +261,7 @@ class Program(nn.Module):
         inputs: names of the arguments.
         outputs: names of the values returned.
         native_only: never torch's own convolution, not even where it is faster.
+        dtype: computes in this type; arguments and results keep that of the weights.
     """
 
     def __init__(
@@ -270,12 +271,15 @@ class Program(nn.Module):
         outputs: Sequence[str],
         *,
         native_only: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _hide_from_compilers()
         self.native_only = native_only
-        self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
-        self._weight = next(step.weight for step in steps if isinstance(step, Step))
+        self.outside = next(step.weight.dtype for step in steps if isinstance(step, Step))
+        self.steps = [step.to(dtype) if isinstance(step, Step) else step for step in steps]
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        self._weight = next(step.weight for step in self.steps if isinstance(step, Step))
         if backend().name == "native":
             _count_flops()  # a counter reads the formulas that are there when it is made
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
@@ -284,7 +288,7 @@ class Program(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its maps."""
+        """Of the maps that it computes; arguments and results are in ``outside``."""
         return self._weight.dtype
 
     def extra_repr(self) -> str:
@@ -320,13 +324,24 @@ class Program(nn.Module):
         if torch.is_autocast_enabled(device):
             # what stands between programs may have answered in autocast's type
             arguments = tuple(t.to(self.dtype) if t.is_floating_point() else t for t in arguments)
+        elif self.outside != self.dtype:
+            arguments = tuple(self._brought_inside(t) for t in arguments)
         with torch.no_grad(), torch.autocast(device, enabled=False):
             if not self._fits(arguments):
                 values = self._plain(dict(zip(self.inputs, arguments, strict=True)))
-                return tuple(values[name] for name in self.outputs)
-            if self._weight.is_cuda and self._serving() == "triton":
-                return self._recorded(arguments)
-            return self._through(self._stages_for(arguments), arguments)
+                found = tuple(values[name] for name in self.outputs)
+            elif self._weight.is_cuda and self._serving() == "triton":
+                found = self._recorded(arguments)
+            else:
+                found = self._through(self._stages_for(arguments), arguments)
+        return found if self.outside == self.dtype else tuple(t.to(self.outside) for t in found)
+
+    def _brought_inside(self, value: Tensor) -> Tensor:
+        if value.dtype != self.outside:
+            return value  # refused or served as it is, as without another type inside
+        # in one pass into the layout that the kernels read
+        layout = torch.channels_last if value.dim() == 4 else torch.preserve_format
+        return value.to(self.dtype, memory_format=layout)
 
     def _through(self, stages: Sequence[Stage], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values = _run(stages, dict(zip(self.inputs, arguments, strict=True)))

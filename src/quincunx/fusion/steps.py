@@ -124,6 +124,10 @@ class Step:
     def out_channels(self) -> int:
         return self.weight.shape[1] * self.groups if self.kind == "transposed" else self.weight.shape[0]
 
+    def to(self, dtype: torch.dtype | None) -> Step:
+        """The step that computes in another type; None leaves it as it is. Bias and scales stay float32."""
+        return self if dtype in (None, self.weight.dtype) else replace(self, weight=self.weight.to(dtype))
+
     @property
     def fills(self) -> bool:
         """Whether what it computes stands for the positions nearest to it, too."""

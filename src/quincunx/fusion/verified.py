@@ -63,9 +63,9 @@ def _of_tensors(found: Tensor, expected: Tensor) -> float:
     return float((a[finite] - b[finite]).abs().max() / largest)
 
 
-def _allowed(expected: Any) -> float:
+def _allowed(expected: Any, least: float) -> float:
     kinds = [_ALLOWED.get(t.dtype, 0.01) for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)]
-    return max(kinds, default=1e-3)
+    return max([least, *kinds])
 
 
 class Comparison:
@@ -74,10 +74,12 @@ class Comparison:
     Args:
         modules: name of a node of the traced graph -> path of the module that it calls, and which call of
             it this is.
+        dtype: that the copy's programs compute in, if it is not the network's.
     """
 
-    def __init__(self, modules: dict[str, tuple[str, int]]) -> None:
+    def __init__(self, modules: dict[str, tuple[str, int]], dtype: torch.dtype | None = None) -> None:
         self.modules = modules
+        self.least = 1e-3 if dtype is None else _ALLOWED[dtype]
 
     def check(self, model: nn.Module, fused: fx.GraphModule, example_input: Any) -> None:
         """
@@ -91,7 +93,7 @@ class Comparison:
             torch.manual_seed(0)
             found = fused(*copied_argument(arguments))
             off = difference(found, expected)
-            if off <= _allowed(expected):
+            if off <= _allowed(expected, self.least):
                 return
             at = self._first(model, fused, arguments)
         raise TypeError(
@@ -119,7 +121,7 @@ class Comparison:
             if call >= len(wanted.get(path, ())):
                 continue
             off = difference(value, wanted[path][call])
-            if off > _allowed(value):
+            if off > _allowed(value, self.least):
                 return f", first at {path!r} ({type(model.get_submodule(path)).__name__}) by {off:.2g}"
         return ""
 

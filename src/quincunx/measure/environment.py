@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from quincunx.ops.processor import cpu_name
+
 __all__ = ["environment"]
 
 
@@ -28,7 +30,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -40,16 +42,6 @@ def _own_version() -> str | None:
         return version("quincunx")
     except PackageNotFoundError:
         return None  # run from a checkout that is not installed
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

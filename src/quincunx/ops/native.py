@@ -6,8 +6,10 @@ up, so that a second call with the same shapes and weights does no table or pack
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,6 +62,19 @@ def load() -> str | None:
 def isa() -> str:
     """The instruction set the kernels were chosen for; ``QUINCUNX_ISA`` forces one."""
     return str(torch.ops.quincunx_native.isa())
+
+
+def level2_bytes() -> int:
+    """Bytes of a core's second-level cache, by which kernels cut their work; ``QUINCUNX_L2`` forces it."""
+    return int(torch.ops.quincunx_native.level2_bytes())
+
+
+def build() -> str:
+    """A hash of the extension's file, to know which kernels were measured; empty without it."""
+    if load() is not None:
+        return ""
+    content = Path(str(import_module("quincunx._native").__file__)).read_bytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def unavailable(*values: object) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from quincunx.ops.triton.layouts import Layout
-from quincunx.writing import write_json
+from quincunx.writing import cache_folder, write_json
 
 __all__ = [
     "Config",
@@ -102,14 +101,14 @@ def _tuned(card: str) -> dict[str, list[int]]:
     """What was measured on a card's architecture: what is shipped, and above it what was tuned here."""
     table: dict[str, list[int]] = {}
     for path in (_TABLE, _kept_at(card)):
-        if path.exists():
+        if path is not None and path.exists():
             table.update(json.loads(path.read_text())["tables"].get(card, {}))
     return table
 
 
-def _kept_at(card: str) -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "quincunx" / f"tiles-{card}.json"
+def _kept_at(card: str) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / f"tiles-{card}.json"
 
 
 def keep(card: str, best: dict[str, Config]) -> Path:
@@ -117,8 +116,13 @@ def keep(card: str, best: dict[str, Config]) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        ValueError: nothing is to be kept (QUINCUNX_CACHE is set to nothing).
     """
     path = _kept_at(card)
+    if path is None:
+        raise ValueError("QUINCUNX_CACHE='': there is no folder to keep tiles in; name one, or unset it")
     table = json.loads(path.read_text())["tables"].get(card, {}) if path.exists() else {}
     table.update({key: list(astuple(config)) for key, config in best.items()})
     path.parent.mkdir(parents=True, exist_ok=True)

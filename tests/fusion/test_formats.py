@@ -1,0 +1,150 @@
+"""A fused copy in another number format: right to its rounding, used where it is faster, and said so."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import quincunx as qx
+from quincunx.fusion import formats
+from quincunx.fusion import fuse as fuse_module
+from quincunx.fusion.program import Program
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BF16 = torch.bfloat16
+
+
+def programs(fused):
+    return [module for module in fused.modules() if isinstance(module, Program)]
+
+
+def away(found, expected):
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+class Branches(nn.Module):
+    """Maps that leave a program for torch and come back, a second output, a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = torch.fft.rfft2(self.first(x)).abs()[..., : x.shape[-1] // 2 + 1]
+        y = torch.relu(self.norm(self.second(y)))
+        return {"map": y, "answer": self.head(y.mean((2, 3)))}
+
+
+NETWORKS = {
+    "rsbn14": (lambda: qx.networks.build("rsbn14", 10, 3), (2, 3, 16, 16)),
+    "csbn29": (lambda: qx.networks.build("csbn29", 10, 3), (1, 3, 16, 16)),
+    "sb-resnet18": (lambda: qx.networks.build("sb-resnet18", 10, 3), (1, 3, 64, 48)),
+    "squeezenet1_1": (lambda: qx.networks.build("squeezenet1_1", 10, 3), (2, 3, 64, 64)),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(6, 9, 3, groups=3, stride=2), nn.Hardtanh()), (3, 6, 11, 13)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_answers_are_those_of_the_network_to_the_formats_rounding(name):
+    build, shape = NETWORKS[name]
+    model, x = build().eval(), torch.randn(shape)
+    fused = qx.fuse(model, BF16, check=x, force=True)
+    assert all(program.dtype == BF16 and program.outside == torch.float32 for program in programs(fused))
+    for batch in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
+        found = fused(batch)
+        assert found.dtype == torch.float32
+        assert away(found, model(batch)) < 0.06
+    assert fused.meta["dtype"] == {"asked": "bfloat16", "used": "bfloat16", "ratio": None}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_what_runs_in_torch_stays_float32():
+    model, x = Branches().eval(), torch.randn(2, 3, 12, 12)
+    found, expected = qx.fuse(model, BF16, check=x, force=True)(x), model(x)
+    assert {key: value.dtype for key, value in found.items()} == {
+        "map": torch.float32,
+        "answer": torch.float32,
+    }
+    assert all(away(found[key], expected[key]) < 0.06 for key in found)
+
+
+@pytest.mark.parametrize("back_end", ["native", "reference"])
+def test_every_back_end_serves_it(back_end, monkeypatch):
+    if qx.backend().name != "native" and back_end == "native":
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("QUINCUNX_BACKEND", back_end)
+    model, x = qx.networks.build("rsbn8", 10, 3).eval(), torch.randn(2, 3, 9, 11)
+    assert away(qx.fuse(model, BF16, force=True)(x), model(x)) < 0.06
+
+
+def test_a_copy_in_another_format_copies_pickles_and_runs_in_threads_under_autocast_and_inference_mode():
+    model, x = qx.networks.build("rsbn8", 10, 3).eval(), torch.randn(2, 3, 16, 16)
+    fused = qx.fuse(model, BF16, force=True)
+    expected, found = fused(x), []
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(other(x), expected)
+        assert other.meta["dtype"]["used"] == "bfloat16"
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert away(fused(x).float(), expected) < 0.03
+    threads = [threading.Thread(target=lambda: found.append(fused(x))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_format_that_is_slower_is_not_used_and_that_is_said(checked, monkeypatch):
+    monkeypatch.setattr(formats, "_measured", lambda *_: 0.5)
+    monkeypatch.setattr(formats, "decision", lambda _, measure: measure())
+    monkeypatch.setattr(fuse_module, "speed_ratio", lambda *_: 0.5)
+    model, x = qx.networks.build("rsbn8", 10, 3).eval(), torch.randn(1, 3, 16, 16)
+    with pytest.warns(
+        UserWarning, match=r"bfloat16 are 0.50 times as fast .* computes in float32 \(force=True"
+    ):
+        fused = qx.fuse(model, BF16, check=x if checked else None)
+    assert fused.meta["dtype"] == {"asked": "bfloat16", "used": "float32", "ratio": 0.5}
+    assert {program.dtype for program in programs(fused)} == {torch.float32}
+    assert torch.equal(fused(x), qx.fuse(model)(x))
+
+
+def test_a_format_that_is_faster_is_used_without_a_word(monkeypatch, recwarn):
+    monkeypatch.setattr(formats, "_measured", lambda *_: 1.5)
+    monkeypatch.setattr(formats, "decision", lambda _, measure: measure())
+    fused = qx.fuse(qx.networks.build("rsbn8", 10, 3).eval(), BF16)
+    assert fused.meta["dtype"] == {"asked": "bfloat16", "used": "bfloat16", "ratio": 1.5}
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, r"dtype=torch.int8: expected torch.float32 or torch.bfloat16 on cpu"),
+        ({"dtype": torch.float16}, "expected torch.float32 or torch.bfloat16"),
+        ({"dtype": BF16, "calibration": [1]}, "calibration: torch.bfloat16 needs none"),
+        ({"calibration": [1]}, "calibration: float32 and bfloat16 need none"),
+    ],
+)
+def test_what_is_not_served_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        qx.fuse(nn.Conv2d(1, 1, 1), **options)
+
+
+def test_networks_of_other_formats_keep_them():
+    model, x = nn.Conv2d(3, 4, 3).double().eval(), torch.randn(1, 3, 8, 8).double()
+    fused = qx.fuse(model, BF16)
+    assert torch.equal(fused(x), model(x))
+    assert fused.meta["dtype"]["used"] == "float32"  # nothing that is fused is in another
+    low = nn.Conv2d(3, 4, 3).to(BF16).eval()
+    assert qx.fuse(low, BF16)(x.to(BF16)).dtype == BF16
+
+
+def test_a_gain_is_measured():
+    assert formats.gain_of(BF16, "cpu") > 0
