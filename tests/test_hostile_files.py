@@ -245,7 +245,7 @@ def _timed(monkeypatch):
         return {name: Timing(name, 1, (1e-6 * size,) * rounds) for name, size in sizes.items()}
 
     monkeypatch.setattr(scores, "measure_models", measure)
-    monkeypatch.setattr(scores, "inference_form", lambda model, _=None: copy.deepcopy(model).eval())
+    monkeypatch.setattr(scores, "inference_form", lambda model, *_: copy.deepcopy(model).eval())
 
 
 class Table:

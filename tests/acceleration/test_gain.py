@@ -53,7 +53,7 @@ def clock(monkeypatch):
         return {name: Timing(name, 1, (seconds(model),) * rounds) for name, model in models.items()}
 
     monkeypatch.setattr(scores, "measure_models", measure)
-    monkeypatch.setattr(gain, "inference_form", lambda model, _=None: copy.deepcopy(model))
+    monkeypatch.setattr(gain, "inference_form", lambda model, *_: copy.deepcopy(model))
     return per_layer
 
 

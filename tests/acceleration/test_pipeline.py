@@ -17,15 +17,18 @@ import quincunx as qx
 from helpers.acceleration import DATA, METHOD, clock_of_macs, network
 from helpers.commands import call
 from quincunx.acceleration import judge, timing
+from quincunx.acceleration import pipeline as acceleration
 from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.judge import mcnemar, reestimate_batch_norm, sample_batches
 from quincunx.acceleration.pipeline import accelerate_trained
 from quincunx.acceleration.target import Search, Target
+from quincunx.fusion import fuse as fuse_module
 from quincunx.measure.latency import Timing
 from quincunx.report.acceleration import (
     acceleration_sentences,
     first_sentences,
     search_sentences,
+    usage,
     write_acceleration_report,
 )
 from quincunx.train.checkpoint import only_writer
@@ -449,3 +452,30 @@ def test_weights_that_are_no_numbers_and_a_second_run_in_the_folder_are_refused(
         model.conv1.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model: 9 of the 432 values of conv1\.weight are not finite"):
         accelerate_trained(model, METHOD, DATA, tmp_path, calibration=20)
+
+
+@pytest.mark.parametrize("method", [METHOD, Search(Target(macs="80%"))])
+def test_in_another_format_times_and_the_final_accuracy_are_those_in_it(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(acceleration, "format_served", lambda model, example, dtype: (dtype, None))
+    options = {"layers": ["layer1.*"], "calibration": 40, "batch": 2, "rounds": 3}
+    result = accelerate_trained(network(), method, DATA, tmp_path, dtype=torch.bfloat16, **options)
+    assert result["dtype"] == "bfloat16"
+    assert "bfloat16" in result["how"]
+    assert result["stages"][-1]["name"] == "in bfloat16"
+    assert result["whole"]["peers"]["before, float32"]["seconds"] > 0
+    assert usage(result, "fast") == [
+        "import torch",
+        "import quincunx as qx",
+        'model = qx.fuse(qx.load("fast/model"), torch.bfloat16)',
+    ]
+    assert all(p.dtype == torch.float32 for p in qx.load(tmp_path / "model").parameters())
+
+
+def test_a_format_that_is_slower_here_is_a_doubt_and_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuse_module, "speed_ratio", lambda *_: 0.5)
+    said = []
+    options = {"layers": ["layer1.0.conv1"], "calibration": 40, "batch": 2, "rounds": 3, "tell": said.append}
+    result = accelerate_trained(network(), METHOD, DATA, tmp_path, dtype=torch.bfloat16, **options)
+    assert result["dtype"] == "float32"
+    assert any("0.50 times as fast in bfloat16 as in float32 here" in text for text in said)
+    assert [stage["name"] for stage in result["stages"]][-1] != "in bfloat16"

@@ -197,7 +197,7 @@ def timed(monkeypatch):
         return {name: Timing(name, 1, (seconds(model),) * rounds) for name, model in models.items()}
 
     monkeypatch.setattr(scores, "measure_models", measure)
-    monkeypatch.setattr(scores, "inference_form", lambda model, _=None: copy.deepcopy(model).eval())
+    monkeypatch.setattr(scores, "inference_form", lambda model, *_: copy.deepcopy(model).eval())
     return calls
 
 

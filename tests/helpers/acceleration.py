@@ -28,5 +28,5 @@ def clock_of_macs(monkeypatch):
     for module in (scores, timing):
         monkeypatch.setattr(module, "measure_models", measure)
     for module in (scores, gain):
-        monkeypatch.setattr(module, "inference_form", lambda model, _=None: model)
-    monkeypatch.setattr(timing, "fuse", lambda model, **_: model)
+        monkeypatch.setattr(module, "inference_form", lambda model, *_: model)
+    monkeypatch.setattr(timing, "fuse", lambda model, *_, **__: model)

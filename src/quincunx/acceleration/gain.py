@@ -48,7 +48,12 @@ def restore_layers(original: nn.Module, found: Accelerated, reasons: dict[str, s
 
 
 def without_slower(
-    original: nn.Module, found: Accelerated, example: Tensor, *, rounds: int = _ROUNDS
+    original: nn.Module,
+    found: Accelerated,
+    example: Tensor,
+    *,
+    rounds: int = _ROUNDS,
+    dtype: torch.dtype | None = None,
 ) -> Accelerated:
     """The same without the replacements by which the network gains no time.
 
@@ -63,15 +68,18 @@ def without_slower(
         found: what became of it.
         example: an input [N, C, H, W], which is timed.
         rounds: how often each is timed.
+        dtype: number format in which they are timed.
     """
     x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
     classes = list(_classes(original, found))
     slower: dict[str, str] = {}
-    whole = inference_form(found.model, x[:1])
+    whole = inference_form(found.model, x[:1], dtype)
     for start in range(0, len(classes), _TOGETHER):
         some = classes[start : start + _TOGETHER]
         others = {
-            f"{start + i}": inference_form(restore_layers(original, found, dict.fromkeys(names, "")).model)
+            f"{start + i}": inference_form(
+                restore_layers(original, found, dict.fromkeys(names, "")).model, None, dtype
+            )
             for i, names in enumerate(some)
         }
         timings = timed_clearly({"": whole, **others}, x, rounds=rounds)
@@ -86,15 +94,22 @@ def without_slower(
         found = restore_layers(original, found, slower)
     if not found.replaced:
         return found
-    if (ratio := whole_gain(original, found.model, x, rounds=rounds)) >= _CLEAR:
+    if (ratio := whole_gain(original, found.model, x, rounds=rounds, dtype=dtype)) >= _CLEAR:
         return found
     reason = f"no gain: the whole network with all that was replaced is {ratio:.2f} times as fast as before"
     return restore_layers(original, found, dict.fromkeys(found.replaced, reason))
 
 
-def whole_gain(original: nn.Module, fast: nn.Module, x: Tensor, *, rounds: int = _ROUNDS) -> float:
+def whole_gain(
+    original: nn.Module,
+    fast: nn.Module,
+    x: Tensor,
+    *,
+    rounds: int = _ROUNDS,
+    dtype: torch.dtype | None = None,
+) -> float:
     """How many times as fast as the original a network is, both fused where they can be."""
-    forms = {"": inference_form(fast, x[:1]), "before": inference_form(original, x[:1])}
+    forms = {"": inference_form(fast, x[:1], dtype), "before": inference_form(original, x[:1], dtype)}
     after, before = timed_clearly(forms, x, rounds=rounds)["before"]
     return _times_as_long(before, after)
 

@@ -70,6 +70,7 @@ def trained_identity(
     layers: Sequence[str] = (),
     calibration: int = 500,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """What decides on the results of a run besides method and recipe, JSON-ready.
@@ -84,6 +85,7 @@ def trained_identity(
         "layers": list(layers),
         "calibration": calibration,
         "seed": seed,
+        **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
     }
 
 

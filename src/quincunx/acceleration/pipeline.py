@@ -33,9 +33,11 @@ from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.timing import (
     cost_record,
+    format_served,
     time_record,
 )
 from quincunx.data import ImageData
+from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
 from quincunx.methods import BinaryConnect
 from quincunx.methods.registry import candidates_named
@@ -89,6 +91,7 @@ def accelerate_trained(
     keep_diverged: bool = False,
     keep_slower: bool = True,
     keep_best: bool = True,
+    dtype: torch.dtype | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Make a trained network faster and say what it cost: error at each stage, time of each layer.
@@ -126,6 +129,9 @@ def accelerate_trained(
             after all, the original is the result.
         keep_best: of fine-tuning the epoch of least test error is the result, or the network from before it
             where every epoch was worse; False takes the last epoch.
+        dtype: number format that the network is to run in, such as ``torch.bfloat16``: candidates, layers and
+            networks are timed in it, those before too, and the network is judged in it at the end. The
+            artifact stays float32. One that is slower here than float32 is not used, which ``tell`` says.
         tell: called with each doubt about the input, before the work: one sentence.
 
     Returns:
@@ -144,7 +150,7 @@ def accelerate_trained(
             model.eval(), method, data, Path(out), layers=layers, calibration=calibration,
             normalisation=normalisation, recipe=recipe, batch=batch, rounds=rounds, seed=seed,
             workers=workers, progress=progress, fits=fits, keep_diverged=keep_diverged,
-            keep_slower=keep_slower, keep_best=keep_best, tell=tell,
+            keep_slower=keep_slower, keep_best=keep_best, dtype=dtype, tell=tell,
         )  # fmt: skip
 
 
@@ -167,6 +173,7 @@ def _accelerated(
     keep_diverged: bool,
     keep_slower: bool,
     keep_best: bool,
+    dtype: torch.dtype | None,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """As :func:`accelerate_trained`, which says what the arguments are."""
@@ -179,18 +186,22 @@ def _accelerated(
     judge = partial(score_images, split=data.test, data=data, workers=workers)
     stages = [JudgedStage("before", original, judge)]
     doubts = doubts_about(stages[0], data)
+    dtype, refused = format_served(original, torch.randn(batch, *one.shape[1:]), dtype)
+    if refused:
+        doubts.append(refused)
     for doubt in doubts:
         tell(doubt)
     where = where_named(original, layers)
     began = time.perf_counter()
     if isinstance(method, Search):
-        found = run_search(original, method, images, out, where, batch, progress, journal)
+        found = run_search(original, method, images, out, where, batch, progress, journal, dtype=dtype)
     else:
         meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
         with _watched(journal, len(meant), progress) as watched:
             found = replace_layers(original, method, where=where, calibration=images, journal=watched)
         if found.replaced and not keep_slower and not getattr(method, "saves_bytes", False):
-            found = without_slower(original, found, torch.randn(batch, *one.shape[1:]), rounds=rounds)
+            example = torch.randn(batch, *one.shape[1:])
+            found = without_slower(original, found, example, rounds=rounds, dtype=dtype)
     if not found.replaced and (isinstance(method, Search) or not keep_slower):
         # there is nothing to win back
         recipe = None
@@ -231,7 +242,8 @@ def _accelerated(
             name = f"after fine-tuning (not kept: {100 * tuned.error:.2f}% after its best epoch)"
             tuned = JudgedStage(name, fast, judge)
         stages.append(tuned)
-    timed = time_record(original, found, one, batch, rounds, progress, sure=isinstance(method, Search))
+    sure = isinstance(method, Search)
+    timed = time_record(original, found, one, batch, rounds, progress, sure=sure, dtype=dtype)
     put_back = None
     for_time = isinstance(method, Search) or not (keep_slower or getattr(method, "saves_bytes", False))
     if for_time and found.replaced and (ratio := timed["whole"]["speedup"]["median"]) <= 1:
@@ -242,7 +254,10 @@ def _accelerated(
         found = Accelerated(copied(original).eval(), {}, reasons, search=found.search)
         fast = found.model
         stages.append(JudgedStage("after putting everything back (it was no faster)", fast, judge))
-        timed = time_record(original, found, one, batch, rounds, progress)
+        timed = time_record(original, found, one, batch, rounds, progress, dtype=dtype)
+    if dtype is not None and timed["unfused"] is None:
+        lower = fuse(fast, dtype, force=True)
+        stages.append(JudgedStage(f"in {timed['dtype']}", lower, judge))
     packed = BinaryConnect.pack(fast)
     result = {
         "schema": 1,
@@ -268,7 +283,7 @@ def _accelerated(
     }
     others: list[dict[str, float]] = []
     if isinstance(method, Search) and found.search is not None:
-        search_again = partial(_alternatives, original, method, data, images, where, batch, out, judge)
+        search_again = partial(_alternatives, original, method, data, images, where, batch, out, judge, dtype)
         others = search_again(result, [x for x, _ in sample_batches(data, normalisation, seed + 1, 100)])
     result["verdict"] = judge_target(result, others)
     info = {"data": data.describe(), "test_error": result["stages"][-1]["error"]}
@@ -286,6 +301,7 @@ def _alternatives(
     batch: int,
     out: Path,
     judge: Callable[[nn.Module], tuple[Tensor, ...]],
+    dtype: torch.dtype | None,
     result: dict[str, Any],
     inputs: Sequence[Tensor],
 ) -> list[dict[str, float]]:
@@ -307,7 +323,7 @@ def _alternatives(
         with warnings.catch_warnings():
             # of few images it was warned before
             warnings.simplefilter("ignore", UserWarning)
-            other = run_search(original, less, images, out, where, batch, False)
+            other = run_search(original, less, images, out, where, batch, False, dtype=dtype)
         if not other.replaced or other.search is None:
             break
         if any(isinstance(m, _BatchNorm) for m in other.model.modules()):
@@ -347,6 +363,7 @@ def run_search(
     journal: Journal | None = None,
     *,
     dry_run: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Accelerated:
     """What a search finds, with a bar; its scores are kept in the folder or where it says."""
     with progress_bar(progress) as bar:
@@ -367,6 +384,7 @@ def run_search(
             dry_run=dry_run,
             journal=journal,
             tell=tell,
+            dtype=dtype,
         )
     return dataclasses.replace(found.result, search=found.record)
 
@@ -382,6 +400,7 @@ def plan_for_target(
     batch: int = 8,
     seed: int = 0,
     progress: bool = False,
+    dtype: torch.dtype | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """What a search would choose, with its estimates, and nothing more; arguments as in
@@ -394,8 +413,13 @@ def plan_for_target(
         ):
             tell(doubt)
         images = sample_batches(data, calibration, seed)
+        dtype, refused = format_served(model, torch.randn(batch, *images[0][0].shape[1:]), dtype)
+        if refused:
+            tell(refused)
         where = where_named(model, layers)
-        found = run_search(model.eval(), method, images, Path(out), where, batch, progress, dry_run=True)
+        found = run_search(
+            model, method, images, Path(out), where, batch, progress, dry_run=True, dtype=dtype
+        )
     return found.search or {}
 
 

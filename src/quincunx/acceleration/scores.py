@@ -45,10 +45,12 @@ BUDGET = "not scored: the time budget was used up"
 NO_GAIN = "no gain, stays dense"
 
 
-def inference_form(model: nn.Module, check: Tensor | None = None) -> nn.Module:
+def inference_form(
+    model: nn.Module, check: Tensor | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """The fused copy, compared with the network on ``check``; where there is none, one in channels_last."""
     try:
-        return fuse(model, check=check)
+        return fuse(model, dtype, check=check, force=True)
     except TypeError:
         return eager_form(model)
 
@@ -85,7 +87,7 @@ class Scores:
     """Every candidate of a network, its loss alone in the network and the time it saves there.
 
     Args:
-        model, calibration, candidates, where, example_input, tell: as in
+        model, calibration, candidates, where, example_input, tell, dtype: as in
             :func:`quincunx.acceleration.search.search`.
 
     Attributes:
@@ -111,10 +113,11 @@ class Scores:
         where: Where | None,
         example_input: Tensor | None,
         tell: Callable[[str, float], None],
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self.model, self.candidates, self.tell = model, candidates, tell
+        self.model, self.candidates, self.tell, self.dtype = model, candidates, tell, dtype
         batch = Calibration(calibration, model).first()
         if not batch.plain:
             raise TypeError(
@@ -133,7 +136,7 @@ class Scores:
         self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
         self.macs = cost(model, first[:1]).macs
-        self.dense = inference_form(model, first[:1])
+        self.dense = inference_form(model, first[:1], dtype)
         self.tails = self.context.shortcut = Tails(model, self.context.data)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
@@ -236,7 +239,8 @@ class Scores:
                 if row.why_not is None:
                     specs = self.specs[_shape_of(units[0]), method]
                     with _excused(row):
-                        networks[method] = inference_form(self._sketch([(unit, specs) for unit in units]))
+                        sketch = self._sketch([(unit, specs) for unit in units])
+                        networks[method] = inference_form(sketch, None, self.dtype)
         if not networks:
             return
         timings = measure_models({"": self.dense, **networks}, self._timed_input(), rounds=_ROUNDS)
@@ -279,6 +283,7 @@ class Scores:
             "weights": weights,
             "images": hashlib.sha256("".join(self.marks).encode()).hexdigest()[:16],
             "example": list(self.example.shape),
+            **({} if self.dtype is None else {"dtype": str(self.dtype)}),
             "threads": torch.get_num_threads(),
         }
 
@@ -385,7 +390,8 @@ class Scores:
     def _form_of(self, chosen: Sequence[Candidate]) -> nn.Module:
         if not chosen:
             return self.dense
-        return inference_form(self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen]))
+        sketch = self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen])
+        return inference_form(sketch, None, self.dtype)
 
     def _unit(self, row: Candidate) -> tuple[Layer, ...]:
         return tuple(self.layers[name] for name in row.layers)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quincunx.acceleration.assigned import Assigned
@@ -77,6 +78,7 @@ def search(
     dry_run: bool = False,
     journal: Journal | None = None,
     tell: Callable[[str, float], None] = lambda *_: None,
+    dtype: torch.dtype | None = None,
 ) -> Found:
     r"""Choose a method for every layer, by its measured time and its loss, so that a target is met.
 
@@ -104,6 +106,7 @@ def search(
             choice loses only a fit tells: where the target has ``max_drop`` it is fitted all the same.
         journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`.
         tell: called with what is done now and the share of the scoring that is done.
+        dtype: number format in which networks are timed, those before too; see :func:`quincunx.fuse`.
 
     Raises:
         ValueError: the table is of another network or other data; what ``accelerate`` refuses.
@@ -124,7 +127,7 @@ def search(
     if where is not None and not callable(where) and not isinstance(where, str):
         where = list(where)  # it is read twice
     scores = Scores(
-        model, calibration, tuple(candidates) or candidates_named("auto"), where, example_input, tell
+        model, calibration, tuple(candidates) or candidates_named("auto"), where, example_input, tell, dtype
     )
     scores.fill(place, time_budget)
     scored = time.perf_counter() - began

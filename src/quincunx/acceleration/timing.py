@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _LAYER_SECONDS = 0.01
 _MORE_ROUNDS = 31
 # networks beside the original that are held at once to be timed in turn, and what that one is called
 _TOGETHER, _ORIGINAL = 6, "(original)"
+# the original in float32, beside another format
+_FLOAT32 = "before, float32"
 
 
 def time_accelerated(
@@ -42,6 +45,7 @@ def time_accelerated(
     batch: int = 8,
     rounds: int = 11,
     progress: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """MACs and times before and after, as :func:`accelerate_trained` gives them.
 
@@ -51,12 +55,41 @@ def time_accelerated(
         one: an input [1, C, H, W].
         peers: engines of ``quincunx.measure.engines.PEERS`` that are timed in turn with it, on each layer and
             on the network as they were before; ratios are under "peers".
-        batch, rounds, progress: as in :func:`accelerate_trained`.
+        batch, rounds, progress, dtype: as in :func:`accelerate_trained`.
     """
     return {
         "cost": {key: cost_record(m, one) for key, m in (("before", model), ("after", found.model))},
-        **time_record(model, found, one, batch, rounds, progress, peers),
+        **time_record(model, found, one, batch, rounds, progress, peers, dtype=dtype),
     }
+
+
+def format_served(
+    model: nn.Module, example: Tensor, dtype: torch.dtype | None
+) -> tuple[torch.dtype | None, str | None]:
+    """The format in which a network is timed and judged, and why it is not the one that was asked for.
+
+    Args:
+        example: an input as those that are timed, on which the formats are compared.
+
+    Raises:
+        ValueError: no kernel serves the format on the network's device.
+    """
+    if dtype in (None, torch.float32):
+        return None, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            found = fuse(model, dtype, check=example).meta["dtype"]
+        except TypeError as error:
+            return None, f"{dtype} is for fused networks, so float32 is used: {error}"
+    if found["used"] == found["asked"]:
+        return dtype, None
+    if found["ratio"] is None:
+        return None, f"nothing in this network can be computed in {found['asked']}; float32 is used"
+    return None, (
+        f"this network is {found['ratio']:.2f} times as fast in {found['asked']} as in float32 here, so "
+        "float32 is used"
+    )
 
 
 def cost_record(model: nn.Module, one: Tensor) -> dict[str, int]:
@@ -74,6 +107,7 @@ def time_record(
     peers: Sequence[str] = (),
     *,
     sure: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Milliseconds of each replaced layer and of the whole network, before and after, both fused.
 
@@ -89,9 +123,13 @@ def time_record(
         batch=batch,
         rounds=rounds,
         progress=progress,
+        dtype=dtype,
         round_seconds=_LAYER_SECONDS,
     )
-    forms, unfused = _forms(models, one)
+    forms, unfused = _forms(models, one, dtype)
+    if dtype is not None and unfused is None:
+        # what the format gains by itself
+        forms[_FLOAT32] = fuse(original)
     beside_whole = dict.fromkeys(peers, original)
     shape = (batch, *one.shape[1:])
     if not found.replaced:
@@ -107,8 +145,10 @@ def time_record(
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
     threads = torch.get_num_threads()
     many = "s" if threads > 1 else ""
-    how = f"{engine} before and after, channels_last, {threads} thread{many}, batch {batch}"
-    return {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+    format_name = str(dtype or torch.float32).removeprefix("torch.")
+    how = f"{engine} before and after, {format_name}, channels_last, {threads} thread{many}, batch {batch}"
+    found_times = {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
+    return {**found_times, "dtype": format_name}
 
 
 def time_layers(
@@ -120,12 +160,13 @@ def time_layers(
     batch: int = 8,
     rounds: int = 11,
     progress: bool = False,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """A row for each replaced layer: its record, and seconds before and after, both fused.
 
     Args:
-        original, found, one, peers, batch, rounds, progress: as in :func:`time_accelerated`.
+        original, found, one, peers, batch, rounds, progress, dtype: as in :func:`time_accelerated`.
         options: of :func:`quincunx.measure.latency.measure_models`, such as ``round_seconds``.
     """
     with inference_mode_of(original):
@@ -140,7 +181,7 @@ def time_layers(
             if name == names[0]:
                 # within a network a layer that fx cannot trace stays whole
                 chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
-                layers = {key: fuse(chain) for key, chain in chains.items()}
+                layers = {key: fuse(chain, dtype, force=True) for key, chain in chains.items()}
                 beside = dict.fromkeys(peers, chains["before"])
                 timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside, **options)
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
@@ -156,6 +197,7 @@ def time_together(
     batch: int = 8,
     rounds: int = 11,
     progress: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Seconds of whole networks and how much faster each is than the original, all in turn in one process.
 
@@ -164,7 +206,7 @@ def time_together(
         fast: name -> function that gives a network with the same input; a few are held at a time, each
             few with the original among them.
         shape: (C, H, W) of an image.
-        batch, rounds, progress: as in :func:`accelerate_trained`.
+        batch, rounds, progress, dtype: as in :func:`accelerate_trained`.
     """
     names, found = list(fast), {}
     with progress_bar(progress) as bar:
@@ -172,7 +214,7 @@ def time_together(
         for start in range(0, len(names), _TOGETHER):
             some = names[start : start + _TOGETHER]
             whole = {_ORIGINAL: original, **{name: fast[name]() for name in some}}
-            forms, _ = _forms(whole, torch.randn(1, *shape))
+            forms, _ = _forms(whole, torch.randn(1, *shape), dtype)
             timings = _measured(forms, (batch, *shape), rounds, {})
             for name in some:
                 found[name] = _ratio({"before": timings[_ORIGINAL], "after": timings[name]})
@@ -192,14 +234,16 @@ def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
     return {"name": pair_name(names), **records[0], **records[-1], **macs}
 
 
-def _forms(models: dict[str, nn.Module], one: Tensor) -> tuple[dict[str, nn.Module], str | None]:
+def _forms(
+    models: dict[str, nn.Module], one: Tensor, dtype: torch.dtype | None = None
+) -> tuple[dict[str, nn.Module], str | None]:
     """All fused, or none where one cannot be, as with a forward that depends on its data; and why.
 
     Args:
         one: an input of one image, on which each is compared with what it was made of.
     """
     try:
-        return {key: fuse(model, check=one) for key, model in models.items()}, None
+        return {key: fuse(model, dtype, check=one, force=True) for key, model in models.items()}, None
     except TypeError as error:
         return {key: eager_form(model) for key, model in models.items()}, str(error)
 

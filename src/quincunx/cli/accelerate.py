@@ -25,6 +25,7 @@ from quincunx.cli.options import (
     bad_input,
     check_folder,
     example,
+    format_named,
     make_folder,
     running,
     use_threads,
@@ -220,7 +221,7 @@ def accelerate_command(
             target.check_needless()
             # methods that draw nothing have no seed
             chosen = _method(method.method or "espace", {**settings, "seed": seed or None})
-        further = finetuning.chosen(unlabelled)
+        further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
         check_can_draw()
         check_folder(out)
         found = network.load(seed)
@@ -231,6 +232,7 @@ def accelerate_command(
             "calibration": fitting.calibration,
             "batch": timing.batch,
             "seed": seed,
+            "dtype": dtype,
             "progress": not as_json,
             "tell": warn,
         }

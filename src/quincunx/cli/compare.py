@@ -22,6 +22,7 @@ from quincunx.cli.options import (
     bad_input,
     check_folder,
     example,
+    format_named,
     make_folder,
     parse_patterns,
     running,
@@ -91,7 +92,7 @@ def compare_command(
     with bad_input():
         use_threads(threads)
         chosen = points_named(parse_patterns(methods), parse_patterns(points))
-        further = finetuning.chosen(unlabelled)
+        further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
         check_can_draw()
         check_folder(out)
         found = network.load(seed)
@@ -111,6 +112,7 @@ def compare_command(
                 rounds=timing.rounds,
                 seed=seed,
                 workers=images.workers,
+                dtype=dtype,
                 progress=not as_json,
             )
             draw_compared(rows, out, top5=len(data.classes) >= MANY_CLASSES)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import torch
+import typer
+
 from quincunx.cli.network import NetworkOptions
 from quincunx.cli.options import (
     DataOptions,
@@ -10,6 +15,7 @@ from quincunx.cli.options import (
     artifact_in,
     bad_input,
     example,
+    format_named,
     running,
     use_threads,
     verb,
@@ -18,6 +24,7 @@ from quincunx.cli.printing import (
     say,
     show,
 )
+from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
 from quincunx.train.evaluation import evaluate
 
@@ -32,6 +39,13 @@ __all__ = ["evaluate_command"]
 def evaluate_command(
     network: NetworkOptions,
     images: DataOptions,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate the fused network in this number format, such as bfloat16, instead of the network "
+            "as it is.",
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -44,15 +58,20 @@ def evaluate_command(
         use_threads(threads)
         found = network.load_to_score()
         data = found.suited(images.read(test_alone=True, quiet=as_json), network.mean, network.std)
+        model = found.model
+        if dtype is not None:
+            model = fuse(model, format_named(dtype) or torch.float32, force=True)
         with running():
-            result = evaluate(found.model, data.test, data, workers=images.workers)
+            result = evaluate(model, data.test, data, workers=images.workers)
     place = None if found.start is None else str(artifact_in(found.start))
+    form = "" if dtype is None else f", fused in {dtype}"
     if as_json:
         own = {} if network.model is None else {"model": network.model}
+        own |= {} if dtype is None else {"dtype": dtype}
         facts = {"artifact": place, **own, "data": data.name, **vars(result)}
         show({**facts, "environment": environment()})
         return
     say(
-        f"{place or network.model} on {data.name}: test error {100 * result.error:.2f}% of {result.images} "
-        f"images, loss {result.loss:.4f}"
+        f"{place or network.model} on {data.name}{form}: test error {100 * result.error:.2f}% of "
+        f"{result.images} images, loss {result.loss:.4f}"
     )

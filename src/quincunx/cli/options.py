@@ -231,12 +231,33 @@ class FineTuningOptions:
 
 @dataclass(frozen=True)
 class TimingOptions:
-    """How networks and their layers are timed."""
+    """How networks and their layers are timed, and in which number format."""
 
     section: ClassVar[str] = "Timing"
 
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of inference: float32 (the default) or bfloat16; times and the final "
+            "accuracy are those in it. A format that is slower than float32 on this machine is not used."
+        ),
+    ] = None
     batch: Annotated[int, typer.Option(help="Batch size of the timed inputs.", min=1)] = 8
     rounds: Annotated[int, typer.Option(help="Number of timing rounds for each layer.", min=3)] = 11
+
+
+def format_named(name: str | None) -> torch.dtype | None:
+    """A number format of inference; None for float32.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    known = {"float32": None, "bfloat16": torch.bfloat16}
+    if name is None:
+        return None
+    if name not in known:
+        raise ValueError(f"dtype={name!r}: expected one of {', '.join(known)}")
+    return known[name]
 
 
 class _GroupedCommand(TyperCommand):

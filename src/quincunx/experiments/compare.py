@@ -226,7 +226,7 @@ def compare_methods(
         raise ValueError("; ".join(dict.fromkeys(refused.values())) or "points: there are none")
     own = spec_of(model)["kind"] == "factory"
     factory = partial(copy.deepcopy, model) if own else None
-    timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress")}
+    timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress", "dtype")}
     times = time_together(
         model,
         {folder.name: partial(load, folder / "model", factory=factory) for _, folder, _ in found},
@@ -262,13 +262,15 @@ def _drop(result: dict[str, Any], stage: int, key: str) -> float:
 def _row(point: Point, folder: Path, result: dict[str, Any], before: int, times: dict[str, Any]) -> Compared:
     layers, cost, last = result["layers"], result["cost"], result["stages"][-1]
     dense, fast = (sum(row[f"seconds_{key}"] for row in layers) for key in ("before", "after"))
+    # behind fine-tuning a stage in another number format may stand
+    untuned = -3 if last["name"].startswith("in ") else -2
     return Compared(
         point.series,
         point.label,
         point.draw,
         _drop(result, -1, "error"),
         _drop(result, -1, "top5_error"),
-        None if result["recipe"] is None else _drop(result, -2, "error"),
+        None if result["recipe"] is None else _drop(result, untuned, "error"),
         last["p"],
         result["data"]["test"],
         times["seconds_before"],

@@ -156,8 +156,11 @@ def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
         model = qx.fuse(qx.load("fast/model", factory=make))
     """
     *imports, loaded = lines_to_load(result["network"], Path(folder) / "model")
-    fused = loaded if result.get("unfused") else f"qx.fuse({loaded})"
-    return ["import quincunx as qx", *imports, f"model = {fused}"]
+    dtype = result.get("dtype", "float32")
+    lower = "" if dtype == "float32" else f", torch.{dtype}"
+    fused = loaded if result.get("unfused") else f"qx.fuse({loaded}{lower})"
+    first = ["import torch"] if lower and fused != loaded else []
+    return [*first, "import quincunx as qx", *imports, f"model = {fused}"]
 
 
 def write_acceleration_report(folder: str | Path) -> Path:
