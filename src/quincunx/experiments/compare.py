@@ -313,7 +313,7 @@ def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str
     """Draw points of accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line per
     series.
 
-    With ``top5`` the first figures are also drawn for the top-5 error. Hollow points are printed in the
+    With ``top5`` the speed-up is also drawn against the top-5 error. Hollow points are printed in the
     ESPACE paper: for its own networks, which are named, where it does not have ours.
     """
     printed = [
