@@ -58,8 +58,7 @@ class Sampling(ABC):
 
     @abstractmethod
     def count(self, height: int, width: int) -> int:
-        """Return the number m of computed positions on an H x W grid, without making a tensor, for
-        compilers."""
+        """Return the number m of computed positions on an H x W grid; makes no tensor, for compilers."""
 
     @property
     @abstractmethod

@@ -129,8 +129,7 @@ _LINE, _RECORD = 160, 2000
 
 
 def json_text(value: Any) -> str:
-    r"""Return strict JSON that is easy to read and to diff: an array of numbers or a short record is one
-    line.
+    r"""Return strict JSON that is easy to read and diff: number arrays and short records are one line.
 
     Raises:
         ValueError: NaN or an infinity.

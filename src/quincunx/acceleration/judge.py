@@ -1,5 +1,4 @@
-"""Judge a network before and after: accuracy with its significance, response errors, batch norm
-statistics."""
+"""Judge a network before and after: accuracy and its significance, response errors, batch norm."""
 
 from __future__ import annotations
 

@@ -288,8 +288,7 @@ def _alternatives(
     result: dict[str, Any],
     inputs: Sequence[Tensor],
 ) -> list[dict[str, float]]:
-    """Return the cost of less speed if a target's accuracy was missed: "speedup", and "drop" on the test
-    images.
+    """Return what less speed costs if a target's accuracy was missed: "speedup", and "drop" on test images.
 
     The networks are fitted and judged without fine-tuning; the scores exist already.
     """

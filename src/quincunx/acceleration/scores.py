@@ -46,8 +46,7 @@ NO_GAIN = "no gain, stays dense"
 
 
 def inference_form(model: nn.Module, check: Tensor | None = None) -> nn.Module:
-    """Return the fused copy, compared with the network on ``check``; if fusing fails, a copy in
-    channels_last."""
+    """Return the fused copy, compared on ``check``; if it cannot be fused, a channels_last copy."""
     try:
         return fuse(model, check=check)
     except TypeError:
@@ -257,8 +256,7 @@ class Scores:
         return self.example.contiguous(memory_format=torch.channels_last)
 
     def _sketch(self, chosen: Sequence[tuple[tuple[Layer, ...], list[dict[str, Any]]]]) -> nn.Module:
-        """Return a copy of the network with modules of these specs and fresh weights: as fast as the fitted
-        one."""
+        """Return a copy of the network with modules of these specs and fresh weights, to be timed."""
         network = copy.deepcopy(self.model).eval()
         made: list[nn.Module] = []
         for unit, specs in chosen:

@@ -92,8 +92,7 @@ class Resident:
         rank: int = 0,
         world: int = 1,
     ) -> Pass:
-        """Return the order and augmentation of a pass, on the CPU; arguments as for
-        :func:`quincunx.data.batches`."""
+        """Draw the order and augmentation of a pass on the CPU, as :func:`quincunx.data.batches` does."""
         size = self.shape[:2]
         order, ends, shifts, flips = [], [0], [], []
         for whole, ours in shares(len(self), batch_size, rank, world, generator):

@@ -310,8 +310,7 @@ def with_fronts(rows: Sequence[Compared]) -> list[Compared]:
 
 
 def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
-    """Draw points of accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line per
-    series.
+    """Draw accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line per series.
 
     With ``top5`` the speed-up is also drawn against the top-5 error. Hollow points are printed in the
     ESPACE paper: for its own networks, which are named, where it does not have ours.

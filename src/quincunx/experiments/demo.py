@@ -91,8 +91,7 @@ def run_demo(
 
 
 def _make_room(out: Path, labels: list[str]) -> None:
-    """Remove the files of an earlier demonstration; refuse before removing anything if others are in the
-    way."""
+    """Remove an earlier demonstration's files; refuse first if other files are in the way."""
     files = {out / f"{file_name(label)}.json": "train" for label in labels}
     files |= {out / f"latency-batch{batch}.json": "latency" for batch in _BATCHES}
     for path, kind in files.items():

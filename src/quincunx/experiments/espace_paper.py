@@ -125,8 +125,7 @@ class EspaceExperiment:
             )
 
     def without_data(self) -> EspaceExperiment:
-        """Return a copy with masks that need no data: times depend on the number of computed positions
-        only."""
+        """Return a copy with masks that need no data: times depend only on the number of positions."""
         plain: dict[tuple[str, str], Point] = {}
         for point in self.points:
             method, key = point.method, (point.series, point.label)

@@ -177,8 +177,7 @@ def plan(
 
 
 def _seconds_an_image(model: nn.Module, macs: int, size: tuple[int, int], recipe: Recipe) -> float:
-    """Return seconds of training per image, from the faster of two steps of a small batch after a first
-    one."""
+    """Return training seconds per image, from the faster of two small steps after a first one."""
     batch = max(2, min(recipe.batch_size, int(_TIMED_MACS / macs)))
     images = torch.randn(batch, 3, *size).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long)

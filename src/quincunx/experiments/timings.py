@@ -26,8 +26,7 @@ _ROUNDS, _ROUNDS_AT_ONCE = 15, 3
 def time_runs(
     folder: str | Path, batches: Sequence[int], baseline: str | None = None, *, progress: bool = False
 ) -> list[Path]:
-    """Time the networks of the training results below a folder, and write a latency file per batch size
-    there.
+    """Time the networks of the results below a folder, and write a latency file per batch size there.
 
     Times do not depend on weights, so the networks are built again from their specs.
 

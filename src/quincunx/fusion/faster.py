@@ -19,8 +19,7 @@ def speed_ratio(
     round_seconds: float = 0.005,
     budget: float = 0.3,
 ) -> float:
-    r"""Return the median over rounds of the seconds of ``other`` over those of ``one``: the speed-up of
-    ``one``.
+    r"""Return the speed-up of ``one``: the median over rounds of the seconds of ``other`` over its own.
 
     The measurement ends early, since it runs at run time: after three rounds if every round's
     ratio r is on one side, :math:`r > 1.2\,\text{level}` or :math:`1.2\,r < \text{level}`, or when the

@@ -108,8 +108,7 @@ def _sized(result: Any, size: tuple[int, int] | None, given: Sequence[Any] = ())
 
 
 class Grid:
-    """The grids that a first half has seen, shared with its partner; it stores only facts, no state of a
-    forward.
+    """The grids that a first half has seen, shared with its partner; no state of a forward.
 
     A map that lost its size on the way still has its number of positions. If all grids seen so far
     with that number have one size, it is that size.
@@ -131,8 +130,7 @@ class Grid:
             self.sizes[positions] = None
 
     def only(self, positions: int) -> tuple[int, int] | None:
-        """Return the only possible size of a map with this many positions; None if there are several or
-        none."""
+        """Return the only possible size of a map with this many positions, or None."""
         return None if self.key in _COMPILED else self.sizes.get(positions)
 
 

@@ -321,8 +321,7 @@ class CP:
         }
 
     def _response_error(self, layer: Layer, context: Context, found: list[Decomposition]) -> float | None:
-        """Return E|y - z|^2 / E|y - mean y|^2 on the calibration data; None without data or if called
-        twice."""
+        """Return E|y - z|^2 / E|y - mean y|^2 on the calibration data; None without, or if called twice."""
         if context.calibration is None or (layer.calls or 0) > 1:
             return None
         conv = conv_of(layer)

@@ -158,8 +158,7 @@ class QCNN:
 
 
 def _as_conv(module: nn.Module) -> nn.Conv2d:
-    """Return a fully connected layer as a 1 x 1 convolution with the same parameters; convolutions
-    unchanged."""
+    """Return a fully connected layer as a 1 x 1 convolution with the same parameters, or the layer."""
     if isinstance(module, nn.Conv2d):
         return module
     if not isinstance(module, nn.Linear):

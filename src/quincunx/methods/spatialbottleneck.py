@@ -52,8 +52,7 @@ _OVERSAMPLED, _ITERATIONS = 32, 4
 
 @dataclass(frozen=True)
 class SpatialBottleneck:
-    r"""Replaces two convolutions, or one, by a convolution to some positions and a transposed one back to
-    all.
+    r"""Replaces two convolutions, or one, by a sampled convolution and a transposed one to all positions.
 
     A *pair* of convolutions with at most a norm and an activation between them (the paper's rSB) keeps its
     first half's weights, now only at the sampling's positions (with average pooling, which changes its
@@ -495,8 +494,7 @@ def _is_known(down: SampledDown2d) -> bool:
 
 
 def _around_noise(conv: nn.Conv2d) -> Moments:
-    """Return the moments of white noise under an odd kernel and of the responses around it, away from
-    borders.
+    """Return, away from borders, the moments of white noise under an odd kernel and of its responses.
 
     G = I. The response i taps from the position reads the value at tap a through tap b = a - i + (k - 1) / 2.
     Drawing this noise was the most expensive part of a fit: there are more responses than values.

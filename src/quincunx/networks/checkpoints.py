@@ -328,8 +328,7 @@ class _Found:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """Return a sort key: plain weights before averaged ones, usual keys before others, outer before
-        inner."""
+        """Return a sort key: plain weights before averages, usual keys first, outer before inner."""
         averaged = any(_AVERAGED.search(key) for key in self.where)
         last = self.where[-1] if self.where else ""
         rank = _PLAIN.index(last) if last in _PLAIN else len(_PLAIN)

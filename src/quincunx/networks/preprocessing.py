@@ -52,8 +52,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, info: Any) -> Preprocessing | None:
-        """Read it from an artifact's record of its training ("data": "mean", "std"); None if there is
-        none."""
+        """Read it from an artifact's record of its training ("data": "mean", "std"), or return None."""
         data = info.get("data") if isinstance(info, dict) else None
         if not isinstance(data, dict):
             return None

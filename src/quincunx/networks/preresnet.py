@@ -207,6 +207,5 @@ def csbn(
     down: str = "stride",
     width: int = _WIDTH,
 ) -> PreResNet:
-    """Return cSBN: cRN with a linear spatial bottleneck for each 3 x 3 but in the first block of each
-    stage."""
+    """Return cSBN: cRN with a linear spatial bottleneck per 3 x 3 but in the first block of each stage."""
     return _bottleneck("csbn", depth, num_classes, in_channels, width, parse(sampling), down)

@@ -20,8 +20,7 @@ _FORMULAS: list[tuple[tuple[Any, ...], Callable[..., int]]] = []
 
 
 def counted_by(formula: Callable[..., int], *operators: Any) -> None:
-    """Register the cost of operators: a function of their arguments, tensors as shapes, that returns
-    FLOPs."""
+    """Register the cost of operators: a function of their arguments (tensors as shapes) to FLOPs."""
     if _COUNTER in sys.modules:
         sys.modules[_COUNTER].register_flop_formula(list(operators))(formula)
     elif not _FORMULAS:

@@ -39,8 +39,7 @@ def _integers(value: object, expected: str, name: str) -> tuple[int, ...]:
 def expand_padding(
     value: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int, int, int]:
-    """Return ``padding`` as (top, bottom, left, right); "same" puts the odd one below and right, as in
-    torch."""
+    """Return ``padding`` as (top, bottom, left, right); for "same" the odd one is below and right."""
     if isinstance(value, str):
         if value == "valid":
             return 0, 0, 0, 0

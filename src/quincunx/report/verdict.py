@@ -106,8 +106,7 @@ def _part(what: str, asked: Any, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lost(points: float, result: Mapping[str, Any]) -> str:
-    """Describe the loss of accuracy, the images it was measured on, and whether that was after
-    fine-tuning."""
+    """Describe the loss of accuracy, on which images, and whether after fine-tuning."""
     tested = result["images"]["test"] if "images" in result else result["data"]["test"]
     own = result["data"].get("labelled", True)
     on = f"{tested:,} test images" if own else f"the network's own answers to {tested:,} test images"

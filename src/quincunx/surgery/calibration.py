@@ -482,8 +482,7 @@ class Shortcut(Protocol):
     """Provides a layer's inputs without running the network from its own input."""
 
     def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
-        """Return the inputs of the first call of a layer with these names, batch by batch; None if it
-        cannot."""
+        """Return the inputs of the first call of a layer with these names, batch by batch, or None."""
 
 
 class Responses:

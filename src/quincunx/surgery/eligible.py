@@ -101,8 +101,7 @@ def _runs_once(name: str, order: Order | None) -> bool:
 def eligible(
     network: nn.Module, targets: tuple[type[nn.Module], ...], where: Callable[[str, nn.Module], bool] | None
 ) -> tuple[list[tuple[tuple[str, ...], nn.Module]], dict[str, str]]:
-    """Return each module of the method's classes once, with all its names; and those excluded, with
-    reasons."""
+    """Return each module of the method's classes once, with all its names; and the skipped ones."""
     places: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, targets):

@@ -492,8 +492,7 @@ class _Run:
             yield images.to(self.device), labels.to(self.device)
 
     def derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """Return mean loss and wrong predictions of a batch of ``whole`` images; leave gradients at the
-        parameters.
+        """Return mean loss and wrong predictions of a batch of ``whole`` images; leave its gradients.
 
         ``images`` are this process's share of the batch; the results are for this share, on the device.
         """

@@ -47,8 +47,7 @@ class Ranks:
         return [float(v) for v in sums]
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """Return on every process what the first one computes; its exceptions are raised on every process
-        too."""
+        """Return what the first process computes on every one; its exceptions are raised on all."""
         if self.world == 1:
             return compute()
         # the second entry is an error of the user or the machine, so that the others do not wait in vain

@@ -105,8 +105,7 @@ class Replayed:
 def _recorded(
     once: Callable[[], None], device: torch.device
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return (function that repeats ``once``, function that frees its memory); without graphs, (once,
-    no-op)."""
+    """Return functions that repeat ``once`` and free its memory; without graphs, ``once`` and a no-op."""
     if device.type != "cuda":
         return once, lambda: None
     graph = torch.cuda.CUDAGraph()

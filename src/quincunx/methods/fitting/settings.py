@@ -187,8 +187,7 @@ class SeparableFit:
         return None
 
     def no_saving(self, layer: Layer, rank: int, rates: tuple[float, float] = (1.0, 1.0)) -> str | None:
-        """Return why a rank saves nothing: two convolutions need as many multiplications; None if it saves
-        some.
+        """Return why a rank saves nothing, since two convolutions multiply as often; None if it saves.
 
         Counted per position of the output; the vertical half is computed at every column of the input.
         The check is skipped if the user asks for "full", which is exact at any cost, or sets a budget.
@@ -234,8 +233,7 @@ class SeparableFit:
     def fitted(
         self, layer: Layer, rank: int, context: Context, with_data: bool
     ) -> tuple[Fit, dict[str, Any]]:
-        """Fit a layer from its current input to its response in the original network; also return a
-        record."""
+        """Fit a layer's current input to its response in the original network; also return a record."""
         conv = conv_of(layer)
         found: Moments | None = None
         if with_data:

@@ -197,8 +197,7 @@ def for_weight(
 def candidates(
     dtype: torch.dtype, points: Sequence[int], taps: int, inner: int, outer: int, count: int
 ) -> list[Config]:
-    """Return configurations to try for a gather GEMM: more parts and smaller tiles if few would fill the
-    card.
+    """Return configurations to try for a gather GEMM; if tiles are few, also smaller ones and split sums.
 
     Args:
         dtype: of the maps.

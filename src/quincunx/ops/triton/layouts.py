@@ -90,8 +90,7 @@ class _Ranks:
         self.offsets = [(row, a) for row, columns in enumerate(self.columns) for a in columns]
 
     def at(self, row: int, column: int) -> tuple[int, int, int] | None:
-        """Return (o_A, o_B, o_0) of positions (row + K a, column + K b), also off the grid; None if not
-        computed."""
+        """Return (o_A, o_B, o_0) of positions (row + K a, column + K b), also off the grid, or None."""
         down, r = divmod(row, self.period)
         right, c = divmod(column, self.period)
         columns = self.columns[r]
