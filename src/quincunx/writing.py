@@ -54,9 +54,9 @@ _PATIENCE = 2.0
 
 
 def cache_folder() -> Path | None:
-    """Where to keep what can be made again: what QUINCUNX_CACHE says, else a folder in the user's cache.
+    """Return the folder for reproducible data: QUINCUNX_CACHE, else a folder in the user's cache.
 
-    None where QUINCUNX_CACHE is set to nothing: then nothing is kept.
+    None if QUINCUNX_CACHE is empty: then nothing is cached.
     """
     said = os.environ.get("QUINCUNX_CACHE")
     if said is not None:
@@ -66,11 +66,11 @@ def cache_folder() -> Path | None:
 
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Within: no other process is within for the same path, on systems that lock files."""
+    """Exclude other processes from this context for the same path, on systems that lock files."""
     descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if fcntl is not None:
-            # a file system without locks: the last writer's file stands
+            # on a file system without locks the last writer wins
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -65,12 +65,12 @@ def isa() -> str:
 
 
 def level2_bytes() -> int:
-    """Bytes of a core's second-level cache, by which kernels cut their work; ``QUINCUNX_L2`` forces it."""
+    """Return the bytes of a core's level 2 cache, used to divide work; ``QUINCUNX_L2`` forces it."""
     return int(torch.ops.quincunx_native.level2_bytes())
 
 
 def build() -> str:
-    """A hash of the extension's file, to know which kernels were measured; empty without it."""
+    """Return a hash of the extension's file, which identifies measured kernels; empty without it."""
     if load() is not None:
         return ""
     content = Path(str(import_module("quincunx._native").__file__)).read_bytes()

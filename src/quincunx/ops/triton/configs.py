@@ -119,7 +119,7 @@ def keep(card: str, best: dict[str, Config]) -> Path:
         The file.
 
     Raises:
-        ValueError: nothing is to be kept (QUINCUNX_CACHE is set to nothing).
+        ValueError: caching is off (QUINCUNX_CACHE is empty).
     """
     path = _kept_at(card)
     if path is None:
