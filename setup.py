@@ -1,4 +1,4 @@
-"""Builds the native CPU back end where that is possible; everything else is in pyproject.toml.
+"""Builds the native CPU back end if possible; everything else is in pyproject.toml.
 
 The extension is optional: without torch, a compiler or a compiler that works the package is
 installed without it, and one warning says why. QUINCUNX_REQUIRE_NATIVE=1 makes that an error.

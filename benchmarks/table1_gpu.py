@@ -295,7 +295,7 @@ class Table:
             # others may end earlier than expected
             time.sleep(0.25)
 
-    # ---- what is made
+    # ---- results
 
     def train(self, watch: Watch, folder: Path) -> dict[str, Any]:
         job = watch.job

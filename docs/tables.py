@@ -1,7 +1,7 @@
 """Write the tables and pictures of README.md and docs from results/*.json.
 
 python docs/tables.py            # write them
-python docs/tables.py --check    # only compare; exit code 1 where a page differs
+python docs/tables.py --check    # only compare; exit code 1 if a page differs
 """
 
 from __future__ import annotations

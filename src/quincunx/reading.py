@@ -206,7 +206,7 @@ def differing_fields(theirs: Any, ours: Any) -> str:
     return ", ".join(found)
 
 
-# ---------------------------------------------------------------- content that nobody altered
+# ---------------------------------------------------------------- sealed content
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A method for a layer with its scores: what a search chooses from."""
+"""The candidates of a search: a method for a layer, with its scores."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _between(
     stop: int | None = None,
     wanted: fx.Node | tuple[fx.Node, ...] = (),
 ) -> fx.GraphModule | None:
-    """Return the nodes of a network from ``start`` on, and before ``stop``, as a function of what they read.
+    """Return the nodes of a network from ``start`` on, and before ``stop``, as a function of their inputs.
 
     Args:
         original: the graph whose nodes before ``start`` were run.

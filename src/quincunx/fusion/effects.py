@@ -106,7 +106,7 @@ def added_to(changed: Tensor, other: Tensor) -> Tensor:
     return result
 
 
-# ---------------------------------------------------------------- what a node changes and shares
+# ---------------------------------------------------------------- changed and shared memory
 
 
 def _parameter(node: fx.Node, name: str) -> Any:
@@ -324,7 +324,7 @@ class _Classes:
             self.members[member] = merged
 
 
-# ---------------------------------------------------------------- made ordinary
+# ---------------------------------------------------------------- made out-of-place
 
 
 def make_pure(model: nn.Module, graph: fx.Graph) -> None:
@@ -398,7 +398,7 @@ def add_to(model: nn.Module, name: str, value: nn.Module | Tensor) -> str:
     return free
 
 
-# ---------------------------------------------------------------- who may not pass whom
+# ---------------------------------------------------------------- order of nodes
 
 
 class Effects:

@@ -34,7 +34,7 @@ _CARD = "cuda"
 _FEWEST_CALLS, _MOST_CALLS = 3, 200
 
 
-# ---------------------------------------------------------------- what a call is
+# ---------------------------------------------------------------- flushing the cache
 
 
 class Flush:
@@ -206,7 +206,7 @@ class tf32:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
 
 
-# ---------------------------------------------------------------- what a result says of the card
+# ---------------------------------------------------------------- facts about the card
 
 
 def sm_clock() -> int | None:

@@ -80,7 +80,7 @@ def _search(
         return
     try:
         graph = _Tracer().trace(module)
-    except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on what is no tensor
+    except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():

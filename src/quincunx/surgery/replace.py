@@ -297,7 +297,7 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
 def _channels_last(weight: Tensor) -> bool:
     """Return whether a weight is channels_last by its strides, not only by its sizes.
 
-    A weight with one input channel or one position fits both layouts, also in a network that nobody
+    A weight with one input channel or one position fits both layouts, also in a network that was never
     converted.
     """
     return (

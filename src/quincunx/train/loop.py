@@ -647,7 +647,7 @@ class _Apart:
             return None
         return Resident(part, self.run.data, device)
 
-    # ---- what is replayed
+    # ---- replaying
 
     def _why_not(self) -> str | None:
         run = self.run
