@@ -26,7 +26,7 @@ def skip(reason: object) -> None:
 
 
 def native() -> dict[str, Any]:
-    """The arguments of setup() for the extension; none without torch."""
+    """Return the arguments of setup() for the extension; none without torch."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:

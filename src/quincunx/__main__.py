@@ -16,7 +16,7 @@ _EXTRAS = {
 
 
 def main() -> None:
-    """The console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
+    """Run the console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
     if sys.argv[1:] == ["--version"]:
         # torch takes seconds to import, and its version is available without
         sys.stdout.write(f"quincunx {version('quincunx')}, torch {version('torch')}\n")

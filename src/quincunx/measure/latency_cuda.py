@@ -62,7 +62,7 @@ def l2_bytes() -> int:
 
 
 def _seconds(run: Run, calls: int, flush: Callable[[], None] | None) -> list[float]:
-    """Seconds of each call, measured with CUDA events; the CPU stays ahead while the cache is flushed."""
+    """Return seconds of each call, by CUDA events; the CPU stays ahead while the cache is flushed."""
     pairs = [(timing_event(), timing_event()) for _ in range(calls)]
     for begin, end in pairs:
         if flush is not None:

@@ -113,12 +113,12 @@ class Recipe:
 
 
 def cifar() -> Recipe:
-    """400 epochs, rate 0.1, a tenth at 200 and 300, batch 64 (Peng et al., arXiv:1809.02601, 4.1)."""
+    """Return 400 epochs, rate 0.1, a tenth at 200 and 300, batch 64 (Peng et al., arXiv:1809.02601, 4.1)."""
     return Recipe(name="cifar", epochs=400, batch_size=64, lr=0.1, milestones=(0.5, 0.75), weight_decay=1e-4)
 
 
 def short() -> Recipe:
-    """20 epochs on small images: a useful accuracy within the hour, not the paper's."""
+    """Return 20 epochs on small images: a useful accuracy within the hour, not the paper's."""
     return Recipe(
         name="short",
         epochs=20,
@@ -131,12 +131,12 @@ def short() -> Recipe:
 
 
 def pyramidnet() -> Recipe:
-    """300 epochs, a tenth at 150 and 225, the rest as for CIFAR (Peng et al., 4.5; Han et al. 2017)."""
+    """Return 300 epochs, a tenth at 150 and 225, otherwise as CIFAR (Peng et al., 4.5; Han et al. 2017)."""
     return dataclasses.replace(cifar(), name="pyramidnet", epochs=300)
 
 
 def imagenet() -> Recipe:
-    """100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 5)."""
+    """Return 100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 5)."""
     return Recipe(
         name="imagenet",
         epochs=100,
@@ -149,7 +149,7 @@ def imagenet() -> Recipe:
 
 
 def finetune() -> Recipe:
-    """Rate 1e-4 halved every 10,000 steps, momentum 0.95, weight decay 5e-4 (Lin et al., ESPACE, 2017)."""
+    """Return ESPACE's: rate 1e-4 halved every 10,000 steps, momentum 0.95, weight decay 5e-4 (Lin et al.)."""
     return Recipe(
         name="finetune",
         epochs=5,
@@ -165,7 +165,7 @@ def finetune() -> Recipe:
 
 
 def digits() -> Recipe:
-    """For the 1,437 training digits: small batches, twelve epochs."""
+    """Return the recipe for the 1,437 training digits: small batches, twelve epochs."""
     return Recipe(name="digits", epochs=12, batch_size=32, lr=0.1, milestones=(0.6, 0.85), warmup=0.04)
 
 
