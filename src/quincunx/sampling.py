@@ -165,7 +165,7 @@ class Random(Sampling):
     The draw depends only on the seed and on the grid's size, and is the same on every platform.
 
     Args:
-        rate: share of the computed positions, in (0, 1].
+        rate: share of positions to compute, in (0, 1].
         seed: of the draw, 0 <= seed < 2**63.
 
     Raises:

@@ -35,7 +35,7 @@ def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> 
         if np.array(gains)[better].sum() < wanted and least == wanted / scale:
             least += 2e-6  # the solver's tolerance
         elif total < worst / 2:
-            worst = total  # exact to a millionth of the greatest loss, so without losses that are too great
+            worst = total  # exact to a millionth of the greatest loss, so solve again without larger losses
         else:
             break
     if found is None:

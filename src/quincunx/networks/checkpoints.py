@@ -54,7 +54,7 @@ _WRAPPERS = (
     "_forward_module",
 )
 _MAYBE_WRAPPERS = {*_WRAPPERS, "net", "network"}
-# bytes that tied or repeated values may claim beyond the stored numbers
+# bytes that a tensor of repeated values may claim even if fewer are stored
 _SPREAD = 1 << 20
 
 _log = logging.getLogger("quincunx")
