@@ -1,9 +1,9 @@
-# `make demo` and `make test` do all their own set-up; a second call starts at once.
+# `make demo` and `make test` do their own set-up; a second call starts at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
-# set up again when what is installed changed, not at every call
+# set up again only when the installed files changed
 STAMP := $(VENV)/.quincunx-installed
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
@@ -20,7 +20,7 @@ help:
 
 setup: $(STAMP)
 
-# torch first, alone and pinned: a CPU wheel that is at hand is used, and nothing later replaces it
+# torch first, separately and pinned: a locally available CPU wheel is used, and nothing later replaces it
 $(STAMP): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
@@ -31,7 +31,7 @@ $(STAMP): $(BUILD_INPUTS)
 demo: $(STAMP)
 	$(BIN)/quincunx demo --out results/demo
 
-# a process a core; what is fixed by a number of threads sets it by itself
+# one process per core; tests that depend on the number of threads set it themselves
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 

@@ -1,4 +1,4 @@
-"""Builds the native CPU back end where that is possible; everything else is in pyproject.toml.
+"""Builds the native CPU back end if possible; everything else is in pyproject.toml.
 
 The extension is optional: without torch, a compiler or a compiler that works the package is
 installed without it, and one warning says why. QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
@@ -26,7 +26,7 @@ def skip(reason: object) -> None:
 
 
 def native() -> dict[str, Any]:
-    """The arguments of setup() for the extension; none without torch."""
+    """Return the arguments of setup() for the extension; none without torch."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Images a second that loading delivers, beside what rsbn20 consumes in training, turn by turn.
+"""Images per second from loading, beside the rate at which training rsbn20 consumes them, in turn.
 
 python benchmarks/data_loading.py --out results/data-loading.json
 """
@@ -30,7 +30,7 @@ TARGET = 3.0
 
 
 def in_memory(count: int, side: int) -> ImageData:
-    """Noise, which takes as long as pictures do."""
+    """Return noise, which takes as long to load as pictures."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
     split = Split(images, torch.randint(0, 10, (count,), generator=generator))
@@ -38,7 +38,7 @@ def in_memory(count: int, side: int) -> ImageData:
 
 
 def write_photographs(root: Path, count: int) -> Path:
-    """JPEG files of ImageNet's usual size, 500 x 375, with about its bytes a file."""
+    """Write JPEG files of ImageNet's usual size, 500 x 375, with about as many bytes per file."""
     rng = np.random.default_rng(0)
     for index in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
@@ -53,7 +53,7 @@ def write_photographs(root: Path, count: int) -> Path:
 
 
 def endless(part: Part, data: ImageData, size: int, **options: Any) -> Iterator[int]:
-    """Loads for ever; yields how many images each whole batch had."""
+    """Load forever; yield the number of images of each whole batch."""
     for seed in cycle(range(1000)):
         generator = torch.Generator().manual_seed(seed)
         for images, labels in batches(part, data, size, generator=generator, **options):
@@ -62,7 +62,7 @@ def endless(part: Part, data: ImageData, size: int, **options: Any) -> Iterator[
 
 
 def training(size: int, low: bool) -> Iterator[int]:
-    """Trains rsbn20 for ever on one batch that is there already."""
+    """Train rsbn20 forever on one batch that is in memory."""
     torch.manual_seed(0)
     model = networks.build("rsbn20").train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -78,7 +78,7 @@ def training(size: int, low: bool) -> Iterator[int]:
 
 
 def one_round(source: Iterator[int], threads: int, seconds: float) -> float:
-    """Seconds an image, over at least ``seconds``."""
+    """Return seconds per image, measured over at least ``seconds``."""
     done = 0
     with using_threads(threads):
         began = time.perf_counter()
@@ -144,7 +144,7 @@ def photographs(root: Path, rounds: int, seconds: float, workers: int) -> list[d
         )
         for kind in ("none", "imagenet")
     }
-    # one after the other: workers read ahead while another is timed
+    # one after the other: workers prefetch while another source is timed
     return [
         row(f"streamed, {name}", interleaved({name: source}, rounds, seconds)[name], None)
         for name, source in sources.items()
@@ -166,7 +166,7 @@ def main() -> None:
     rows = small_images(options.rounds, options.seconds, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = options.photographs or write_photographs(Path(folder), 400)
-        # what is read ahead counts for a round that is too short
+        # if a round is too short, prefetched images count
         rows += photographs(root, options.rounds, max(3.0, options.seconds), options.workers)
     for entry in rows:
         said = f"{entry['case']}: {entry['images_per_second']:.0f} images/s"

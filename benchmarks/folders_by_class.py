@@ -1,4 +1,4 @@
-r"""Images whose classes stand in a table, as the folders by class that the command line reads.
+r"""Convert images with classes in a table into the folders by class that the command line reads.
 
     python benchmarks/folders_by_class.py imagenet-nips17-500.tar.gz \
         --classes imagenet-sample-256.tar.gz --out nips17

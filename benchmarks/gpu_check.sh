@@ -5,13 +5,13 @@
 #   benchmarks/gpu_check.sh correctness blocks    # some, in this order
 #   OUT=/tmp/gpu BLOCKS=200 COMPILE=1 benchmarks/gpu_check.sh blocks
 #
-# Parts: correctness, blocks, networks, training, ops, table1; before the first benchmark the kernels of all that are
-# asked for are compiled, several at a time. Each part ends within its own limit, and one that fails does not stop the
-# others. JSON and one log are left in $OUT (results/gpu by default); a summary stands at the end of standard output.
+# Parts: correctness, blocks, networks, training, ops, table1; before the first benchmark the kernels of all requested
+# parts are compiled, several at a time. Each part ends within its own limit, and a failed part does not stop the
+# others. JSON files and one log are left in $OUT (results/gpu by default); standard output ends with a summary.
 # Variables: TOTAL, CORRECTNESS, WARM, BLOCKS, NETWORKS, TRAINING, OPS and TABLE1 are seconds; DTYPES are the types of
-# blocks and ops; COMPILE=1 makes torch.compile a peer; TRAIN and TEST are what table1 trains with, TABLE1_ARGS what else
-# benchmarks/table1_gpu.py is told; QUINCUNX_COMMIT is what results call the code where there is no git. Settings of the
-# card are only read.
+# blocks and ops; COMPILE=1 makes torch.compile a peer; TRAIN and TEST are table1's data, TABLE1_ARGS further arguments
+# of benchmarks/table1_gpu.py; QUINCUNX_COMMIT names the code in results without git. The script only reads the card's
+# settings.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-results/gpu}
@@ -45,7 +45,7 @@ done
 
 note() { echo "$*" | tee -a "$LOG"; }
 
-# part NAME SECONDS COMMAND...: runs it within its limit and within what is left of the whole
+# part NAME SECONDS COMMAND...: runs it within its limit and the remaining total time
 part() {
     local name=$1 limit=$2 left=$((TOTAL - SECONDS)) begin=$SECONDS code
     shift 2
@@ -72,7 +72,7 @@ part() {
     OUTCOMES="$OUTCOMES $name:$code:$((SECONDS - begin))s"
 }
 
-# bench SUITE SECONDS OPTIONS...: leaves what fits, and 25 s more for starting, the last case and the file
+# bench SUITE SECONDS OPTIONS...: runs the cases that fit, plus 25 s for starting, the last case and the file
 bench() {
     local suite=$1 seconds=$2
     shift 2
@@ -104,7 +104,7 @@ table1() {
 part machine 60 "$PYTHON" benchmarks/gpu_summary.py --machine
 cut -c1-240 "$WORK/log"
 WARMED=0
-# warm: the kernels of all benchmarks that are asked for, once
+# warm: compiles the kernels of all requested benchmarks, once
 warm() {
     [ "$WARMED" = 1 ] && return
     WARMED=1

@@ -1,14 +1,15 @@
-"""Whether the CUDA operators and fused networks compute what they should: against float64 on the CPU.
+"""Check the results of CUDA operators and fused networks against float64 on the CPU.
 
     python benchmarks/gpu_correct.py --out correct.json              # all parts, in several processes
     python benchmarks/gpu_correct.py --parts operators --only "64 -> 64"
     python benchmarks/gpu_correct.py --device cpu --parts operators  # without a GPU: the script itself
 
-Operators are held componentwise to the bound of their arithmetic, with s the same sum over absolute values
-and n its products: float32 (n + 2) eps s; tf32, which cuts each factor to 10 bits, 2^-9 s more; float16 and
-bfloat16, summed in float32 and rounded once, 2 eps s. Uninitialised memory is filled with NaN, and a second
-call must give the same bits. Derivatives of both orders and networks are compared by norms; a network in tf32
-or bfloat16 may be 2.5 times as far off as the same rounding makes it on the CPU, where that is more.
+Operators must be componentwise within the error bound of their arithmetic, with s the same sum over absolute
+values and n its number of products: float32 (n + 2) eps s; tf32, which cuts each factor to 10 bits, 2^-9 s
+more; float16 and bfloat16, summed in float32 and rounded once, 2 eps s. Uninitialised memory is filled with
+NaN, and a second call must give the same bits. Derivatives of both orders and networks are compared by norms;
+a network in tf32 or bfloat16 may be 2.5 times as far off as the same rounding makes it on the CPU, if that is
+more.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ from quincunx.writing import write_json
 
 OPS = torch.ops.quincunx
 
-# name: type, whether tf32 may be used, what a factor loses
+# name: type, whether tf32 may be used, relative error of a factor
 PRECISIONS = {
     "float32": (torch.float32, False, 0.0),
     "tf32": (torch.float32, True, 2.2 * 2.0**-10),
     "float16": (torch.float16, True, 0.0),
     "bfloat16": (torch.bfloat16, True, 0.0),
 }
-# relative norms: of derivatives, of whole networks
+# limits of relative norms: of derivatives, of whole networks
 LIMITS = {"float32": (2e-5, 1e-3), "tf32": (5e-3, 3e-2), "float16": (5e-3, 0.15), "bfloat16": (4e-2, 0.15)}
 
 _ONE = (1, 1, 1, 1)
@@ -94,7 +95,7 @@ DERIVED = (
 
 @dataclass
 class Record:
-    """One comparison: an error in units of what is allowed, so that 1 is the limit."""
+    """One comparison: an error in units of its tolerance, so that 1 is the limit."""
 
     check: str
     error: float
@@ -102,7 +103,7 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        return self.error <= 1  # not so where it is not a number
+        return self.error <= 1  # False if it is not a number
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Job:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within: memory that nobody wrote is NaN."""
+    """Fill new memory with NaN within the context."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
@@ -129,7 +130,7 @@ def poisoned() -> Iterator[None]:
 
 
 def calls(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor | None], tuple[Any, ...], int]]:
-    """(operator, its tensors, what follows them, products in the longest sum) for a case."""
+    """Yield (operator, its tensors, other arguments, products in the longest sum) for a case."""
     x, y, w, b, c = case.values(dtype)
     where = case.operator_arguments
     yield "conv", [x, w, b], where, case.terms
@@ -175,7 +176,7 @@ def _layout(case: Case, t: Tensor) -> str:
 
 
 def compare(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype, terms: int, lost: float) -> float:
-    """The greatest error in units of its bound."""
+    """Return the greatest error in units of its bound."""
     if got.shape != want.shape or got.dtype != dtype:
         raise AssertionError(f"{tuple(got.shape)} {got.dtype}, expected {tuple(want.shape)} {dtype}")
     if not want.numel():
@@ -193,7 +194,7 @@ def compare(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype, terms:
 
 
 def derivatives(case: Case) -> Callable[[str, str], list[Record]]:
-    """First and second ones of all operators, by norms."""
+    """Check first and second derivatives of all operators, by norms."""
 
     def run(device: str, precision: str) -> list[Record]:
         dtype, fast, _ = PRECISIONS[precision]
@@ -214,7 +215,7 @@ def derivatives(case: Case) -> Callable[[str, str], list[Record]]:
 def orders(
     op: Callable[..., Tensor], inputs: list[Tensor], given: Sequence[Tensor | None], rest: tuple[Any, ...]
 ) -> list[tuple[str, Tensor]]:
-    """Gradients of a fixed product with the result, and of a fixed product with these."""
+    """Return gradients of a fixed product with the result, and of a fixed product with these."""
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
     left = iter(inputs)
     out = op(*(None if t is None else next(left) for t in given), *rest)
@@ -227,7 +228,7 @@ def orders(
 
 
 def fixed(like: Tensor, seed: int) -> Tensor:
-    """The same values on every device and, up to rounding to the coarsest type, in every type."""
+    """Return the same values on every device and, up to rounding to the coarsest type, in every type."""
     made = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
     return made.bfloat16().to(like.device, like.dtype)
 
@@ -241,7 +242,7 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((mine - theirs).norm() / theirs.norm().clamp(min=1e-12))
 
 
-# ---------------------------------------------------------------- one kernel with all that rides on it
+# ---------------------------------------------------------------- one kernel with every epilogue
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ RIDDEN = {
 
 
 def ridden(case: Ridden) -> Callable[[str, str], list[Record]]:
-    """The fused kernel, even where cuDNN's would serve, against the steps in torch's operators."""
+    """Check our fused kernel, even where cuDNN's would be used, against the steps in torch's operators."""
 
     def run(device: str, precision: str) -> list[Record]:
         dtype, fast, _ = PRECISIONS[precision]
@@ -295,7 +296,7 @@ def ridden(case: Ridden) -> Callable[[str, str], list[Record]]:
         rounded = {name: t.to(dtype) for name, t in values.items()}
         found = []
         for where, kind in ((device, dtype), ("cpu", torch.float64)):
-            # weights that are rounded for both; what rides along is float32, as fuse makes it
+            # both use rounded weights; the epilogue's values are float32, as fuse makes them
             weight = step.weight.to(dtype).to(where, kind)
             ends = {
                 name: None if t is None else t.float().to(where)
@@ -319,7 +320,7 @@ def ridden(case: Ridden) -> Callable[[str, str], list[Record]]:
 
 
 def drawn(case: Ridden) -> tuple[dict[str, Tensor], Step]:
-    """The maps that a step reads, and the step, in float64."""
+    """Return the maps that a step reads, and the step, in float64."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
@@ -365,7 +366,7 @@ def drawn(case: Ridden) -> tuple[dict[str, Tensor], Step]:
 
 
 class Perforated(nn.Module):
-    """Perforated convolutions with what can stand between them: pooling, a batch norm, a concatenation."""
+    """Perforated convolutions with pooling, a batch norm and a concatenation between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -401,7 +402,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, int]]] = {
 
 
 def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
-    """Batch norm as after training on the images: without it maps grow from block to block."""
+    """Set batch norm as after training on the images: without it maps grow from block to block."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -412,14 +413,14 @@ def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def cut(t: Tensor) -> Tensor:
-    """What is left of float32 factors in tf32: 10 bits behind the point."""
+    """Cut float32 factors to tf32: 10 bits of the mantissa."""
     return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def with_cut_factors(model: nn.Module) -> nn.Module:
-    """A copy that computes in float32 on the CPU with the factors that tf32 has on a GPU.
+    """Return a copy that computes in float32 on the CPU with the factors that tf32 has on a GPU.
 
-    On an H100 the fused networks above were 0.89 to 1.01 times as far off as this copy. The ordinary ones
+    On an H100 the fused networks above were 0.89 to 1.01 times as far off as this copy. The unfused networks
     were nearer to float32: cuDNN rounds its factors, our kernels cut them.
     """
     own = copy.deepcopy(model)
@@ -440,14 +441,14 @@ def network(name: str) -> Callable[[str, str], list[Record]]:
         images = torch.randn(8, 3, side, side)
         model = calibrated(make(), images)
         own = copy.deepcopy(model).to(device=device, dtype=dtype, memory_format=torch.channels_last)
-        # weights that are rounded for both
+        # both use rounded weights
         low, model = model.to(dtype), copy.deepcopy(model).to(dtype).float()
         first, other = (images[:n].to(device, dtype, memory_format=torch.channels_last) for n in batches)
         records = []
         with torch.no_grad(), tf32(fast):
             want = [model(t.float().cpu()) for t in (first, other)]
             if precision in ("tf32", "bfloat16"):
-                # deep networks of random weights make more of each rounding: as much on the CPU
+                # deep networks of random weights amplify each rounding, on the CPU as much
                 alike = low if dtype == torch.bfloat16 else with_cut_factors(model)
                 limit = max(limit, 2.5 * distance(alike(first.to(dtype).cpu()), want[0]))
             records.append(Record("eager", distance(own(first), want[0]) / limit))
@@ -476,7 +477,7 @@ def network(name: str) -> Callable[[str, str], list[Record]]:
 
 
 def learning(device: str, precision: str) -> list[Record]:
-    """Losses of a few steps beside those in float64 on the CPU."""
+    """Compare the losses of a few steps with those in float64 on the CPU."""
     dtype, fast, _ = PRECISIONS[precision]
     torch.manual_seed(0)
     start, images = qx.networks.build("rsbn8"), torch.randn(32, 3, 32, 32)
@@ -499,7 +500,7 @@ def learning(device: str, precision: str) -> list[Record]:
         got = losses(own, images.to(device, dtype, memory_format=torch.channels_last), labels.to(device))
     records = [Record("losses of 4 steps", distance(got, want) / (10 * LIMITS[precision][0]))]
     if precision == "float32" and device == "cuda":
-        # float32 weights, bfloat16 maps: how networks are trained
+        # float32 weights, bfloat16 maps: the usual way to train
         own = copy.deepcopy(start).to(device=device, memory_format=torch.channels_last)
         with torch.autocast("cuda", torch.bfloat16):
             got = losses(own, images.to(device, memory_format=torch.channels_last), labels.to(device))
@@ -510,7 +511,7 @@ def learning(device: str, precision: str) -> list[Record]:
 
 
 def compiled(device: str, precision: str) -> list[Record]:
-    """Through torch.compile without a break, forward and backward, by its quick back end."""
+    """Check torch.compile without graph breaks, forward and backward, with its quick back end."""
     dtype, fast, _ = PRECISIONS[precision]
     torch.manual_seed(0)
     layer = qx.SpatialBottleneck2d(32, 32).to(device, dtype)
@@ -529,7 +530,7 @@ def compiled(device: str, precision: str) -> list[Record]:
 
 
 def large(device: str, precision: str) -> list[Record]:
-    """The last images of a map whose elements 32 bits do not count."""
+    """Check the last images of a map with more elements than 32 bits can count."""
     dtype, fast, _ = PRECISIONS[precision]
     batch, channels, side, outputs = 2**31 // (64 * 128 * 128) + 3, 64, 128, 16
     if device != "cuda" or torch.cuda.mem_get_info()[0] < 24 << 30:
@@ -555,7 +556,7 @@ def large(device: str, precision: str) -> list[Record]:
             OPS.conv_weight(a, b, (3, 3), *where).double()
             for a, b in zip(x.split(256), y.split(256), strict=True)
         )
-        # each part is rounded, so they are as far off as the whole
+        # each part is rounded, so the error is that of the whole
         records.append(
             Record(
                 "conv_weight",
@@ -584,11 +585,11 @@ def large(device: str, precision: str) -> list[Record]:
 
 
 def jobs() -> list[Job]:
-    """What matters most first: where time runs out, the end is left out."""
+    """Return the checks, the most important first: if time runs out, the last ones are skipped."""
     found = [Job("operators", name, p, operators(case)) for name, case in WIDE.items() for p in PRECISIONS]
     found += [Job("programs", name, p, ridden(case)) for name, case in RIDDEN.items() for p in PRECISIONS]
     found += [Job("networks", name, p, network(name)) for name in NETWORKS for p in PRECISIONS]
-    # the shared memory of an expanded batch is no tensor that a derivative could have
+    # an expanded batch shares memory and cannot have a derivative
     shapes = {name: replace(CASES[name], layout="contiguous") for name in DERIVED}
     found += [
         Job("derivatives", n, p, derivatives(c)) for n, c in shapes.items() for p in ("float32", "bfloat16")
@@ -613,7 +614,7 @@ def perform(job: Job, device: str) -> dict[str, Any]:
         records = job.run(device, job.precision)
         if device == "cuda":
             torch.cuda.synchronize()
-    except Exception as error:  # noqa: BLE001 - what it raises is what the result says
+    except Exception as error:  # noqa: BLE001 - the result reports any exception
         lines = str(error).strip().splitlines()
         fault = f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
     return {
@@ -631,7 +632,7 @@ def chosen(parts: Sequence[str], only: str) -> list[Job]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process: every n-th job, a line for each."""
+    """Run every n-th job in one process, and print a line for each."""
     number, count = args.shard
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     warnings.filterwarnings("ignore", message="quincunx computes with the slow reference")
@@ -643,7 +644,7 @@ def work(args: argparse.Namespace) -> None:
             lines.write(json.dumps(done) + "\n")
             lines.flush()
             if "CUDA error" in done["fault"] or "illegal memory" in done["fault"]:
-                # nothing that this process does on the card can succeed any more
+                # nothing else that this process does on the card can succeed
                 os._exit(3)
 
 
@@ -667,7 +668,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ]
             workers.append((lines, subprocess.Popen([*command, *options])))
         try:
-            # a job that has begun may end
+            # a job that has started may finish
             while time.time() < begin + args.budget + args.grace and any(
                 w.poll() is None for _, w in workers
             ):
@@ -695,7 +696,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """A line for each check that failed."""
+    """Return a line for each failed check."""
     found = []
     for job in result["jobs"]:
         where = f"{job['part']}: {job['name']}, {job['precision']}"
@@ -709,7 +710,7 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Checks, failures and the greatest error by part and precision."""
+    """Return checks, failures and the greatest error by part and precision."""
     lines = [f"{'part':12} {'precision':9} {'jobs':>5} {'checks':>7} {'failed':>7} {'worst':>8}"]
     for key in sorted({(job["part"], job["precision"]) for job in result["jobs"]}):
         mine = [job for job in result["jobs"] if (job["part"], job["precision"]) == key]
@@ -746,7 +747,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.shard is not None:
         work(args)
         return 0
-    # who ends this process ends its workers
+    # ending this process ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = run(args)
     if args.out is not None:

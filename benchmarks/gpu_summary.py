@@ -1,4 +1,4 @@
-"""What gpu_check.sh found, in a few thousand characters; and what card and versions it found it with.
+"""Summarise the results of gpu_check.sh in a few thousand characters, with the card and versions used.
 
 python benchmarks/gpu_summary.py results/gpu
 python benchmarks/gpu_summary.py --machine
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SUITES = ("blocks", "networks", "training", "ops")
-# what should be reached, in bfloat16 from 64 images on: suite and candidate, what a case's name begins with
+# targets in bfloat16 from 64 images on: suite and candidate, start of a case's name
 TARGETS = {
     ("blocks", "rRB"): {"": 0.9},
     ("blocks", "rSB 2/4"): {"rRB 64 ": 1.35, "rRB 128": 1.8, "rRB 256": 1.8, "rRB 512": 1.8},
@@ -32,7 +32,7 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "tf32"}
 
 
 def target(suite: str, name: str, row: dict[str, Any]) -> float | None:
-    """What a candidate should reach in a case."""
+    """Return the target of a candidate in a case."""
     if row["dtype"] != "bfloat16" or row["batch"] < 64:
         return None
     found = TARGETS.get((suite, name), {})
@@ -47,7 +47,7 @@ def cell(suite: str, name: str, label: str, ratio: float, share: float | None, r
 
 
 def bench_lines(result: dict[str, Any]) -> Iterator[str]:
-    """A line a case: the fastest dense candidate, and the speed-up of the others over it."""
+    """Yield a line per case: the fastest dense candidate, and the speed-ups of the others over it."""
     suite = result["suite"]
     failed: dict[tuple[str, str], list[str]] = {}
     missing = len(result["left_out"])

@@ -1,4 +1,4 @@
-"""Compiles the kernels of the benchmarks into Triton's cache, by several processes.
+"""Compile the benchmarks' kernels into Triton's cache, in several processes.
 
     python benchmarks/gpu_warm.py blocks networks training ops --budget 50
 
@@ -29,7 +29,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def call_ours(case: Case) -> None:
-    """Each candidate of ours once, which compiles what it needs."""
+    """Call each of our candidates once, which compiles what it needs."""
     _, candidates = case.candidates()
     for name, candidate in candidates.items():
         if candidate.dense and not candidate.fused:
@@ -37,7 +37,7 @@ def call_ours(case: Case) -> None:
         try:
             candidate.make()()
             torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001 - the benchmark says it where it counts
+        except Exception as error:  # noqa: BLE001 - the benchmark reports the error
             print(f"{case.name}, batch {case.batch}, {case.dtype}, {name}: {type(error).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""One layer by every method, fused, beside the same layer dense, turn by turn on one thread.
+"""One layer by every method, fused, and the same layer dense, timed in turn on one thread.
 
 Weights are random: times do not depend on them. Speed-ups are over the faster of two dense layers, torch's
 (oneDNN, channels_last) and the one that ``qx.fuse`` makes.
@@ -40,14 +40,14 @@ CONVOLUTIONS = {
 # name: inputs, outputs
 LINEARS = {"AlexNet fc6": (9216, 4096), "AlexNet fc7": (4096, 4096)}
 CODEBOOKS = ((4, 64), (6, 64), (6, 128), (8, 128))
-# times fewer multiply-adds that a CP rank is chosen for
+# factors of saved multiply-adds for which CP ranks are chosen
 CP_RATIOS = (8, 4, 2)
 SHARES = (0.5, 0.25)
 RATES = ((1 / 2, "1/2"), (1 / 4, "1/4"), (1 / 8, "1/8"))
 
 
 def candidates(name: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """(method, setting, layer) of every method that applies."""
+    """Yield (method, setting, layer) for every method that applies."""
     if name in LINEARS:
         sizes = LINEARS[name]
         yield "binaryconnect", "1 bit", BinaryLinear(*sizes)
@@ -77,7 +77,7 @@ def candidates(name: str) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def case(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Times of all candidates of one layer at one batch, and their speed-ups over the faster dense one."""
+    """Return times of all candidates of one layer at one batch, and speed-ups over the faster dense one."""
     plain: nn.Module
     if name in LINEARS:
         plain, shape = nn.Linear(*LINEARS[name]), (batch, LINEARS[name][0])

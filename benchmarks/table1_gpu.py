@@ -3,10 +3,10 @@
     PYTHONPATH=src python3 benchmarks/table1_gpu.py --train TRAIN.tar.gz --test TEST.tar.gz --out FILE.json
 
 Depth 20 first: the dense network, the spatial bottleneck at 1/4, 2/4 and 3/4 of the positions, average
-pooling in place of strides, and the dense network on smaller images with as many multiply-adds; then deeper
-networks in the time that is left, with fewer epochs if need be. A seed of all networks comes before the next
-seed. Each run is a thread with a stream and a graph of its own, since one small network does not fill a GPU.
-The file is written anew after each run, so that it has all that is finished, whatever ends the script.
+pooling instead of strides, and the dense network on smaller images with as many multiply-adds; then deeper
+networks in the remaining time, with fewer epochs if needed. One seed of all networks comes before the next
+seed. Each run is a thread with its own stream and graph, since one small network does not fill a GPU.
+The file is rewritten after each run, so that it has all finished runs whatever ends the script.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from quincunx.writing import file_name, write_json
 
 
 def age() -> float:
-    """Seconds since this process began, its imports included; 0 where the system does not say."""
+    """Return seconds since this process started, including imports; 0 where the system does not say."""
     try:
         started = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
@@ -52,7 +52,7 @@ def age() -> float:
 
 
 BEGAN = time.perf_counter() - max(0.0, age())
-# (name without depth, settings), in the order of the table; the first is what the others are compared with
+# (name without depth, settings), in the order of the table; the others are compared with the first
 NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
     ("rrn", {}),
     ("rsbn", {}),
@@ -61,27 +61,27 @@ NETWORKS: tuple[tuple[str, dict[str, str]], ...] = (
     ("rsbn", {"down": "avgpool"}),
     ("rsbn", {"sampling": "1/4", "down": "avgpool"}),
 )
-# of deeper networks these come first
+# the first networks at larger depths
 DEEP = NETWORKS[:2]
 # seconds for the last evaluation and the file, and share of the time that a plan may use
 _END, _SURE = 3.0, 0.9
-# of how much faster several runs are together than one, as long as it was not seen; seconds over which it is
+# assumed speed-up of several runs together over one until it is measured; seconds over which it is measured
 _TOGETHER, _SEEN_OVER = 1.5, 15.0
-# seconds before which nothing is given up, since runs begin one by one
+# seconds before any run is given up, since runs start one by one
 _PATIENCE = 45.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
+    """A run.
 
     Attributes:
         depth: of the network.
         network: its name.
-        settings: of it.
+        settings: of the network.
         side: of its images.
         seed: of weights, order and augmentation.
-        whole: whether the images are as they are, and not made smaller.
+        whole: whether the images have their original size.
         work: of an epoch, in images through a network of the first depth.
     """
 
@@ -104,7 +104,7 @@ class Job:
 
 
 def side_of_equal_cost(dense: nn.Module, other: nn.Module, side: int) -> int:
-    """The image size at which the dense network's multiply-adds are nearest to the other's at ``side``."""
+    """Return the image size at which the dense network's multiply-adds are nearest to the other's."""
 
     def macs(model: nn.Module, at: int) -> int:
         return cost(model, torch.zeros(1, 3, at, at)).macs
@@ -116,7 +116,7 @@ def side_of_equal_cost(dense: nn.Module, other: nn.Module, side: int) -> int:
 
 
 def jobs_of(depths: Sequence[int], seeds: Sequence[int], side: int, only: str, images: int = 1) -> list[Job]:
-    """All runs on so many images, the most important first."""
+    """Return all runs on this many images, the most important first."""
 
     def job(depth: int, name: str, settings: Mapping[str, str], seed: int, at: int = side) -> Job:
         work = images * depth / depths[0]
@@ -143,7 +143,7 @@ def jobs_of(depths: Sequence[int], seeds: Sequence[int], side: int, only: str, i
 
 
 def resized(data: ImageData, side: int, device: torch.device) -> ImageData:
-    """The same images smaller (bicubic, antialiased), with their own mean and deviation."""
+    """Return the same images resized (bicubic, antialiased), with their own mean and deviation."""
 
     def part(split: Split) -> Split:
         pieces = []
@@ -159,7 +159,7 @@ def resized(data: ImageData, side: int, device: torch.device) -> ImageData:
 
 
 class Watch:
-    """One run's progress: what its epochs take, and when it has to end."""
+    """One run's progress: the time of its epochs, and when it has to end."""
 
     def __init__(self, table: Table | None, job: Job, epochs: int) -> None:
         self.table, self.job, self.epochs = table, job, epochs
@@ -168,14 +168,14 @@ class Watch:
 
     @property
     def left(self) -> float:
-        """Work that is left, in images through a network of the first depth."""
+        """Return the remaining work, in images through a network of the first depth."""
         return self.job.work * (self.epochs - self.done) if self.table is not None else 0.0
 
     def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """As of a :class:`quincunx.train.loop.StopRule`: asked after each epoch, and again at the end."""
+        """Act as a :class:`quincunx.train.loop.StopRule`: called after each epoch, and again at the end."""
         now = time.perf_counter()
         if len(history) > self.done:
-            # the first one holds what comes before it
+            # the first epoch includes the set-up before it
             self.each = (now - self.before) / (len(history) - self.done)
             self.done, self.before = len(history), now
             if self.table is not None:
@@ -184,7 +184,7 @@ class Watch:
 
 
 class Table:
-    """The runs to make, those that are made, and the file."""
+    """The planned runs, the finished runs, and the file."""
 
     def __init__(self, given: argparse.Namespace, data: ImageData, jobs: list[Job]) -> None:
         self.given, self.data, self.left = given, data, jobs
@@ -194,7 +194,7 @@ class Table:
         self.sizes: dict[int, ImageData] = {data.size[0]: data}
         for side in {job.side for job in jobs} - self.sizes.keys():
             self.sizes[side] = resized(data, side, self.device)
-        # before anything trains: weights are drawn from the process's one generator
+        # before any training: the process has one generator, which draws the weights
         self.models = {job: job.build(len(data.classes)) for job in jobs}
         self.runs: list[dict[str, Any]] = []
         self.unfinished: list[dict[str, Any]] = []
@@ -205,7 +205,7 @@ class Table:
         self.ended: list[tuple[float, float]] = []
         self.deep: dict[int, int] = {}
         self.alone: dict[str, Any] | None = None
-        # work a second: of one run with the GPU for itself, and of all together
+        # work per second: of one run with the GPU to itself, and of all together
         self.alone_rate, self.rate, self.seen = math.inf, math.inf, False
         self.environment = environment()
         self.started = time.perf_counter()
@@ -215,7 +215,7 @@ class Table:
     def recipe(self, epochs: int) -> Recipe:
         given = self.given
         plain = cifar()
-        # rates go with the batch; the first epoch rises to a rate that is larger than the paper's
+        # rates are proportional to the batch; the first epoch warms up to a rate larger than the paper's
         rate = given.lr or plain.lr * given.batch_size / plain.batch_size
         warm = 1 / epochs if rate > plain.lr and epochs > 4 else 0.0
         return replace(
@@ -230,7 +230,7 @@ class Table:
         )
 
     def note(self, watch: Watch, now: float) -> None:
-        """An epoch has ended: how fast all are, and who has to end."""
+        """Record the end of an epoch: how fast all runs are, and which have to end."""
         with self.lock:
             self.ended.append((now, watch.job.work))
             self.ended = [(when, work) for when, work in self.ended if when > now - _SEEN_OVER]
@@ -242,7 +242,7 @@ class Table:
             self._shed(now)
 
     def _shed(self, now: float) -> None:
-        """Give up the least important runs if not all can end in time, so that the others do."""
+        """Give up the least important runs if not all can end in time, so that the others can."""
         if not self.seen or now - self.started < _PATIENCE or math.isinf(self.deadline):
             return
         going = [watch for watch in self.active if not watch.why]
@@ -250,7 +250,7 @@ class Table:
             going.pop().why = "given up for more important runs"
 
     def _epochs(self, job: Job) -> int | None:
-        """The epochs of a run; None if there is no time for it."""
+        """Return the epochs of a run; None if there is no time for it."""
         given = self.given
         seconds = _SURE * (self.deadline - time.perf_counter() - _END)
         if math.isinf(seconds):
@@ -261,15 +261,15 @@ class Table:
         alone, together = self.alone_rate * seconds, self.rate * seconds - going
         epochs = self.deep.get(job.depth, given.epochs)
         if job.depth != given.depths[0] and job.depth not in self.deep:
-            # all networks of a depth are trained alike, and there are at least two to be compared
+            # all networks of a depth are trained alike, and at least two are compared
             most = min(alone, together / len(DEEP)) / job.work
             epochs = given.epochs if most >= given.epochs else int(most)
         enough = epochs >= min(given.least, given.epochs)
         return epochs if enough and job.work * epochs <= min(alone, together) else None
 
     def _chosen(self) -> Watch | None:
-        """The most important run that there is time for beside the others, begun."""
-        # as long as it was not seen how fast all are together, nothing goes before what is more important
+        """Start the most important run that there is time for beside the others."""
+        # until the common speed is measured, nothing overtakes a more important run
         for job in self.left if self.seen else self.left[:1]:
             epochs = self._epochs(job)
             if epochs is not None:
@@ -283,7 +283,7 @@ class Table:
         return None
 
     def next(self) -> Watch | None:
-        """What a thread does next; None if it has nothing to do any more."""
+        """Return a thread's next run; None if there is none left."""
         while True:
             with self.lock:
                 watch = self._chosen()
@@ -295,7 +295,7 @@ class Table:
             # others may end earlier than expected
             time.sleep(0.25)
 
-    # ---- what is made
+    # ---- results
 
     def train(self, watch: Watch, folder: Path) -> dict[str, Any]:
         job = watch.job
@@ -329,8 +329,8 @@ class Table:
         print(f"{job.label}, seed {job.seed} failed:\n{error}", flush=True)
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row a network: its errors in percent, and how far it is from the dense network, on the same
-        images and on smaller ones with as many multiply-adds: means over the seeds that both have."""
+        """Return a row per network: its errors in percent, and its difference from the dense network, on the
+        same images and on smaller ones with as many multiply-adds: means over the seeds that both have."""
         by_label: dict[str, dict[int, dict[str, Any]]] = {}
         for run in self.runs:
             by_label.setdefault(run["label"], {})[run["seed"]] = run
@@ -408,7 +408,7 @@ class Table:
 
 
 def short(result: dict[str, Any]) -> dict[str, Any]:
-    """A run without what all runs share."""
+    """Return a run without the facts that all runs share."""
     left_out = ("schema", "data", "environment", "device", "gpu", "augment", "processes")
     kept = {key: value for key, value in result.items() if key not in left_out}
     history = [
@@ -420,7 +420,7 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def stream_of_its_own(device: torch.device) -> Iterator[None]:
-    """Within: this thread's work goes to one stream, whichever run makes it."""
+    """Run this thread's work on one stream within the context, whichever run it belongs to."""
     if device.type != "cuda":
         yield
         return
@@ -429,14 +429,14 @@ def stream_of_its_own(device: torch.device) -> Iterator[None]:
 
 
 def work(table: Table, folder: Path) -> None:
-    """One thread: a run after another as long as there are some."""
+    """Run one thread: one run after the other as long as there are any."""
     in_a_row = 0
     with stream_of_its_own(table.device):
         while in_a_row < 3 and (watch := table.next()) is not None:
             try:
                 result = table.train(watch, folder)
                 in_a_row = 0
-            except Exception:  # noqa: BLE001 - the other runs go on, and the file says what happened
+            except Exception:  # noqa: BLE001 - the other runs continue, and the file records the error
                 result, error = None, traceback.format_exc(limit=12)
                 in_a_row += 1
             with table.lock:
@@ -448,7 +448,7 @@ def work(table: Table, folder: Path) -> None:
 
 
 def run_alone(table: Table, folder: Path) -> None:
-    """How fast one network trains with the GPU for itself; its kernels are made here too."""
+    """Measure how fast one network trains with the GPU to itself; this also compiles its kernels."""
     given = table.given
     side = table.data.size[0]
     # a seed that no run of the table has
@@ -480,7 +480,7 @@ def run_alone(table: Table, folder: Path) -> None:
 
 
 def loaded(given: argparse.Namespace) -> ImageData:
-    """The images; the GPU starts meanwhile."""
+    """Load the images while the GPU starts."""
     device = torch.device(given.device)
     begins = threading.Thread(target=lambda: torch.zeros(1, device=device).add_(1).cpu(), daemon=True)
     begins.start()
@@ -527,18 +527,18 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    # read when CUDA starts: streams must not wait for each other in one queue
+    # read when CUDA starts: streams must not share a queue
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if given.commit:
         os.environ["QUINCUNX_COMMIT"] = given.commit
     torch.backends.cudnn.benchmark = given.cudnn_benchmark
-    # threads that wait for the interpreter are waited for by a GPU
+    # threads that wait for the interpreter keep a GPU waiting
     sys.setswitchinterval(0.001)
     data = loaded(given)
     print(f"{time.perf_counter() - BEGAN:6.1f} s  {len(data.train):,} images read", flush=True)
     jobs = jobs_of(given.depths, given.seeds, data.size[0], given.only, len(data.train))
     table = Table(given, data, jobs)
-    # each run has a thread of its own
+    # each run has its own thread
     torch.set_num_threads(1)
     table.environment = environment()
     with nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as place:
@@ -552,7 +552,7 @@ def main() -> None:
         ]
         for thread in threads:
             thread.start()
-        # whoever hangs is left behind
+        # do not wait for a run that hangs
         while any(thread.is_alive() for thread in threads) and time.perf_counter() < table.deadline + 20:
             time.sleep(0.1)
         with table.lock:

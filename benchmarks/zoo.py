@@ -1,15 +1,16 @@
-"""The networks of torchvision, timm and segmentation_models_pytorch, one after the other: what quincunx makes
-of each.
+"""Run quincunx on the networks of torchvision, timm and segmentation_models_pytorch, one after the other,
+and record the results.
 
     python benchmarks/zoo.py                      # all, into results/zoo.json; under 30 minutes on two cores
     python benchmarks/zoo.py --only "timm/res*"   # some, into another file
 
-Weights are random from a fixed seed, with batch norm's statistics and affine parameters as a trained network
-might have them. Each network has a process of its own, so that a crash or a hang is a row and not the end;
-finished rows are kept beside the result, and the next run goes on from them as long as neither quincunx nor
-the libraries have changed. The exit code is 1 where an answer was wrong or a call failed without a sentence.
+Weights are random from a fixed seed, with batch norm statistics and affine parameters as a trained network
+might have them. Each network has its own process, so that a crash or a hang is a row and does not end the
+run; finished rows are kept beside the result, and the next run continues from them as long as neither
+quincunx nor the libraries have changed. The exit code is 1 if an output was wrong or a call failed without a
+sentence.
 
-The libraries are not needed by quincunx, and what is not installed is left out. torchvision and timm run
+quincunx does not need the libraries; libraries that are not installed are skipped. torchvision and timm run
 beside the CPU build of torch if they are installed without their dependencies:
 pip install --no-deps torchvision timm segmentation_models_pytorch; pip install huggingface_hub
 """
@@ -55,35 +56,35 @@ from quincunx.writing import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
-# of the largest value of an output, in float32
+# tolerance relative to the largest value of an output, in float32
 TOLERANCE = 1e-4
-# an answer of which float32 changes more than this shows nothing: other images are tried
+# float32 rounding beyond this makes an output meaningless: other images are tried
 CHAOS = 1e-2
 SEEDS = (SEED, 10, 20, 30)
-# two images whose answers differ by less than this show little of what is computed in between
+# two images whose outputs differ by less than this reveal little of the computation
 DULL = 5e-3
 BATCHES = (1, 2)
 ROUNDS, ROUND_SECONDS = 7, 0.1
-# a network whose calls take seconds is timed in fewer rounds: none begins later, but for the first three
+# a network whose calls take seconds is timed in fewer rounds: no round starts later, except the first three
 TIMES_SECONDS = 20.0
-# by the clock a network may take so many times its limit, which is processor time: it may not be alone
+# wall-clock limit as a multiple of the processor time limit: other processes may be running
 CLOCK = 3
-# parameters; of larger networks no layers are fitted, and no artifact is written
+# number of parameters; for larger networks no layers are fitted, and no artifact is written
 LARGE = 60_000_000
-# heights and widths, the first that a network takes; two where it takes any
+# heights and widths, the first that a network accepts; two if it accepts any
 SIZES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((64, 64), (96, 64)),
     ((96, 96), (128, 96)),
     ((128, 128),),
 )
-# for networks on patches of 14 positions, which 64, 96 and 128 are no multiples of
+# for networks with patches of 14 positions, which 64, 96 and 128 are not multiples of
 PATCHES = (112, 112)
 METHODS: dict[str, Any] = {
     "sb": qx.SpatialBottleneck(),
     "lowrank": qx.LowRank(rank=0.3),
     "espace": qx.Espace(rank=0.3, rate=0.25),
 }
-# answers of a fused copy that are faults
+# statuses of a fused copy that are faults
 FAULTS = ("wrong", "error", "crash", "timeout")
 
 Build = Callable[[], nn.Module]
@@ -95,8 +96,8 @@ class Entry:
 
     Attributes:
         name: library/architecture.
-        build: makes it, each time with other random weights.
-        sized: makes it for one height and width; None where its library has no such setting.
+        build: builds it, each time with other random weights.
+        sized: builds it for one height and width; None if its library has no such setting.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Entry:
 
 
 def torchvision_entries() -> Iterator[Entry]:
-    """Every classification and segmentation network."""
+    """Yield every classification and segmentation network."""
     models = _torchvision()
     for name in models.list_models(module=models):
         own = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -124,7 +125,7 @@ def torchvision_entries() -> Iterator[Entry]:
 
 
 def timm_entries() -> Iterator[Entry]:
-    """The smallest network, by its name, of each family with convolutions."""
+    """Yield the smallest network, by its name, of each family with convolutions."""
     timm = import_module("timm")
     families: dict[tuple[str, str], list[str]] = {}
     for module in timm.list_modules():
@@ -141,7 +142,7 @@ def timm_entries() -> Iterator[Entry]:
 
 
 def smp_entries() -> Iterator[Entry]:
-    """Every decoder on one encoder, and the smallest encoder of each family under one decoder."""
+    """Yield every decoder on one encoder, and the smallest encoder of each family under one decoder."""
     smp = import_module("segmentation_models_pytorch")
     decoders = {model.__name__: model for model in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     for name, decoder in decoders.items():
@@ -161,7 +162,7 @@ def smp_entries() -> Iterator[Entry]:
             yield Entry(f"smp/Unet-{encoder}", _made(smp.Unet, encoder, encoder_weights=None))
 
 
-# modules of timm whose networks convolve nothing but the patches of an image
+# modules of timm whose networks only convolve the patches of an image
 ONLY_PATCHES = {
     *(
         "beit",
@@ -205,7 +206,7 @@ _PREFIXES = ("tf_", "timm-", "legacy_", "tu-")
 
 
 def family_of(name: str) -> str:
-    """The first word of a network's name without its library's prefix, in letters.
+    """Return the first word of a network's name without its library's prefix, in letters.
 
     Example:
         >>> family_of("tf_efficientnetv2_b0"), family_of("mit_b0")
@@ -218,8 +219,8 @@ def family_of(name: str) -> str:
 
 
 def size_by_name(name: str) -> tuple[int, int, int, str]:
-    """What sorts the names of one family by the size they speak of: a word, then the first number behind the
-    family's own.
+    """Return a sort key for the names of one family by the size that they mention: a word, then the first
+    number after the family's own.
 
     Example:
         >>> sorted(["edgenext_base", "edgenext_small", "edgenext_xx_small"], key=size_by_name)
@@ -246,11 +247,11 @@ _OPERATORS: list[Any] = []
 
 
 def _torchvision() -> Any:
-    """torchvision.models, also where torch and torchvision's own operators do not belong together."""
+    """Import torchvision.models, even if torch and torchvision's own operators do not match."""
     try:
         return import_module("torchvision.models")
     except RuntimeError:
-        # it describes two operators while it is imported, which are to be there by then
+        # its import describes two operators, which must exist by then
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library: Any = torch.library.Library
@@ -261,7 +262,7 @@ def _torchvision() -> Any:
 
 
 def catalogue(pattern: str = "*") -> tuple[list[Entry], list[str]]:
-    """The networks whose names a pattern fits, and the packages that are not installed."""
+    """Return the networks whose names match a pattern, and the packages that are not installed."""
     found, missing = [], []
     if find_spec("torchvision") is not None:
         _torchvision()  # timm and smp import it too
@@ -277,10 +278,10 @@ def catalogue(pattern: str = "*") -> tuple[list[Entry], list[str]]:
 
 
 def randomise(model: nn.Module, example: Tensor) -> None:
-    """Give a network what training would have given it, so that no part of it is nothing or idle.
+    """Give a network parameters as after training, so that no part of it is zero or idle.
 
     Parameters that are constant at the start (biases, scales, a last layer of zeros) get random values
-    around that; batch norm gets the statistics that its input has on ``example``, then moved by a
+    around that; batch norm gets the statistics of its input on ``example``, then shifted by a
     tenth to a third of their size.
     """
     norms: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
@@ -289,18 +290,18 @@ def randomise(model: nn.Module, example: Tensor) -> None:
             if not parameter.is_floating_point():
                 continue
             if parameter.numel() == 1:
-                # the gain of a whole branch, at the start nothing
+                # the gain of a whole branch, initially zero
                 parameter.add_(0.5 * float(parameter == 0))
                 continue
             fan_in, value = parameter[0].numel(), float(parameter.flatten()[0])
             if parameter.min() != parameter.max():
-                # kernels may start so small that biases, or batch norm's epsilon, are all that is left
+                # kernels may start so small that only biases or batch norm's epsilon matter
                 if parameter.dim() > 1 and not 0.3 < float(parameter.std()) * math.sqrt(fan_in) < 3:
                     parameter.div_(parameter.std() * math.sqrt(fan_in))
             elif value == 0:
                 parameter.normal_(0, 0.05 if parameter.dim() == 1 else 1 / math.sqrt(fan_in))
             elif abs(value) < 0.5:
-                parameter.uniform_(0.1, 0.3)  # a scale that training would let grow
+                parameter.uniform_(0.1, 0.3)  # a scale that training would increase
             else:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.6, 1.4))
         model.eval()
@@ -320,15 +321,15 @@ def randomise(model: nn.Module, example: Tensor) -> None:
 
 
 def tensors(answer: Any) -> list[Tensor]:
-    """The tensors of an answer of any container type."""
+    """Return the tensors of an output of any container type."""
     if hasattr(answer, "to_tuple"):
         answer = answer.to_tuple()
     return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
 
 
 def distance(answer: Any, expected: Any) -> float:
-    """The largest difference of two answers, of each tensor relative to its largest value; infinite where
-    they are of different types, numbers of tensors, shapes or dtypes, or where a value is no number."""
+    """Return the largest difference of two outputs, of each tensor relative to its largest value; infinite if
+    they differ in type, number of tensors, shape or dtype, or if a value is not a number."""
     ours, theirs = tensors(answer), tensors(expected)
     if type(answer) is not type(expected) or len(ours) != len(theirs):
         return math.inf
@@ -346,7 +347,7 @@ def distance(answer: Any, expected: Any) -> float:
 
 
 def spread_of(answer: Any) -> float:
-    """How much the answers to the first two images differ, relative to the largest value; 0 for none."""
+    """Return how much the outputs for the first two images differ, relative to the largest value, or 0."""
     found = [
         t.detach().double() for t in tensors(answer) if t.is_floating_point() and t.dim() and t.shape[0] > 1
     ]
@@ -355,7 +356,7 @@ def spread_of(answer: Any) -> float:
 
 
 def images(size: tuple[int, int], batch: int, seed: int = SEED) -> Tensor:
-    """Noise that is smooth in parts, so that maps are not alike everywhere."""
+    """Return noise that is smooth in parts, so that maps differ between positions."""
     generator = torch.Generator().manual_seed(seed + batch)
     coarse = torch.randn(batch, 3, 4, 4, generator=generator)
     smooth = nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=False)
@@ -363,10 +364,10 @@ def images(size: tuple[int, int], batch: int, seed: int = SEED) -> Tensor:
 
 
 def prepared(entry: Entry) -> tuple[nn.Module, Build, tuple[tuple[int, int], ...]]:
-    """A network with random weights in evaluation mode, how to build it again, and the sizes that it takes.
+    """Return a network with random weights in evaluation mode, how to build it again, and its sizes.
 
     Raises:
-        ValueError: it takes none of them.
+        ValueError: it accepts no size.
     """
     reasons: list[str] = []
     attempts: list[tuple[Build, tuple[tuple[int, int], ...]]] = [(entry.build, sizes) for sizes in SIZES]
@@ -383,7 +384,7 @@ def prepared(entry: Entry) -> tuple[nn.Module, Build, tuple[tuple[int, int], ...
             with torch.no_grad():
                 for size in sizes:
                     model(images(size, 1))  # type: ignore[misc]
-        except Exception as error:  # noqa: BLE001 - the network's own words on a size it does not take
+        except Exception as error:  # noqa: BLE001 - the network's own error about a size
             reasons.append(sentence(error))
             continue
         torch.manual_seed(SEED)
@@ -394,13 +395,13 @@ def prepared(entry: Entry) -> tuple[nn.Module, Build, tuple[tuple[int, int], ...
 
 
 def sentence(error: BaseException) -> str:
-    """An exception's first line."""
+    """Return an exception's first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an exception is one of the library's sentences: of a documented type, and one line."""
+    """Return whether an exception is one of the library's sentences: of a documented type, and one line."""
     return type(error) in (TypeError, ValueError) and "\n" not in str(error).strip() and _raised_by_us(error)
 
 
@@ -410,7 +411,7 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def kinds_called(model: nn.Module, x: Tensor) -> Counter[str]:
-    """The convolution modules that a forward calls, by kind."""
+    """Count the convolution modules that a forward calls, by kind."""
     called: dict[int, str] = {}
     handles = []
     for module in model.modules():
@@ -433,15 +434,15 @@ def kinds_called(model: nn.Module, x: Tensor) -> Counter[str]:
 def fused_record(
     model: nn.Module, sizes: Sequence[tuple[int, int]]
 ) -> tuple[dict[str, Any], nn.Module | None]:
-    """Whether the fused copy answers as the network does, on each size and batch, and again on the first."""
+    """Check the fused copy's outputs on each size and batch, and again on the first."""
     started = time.perf_counter()
     versions = [(p.data_ptr(), p._version) for p in (*model.parameters(), *model.buffers())]
     try:
         fused = qx.fuse(model)
-    except Exception as error:  # noqa: BLE001 - whatever it raises is what the row says
+    except Exception as error:  # noqa: BLE001 - the row reports any exception
         return failed(error), None
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 2)}
-    # both batches of the first size, one image of the other: each shape is planned anew, which takes its time
+    # both batches of the first size, one image of the other: each new shape needs time for planning
     worst, calls = 0.0, [*((sizes[0], batch) for batch in BATCHES), *((size, 1) for size in sizes[1:])]
     started = time.perf_counter()
     for size, batch in [*calls, calls[0]]:
@@ -470,11 +471,11 @@ def fused_record(
 
 
 def own_rounding(model: nn.Module, x: Tensor) -> float:
-    """How far the network's own answer is from the one in float64; infinite where it does not run in it."""
+    """Return how far the network's output is from its output in float64; infinite if it needs float32."""
     with torch.no_grad():
         try:
             exact = copy.deepcopy(model).double()(x.double())
-        except Exception:  # noqa: BLE001 - a network that only knows float32
+        except Exception:  # noqa: BLE001 - a network that only supports float32
             return 0.0
         answer = model(x)
     pairs = zip(tensors(answer), tensors(exact), strict=True)
@@ -482,22 +483,23 @@ def own_rounding(model: nn.Module, x: Tensor) -> float:
 
 
 def place(error: BaseException) -> str:
-    """File and function of the innermost frames of ours, and of all."""
+    """Return file and function of the innermost frames of ours, and of all."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "quincunx" in f.filename]
     return " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in [*ours[-1:], *frames[-1:]])
 
 
 def shortened(value: float) -> float | None:
-    """Two digits; None for what JSON cannot write."""
+    """Return two digits; None for values that JSON cannot write."""
     return float(f"{value:.2g}") if math.isfinite(value) else None
 
 
 def times_record(model: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Any]:
-    """The fused copy against the network as it is in channels_last, in turn; ``model`` becomes that.
+    """Time the fused copy against the unchanged network in channels_last, in turn; converts ``model`` to
+    that.
 
-    By the processor time of the one thread that computes: another network runs beside it, and on a machine
-    with nothing to spare a wall clock would time who waits.
+    Uses the processor time of the one computing thread: another network runs at the same time, and on a
+    busy machine a wall clock would also measure waiting.
     """
     for parameter in model.parameters():
         if parameter.dim() == 4:
@@ -527,10 +529,10 @@ def times_record(model: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Any
 
 
 def calls_of(run: nn.Module, x: Tensor) -> int:
-    """How many calls make a round, after a warm-up.
+    """Return the number of calls in a round, after a warm-up.
 
-    Doubled until they take a part of the round that the clock can tell: where the system counts a process's
-    time in steps, one short call may take none.
+    It is doubled until the calls take a measurable part of the round: if the system counts a process's
+    time in steps, one short call may seem to take none.
     """
     for _ in range(2):
         run(x)
@@ -546,7 +548,7 @@ def calls_of(run: nn.Module, x: Tensor) -> int:
 
 
 def methods_record(model: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """What each method takes of a network and why the others stay; and a few cheap layers for each to fit."""
+    """Return which layers each method takes and why it skips others; and a few cheap layers to fit."""
     found: dict[str, Any] = {}
     chosen: dict[str, list[str]] = {}
     calibration = few_images(size)
@@ -568,13 +570,13 @@ def methods_record(model: nn.Module, size: tuple[int, int]) -> tuple[dict[str, A
 
 
 def few_images(size: tuple[int, int]) -> list[Tensor]:
-    """Eight images in two batches; four of those that are larger than the zoo's."""
+    """Return eight images in two batches; four if they are larger than the zoo's."""
     batch = 4 if max(size) <= 128 else 2
     return [images(size, batch, seed) for seed in (1, 2)]
 
 
 def cheapest(layers: Sequence[Layer], taken: set[str], pairs: Sequence[tuple[Layer, Layer]]) -> list[str]:
-    """A pair, if there are pairs, and two more layers that are in none, those with the fewest weights."""
+    """Return a pair, if there are pairs, and two more layers outside pairs, those with the fewest weights."""
     free = [layer for layer in layers if layer.name not in taken]
     names = {layer.name for layer in free}
     whole = [pair for pair in pairs if pair[0].name in names and pair[1].name in names]
@@ -585,14 +587,14 @@ def cheapest(layers: Sequence[Layer], taken: set[str], pairs: Sequence[tuple[Lay
 
 
 def weights_of(*layers: Layer) -> int:
-    """The weights of some layers together."""
+    """Return the number of weights of some layers together."""
     return sum(parameter.numel() for layer in layers for parameter in layer.module.parameters())
 
 
 def accelerated_record(
     model: nn.Module, build: Build, size: tuple[int, int], chosen: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """A copy in which each method has fitted its few layers to eight images: fused, and as an artifact."""
+    """Check a copy in which each method fitted a few layers to eight images: fused, and as an artifact."""
     calibration = few_images(size)
     found: dict[str, Any] = {"replaced": {}}
     for name, names in chosen.items():
@@ -625,13 +627,13 @@ def accelerated_record(
 
 
 def failed(error: BaseException) -> dict[str, Any]:
-    """The record of a call that raised: refused with a sentence, or an error."""
+    """Return the record of a call that raised: refused with a sentence, or an error."""
     kind = "refused" if is_refusal(error) else "error"
     return {"answer": kind, "sentence": f"{type(error).__name__}: {sentence(error)}", "at": place(error)}
 
 
 def reasons(said: Iterable[str]) -> dict[str, int]:
-    """How often each reason was given, whatever names and numbers it holds."""
+    """Count each reason, ignoring the names and numbers in it."""
     named = (re.sub(r"'[^']*'", "'...'", text) for text in said)
     plain = (
         re.sub(r"\b1 x 1\b|\d+(\.\d+)?", lambda m: m[0] if " x " in m[0] else "n", text) for text in named
@@ -640,12 +642,12 @@ def reasons(said: Iterable[str]) -> dict[str, int]:
 
 
 def examine(entry: Entry, done: Callable[[str, Any], None]) -> None:
-    """Everything about one network; ``done`` is told each part as soon as it is known."""
+    """Examine one network; ``done`` gets each part as soon as it is known."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     try:
         model, build, sizes = prepared(entry)
-    except Exception as error:  # noqa: BLE001 - not ours to mend, and no answer
+    except Exception as error:  # noqa: BLE001 - not our error, and no output to check
         done("unusable", sentence(error))
         return
     done("params", sum(p.numel() for p in model.parameters()))
@@ -704,7 +706,7 @@ def rows_of(
     limit: float,
     examiner: Callable[..., None] = examine,
 ) -> Iterator[dict[str, Any]]:
-    """A row a network, in the order in which they end; each in a process of its own, ``jobs`` at a time."""
+    """Yield a row per network, in order of completion; each in its own process, ``jobs`` at a time."""
     context: Any = multiprocessing.get_context("fork")  # the libraries are imported once
     waiting, running = list(entries), list[_Running]()
     while waiting or running:
@@ -725,7 +727,7 @@ def rows_of(
 
 
 def _ended(one: _Running, limit: float) -> dict[str, Any] | None:
-    """The row of a process that is over, or has to be; None while it works."""
+    """Return the row of a process that is over, or must end; None while it works."""
     try:
         while one.pipe.poll():
             part, value = one.pipe.recv()
@@ -746,12 +748,12 @@ def _ended(one: _Running, limit: float) -> dict[str, Any] | None:
 
 
 def last_part(row: Mapping[str, Any]) -> str:
-    """Which part of a row was told last."""
+    """Return the name of the last part in a row."""
     return list(row)[-1]
 
 
 def faults(row: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a row, a sentence each; a refusal is not."""
+    """Return what is wrong with a row, one sentence per fault; a refusal is not a fault."""
     found = [f"{row['name']}: {row['stopped']}"] if "stopped" in row else []
     for part, record in answers_of(row):
         if record.get("answer") in FAULTS:
@@ -761,7 +763,7 @@ def faults(row: Mapping[str, Any]) -> list[str]:
 
 
 def answers_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The records of a row that can hold an answer, with what they are about."""
+    """Yield the records of a row that can hold an output, with their subjects."""
     made = row.get("accelerated", {})
     yield "fuse", row.get("fuse", {})
     for name in METHODS:
@@ -772,7 +774,7 @@ def answers_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """A row for people."""
+    """Return a row as text for people."""
     if "unusable" in row:
         return f"{row['name']}: left out: {row['unusable']}"
     parts = [f"{row['name']}:"]
@@ -792,13 +794,13 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 
 def versions_of() -> dict[str, str]:
-    """Of the libraries whose networks these are."""
+    """Return the versions of the libraries with these networks."""
     packages = [package for package, _ in LIBRARIES.values()]
     return {package: version(package) for package in packages if find_spec(package) is not None}
 
 
 def digest_of_code() -> str:
-    """Of quincunx's own files and this one: rows of other code are made anew."""
+    """Return a digest of quincunx's own files and this one: rows of other code are computed again."""
     digest = hashlib.sha256()
     package = Path(qx.__file__).parent
     for path in sorted([*package.rglob("*.py"), *package.rglob("*.so"), Path(__file__)]):
@@ -807,7 +809,7 @@ def digest_of_code() -> str:
 
 
 def kept_rows(side: Path, made_by: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Finished rows of an interrupted run by the same code and libraries; a torn last line is no row."""
+    """Return finished rows of an interrupted run with the same code and libraries; skip a torn last line."""
     if not side.is_file():
         return []
     found = [json.loads(line) for line in side.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -842,7 +844,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(entries: Sequence[Entry], out: Path, *, only: str, jobs: int, limit: float) -> int:
-    """All rows, from what an earlier run left on; the result's file, and the exit code."""
+    """Compute all rows, continuing from an earlier run; write the result's file and return the exit code."""
     made_by = {"code": digest_of_code(), "torch": torch.__version__, "only": only, **versions_of()}
     side = out.with_name(f".{out.name}.part")
     rows = kept_rows(side, made_by)
@@ -880,7 +882,7 @@ def run(entries: Sequence[Entry], out: Path, *, only: str, jobs: int, limit: flo
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line about all rows."""
+    """Return one line about all rows."""
     answers = Counter(row["fuse"]["answer"] for row in rows if "fuse" in row)
     told = ", ".join(f"{count} {answer}" for answer, count in answers.most_common())
     return f"{len(rows)} networks: {told}"

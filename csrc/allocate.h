@@ -1,4 +1,4 @@
-// Fresh tensors on the CPU; where there is no memory for one, a sentence that says how much was asked for.
+// New tensors on the CPU; without memory for one, the error says how much was requested.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +21,7 @@ inline torch::stable::Tensor empty(
   try {
     return torch::stable::empty(sizes, type, std::nullopt, cpu, std::nullopt, format);
   } catch (const std::exception&) {
-    // torch's own reason does not come through its stable ABI
+    // torch's own reason is lost in its stable ABI
     std::ostringstream sentence;
     sentence << "cannot allocate memory for " << torch::headeronly::toString(type) << " [";
     for (size_t i = 0; i < sizes.size(); ++i) sentence << (i > 0 ? ", " : "") << sizes[i];

@@ -1,13 +1,13 @@
-// Convolution with weights of one bit, +1 or -1. Included after gather_gemm.h, in the same namespace,
-// where the target also defines
+// Convolution with one-bit weights, +1 or -1. Included after gather_gemm.h, in the same namespace.
+// The target also defines
 //   QX_BINARY_ROWS            {rows of the register tile for 1, 2, .. QX_MAX_NV vectors}
-//   QX_LOOK_UP(table, code)   lane by lane the entry of a vector of floats that the lowest bits of code
-//                             name, if the target has such an instruction
-//   QX_BINARY_SPREAD          if every second addition is to go to the multiply-add units, as 1 * a + b:
-//                             some processors have units of their own for additions and keep both busy
-// The signed sums of four channels are made once for each input row, as a table of all of them; each
-// output channel then looks its sum up with its four sign bits and adds it. So four products cost one
-// look-up and one addition, and a weight of 32 channels is one word a lane.
+//   QX_LOOK_UP(table, code)   for each lane the entry of a vector of floats that the lowest bits of code
+//                             select, if the target has such an instruction
+//   QX_BINARY_SPREAD          if every second addition should use the multiply-add units, as 1 * a + b:
+//                             some processors have separate units for additions and can keep both busy
+// All signed sums of four channels are computed once for each input row, as a table; each
+// output channel then looks up its sum with its four sign bits and adds it. So four products cost one
+// look-up and one addition, and a weight of 32 channels is one word per lane.
 
 namespace quincunx {
 namespace QX_ISA {
@@ -16,8 +16,8 @@ namespace {
 typedef uint32_t vu_loose __attribute__((vector_size(QX_BYTES), aligned(4), may_alias));
 
 constexpr int64_t kWord = 32, kQuad = 4, kQuads = kWord / kQuad;  // bits of a word, of a look-up
-constexpr int64_t kBinaryChunk = 96;                              // positions that share their tables
-// least number of rows whose tables are kept, where a map has as many
+constexpr int64_t kBinaryChunk = 96;                              // positions that share tables
+// the least number of rows whose tables are kept, if the map has as many
 constexpr int64_t kBinaryWindow = 128;
 constexpr int64_t kMinBinaryMacs = 600000;
 constexpr int kBinaryRows[kMaxNv + 1] = {1, QX_BINARY_ROWS};
@@ -33,8 +33,8 @@ QX_INLINE vf flipped(vf v, vu signs) { return reinterpret_cast<vf>(reinterpret_c
 QX_INLINE vf splat(float a) { return a - vf{}; }
 
 #ifdef QX_LOOK_UP
-// Entry p has the sum of +a[i] where bit i of p is set and of -a[i] elsewhere. With eight lanes only the
-// sums with +a[3] are kept: the others are their negatives.
+// Entry p is the sum of +a[i] for set bits i of p and -a[i] for the others. With eight lanes only the
+// sums with +a[3] are stored: the others are their negatives.
 constexpr bool kHalved = kLanes == 8;
 constexpr int64_t kTable = kLanes;
 
@@ -59,7 +59,7 @@ QX_INLINE vf look_up(const float* table, vu code) {
   return kHalved ? flipped(found, code << 28 & kSign) : found;
 }
 
-// the four sign bits of a look-up, 1 for +1, as the table wants them
+// the four sign bits of a look-up, 1 for +1, in the table's encoding
 QX_INLINE uint32_t encoded(uint32_t bits) { return kHalved ? (bits & 8 ? bits & 7 : 8 | (~bits & 7)) : bits; }
 #else
 constexpr int64_t kTable = kQuad;
@@ -113,7 +113,7 @@ void binary_pack(const BinaryWeight* weight, uint32_t* packed) {
 }
 
 // ---------------------------------------------------------------- tables
-// Those of the rows that were read last, in a ring of a power of two, and a row of zeros for taps outside.
+// Tables of the last rows read, in a ring whose size is a power of two, and a row of zeros for taps outside.
 
 int64_t binary_window(const BinaryGemm* problem) {
   const BinaryGemm& g = *problem;
@@ -141,7 +141,7 @@ struct Ring {
   float* tables;
   const float* x;  // of the channel group, in the image's first row
   int64_t window, channels, in_channels, size;
-  int64_t first = 0, end = 0;  // rows that are there
+  int64_t first = 0, end = 0;  // rows in the ring
 
   void make(int64_t row) {
     const float* from = x + row * in_channels;
@@ -169,7 +169,7 @@ struct BinaryTask {
   int64_t num_taps, words, quads, mask, size;
 };
 
-struct BinaryOut {  // of one tile of output channels; pointers are at its first channel
+struct BinaryOut {  // one tile of output channels; pointers point to its first channel
   float* out;       // of the chunk's first position
   const float *scale, *bias;
   int64_t stride, count;
@@ -179,7 +179,7 @@ template <int ROWS, int NV>
 void binary_tile(const BinaryTask& s, const uint32_t* weight, const BinaryOut& e, int64_t q) {
   vf one = splat(1.0f);
 #ifdef QX_BINARY_SPREAD
-  asm("" : "+v"(one));  // so that the compiler does not know that 1 * a is a
+  asm("" : "+v"(one));  // hides from the compiler that 1 * a is a
 #endif
   vf acc[ROWS][NV];
 #pragma GCC unroll 32

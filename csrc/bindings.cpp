@@ -1,4 +1,4 @@
-// The kernels as torch operators, through torch's stable ABI: everything that a caller can get wrong is
+// The kernels as torch operators, through torch's stable ABI: all arguments of a caller are
 // checked here, before memory is touched.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -48,7 +48,7 @@ int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
   Tensor fresh = quincunx::empty(sizes, type, format);
 #ifdef __linux__
-  // a large map comes in fresh pages, and each small one of them would cost a fault
+  // a large map consists of new pages, and small pages would cost a fault each
   constexpr int64_t kLarge = 4 << 20, kPage = 4096;
   const int64_t bytes = fresh.numel() * size_of(type);
   if (bytes >= kLarge) {
@@ -78,13 +78,13 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// replaces the tensor by its channels_last copy where it has another format
+// replaces the tensor by a channels_last copy if it has another format
 Map as_map(Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", t.dim());
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
-  // before a copy of it is made
+  // before it is copied
   const auto claimed = t.sizes();
   quincunx::check_map(name, claimed[0], claimed[1], claimed[2], claimed[3]);
   if (!is_channels_last(t)) t = torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
@@ -103,7 +103,7 @@ const ForwardKernels& forward_of(ScalarType type) {
   return type == ScalarType::Float ? quincunx::kernels().f32 : quincunx::kernels().bf16;
 }
 
-// A tensor that is not a map: read when first used, its values when first asked for.
+// A tensor that is not a map: read at its first use, its values at the first request.
 class Operand {
  public:
   explicit Operand(const Tensor& tensor) : tensor_(&tensor) {}
@@ -312,7 +312,7 @@ Tensor lookup_conv(Tensor x, const Tensor& codebooks, const Tensor& assignments,
   g.wide = type == ScalarType::Short;
   g.assignments = assignments.data_ptr();
   const int64_t count = assignments.numel();
-  // unsigned, so that a negative one is too large
+  // unsigned, so that a negative value is too large
   const auto greatest = [count](const auto* values) {
     return count > 0 ? int64_t{*std::max_element(values, values + count)} : 0;
   };
@@ -380,7 +380,7 @@ Tensor over_windows(Tensor x, const Tensor& index, const Tensor& starts, const s
   STD_TORCH_CHECK(count == g.positions + 1, "starts must have ", g.positions + 1, " entries, got ", count);
   STD_TORCH_CHECK(g.starts[0] == 0 && g.starts[count - 1] == entries && std::is_sorted(g.starts, g.starts + count),
                   "starts must ascend from 0 to the ", entries, " entries of index");
-  // an empty map has no row that could be named
+  // an empty map has no row to refer to
   STD_TORCH_CHECK(entries == 0 || in.rows() > 0, "x has no positions");
   index_table.within("index", 0, std::max<int64_t>(in.rows(), 1));
   g.x = in.data;
@@ -409,7 +409,7 @@ struct Buffers {
   std::vector<Map> maps;
   std::vector<Tensor> outputs;
   std::vector<Place> places;
-  int64_t arena = 0;  // bytes an image
+  int64_t arena = 0;  // bytes per image
 };
 
 // What the integers of a program say, a record for each map and for each step. BufferCode and StepCode in
@@ -454,7 +454,7 @@ Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& si
     buffers.flow.add(kind, offset, map.channels * map.rows());
   }
   STD_TORCH_CHECK(count >= static_cast<int64_t>(inputs.size()), "every input must have a buffer");
-  // the next image's maps begin on a cache line too
+  // the next image's maps start on a cache line too
   buffers.arena = (arena + 31) / 32 * 32 * size_of(type);
   for (int64_t i = 0; i < count; ++i) {
     const Map& map = buffers.maps[i];
@@ -586,7 +586,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {
   m.impl("level2_bytes", TORCH_BOX(&level2_bytes));
 }
 
-// importing the module registers the operators; it has nothing else
+// importing the module registers the operators and does nothing else
 PyMODINIT_FUNC PyInit__native() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr,
                                nullptr,               nullptr,   nullptr, nullptr};

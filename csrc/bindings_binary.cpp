@@ -1,5 +1,5 @@
-// Convolution with weights of one bit as torch operators, through torch's stable ABI. What a caller can
-// get wrong is checked here, before memory is touched.
+// Convolution with one-bit weights as torch operators, through torch's stable ABI. All arguments of a
+// caller are checked here, before memory is touched.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -54,7 +54,7 @@ Tensor binary_gemm(Tensor x, const Tensor& packed, std::optional<Tensor> scale, 
                   "x must be a float32 map [N, C, H, W] on the CPU");
   const auto sizes = x.sizes();
   const int64_t batch = sizes[0], channels = sizes[1];
-  // before a copy of it is made
+  // before it is copied
   quincunx::check_map("x", batch, channels, sizes[2], sizes[3]);
   STD_TORCH_CHECK(channel_groups >= 1 && channels % channel_groups == 0, "channel_groups = ", channel_groups,
                   " must divide the channels ", channels);

@@ -1,6 +1,6 @@
-// What a caller can get wrong, found before memory is touched: sizes whose products would wrap around, table
-// entries that name nothing, rows that are named twice or never, maps that are read before they are written.
-// Torch-free, so that the kernels' own test can try it; each refusal is a std::runtime_error of one sentence.
+// Checks a caller's arguments before memory is touched: sizes whose products would wrap around, table
+// entries out of range, output rows written twice or never, maps that are read before they are written.
+// Torch-free, so that the kernels' own test can use it; each refusal is a std::runtime_error of one sentence.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ void require(bool holds, const Parts&... parts) {
   throw std::runtime_error(sentence.str());
 }
 
-// Whether no product of some of these sizes overflows.
+// Returns whether no product of these sizes overflows.
 inline bool countable(std::initializer_list<int64_t> sizes) {
   double product = 1;
   for (const int64_t size : sizes) {
@@ -59,7 +59,7 @@ inline void check_weight(int64_t outputs, int64_t channels, int64_t taps, int64_
           "the weight is too large: ", outputs, " outputs, ", channels, " channels and ", taps, " taps");
 }
 
-// A table of 32-bit numbers, which is read once however many steps use it.
+// A table of 32-bit numbers, read only once even if many steps use it.
 class Table {
  public:
   Table() = default;
@@ -78,7 +78,7 @@ class Table {
             "), got values from ", low_, " to ", high_);
   }
 
-  // every row of [0, rows) is named exactly once; a negative value names none
+  // every row of [0, rows) occurs exactly once; negative values are ignored
   void each_once(const char* name, int64_t rows) {
     if (once_ == rows) return;
     within(name, INT32_MIN, rows);
@@ -98,7 +98,7 @@ class Table {
   }
 
  private:
-  // 0, 1, 2 ..., as most tables are; cheaper to see
+  // 0, 1, 2 ..., like most tables; cheaper to check
   bool in_order(int64_t rows) const {
     if (count != rows) return false;
     int32_t differs = 0;
@@ -111,7 +111,7 @@ class Table {
   int64_t once_ = -1;
 };
 
-// The tables of a gather GEMM whose sizes are set: g reads and writes inside its maps, and every output row.
+// Checks the tables of a gather GEMM with known sizes: g stays inside its maps and writes every output row.
 inline void check_tables(GatherGemm& g, Table& index, Table& rows, Table& taps, const Table& groups) {
   require(groups.count % 2 == 0 && groups.count <= kInt32Max, "groups must be [G, 2]");
   g.index = index.data;
@@ -138,7 +138,7 @@ inline void check_tables(GatherGemm& g, Table& index, Table& rows, Table& taps, 
   taps.within("taps", 0, g.num_taps);
 }
 
-// The maps of a program while its steps follow each other: nothing is read that was not written before, no
+// Checks the maps of a program step by step: nothing is read before it is written, no
 // step writes where it reads other rows, no input is written, and every output is.
 class Flow {
  public:
@@ -149,7 +149,7 @@ class Flow {
     written_.push_back(kind == kInput);
   }
 
-  // a step; -1 for a map that it has not. `same_rows`: each output row adds the residual's same row
+  // a step; -1 for a missing map. `same_rows`: each output row adds the residual's same row
   void step(int64_t number, int64_t x, int64_t residual, int64_t out, int64_t out2, bool same_rows) {
     for (const int64_t map : {x, residual}) {
       require(map < 0 || written_[map], "step ", number, " reads buffer ", map, ", which nothing has written");
@@ -164,7 +164,7 @@ class Flow {
     }
     for (const int64_t map : {out, out2}) {
       if (map < 0) continue;
-      // what else was there is gone
+      // other maps at the same place are overwritten
       const auto lost = [&](int64_t other) {
         if (other == map || !meet(map, other)) return false;
         written_[other] = false;
@@ -190,7 +190,7 @@ class Flow {
   bool same(int64_t a, int64_t b) const {
     return a == b || (maps_[a].from == maps_[b].from && maps_[a].to == maps_[b].to);
   }
-  // only those of the arena can share memory
+  // only maps in the arena can share memory
   bool meet(int64_t a, int64_t b) const {
     if (a < 0 || b < 0) return false;
     const Place &p = maps_[a], &q = maps_[b];

@@ -24,7 +24,7 @@ struct Choice {
   Kernels kernels;
 };
 
-// best first. __builtin_cpu_supports asks the operating system too, whether it keeps the wide registers.
+// best first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::vector<Choice> find_available() {
   std::vector<Choice> found;
 #ifdef QX_X86

@@ -7,12 +7,12 @@
 
 namespace quincunx {
 
-// Throws std::runtime_error where a forced instruction set is unknown or not available.
+// Throws std::runtime_error if a forced instruction set is unknown or not available.
 const Kernels& kernels();
 const char* isa();
 // best first, comma-separated
 std::string available_isas();
-// null where this processor lacks it
+// null if this processor lacks it
 const Kernels* kernels_of(const std::string& isa);
 
 }  // namespace quincunx

@@ -1,5 +1,5 @@
-// The border between the kernels and everything else: plain structs and one table of functions per
-// instruction set. Torch-free, and free of the standard library's functions (see gather_gemm.h).
+// The interface between the kernels and everything else: plain structs and one table of functions per
+// instruction set. It uses neither torch nor functions of the standard library (see gather_gemm.h).
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@ enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
 // out2 = relu(out * scale2 + shift2)
 // Maps are rows of channels: [batch, rows, channels]. An index of -1 reads zeros. Either of out and
 // out2 may be null, and either may lie exactly on the residual.
-// Without a weight: out[n, rows[p], c] = the mean over t of x[n, index[p, t], c], of the rows that are there.
-// Then there is one group with every tap, as many channels out as in, and nothing else to add.
+// Without a weight: out[n, rows[p], c] = the mean over t of x[n, index[p, t], c], over the existing rows.
+// Then there is one group with every tap, as many output as input channels, and nothing else to add.
 struct GatherGemm {
   const void* x;       // [batch, rows_in, in_channels]
   const void* weight;  // packed, or null
@@ -56,7 +56,7 @@ struct WeightGrad {
 
 // out[n, rows[q], o] = bias[o] + sum over taps t and subspaces m of
 //     <codebooks[m, assignments[m, t, o]], x[n, slots[offsets[t] + q], m * width ...]>
-// for each channel group with its own channels and subspaces. A slot of -1, or behind the last one, reads
+// for each channel group with its own channels and subspaces. A slot of -1, or beyond the last one, reads
 // zeros, and so do the channels that the last subspace lacks; a position whose row is -1 is not written.
 struct LookupConv {
   const float* x;           // [batch, rows_in, in_channels]
@@ -74,8 +74,8 @@ struct LookupConv {
   bool wide;  // assignments are int16, else uint8
 };
 
-// Into how many parts a gather GEMM is cut along its outputs and its positions. The outputs do not
-// depend on it.
+// The numbers of parts of a gather GEMM along its outputs and its positions. The results do not
+// depend on them.
 struct Cut {
   int64_t outputs, positions;
 };
@@ -92,7 +92,7 @@ struct ForwardKernels {
   void (*run)(const GatherGemm*, Cut, int64_t part);
 };
 
-// The gradient depends on the number of parts by its rounding only.
+// The gradient depends on the number of parts only in its rounding.
 struct GradKernels {
   int64_t (*partial_floats)(const WeightGrad*, int64_t parts);
   void (*run)(const WeightGrad*, int64_t part, int64_t parts);
@@ -106,7 +106,7 @@ struct LookupKernels {
   void (*run)(const LookupConv*, int64_t part, int64_t parts);
 };
 
-// weights of one bit, 1 for +1 and 0 for -1: bit (c taps + t) % 8 of byte (c taps + t) / 8 of an output's row
+// one-bit weights, 1 for +1 and 0 for -1: bit (c taps + t) % 8 of byte (c taps + t) / 8 of an output's row
 struct BinaryWeight {
   const uint8_t* bits;  // [groups outputs, row_bytes]
   int64_t row_bytes, groups, outputs, channels, taps;  // outputs and channels: of one group
@@ -125,12 +125,12 @@ struct BinaryGemm {
   int32_t in_channels, out_channels, channel_groups, num_taps;
 };
 
-// Parts may run in any order and at the same time, each with a scratch of its own. The outputs do not
-// depend on how many there are.
+// Parts may run in any order and at the same time, each with its own scratch. The outputs do not
+// depend on their number.
 struct BinaryKernels {
   int64_t (*packed_words)(int64_t out_channels, int64_t channels_per_group, int64_t taps, int64_t groups);
   void (*pack)(const BinaryWeight*, uint32_t* packed);
-  int64_t (*window)(const BinaryGemm*);  // sets how much scratch is needed
+  int64_t (*window)(const BinaryGemm*);  // determines the scratch size
   int64_t (*scratch_floats)(const BinaryGemm*);
   int64_t (*parts)(const BinaryGemm*, int64_t threads);
   void (*run)(const BinaryGemm*, float* scratch, int64_t part, int64_t parts);
@@ -156,7 +156,7 @@ struct Kernels {
   ForwardKernels bf16;
   GradKernels grad;
   LookupKernels lookup;
-  // least and greatest of the values and 0
+  // the least and greatest of the values and 0
   void (*extremes)(const int32_t* values, int64_t count, int32_t* low, int32_t* high);
   BinaryKernels binary;
   WindowKernels max;

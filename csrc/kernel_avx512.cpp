@@ -17,7 +17,7 @@
 #define QX_GRAD_ROWS 16, 12
 #define QX_BINARY_ROWS 20, 10, 8, 6
 #define QX_BINARY_SPREAD
-// every lane asked for: without a mask GCC warns of the undefined lanes that there would be
+// a mask with all lanes: without one GCC warns about undefined lanes
 #define QX_LOOK_UP(table, code) ((vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(code), (__m512)(table)))
 #include "gather_gemm.h"
 #include "lookup_conv.h"

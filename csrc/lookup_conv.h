@@ -1,10 +1,10 @@
-// Convolution with quantised weights by look-up tables. Included once per instruction set, behind
-// gather_gemm.h, whose vectors it uses; the same rules hold.
+// Convolution with quantised weights by look-up tables. Included once per instruction set, after
+// gather_gemm.h, whose vectors it uses; the same rules apply.
 //
 // The lanes of a vector are positions. For each subspace the inner products of all input rows with all
-// codewords are a table [codeword][slot]; what an output channel adds for a tap is then one vector of that
-// table, which begins at the slot that the tap reads for the first position. Slots are input rows in an
-// order in which every tap reads neighbouring slots for neighbouring positions (see quincunx/plan.py).
+// codewords form a table [codeword][slot]; for each tap an output channel then adds one vector of that
+// table, which starts at the slot that the tap reads for the first position. Slots are input rows in an
+// order in which every tap reads neighbouring slots for neighbouring positions (see quincunx/ops/plan.py).
 #pragma once
 
 #include "gather_gemm.h"
@@ -13,16 +13,16 @@ namespace quincunx {
 namespace QX_ISA {
 namespace {
 
-// The tables and sums of a chunk of positions stay in a level 2 cache.
+// The tables and sums of a chunk of positions fit in a level 2 cache.
 constexpr int64_t kTableBytes = 480 * 1024, kSumBytes = 320 * 1024;
-// codewords times taps that are looked up in one pass over the sums
+// codewords times taps looked up in one pass over the sums
 constexpr int64_t kPassVectors = 512;
 constexpr int64_t kTermsPerPass = 9;
-// of positions that are summed together; with the outputs of look_up_all they fill the registers
+// vectors of positions summed together; with the outputs of look_up_all they fill the registers
 constexpr int64_t kBlockVectors = 3;
-// outputs that a part has at least, since every part makes its own tables
+// the least outputs of a part, since every part computes its own tables
 constexpr int64_t kLeastOutputs = 32;
-// up to so many positions are looked up one by one
+// up to this many positions are looked up one by one
 constexpr int64_t kFewPositions = 2;
 
 struct OneLane {
@@ -42,18 +42,18 @@ struct AllLanes {
 
 QX_INLINE int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 
-// How a problem is cut, the same for every part.
+// The division of a problem, the same for every part.
 struct LookupShape {
-  int64_t lanes, block;     // positions in a vector, and those that are summed together
-  int64_t chunk, chunks;    // positions whose tables are made together
+  int64_t lanes, block;     // positions in a vector, and positions summed together
+  int64_t chunk, chunks;    // positions whose tables are computed together
   int64_t slots;            // in the tables of a chunk
-  int64_t together;         // subspaces whose tables stand side by side
-  int64_t outputs, cuts;    // most outputs of a job, and how often those of a channel group are cut
+  int64_t together;         // subspaces whose tables are adjacent
+  int64_t outputs, cuts;    // the most outputs of a job, and the number of jobs per channel group
   int64_t jobs;
 };
 
-// Slots that a chunk reads: overlapping ranges of the taps are joined. `local`, where given, gets the place
-// in the chunk's tables of what each tap reads for its first position.
+// Slots that a chunk reads: overlapping ranges of the taps are joined. `local`, if given, gets the place
+// in the chunk's tables that each tap reads for the first position.
 template <class F>
 QX_INLINE int64_t each_range(const LookupConv& g, int64_t chunk, int64_t lanes, int32_t* local,
                              const F& visit) {
@@ -70,7 +70,7 @@ QX_INLINE int64_t each_range(const LookupConv& g, int64_t chunk, int64_t lanes, 
     visit(first, place, length);
     place += length;
   }
-  // rows of an odd number of vectors spread over all sets of a cache
+  // rows with an odd number of vectors spread over all sets of a cache
   return place / lanes % 2 ? place : place + lanes;
 }
 
@@ -184,7 +184,7 @@ void look_up_all(const float* table, const int32_t* terms, int64_t count, int64_
   for (; o < outputs; ++o) look_up<L, NV, 1>(table, terms + o, count, outputs, sums + o * NV * L::kWidth);
 }
 
-// The same for one position, straight from the assignments: sums[o] += from[i][which[i][o] * slots]
+// The same for one position, directly from the assignments: sums[o] += from[i][which[i][o] * slots]
 template <class I, int N>
 QX_INLINE void add_terms(const float* const* from, const I* const* which, int64_t slots, int64_t outputs,
                          float* sums) {
@@ -221,7 +221,7 @@ void fill_terms(const I* assignments, int64_t count, int64_t slots, int64_t base
   for (int64_t o = 0; o < count; ++o) terms[o] = static_cast<int32_t>(assignments[o] * slots + base);
 }
 
-// x[c][slot] for `wanted` channels from `from` on, of which only `count` are there; the others are zeros.
+// x[c][slot] for `wanted` channels from `from` on, of which only `count` exist; the others are zeros.
 void read_slots(const LookupConv& g, const LookupShape& s, int64_t q0, const float* from, int64_t wanted,
                 int64_t count, int32_t* local, float* x) {
   const int64_t there = least(wanted, count);
@@ -308,7 +308,7 @@ void look_up_chunk(const LookupConv& g, const LookupShape& s, int64_t job, float
       }
     }
   }
-  // few outputs at a time, so that what is read strided stays in cache
+  // few outputs at a time, so that strided reads stay in cache
   constexpr int64_t kFew = 32;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t width = width_of(b), count = least(s.block, positions - b * s.block);

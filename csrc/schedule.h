@@ -1,4 +1,4 @@
-// Runs steps that follow each other in one parallel region of torch's threads.
+// Runs consecutive steps in one parallel region of torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,9 +12,9 @@
 
 namespace quincunx {
 
-// Neighbouring parts: their thread's first, but whoever has nothing else to do takes what is left.
+// Neighbouring parts: their own thread takes them first, but idle threads take the rest.
 struct alignas(64) Share {
-  std::atomic<int64_t> next{0};  // the first part that nobody has taken
+  std::atomic<int64_t> next{0};  // the first part that no thread has taken
   int64_t last = 0;
 };
 
@@ -40,7 +40,7 @@ void parallel(int64_t parts, const F& run) {
 }
 
 inline void relax(int64_t turn) {
-  // a core may be shared with the very thread that is waited for
+  // the thread that we wait for may share this core
   if (turn > 1000) return std::this_thread::yield();
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -49,7 +49,7 @@ inline void relax(int64_t turn) {
 #endif
 }
 
-// Any number of threads, also one, does all of the work.
+// Any number of threads, including one, completes the work.
 inline void work_on(std::vector<Step>& steps, int64_t thread, const ForwardKernels& kernels) {
   for (Step& step : steps) {
     const int64_t count = step.shares.size();
@@ -67,14 +67,14 @@ inline void work_on(std::vector<Step>& steps, int64_t thread, const ForwardKerne
   }
 }
 
-// The maps of a program for some of its images: those in the arena have one place a thread.
+// The maps of a program for some of its images: maps in the arena have one place per thread.
 struct Places {
   int64_t x, residual, out, out2;  // numbers of the step's maps, -1 for none
 };
 struct Place {
   char* base = nullptr;     // of an input or output
   int64_t image_bytes = 0;  // distance of its images
-  int64_t offset = -1;      // in the arena, bytes an image; -1 for inputs and outputs
+  int64_t offset = -1;      // in the arena, bytes per image; -1 for inputs and outputs
 };
 
 // The maps of a step for the images from `first` on; `arena` holds the maps of `images` of them.
@@ -91,8 +91,8 @@ inline void set_maps(GatherGemm& g, const Places& maps, const std::vector<Place>
   g.out2 = at(maps.out2);
 }
 
-// Images at a time through a whole program, so that its maps stay in a near cache; 0 where the steps had
-// better be shared among the threads one by one.
+// The number of images to run at a time through a whole program, so that its maps stay in a near cache; 0 if
+// it is better to share the steps among the threads one by one.
 inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, int64_t element_bytes) {
   constexpr int64_t kTileRows = 32, kWeightsPerRow = 24 * 1024;
   const int64_t near_cache = level2_bytes() / 2;
@@ -103,7 +103,7 @@ inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, i
     largest = std::max({largest, element_bytes * g.rows_in * g.in_channels, element_bytes * g.rows_out * g.out_channels});
     const int64_t weights =
         g.weight ? int64_t{4} * g.num_taps * g.in_channels / g.channel_groups * g.out_channels : 0;
-    // weights are read once for as many rows as go through together
+    // weights are read once for all rows that run together
     const int64_t rows = std::max(kTileRows, weights / kWeightsPerRow);
     enough = std::max(enough, (rows - 1) / std::max<int64_t>(1, g.rows_out) + 1);
   }
@@ -112,7 +112,7 @@ inline int64_t images_at_a_time(const std::vector<Step>& steps, int64_t batch, i
   const int64_t most = std::max(enough, near_cache / 2 / largest);
   const int64_t turns = (share + most - 1) / std::max<int64_t>(1, most);
   const int64_t images = turns > 0 ? (share + turns - 1) / turns : 0;
-  // no thread waits long for the last one
+  // so that no thread waits long for the last one
   const bool even = images * turns * threads * 9 <= batch * 10;
   return batch > 1 && images >= enough && even ? images : 0;
 }
@@ -146,7 +146,7 @@ inline void run_steps(std::vector<Step>& steps, const ForwardKernels& kernels) {
   for (Step& step : steps) {
     step.shares = std::vector<Share>(widest);
     for (int64_t i = 0; i < widest; ++i) {
-      // parts that differ only in their output channels stand side by side
+      // parts that differ only in their output channels are adjacent
       step.shares[i].next = step.parts * i / widest;
       step.shares[i].last = step.parts * (i + 1) / widest;
     }

@@ -1,5 +1,5 @@
-// The greatest value or the sum of each channel over lists of rows: a pooling that reads its map through a
-// table, and the adjoint of a fill. Included once per instruction set, behind gather_gemm.h.
+// The maximum or the sum of each channel over lists of rows: a pooling that reads its map through a
+// table, and the adjoint of a fill. Included once per instruction set, after gather_gemm.h.
 #pragma once
 
 #include "gather_gemm.h"
@@ -10,7 +10,7 @@ namespace {
 
 struct Greatest {
   static QX_INLINE vf of_none() { return -__builtin_inff() - vf{}; }
-  // a NaN stays, as in torch
+  // a NaN propagates, as in torch
   static QX_INLINE vf of(vf best, vf v) { return (v > best) | (v != v) ? v : best; }
 };
 

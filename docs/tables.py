@@ -1,7 +1,7 @@
-"""Writes the tables and pictures of README.md and docs from results/*.json.
+"""Write the tables and pictures of README.md and docs from results/*.json.
 
 python docs/tables.py            # write them
-python docs/tables.py --check    # only compare; exit code 1 where a page differs
+python docs/tables.py --check    # only compare; exit code 1 if a page differs
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def networks() -> str:
 
 
 def trained(name: str) -> str:
-    """Runs with several seeds; the figure of error against time is written beside their JSON."""
+    """Return runs with several seeds; also draw the figure of error against time beside their JSON files."""
     folder = ROOT / "results" / name
     found = collect(folder)
     rows = result_lines(found)
@@ -136,7 +136,7 @@ def trained(name: str) -> str:
 
 
 def espace(name: str) -> str:
-    """The paper's layers and networks, timed, beside what it prints for a setting today's list of it has."""
+    """Return the paper's timed layers and networks, with its printed figures for known settings."""
     rows = read(name, f"{name}.json")["rows"]
     experiment = espace_by_name(name)
     points = (*experiment.points, *experiment.without_data().points)
@@ -171,12 +171,12 @@ def espace(name: str) -> str:
 
 
 def paper_gain(printed: dict[str, float]) -> str:
-    """A printed speed-up, and for what."""
+    """Return a printed speed-up and its loss."""
     return str(Gain("", "", printed["speedup"], printed.get("drop"))) if printed else ""
 
 
 def printed_espace(name: str) -> str:
-    """What the ESPACE paper prints in a figure or table."""
+    """Return the ESPACE paper's printed figures of a figure or table."""
     cells = [
         [gain.method, gain.setting or "not stated", f"{gain.speedup:g}x", *points_of(gain)]
         for gain in ESPACE[name]
@@ -189,7 +189,7 @@ def points_of(gain: Gain) -> list[str]:
 
 
 def printed_table(name: str) -> str:
-    """What the spatial bottleneck paper prints in a table."""
+    """Return the spatial bottleneck paper's printed figures of a table."""
     experiment = by_name(name)
     sets = ("cifar10", "cifar100") if experiment.data == "cifar10" else (experiment.data,)
     names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
@@ -209,7 +209,7 @@ def printed_table(name: str) -> str:
 
 
 def compared(name: str, figure: str = "drop-speed") -> str:
-    """Methods on one trained network; several draws of a setting are one row, with their range."""
+    """Return methods on one trained network; several draws of a setting are one row, with their range."""
     result = read(name, "comparison.json")
     top5 = figure.startswith("top5")
     tuned = result["recipe"] is not None
@@ -245,10 +245,10 @@ def compared(name: str, figure: str = "drop-speed") -> str:
 
 
 def layers(method: str) -> str:
-    """One method on single layers: speed-ups over the fastest dense layer, beside ratios of multiply-adds."""
+    """Return one method on single layers: speed-ups over the fastest dense layer, and MAC ratios."""
     cases = []
     for case in read("bench-methods.json")["cases"]:
-        # results call methods as they were called when they were made
+        # results use the method names of their time
         rows = [row for row in case["rows"] if ALIASES.get(row["method"], row["method"]) == method]
         own = {row["setting"]: row for row in rows}
         if own:
@@ -270,7 +270,7 @@ def layers(method: str) -> str:
 
 
 def span(rows: list[dict[str, Any]], key: str) -> str:
-    """A value, or the mean of several draws with the least and the largest."""
+    """Return a value, or the mean of several draws with the lowest and the highest."""
     values = [row[key] for row in rows]
     if len(values) == 1:
         return f"{values[0]:+.2f}"
@@ -278,13 +278,13 @@ def span(rows: list[dict[str, Any]], key: str) -> str:
 
 
 def targets(*names: str) -> str:
-    """Searches for a speed-up: what was asked, predicted and measured, and the error at each stage."""
+    """Return searches for a speed-up: asked, predicted and measured, and the error at each stage."""
     header = ["network", "asked", "predicted", "measured", "MAC ratio", "error before", "replaced"]
     header += ["batch norm anew", "fine-tuned", "epochs", "p", "search, min"]
     cells = []
     for name in names:
         result = read(name, "accelerate.json")
-        # a run that was timed again finds its scores there
+        # a run that was timed again reuses its scores
         first = (
             read(name, "first-run.json") if (ROOT / "results" / name / "first-run.json").exists() else result
         )
@@ -308,7 +308,7 @@ def targets(*names: str) -> str:
 
 
 def with_drop(*names: str) -> str:
-    """Searches for a speed-up within a loss, one command each: what was asked and how it ended."""
+    """Return searches for a speed-up within a loss, one command each, and their results."""
     header = ["network", "asked", "points allowed", "measured", "MAC ratio", "error before", "replaced"]
     header += ["fine-tuned", "points lost", "p", "epochs", "scoring, min"]
     cells = []
@@ -334,7 +334,7 @@ def with_drop(*names: str) -> str:
 
 
 def zoo() -> str:
-    """Networks of other libraries: is the fused copy equal, how fast, which layers each method takes."""
+    """Return other libraries' networks: whether the fused copy is equal, its speed, and layers taken."""
     result = read("zoo.json")
     header = ["networks", "number", "fused: equal", "refused", "wrong or failed"]
     header += [
@@ -377,7 +377,7 @@ def zoo() -> str:
 
 
 def gpu_machine() -> str:
-    """The card and the versions; what it reaches in a copy and in a matrix product."""
+    """Return the card and the versions, with its rates in a copy and in a matrix product."""
     result = read("bench-blocks-cuda.json")
     where, most = result["environment"], result["ceilings"]
     rates = {"bfloat16": "bfloat16", "float16": "float16", "float32": "tf32"}
@@ -399,12 +399,12 @@ def gpu_machine() -> str:
     return table(["what", "value"], [list(cell) for cell in cells.items()]).replace("---:", "---")
 
 
-# of the blocks on a GPU those that are drawn, beside their MAC ratios
+# the GPU blocks to draw, with their MAC ratios
 GPU_DRAWN = ("rSB 2/4", "rSB 1/4")
 
 
 def gpu_blocks() -> str:
-    """Each block on the card: dense, ours, and QUARTER by ordinary operators."""
+    """Return each block on the card: dense, ours, and QUARTER with ordinary operators."""
     result = read("bench-blocks-cuda.json")
     header = ["block", "batch", "fastest dense, us", "of roofline", "rRB by `qx.fuse`"]
     for name in GPU_DRAWN:
@@ -445,7 +445,7 @@ def gpu_blocks() -> str:
     return f"{table(header, cells)}\n\n![speed-up against MAC ratio](results/bench-blocks-cuda.svg)"
 
 
-# what was wanted of blocks in bfloat16: what, channels, batches, candidate, which of its ratios, at least
+# targets of blocks in bfloat16: name, channels, batches, candidate, its ratio's name, least value
 GPU_TARGETS: tuple[tuple[str, str, tuple[int, ...], str, str, float], ...] = (
     ("dense block by `qx.fuse`, over cuDNN's", "", (64, 256), "rRB", "speedup", 0.9),
     ("rSB 2/4, 64 x 56^2", "64", (64, 256), "rSB 2/4", "speedup", 1.35),
@@ -464,7 +464,7 @@ GPU_RATE = 20_000
 
 
 def gpu_targets() -> str:
-    """What was wanted of a GPU beside what was measured, what was missed among it."""
+    """Return the GPU targets beside the measurements, including missed ones."""
     rows = read("bench-blocks-cuda.json")["rows"]
     cells = []
     for what, channels, batches, name, key, least in GPU_TARGETS:
@@ -485,7 +485,7 @@ def gpu_targets() -> str:
 
 
 def gpu_correct() -> str:
-    """Checks by part and type, and the greatest error in units of what is allowed."""
+    """Return checks by part and type, and the greatest error in units of its tolerance."""
     result = read("gpu-correct.json")
     groups: dict[tuple[str, str], list[list[Any]]] = {}
     for job in result["jobs"]:
@@ -511,20 +511,20 @@ METHODS = {"sb": "SpatialBottleneck", "lowrank": "LowRank", "espace": "Espace"}
 
 
 def of_all(records: list[dict[str, Any]]) -> str:
-    """How many layers a method takes, of all convolutions that it was asked about."""
+    """Return how many layers a method takes, of all convolutions that it was asked about."""
     found = [record for record in records if "takes" in record]
     taken = sum(record["takes"] for record in found)
     return f"{taken} of {taken + sum(sum(record['leaves'].values()) for record in found)}"
 
 
 def of_artifacts(records: list[dict[str, Any]]) -> str:
-    """How many accelerated networks answer alike once saved and loaded."""
+    """Return how many accelerated networks give equal outputs after saving and loading."""
     found = [record["artifact"]["answer"] for record in records if "artifact" in record]
     return f"{found.count('equal')} of {len(found)}"
 
 
 def left_by_reason(rows: list[dict[str, Any]]) -> str:
-    """Why layers stay, by method, and why networks are refused: the most frequent reasons."""
+    """Return why layers are skipped, by method, and why networks are refused: the most frequent reasons."""
     said = []
     for method, label in METHODS.items():
         reasons: Counter[str] = Counter()

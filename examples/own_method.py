@@ -1,4 +1,4 @@
-"""A method of your own: 3 x 3 convolutions at random positions, in accelerate, compare and a search."""
+"""Your own method: 3 x 3 convolutions at random positions, in accelerate, compare and a search."""
 
 import sys
 import tempfile

@@ -1,11 +1,11 @@
-"""A network that quincunx knows nothing of: plain modules, a forward of its own.
+"""A network that is not part of quincunx: plain modules with their own forward.
 
     cd examples
-    python own_network.py        # trains it, makes it faster in Python; a number behind it sets the epochs
+    python own_network.py        # trains and accelerates it in Python; an optional number sets the epochs
     quincunx accelerate --model own_network:make_net --weights own_network.safetensors --data digits
 
-The second command does the same from the command line, with a report. All that quincunx asks for is a
-function without arguments that makes the network: ``make_net``.
+The second command does the same from the command line, with a report. quincunx only needs a
+function without arguments that builds the network: ``make_net``.
 """
 
 import sys
@@ -21,7 +21,7 @@ from quincunx.train.evaluation import evaluate
 
 
 class Branch(nn.Module):
-    """Two convolutions beside a 1 x 1; nothing special, but no nn.Sequential either."""
+    """Two convolutions in parallel with a 1 x 1, without nn.Sequential."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 def make_net() -> nn.Module:
-    """What --model and qx.load call; the weights come from a file."""
+    """Build the network for --model and qx.load; the weights come from a file."""
     return Net()
 
 
@@ -66,14 +66,14 @@ def main(epochs: int) -> None:
             optimizer.step()
     save_file(net.state_dict(), "own_network.safetensors")
 
-    # surgery works on a copy and says what it did
+    # accelerate works on a copy and reports what it did
     calibration = list(batches(data.train, data, 50))[:8]
     result = qx.accelerate(net.eval(), qx.LowRank(rank=0.25), calibration=calibration)
     print("replaced:", ", ".join(result.replaced))
     for name, reason in result.skipped.items():
         print(f"{name} stays: {reason}")
 
-    # the artifact notes which function makes the network, and never imports it by itself
+    # the artifact stores the name of the function that builds the network, but never imports it
     qx.save(result.model, "own_network_fast", factory="own_network:make_net")
     fast = qx.load("own_network_fast", factory=make_net)
     for name, network in (("before", net), ("after", fast), ("fused", qx.fuse(fast))):

@@ -1,6 +1,6 @@
-"""A network of the package: trained on the digits, made faster by ESPACE, fine-tuned, judged and timed.
+"""A network from the package: trained on digits, accelerated with ESPACE, fine-tuned, judged and timed.
 
-python examples/package_network.py        # about a minute; a number behind it sets the epochs
+python examples/package_network.py        # about a minute; an optional number sets the epochs
 """
 
 import sys
@@ -25,8 +25,8 @@ def main(epochs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fit(model, data, recipe, f"{folder}/run")
 
-        # what `quincunx accelerate` does: fitted layer by layer on training images, batch norm estimated
-        # anew, then fine-tuned, with the original network as teacher
+        # the same as `quincunx accelerate`: fit layer by layer on training images, re-estimate batch norm,
+        # then fine-tune with the original network as teacher
         result = accelerate_trained(
             model,
             qx.Espace(rank=0.5, rate=0.5),
@@ -42,7 +42,7 @@ def main(epochs: int) -> None:
         for sentence in acceleration_sentences(result):
             print(sentence)
 
-        # a network of the package is saved with its name, so that loading needs nothing else
+        # a network from the package is saved with its name, so loading needs nothing else
         fast = qx.fuse(qx.load(f"{folder}/fast/model"))
         print("loaded and fused:", tuple(fast(torch.zeros(8, 1, 32, 32)).shape))
 

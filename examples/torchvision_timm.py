@@ -1,9 +1,9 @@
-"""Networks of torchvision and timm, as they define them.
+"""Unchanged networks of torchvision and timm.
 
     python examples/torchvision_timm.py
 
-Where one of the two cannot be imported, as with a torchvision built for another torch, this says so and goes
-on. With weights and data the command line does it all; torchvision's functions need no arguments:
+If one of the two cannot be imported, such as a torchvision built for another torch, the program says so and
+continues. With weights and data the command line is enough; torchvision's functions need no arguments:
 
     quincunx accelerate --model torchvision.models:resnet18 --weights resnet18.pth --data ImageNet \
         --input 1x3x224x224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
@@ -19,7 +19,7 @@ from torch import nn
 
 import quincunx as qx
 
-# by which module and function each makes its network, and with which arguments
+# the module, function and arguments that build each network
 NETWORKS: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
     "torchvision": ("torchvision.models", "resnet18", (), {"weights": None, "num_classes": 10}),
     "timm": ("timm", "create_model", ("resnet18",), {"pretrained": False, "num_classes": 10}),
@@ -29,7 +29,7 @@ NETWORKS: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
 def imported(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
-    # a library whose compiled part does not fit this torch raises RuntimeError
+    # a library whose compiled part does not match this torch raises RuntimeError
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         print(f"{name}: does not import here ({type(error).__name__}: {reason})")
@@ -50,7 +50,7 @@ def main() -> None:
             network: nn.Module = getattr(found, name)(*given, **named)
             return network
 
-        # random images and weights show that it works, not how well: give real ones for that
+        # random images and weights show that it works, not how well; use real ones for that
         result = qx.accelerate(
             make().eval(),
             qx.LowRank(rank=0.25),
@@ -58,7 +58,7 @@ def main() -> None:
             calibration=images,
         )
         with tempfile.TemporaryDirectory() as folder:
-            # noted for people: the function that makes it, in a module of yours
+            # stored for people: the function that builds it, in your own module
             qx.save(result.model, f"{folder}/fast", factory="my_networks:make")
             fast = qx.fuse(qx.load(f"{folder}/fast", factory=make))
         with torch.no_grad():

@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-# a process that only prints the version needs none of what takes seconds to import: torch
+# printing only the version needs nothing that takes seconds to import, such as torch
 if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quincunx", "__main__.py", "-m"):
     from quincunx import networks
     from quincunx.acceleration.accelerate import accelerate

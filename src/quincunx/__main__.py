@@ -1,4 +1,4 @@
-"""``quincunx`` and ``python -m quincunx``: the command line, or the sentence that says what it needs."""
+"""``quincunx`` and ``python -m quincunx``: run the command line, or say which extra it needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 __all__ = ["main"]
 
-# what each extra of pyproject.toml brings, by the name under which it is imported
+# the packages of each extra in pyproject.toml, by import name
 _EXTRAS = {
     "train": ("PIL", "rich", "scipy", "sklearn", "typer"),
     "report": ("jinja2", "matplotlib"),
@@ -16,9 +16,9 @@ _EXTRAS = {
 
 
 def main() -> None:
-    """The console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
+    """Run the console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
     if sys.argv[1:] == ["--version"]:
-        # torch takes seconds to import, and its version can be had without
+        # torch takes seconds to import, and its version is available without
         sys.stdout.write(f"quincunx {version('quincunx')}, torch {version('torch')}\n")
         return
     try:

@@ -1,7 +1,7 @@
-"""What a module surely does: the one rule by which the whole library takes a module for a known class.
+"""Decide whether a module behaves as a known class: the one rule of the whole library.
 
-A subclass may compute something else than its parent, and so may one instance; whoever takes a network's
-layer for what its class says asks here first. Whoever changes a network copies it here.
+A subclass may compute something else than its parent, and so may a single instance. All code that treats a
+network's layer as an instance of its class asks here first. Code that changes a network copies it here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 
-# what a subclass may define again without computing anything else
+# attributes that a subclass may redefine without computing anything else
 _HARMLESS = {
     *("__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__constants__"),
     *("__slots__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"),
@@ -44,11 +44,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def known_class(module: object, classes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
-    """The class among ``classes`` whose forward a module surely runs; None if there is none.
+    """Return the class among ``classes`` whose forward a module runs; None if this is not certain.
 
-    An instance of the class itself is one, and so is an instance of a subclass that defines nothing again
-    that its parent has but what builds or prints it. A forward set on the instance, a weight that is
-    computed anew at each call and a subclass with a forward of its own are not. Hooks are not asked about:
+    This holds for an instance of the class itself, and for an instance of a subclass that redefines
+    only how it is built or printed. It does not hold for a forward set on the instance, a weight that is
+    recomputed at each call, or a subclass with its own forward. Hooks are not considered:
     see :func:`forward_hooks`.
 
     Example:
@@ -71,25 +71,25 @@ def known_class(module: object, classes: tuple[type[nn.Module], ...]) -> type[nn
         if any(hasattr(found, name) for name in vars(between) if name not in _HARMLESS):
             return None
         if any(name in vars(between) for name in _kept(found)):
-            return None  # a property computes what the parent keeps
+            return None  # a property computes what the parent stores
     return None
 
 
 def _kept(found: type[nn.Module]) -> set[str]:
-    """Names of what instances of a class keep: tensors, and settings such as a stride."""
+    """Return the names that instances of a class store: tensors, and settings such as a stride."""
     names = {"weight", "bias", "running_mean", "running_var", *getattr(found, "__constants__", ())}
     return names.union(*(vars(base).get("__annotations__", {}) for base in found.__mro__))
 
 
 def surely(module: object, *classes: type[M]) -> bool:
-    """Whether a module surely runs the forward of one of some classes: :func:`known_class` as a question."""
+    """Return whether :func:`known_class` finds a class: the module certainly runs one's forward."""
     return known_class(module, classes) is not None
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) as a convolution's forward pads with zeros now.
+    """Return (top, bottom, left, right) of the zero padding in a convolution's forward.
 
-    What its constructor noted for other modes does not follow a padding that is set later.
+    The copy that its constructor stores for other modes does not follow a later change of the padding.
     """
     kernel, dilation = conv.weight.shape[2:], conv.dilation
     spread = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
@@ -103,7 +103,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
 
 
 def held_at(model: nn.Module, path: str) -> Any:
-    """What a network holds at a path, as it is held: without the ``__getattr__`` of a user's class."""
+    """Return a network's attribute at a path, bypassing ``__getattr__`` of a user's class."""
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
     for held in (module._parameters, module._buffers, vars(module)):
@@ -113,16 +113,16 @@ def held_at(model: nn.Module, path: str) -> Any:
 
 
 def forward_hooks(module: nn.Module) -> int:
-    """How many of a user's hooks run at each call of a module, before or after its forward."""
+    """Return the number of a user's hooks that run at each call of a module, before or after its forward."""
     return sum(len(getattr(module, name)) for name in _HOOKS)
 
 
 def copied(model: M) -> M:
-    """A deep copy of a network, of ordinary tensors also where inference mode is on.
+    """Return a deep copy of a network, with ordinary tensors also in inference mode.
 
     Raises:
-        TypeError: something in it cannot be copied, whatever that raises, or a lazy layer has no weights
-            yet; the part is named.
+        TypeError: a part cannot be copied, for whatever reason, or a lazy layer has no weights
+            yet; the message names the part.
     """
     if (lazy := _without_weights(model)) is not None:
         raise TypeError(
@@ -135,7 +135,7 @@ def copied(model: M) -> M:
         try:
             made = copy.deepcopy(model)
         except Exception as error:
-            # whatever is nested too deep is so from the network's own path on
+            # too deep nesting starts at the network's own path
             at = "" if isinstance(error, RecursionError) else _uncopied(model)
             part = "" if at == "" else f"its part {at!r}, a {type(model.get_submodule(at)).__name__}, "
             raise TypeError(f"model: {part}cannot be copied ({first_line(error)})") from error
@@ -149,9 +149,9 @@ def copied(model: M) -> M:
 
 
 def _without_weights(model: nn.Module) -> nn.Module | None:
-    """A lazy layer that has not run."""
+    """Return a lazy layer that has not run, or None."""
     left, seen = [model], {id(model)}
-    while left:  # no recursion: what is nested too deep is refused later
+    while left:  # no recursion: too deep nesting is refused later
         module = left.pop()
         own = (*module._parameters.values(), *module._buffers.values())
         if any(t is not None and is_lazy(t) for t in own):
@@ -163,7 +163,7 @@ def _without_weights(model: nn.Module) -> nn.Module | None:
 
 
 def _uncopied(model: nn.Module) -> str:
-    """The path of the innermost module that cannot be copied by itself; empty for the network."""
+    """Return the path of the innermost module that cannot be copied; empty for the network."""
     for name, child in model.named_children():
         if not _copies(child):
             within = _uncopied(child)
@@ -174,13 +174,13 @@ def _uncopied(model: nn.Module) -> str:
 def _copies(module: nn.Module) -> bool:
     try:
         copy.deepcopy(module)
-    except Exception:  # noqa: BLE001 - whatever a user's class raises
+    except Exception:  # noqa: BLE001 - a user's class may raise anything
         return False
     return True
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or else its class."""
+    """Return the first line of an exception's message, or else its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -199,20 +199,20 @@ _CARRIED = (
 
 @runtime_checkable
 class Attached(Protocol):
-    """A module that works together with another one of its network."""
+    """A module that works together with another module of its network."""
 
     def attach(self, network: nn.Module) -> None:
-        """Find the other one; called whenever the module was put in a network."""
+        """Find the other module; called whenever this module was put in a network."""
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module the hooks of the one whose place it takes."""
+    """Give a module the hooks of the module that it replaces."""
     for name in _CARRIED:
         setattr(new, name, copy.copy(getattr(old, name)))
 
 
 def set_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The network with a module at a path; the module itself where the path is empty."""
+    """Put a module at a path and return the network, or the module if the path is empty."""
     if not name:
         return module
     parent, _, last = name.rpartition(".")
@@ -222,8 +222,8 @@ def set_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluation(network: nn.Module) -> Iterator[None]:
-    """Within: every module in evaluation mode, and tensors that can be trained also where inference mode is
-    on; each module's own mode after."""
+    """Use evaluation mode and trainable tensors within the context, also in inference mode; restore each
+    module's mode after it."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -239,7 +239,7 @@ def evaluation(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
-    """Within: every module in evaluation mode and no gradients; each module's own mode after."""
+    """Use evaluation mode without gradients within the context; restore each module's mode after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

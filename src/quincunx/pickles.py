@@ -1,8 +1,8 @@
-"""Pickles read as data: nothing that a file names is imported, called or built.
+"""Read pickles as data: nothing that a file names is imported, called or built.
 
-A pickle is a program for a small machine with a stack. This one knows the plain values (numbers, text,
-bytes, lists, tuples, dictionaries, sets); what a pickle names is a :class:`Named`, and what it makes of a
-name is what the caller's table says, or a :class:`Made` that only remembers its parts. Time and memory are
+A pickle is a program for a small stack machine. This one knows plain values (numbers, text,
+bytes, lists, tuples, dictionaries, sets). A global in a pickle becomes a :class:`Named`. An object built from
+one is what the caller's table makes, or a :class:`Made` that only remembers its parts. Time and memory are
 linear in the length of the pickle.
 """
 
@@ -16,15 +16,15 @@ from quincunx.reading import memory_left
 
 __all__ = ["Bounded", "Dictionary", "Made", "Makers", "Named", "Opaque", "read_pickle"]
 
-# instructions of any pickle, far more than names and tensors take, and bytes of memory that one takes at most
-# (the text that it brings not counted)
+# the most instructions of any pickle, far more than names and tensors need, and the most bytes of memory for
+# each (without its text)
 _STEPS, _PER_STEP = 1 << 22, 256
-# work of makers, such as values copied, for each byte of the pickle, and what any pickle may do
+# limits of the makers' work, such as copied values: per byte of the pickle, and for any pickle
 _WORK_PER_BYTE, _WORK = 16, 1 << 20
 
 
 class Named:
-    """What a pickle names: a class or a function of a module."""
+    """A global in a pickle: a class or a function of a module."""
 
     __slots__ = ("module", "name")
 
@@ -36,7 +36,7 @@ class Named:
 
 
 class Opaque:
-    """A value that nobody asks for, such as a key that is a tuple."""
+    """Replaces a value that nobody needs, such as a tuple as a key."""
 
     __slots__ = ()
 
@@ -45,16 +45,16 @@ class Opaque:
 
 
 class Dictionary(dict[Any, Any]):
-    """Stands for an OrderedDict or a defaultdict, whose attributes do not matter."""
+    """Replaces an OrderedDict or a defaultdict, whose attributes do not matter."""
 
 
 class Made:
-    """What a pickle makes of a name that nobody here knows.
+    """An object that a pickle builds from a global without a maker.
 
     Attributes:
-        of: the name, or what was called instead of one.
-        entries: those that a kind of dictionary was given.
-        state: its attributes, as the pickle says them.
+        of: the global, or whatever was called instead of one.
+        entries: entries that were set, for dictionary types.
+        state: its attributes in the pickle.
     """
 
     __slots__ = ("entries", "of", "state")
@@ -67,7 +67,7 @@ class Made:
         return repr(self.of) if isinstance(self.of, Named) else "?"
 
 
-# by module and name: what is made of the arguments; a maker with an attribute ``build`` gets later state
+# by module and name: a function of the arguments; if its result has ``build``, that gets the state
 Makers = Mapping[tuple[str, str], Callable[..., Any]]
 
 
@@ -96,15 +96,15 @@ def read_pickle(
     strict: bool = False,
     old_text_is_bytes: bool = False,
 ) -> Any:
-    """What a pickle holds.
+    """Return the content of a pickle.
 
     Args:
-        source: the pickle; a file is left behind its end.
-        length: bytes that there are.
-        makers: what is made of names.
-        persistent: what stands for a persistent id.
-        strict: refuse every other name, where it is named.
-        old_text_is_bytes: whether the text of Python 2 is bytes, or text in latin-1.
+        source: the pickle; a file is left at its end.
+        length: bytes available.
+        makers: functions that replace globals.
+        persistent: function that replaces persistent ids.
+        strict: refuse all other globals.
+        old_text_is_bytes: whether text of Python 2 is bytes, or else text in latin-1.
 
     Raises:
         ValueError: damaged, or not a pickle of plain values and names.
@@ -160,7 +160,7 @@ class _Machine:
     def run(self, source: bytes | Bounded) -> Any:
         steps = min(_STEPS, memory_left() // 2 // _PER_STEP)
         stack = self._stack
-        # the machine's own words for what is damaged are good enough
+        # the machine's own errors describe damage well enough
         argument: Any
         for step, (opcode, argument, _) in enumerate(pickletools.genops(source)):  # type: ignore[arg-type]
             if step > steps:
@@ -239,7 +239,7 @@ class _Machine:
             raise ValueError(f"it uses {name}, which is refused")
 
     def _to_mark(self) -> list[Any]:
-        """What lies above the last mark, taken off with it."""
+        """Pop the values above the last mark, and the mark."""
         stack = self._stack
         place = len(stack) - 1
         while stack[place] is not _MARK:
@@ -291,7 +291,7 @@ class _Machine:
         if isinstance(of, Named):
             maker = self._makers.get((of.module, of.name))
             if maker is not None:
-                # a maker may copy what it is given, so that what it is given counts
+                # a maker may copy its arguments, so their size counts as work
                 sized = (item for item in arguments if isinstance(item, str | bytes | list | tuple))
                 self._work -= 1 + sum(map(len, sized))
                 if self._work < 0:
@@ -312,6 +312,6 @@ class _Machine:
 
 
 def _key(value: Any) -> Any:
-    """A key that is hashed in no time: of others only that they are there is kept."""
+    """Return a key that can be hashed in constant time; others become an :class:`Opaque`."""
     small = isinstance(value, int) and value.bit_length() <= 64
     return value if small or isinstance(value, _SCALARS) else Opaque()

@@ -1,4 +1,4 @@
-"""How far long work is, for people."""
+"""A progress bar for long work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[Progress]:
-    """A bar with count, elapsed and remaining time, on standard error."""
+    """Show a bar with count, elapsed and remaining time, on standard error."""
     from rich.console import Console
 
     columns = (

@@ -1,6 +1,6 @@
-"""Files that were written before, by us or by somebody else: every claim in them is checked.
+"""Read existing files, our own or others', and check every claim in them.
 
-One reader for all JSON files: what is missing or of another kind ends in one sentence that names the file
+One reader serves all JSON files: a missing or wrong value ends in one sentence that names the file
 and the place in it.
 """
 
@@ -48,11 +48,11 @@ _SHOWN = 120
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, no file at all, or one that memory cannot hold.
+        ValueError: not JSON, not a file, or too large for the memory.
     """
     with naming(path):
         size = _size(path)
@@ -69,7 +69,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; a pipe or a device would never end."""
+    """Return the bytes of a file; refuse a pipe or a device, which would never end."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: expected a file")
@@ -77,25 +77,25 @@ def _size(path: Path) -> int:
 
 
 def shown(value: object) -> str:
-    """A value in an error's sentence: on one line, and cut where it is long."""
+    """Return a value for an error message: on one line, and cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line, or else its class."""
-    # torch appends where it was raised, line after line
+    """Return an exception's message on one line, or else its class."""
+    # torch appends the C++ location over several lines
     text = str(error).partition("\nException raised from")[0]
     return " ".join(text.split())[:500] or type(error).__name__
 
 
 class Entry:
-    """A value in a JSON file, and where it is there.
+    """A value in a JSON file, and its place there.
 
     Args:
-        value: what the file holds.
-        file: its name.
-        at: the place in it, for errors.
+        value: the value.
+        file: the file's name.
+        at: the place in the file, for errors.
 
     Example:
         >>> entry = Entry({"rows": [{"loss": "low"}]}, "scores.json")
@@ -109,7 +109,7 @@ class Entry:
         self.value, self.file, self.at = value, file, at
 
     def wrong(self, expected: str) -> ValueError:
-        """The error that says what was expected here."""
+        """Return an error that says what was expected here."""
         return self._error(f"expected {expected}, got {shown(self.value)}")
 
     def _error(self, what: str) -> ValueError:
@@ -117,10 +117,10 @@ class Entry:
         return ValueError(f"{self.file}: incomplete or altered, {at}{what}")
 
     def __getitem__(self, key: str) -> Entry:
-        """What an object has under a name.
+        """Return an object's value under a name.
 
         Raises:
-            ValueError: no object, or without that name.
+            ValueError: not an object, or one without that name.
         """
         found = self.object()
         if key not in found:
@@ -131,51 +131,51 @@ class Entry:
         return key in self.object()
 
     def get(self, key: str, default: Any) -> Entry:
-        """What an object has under a name, or else a default."""
+        """Return an object's value under a name, or else a default."""
         return self._child(key) if key in self.object() else Entry(default, self.file, self._at(key))
 
     def object(self) -> dict[str, Any]:
-        """The object that stands here."""
+        """Return the value, which must be an object."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
         return self.value
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Names and values of an object."""
+        """Return the names and values of an object."""
         return ((key, self._child(key)) for key in self.object())
 
     def items(self, count: int | None = None) -> list[Entry]:
-        """The values of a list, of ``count`` of them if that is given."""
+        """Return the values of a list, which must have ``count`` of them if that is given."""
         if not isinstance(self.value, list) or (count is not None and len(self.value) != count):
             raise self.wrong("a list" if count is None else f"a list of {count}")
         return [Entry(v, self.file, f"{self.at}[{number}]") for number, v in enumerate(self.value)]
 
     def text(self, *allowed: str) -> str:
-        """The text that stands here, one of those allowed if any are given."""
+        """Return the value, which must be text, one of ``allowed`` if any are given."""
         if not isinstance(self.value, str) or (allowed and self.value not in allowed):
             raise self.wrong(" or ".join(allowed) or "text")
         return self.value
 
     def integer(self, least: int = -(2**63)) -> int:
-        """The whole number that stands here, of 64 bits."""
+        """Return the value, which must be a whole number of 64 bits."""
         if type(self.value) is not int or not least <= self.value < 2**63:
             raise self.wrong("a whole number" if least < 0 else f"a whole number of at least {least}")
         return self.value
 
     def number(self, least: float = -math.inf) -> float:
-        """The finite number that stands here."""
+        """Return the value, which must be a finite number."""
         if type(self.value) not in (int, float) or not abs(self.value) < 2**63 or self.value < least:
             raise self.wrong("a number" if least < 0 else f"a number of at least {least:g}")
         return float(self.value)
 
     def boolean(self) -> bool:
-        """The true or false that stands here."""
+        """Return the value, which must be true or false."""
         if not isinstance(self.value, bool):
             raise self.wrong("true or false")
         return self.value
 
     def missing(self) -> bool:
-        """Whether null stands here."""
+        """Return whether the value is null."""
         return self.value is None
 
     def _child(self, key: str) -> Entry:
@@ -187,14 +187,14 @@ class Entry:
 
 
 def differing_fields(theirs: Any, ours: Any) -> str:
-    """The fields in which two descriptions differ, as a sentence's end."""
+    """Return the fields in which two descriptions differ, as the end of a sentence."""
     if not isinstance(theirs, dict) or not isinstance(ours, dict):
         return f"was {shown(theirs)}, now {shown(ours)}"
     found = []
     for key in {**theirs, **ours}:
         one, other = theirs.get(key), ours.get(key)
         if one != other:
-            # of two nested descriptions only what differs
+            # for nested descriptions list only the differences
             nested = (
                 isinstance(one, dict)
                 and isinstance(other, dict)
@@ -206,16 +206,16 @@ def differing_fields(theirs: Any, ours: Any) -> str:
     return ", ".join(found)
 
 
-# ---------------------------------------------------------------- content that nobody altered
+# ---------------------------------------------------------------- sealed content
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """JSON-ready content with the hash of it, so that damage is seen; :func:`read_sealed` checks it."""
+    """Return JSON-ready content with its hash, which reveals damage; :func:`read_sealed` checks it."""
     return {**content, "sha256": _seal(content)}
 
 
 def read_sealed(path: Path) -> Entry:
-    """What a file of :func:`sealed` content holds.
+    """Return the content of a file of :func:`sealed` content.
 
     Raises:
         FileNotFoundError: no such file.
@@ -229,7 +229,7 @@ def read_sealed(path: Path) -> Entry:
 
 
 def _seal(content: dict[str, Any]) -> str:
-    # numbers are written back as they were read, and the order of names means nothing
+    # numbers are written back as they were read, and the order of names does not matter
     try:
         text = json.dumps(content, sort_keys=True, allow_nan=False)
     except RecursionError:
@@ -238,7 +238,7 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file, whose size memory could hold."""
+    """Return the hash of a file, after checking that its size fits in memory."""
     digest = hashlib.sha256()
     with naming(path):
         bounded(_size(path), what=str(path))
@@ -249,11 +249,11 @@ def sha256_of(path: Path) -> str:
 
 
 def read_tensors(path: Path, *, what: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, which can be no larger than the file.
+    """Return the tensors of a .safetensors file, which cannot be larger than the file.
 
     Args:
         path: the file.
-        what: what a refusal begins with; the path by default.
+        what: the start of an error message; by default the path.
 
     Raises:
         FileNotFoundError: no such file.
@@ -272,7 +272,7 @@ def read_tensors(path: Path, *, what: str | None = None) -> dict[str, Tensor]:
 
 
 def memory_left() -> int:
-    """Bytes of memory that this machine can still give, at least 1 MiB; 1 GiB where it does not say."""
+    """Return the bytes of memory that this machine can still give, at least 1 MiB; 1 GiB if unknown."""
     try:
         left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -281,13 +281,13 @@ def memory_left() -> int:
 
 
 def bounded(claimed: int, *, what: str, at_most: int | None = None) -> int:
-    """A number of bytes that a file claims, if there can be as many.
+    """Return a number of bytes that a file claims, after checking that it is possible.
 
     Args:
-        claimed: bytes, as the file says.
-        what: the file and the part of it, which the error begins with.
-        at_most: what the file itself can hold of it, where that is known; always no more than half of the
-            memory that is left.
+        claimed: bytes, as in the file.
+        what: the file and the part of it, which start the error message.
+        at_most: the most that the file itself can hold, if known; half of the free
+            memory is always a limit.
 
     Raises:
         ValueError: negative, or more than that.
@@ -301,7 +301,7 @@ def bounded(claimed: int, *, what: str, at_most: int | None = None) -> int:
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Within: an error of the operating system that does not name a file names this one."""
+    """Add this file's name to errors of the operating system that name no file, within the context."""
     try:
         yield
     except OSError as error:
@@ -310,7 +310,7 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
 
 
-# what reading a zip archive may raise, besides errors of the operating system
+# exceptions of reading a zip archive, besides errors of the operating system
 ZIP_DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -320,24 +320,24 @@ ZIP_DAMAGE = (
     ValueError,
     LookupError,
     OverflowError,
-    # an encrypted member; NotImplementedError, an unknown compression, is one as well
+    # an encrypted member; NotImplementedError, for an unknown compression, is a subclass
     RuntimeError,
 )
 
 
-# what one byte can become when it is unpacked: deflate's format allows no more
+# the most bytes that one byte can unpack to in deflate's format
 _DEFLATE = 1040
 
 
 _PIECE = 1 << 20
 
 
-# bytes that lzma may look back, for which unpacking takes memory before the first byte comes
+# the largest window of lzma, which is allocated before the first byte is unpacked
 _LARGEST_WINDOW = 1 << 28
 
 
 def _window(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """What a member packed by lzma asks for."""
+    """Return the window size that a member packed by lzma asks for."""
     file = archive.fp
     if file is None:
         return 0
@@ -349,15 +349,16 @@ def _window(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
 
 
 def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, length: int, *, what: str) -> IO[bytes]:
-    """A member of a zip archive to read from, once what it takes to unpack it is known to be there.
+    """Open a member of a zip archive, after checking that it can be unpacked in memory.
 
     Args:
-        archive, member: what is opened.
+        archive: the archive.
+        member: the member to open.
         length: bytes of the archive.
-        what: the file and the member, which an error begins with.
+        what: the file and the member, which start an error message.
 
     Raises:
-        ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
+        ValueError: it claims more than is possible, or is damaged (also the exceptions in ``ZIP_DAMAGE``).
     """
     bounded(member.compress_size, what=what, at_most=length)
     if member.compress_type == zipfile.ZIP_LZMA:
@@ -373,16 +374,17 @@ def read_member(
     what: str,
     at_most: int | None = None,
 ) -> bytes:
-    """A member of a zip archive, its size bounded before anything is read.
+    """Return a member of a zip archive, after checking its size.
 
     Args:
-        archive, member: what is read.
+        archive: the archive.
+        member: the member to read.
         length: bytes of the archive.
-        what: the file and the member, which an error begins with.
-        at_most: bytes that there may be.
+        what: the file and the member, which start an error message.
+        at_most: the most bytes allowed.
 
     Raises:
-        ValueError: it claims more than there can be, or is damaged (also what ``ZIP_DAMAGE`` lists).
+        ValueError: it claims more than is possible, or is damaged (also the exceptions in ``ZIP_DAMAGE``).
     """
     stored = member.compress_type == zipfile.ZIP_STORED
     deflated = member.compress_type == zipfile.ZIP_DEFLATED
@@ -392,7 +394,7 @@ def read_member(
     pieces: list[bytes] = []
     left = size
     with open_member(archive, member, length, what=what) as file:
-        # a piece at a time: a call for all of it unpacks what there is, whatever was claimed
+        # read piece by piece: a single call would unpack everything, whatever was claimed
         while piece := file.read(min(left + 1, _PIECE)):
             left -= len(piece)
             if left < 0:

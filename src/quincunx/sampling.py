@@ -1,4 +1,4 @@
-"""Which positions of a feature map are computed. Pure geometry: no weights, no values.
+"""The computed positions of a feature map. Pure geometry: no weights, no values.
 
 A *sampling* names a subset of the H x W positions of a *grid*; m of them are computed and
 density = m / (H W). Positions are always listed in row-major order.
@@ -34,10 +34,10 @@ __all__ = [
 
 
 class Sampling(ABC):
-    r"""A rule that says which positions of an H x W grid are computed.
+    r"""A rule for the computed positions of an H x W grid.
 
     Samplings are immutable and hashable, so that plans can be cached by them, and have a JSON
-    form (``spec``) from which :func:`from_spec` builds them again.
+    form (``spec``) from which :func:`from_spec` rebuilds them.
     """
 
     kind: ClassVar[str]
@@ -46,19 +46,19 @@ class Sampling(ABC):
 
     @abstractmethod
     def mask(self, height: int, width: int) -> Tensor:
-        """Computed positions as a BoolTensor [H, W]; a fresh tensor at each call.
+        """Return the computed positions as a BoolTensor [H, W], a new tensor at each call.
 
         Raises:
-            ValueError: the grid is empty, or is not one this sampling can be laid on.
+            ValueError: the grid is empty, or does not fit this sampling.
         """
 
     def positions(self, height: int, width: int) -> Tensor:
-        """Computed positions as a LongTensor [m, 2] of (row, column), in row-major order."""
+        """Return the computed positions as a LongTensor [m, 2] of (row, column), in row-major order."""
         return self.mask(height, width).nonzero()
 
     @abstractmethod
     def count(self, height: int, width: int) -> int:
-        """The number m of computed positions on an H x W grid; no tensor is made, so compilers can ask."""
+        """Return the number m of computed positions on an H x W grid; makes no tensor, for compilers."""
 
     @property
     @abstractmethod
@@ -66,7 +66,7 @@ class Sampling(ABC):
         """m / (H W), in (0, 1]: exact for positions, the limit for large grids for rules."""
 
     def _describe(self, **fields: Any) -> None:
-        """Keep the JSON form: operators pass it at every call, so it is made once."""
+        """Store the JSON form: operators pass it at every call, so it is made once."""
         object.__setattr__(self, "spec", json.dumps({"kind": self.kind, **fields}))
 
 
@@ -89,7 +89,7 @@ class Cosets(Sampling):
 
     .. math:: \{(w, h) : \exists (a, b) \in \text{offsets},\; w \equiv a,\; h \equiv b \pmod K\}
 
-    ``a`` goes with the column and ``b`` with the row (the paper's order).
+    ``a`` is the column's residue and ``b`` the row's (the paper's order).
 
     Args:
         period: K >= 2.
@@ -162,10 +162,10 @@ class Cosets(Sampling):
 class Random(Sampling):
     r"""``max(1, round(rate H W))`` positions drawn uniformly without replacement.
 
-    The draw depends on the seed and on the grid's size alone, and is the same on every platform.
+    The draw depends only on the seed and on the grid's size, and is the same on every platform.
 
     Args:
-        rate: share of positions that are computed, in (0, 1].
+        rate: share of positions to compute, in (0, 1].
         seed: of the draw, 0 <= seed < 2**63.
 
     Raises:
@@ -214,35 +214,35 @@ UNIFORM_RULES = ("even", "eq8")
 
 @dataclass(frozen=True)
 class Uniform(Sampling):
-    r"""Evenly spread rows times evenly spread columns, by one of two rules.
+    r"""Evenly spread rows times evenly spread columns, with one of two rules.
 
     ``"even"`` covers the grid to its borders:
 
     .. math:: \{\lfloor (i + \tfrac12) H / H_s \rfloor\}_{i < H_s} \times
               \{\lfloor (j + \tfrac12) W / W_s \rfloor\}_{j < W_s}
 
-    with the integers H_s, W_s for which H_s W_s is nearest to rate H W, the spacing of rows and
-    columns being as equal as that allows.
+    with the integers H_s, W_s for which H_s W_s is nearest to rate H W, with the spacing of rows and
+    columns as equal as that allows.
 
-    ``"eq8"`` is the paper's, with m = max(1, round(rate H W)) and positions counted from 1:
+    ``"eq8"`` is the paper's rule, with m = max(1, round(rate H W)) and positions counted from 1:
 
     .. math:: \{a, 2 a, \dots, s a\} \times \{b, 2 b, \dots, s b\}, \quad
               s = \lfloor \sqrt m \rfloor,\; a = \lfloor H / \sqrt m \rfloor,\;
               b = \lfloor W / \sqrt m \rfloor
 
-    It has s^2 <= m positions and leaves a margin below and on the right where a division leaves a rest: at
-    rates above 1/4 a square grid has a = b = 1, and all positions lie together in its upper left corner.
+    It has s^2 <= m positions and leaves a margin below and on the right if a division has a remainder. At
+    rates above 1/4 a square grid has a = b = 1, and all positions lie in its upper left corner.
 
     Args:
         rate: wanted share of positions, in (0, 1]. The share reached is H_s W_s / (H W), or s^2 / (H W).
         rule: "even" or "eq8".
 
     Raises:
-        ValueError: rate outside (0, 1], another rule; with "eq8" a grid that is lower or narrower than
+        ValueError: rate outside (0, 1], another rule; with "eq8" a grid lower or narrower than
             sqrt(m), for which the formula gives no positions.
         TypeError: rate is not a number.
 
-    Source: Lin et al., ESPACE (AAAI 2017), eq. 8; "even" is this library's.
+    Source: Lin et al., ESPACE (AAAI 2017), eq. 8; "even" is our own rule.
 
     Example:
         >>> Uniform(0.25).count(8, 8)
@@ -287,12 +287,12 @@ class Uniform(Sampling):
 
 
 def _share(rate: float, height: int, width: int) -> int:
-    """The number of positions that a rate is of a grid."""
+    """Return the number of positions for a rate on a grid."""
     return max(1, round(rate * height * width))
 
 
 def _eq8(rate: float, height: int, width: int) -> tuple[int, int, int]:
-    """The side s and the steps a and b of eq. 8, without rounding: floor(H / sqrt(m)) = isqrt(H^2 // m)."""
+    """Return the side s and the steps a and b of eq. 8 exactly: floor(H / sqrt(m)) = isqrt(H^2 // m)."""
     m = _share(rate, height, width)
     side, down, across = math.isqrt(m), math.isqrt(height**2 // m), math.isqrt(width**2 // m)
     if min(down, across) < 1:
@@ -305,9 +305,9 @@ def _eq8(rate: float, height: int, width: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=4096)
 def _even_counts(rate: float, height: int, width: int) -> tuple[int, int]:
-    """The numbers of rows and columns whose product is nearest to rate H W.
+    """Return the numbers of rows and columns whose product is nearest to rate H W.
 
-    A deviation of the count weighs as much as the same relative deviation of the spacings' ratio.
+    A relative error of the count weighs ten times as much as the logarithm of the spacings' ratio.
     """
     wanted = max(1.0, rate * height * width)
     best: tuple[float, int, int] | None = None
@@ -323,18 +323,18 @@ def _even_counts(rate: float, height: int, width: int) -> tuple[int, int]:
     return best[1], best[2]
 
 
-# the name that says what it is; the older one stays
+# the descriptive name; the older one is kept
 EvenGrid = Uniform
 
 
 class Positions(Sampling):
-    """An explicit set of positions on one grid, such as an impact mask of ESPACE produces.
+    """An explicit set of positions on one grid, such as an impact mask of ESPACE.
 
     Args:
-        mask: BoolTensor [H, W] (or anything ``torch.as_tensor`` takes as one); copied.
+        mask: BoolTensor [H, W] (or a value that ``torch.as_tensor`` converts to one); copied.
 
     Raises:
-        ValueError: the mask is not 2-D or holds no position; a grid of another size is asked for.
+        ValueError: the mask is not 2-D or has no position; a grid of another size is requested.
         TypeError: the mask is not boolean.
 
     Example:
@@ -361,7 +361,7 @@ class Positions(Sampling):
 
     @property
     def size(self) -> tuple[int, int]:
-        """The grid (H, W) these positions belong to."""
+        """The grid (H, W) of these positions."""
         return self._size
 
     def _check_fits(self, height: int, width: int) -> None:
@@ -411,7 +411,7 @@ _NAMED = {
 
 @lru_cache(maxsize=4096)
 def from_spec(spec: str) -> Sampling:
-    """The sampling that a JSON text made by ``Sampling.spec`` describes.
+    """Return the sampling that a JSON text from ``Sampling.spec`` describes.
 
     Raises:
         ValueError: the text is not such a description.
@@ -440,7 +440,7 @@ def from_spec(spec: str) -> Sampling:
 
 
 def parse(text: str | Sampling) -> Sampling:
-    """A sampling from what a person types.
+    """Return the sampling that a user's text names.
 
     ``1/4``, ``2/4``, ``3/4`` (or ``quarter``, ``chessboard``, ``three-quarters``),
     ``cosets:K:a,b;a,b``, ``random:RATE[:SEED]``, ``uniform:RATE[:eq8]``, or a ``spec``.

@@ -1,8 +1,8 @@
-"""Files and folders that are written whole or not at all, whatever stops the process on the way.
+"""Write files and folders completely or not at all, even if the process is stopped.
 
-What is new is made in a folder of its own beside its place, and put there in one step of the operating
-system. Such a folder is locked for as long as its process lives, so that a later run can tell what a killed
-one left, and removes it.
+New content is made in its own folder beside the final place, and moved there in one step of the operating
+system. Such a folder is locked as long as its process lives, so that a later run can recognise and remove
+the folders of killed runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # another system than Unix: nothing is locked, and nothing left behind is removed
+except ImportError:  # not Unix: nothing is locked, and leftovers are not removed
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -47,16 +47,16 @@ __all__ = [
     "write_text",
 ]
 
-# beside "model": ".model.0123abcd.part" is being made, ".model.0123abcd.old" is what was there before
+# beside "model": ".model.0123abcd.part" is being written, ".model.0123abcd.old" is the previous folder
 _PART, _OLD = "part", "old"
-# how long a place may be empty while another process puts a folder there, seconds
+# seconds for which a place may be empty while another process puts a folder there
 _PATIENCE = 2.0
 
 
 def cache_folder() -> Path | None:
-    """Where to keep what can be made again: what QUINCUNX_CACHE says, else a folder in the user's cache.
+    """Return the folder for reproducible data: QUINCUNX_CACHE, else a folder in the user's cache.
 
-    None where QUINCUNX_CACHE is set to nothing: then nothing is kept.
+    None if QUINCUNX_CACHE is empty: then nothing is cached.
     """
     said = os.environ.get("QUINCUNX_CACHE")
     if said is not None:
@@ -66,11 +66,11 @@ def cache_folder() -> Path | None:
 
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Within: no other process is within for the same path, on systems that lock files."""
+    """Exclude other processes from this context for the same path, on systems that lock files."""
     descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if fcntl is not None:
-            # a file system without locks: the last writer's file stands
+            # on a file system without locks the last writer wins
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -79,10 +79,10 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file of a folder of its own, then put it in ``path``'s place.
+    """Let ``write`` make a file in a separate folder, then move it to ``path``.
 
-    If writing fails (a full disk, say) the file that was there before survives untouched. The file's mode is
-    what the umask leaves of 0666.
+    If writing fails (for example because the disk is full) the previous file is unchanged. The file's mode is
+    0666 less the umask.
 
     Raises:
         OSError: it cannot be written; names ``path``.
@@ -96,9 +96,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def fill_folder(place: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new folder, then put it in ``place``'s place, where a folder may be.
+    """Let ``write`` fill a new folder, then move it to ``place``, where a folder may exist.
 
-    At every moment the old folder or the new one is there, whole; where the system cannot exchange two
+    At every moment the complete old folder or the complete new one exists; if the system cannot exchange two
     folders in one step, :func:`restore` brings the old one back.
 
     Raises:
@@ -115,21 +115,21 @@ def fill_folder(place: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, atomically."""
+    """Write a text file atomically."""
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (no NaN), atomically; its layout is that of :func:`json_text`."""
+    """Write strict JSON (no NaN) atomically, in the layout of :func:`json_text`."""
     write_text(path, json_text(value) + "\n")
 
 
-# characters up to which a value stays on its line, and a record, an item of a list, on one of its own
+# longest line of a value, and of a record in a list
 _LINE, _RECORD = 160, 2000
 
 
 def json_text(value: Any) -> str:
-    r"""Strict JSON to read and to compare by lines: an array of numbers or a short record is one line.
+    r"""Return strict JSON that is easy to read and diff: number arrays and short records are one line.
 
     Raises:
         ValueError: NaN or an infinity.
@@ -159,16 +159,16 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """A .safetensors file of contiguous tensors that share no memory, not atomically.
+    """Write a .safetensors file of contiguous tensors that share no memory, not atomically.
 
     Raises:
-        OSError: it cannot be written; names the file.
+        OSError: it cannot be written; the error names the file.
     """
     try:
         # the metadata marks a PyTorch file for other readers
         save_file(state, str(path), metadata={"format": "pt"})
     except SafetensorError as error:
-        # the library's own error has the system's number in its text alone
+        # the library's error has the system's error number only in its text
         number = re.search(r"\(os error (\d+)\)", str(error))
         code = int(number[1]) if number else errno.EIO
         reason = os.strerror(code) if number else str(error).splitlines()[0]
@@ -177,7 +177,7 @@ def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
 
 @cache
 def storable(dtype: torch.dtype) -> bool:
-    """Whether the format, as it is installed here, has a type of numbers and gives it back."""
+    """Return whether the installed format supports a type of numbers."""
     try:
         # one number of any type is at most 16 bytes
         sample = torch.zeros(16, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.zeros(1) > 0
@@ -191,7 +191,7 @@ def storable(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
-    """Within: a new folder beside a place, in this process's own hands; what killed runs left goes."""
+    """Provide a new locked folder beside a place within the context; remove leftovers of killed runs."""
     folder: Path | None = None
     lock = -1
     try:
@@ -202,7 +202,7 @@ def _beside(place: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None and folder is None:
             raise
-        # what a person knows is the place
+        # the user knows the place, not the temporary folder
         raise type(error)(error.errno or errno.EIO, error.strerror or str(error), str(place)) from error
     finally:
         if folder is not None:
@@ -215,7 +215,7 @@ def _name(place: Path, kind: str) -> Path:
 
 
 def _left(place: Path, kind: str) -> list[Path]:
-    """Folders of such names beside a place."""
+    """Return the folders of such names beside a place."""
     form = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.{kind}")
     try:
         names = [entry.name for entry in os.scandir(place.parent) if form.fullmatch(entry.name)]
@@ -232,14 +232,14 @@ def _locked_folder(place: Path) -> tuple[Path, int]:
         except FileExistsError:
             continue
         lock = os.open(folder, os.O_RDONLY)
-        # another process may have taken it for one left behind before it was locked
+        # another process may have removed it as a leftover before it was locked
         if _lock(lock) and folder.exists():
             return folder, lock
         os.close(lock)
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock for as long as this process lives; False where another has it."""
+    """Lock a file as long as this process lives; return False if another process has locked it."""
     if fcntl is None:
         return True
     try:
@@ -247,13 +247,13 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        pass  # a file system without locks: nobody else gets one either
+        pass  # a file system without locks: no other process gets one either
     return True
 
 
 @contextmanager
 def _of_the_dead(folder: Path) -> Iterator[bool]:
-    """Within: whether no living process works on a folder, which none then starts to."""
+    """Yield whether no living process works on a folder, and keep others from starting."""
     if fcntl is None:
         yield False
         return
@@ -274,7 +274,7 @@ def _of_the_dead(folder: Path) -> Iterator[bool]:
 
 
 def _clean(place: Path) -> None:
-    """Remove what killed runs left beside a place."""
+    """Remove leftovers of killed runs beside a place."""
     kinds = (_PART, _OLD) if place.exists() else (_PART,)
     for folder in [folder for kind in kinds for folder in _left(place, kind)]:
         with _of_the_dead(folder) as dead:
@@ -283,7 +283,7 @@ def _clean(place: Path) -> None:
 
 
 def _settle(path: Path, folder: Path) -> None:
-    """The mode that the umask leaves, as the folder shows it, and every byte on the disk."""
+    """Set the mode that the umask leaves, as the folder shows it, and flush every byte to disk."""
     path.chmod(folder.stat().st_mode & 0o666)
     _sync(path)
 
@@ -313,17 +313,17 @@ def _move_into_place(fresh: Path, place: Path) -> None:
 
 
 def _replace(fresh: Path, place: Path) -> None:
-    """Where two folders cannot be exchanged: the old one steps aside, and comes back if that fails."""
+    """Replace a folder without an exchange: move the old one aside, and back if that fails."""
     lock = os.open(place, os.O_RDONLY)
     try:
-        # so that who looks for it meanwhile waits for us
+        # so that processes that look for it meanwhile wait for us
         _lock(lock)
         old = _name(place, _OLD)
         place.rename(old)
         try:
             fresh.rename(place)
         finally:
-            # whatever went wrong, Ctrl-C included
+            # after any error, including Ctrl-C
             if not place.exists():
                 old.rename(place)
         shutil.rmtree(old, ignore_errors=True)
@@ -345,12 +345,12 @@ def restore(place: Path) -> None:
         time.sleep(0.01)
 
 
-# what a system without the exchange answers
+# error codes of systems without the exchange
 _LACKING = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM}
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
+    """Exchange two folders in one step; return False if the system or the file system cannot."""
     call = _exchange_call()
     if call is None:
         return False
@@ -377,7 +377,7 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
 
 
 def file_name(label: str) -> str:
-    """A network's label as a file name that any system takes.
+    """Return a network's label as a file name that is valid on any system.
 
     Example:
         >>> file_name("rsbn20 2/4, width 8")

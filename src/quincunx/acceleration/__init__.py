@@ -1,1 +1,1 @@
-"""A trained network in, a faster one out: candidates, search, fine-tuning, judgement."""
+"""Accelerate a trained network: candidates, search, fine-tuning, judgement."""

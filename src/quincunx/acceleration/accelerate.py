@@ -40,41 +40,42 @@ def accelerate(
     time_budget: float | None = None,
     measure: bool = False,
 ) -> Accelerated:
-    """A copy of a network made faster: by one method in all its layers, or so that a target is met.
+    """Return an accelerated copy of a network: one method in all its layers, or a search for a target.
 
-    With a method, and no target, every layer that it can take is replaced; see
-    :func:`quincunx.surgery.replace.replace_layers`. With a target each layer gets the method, or none, that
-    :func:`search` chooses by loss and measured time.
+    With a method and no target, every layer that the method supports is replaced; see
+    :func:`quincunx.surgery.replace.replace_layers`. With a target, :func:`search` chooses a method, or none,
+    for each layer by loss and measured time.
 
     Args:
-        model: any network; it is left as it is.
+        model: any network; it is not changed.
         method: such as ``qx.Espace()``; with a target also names ("auto", "spatialbottleneck",
             "espace", "lowrank").
         where: which layers may be replaced, by default all: a function of (name, module), or names, or
-            pairs of names of convolutions that are taken at once.
-        example_input: [N, C, H, W] or a tuple of arguments; tells the layers' order and sizes, and is what a
-            search times. By default taken from ``calibration``.
-        calibration: a DataLoader, a data set or a list of batches: what can be read several times. A batch is
-            a tensor, (input, target), several inputs with a target or without, or a dictionary with such
-            keys as "pixel_values" and "labels". A search takes networks of one input.
-        journal: keeps each layer as it is finished.
+            pairs of names of convolutions that are replaced together.
+        example_input: [N, C, H, W] or a tuple of arguments; gives the layers' order and sizes, and is the
+            input that a search times. By default taken from ``calibration``.
+        calibration: a DataLoader, a data set or a list of batches; it is read several times. A batch is
+            a tensor, (input, target), several inputs with or without a target, or a dictionary with keys
+            such as "pixel_values" and "labels". A search supports networks with one input only.
+        journal: stores each layer when it is finished.
         speedup: seconds before over seconds after.
-        latency_ms: milliseconds of one call after.
+        latency_ms: milliseconds per call after.
         macs: MACs after, "50%" or a number for one image.
-        max_drop: points of accuracy that may be lost; alone, the fastest such network is looked for.
-        scores: file that keeps a search's scores, so that another target costs no new forward pass.
+        max_drop: points of accuracy that may be lost; without another target, the search looks for the
+            fastest such network.
+        scores: file that stores a search's scores, so that another target costs no new forward pass.
         time_budget: seconds of scoring.
-        measure: of one method in all its layers, put back what gains no time in the network, which is timed
-            on ``example_input``, a tensor; ``.skipped`` says so. A search always measures.
+        measure: with one method for all layers, undo replacements that save no time in the network, which is
+            timed on ``example_input``, a tensor; ``.skipped`` lists them. A search always measures.
 
     Returns:
-        An :class:`Accelerated`; ``.search`` tells of a search. A warning says so if a target is not met: it
+        An :class:`Accelerated`; ``.search`` describes a search. A warning says if a target is not met: it
         is judged on the calibration data, before any fine-tuning.
 
     Raises:
         TypeError: not a module or a method; a name without a target; a wrapped, compiled, scripted or
             quantised network.
-        ValueError: a target without calibration data, and what methods refuse.
+        ValueError: a target without calibration data, and anything that the method refuses.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 8, 3, padding=1),

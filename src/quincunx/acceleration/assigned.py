@@ -1,4 +1,4 @@
-"""A method of its own for each layer: what a search chooses."""
+"""A method that holds one method for each layer: the result of a search."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Assigned:
     """Replaces each named layer by its own method, all in one pass in forward order.
 
     Args:
-        methods: layer name -> method. A pair of convolutions is taken together where both have the
-            same method and it takes pairs.
+        methods: layer name -> method. A pair of convolutions is replaced together if both have the
+            same method and it supports pairs.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
@@ -35,16 +35,16 @@ class Assigned:
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """Those of all its methods."""
+        """Return the classes of all its methods."""
         return tuple({kind: None for method in self.methods.values() for kind in method.targets})
 
     @property
     def pairs(self) -> bool:
-        """Whether one of its methods takes pairs."""
+        """Return whether one of its methods replaces pairs."""
         return any(getattr(method, "pairs", False) for method in self.methods.values())
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why a layer stays."""
+        """Return why a layer is not replaced, or None."""
         if layer.name not in self.methods:
             return "stays as it is: no method was chosen for it"
         method = self.methods[layer.name]
@@ -56,7 +56,7 @@ class Assigned:
         """Start every method with its own layers.
 
         Raises:
-            ValueError: what a method refuses.
+            ValueError: anything that a method refuses.
         """
         parts: list[tuple[Method, list[Layer]]] = []
         for layer in layers:
@@ -75,13 +75,13 @@ class _AssignedWork:
     by_name: dict[str, tuple[Method, Work]]
 
     def replace(self, layer: Layer) -> Replacement | str:
-        """By the layer's own method."""
+        """Replace a layer by its own method."""
         method, work = self.by_name[layer.name]
         made = work.replace(layer)
         return made if isinstance(made, str) else _signed(made, method)
 
     def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
-        """What each method still changes in its own layers."""
+        """Return the final changes of each method to its own layers."""
         works: dict[int, tuple[Method, Work, dict[str, Replacement]]] = {}
         for name, made in done.items():
             method, work = self.by_name[name]

@@ -1,4 +1,4 @@
-"""What a search chooses from and towards: candidates, targets, and the best choice for a target."""
+"""The candidates of a search: a method for a layer, with its scores."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Candidate:
     """A method for one layer or pair, and its scores.
 
     Attributes:
-        layers: one name, or two of a pair.
+        layers: one name, or the two names of a pair.
         label: the method's settings, in words.
         macs_saved: for one image.
-        seconds_saved: [first quartile, median, third] of a call, measured in the whole network.
-        loss: mean Kullback-Leibler divergence from the original network's answers, of this one alone.
-        why_not: why it cannot be chosen, if so.
+        seconds_saved: [first quartile, median, third quartile] per call, measured in the whole network.
+        loss: mean Kullback-Leibler divergence from the original network's outputs, with only this candidate.
+        why_not: the reason why it cannot be chosen, if there is one.
     """
 
     layers: tuple[str, ...]
@@ -37,16 +37,16 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """The median of the seconds saved."""
+        """Return the median of the seconds saved."""
         return self.seconds_saved[1] if self.seconds_saved is not None else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return {**{k: v for k, v in vars(self).items() if k != "method"}, "method": repr(self.method)}
 
 
 def pair_name(names: Sequence[str]) -> str:
-    """A layer's name, or those of a pair, what they share said once.
+    """Return a layer's name, or a pair's two names with their common parent written once.
 
     Example:
         >>> pair_name(["layer1.0.conv1", "layer1.0.conv2"])

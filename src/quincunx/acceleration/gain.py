@@ -1,4 +1,4 @@
-"""Whether replacements save time in their network, by measurement; what saves none is put back."""
+"""Measure whether replacements save time in their network, and undo those that do not."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from quincunx.surgery.method import Accelerated
 
 __all__ = ["restore_layers", "whole_gain", "without_slower"]
 
-# networks beside the whole one that are held at once to be timed in turn
+# networks held in memory at once, besides the whole one, to be timed in turn
 _TOGETHER = 6
-# a whole network that is faster by less than this is no faster: timings vary
+# a smaller speed-up of a whole network counts as none: timings vary
 _CLEAR = 1.01
 _ROUNDS = 11
 
 
 def restore_layers(original: nn.Module, found: Accelerated, reasons: dict[str, str]) -> Accelerated:
-    """The same with some layers as they were; the reasons why go to ``skipped``.
+    """Return the same with some layers restored; the reasons go to ``skipped``.
 
     Args:
         original: the network before.
-        found: what became of it; it is left as it is.
-        reasons: name of a replaced layer -> why it is put back.
+        found: the accelerated network; it is not changed.
+        reasons: name of a replaced layer -> why it is restored.
     """
     network = copied(found.model)
     notes: dict[str, Any] = dict(getattr(network, "quincunx_replaced", {}))
@@ -55,19 +55,19 @@ def without_slower(
     rounds: int = _ROUNDS,
     dtype: torch.dtype | None = None,
 ) -> Accelerated:
-    """The same without the replacements by which the network gains no time.
+    """Return the same without the replacements that save the network no time.
 
-    Replacements of layers that are as large as each other are judged together: the network is timed with
-    and without them, in turn, both fused where they can be, and for longer where it is not clear which is
-    faster. They stay if more rounds say so than chance would give. What is left has a "gain" in its record:
-    how many times as long the network takes without those. Where the network that is left is no faster than
-    the original, everything is put back.
+    Replacements of layers of equal size are judged together: the network is timed with
+    and without them in turn, both fused if possible, and longer if it is not clear which is
+    faster. They stay if more rounds favour them than chance would explain. The record of each remaining
+    replacement has a "gain": how many times as long the network takes without its group. If the remaining
+    network is no faster than the original, everything is restored.
 
     Args:
         original: the network before.
-        found: what became of it.
-        example: an input [N, C, H, W], which is timed.
-        rounds: how often each is timed.
+        found: the accelerated network.
+        example: an input [N, C, H, W] to time with.
+        rounds: how often each network is timed.
         dtype: number format in which they are timed.
     """
     x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
@@ -108,14 +108,14 @@ def whole_gain(
     rounds: int = _ROUNDS,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """How many times as fast as the original a network is, both fused where they can be."""
+    """Return the speed-up of a network over the original, both fused if possible."""
     forms = {"": inference_form(fast, x[:1], dtype), "before": inference_form(original, x[:1], dtype)}
     after, before = timed_clearly(forms, x, rounds=rounds)["before"]
     return _times_as_long(before, after)
 
 
 def _times_as_long(without: Timing, with_it: Timing) -> float:
-    """The median over the rounds, whose two times lie side by side."""
+    """Return the median ratio over the rounds, whose two times are measured side by side."""
     return float(np.median(np.array(without.seconds) / np.array(with_it.seconds)))
 
 
@@ -128,7 +128,7 @@ def _reason(gain: float) -> str:
 
 
 def _classes(original: nn.Module, found: Accelerated) -> Iterable[Sequence[str]]:
-    """Names of replaced layers that are alike before and after; both layers of a pair are among them."""
+    """Yield groups of replaced layers that are alike before and after, with both layers of each pair."""
     classes: dict[str, list[str]] = {}
     for name, record in found.replaced.items():
         names = record.get("pair", [name])

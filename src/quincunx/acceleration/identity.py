@@ -1,4 +1,4 @@
-"""What tells one acceleration from another, so that a run that was interrupted goes on with its own fits."""
+"""Identify an acceleration by its inputs, so that an interrupted run continues with its own fits."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def shared_fits(
     calibration: int = 500,
     seed: int = 0,
 ) -> FolderJournal:
-    """The journal in ``folder`` of finished layers that all methods share which fit them in the same way.
+    """Return the journal of finished layers in ``folder`` that all methods with the same fits share.
 
-    Such are ESPACE's at other rates. Arguments as in :func:`accelerate_trained`.
+    ESPACE at other rates is an example. Arguments as in :func:`accelerate_trained`.
     """
     return fits_folder(folder, method, acceleration_identity(model, method, data, layers, calibration, seed))
 
@@ -57,7 +57,7 @@ def acceleration_identity(
     calibration: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What decides on the finished layers of a run, JSON-ready."""
+    """Return everything that determines the finished layers of a run, JSON-ready."""
     settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     same = trained_identity(model, data, layers=layers, calibration=calibration, seed=seed)
     return {**same, "method": {"name": method.name, **settings}}
@@ -73,9 +73,9 @@ def trained_identity(
     dtype: torch.dtype | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    """What decides on the results of a run besides method and recipe, JSON-ready.
+    """Return everything besides method and recipe that determines the results of a run, JSON-ready.
 
-    Other options of :func:`accelerate_trained` are taken and left out: they decide on times alone.
+    Other options of :func:`accelerate_trained` are accepted and ignored: they only affect times.
     """
     state = hashlib.sha256(b"".join(_bytes(t) for t in model.state_dict().values())).hexdigest()
     return {
@@ -96,10 +96,10 @@ def _bytes(value: Tensor) -> bytes:
 
 
 def where_named(model: nn.Module, patterns: Sequence[str]) -> Callable[[str, nn.Module], bool]:
-    """Which layers the patterns mean; all without any.
+    """Return a filter for the layers that match the patterns; without patterns, for all layers.
 
     Raises:
-        ValueError: one of them matches no module.
+        ValueError: a pattern matches no module.
     """
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:

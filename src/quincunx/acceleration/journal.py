@@ -1,4 +1,4 @@
-"""Finished layers of an acceleration on disk, so that an interrupted run does not make them again."""
+"""Store finished layers of an acceleration on disk, so that an interrupted run does not fit them again."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["FolderJournal", "check_run"]
 
 
 def check_run(folder: Path, identity: dict[str, Any], what: str) -> None:
-    """Note in a folder which run its files are of, or refuse the folder of another run.
+    """Record in a folder which run its files belong to, or refuse the folder of another run.
 
     Raises:
-        ValueError: it has ``what`` of a run with another identity (the difference is listed).
+        ValueError: it has ``what`` of a run with another identity (the message lists the difference).
     """
     ours = json.loads(json.dumps(identity))
     place = folder / "identity.json"
@@ -44,14 +44,14 @@ def check_run(folder: Path, identity: dict[str, Any], what: str) -> None:
 
 
 class FolderJournal:
-    """Keeps each replacement as two files: its spec and record, and its weights.
+    """Stores each replacement as two files: its spec and record, and its weights.
 
     Args:
-        folder: made if it is not there.
-        identity: JSON-ready; what a folder's layers must share with the run that recalls them.
+        folder: created if it does not exist.
+        identity: JSON-ready; must equal the identity of the run that wrote the folder's layers.
 
     Raises:
-        ValueError: the folder has layers of a run with another identity (the difference is listed).
+        ValueError: the folder has layers of a run with another identity (the message lists the difference).
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class FolderJournal:
         check_run(self.folder, identity, "finished layers")
 
     def recall(self, layer: Layer) -> Replacement | None:
-        """The replacement of a layer that was finished before."""
+        """Return the stored replacement of a layer, or None."""
         place = self._place(layer)
         if not place.exists():
             return None
@@ -74,7 +74,7 @@ class FolderJournal:
         except OSError as error:
             raise ValueError(f"{what} ({error.strerror})") from error
         try:
-            # sizes are compared before memory is taken
+            # compare sizes before allocating memory
             measured = build_measured(lambda: build_module(spec), state)
             sizes = {name: value.shape for name, value in measured.state_dict().items()}
             if any(sizes.get(name) != value.shape for name, value in state.items()):
@@ -92,10 +92,10 @@ class FolderJournal:
         return Replacement(module, spec, record)
 
     def keep(self, layer: Layer, replacement: Replacement) -> None:
-        """Write a finished layer; the description comes last, so that it stands for a whole pair.
+        """Write a finished layer; the description is written last, so that it vouches for a whole pair.
 
         Raises:
-            OSError: it cannot be written; what was finished before is still there.
+            OSError: it cannot be written; layers finished before are unchanged.
         """
         place = self._place(layer)
         weights = place.with_suffix(".safetensors")
@@ -105,6 +105,6 @@ class FolderJournal:
         write_json(place, sealed({**content, "weights": sha256_of(weights)}))
 
     def _place(self, layer: Layer) -> Path:
-        # names that differ in what a file name cannot hold must not meet
+        # names that differ only in characters that a file name cannot hold must not collide
         mark = hashlib.sha256(layer.name.encode()).hexdigest()[:8]
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', layer.name)}-{mark}.json"

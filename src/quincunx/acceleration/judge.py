@@ -1,4 +1,4 @@
-"""How good a network is before and after: accuracy with its chance, responses, batch norm's statistics."""
+"""Judge a network before and after: accuracy and its significance, response errors, batch norm."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from quincunx.modules import inference_mode_of
 
 __all__ = ["mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches"]
 
-# a network that has no more test images right than a guess, by so many deviations, is not a trained one
+# test accuracy within this many standard deviations of guessing suggests an untrained network
 _CHANCE_DEVIATIONS = 2.0
 
 
 def sample_batches(
     data: ImageData, count: int, seed: int = 0, batch_size: int = 50
 ) -> list[tuple[Tensor, Tensor]]:
-    """Unaugmented batches of ``count`` training images drawn at random, fewer if there are fewer."""
+    """Return batches of ``count`` random training images, not augmented; fewer if there are fewer."""
     generator = torch.Generator().manual_seed(seed)
     found: list[tuple[Tensor, Tensor]] = []
     left = count
@@ -36,10 +36,10 @@ def sample_batches(
 
 
 def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> int:
-    """Set each batch norm's mean and variance to those of some inputs; weights stay as they are.
+    """Set each batch norm's mean and variance to those of some inputs; weights do not change.
 
-    A layer that was replaced gives its successors other maps, whose statistics the network does not
-    know. Each batch counts alike (momentum 1 / number of batches).
+    A replaced layer gives its successors different maps, whose statistics the network does not
+    know. All batches have equal weight (momentum 1 / number of batches).
 
     Returns:
         The number of batch norms.
@@ -68,7 +68,7 @@ def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> int:
 
 
 def mcnemar(before: Tensor, after: Tensor) -> dict[str, float]:
-    """McNemar's exact two-sided test of two networks on the same images, from which were right.
+    """McNemar's exact two-sided test of two networks on the same images, from their correct predictions.
 
     Returns:
         "lost" (right before, wrong after), "won", and "p" of a difference as large by chance.
@@ -86,7 +86,7 @@ def mcnemar(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def doubts_about(before: JudgedStage, data: ImageData) -> list[str]:
-    """What makes it doubtful that the network is trained and is shown the images it was trained on."""
+    """Return doubts that the network is trained and gets the kind of images that it was trained on."""
     tested, classes = len(before.right), len(data.classes)
     if not data.labelled or classes < 2 or not tested:
         return []
@@ -102,7 +102,7 @@ def doubts_about(before: JudgedStage, data: ImageData) -> list[str]:
 
 
 def renormalise(model: nn.Module, images: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> bool:
-    """Estimate batch norm anew, and take it back where that raises the loss on the given images."""
+    """Re-estimate batch norm, and restore the old statistics if that raises the loss on the given images."""
 
     def loss() -> float:
         with inference_mode_of(model):
@@ -119,9 +119,9 @@ def renormalise(model: nn.Module, images: Sequence[tuple[Tensor, Tensor]], input
 def response_errors(
     model: nn.Module, fast: nn.Module, names: Sequence[str], inputs: Iterable[Tensor]
 ) -> dict[str, float]:
-    r"""E|y - y'|^2 / E|y - mean y|^2 of layers, each given the input that it has in the original network.
+    r"""Return E|y - y'|^2 / E|y - mean y|^2 of layers, each with its input in the original network.
 
-    Means are of each channel over all images and positions, sums in float64.
+    Means are per channel over all images and positions; sums are float64.
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -149,7 +149,7 @@ def response_errors(
 
 
 class JudgedStage:
-    """The network at one point: which test images it has right."""
+    """The network at one stage, with its correct predictions on the test images."""
 
     def __init__(self, name: str, model: nn.Module, judge: Callable[..., tuple[Tensor, ...]]) -> None:
         self.name = name

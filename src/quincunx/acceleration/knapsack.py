@@ -1,4 +1,4 @@
-"""Which candidate each layer gets: least loss at the speed that is wanted, an integer program."""
+"""Choose a candidate for each layer: minimum loss for a wanted speed, as an integer program."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["choose"]
 
 
 def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> list[Candidate]:
-    """The rows of least loss that together gain what is wanted, at most one for each layer; if it cannot be
-    reached, those of the greatest gain, to a millionth.
+    """Return the rows of least total loss that together gain ``wanted``, at most one per layer. If that
+    cannot be reached, return the rows of the greatest gain, to a millionth.
 
     Source: a multiple-choice knapsack, solved by HiGHS as an integer program.
     """
@@ -26,7 +26,7 @@ def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> 
     gain = np.array(gains) / scale
     found, worst, least = None, float(losses.max()), wanted / scale
     while np.isfinite(wanted):
-        # loss decides; of equal losses the greater gain
+        # minimise the loss; of equal losses take the greater gain
         cost_of = losses / max(worst, 1e-30) - 1e-6 * gain
         better = _solved(cost_of, once, losses <= worst, gain, least)
         if better is None:
@@ -35,13 +35,13 @@ def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> 
         if np.array(gains)[better].sum() < wanted and least == wanted / scale:
             least += 2e-6  # the solver's tolerance
         elif total < worst / 2:
-            worst = total  # exact to a millionth of the greatest loss, so without those that are too great
+            worst = total  # exact to a millionth of the greatest loss, so solve again without larger losses
         else:
             break
     if found is None:
         found = _solved(-gain, once, losses >= 0, gain, -np.inf)
         most = 0.0 if found is None else float(np.array(gains)[found].sum())
-        # what gains as much with less loss
+        # the same gain with less loss
         return choose(rows, gains, most * (1 - 1e-6))
     return [row for row, taken in zip(rows, found, strict=True) if taken]
 
@@ -49,7 +49,7 @@ def choose(rows: Sequence[Candidate], gains: Sequence[float], wanted: float) -> 
 def _solved(
     cost_of: np.ndarray, once: np.ndarray, allowed: np.ndarray, gain: np.ndarray, least: float
 ) -> np.ndarray | None:
-    """Which columns are of least cost, each row of ``once`` taken at most once; None if none gain enough."""
+    """Return the columns of least cost, each row of ``once`` at most once; None if none gain enough."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     limits = [LinearConstraint(once, ub=np.ones(len(once)))]

@@ -1,4 +1,4 @@
-"""A trained network made faster by a method: fitted, re-normalised, fine-tuned, judged and timed."""
+"""Accelerate a trained network with a method: fit, re-normalise, fine-tune, judge and time it."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ __all__ = [
     "run_search",
 ]
 
-# epochs without progress after which a fine-tuning towards an accuracy ends
+# fine-tuning towards an accuracy ends after this many epochs without progress
 _PATIENCE = 5
-# where accuracy is missed: shares of the speed that was reached at which it is looked at, too
+# if accuracy is missed, also judge networks at these shares of the achieved speed-up
 _ALTERNATIVES = (2 / 3, 1 / 3)
 
 
@@ -94,56 +94,55 @@ def accelerate_trained(
     dtype: torch.dtype | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Make a trained network faster and say what it cost: error at each stage, time of each layer.
+    """Accelerate a trained network and measure its cost: error at each stage, time of each layer.
 
-    The folder gets ``accelerate.json`` (the result), ``model`` (the artifact, weights of one bit packed),
-    ``layers`` (finished layers, which the same call does not make again) and, with a recipe, ``finetune``
-    (that run, from whose own artifact training can go on).
+    The folder gets ``accelerate.json`` (the result), ``model`` (the artifact, with one-bit weights packed),
+    ``layers`` (finished layers, which the same call does not fit again) and, with a recipe, ``finetune``
+    (the fine-tuning run; training can continue from its own artifact).
 
     Args:
-        model: a trained network with a spec or a noted factory; it is left as it is.
+        model: a trained network with a spec or a recorded factory; it is not changed.
         method: such as ``qx.Espace()``, or a search for a target.
-        data: its training images calibrate and fine-tune, its test images judge. Where they have no
-            labels the network's own answers take their place, and a recipe has to learn from it alone
-            (``distill=1``).
+        data: its training images are used to calibrate and fine-tune, its test images to judge. If they have
+            no labels the network's own predictions replace them, and a recipe must train on the network's
+            outputs only (``distill=1``).
         out: folder of the results.
         layers: patterns of layer names such as "stages.*.conv2"; by default every layer.
-        calibration: training images the method is given.
-        normalisation: training images by which batch norm is estimated anew.
-        recipe: of fine-tuning; one with ``distill`` or ``distill_features`` has the original network as
-            teacher. With a
-            target's ``max_drop`` it ends once the test error is within it, or stays for
-            some epochs.
+        calibration: number of training images that the method gets.
+        normalisation: number of training images used to re-estimate batch norm.
+        recipe: of fine-tuning; one with ``distill`` or ``distill_features`` uses the original network as
+            teacher. If the target has ``max_drop``, fine-tuning stops once the test error is within it, or
+            has not improved for some epochs.
         batch: images of the timed inputs.
         rounds: how often each candidate is timed.
         seed: of the draws and of fine-tuning.
         workers: processes that decode streamed images.
         progress: show bars.
-        fits: folder where finished layers are kept instead, for other methods that fit them in the same
-            way; such are ESPACE's at other rates.
-        keep_diverged: if fine-tuning diverges, the network from before it is the result, and "diverged"
+        fits: folder for finished layers instead of ``out``, shared with other methods that have the same
+            fits, such as ESPACE at other rates.
+        keep_diverged: if fine-tuning diverges, the result is the network from before it, and "diverged"
             and the last stage's name say so.
-        keep_slower: a method's layers stay also where the network, timed with and without them, gains no
-            time by them; False puts those back, but for methods whose gain is the size on disk. A search
-            never takes such layers. What is finished is timed once more: where the whole network is no faster
-            after all, the original is the result.
-        keep_best: of fine-tuning the epoch of least test error is the result, or the network from before it
-            where every epoch was worse; False takes the last epoch.
-        dtype: number format that the network is to run in, such as ``torch.bfloat16``: candidates, layers and
-            networks are timed in it, those before too, and the network is judged in it at the end. The
-            artifact stays float32. One that is slower here than float32 is not used, which ``tell`` says.
-        tell: called with each doubt about the input, before the work: one sentence.
+        keep_slower: keep layers of a method that save the network no time, timed with and without them;
+            False restores those, except for methods that reduce the size on disk. A search
+            never chooses such layers. The finished network is timed once more: if it is no faster
+            than the original, the result is the original.
+        keep_best: the result is the fine-tuning epoch of least test error, or the network from before
+            fine-tuning if every epoch was worse; False takes the last epoch.
+        dtype: number format of inference, such as ``torch.bfloat16``: candidates, layers and both networks
+            are timed in it, and the final network is judged in it. The artifact stays float32. A format that
+            is slower here than float32 is not used, and ``tell`` is told so.
+        tell: called before the work with each doubt about the input: one sentence.
 
     Returns:
-        The content of ``accelerate.json``; "verdict" says whether a search's target is met by the final
-        test error and the final times.
+        The content of ``accelerate.json``; "verdict" says whether the final test error and the final times
+        meet a search's target.
 
     Raises:
         BlockingIOError: another process works in the folder.
-        ValueError: weights that are not finite; the network does not fit the data; what the method refuses;
-            a pattern that matches nothing; finished layers of another run in the folder.
-        Diverged: fine-tuning did, and ``keep_diverged`` is False.
-        RunFailed: fine-tuning could not go on for another reason.
+        ValueError: weights that are not finite; the network does not fit the data; anything that the method
+            refuses; a pattern that matches nothing; finished layers of another run in the folder.
+        Diverged: fine-tuning diverged, and ``keep_diverged`` is False.
+        RunFailed: fine-tuning could not continue for another reason.
     """
     with only_writer(Path(out)):
         return _accelerated(
@@ -176,7 +175,7 @@ def _accelerated(
     dtype: torch.dtype | None,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """As :func:`accelerate_trained`, which says what the arguments are."""
+    """Do the work of :func:`accelerate_trained`, which documents the arguments."""
     check_finite(original)
     data = label_with(original, data, workers)
     identity = acceleration_identity(original, method, data, layers, calibration, seed)
@@ -203,7 +202,7 @@ def _accelerated(
             example = torch.randn(batch, *one.shape[1:])
             found = without_slower(original, found, example, rounds=rounds, dtype=dtype)
     if not found.replaced and (isinstance(method, Search) or not keep_slower):
-        # there is nothing to win back
+        # there is no loss to regain
         recipe = None
     fitting = {"seconds": time.perf_counter() - began, "peak_memory": _peak_resident_bytes()}
     fast = found.model.eval()
@@ -247,7 +246,7 @@ def _accelerated(
     put_back = None
     for_time = isinstance(method, Search) or not (keep_slower or getattr(method, "saves_bytes", False))
     if for_time and found.replaced and (ratio := timed["whole"]["speedup"]["median"]) <= 1:
-        # what is no faster is not worth what it lost
+        # a network that is no faster does not justify its loss
         put_back = ratio
         reason = f"no gain: the finished network was {ratio:.2f} times as fast as before"
         reasons = {**found.skipped, **dict.fromkeys(found.replaced, reason)}
@@ -305,9 +304,9 @@ def _alternatives(
     result: dict[str, Any],
     inputs: Sequence[Tensor],
 ) -> list[dict[str, float]]:
-    """What less speed costs, where a target's accuracy was missed: "speedup", and "drop" on the test images.
+    """Return what less speed costs if a target's accuracy was missed: "speedup", and "drop" on test images.
 
-    The networks are fitted and judged without fine-tuning; the scores are there already.
+    The networks are fitted and judged without fine-tuning; the scores exist already.
     """
     verdict = judge_target(result) or {"parts": ()}
     if all(part["met"] for part in verdict["parts"] if part["what"] == "max_drop"):
@@ -321,7 +320,7 @@ def _alternatives(
             break
         less = dataclasses.replace(method, target=Target(speedup=wanted))
         with warnings.catch_warnings():
-            # of few images it was warned before
+            # the warning about too few images was given before
             warnings.simplefilter("ignore", UserWarning)
             other = run_search(original, less, images, out, where, batch, False, dtype=dtype)
         if not other.replaced or other.search is None:
@@ -337,13 +336,13 @@ def _alternatives(
 
 
 def _weight_bytes(model: nn.Module) -> int:
-    """Of what an artifact keeps, each tensor once."""
+    """Return the bytes of what an artifact stores, counting each tensor once."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _peak_resident_bytes() -> int | None:
-    """The most bytes that this process has held so far; None where the system does not say."""
+    """Return the peak memory of this process in bytes; None where the system does not say."""
     try:
         import resource
     except ImportError:
@@ -365,7 +364,7 @@ def run_search(
     dry_run: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Accelerated:
-    """What a search finds, with a bar; its scores are kept in the folder or where it says."""
+    """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
         task = bar.add_task("searching", total=1.0, state="")
 
@@ -403,7 +402,7 @@ def plan_for_target(
     dtype: torch.dtype | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """What a search would choose, with its estimates, and nothing more; arguments as in
+    """Return what a search would choose, with its estimates, without fitting; arguments as in
     :func:`accelerate_trained`."""
     check_finite(model)
     with only_writer(Path(out)):
@@ -424,15 +423,15 @@ def plan_for_target(
 
 
 def _stop_rule(method: Method | Search, before: JudgedStage) -> StopRule | None:
-    """Of fine-tuning towards an accuracy; None where none was asked for."""
+    """Return the rule that stops fine-tuning at an accuracy; None if none was asked for."""
     if not isinstance(method, Search) or method.target.max_drop is None:
         return None
-    # by a hair more, for what adding two shares of ten rounds away
+    # a tiny margin for the rounding of two shares of ten
     return StopRule(before.error + method.target.max_drop / 100 + 1e-9, _PATIENCE)
 
 
 class _Watched:
-    """A journal that also tells a person which layer is finished."""
+    """A journal that also reports each finished layer."""
 
     def __init__(self, journal: FolderJournal, tell: Callable[[str], None]) -> None:
         self.journal, self.tell = journal, tell

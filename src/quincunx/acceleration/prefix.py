@@ -1,4 +1,4 @@
-"""Answers of networks that differ from a layer on: what lies before it runs once, for all of them."""
+"""Run networks that differ only from some layer on: the part before it runs once for all of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Tails"]
 
 
 class Tails:
-    """A network's batches up to some layer, from which changed copies of it go on.
+    """Batches of a network up to some layer, from which changed copies of the network continue.
 
-    Both parts run fused. A network that torch.fx cannot trace, one with hooks, which only its own forward
-    calls, and one whose values are too many to keep, run whole.
+    Both parts run fused. A network runs whole if torch.fx cannot trace it, if it has hooks, which only its
+    own forward calls, or if its values take too much memory to keep.
 
     Args:
-        model: the network that nothing is changed in.
-        data: its batches, which can be read several times.
+        model: the unchanged network.
+        data: its batches; they are read several times.
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Batch]) -> None:
@@ -36,7 +36,7 @@ class Tails:
         self.kept: list[tuple[Any, ...]] = []
 
     def go_to(self, names: Sequence[str]) -> None:
-        """Keep what the first call of a layer, which has these names, and all behind it read."""
+        """Keep the values that the first call of a layer with these names, and all later nodes, read."""
         if self.graph is None:
             return
         at = _call_of(self.graph, names) or 0
@@ -59,7 +59,7 @@ class Tails:
         self.at, self.kept = at, kept
 
     def answers(self, network: nn.Module) -> Iterator[Any]:
-        """What a network, equal to the model up to the layer, answers to each batch."""
+        """Yield the outputs of a network, equal to the model up to the layer, for each batch."""
         graph = None if self.graph is None else _traced(network)
         tail = None
         if self.graph is not None and graph is not None:
@@ -71,14 +71,14 @@ class Tails:
         yield from (fused(*values) for values in self._values())
 
     def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
-        """What the first call of a layer, which has these names, reads of each batch.
+        """Return the inputs of the first call of a layer with these names, batch by batch.
 
         Args:
-            network: equal to the model up to where the batches are.
-            names: the layer's.
+            network: equal to the model up to the current position.
+            names: the layer's names.
 
         Returns:
-            None where the layer was passed already, or the network has to run whole.
+            None if the position is already past the layer, or the network has to run whole.
         """
         graph = None if self.graph is None else self.graph if network is self.model else _traced(network)
         if self.graph is None or graph is None or (stop := _call_of(graph, names)) is None:
@@ -89,7 +89,7 @@ class Tails:
             part = _between(network, self.graph, graph, self.at, stop, read)
         if part is None:
             return None
-        # not all that the rest of the network reads is read up to here
+        # the part up to here does not read every value that the rest of the network reads
         given = [node for node in part.graph.nodes if node.op == "placeholder"]
         used = [i for i, node in enumerate(given) if node.users]
         for node in given:
@@ -101,7 +101,7 @@ class Tails:
         return (head(*(values[i] for i in used)) for values in self._values())
 
     def _values(self) -> Iterable[tuple[Any, ...]]:
-        """What is read from where the batches are now on."""
+        """Return the values read from the current position on."""
         return self.kept if self.at else self._inputs()
 
     def _inputs(self) -> Iterator[tuple[Tensor]]:
@@ -124,7 +124,7 @@ def _traced(model: nn.Module) -> fx.Graph | None:
 
 
 def _call_of(graph: fx.Graph, names: Sequence[str]) -> int | None:
-    """The place of the first call of a module that has these names."""
+    """Return the position of the first call of a module with these names."""
     places = (i for i, n in enumerate(graph.nodes) if n.op == "call_module" and n.target in names)
     return next(places, None)
 
@@ -137,16 +137,16 @@ def _between(
     stop: int | None = None,
     wanted: fx.Node | tuple[fx.Node, ...] = (),
 ) -> fx.GraphModule | None:
-    """The nodes of a network from one on, and before another, as a function of what they read.
+    """Return the nodes of a network from ``start`` on, and before ``stop``, as a function of their inputs.
 
     Args:
         original: the graph whose nodes before ``start`` were run.
-        graph: the network's own, of the same nodes up to there.
-        wanted: what it gives where it stops.
+        graph: the network's own graph, with the same nodes up to there.
+        wanted: the values to return at ``stop``.
 
     Returns:
-        The function; it gives the network's answer, or where it stops what is wanted. None where the
-        graphs differ before ``start``, or something is read that is not there any more.
+        The function; it returns the network's output, or ``wanted`` at ``stop``. None if the
+        graphs differ before ``start``, or if a value that is read was not kept.
     """
     before = list(original.nodes)[:start]
     nodes = list(graph.nodes)
@@ -170,7 +170,7 @@ def _description(node: fx.Node) -> tuple[str, str, str]:
 
 
 def _live(graph: fx.Graph, at: int) -> list[fx.Node]:
-    """The nodes before a place that one behind it reads."""
+    """Return the nodes before a position that a later node reads."""
     nodes = list(graph.nodes)
     later = set(nodes[at:])
     return [node for node in nodes[:at] if later.intersection(node.users)]

@@ -1,4 +1,4 @@
-"""The score table of a search: what each candidate alone costs in accuracy and saves in time, measured."""
+"""The score table of a search: measured accuracy loss and time saved of each candidate on its own."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from quincunx.writing import write_json
 __all__ = ["BUDGET", "Scores", "eager_form", "inference_form", "timed_clearly"]
 
 _ROUNDS = 11
-# of a whole network of a choice: few are timed, and one decides
+# for the whole network of a choice: few are timed, and one of them decides
 _ATTEMPT_ROUNDS = 31
 BUDGET = "not scored: the time budget was used up"
-# it saves no multiply-adds, or no time
+# the candidate saves no multiply-adds, or no time
 NO_GAIN = "no gain, stays dense"
 
 
 def inference_form(
     model: nn.Module, check: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The fused copy, compared with the network on ``check``; where there is none, one in channels_last."""
+    """Return the fused copy, compared on ``check``; if it cannot be fused, a channels_last copy."""
     try:
         return fuse(model, dtype, check=check, force=True)
     except TypeError:
@@ -56,16 +56,16 @@ def inference_form(
 
 
 def eager_form(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode and channels_last, not fused."""
+    """Return a copy in evaluation mode and channels_last, not fused."""
     return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def timed_clearly(
     models: Mapping[str, nn.Module], x: Tensor, *, rounds: int = _ROUNDS, more: int = _ATTEMPT_ROUNDS
 ) -> dict[str, tuple[Timing, Timing]]:
-    """(seconds of the first network, seconds of another) by the other's name, in turn.
+    """Return (seconds of the first network, seconds of another) by the other's name, timed in turn.
 
-    Where neither is clearly faster both are timed again, and have the rounds of both measurements.
+    If neither is clearly faster, both are timed again and the rounds of both measurements are joined.
     """
     first, *others = models
     timings = measure_models(models, x, rounds=rounds)
@@ -84,11 +84,16 @@ def timed_clearly(
 
 
 class Scores:
-    """Every candidate of a network, its loss alone in the network and the time it saves there.
+    """All candidates of a network, each with its own loss in the network and the time that it saves there.
 
     Args:
-        model, calibration, candidates, where, example_input, tell, dtype: as in
-            :func:`quincunx.acceleration.search.search`.
+        model: any network that ``accelerate`` supports.
+        calibration: batches as for :func:`quincunx.accelerate`.
+        candidates: methods to choose from.
+        where: which layers may be replaced.
+        example_input: the timed input [N, C, H, W]; by default the first 8 images of the first batch.
+        tell: called with the current action and the share of the scoring that is done.
+        dtype: number format in which networks are timed; see :func:`quincunx.fuse`.
 
     Attributes:
         rows: the candidates.
@@ -97,12 +102,12 @@ class Scores:
         answers: log-probabilities of the original network, batch by batch.
         dense: its fused form.
         macs: of one calibration image.
-        reference: seconds of one call of the dense network, to which shares saved are applied.
-        choices: what was chosen before, by target; kept in the table.
+        reference: seconds of one call of the dense network; saved shares are multiplied by it.
+        choices: earlier choices by target; stored in the table.
 
     Raises:
-        TypeError: no network, or its answer is no tensor [N, classes].
-        ValueError: answers that are not finite, or calibration data that is not the same each time.
+        TypeError: not a network, or its output is not a tensor [N, classes].
+        ValueError: outputs that are not finite, or calibration data that differs between passes.
     """
 
     def __init__(
@@ -126,7 +131,7 @@ class Scores:
             )
         first = batch.input
         self.example = first[:8] if example_input is None else example_input
-        # classes of layers, and whether pairs are to be found
+        # classes of layers, and whether to look for pairs
         asked = Assigned({f"{i}": method for i, method in enumerate(candidates)})
         self.context, layers, self.skipped = prepare(
             model, asked, where=where, example_input=first[:1], calibration=calibration
@@ -169,7 +174,7 @@ class Scores:
     # ------------------------------------------------------------ scoring
 
     def fill(self, table: Path | None, time_budget: float | None) -> None:
-        """Time and score every candidate that the table does not know yet."""
+        """Time and score every candidate that the table does not have yet."""
         ends = float("inf") if time_budget is None else time.perf_counter() + time_budget
         self._recall(table)
         classes: dict[str, list[tuple[Layer, ...]]] = {}
@@ -206,7 +211,7 @@ class Scores:
 
     @contextmanager
     def _tried(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[None]:
-        """Within: the candidate alone is in the network; its modules' specs are kept."""
+        """Put only this candidate in the network within the context, and keep its modules' specs."""
         self.context.pairs = tuple(pair for pair in self.pairs if pair == unit)
         if self.context.kept is None:
             self.context.kept = {}
@@ -232,7 +237,7 @@ class Scores:
         networks: dict[str, nn.Module] = {}
         for row in rows:
             method = repr(row.method)
-            # the first unit that the method can take stands for all
+            # the first unit that the method can replace represents all
             if method not in networks:
                 self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
                 self._score(unit_of[row.layers], row)
@@ -256,12 +261,12 @@ class Scores:
         return self.example.contiguous(memory_format=torch.channels_last)
 
     def _sketch(self, chosen: Sequence[tuple[tuple[Layer, ...], list[dict[str, Any]]]]) -> nn.Module:
-        """A copy of the network with modules of these specs and fresh weights: as fast as the fitted one."""
+        """Return a copy of the network with modules of these specs and fresh weights, to be timed."""
         network = copy.deepcopy(self.model).eval()
         made: list[nn.Module] = []
         for unit, specs in chosen:
             for layer, spec in zip(unit, specs, strict=True):
-                # a second half knows its first half by name
+                # a second half refers to its first half by name
                 own = {**spec, "partner": unit[0].name} if "partner" in spec else spec
                 weight = layer.module.get_parameter("weight")
                 made.append(build_module(own).to(weight).eval().requires_grad_(False))
@@ -314,11 +319,11 @@ class Scores:
             row.macs_saved, row.loss = scored.macs_saved, scored.loss
             row.why_not = None if scored.why_not == BUDGET else scored.why_not
             row.seconds_saved = scored.seconds_saved
-        # nothing of a table that is refused stays
+        # keep nothing of a table that is refused
         self.specs, self.choices, self.reference = specs, choices, reference
 
     def _spec(self, entry: Entry) -> dict[str, Any]:
-        """A module's spec; what replaces a layer is no larger than the whole network, or hardly."""
+        """Read a module's spec; a replacement may hardly be larger than the whole network."""
         spec, state = entry.object(), self.context.network.state_dict()
         try:
             measured = build_measured(lambda: build_module(spec), state)
@@ -330,7 +335,7 @@ class Scores:
         return spec
 
     def write(self, table: Path | None) -> None:
-        """Put the table in its file, if it has one."""
+        """Write the table to its file, if it has one."""
         if table is not None:
             write_json(
                 table,
@@ -348,7 +353,7 @@ class Scores:
     # ------------------------------------------------------------ the whole network
 
     def attempt(self, chosen: Sequence[Candidate]) -> dict[str, Any]:
-        """A choice's predicted and measured times; seconds of one call."""
+        """Return a choice's predicted and measured times, in seconds per call."""
         if not chosen:
             before = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)[""].median
             return {"layers": 0, "before": before, "predicted": before, "after": before, "speedup": 1.0}
@@ -360,7 +365,7 @@ class Scores:
         return {
             "layers": sum(len(row.layers) for row in chosen),
             "before": before,
-            # shares of the time before, whatever the machine's speed is now
+            # shares of the time before, independent of the machine's current speed
             "predicted": before * (1 - sum(row.seconds for row in chosen) / self.reference),
             "after": before / middle,
             "speedup": middle,
@@ -368,11 +373,11 @@ class Scores:
         }
 
     def slower(self, chosen: Sequence[Candidate]) -> dict[tuple[str, ...], float]:
-        """Of a choice, the layers without which its network is no slower: their names -> how many times as
+        """Return the chosen layers without which the network is no slower: their names -> how many times as
         long the network takes without them.
 
-        Those of one shape and method are judged together, in turn with the whole choice, and for longer
-        where that leaves a doubt.
+        Layers with the same shape and method are judged together, in turn with the whole choice, and for
+        longer if the result is not clear.
         """
         classes: dict[tuple[str, str], list[Candidate]] = {}
         for row in chosen:
@@ -400,12 +405,12 @@ class Scores:
         return self.specs[_shape_of(self._unit(row)), repr(row.method)]
 
     def usable(self) -> list[Candidate]:
-        """The candidates that a choice may hold."""
+        """Return the candidates that a choice may contain."""
         return [r for r in self.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
 
 
 def _choice(entry: Entry) -> dict[str, Any]:
-    """What a table says of an earlier choice."""
+    """Check and return an earlier choice from a table."""
     entry["among"].items()
     entry["met"].boolean()
     for attempt in entry["attempts"].items():
@@ -422,7 +427,7 @@ def _choice(entry: Entry) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Scored:
-    """What a table says of a candidate."""
+    """A candidate's scores as read from a table."""
 
     macs_saved: int
     loss: float | None
@@ -453,14 +458,14 @@ def _finished(row: Candidate) -> bool:
 
 
 def _shape_of(unit: tuple[Layer, ...]) -> str:
-    """Alike for units that are as fast as each other."""
+    """Return a key that is equal for units of equal speed."""
     return " + ".join(f"{tuple(x.input_shape or ())[1:]} {x.module}" for x in unit)
 
 
 def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, float]:
-    """Quartiles over the rounds of the share of the network's time that one unit saves.
+    """Return quartiles over the rounds of the share of the network's time that one unit saves.
 
-    A round's two times lie side by side, so shares hold where the machine's speed drifts.
+    A round's two times are measured side by side, so the shares hold even if the machine's speed drifts.
     """
     each = (1 - np.array(after.seconds) / np.array(before.seconds)) / units
     low, middle, high = np.percentile(each, [25, 50, 75])
@@ -474,7 +479,7 @@ def _macs_saved(layer: Layer, made: Replacement) -> int:
 
 
 def _checked(answer: object) -> Tensor:
-    """An answer's log-probabilities [N, classes, ...]."""
+    """Return an output's log-probabilities [N, classes, ...]."""
     if not isinstance(answer, Tensor) or answer.dim() < 2:
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise TypeError(f"model: a search compares answers [N, classes], got {got}")
@@ -482,13 +487,13 @@ def _checked(answer: object) -> Tensor:
 
 
 def _mark(x: Tensor) -> str:
-    """The same for the same values alone."""
+    """Return a digest of the values."""
     return hashlib.sha256(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextmanager
 def _excused(row: Candidate) -> Iterator[None]:
-    """Within: what keeps one candidate from being tried is noted, and the search goes on."""
+    """Record the reason if a candidate cannot be tried within the context, and let the search continue."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

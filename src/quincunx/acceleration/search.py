@@ -1,4 +1,4 @@
-"""A method for each layer of a network so that it meets a target, from measured losses and times."""
+"""Choose a method for each layer of a network to meet a target, from measured losses and times."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ __all__ = [
     "shortfall",
 ]
 
-# choices that are timed before the nearest one is taken, and those that are looked at in between
+# choices timed before the nearest one is taken, and choices considered in between
 _CORRECTIONS, _LOOKS = 10, 40
-# what is asked for is known so well, as a share of what was asked first
+# stop when the budget is known this precisely, as a share of the first budget
 _NEAR = 0.01
 _BISECTIONS = 5
 # ask for 1% more than an attempt says is needed: timings vary
 _MARGIN = 1.01
-# a choice is taken as fast enough if it is so by 2%: the finished network is timed again
+# require a 2% margin to accept a choice: the finished network is timed again
 _SURE = 1.02
-# how often layers that gain nothing within a choice are left out and the choice is made again
+# how often to drop layers that gain nothing within a choice, and choose again
 _PRUNINGS = 3
 SLOWER = "no gain in the network that was chosen, stays dense"
 
@@ -51,9 +51,9 @@ class Found:
     """What :func:`search` found.
 
     Attributes:
-        result: the network, as :func:`quincunx.accelerate` gives it.
+        result: the network, as :func:`quincunx.accelerate` returns it.
         rows: every candidate with its scores.
-        chosen: those that are in the network.
+        chosen: the candidates in the network.
         met: whether the target was met by measurement.
         record: JSON-ready: target, predicted and measured times, every attempt.
     """
@@ -80,39 +80,39 @@ def search(
     tell: Callable[[str, float], None] = lambda *_: None,
     dtype: torch.dtype | None = None,
 ) -> Found:
-    r"""Choose a method for every layer, by its measured time and its loss, so that a target is met.
+    r"""Choose a method for every layer, by its measured time and its loss, to meet a target.
 
-    Each candidate is put alone in the network: its loss is the mean Kullback-Leibler divergence of the
-    answers on the calibration data; its time is measured in place, in the fused network, on all layers of
-    its shape at once. Candidates that save no time are dropped. The rest is a choice of at most one
+    Each candidate is put in the network on its own. Its loss is the mean Kullback-Leibler divergence of the
+    outputs on the calibration data. Its time is measured in place, in the fused network, on all layers of
+    its shape at once. Candidates that save no time are dropped. The search then chooses at most one
     candidate for each layer,
 
     .. math:: \min_x \sum_c x_c \ell_c \quad\text{s.t.}\quad \sum_c x_c t_c \ge t_{\text{wanted}},
 
-    solved exactly as an integer program; the network of the choice is timed and the wanted saving is
+    solved exactly as an integer program. The network of the choice is timed, and the wanted saving is
     corrected until the target is met or everything was chosen. Then the layers are fitted in forward order.
 
     Args:
-        model: any network that ``accelerate`` takes.
+        model: any network that ``accelerate`` supports.
         target: what to reach.
         calibration: batches as for :func:`quincunx.accelerate`.
         candidates: methods to choose from; by default those of "auto".
         where: which layers may be replaced.
-        example_input: what is timed, [N, C, H, W]; by default the first calibration batch's first 8.
-        table: file of the scores; one that is there is gone on with, so that another target needs no new
+        example_input: the timed input [N, C, H, W]; by default the first 8 images of the first batch.
+        table: file of the scores; an existing one is continued, so that another target needs no new
             forward pass.
         time_budget: seconds after which no further candidate is scored.
-        dry_run: stop before the fit; the result holds the choice and the estimate alone. What accuracy a
-            choice loses only a fit tells: where the target has ``max_drop`` it is fitted all the same.
+        dry_run: stop before the fit; the result holds only the choice and the estimate. Only a fit shows how
+            much accuracy a choice loses, so a target with ``max_drop`` is fitted anyway.
         journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`.
-        tell: called with what is done now and the share of the scoring that is done.
-        dtype: number format in which networks are timed, those before too; see :func:`quincunx.fuse`.
+        tell: called with the current action and the share of the scoring that is done.
+        dtype: number format in which networks are timed, the original too; see :func:`quincunx.fuse`.
 
     Raises:
-        ValueError: the table is of another network or other data; what ``accelerate`` refuses.
+        ValueError: the table belongs to another network or other data; anything that ``accelerate`` refuses.
 
     Source: the choice under a budget follows Zhang et al., arXiv:1505.06798, section 3.4, with measured
-        times in place of MACs.
+        times instead of MACs.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
@@ -133,7 +133,7 @@ def search(
     scored = time.perf_counter() - began
     key = json.dumps(target.to_dict(), sort_keys=True)
     builder = _Builder(scores, target, calibration, where, journal, dry_run)
-    # a resumed run is not to choose another network, unless there is more to choose from now
+    # a resumed run must choose the same network, unless there are more candidates now
     among = [[list(row.layers), repr(row.method)] for row in scores.usable()]
     kept = scores.choices.get(key)
     found = builder.chosen() if kept is None or kept["among"] != among else builder.again(kept)
@@ -145,9 +145,9 @@ def search(
 
 
 def shortfall(record: Mapping[str, Any]) -> str:
-    """How far a search came that did not meet its target, in words."""
+    """Describe how far a search that missed its target came."""
     asked = ", ".join(f"{key}={value}" for key, value in record["target"].items())
-    # of one thing asked for it is clear what failed
+    # with a single target it is clear what failed
     missed = "; ".join(shortcoming(record)) if len(record["target"]) > 1 else ""
     attempts = record["attempts"]
     if not attempts or not record["chosen"]:
@@ -164,7 +164,7 @@ def shortfall(record: Mapping[str, Any]) -> str:
 
 @dataclass
 class _Builder:
-    """From scores to a network that meets a target."""
+    """Builds a network that meets a target from scores."""
 
     scores: Scores
     target: Target
@@ -176,13 +176,13 @@ class _Builder:
     slower: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def again(self, kept: dict[str, Any]) -> Found:
-        """The network of an earlier choice for this target."""
+        """Return the network of an earlier choice for this target."""
         wanted = [(tuple(entry["layers"]), entry["method"]) for entry in kept["chosen"]]
         rows = [row for row in self.scores.rows if (row.layers, repr(row.method)) in wanted]
         return self._built(rows, kept["met"], kept["attempts"])
 
     def chosen(self) -> Found:
-        """The choice that meets the target by measurement, or comes nearest, and its network."""
+        """Return the choice that meets the target by measurement, or comes nearest, and its network."""
         usable = self.scores.usable()
         if self.target.max_drop is not None and len(self.target.to_dict()) == 1:
             return self._within_drop(usable)
@@ -197,28 +197,28 @@ class _Builder:
             self.slower |= slower
             usable = [row for row in usable if row not in chosen or row.layers not in slower]
         else:
-            # what is left of the last choice
+            # the rest of the last choice
             chosen = [row for row in chosen if row.layers not in slower]
             attempts.append(self.scores.attempt(chosen))
             met = self._meets(attempts[-1], chosen)
         if chosen and attempts[-1]["speedup"] <= 1:
-            # a network that is no faster is not worth its loss
+            # a network that is no faster does not justify its loss
             chosen, met = [], False
             attempts.append(self.scores.attempt([]))
         return self._built(chosen, met, attempts)
 
     def _by_macs(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
-        """The choice of least loss that saves enough MACs, whether it does, and its times."""
+        """Return the choice of least loss that saves enough MACs, whether it does, and its times."""
         wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
         chosen = choose(usable, [float(row.macs_saved) for row in usable], wanted)
         attempt = self.scores.attempt(chosen)
         return chosen, self._meets(attempt, chosen), [attempt]
 
     def _by_time(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
-        """Choose, time the whole network, and ask for as much more, or less, as is missing or too much.
+        """Choose, time the whole network, and raise or lower the wanted saving by the difference.
 
-        What candidates save is told in seconds of a network that lasts ``reference``; the machine's speed
-        drifts, so what is wanted and what was reached are compared as shares of the time before.
+        Candidates' savings are in seconds of a network that takes ``reference``; the machine's speed
+        drifts, so target and result are compared as shares of the time before.
         """
         saved = [row.seconds for row in usable]
         most = _sum(choose(usable, saved, float("inf")))
@@ -228,8 +228,8 @@ class _Builder:
             return [], share <= 0, attempts
         asked = first = share * self.scores.reference
         choices: list[list[Candidate]] = [[]]
-        # what was asked for and is too little, and what was enough: timings tell of the sum of what
-        # candidates save alone only so much, so each choice narrows what is asked for next
+        # savings that were too small, and that were enough: the sum of separate savings predicts the whole
+        # network only roughly, so each choice narrows the next wanted saving
         low, high = 0.0, float("inf")
         for _ in range(_LOOKS):
             chosen = choose(usable, saved, asked)
@@ -242,7 +242,7 @@ class _Builder:
                 attempts.append(now := self.scores.attempt(chosen))
             if not (met := self._meets(now, sure=_SURE)) and _sum(chosen) >= most * (1 - 1e-9):
                 break
-            # a choice is the same for all that is asked for up to what it saves
+            # all wanted savings up to a choice's own saving give the same choice
             low, high = (low, min(high, asked, most)) if met else (max(low, _sum(chosen)), high)
             if high - low <= _NEAR * first:
                 break
@@ -258,18 +258,18 @@ class _Builder:
         best = min(reached, key=lambda i: _loss_of(choices[i]), default=None)
         if best is None:
             best = max(range(1, len(choices)), key=lambda i: float(attempts[i]["speedup"]), default=0)
-        # the one that was taken comes last
+        # the one that was taken goes last
         attempts.append(attempts.pop(best))
         return choices[best], best in reached, attempts
 
     def _share_wanted(self, attempt: dict[str, Any]) -> float:
-        """The share of the time before that has to be saved."""
+        """Return the share of the time before that has to be saved."""
         if self.target.speedup is not None:
             return 1 - 1 / self.target.speedup
         return 1 - float(self.target.latency_ms or 0.0) / 1e3 / float(attempt["before"])
 
     def _meets(self, attempt: dict[str, Any], chosen: Sequence[Candidate] = (), *, sure: float = 1.0) -> bool:
-        """Whether a choice of these times is fast enough, by a margin, or saves enough MACs."""
+        """Return whether a choice with these times is fast enough, by a margin, or saves enough MACs."""
         if self.target.macs is not None:
             left = self.scores.macs - sum(row.macs_saved for row in chosen)
             return left <= self.target.macs_of(self.scores.macs)
@@ -290,7 +290,7 @@ class _Builder:
             "images": sum(len(answer) for answer in self.scores.answers),
             "dry_run": self.dry_run,
         }
-        # only a fitted network says what accuracy is lost
+        # only a fitted network shows how much accuracy is lost
         if not chosen or (self.dry_run and self.target.max_drop is None):
             result = Accelerated(copied(self.scores.model), {}, dict(self.scores.skipped))
             if self.target.max_drop is not None:
@@ -313,7 +313,7 @@ class _Builder:
         return Found(result, self.scores.rows, chosen, met, record)
 
     def _reasons(self, chosen: Sequence[Candidate], met: bool) -> dict[str, str]:
-        """Why each layer that no chosen candidate holds stays."""
+        """Return the reason for each layer that no chosen candidate replaces."""
         left = "the target is met without it" if met else "not in the best network found"
         taken = {name for row in chosen for name in row.layers}
         reasons: dict[str, str] = {}
@@ -327,10 +327,10 @@ class _Builder:
         return reasons
 
     def _within_drop(self, usable: list[Candidate]) -> Found:
-        """The fastest network whose accuracy falls by no more than is allowed, by bisection."""
+        """Return the fastest network whose accuracy falls by no more than allowed, by bisection."""
         saved = [row.seconds for row in usable]
         most = _sum(choose(usable, saved, float("inf")))
-        # each is fitted anew, so what a journal kept is another network's
+        # each trial has its own fit, so a journal's layers belong to another network
         trial = dataclasses.replace(self, journal=None, dry_run=False)
         fits: dict[tuple[tuple[tuple[str, ...], str], ...], Found] = {}
         low, high, share, best = 0.0, 1.0, 1.0, None
@@ -356,10 +356,10 @@ class _Builder:
                 high = share
             share = (low + high) / 2
         if best is None:
-            # the network as it is loses nothing, and gains nothing
+            # the unchanged network: no loss, no gain
             best = self._built([], False, [])
         else:
-            # the one that was taken comes last
+            # the one that was taken goes last
             taken = max(i for i, one in enumerate(attempts) if one["drop"] == best.record["drop"])
             attempts.append(attempts.pop(taken))
         best.record["attempts"], best.record["dry_run"] = attempts, self.dry_run
@@ -369,9 +369,9 @@ class _Builder:
         return best
 
     def _drop(self, network: nn.Module) -> float:
-        """Points of the calibration images that the original has right, and a network no more.
+        """Return how many points of the calibration images the network loses against the original.
 
-        Right is the label, or the original's own answer where there are no labels.
+        Correct means equal to the label, or to the original's own prediction if there are no labels.
         """
         before = after = count = 0
         with inference_mode_of(network):
@@ -380,7 +380,7 @@ class _Builder:
                 wanted = own
                 if batch.target is not None:
                     wanted = class_labels(answer, batch.target, batch.index)
-                    # probabilities stand for the class that is likeliest
+                    # with probabilities as targets, use the most likely class
                     wanted = wanted.argmax(1) if wanted.is_floating_point() else wanted
                 before += int((own == wanted).sum())
                 after += int((network(batch.input).argmax(1) == wanted).sum())

@@ -1,4 +1,4 @@
-"""What an acceleration is asked for: a speed or an accuracy, and what to search."""
+"""What the user asks of an acceleration: a speed or an accuracy, and the methods to search."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ __all__ = ["Search", "Target"]
 
 @dataclass(frozen=True)
 class Target:
-    """What a search is to reach; one of the first three, or ``max_drop`` alone.
+    """What a search has to reach: one of the first three arguments, or only ``max_drop``, or both.
 
     Args:
         speedup: seconds before over seconds after, both fused, on this machine.
-        latency_ms: milliseconds of one call after.
+        latency_ms: milliseconds per call after.
         macs: MACs after: "50%" of those before, or a number for one image.
-        max_drop: points of accuracy that may be lost on the calibration data (without labels: of
-            agreement with the network itself). Alone, the fastest network within it is looked for.
+        max_drop: points of accuracy that may be lost on the calibration data (without labels: points of
+            agreement with the network itself). On its own, the search looks for the fastest network within
+            it.
 
     Raises:
-        ValueError: nothing or too much was asked for, or a value that makes no sense.
+        ValueError: no target or too many, or an impossible value.
     """
 
     speedup: float | None = None
@@ -58,7 +59,7 @@ class Target:
             self.macs_of(1)
 
     def macs_of(self, before: int) -> float:
-        """The MACs that are allowed for a network of ``before``."""
+        """Return the MACs allowed for a network that had ``before``."""
         text = str(self.macs)
         try:
             value = float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
@@ -69,16 +70,16 @@ class Target:
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: what was asked for."""
+        """Return the targets that were set, JSON-ready."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 @dataclass(frozen=True)
 class Search:
-    """What the command line asks :func:`search` for, in place of a method.
+    """The settings of :func:`search` from the command line, used like a method.
 
     Attributes:
-        target: to reach.
+        target: what to reach.
         methods: names of methods, or "auto".
         time_budget: seconds of scoring.
         scores: file of the score table; by default ``scores.json`` in the result's folder.
@@ -91,10 +92,10 @@ class Search:
 
     @property
     def name(self) -> str:
-        """What records and messages call it."""
+        """Return its name in records and messages."""
         return "+".join(self.methods)
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """The classes of layers that its candidates replace."""
+        """Return the classes of layers that its candidates replace."""
         return Assigned({f"{i}": m for i, m in enumerate(candidates_named(self.methods))}).targets

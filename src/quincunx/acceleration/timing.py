@@ -1,4 +1,4 @@
-"""How fast a network and its layers are before and after, timed in turn."""
+"""Time a network and its layers before and after, in turn."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from quincunx.surgery.method import (
 
 __all__ = ["time_accelerated", "time_layers", "time_together"]
 
-# about how long a round of a layer lasts: there are many, and each is called some hundred times in all
+# approximate duration of a round for a layer: there are many layers, each called some hundred times in all
 _LAYER_SECONDS = 0.01
 
 
-# rounds that are added for a whole network where much hangs on its time
+# rounds added for a whole network when much depends on its time
 _MORE_ROUNDS = 31
-# networks beside the original that are held at once to be timed in turn, and what that one is called
+# networks held in memory at once besides the original, to be timed in turn, and the original's name
 _TOGETHER, _ORIGINAL = 6, "(original)"
 # the original in float32, beside another format
 _FLOAT32 = "before, float32"
@@ -47,15 +47,18 @@ def time_accelerated(
     progress: bool = False,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """MACs and times before and after, as :func:`accelerate_trained` gives them.
+    """Return MACs and times before and after, as :func:`accelerate_trained` reports them.
 
     Args:
         model: the network before; its weights need not be trained, since times do not depend on them.
-        found: what became of it.
+        found: the accelerated network.
         one: an input [1, C, H, W].
-        peers: engines of ``quincunx.measure.engines.PEERS`` that are timed in turn with it, on each layer and
-            on the network as they were before; ratios are under "peers".
-        batch, rounds, progress, dtype: as in :func:`accelerate_trained`.
+        peers: engines of ``quincunx.measure.engines.PEERS`` that are timed in turn with it, on each original
+            layer and on the original network; ratios are under "peers".
+        batch: images of the timed inputs.
+        rounds: how often each candidate is timed.
+        progress: show bars.
+        dtype: number format in which networks are timed; see :func:`quincunx.fuse`.
     """
     return {
         "cost": {key: cost_record(m, one) for key, m in (("before", model), ("after", found.model))},
@@ -109,10 +112,10 @@ def time_record(
     sure: bool = False,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Milliseconds of each replaced layer and of the whole network, before and after, both fused.
+    """Return milliseconds of each replaced layer and of the whole network, before and after, both fused.
 
-    Where nothing was replaced there is one network. The whole network is timed for longer where ``sure``
-    asks for it, or it is not clear whether it is faster.
+    If nothing was replaced there is only one network. The whole network is timed for longer if ``sure``,
+    or if it is not clear whether it is faster.
     """
     models = {"before": original, "after": found.model}
     rows = time_layers(
@@ -133,7 +136,7 @@ def time_record(
     beside_whole = dict.fromkeys(peers, original)
     shape = (batch, *one.shape[1:])
     if not found.replaced:
-        # one network, whose times would differ by chance
+        # a single network, whose two times would differ by chance
         del forms["after"]
     timings = _measured(forms, shape, rounds, beside_whole)
     if not found.replaced:
@@ -163,10 +166,17 @@ def time_layers(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """A row for each replaced layer: its record, and seconds before and after, both fused.
+    """Return a row for each replaced layer: its record, and seconds before and after, both fused.
 
     Args:
-        original, found, one, peers, batch, rounds, progress, dtype: as in :func:`time_accelerated`.
+        original: the network before.
+        found: the accelerated network.
+        one: an input [1, C, H, W].
+        peers: engines that are timed in turn with it, as in :func:`time_accelerated`.
+        batch: images of the timed inputs.
+        rounds: how often each candidate is timed.
+        progress: show bars.
+        dtype: number format in which networks are timed; see :func:`quincunx.fuse`.
         options: of :func:`quincunx.measure.latency.measure_models`, such as ``round_seconds``.
     """
     with inference_mode_of(original):
@@ -179,7 +189,7 @@ def time_layers(
             bar.update(task, state=name)
             names = record.get("pair", [name])
             if name == names[0]:
-                # within a network a layer that fx cannot trace stays whole
+                # within a network, a layer that fx cannot trace stays one module
                 chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
                 layers = {key: fuse(chain, dtype, force=True) for key, chain in chains.items()}
                 beside = dict.fromkeys(peers, chains["before"])
@@ -199,14 +209,17 @@ def time_together(
     progress: bool = False,
     dtype: torch.dtype | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of whole networks and how much faster each is than the original, all in turn in one process.
+    """Return seconds of whole networks and each one's speed-up over the original, all timed in turn.
 
     Args:
         original: the network before.
-        fast: name -> function that gives a network with the same input; a few are held at a time, each
-            few with the original among them.
+        fast: name -> function that returns a network with the same input; a few are held at a time, always
+            together with the original.
         shape: (C, H, W) of an image.
-        batch, rounds, progress, dtype: as in :func:`accelerate_trained`.
+        batch: images of the timed inputs.
+        rounds: how often each network is timed.
+        progress: show bars.
+        dtype: number format in which networks are timed; see :func:`quincunx.fuse`.
     """
     names, found = list(fast), {}
     with progress_bar(progress) as bar:
@@ -223,13 +236,13 @@ def time_together(
 
 
 def _chain(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A layer, or the two of a pair with a ReLU between them."""
+    """Return a layer, or the two of a pair with a ReLU between them."""
     parts = [model.get_submodule(name) for name in names]
     return parts[0] if len(parts) == 1 else nn.Sequential(parts[0], nn.ReLU(), parts[1])
 
 
 def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """One row for the layers that are replaced together."""
+    """Return one row for layers that are replaced together."""
     macs = {key: sum(record[key] for record in records) for key in ("macs_before", "macs_after")}
     return {"name": pair_name(names), **records[0], **records[-1], **macs}
 
@@ -237,10 +250,10 @@ def _joined(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
 def _forms(
     models: dict[str, nn.Module], one: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, nn.Module], str | None]:
-    """All fused, or none where one cannot be, as with a forward that depends on its data; and why.
+    """Fuse all models, or none if one cannot be fused, as with a data-dependent forward; also return why.
 
     Args:
-        one: an input of one image, on which each is compared with what it was made of.
+        one: an input of one image, on which each fused network is compared with its original.
     """
     try:
         return {key: fuse(model, dtype, check=one, force=True) for key, model in models.items()}, None
@@ -255,7 +268,7 @@ def _measured(
     peers: Mapping[str, nn.Module],
     **options: Any,
 ) -> dict[str, Timing]:
-    """Models, and others run by engines of those names, in turn."""
+    """Time models, and others run by the named engines, in turn."""
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     others = {name: PEERS[name](model, x, torch.get_num_threads()) for name, model in peers.items()}
@@ -270,7 +283,7 @@ def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:
 
     own = ("before", "after")
     ratio = over(timings["before"])
-    # the times beside a ratio are to have it: medians of each alone drift apart
+    # times shown beside a ratio must have that ratio; medians taken separately drift apart
     before = timings["before"].median
     seconds = {"seconds_before": before, "seconds_after": before / ratio["median"]}
     peers = {

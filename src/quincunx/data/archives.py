@@ -1,8 +1,8 @@
-"""What lies in an archive: tar, whatever its compression, and zip. Nothing is written to disk.
+"""Read tar archives, with any compression, and zip archives. Nothing is written to disk.
 
-A tar archive is read once from its beginning to its end, and what a header claims is compared with what comes
-before there is memory for it: Python's own reader asks for what headers claim, looks links up by reading
-again, and takes quadratic time for some headers.
+A tar archive is read once from start to end, and a header's claims are checked against the data
+before memory is allocated: Python's own reader allocates what headers claim, reads again to find links,
+and takes quadratic time for some headers.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from quincunx.reading import (
 
 __all__ = ["LARGEST", "Member", "TooLarge", "members", "plain", "resolved"]
 
-# bytes of one file that anyone needs of an archive; train.bin of CIFAR-100 has 154 MB
+# the most bytes of one file that we read from an archive; train.bin of CIFAR-100 has 154 MB
 LARGEST = 1 << 28
 _BLOCK, _PIECE = 512, 1 << 20
-# Images hardly become smaller. What an archive unpacks to may be larger than itself by such a factor, and any
-# archive may unpack to so much.
+# Images hardly compress. An archive may unpack to this factor of its size, and any
+# archive to this many bytes.
 _RATIO, _ANY = 200, 1 << 28
-# names, and lists of names and numbers, before a file
+# limits of names, and of lists of names and numbers, before a file
 _LONGEST_NAME, _LONGEST_LIST = 1 << 16, 1 << 20
 _HEAD = 64
 
@@ -45,19 +45,19 @@ class Damaged(ValueError):
 
 
 class TooLarge(ValueError):
-    """A member that is no image or is larger than any: it is left alone, the others can be read."""
+    """A member that is not an image, or is too large for one: it is skipped, the others can be read."""
 
 
 @dataclass
 class Member:
-    """A file or a link in an archive; it is read before the next one is asked for.
+    """A file or a link in an archive; it must be read before the next one is requested.
 
     Attributes:
-        name: its path, as the archive has it.
+        name: its path in the archive.
         size: bytes that it claims.
-        target: of a link, the path in the archive that it leads to, None for a file.
+        target: for a link, the path in the archive that it leads to; None for a file.
         head: reads the first bytes.
-        content: reads all bytes; raises TooLarge where no image is so large.
+        content: reads all bytes; raises TooLarge if it is too large for an image.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Member:
 
 
 def members(root: Path) -> Iterator[Member]:
-    """The files and links of an archive, in its order.
+    """Yield the files and links of an archive, in its order.
 
     Raises:
-        ValueError: no archive, damaged, cut short, or unpacked far larger than images ever are.
+        ValueError: not an archive, damaged, cut short, or unpacked far larger than images ever are.
     """
     with root.open("rb") as file:
         length = file.seek(0, 2)
@@ -90,7 +90,7 @@ def members(root: Path) -> Iterator[Member]:
                 member.name,
                 member.size,
                 member.target,
-                # whoever reads a member meets the same damage
+                # reading a member may reveal the same damage
                 partial(_guarded, what, member.head),
                 partial(_guarded, what, member.content),
             )
@@ -98,7 +98,7 @@ def members(root: Path) -> Iterator[Member]:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Within: damage becomes one sentence."""
+    """Turn damage into a one-sentence error within the context."""
     try:
         yield
     except TooLarge:
@@ -114,17 +114,17 @@ def _guarded(what: str, read: Callable[[], bytes]) -> bytes:
 
 
 def resolved(targets: dict[str, str], files: set[str]) -> dict[str, str]:
-    """For each link the file that it leads to in the end; those that lead to none are left out.
+    """Return for each link the file that it finally leads to; links to no file are left out.
 
     Args:
-        targets: of each link.
-        files: paths of files, brought to one form by :func:`plain`.
+        targets: target of each link.
+        files: paths of files, normalised by :func:`plain`.
     """
     ends: dict[str, str | None] = {}
     for name in targets:
         passed = []
         here = name
-        # each link is followed once, whoever leads to it
+        # follow each link only once, even if several lead to it
         while here in targets and here not in ends and here not in files:
             ends[here] = None
             passed.append(here)
@@ -136,7 +136,7 @@ def resolved(targets: dict[str, str], files: set[str]) -> dict[str, str]:
 
 
 def plain(name: str) -> str:
-    """A path without detours."""
+    """Return a normalised path."""
     return posixpath.normpath(name)
 
 
@@ -170,7 +170,7 @@ def _zip(file: IO[bytes], length: int) -> Iterator[Member]:
 
 
 class _Left:
-    """How much may still be read of an archive and unpacked from it."""
+    """Counts the bytes that may still be read from an archive and unpacked from it."""
 
     def __init__(self, length: int) -> None:
         self._packed, self._unpacked = 2 * length, _RATIO * length + _ANY
@@ -190,7 +190,7 @@ class _Left:
 
 
 class _Stream:
-    """The unpacked bytes of a tar archive, from beginning to end."""
+    """The unpacked bytes of a tar archive, from start to end."""
 
     def __init__(self, file: IO[bytes], length: int) -> None:
         self._file, packed = _unpacking(file)
@@ -199,12 +199,12 @@ class _Stream:
         self.place = 0
 
     def check(self, count: int) -> None:
-        """Refuse what cannot come any more, where that is known before it is read."""
+        """Refuse a size that the rest of the file cannot hold, if its length is known."""
         if self._end is not None and count > self._end - self.place:
             raise Damaged(f"{count:,} bytes at byte {self.place:,} of {self._end:,}")
 
     def read(self, count: int) -> bytes:
-        """So many bytes, less at the end."""
+        """Read this many bytes, fewer at the end."""
         if count <= _PIECE:
             return self._some(count)
         found = bytearray()
@@ -215,7 +215,7 @@ class _Stream:
 
     def _some(self, count: int) -> bytes:
         found = self._file.read(count)
-        # a file may give less than it has
+        # a file may return less than it has
         while len(found) < count and (more := self._file.read(count - len(found))):
             found += more
         self._left.unpack(len(found))
@@ -232,7 +232,7 @@ class _Stream:
 
 
 def _unpacking(file: IO[bytes]) -> tuple[IO[bytes], bool]:
-    """A file without its compression, and whether it had one."""
+    """Return a decompressed view of a file, and whether it was compressed."""
     start = file.read(6)
     file.seek(0)
     found: Any = None
@@ -254,7 +254,7 @@ def _unpacking(file: IO[bytes]) -> tuple[IO[bytes], bool]:
 
 
 class _Lzma:
-    """The unpacked bytes of xz and lzma, whose window the file asks for: one of bounded size is given."""
+    """Unpacks xz and lzma with a bounded window; the file chooses the window's size."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -263,7 +263,7 @@ class _Lzma:
     def read(self, count: int) -> bytes:
         while True:
             if self._unpack.eof:
-                # another stream may follow, behind zeros
+                # another stream may follow after zeros
                 rest = (self._unpack.unused_data or self._file.read(_PIECE)).lstrip(b"\0")
                 if not rest:
                     return b""
@@ -280,7 +280,7 @@ class _Lzma:
 
 @dataclass
 class _Extended:
-    """What headers before a header say of it."""
+    """The values that extended headers set for the next header."""
 
     name: str | None = None
     target: str | None = None
@@ -318,7 +318,7 @@ def _tar(file: IO[bytes], length: int) -> Iterator[Member]:
             further = header[482:483]
             while further not in (b"\0", b""):
                 further = stream.read(_BLOCK)[504:505]
-        # an old way to say that something is a folder
+        # an old way to mark a folder
         folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
         if kind == b"1":
             yield Member(name, 0, plain(target), bytes, bytes)
@@ -328,7 +328,7 @@ def _tar(file: IO[bytes], length: int) -> Iterator[Member]:
             yield from _file(stream, name, size, sparse)
         elif kind not in b"3456" and not folder:
             stream.skip(size + -size % _BLOCK)
-    # a compressed file's checksum is only compared at its very end
+    # a compressed file's checksum is only checked at its very end
     while stream.read(_PIECE):
         pass
 
@@ -360,7 +360,7 @@ def _file(stream: _Stream, name: str, size: int, sparse: bool) -> Iterator[Membe
 
 
 def _listed(stream: _Stream, kind: bytes, size: int) -> bytes:
-    """The content of a header that describes the next one."""
+    """Return the content of a header that describes the next one."""
     if size > (_LONGEST_NAME if kind in b"LK" else _LONGEST_LIST):
         raise Damaged(f"{size:,} bytes of names")
     content = stream.read(size)
@@ -371,7 +371,7 @@ def _listed(stream: _Stream, kind: bytes, size: int) -> bytes:
 
 
 def _read_list(content: bytes, said: _Extended) -> None:
-    """Entries "LENGTH KEY=VALUE" (pax)."""
+    """Read pax entries "LENGTH KEY=VALUE"."""
     place = 0
     while place < len(content):
         space = content.find(b" ", place, place + 20)
@@ -395,7 +395,7 @@ def _read_list(content: bytes, said: _Extended) -> None:
 
 
 def _sound(header: bytes) -> bool:
-    """Whether a header's checksum is that of its bytes, signed or not."""
+    """Return whether a header's checksum matches its bytes, signed or unsigned."""
     try:
         said = _number(header[148:156])
     except Damaged:
@@ -406,7 +406,7 @@ def _sound(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or a number of base 256 behind a byte 128."""
+    """Read octal digits, or a base-256 number after a byte 128."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
@@ -430,5 +430,5 @@ def _text(field: bytes) -> str:
 
 
 def _beside(name: str, target: str) -> str:
-    """Where a symbolic link leads, as a path in the archive."""
+    """Return the target of a symbolic link as a path in the archive."""
     return plain(posixpath.join(posixpath.dirname(name), target))

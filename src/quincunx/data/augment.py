@@ -1,10 +1,10 @@
-"""Augmentation: of CIFAR and of photographs, one at a time in a worker or a whole batch in memory.
+"""Augmentation of CIFAR images and photographs, one at a time in a worker or in batches in memory.
 
-A photograph in training is a random part of the image (8 to 100% of the area, aspect ratio 3/4 to 4/3;
-Szegedy et al. 2015), brought to the crop's side, mirrored half of the time, with changed brightness,
-contrast and saturation and a changed colour of the light, as ImageNet ResNets are trained (Gross and
-Wilber 2016; Peng et al., arXiv:1809.02601, section 5). Each change of colour takes colours affinely to
-colours, so the four together are one matrix and one offset an image.
+In training, a photograph is a random part of the image (8 to 100% of the area, aspect ratio 3/4 to 4/3;
+Szegedy et al. 2015), resized to the crop's side, mirrored with probability 1/2, with random brightness,
+contrast, saturation and lighting, as in the training of ImageNet ResNets (Gross and
+Wilber 2016; Peng et al., arXiv:1809.02601, section 5). Each change of colour is an affine map of
+colours, so the four together are one matrix and one offset per image.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Floats = NDArray[np.float64]
 
 _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
-# draws of area and aspect ratio for one image, of which the first that lies inside is taken
+# draws of area and aspect ratio per image; the first that lies inside is used
 _TRIES = 10
 # the largest relative change of brightness, contrast and saturation
 _JITTER = 0.4
 # standard deviation of the lighting noise along each principal direction of colour
 _LIGHTING = 0.1
-# of ImageNet's colours in [0, 1]: roots of the covariance's eigenvalues, and its eigenvectors as columns
+# for ImageNet's colours in [0, 1]: roots of the covariance's eigenvalues, and its eigenvectors as columns
 # (Krizhevsky et al. 2012, section 4.1, with the values of Gross and Wilber 2016)
 _DEVIATION = np.array([0.2175, 0.0188, 0.0045])
 _DIRECTION = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-# of the three channels in a grey value (ITU-R BT.601)
+# weights of the three channels in a grey value (ITU-R BT.601)
 _GREY = np.array([0.299, 0.587, 0.114])
 
 
@@ -49,7 +49,7 @@ class Draws:
     Attributes:
         parts: uniform, [n, 10, 2], for area and aspect ratio.
         place: uniform, [n, 2], for top and left.
-        mirror: whether, [n].
+        mirror: whether to mirror, [n].
         strength: uniform, [n, 3], for brightness, contrast and saturation.
         light: normal, [n, 3].
     """
@@ -62,7 +62,7 @@ class Draws:
 
 
 def draws_of_image(key: int, index: int) -> Draws:
-    """What the epoch's ``key`` and the image's number say, whoever asks."""
+    """Return draws that depend only on the epoch's ``key`` and the image's number."""
     generator = np.random.default_rng((key, index))
     uniform = generator.random(2 * _TRIES + 6)
     return _arranged(uniform[None], generator.standard_normal((1, 3)))
@@ -80,9 +80,9 @@ def _arranged(uniform: Floats, normal: Floats) -> Draws:
 
 
 def boxes(draws: Draws, height: int, width: int) -> Floats:
-    """(top, left, height, width) of a part of each H x W image, in pixels and fractions of them, [n, 4].
+    """Return (top, left, height, width) of a part of each H x W image, in fractional pixels, [n, 4].
 
-    Where none of ten draws lies inside the image, its largest central part of an allowed aspect ratio.
+    If none of ten draws lies inside the image, return its largest central part with an allowed aspect ratio.
     """
     area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws.parts[:, :, 0])
     low, high = map(math.log, _RATIO)
@@ -100,11 +100,11 @@ def boxes(draws: Draws, height: int, width: int) -> Floats:
 
 
 def colour_maps(draws: Draws, mean: Floats) -> tuple[Floats, Floats]:
-    """(M, c) with which each image's colours x in [0, 1] become M x + c, [n, 3, 3] and [n, 3].
+    """Return (M, c) that map each image's colours x in [0, 1] to M x + c, [n, 3, 3] and [n, 3].
 
-    Brightness takes x to a x, contrast to a x + (1 - a) times the mean of g over the image, saturation to
+    Brightness maps x to a x, contrast to a x + (1 - a) times the mean of g over the image, saturation to
     a x + (1 - a) g(x), where g is the grey value and a = 1 + 0.4 u, u uniform in [-1, 1]. Saturation
-    keeps g, so the three can be exchanged and no order is drawn; the light's colour is added last.
+    keeps g, so the three commute and no order is drawn; the lighting is added last.
 
     Args:
         mean: colour of each image, [n, 3].
@@ -118,14 +118,14 @@ def colour_maps(draws: Draws, mean: Floats) -> tuple[Floats, Floats]:
 
 
 def photograph(image: Image, side: int, draws: Draws) -> Pixels:
-    """A training crop [side, side, 3] of one photograph of any size."""
+    """Return a training crop [side, side, 3] of one photograph of any size."""
     from PIL import Image as pillow
 
     top, left, tall, wide = boxes(draws, image.height, image.width)[0]
     # a rounding error must not lead out of the image
     corner = (left, top, min(left + wide, image.width), min(top + tall, image.height))
     part = image.resize((side, side), pillow.Resampling.BICUBIC, box=corner)
-    # exact and quicker than a mean over pixels
+    # exact, and faster than a mean over pixels
     counts = np.array(part.histogram(), dtype=np.float64).reshape(3, 256)
     mean = counts @ np.arange(256) / (255 * side * side)
     matrix, offset = colour_maps(draws, mean[None])
@@ -136,9 +136,10 @@ def photograph(image: Image, side: int, draws: Draws) -> Pixels:
 
 
 def photographs(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
-    """Training crops [B, C, H, W] in [0, 1] of byte images [B, H, W, C], whole images at once.
+    """Return training crops [B, C, H, W] in [0, 1] of byte images [B, H, W, C], for whole batches.
 
-    ``drawn`` images are drawn for, of which ``images`` are ``ours``. Colours change if there are three.
+    Random numbers are drawn for ``drawn`` images; ``images`` are those in ``ours``. Colours change if there
+    are three channels.
     """
     count, height, width, channels = images.shape
     draws = draws_of_batch(drawn, generator)
@@ -146,14 +147,14 @@ def photographs(images: Tensor, drawn: int, ours: slice, generator: torch.Genera
     box = torch.from_numpy(boxes(draws, height, width))
     top, left, tall, wide = box.unbind(1)
     mirrored = torch.from_numpy(np.where(draws.mirror, -1.0, 1.0))
-    # of each pixel the place in the image, in [-1, 1]
+    # the position in the image for each pixel, in [-1, 1]
     grid = torch.empty(count, height, width, 2)
     across, down = _middles(width), _middles(height)
     grid[..., 0] = ((2 * left + wide)[:, None] / width - 1 + (mirrored * wide / width)[:, None] * across)[
         :, None
     ]
     grid[..., 1] = ((2 * top + tall)[:, None] / height - 1 + (tall / height)[:, None] * down)[:, :, None]
-    # a part is never larger than the image, so it is never made smaller and needs no smoothing
+    # a part is never larger than the image, so it is never shrunk and needs no smoothing
     found = F.grid_sample(
         images.permute(0, 3, 1, 2).float().contiguous(), grid, padding_mode="border", align_corners=False
     )
@@ -169,16 +170,16 @@ def photographs(images: Tensor, drawn: int, ours: slice, generator: torch.Genera
 
 
 def _middles(count: int) -> Tensor:
-    """Of so many pixels side by side in [-1, 1]."""
+    """Return the centres of this many adjacent pixels in [-1, 1]."""
     return (2 * torch.arange(count, dtype=torch.float64) + 1) / count - 1
 
 
 def crop_draws(
     size: tuple[int, int], drawn: int, ours: slice, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(shifts down and right [2, n], whether to flip [n]) of images of H x W: :func:`crop_and_flip`.
+    """Return (shifts down and right [2, n], whether to flip [n]) for images of H x W: :func:`crop_and_flip`.
 
-    ``drawn`` images are drawn for, of which those of ``ours`` are given.
+    Random numbers are drawn for ``drawn`` images, and those of ``ours`` are returned.
     """
     margin = max(1, round(min(size) / 8))
     shifts = torch.randint(0, 2 * margin + 1, (2, drawn, 1), generator=generator)[:, ours, 0] - margin
@@ -186,14 +187,14 @@ def crop_draws(
 
 
 def crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Generator) -> Tensor:
-    """Each image [H, W, C] shifted by up to an eighth of its side, zeros coming in, and perhaps flipped.
+    """Shift each image [H, W, C] by up to an eighth of its side, filling with zeros, and flip it at random.
 
-    ``drawn`` images are drawn for, of which ``images`` are ``ours``.
+    Random numbers are drawn for ``drawn`` images; ``images`` are those in ``ours``.
     """
     _, height, width, _ = images.shape
     shifts, flips = crop_draws((height, width), drawn, ours, generator)
     found = torch.zeros_like(images)
-    # copies of whole runs of pixels: four times as fast as one gather of all pixels
+    # copy whole runs of pixels: four times as fast as one gather of all pixels
     each = zip(images, found, *shifts.tolist(), flips.tolist(), strict=True)
     for image, target, down, right, flip in each:
         part = image[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
@@ -206,16 +207,17 @@ def crop_and_flip(images: Tensor, drawn: int, ours: slice, generator: torch.Gene
 def cropped_rows(
     size: tuple[int, int], numbers: Tensor, shifts: Tensor, flips: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where the pixels of :func:`crop_and_flip` come from, for a gather on any device.
+    """Return the source rows of the pixels of :func:`crop_and_flip`, for a gather on any device.
 
     Args:
         size: (H, W).
         numbers: of the images, [n].
-        shifts, flips: as :func:`crop_draws` gives them.
+        shifts: from :func:`crop_draws`.
+        flips: from :func:`crop_draws`.
 
     Returns:
-        Rows of all images' pixels one below the other, [n, H, W], and whether a pixel lies outside of its
-        image, where any row is given.
+        Row indices into the stacked pixels of all images, [n, H, W], and whether a pixel lies outside its
+        image; the row index is arbitrary there.
     """
     height, width = size
     across = torch.arange(width, device=numbers.device)

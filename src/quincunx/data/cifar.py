@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in their official archives (Krizhevsky 2009), binary and python."""
+"""Read CIFAR-10 and CIFAR-100 from their official archives (Krizhevsky 2009), binary and python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quincunx.data.sets import ImageData, Split, statistics
 from quincunx.data.unpickle import Array, read_cifar_pickle
 
 SITE = "https://www.cs.toronto.edu/~kriz/"
-# the sums published there
+# the checksums published there
 CHECKSUMS = {
     "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
     "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
@@ -36,12 +36,14 @@ class Form:
 
     Attributes:
         of: the data set's name.
-        archive, folder: names of the packed and the unpacked form.
-        train, test: file names of the images, in order.
+        archive: name of the packed form.
+        folder: name of the unpacked form.
+        train: file names of the training images, in order.
+        test: file name of the test images.
         meta: file name of the class names.
-        classes: how many there are.
-        labels: bytes before each image in binary files, the last being the (fine) class; in python
-            files, the entry with the classes.
+        classes: number of classes.
+        labels: for binary files, the number of bytes before each image, the last being the (fine) class; for
+            python files, the entry with the classes.
         names: the entry with the class names, in python files.
         counts: official numbers of training and test images.
     """
@@ -112,19 +114,19 @@ _WANTED = {name for form in FORMS for name in form.files}
 
 
 def obtain(name: str, progress: Progress | None = None) -> Path:
-    """The archive or folder of "cifar10" or "cifar100" in the data folder, downloaded if need be."""
+    """Return the archive or folder of "cifar10" or "cifar100" in the data folder, downloaded if needed."""
     forms = [form for form in FORMS if form.of == name]
     for form in forms:
         for path in (data_folder() / form.archive, data_folder() / form.folder):
             if path.exists():
                 return path
-    # the binary form, since it holds no pickles
+    # the binary form, since it contains no pickles
     archive = forms[0].archive
     return fetch(SITE + archive, CHECKSUMS[archive], progress)
 
 
 def find(root: Path) -> tuple[Form, dict[str, bytes]] | None:
-    """The official form that a folder or archive has and its files; None for any other.
+    """Return the official form of a folder or archive and its files; None for any other.
 
     Raises:
         ValueError: an archive that is not readable, or has an official name and another checksum.
@@ -141,7 +143,7 @@ def find(root: Path) -> tuple[Form, dict[str, bytes]] | None:
         check_sum(root, CHECKSUMS[root.name])
     for member in members(root):
         name = PurePosixPath(member.name).name
-        # folders of images by class may be many and large: their first image tells
+        # a folder of images by class may be large; its first image identifies it
         if is_image(name):
             return None
         if member.target is None and name in _WANTED:
@@ -158,21 +160,22 @@ def find(root: Path) -> tuple[Form, dict[str, bytes]] | None:
 
 def _form(names: set[str]) -> Form | None:
     images = [(len(names & {*form.train, form.test}), form) for form in FORMS]
-    # a folder may well hold a file "test" or "train" of another kind
+    # an unrelated folder may contain a file "test" or "train"
     likely = [(count, form) for count, form in images if count and (count > 1 or form.meta in names)]
     return max(likely, key=lambda pair: pair[0])[1] if likely else None
 
 
 def load(root: Path, form: Form, files: dict[str, bytes], size: int | None) -> ImageData:
-    """The data set in the files of an official folder or archive.
+    """Return the data set in the files of an official folder or archive.
 
     Args:
-        root: where they were, for messages.
-        form, files: what :func:`find` says of it.
+        root: the folder or archive, for messages.
+        form: from :func:`find`.
+        files: from :func:`find`.
         size: side of the images; None for their own 32.
 
     Raises:
-        ValueError: a missing or damaged file, or a class out of range (file and record named).
+        ValueError: a missing or damaged file, or a class out of range (the message names file and record).
     """
     side = _SIDE if size is None else size
     memory.check(str(root), memory.needed(sum(form.counts), side * side), "it cannot be read here")
@@ -215,7 +218,7 @@ def _class_names(name: str, content: bytes, form: Form) -> tuple[str, ...]:
 
 
 def _binary(name: str, content: bytes, form: Form, width: int) -> tuple[Tensor, Tensor]:
-    """Records of ``width`` label bytes and the image, plane by plane."""
+    """Read records of ``width`` label bytes and the image, plane by plane."""
     record = width + _IMAGE_BYTES
     if not content or len(content) % record:
         raise ValueError(f"{name}: {len(content)} bytes, expected a multiple of {record}; it is cut short")
@@ -226,7 +229,7 @@ def _binary(name: str, content: bytes, form: Form, width: int) -> tuple[Tensor, 
 
 
 def _python(name: str, content: bytes, form: Form) -> tuple[Tensor, Tensor]:
-    """A pickled dictionary of an array of images, plane by plane, and a list of classes."""
+    """Read a pickled dictionary of an array of images, plane by plane, and a list of classes."""
     batch = read_cifar_pickle(name, content)
     images, listed = batch.get("data"), batch.get(str(form.labels))
     if not isinstance(images, Array) or not isinstance(listed, list):
@@ -242,7 +245,7 @@ def _python(name: str, content: bytes, form: Form) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{name}: record {wrong} (from 0) is labelled by a {type(listed[wrong]).__name__}, expected int"
         )
-    # numbers beyond 64 bits must not overflow before they are refused
+    # clamp numbers beyond 64 bits so that they can be refused without overflow
     labels = np.array([min(max(item, -1), form.classes) for item in listed], dtype=np.int64)
     _check_range(name, labels, form, listed)
     rows = np.frombuffer(images.content, dtype=np.uint8).reshape(images.shape)
@@ -260,7 +263,7 @@ def _check_range(name: str, labels: NDArray[np.int64], form: Form, said: list[in
 
 
 def _by_pixel(rows: Pixels) -> Tensor:
-    """[N, 3072], plane by plane, as [N, 32, 32, 3]."""
+    """Rearrange [N, 3072], plane by plane, to [N, 32, 32, 3]."""
     planes = rows.reshape(-1, _PLANES, _SIDE, _SIDE)
     return torch.from_numpy(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)))
 

@@ -1,4 +1,4 @@
-"""Published archives: a folder that keeps them, a download that is checked before it counts."""
+"""Published archives: a folder that stores them, and a download with a checksum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from quincunx.data import memory
 from quincunx.writing import cache_folder
 
-# bytes so far, and all bytes or None if that is unknown
+# bytes so far, and total bytes or None if unknown
 Progress = Callable[[int, int | None], None]
 
 _SECONDS = 30
@@ -22,7 +22,7 @@ _CHUNK = 1 << 20
 
 
 def data_folder() -> Path:
-    """Where archives are kept: what QUINCUNX_DATA says, else the cache folder, else ~/.cache/quincunx."""
+    """Return the folder for archives: QUINCUNX_DATA, else the cache folder, else ~/.cache/quincunx."""
     said = os.environ.get("QUINCUNX_DATA")
     return Path(said).expanduser() if said else cache_folder() or Path.home() / ".cache" / "quincunx"
 
@@ -31,7 +31,7 @@ def check_sum(path: Path, expected: str) -> None:
     """Compare a file's MD5 with the published one.
 
     Raises:
-        ValueError: another one.
+        ValueError: they differ.
     """
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
@@ -45,16 +45,16 @@ def check_sum(path: Path, expected: str) -> None:
 
 
 def fetch(url: str, expected: str, progress: Progress | None = None) -> Path:
-    """Download an archive into the data folder; it gets its name only when its checksum is right.
+    """Download an archive into the data folder; it gets its name only after its checksum was verified.
 
     Args:
         url: of the archive.
         expected: its MD5.
-        progress: called with the bytes so far and all bytes (None if the server does not say).
+        progress: called with the bytes so far and total bytes (None if the server does not say).
 
     Raises:
-        ConnectionError: it cannot be downloaded; says what to put where.
-        ValueError: what came is not what was published.
+        ConnectionError: it cannot be downloaded; the message says which file to put where.
+        ValueError: the download differs from the published file.
         OSError: the folder cannot be written, or the disk is too small.
     """
     folder = data_folder()
@@ -70,7 +70,7 @@ def fetch(url: str, expected: str, progress: Progress | None = None) -> Path:
         temporary.chmod(0o644)
         temporary.replace(path)
     except ValueError as error:
-        # the temporary file is gone when the user reads this
+        # the message must not mention the temporary file, which is deleted by then
         raise ValueError(f"{url}: {str(error).partition(': ')[2].partition(', so remove')[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)

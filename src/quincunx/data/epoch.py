@@ -15,13 +15,13 @@ AUGMENTATIONS = ("none", "cifar", "imagenet")
 
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Byte images [N, H, W, C] as floats of mean 0 and deviation 1, same layout."""
+    """Return byte images [N, H, W, C] as floats of mean 0 and deviation 1, in the same layout."""
     scale, shift = scale_and_shift(mean, std)
     return images.float().mul_(scale).add_(shift)
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """What byte values are multiplied by and what is then added, per channel, for mean 0 and deviation 1."""
+    """Return per channel the factor and offset that map byte values to mean 0 and deviation 1."""
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
     return scale, shift
@@ -30,7 +30,7 @@ def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Te
 def shares(
     count: int, batch_size: int, rank: int, world: int, generator: torch.Generator | None
 ) -> Iterator[tuple[Tensor, slice]]:
-    """Numbers of the images of each batch, and which of them are this process's, of an epoch's one order."""
+    """Yield the image numbers of each batch, and the slice of them for this process, in one epoch's order."""
     order = torch.randperm(count, generator=generator) if generator is not None else torch.arange(count)
     for start in range(0, count, batch_size):
         whole = order[start : start + batch_size]
@@ -49,26 +49,28 @@ def batches(
     world: int = 1,
     workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of normalised images [B, C, H, W] and labels [B].
+    """Yield batches of normalised images [B, C, H, W] and labels [B].
 
     Args:
         split: the images; ``data`` has their mean and deviation.
-        batch_size: images a step, of all processes together.
-        generator: draws the order and the augmentation; without one, in order and unaugmented.
+        data: the data set.
+        batch_size: images per step, for all processes together.
+        generator: draws the order and the augmentation; without one, images come in order and unaugmented.
         augment: "none"; "cifar": pad an eighth of the side (4 pixels of 32) on each side with the mean
             colour, crop at a random place, flip at random (He et al. 2016; Peng et al.,
             arXiv:1809.02601, section 4.1); "imagenet": a random part of the image at full size, flipped
-            at random, its colours changed (:mod:`quincunx.data.augment` has the constants). That of a
-            streamed image depends on a number drawn once an epoch and on the image alone.
-        channels_last: memory format of the batch.
-        rank, world: this process and how many there are. All draw the same; of each batch of b images
+            at random, its colours changed (:mod:`quincunx.data.augment` has the constants). For a
+            streamed image it depends only on a number drawn once per epoch and on the image.
+        channels_last: whether batches use the channels_last memory format.
+        rank: this process.
+        world: number of processes. All draw the same numbers; of each batch of b images
             a process takes those from rank b / world to (rank + 1) b / world, which may be none.
-        workers: processes that decode streamed images, 0 for this one; by default one a core, at most
+        workers: processes that decode streamed images, 0 for this one; by default one per core, at most
             eight. Images in memory need none.
 
     Raises:
         ValueError: a value out of its range, a part without images; while reading, a streamed image that
-            cannot be (named).
+            cannot be read (the message names it).
         WorkerFailed: while reading, a worker process died.
 
     Example:
@@ -102,7 +104,7 @@ def _epoch(
     world: int,
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in channels_last."""
+    """Yield batches in channels_last."""
     taken = list(shares(len(split), batch_size, rank, world, generator))
     chosen = [whole[ours] for whole, ours in taken]
     if isinstance(split, Split):
@@ -126,7 +128,7 @@ def _epoch(
 
 
 def _normalised_planes(images: Tensor, data: ImageData) -> Tensor:
-    """The same of floats [N, C, H, W] in [0, 1], in place."""
+    """Normalise floats [N, C, H, W] in [0, 1] in place."""
     shape = (1, -1, 1, 1)
     scale = torch.tensor([1 / s for s in data.std]).view(shape)
     shift = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)]).view(shape)

@@ -1,4 +1,4 @@
-"""Images by class in folders and archives: found, decoded, turned upright, brought to one size."""
+"""Find images by class in folders and archives, decode them, apply their orientation, and resize them."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif",
     ".tif", ".tiff", ".jp2",
 }  # fmt: skip
-# what lies beside images and is none
+# files beside images that are not images
 _BESIDE = {
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".md", ".rst", ".html",
     ".htm", ".py", ".ini", ".cfg", ".log", ".db", ".sqlite", ".pkl", ".npy", ".npz", ".mat", ".h5", ".pt",
     ".pth", ".gz", ".zip", ".tar", ".md5", ".sha256",
 }  # fmt: skip
 _NAMES_BESIDE = {"license", "readme", "copying", "notice", "makefile", "checksums"}
-# how files of images begin
+# the first bytes of image files
 _BEGINNINGS = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
     b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS",
 )  # fmt: skip
 _TRAIN_PARTS = {"train", "training"}
 _TEST_PARTS = {"test", "val", "valid", "validation"}
-# a task of the pool: large enough that handing it over costs little, in images and in bytes of their files
+# limits of a task of the pool, in images and in bytes of their files: large enough to be worth handing over
 _DECODE_AT_ONCE, _DECODE_BYTES = 64, 1 << 22
-# bytes of files that wait to be decoded, and of decoded images that wait to be taken
+# limits of bytes of files that wait to be decoded, and of decoded images that wait to be used
 _WAITING_FILES, _WAITING = 1 << 26, 1 << 28
-# Pixels that a file of any length may claim; those of larger images are decoded one at a time. Above, for
-# each byte of its file, up to what fits into a gigabyte; and for each byte of photographs of any size.
+# Pixels that a file of any length may claim; larger images are decoded one at a time. Beyond this, a limit
+# per byte of the file, up to a total that fits into a gigabyte; and a limit per byte for images of any size.
 _PIXELS, _PIXELS_PER_BYTE, _LARGE, _LARGE_PER_BYTE = 1 << 23, 400, 1 << 26, 32
-# how much longer than wide an image may be before it is cut ahead of its change of size
+# images with a larger ratio of sides are cropped before resizing
 _STRIP = 16
 
 Pixels = NDArray[np.uint8]
 
 
 class ImageEntry(NamedTuple):
-    """An image that was found: what to call it, its class and part, and where or what it is."""
+    """A found image: its name, class and part, and its path or content."""
 
     name: str
     label: str
@@ -67,23 +67,23 @@ class ImageEntry(NamedTuple):
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; hidden files are no images of a data set."""
+    """Return whether a name has an image's suffix; hidden files do not count."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def may_be_image(name: str) -> bool:
-    """Whether its content has to tell: a file with no ending or one that is none of images or of text."""
+    """Return whether the content has to decide: no known suffix of images or text."""
     stem, ending = os.path.splitext(name.lower())
     return not name.startswith(".") and ending not in _BESIDE and stem not in _NAMES_BESIDE
 
 
 def begins_like_image(head: bytes) -> bool:
-    """By the first bytes of its content."""
+    """Return whether a file's first bytes are those of an image."""
     return (
         head.startswith(_BEGINNINGS)
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"))
-        # a bitmap's head has a length; "BM" alone may begin a text
+        # a bitmap's header has a length; a text may also start with "BM"
         or (
             head[:2] == b"BM" and head[14:18] in [bytes([n, 0, 0, 0]) for n in (12, 40, 52, 56, 64, 108, 124)]
         )
@@ -92,9 +92,9 @@ def begins_like_image(head: bytes) -> bool:
 
 
 def _class_and_part(folders: tuple[str, ...], labelled: bool) -> tuple[str, str | None] | None:
-    """(class, part) of the images in a folder below the root; None where its path names no class.
+    """Return (class, part) of the images in a folder below the root; None if its path names no class.
 
-    Without labels a folder's name means at most a part, and the class is empty.
+    Without labels a folder's name can only be a part, and the class is empty.
     """
     for i, folder in enumerate(folders):
         part = (
@@ -114,12 +114,13 @@ def _hidden(folder: str) -> bool:
 
 
 def folder_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[ImageEntry]:
-    """Images below a folder, in order; links to folders are followed, once round.
+    """Yield images below a folder, in order; links to folders are followed, but no cycles.
 
     Args:
-        part: that all are in, if not None.
-        labelled: whether folders name classes; if not, every image is taken, as of the class "".
-        left: gets the names of files that may be images of a kind that cannot be read.
+        root: the folder.
+        part: the part of all images, if not None.
+        labelled: whether folders name classes; if not, every image gets the class "".
+        left: gets the names of files that may be images of an unreadable kind.
     """
     yield from _below(str(root), (), root.resolve().name, part, labelled, left, {})
 
@@ -135,9 +136,9 @@ def _below(
 ) -> Iterator[ImageEntry]:
     place = _class_and_part(inside, labelled)
     if place is None or place[1] is None:
-        # the root's own name may say which part it is
+        # the root's own name may be a part
         place = _class_and_part((root_name, *inside), labelled)
-    # A folder to which several links lead is read once for each class that they give it.
+    # A folder with several links to it is read once for each class that they give it.
     way = (os.path.realpath(folder), place if place is not None else _part_of((root_name, *inside)))
     if way in seen:
         return
@@ -151,7 +152,7 @@ def _below(
                 yield from _below(entry.path, inner, root_name, part, labelled, left, seen)
         elif place is None:
             continue
-        # a link to nowhere is an image that cannot be read, not one that is not there
+        # a dangling link counts as an unreadable image, not as a missing one
         elif is_image(entry.name):
             if entry.is_file() or not os.path.exists(entry.path):
                 yield ImageEntry(entry.path, place[0], part or place[1], entry.path)
@@ -171,18 +172,21 @@ def _beginning(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(64)
     except OSError:
-        # an image or not, it cannot be read
+        # unreadable, whether it is an image or not
         return b""
 
 
 def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str]) -> Iterator[ImageEntry]:
-    """Images inside an archive, in its order, then those that links in it lead to; nothing is written.
+    """Yield images inside an archive, in its order, then the targets of its links; nothing is written.
 
     Args:
-        part, labelled, left: as for :func:`folder_entries`.
+        root: the archive.
+        part: as for :func:`folder_entries`.
+        labelled: as for :func:`folder_entries`.
+        left: as for :func:`folder_entries`.
 
     Raises:
-        ValueError: no readable archive.
+        ValueError: not a readable archive.
     """
     targets: dict[str, str] = {}
     links: list[tuple[str, str, tuple[str, str | None]]] = []
@@ -209,13 +213,13 @@ def archive_entries(root: Path, part: str | None, labelled: bool, left: list[str
 def _linked(
     root: Path, part: str | None, links: list[tuple[str, str, tuple[str, str | None]]], ends: dict[str, str]
 ) -> Iterator[ImageEntry]:
-    """The images that links lead to, by reading the archive once more, each file for all its links."""
+    """Yield the images that links lead to, by reading the archive again, each file once for all its links."""
     wanted: dict[str, list[tuple[str, tuple[str, str | None]]]] = {}
     for name, link, place in links:
         if link in ends:
             wanted.setdefault(ends[link], []).append((name, place))
         elif is_image(name):
-            # an image that cannot be read
+            # an unreadable image
             yield ImageEntry(f"{root}:{name}", place[0], part or place[1], b"")
     for member in members(root) if wanted else ():
         if member.target is None and plain(member.name) in wanted:
@@ -235,13 +239,13 @@ def _content(member: Member) -> bytes:
 # ---------------------------------------------------------------- decoding
 
 
-# what Pillow raises for damaged files; its plugins read what a file says as if it were right
+# Pillow's exceptions for damaged files; its plugins trust a file's content
 _DAMAGE = (
     OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
     EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 _ONE_AT_A_TIME = threading.Lock()
-# how EXIF's orientations are undone, by the names of Pillow's transpositions
+# Pillow's names of the transpositions that undo EXIF's orientations
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -255,10 +259,12 @@ _ORIENTATION = 274
 
 
 def decoded(entry: ImageEntry, use: Callable[[Image], Pixels], exif: bool = True) -> Pixels | str:
-    """What ``use`` makes of an image of three channels, or the sentence that says why it cannot be read.
+    """Return ``use(image)`` for an image of three channels, or a sentence that says why it cannot be read.
 
     Args:
-        exif: turn the image as its EXIF orientation says.
+        entry: the image.
+        use: function of the decoded image.
+        exif: whether to apply the EXIF orientation.
     """
     from PIL import Image
 
@@ -271,7 +277,7 @@ def decoded(entry: ImageEntry, use: Callable[[Image], Pixels], exif: bool = True
                 raise ValueError(f"{image.width} x {image.height} pixels in a file of {length:,} bytes")
             with _ONE_AT_A_TIME if pixels > _PIXELS else nullcontext():
                 found = _rgb(_loaded(image, exif))
-    # where warnings are errors, Pillow's are as good a reason
+    # if warnings are errors, Pillow's warnings also count as damage
     except (*_DAMAGE, Image.DecompressionBombError, Warning) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"{printable(entry.name)}: not a readable image ({reason})"
@@ -283,15 +289,15 @@ def decoded(entry: ImageEntry, use: Callable[[Image], Pixels], exif: bool = True
 
 
 def printable(name: str) -> str:
-    """A name on one line."""
+    """Return a name on one line."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _loaded(image: Image, exif: bool) -> Image:
-    """The pixels, turned as the file says or as they are stored."""
+    """Return the pixels, with the EXIF orientation applied or as stored."""
     from PIL import Image as pillow
 
-    # Pillow turns the images of this format by itself and then takes the entry out
+    # for this format Pillow applies the orientation itself and then removes the entry
     kept: Any = getattr(image, "tag_v2", None)
     before = _orientation(kept)
     image.load()
@@ -316,18 +322,18 @@ def _exif_orientation(image: Image) -> int:
     try:
         return _orientation(image.getexif())
     except _DAMAGE:
-        # an image whose description is damaged is shown as it is stored
+        # an image with damaged metadata is shown as stored
         return 1
 
 
 def _rgb(image: Image) -> Image:
-    """Three channels of eight bits; transparency is dropped."""
+    """Convert to three channels of eight bits; transparency is dropped."""
     from PIL import Image as pillow
 
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):
-        # Pillow would cut sixteen bits off at 255 instead of scaling them
+        # Pillow would clip sixteen bits at 255 instead of scaling them
         image = pillow.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -335,12 +341,12 @@ def _rgb(image: Image) -> Image:
 
 
 def centre(image: Image, shorter: int, side: int) -> Pixels:
-    """The shorter side brought to ``shorter`` pixels, then the central square of ``side``."""
+    """Resize the shorter side to ``shorter`` pixels, then crop the central square of ``side``."""
     from PIL import Image as pillow
 
     width, height = image.size
     if max(width, height) > _STRIP * min(width, height):
-        # enlarged whole, a strip of pixels would fill the memory; only its middle remains anyway
+        # enlarging a whole narrow strip would fill the memory; only its middle is used anyway
         side_of = min(width, height)
         across, down = min(width, _STRIP * side_of), min(height, _STRIP * side_of)
         left, top = (width - across) // 2, (height - down) // 2
@@ -355,7 +361,7 @@ def centre(image: Image, shorter: int, side: int) -> Pixels:
 
 
 def first_size(entries: Iterable[ImageEntry]) -> tuple[int, int] | None:
-    """(H, W) of the first image whose head can be read; None if there is none."""
+    """Return (H, W) of the first image with a readable header; None if there is none."""
     return next((size for size in map(_head, entries) if size is not None), None)
 
 
@@ -366,15 +372,15 @@ def _head(entry: ImageEntry) -> tuple[int, int] | None:
         with Image.open(entry.name) as image:
             return image.height, image.width
     except (*_DAMAGE, Image.DecompressionBombError, Warning):
-        return None  # reading the set says which images are bad
+        return None  # reading the set reports damaged images
 
 
 def in_threads(
     entries: Iterable[ImageEntry], use: Callable[[Image], Pixels], exif: bool = True
 ) -> Iterator[tuple[ImageEntry, Pixels | str]]:
-    """Every entry with what it became, in order; decoding releases the interpreter's lock."""
+    """Yield every entry with its result, in order; decoding releases the interpreter's lock."""
     waiting: dict[int, int] = {}
-    # several links in a row may lead to one file of an archive: it is decoded once
+    # several links in a row may lead to one file of an archive: decode it once
     latest: list[tuple[str | bytes, Pixels | str]] = []
 
     def some(number: int, task: list[ImageEntry]) -> list[Pixels | str | None]:
@@ -384,7 +390,7 @@ def in_threads(
             if known and known[0][0] is entry.content and not isinstance(known[0][1], str):
                 found.append(known[0][1])
             elif sum(list(waiting.values())) > _WAITING:
-                # not decoded yet: too much waits to be taken
+                # decode later: too many results are waiting
                 found.append(None)
             else:
                 image = decoded(entry, use, exif)
@@ -418,13 +424,13 @@ def in_threads(
 
 
 def _bytes(task: Sequence[ImageEntry]) -> int:
-    """Of the files in memory; a file to which several links lead counts once."""
+    """Return the bytes of the files in memory; a file with several links counts once."""
     contents = {id(entry.content): entry.content for entry in task if isinstance(entry.content, bytes)}
     return sum(map(len, contents.values()))
 
 
 def _tasks(entries: Iterable[ImageEntry]) -> Iterator[list[ImageEntry]]:
-    """Some images at a time, fewer where their files are large."""
+    """Yield groups of images, smaller ones if their files are large."""
     task: list[ImageEntry] = []
     size = 0
     for entry in entries:
@@ -442,9 +448,9 @@ class Reader:
     """Reads images into memory.
 
     Args:
-        size: shorter side after resizing and side of the centre crop; None leaves images as they are.
+        size: shorter side after resizing and side of the centre crop; None keeps images as they are.
         skip_bad: count unreadable images instead of stopping.
-        exif: turn images as their EXIF orientation says.
+        exif: whether to apply the EXIF orientation.
     """
 
     def __init__(self, size: int | None, skip_bad: bool, exif: bool = True) -> None:
@@ -456,10 +462,10 @@ class Reader:
         self._bytes, self._free = 0, memory.available()
 
     def read(self, entries: Iterable[ImageEntry], source: Path) -> None:
-        """Decode and keep them all.
+        """Decode and keep all images.
 
         Raises:
-            ValueError: an unreadable image, one of another size, or more than memory holds.
+            ValueError: an unreadable image, one of another size, or too many for the memory.
         """
         for entry, image in in_threads(entries, self._pixels, self.exif):
             if isinstance(image, str):
@@ -490,7 +496,7 @@ class Reader:
 
 
 def refuse_or_count(reason: str, entry: ImageEntry, skip_bad: bool, bad: list[str]) -> None:
-    """An unreadable image stops the reading, unless the user wants it left out."""
+    """Stop at an unreadable image, or count it if the user wants to skip it."""
     if not skip_bad:
         raise ValueError(f"{reason}; --skip-bad goes on without it")
     bad.append(printable(entry.name))

@@ -1,4 +1,4 @@
-"""A data set by name or path."""
+"""Load a data set by name or path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from quincunx.data.stream import readable
 from quincunx.data.table import Table, find_table, label_entries, numbered_classes
 
 _STREAM_SIDE = 224
-# larger images are photographs, of which random crops are worth more than one crop kept in memory
+# larger images count as photographs: random crops of them are better than one crop in memory
 _LARGE = 256 * 256
 _NAMES = ("digits", *cifar.SETS)
 
@@ -50,46 +50,46 @@ def load_data(
     test_alone: bool = False,
     progress: Progress | None = None,
 ) -> ImageData:
-    """A data set by name or path.
+    """Load a data set by name or path.
 
     Args:
         source: "digits" (scikit-learn's 1,797 handwritten digits, resized to 32 x 32); "cifar10" or
             "cifar100" (Krizhevsky 2009), from the data folder, which the environment variable
-            QUINCUNX_DATA names (~/.cache/quincunx without it), else downloaded into it; the path of an
+            QUINCUNX_DATA names (default ~/.cache/quincunx), else downloaded into it; the path of an
             official CIFAR archive, binary or python, packed or unpacked; or a folder or archive (tar, also
-            packed by gz, bz2 or xz, or zip) of images by class, in parts ``train/CLASS/*.png`` and
+            compressed by gz, bz2 or xz, or zip) of images by class, in parts ``train/CLASS/*.png`` and
             ``test/CLASS/*.png`` (or val/, validation/). Without parts, or without a test part, a share of
-            the images is held out, evenly by class. Where folders say no classes, a file ``labels.csv``
-            may, with the columns ``file`` and ``label`` and perhaps ``part``; labels that are numbers are
-            the classes' numbers.
-        test_source: where the test part is, if not in ``source``.
-        size: in memory, the shorter side after resizing and the side of the centre crop, needed when
+            the images is held out, evenly by class. If folders do not name classes, a file ``labels.csv``
+            may, with the columns ``file`` and ``label`` and optionally ``part``; numeric labels are
+            class numbers.
+        test_source: location of the test part, if not in ``source``.
+        size: in memory, the shorter side after resizing and the side of the centre crop, needed if
             images differ in size; streamed, the side of the crops, by default 224.
-        skip_bad: leave unreadable images out (they are counted in ``notes``) instead of stopping. To
-            know them, every file of a streamed set is read once first.
-        holdout: share held out where there is no test part.
+        skip_bad: skip unreadable images (and count them in ``notes``) instead of stopping. To
+            find them, every file of a streamed set is read once first.
+        holdout: share held out if there is no test part.
         seed: of that draw.
         stream: decode images whenever they are needed, in worker processes (folders only), or keep
-            them in memory. By default folders are streamed when they do not fit into half of the
-            available memory, or when ``size`` is not given and the first image is larger than 256 x 256.
-        labelled: whether a folder or archive has its images by class. If not, all its images are taken,
-            wherever they lie in it, in the parts train/ and test/ where there are such.
-        exif: turn photographs upright, as their EXIF orientation says and as every viewer shows them.
-            Without, they are as they are stored.
-        test_alone: be content with a test part, as for an evaluation; the training part may then be empty,
-            and mean and deviation are those of the test images.
-        progress: called while downloading, with the bytes so far and all bytes (None if unknown).
+            them in memory. By default folders are streamed if they need more than half of the
+            available memory, or if ``size`` is not given and the first image is larger than 256 x 256.
+        labelled: whether a folder or archive has its images by class. If not, all its images are used,
+            wherever they are, in the parts train/ and test/ if there are such folders.
+        exif: rotate photographs according to their EXIF orientation, as every viewer does.
+            Otherwise they are used as stored.
+        test_alone: accept a test part without a training part, for an evaluation; the training part may then
+            be empty, and mean and deviation are those of the test images.
+        progress: called while downloading, with the bytes so far and total bytes (None if unknown).
 
-    Images are told by their endings (.jpg, .jpeg, .jfif, .png, .bmp, .webp, .gif, .tif, .ppm and their like,
-    in any case) and, where a file has another ending or none, by their content; of an animation the first
-    picture is taken. Files in folders of classes that are neither images nor text are counted in ``notes``.
+    Images are recognised by their suffixes (.jpg, .jpeg, .jfif, .png, .bmp, .webp, .gif, .tif, .ppm and
+    similar, in any case) and, for another suffix or none, by their content; of an animation the first
+    frame is used. Files in class folders that are neither images nor text are counted in ``notes``.
 
     Raises:
         FileNotFoundError: nothing at that path.
         ConnectionError: a set that is not in the data folder cannot be downloaded.
         ValueError: unknown name, a named set without its labels, no images, one class only, an unreadable
-            image (named), images of different sizes without ``size``, an archive that is cut short
-            or altered, labels out of range, more images than memory holds.
+            image (the message names it), images of different sizes without ``size``, an archive that is cut
+            short or altered, labels out of range, more images than memory holds.
 
     Example:
         >>> data = load_data("digits")
@@ -136,7 +136,7 @@ def load_data(
     try:
         return _read(order, sources, labelled, {})
     except _NoClasses as error:
-        # where folders say no classes, a table may
+        # if folders do not name classes, a table may
         tables = {place: table for place, _ in sources if labelled and (table := find_table(place))}
         if not tables:
             raise ValueError(str(error)) from error
@@ -144,12 +144,12 @@ def load_data(
 
 
 class _NoClasses(ValueError):
-    """Images whose folders name fewer than two classes."""
+    """The images' folders name fewer than two classes."""
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What was asked for: as the arguments of :func:`load_data`."""
+    """The request: arguments of :func:`load_data`."""
 
     root: Path
     size: int | None
@@ -188,7 +188,7 @@ def _read(
 
 
 def _why_stream(root: Path, found: Sequence[ImageEntry], size: int | None, stream: bool | None) -> str | None:
-    """The reason for which images are streamed; None if they are to be in memory."""
+    """Return the reason for streaming the images; None to keep them in memory."""
     if stream:
         return "as asked for"
     shape = (size, size) if size is not None else first_size(found)
@@ -330,7 +330,7 @@ def _arranged(
             f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, or by their content), {_LAYOUT}; or "
             f"--unlabelled{others}"
         )
-    # images without labels are all of one class, which has no name
+    # images without labels all have one class, which has no name
     named = {name for name, _ in places} != {""}
     trained = sorted({name for name, part in places if part != "test"})
     classes = tuple(trained or (sorted({name for name, _ in places}) if order.test_alone else ()))
@@ -369,14 +369,14 @@ def _arranged(
 
 
 def _note(names: Sequence[str], what: str, said: str) -> list[str]:
-    """How many there are, and the first of them; nothing where there are none."""
+    """Return a note with the number of names and the first of them; nothing if there are none."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     plural = "s" if len(names) > 1 else ""
     return [f"{len(names)} {what}{plural} {said}: {shown}"] if names else []
 
 
 def _held_out(root: Path, labels: Tensor, share: float, seed: int) -> Tensor:
-    """A mask of about ``share`` of each class, at least one image of a class that has two."""
+    """Return a mask of about ``share`` of each class, at least one image of a class that has two."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(labels.shape[0], generator=generator)
     held = torch.zeros(labels.shape[0], dtype=torch.bool)

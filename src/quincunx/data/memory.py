@@ -1,4 +1,4 @@
-"""How much memory is there, and a refusal in time when it is too little."""
+"""Measure available memory, and refuse early if it is too little."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def available() -> int:
-    """Bytes that this process could still take without pushing others out."""
+    """Return the bytes that this process could still allocate without swapping."""
     free = _of_machine()
     group = _of_group()
     return free if group is None else min(free, group)
@@ -26,7 +26,7 @@ def _of_machine() -> int:
 
 
 def _of_group() -> int | None:
-    """What a container's own limit leaves; None without one."""
+    """Return what a container's own limit leaves; None without one."""
     try:
         limit = (_GROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
@@ -35,20 +35,20 @@ def _of_group() -> int | None:
         )
     except OSError:
         return None
-    # cached files count as used, but give way
+    # cached files count as used, but are freed on demand
     return None if limit == "max" else int(limit) - used + int(facts.get("inactive_file", 0))
 
 
 def needed(images: int, pixels: int, channels: int = 3) -> int:
-    """Bytes for loading so many images: they are held twice while the parts are put together."""
+    """Return the bytes needed to load this many images: they are held twice while parts are assembled."""
     return 2 * images * pixels * channels
 
 
 def check(name: str, bytes_needed: int, remedy: str, free: int | None = None) -> None:
-    """Refuse what does not fit into the ``free`` bytes, by default those of this process.
+    """Check that a number of bytes fits into the ``free`` bytes, by default those of this process.
 
     Raises:
-        ValueError: more bytes than are available; ``remedy`` says what to do instead.
+        ValueError: it does not fit; ``remedy`` says what to do instead.
     """
     free = available() if free is None else free
     if bytes_needed > free:

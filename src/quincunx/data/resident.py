@@ -1,7 +1,7 @@
-"""Images in the memory of the device that trains on them: cropped, flipped and normalised there.
+"""Images in the memory of the training device, where they are cropped, flipped and normalised.
 
-A GPU trains a small network on more images a second than the processor can prepare and send. So the bytes go
-there once, and what is done to them is done for many batches at a time.
+A GPU trains a small network on more images per second than the CPU can prepare and send. So the bytes are
+moved there once, and they are processed for many batches at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from quincunx.data.sets import ImageData, Part, Split
 
 __all__ = ["Pass", "Resident", "can_reside"]
 
-# bytes of normalised images that are made at once
+# bytes of normalised images computed at once
 _AT_ONCE = 1 << 27
 
 
 def can_reside(part: Part, augment: str) -> bool:
-    """Whether a part's images may lie on a device: those in memory, augmented as CIFAR's or not at all."""
+    """Return whether a part's images may be on a device: those in memory, with "cifar" or no augmentation."""
     return isinstance(part, Split) and augment in ("none", "cifar")
 
 
@@ -32,9 +32,10 @@ class Pass:
     """One pass over this process's images.
 
     Attributes:
-        order: numbers of the images as they are taken, [n].
-        ends: where each batch ends in that order, behind a first 0.
-        shifts, flips: of each image, as :func:`quincunx.data.augment.crop_draws` gives them; None without.
+        order: numbers of the images in the order of use, [n].
+        ends: where each batch ends in that order, after a leading 0.
+        shifts: of each image, from :func:`quincunx.data.augment.crop_draws`; None without.
+        flips: of each image, from the same function; None without.
     """
 
     order: Tensor
@@ -52,13 +53,13 @@ class Pass:
 class Resident:
     """A part of a data set on a device, with the batches of :func:`quincunx.data.batches`.
 
-    What is random is drawn on the CPU, number for number as there, so that a seed means the same order and
-    the same crops wherever the images lie.
+    Random numbers are drawn on the CPU in the same order as there, so that a seed means the same order and
+    the same crops wherever the images are.
 
     Args:
         split: the part, in memory.
-        data: whose it is.
-        device: where it goes.
+        data: the data set of the part.
+        device: its destination.
     """
 
     def __init__(self, split: Split, data: ImageData, device: torch.device) -> None:
@@ -73,12 +74,12 @@ class Resident:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an image."""
+        """Return (H, W, C) of an image."""
         _, height, width, channels = self.images.shape
         return int(height), int(width), int(channels)
 
     def at_once(self, batch_size: int) -> int:
-        """Of how many batches, at least one, the images are made at the same time."""
+        """Return the number of batches, at least one, whose images are computed at the same time."""
         height, width, channels = self.shape
         return max(1, _AT_ONCE // (4 * batch_size * height * width * channels))
 
@@ -91,7 +92,7 @@ class Resident:
         rank: int = 0,
         world: int = 1,
     ) -> Pass:
-        """What a pass takes and how, on the CPU; arguments as for :func:`quincunx.data.batches`."""
+        """Draw the order and augmentation of a pass on the CPU, as :func:`quincunx.data.batches` does."""
         size = self.shape[:2]
         order, ends, shifts, flips = [], [0], [], []
         for whole, ours in shares(len(self), batch_size, rank, world, generator):
@@ -106,7 +107,7 @@ class Resident:
         return Pass(torch.cat(order), tuple(ends), torch.cat(shifts, 1), torch.cat(flips))
 
     def some(self, taken: Pass, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Normalised images [n, H, W, C] and labels [n] of a piece of a pass that lies on the device."""
+        """Return normalised images [n, H, W, C] and labels [n] of a range of a pass on the device."""
         numbers = taken.order[start:stop]
         outside = None
         if taken.shifts is None or taken.flips is None:
@@ -121,7 +122,7 @@ class Resident:
         return found, self.labels.index_select(0, numbers)
 
     def batches(self, taken: Pass) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a pass that lies on the device: [B, C, H, W] in channels_last, and labels [B]."""
+        """Yield the batches of a pass on the device: [B, C, H, W] in channels_last, and labels [B]."""
         count, many = len(taken.ends) - 1, self.at_once(max(1, taken.ends[1]))
         for begin in range(0, count, many):
             end = min(count, begin + many)

@@ -1,4 +1,4 @@
-"""What a data set is: two parts, in memory or in files, and what is known of them."""
+"""A data set: two parts, in memory or in files, and its facts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# of ImageNet's training images in [0, 1], as everyone uses them
+# of ImageNet's training images in [0, 1], the commonly used values
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -28,7 +28,7 @@ class Split:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of every image."""
+        """Return (H, W) of every image."""
         return int(self.images.shape[1]), int(self.images.shape[2])
 
     @property
@@ -45,7 +45,7 @@ class Stream:
             with worker processes.
         labels: class numbers [N].
         side: of the square crops, in pixels.
-        exif: whether images are turned as their EXIF orientation says.
+        exif: whether the EXIF orientation is applied.
     """
 
     files: NDArray[np.bytes_]
@@ -58,7 +58,7 @@ class Stream:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of every crop."""
+        """Return (H, W) of every crop."""
         return self.side, self.side
 
     @property
@@ -66,7 +66,7 @@ class Stream:
         return 3
 
     def path(self, index: int) -> str:
-        """Where image ``index`` lies."""
+        """Return the path of image ``index``."""
         return os.fsdecode(bytes(self.files[index]))
 
 
@@ -78,15 +78,17 @@ class ImageData:
     """A data set in two parts.
 
     Attributes:
-        name: what it was loaded from.
-        train, test: the parts, both in memory or both streamed.
+        name: the source that it was loaded from.
+        train: the training part.
+        test: the test part; both parts are in memory or both are streamed.
         classes: class names, by number.
-        mean, std: per channel, of the training images in [0, 1]; of a streamed set ImageNet's usual ones.
-        augment: the augmentation that suits it, as :func:`quincunx.data.batches` names them.
-        notes: what a person should know, such as a part that was held out.
-        labelled: whether the labels are the images' own. If not, they are those that a network gives
-            (:func:`quincunx.train.evaluation.label_with`), or as long as there are no classes, none.
-        exif: whether images were turned as their EXIF orientation says.
+        mean: per channel, of the training images in [0, 1]; for a streamed set ImageNet's usual values.
+        std: as ``mean``, the standard deviation.
+        augment: the suitable augmentation, named as for :func:`quincunx.data.batches`.
+        notes: remarks for the user, such as a part that was held out.
+        labelled: whether the labels are the images' own. If not, they are a network's predictions
+            (:func:`quincunx.train.evaluation.label_with`), or none as long as there are no classes.
+        exif: whether the EXIF orientation is applied.
 
     Raises:
         ValueError: a mean or deviation that does not fit images in [0, 1].
@@ -112,11 +114,11 @@ class ImageData:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of every image."""
+        """Return (H, W) of every image."""
         return self.train.size
 
     def describe(self) -> dict[str, object]:
-        """JSON-ready facts that tell two data sets apart."""
+        """Return JSON-ready facts that distinguish data sets."""
         facts: dict[str, object] = {
             "name": self.name,
             "train": len(self.train),
@@ -131,15 +133,15 @@ class ImageData:
             facts["labelled"] = False
         if not self.exif:
             facts["exif"] = False
-        # crops of whole photographs are other images than the same photographs cut once
+        # crops of whole photographs differ from the same photographs cropped once
         return facts | ({"streamed": True} if isinstance(self.train, Stream) else {})
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Refuse a mean and deviation of images in [0, 255], or of none.
+    """Refuse a mean or deviation for images in [0, 255], or an impossible one.
 
     Raises:
-        ValueError: as many means as deviations are expected, in [0, 1].
+        ValueError: not as many means as deviations, or values outside [0, 1].
 
     Example:
         >>> check_normalisation((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
@@ -162,18 +164,18 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of byte images, in [0, 1], by their histograms."""
+    """Return mean and standard deviation per channel of byte images, in [0, 1], from their histograms."""
     means, deviations = [], []
     levels = torch.arange(256, dtype=torch.float64) / 255
     for channel in range(images.shape[3]):
         share = torch.zeros(256, dtype=torch.float64)
-        # a few at a time: counting takes wider numbers than bytes
+        # a few at a time: counting needs wider numbers than bytes
         for start in range(0, images.shape[0], 4096):
             some = images[start : start + 4096, ..., channel]
             share += torch.bincount(some.flatten().int(), minlength=256)
         share /= share.sum()
         mean = float((share * levels).sum())
         means.append(mean)
-        # a constant channel is left as it is instead of being divided by zero
+        # leave a constant channel as it is instead of dividing by zero
         deviations.append(math.sqrt(float((share * (levels - mean) ** 2).sum())) or 1.0)
     return tuple(means), tuple(deviations)

@@ -1,4 +1,4 @@
-"""Photographs decoded and augmented in worker processes, in the order in which they are wanted."""
+"""Decode and augment photographs in worker processes, in the order in which they are needed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class WorkerFailed(RuntimeError):
 
 
 def default_workers() -> int:
-    """One a core that this process may use, at most eight."""
+    """Return one per core that this process may use, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
 
 
 def readable(image: Image) -> Pixels:
-    """Nothing: that an image was decoded is all that is asked."""
+    """Return nothing: it only matters that the image was decoded."""
     return np.empty(0, dtype=np.uint8)
 
 
 class _Photographs(Dataset[Tensor]):
-    """What a worker holds: crops of a stream's images as bytes."""
+    """A worker's data: crops of a stream's images as bytes."""
 
     def __init__(self, split: Stream, key: int | None) -> None:
         self.split, self.key = split, key
 
     def __getitems__(self, indices: list[int]) -> Tensor | str:
-        """Bytes [B, side, side, 3], or the sentence that names an unreadable image."""
+        """Return bytes [B, side, side, 3], or a sentence that names an unreadable image."""
         side = self.split.side
         found = np.empty((len(indices), side, side, 3), dtype=np.uint8)
         for place, index in enumerate(indices):
@@ -70,15 +70,15 @@ class _Photographs(Dataset[Tensor]):
 
 
 def _as_it_is(batch: Any) -> Any:
-    """What ``__getitems__`` returns is a batch already."""
+    """Return the batch: ``__getitems__`` returns whole batches already."""
     return batch
 
 
 @contextmanager
 def _child_signal_kept() -> Iterator[None]:
-    """Take back what a loader does on the death of a child, which is to raise wherever this process is.
+    """Undo a loader's handler for the death of a child process, which raises wherever this process is.
 
-    That could be in the middle of a checkpoint. Whoever waits for a batch looks after the workers anyway.
+    That could be in the middle of a checkpoint. Waiting for a batch checks the workers anyway.
     """
     in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     before = signal.getsignal(signal.SIGCHLD) if in_main else None
@@ -90,17 +90,17 @@ def _child_signal_kept() -> Iterator[None]:
 
 
 def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: int) -> Iterator[Tensor]:
-    """Byte images [B, side, side, 3] for each list of image numbers.
+    """Yield byte images [B, side, side, 3] for each list of image numbers.
 
     Args:
         split: the images.
         order: the image numbers of each batch; a list may be empty.
-        key: of the epoch, with the image's number all that an augmentation depends on; None for the
+        key: of the epoch; with the image's number it determines the augmentation. None for the
             central crop of the image whose shorter side is 256 / 224 of the crop's.
         workers: processes; 0 decodes in this one.
 
     Raises:
-        ValueError: an unreadable image, named.
+        ValueError: an unreadable image; the message names it.
         WorkerFailed: a worker died, which is noticed within seconds, or failed.
     """
     loader = DataLoader(
@@ -120,7 +120,7 @@ def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: i
                 raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
             yield found
     finally:
-        # an error's traceback would keep the iterator, and with it the workers
+        # an error's traceback would keep the iterator alive, and with it the workers
         stop = getattr(iterator, "_shutdown_workers", None)
         if stop is not None:
             stop()

@@ -1,4 +1,4 @@
-"""Labels of images in a table, ``labels.csv``, where folders do not say them."""
+"""Labels of images in a table, ``labels.csv``, if folders do not name them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FILES = ("file", "filename", "file_name", "image", "image_id", "img", "path", "
 _LABELS = ("label", "class", "category", "target", "ilsvrc_index", "label_index", "class_id", "index", "y")
 _PARTS = ("part", "split", "set", "subset")
 _TEST = {"test", "val", "valid", "validation", "eval"}
-# classes of the challenge whose indices a column may hold
+# number of classes of the challenge whose indices a column may hold
 _ILSVRC = 1000
-# numbers of classes beyond this are names
+# larger class numbers are treated as names
 _MOST = 1 << 20
 
 
@@ -34,8 +34,8 @@ class Table:
 
     Attributes:
         where: the table's own name, for messages.
-        root: of the images: a folder, or an archive.
-        rows: path, as the table says it, to label and part.
+        root: of the images: a folder or an archive.
+        rows: path, as in the table, to label and part.
         column: the name of the labels' column.
     """
 
@@ -46,10 +46,10 @@ class Table:
 
 
 def find_table(root: Path) -> Table | None:
-    """The ``labels.csv`` of a folder or an archive, nearest to its root; None if there is none.
+    """Return the ``labels.csv`` of a folder or an archive, the one nearest to its root; None without one.
 
     Raises:
-        ValueError: a table without a column of files and one of labels, or larger than any.
+        ValueError: a table without columns of files and labels, or too large for a table.
     """
     if root.is_dir():
         path = root / NAME
@@ -100,13 +100,15 @@ def _column(head: list[str], names: Iterable[str]) -> int | None:
 def label_entries(
     entries: Iterable[ImageEntry], table: Table, part: str | None, unnamed: list[str]
 ) -> Iterator[ImageEntry]:
-    """Images with the labels that a table says; those that it does not name are counted and left out.
+    """Yield images with their labels from a table; images that it does not name are skipped and counted.
 
     Args:
-        part: that all are in, if not None.
-        unnamed: gets their names.
+        entries: the images.
+        table: the table.
+        part: the part of all images, if not None.
+        unnamed: gets the names of skipped images.
     """
-    # a table may leave folders or endings out, where only one row and one image are meant
+    # a table may omit folders or suffixes if this is unambiguous
     short: dict[str, str | None] = {}
     for row in table.rows:
         base = posixpath.basename(row)
@@ -135,10 +137,10 @@ def label_entries(
 
 
 def numbered_classes(tables: Iterable[Table], labels: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes whose labels are their numbers, from 0.
+    """Return names of classes whose labels are their numbers, from 0.
 
     Raises:
-        ValueError: a number that no class has.
+        ValueError: a number beyond the classes.
     """
     columns, where = {table.column for table in tables}, ", ".join(table.where for table in tables)
     largest = max(min(int(label[:20]), 10**9) for label in labels)

@@ -1,4 +1,4 @@
-"""The pickles of CIFAR's python archives, read without running anything that a file names."""
+"""Read the pickles of CIFAR's python archives without running anything that a file names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Array", "read_cifar_pickle"]
 
 @dataclass(frozen=True)
 class Array:
-    """An array of bytes, as a pickle describes it: shape, and content in row-major order."""
+    """An array of bytes as described by a pickle: shape, and content in row-major order."""
 
     shape: tuple[int, ...]
     content: bytes
 
 
 class _Type:
-    """Stands for a numpy.dtype: what it was called with is kept, nothing is built."""
+    """Replaces a numpy.dtype: it keeps its arguments and builds nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -31,7 +31,7 @@ class _Type:
 
 
 class _Pending:
-    """Stands for the array that a pickle makes empty and then fills."""
+    """Replaces the array that a pickle creates empty and then fills."""
 
     array: Array | None = None
 
@@ -43,7 +43,7 @@ class _Pending:
             raise ValueError("an array that is filled with something else")
         version, shape, kind, by_columns, content = state
         name = kind.arguments[0] if isinstance(kind, _Type) and kind.arguments else None
-        # compared by type first: what the file brings may be equal to anything
+        # compare types first: a value from the file may be equal to anything
         if version != 1 or name not in ("u1", b"u1") or type(by_columns) not in (bool, int) or by_columns:
             raise ValueError("an array that is not of bytes in row-major order")
         if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 2**40 for n in shape[:4]):
@@ -54,7 +54,7 @@ class _Pending:
 
 
 def _bytes(text: Any, coding: Any) -> bytes:
-    """How Python 3 writes bytes for Python 2."""
+    """Decode the form in which Python 3 writes bytes for Python 2."""
     if not isinstance(text, str) or coding not in ("latin1", "latin-1"):
         raise ValueError("bytes that are written in an unusual way")
     return text.encode("latin-1")
@@ -64,7 +64,7 @@ def _no_values(*_: Any) -> Any:
     raise ValueError("it makes an array in a way that the official files do not use")
 
 
-# all that the official files name; numpy's own functions are not called
+# all names in the official files; numpy's own functions are not called
 _MAKERS: pickles.Makers = {
     ("numpy.core.multiarray", "_reconstruct"): _Pending,
     ("numpy._core.multiarray", "_reconstruct"): _Pending,
@@ -75,7 +75,7 @@ _MAKERS: pickles.Makers = {
 
 
 def read_cifar_pickle(name: str, content: bytes) -> dict[str, Any]:
-    """A pickled dictionary of plain values and :class:`Array`, its keys as text.
+    """Return a pickled dictionary of plain values and :class:`Array`, with text keys.
 
     Args:
         name: of the file, for messages.

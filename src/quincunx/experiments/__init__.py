@@ -1,1 +1,1 @@
-"""What the project publishes: comparisons, the papers' tables, benchmarks, the demo."""
+"""The experiments that the project publishes: comparisons, the papers' tables, benchmarks, the demo."""

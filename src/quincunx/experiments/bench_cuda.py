@@ -1,8 +1,8 @@
-"""Benchmarks on an NVIDIA GPU: ours against cuDNN and compilers, graph against graph, beside the roofline.
+"""Benchmarks on an NVIDIA GPU: our kernels against cuDNN and compilers, as CUDA graphs, with the roofline.
 
 Each candidate's call is captured as one CUDA graph; candidates take turns; between calls the second-level
-cache is filled with other data. What a candidate answers is compared with the formula in float32 before it
-is timed, and one that fails is left out and named.
+cache is filled with other data. Each candidate's output is compared with the formula in float32 before
+timing; one that fails is left out and named.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
 BATCHES = (64, 256, 1)
 DENSITIES = (0.2, 0.25, 0.35, 0.5, 0.75)
 PAIRS = {"rSB 2/4": CHESSBOARD, "rSB 1/4": QUARTER}
-# images whose answers are compared
+# images whose outputs are compared
 _COMPARED = 8
 
 # parts of (operations, bytes) that run one after the other
@@ -70,13 +70,13 @@ class Implementation:
     """One way to compute a case.
 
     Attributes:
-        make: a function whose calls launch the work.
-        dense: whether it is one of those of which the fastest is the baseline.
+        make: returns a function whose calls launch the work.
+        dense: whether it is a dense candidate; the fastest of these is the baseline.
         mac_ratio: MACs of the dense network over its own.
-        work: the least that it has to compute and to move; empty where that is not known.
-        fused: whether it is a network by ``qx.fuse``, which has graphs of its own.
-        wants: from images [n, C, H, W] in float32 to what it should answer; None if that is not compared.
-        over: other candidates that its speed-up is told over, besides the baseline.
+        work: the minimum that it has to compute and to move; empty if unknown.
+        fused: whether it is a network by ``qx.fuse``, which records its own graphs.
+        wants: from images [n, C, H, W] in float32 to the expected output; None to skip the comparison.
+        over: other candidates over which its speed-up is reported, besides the baseline.
     """
 
     make: Callable[[], Run]
@@ -90,10 +90,10 @@ class Implementation:
 
 @dataclass
 class Case:
-    """What is timed together; nothing is on the card until ``candidates`` is called.
+    """Candidates that are timed together; nothing is on the card until ``candidates`` is called.
 
     Attributes:
-        candidates: from nothing to (the input, the candidates by name).
+        candidates: returns (the input, the candidates by name).
         graph: whether calls are captured; otherwise they are launched one by one.
     """
 
@@ -118,7 +118,7 @@ def _bytes(dtype: str) -> int:
 
 
 class Ended(nn.Module):
-    """A block with a ReLU behind the addition, as ResNets have it: so cuDNN can fuse all of it."""
+    """A block with a ReLU after the addition, as in ResNets, so that cuDNN can fuse all of it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Ended(nn.Module):
 
 
 def _formula(model: Regular, sampling: Sampling, x: Tensor) -> Tensor:
-    """A sampled block by torch's dense operators."""
+    """Compute a sampled block with torch's dense operators."""
     down, up = (copy.deepcopy(half).to(x.device, torch.float32) for half in (model.down, model.up))
     mask = sampling.mask(*x.shape[2:]).to(x.device)
     inner = F.relu(F.conv2d(x, down.weight, down.bias, padding=1)) * mask
@@ -142,7 +142,7 @@ def _plainly(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _block_work(channels: int, side: int, batch: int, dtype: str, sampling: Sampling | None) -> Work:
-    """Of the two halves; the second also reads the shortcut."""
+    """Return the work of the two halves; the second also reads the shortcut."""
     whole = float(side * side)
     some = float(sampling.count(side, side)) if sampling is not None else whole
     row, weight = batch * channels * _bytes(dtype), 9.0 * channels * channels
@@ -154,7 +154,7 @@ def _block_work(channels: int, side: int, batch: int, dtype: str, sampling: Samp
 
 
 def blocks(dtypes: Sequence[str], *, compilers: bool, device: str = "cuda") -> Iterator[Case]:
-    """Residual blocks in inference: rSB against rRB, each with its last ReLU."""
+    """Yield residual blocks in inference: rSB against rRB, each with its last ReLU."""
     for dtype, batch, channels, side in _in_order(dtypes):
         yield Case(
             f"rRB {channels} x {side}^2",
@@ -165,7 +165,7 @@ def blocks(dtypes: Sequence[str], *, compilers: bool, device: str = "cuda") -> I
 
 
 def _in_order(dtypes: Sequence[str]) -> Iterator[tuple[str, int, int, int]]:
-    """The first type at all batches, then the others at the first: a budget may end it anywhere."""
+    """Yield the first type at all batches, then the others at the first: a budget may end it anywhere."""
     for number, dtype in enumerate(dtypes):
         for batch in BATCHES if number == 0 else BATCHES[:1]:
             for channels, side in SHAPES:
@@ -211,7 +211,7 @@ def _block(
 
 
 def ops(dtypes: Sequence[str], *, compilers: bool, device: str = "cuda") -> Iterator[Case]:
-    """One 3 x 3 convolution with bias and ReLU: our dense one, and random masks, against cuDNN."""
+    """Yield 3 x 3 convolutions with bias and ReLU: our dense kernel, and random masks, against cuDNN."""
     for dtype, batch, channels, side in _in_order(dtypes):
         yield Case(
             f"{channels} x {side}^2",
@@ -259,7 +259,7 @@ def _operator_work(channels: int, side: int, batch: int, dtype: str, sampling: S
     read = wrote = side * side
     if sampling is not None:
         index = forward_plan(sampling.spec, Geometry((3, 3), padding=(1, 1, 1, 1)), side, side).index
-        # rows that no computed position reads need not be read
+        # rows that no computed position reads are not counted
         read, wrote = int(torch.unique(index[index >= 0]).numel()), sampling.count(side, side)
     weight = 9.0 * channels * channels
     moved = (read + wrote) * batch * channels * _bytes(dtype) + weight * _bytes(dtype)
@@ -267,7 +267,7 @@ def _operator_work(channels: int, side: int, batch: int, dtype: str, sampling: S
 
 
 def _own_dense(model: nn.Sequential, x: Tensor) -> Run:
-    """Our kernel even where cuDNN's is the faster one."""
+    """Run our kernel even where cuDNN's is faster."""
     conv = copy.deepcopy(model[0]).to(x.device, x.dtype).requires_grad_(False)
     where = Geometry((3, 3), padding=(1, 1, 1, 1))
     weight, bias = conv.weight, conv.bias.float()  # as fuse makes them
@@ -285,7 +285,7 @@ def _own_dense(model: nn.Sequential, x: Tensor) -> Run:
 
 
 def training(dtypes: Sequence[str], *, compilers: bool, device: str = "cuda") -> Iterator[Case]:
-    """Forward and backward of pre-activation blocks with batch norm, and whole steps of networks."""
+    """Yield forward and backward of pre-activation blocks with batch norm, and whole steps of networks."""
     dtype = dtypes[0]
     for channels, side in SHAPES:
         yield Case(
@@ -345,7 +345,7 @@ def _trained_network(
 
 
 def _step(model: nn.Module, x: Tensor, whole: bool) -> Run:
-    """Forward and backward, and of a whole network also the update; weights and maps in the input's type."""
+    """Return forward and backward, for a whole network with the update; all in the input's type."""
     own: nn.Module = copy.deepcopy(model).train()
     own = own.to(device=x.device, dtype=x.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # inside a network the input needs a gradient too
@@ -364,7 +364,7 @@ def _step(model: nn.Module, x: Tensor, whole: bool) -> Run:
         out = own(source)
         out.backward(upstream)
         if whole:
-            # momentum by three calls, as torch's optimiser makes it
+            # momentum in three calls, as in torch's optimiser
             with torch.no_grad():
                 torch._foreach_mul_(speeds, 0.9)
                 torch._foreach_add_(speeds, [t.grad for t in weights if t.grad is not None])
@@ -390,7 +390,7 @@ NETWORKS = (
 
 
 def whole(dtypes: Sequence[str], *, compilers: bool, device: str = "cuda") -> Iterator[Case]:
-    """Whole networks in inference; the baseline is the fastest dense one, ours among them."""
+    """Yield whole networks in inference; the baseline is the fastest dense one, including ours."""
     for dtype in dtypes[:1]:
         for at in range(max(len(batches) for *_, batches in NETWORKS)):
             for first, second, side, batches in NETWORKS:
@@ -426,13 +426,13 @@ def _network(
 
 
 def _on_cpu(model: nn.Module, x: Tensor) -> Tensor:
-    """By operators that share nothing with the card's."""
+    """Compute the output on the CPU, whose operators share nothing with the card's."""
     found: Tensor = model(x.cpu())
     return found.to(x.device)
 
 
 def _network_work(model: nn.Module, side: int, batch: int, dtype: str) -> Work:
-    """Layer by layer what it multiplies, reads and writes; shortcuts are left out, so it is less than all."""
+    """Return each layer's products, reads and writes; without shortcuts, so it is a lower bound."""
     sizes: dict[str, int] = {}
     handles = []
     for name, module in model.named_modules():
@@ -477,9 +477,10 @@ def run_suite_cuda(
     Args:
         name: a key of ``SUITES``.
         dtypes: keys of ``DTYPES``; the first one in all cases, the others at the first batch.
-        compilers: whether torch.compile, and TensorRT where it is installed, are among the peers.
-        rounds, round_seconds: as in :func:`quincunx.measure.latency_cuda.measure_cuda`.
-        only: leave out cases whose name does not contain this.
+        compilers: whether torch.compile, and TensorRT if it is installed, are among the peers.
+        rounds: how often each candidate is timed.
+        round_seconds: approximate duration of a round of one candidate, including flushes.
+        only: skip cases whose name does not contain this.
         budget: seconds; a case that would not end in time is left out and named.
         keep: gets the result so far after each case.
         progress: called with the case, how many are done and how many there are.
@@ -518,14 +519,14 @@ def run_suite_cuda(
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        # all on the stream of the captures: what a fused network decides and records, it does for a stream
+        # all on the captures' stream: a fused network makes its decisions and records for one stream
         with tf32(True), on_stream():
             most, flush = ceilings(), Flush()
             longest = 0.0
             for number, case in enumerate(cases):
                 started = perf_counter()
                 where = f"{case.name}, batch {case.batch}, {case.dtype}"
-                # what has been compiled once makes later cases shorter, so the longest is no estimate too low
+                # compilation makes later cases shorter, so the longest case so far is a safe estimate
                 if budget is not None and started - begin + 0.7 * longest > budget:
                     left_out.append(where)
                     continue
@@ -588,7 +589,7 @@ def _run_case(
             row["roofline"][name] = {"seconds": least, "share": least / timing.median}
     row.update(_ratios(candidates, found, row["roofline"]))
     del runs, candidates, x, prepared, candidate
-    # graphs hold memory; what is left over of them must not narrow the next case
+    # graphs hold memory; free it so that it does not limit the next case
     gc.collect()
     torch.cuda.empty_cache()
     return row
@@ -597,7 +598,7 @@ def _run_case(
 def _ratios(
     candidates: Mapping[str, Implementation], found: Mapping[str, Timing], roofline: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fastest dense one, and every other one's speed-up over it."""
+    """Return the fastest dense candidate, and every other one's speed-up over it."""
     dense = [name for name in found if candidates[name].dense]
     if not dense:
         return {}
@@ -616,7 +617,7 @@ def _ratios(
         }
         if name in roofline and best in roofline:
             told[name]["roofline_share"] = roofline[name]["share"]
-            # what a perfect kernel would gain over a perfect dense one
+            # the gain of a perfect kernel over a perfect dense one
             told[name]["roofline_ratio"] = roofline[best]["seconds"] / roofline[name]["seconds"]
         for other in candidate.over:
             if other in found:
@@ -625,24 +626,24 @@ def _ratios(
 
 
 def _prepared(case: Case, candidate: Implementation, x: Tensor) -> tuple[Run, dict[str, Any]] | str:
-    """A candidate ready to be timed, after a look at what it answers; or why it is not."""
+    """Return a candidate ready for timing, after checking its output; or the reason why not."""
     graph = case.graph and (can_capture() or not candidate.fused)
     own = case.graph and candidate.fused and not graph
     try:
         run, most = peak_memory_cuda(candidate.make)
         error = None if candidate.wants is None else _error(run, candidate.wants, x)
         ready = captured(run) if graph else run
-    except Exception as failure:  # noqa: BLE001 - whatever a peer or a kernel raises is what the row says
+    except Exception as failure:  # noqa: BLE001 - the row reports whatever a peer or a kernel raises
         return _error_words(failure)
     launch = "graph" if graph else "a graph of its own" if own else "one by one"
     return ready, {"peak_memory": most, "error": error, "launch": launch}
 
 
 def _error(run: Run, wants: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """||answer - formula|| / ||formula|| over some images, first and last among them.
+    """Return ||output - formula|| / ||formula|| over some images, including the first and last.
 
     Raises:
-        ArithmeticError: an answer that is not a number, or far off.
+        ArithmeticError: an output that is not a number, or far off.
     """
     some = torch.linspace(0, x.shape[0] - 1, min(_COMPARED, x.shape[0]), device=x.device).round().long()
     answer = run()

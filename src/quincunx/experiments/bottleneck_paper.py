@@ -1,7 +1,7 @@
-"""What the spatial bottleneck paper's tables hold: networks, data sets, recipes and its printed figures.
+"""The rows of the spatial bottleneck paper's tables: networks, data sets, recipes and printed figures.
 
-Peng et al., arXiv:1809.02601. What the paper does not print is None. Its figure 4 is drawn from the runs of
-table 1; its figure 3 shows the samplings that table 2 compares.
+Peng et al., arXiv:1809.02601. None marks what the paper does not print. Its figure 4 is drawn from the runs
+of table 1; its figure 3 shows the samplings that table 2 compares.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TableEntry:
 
     Attributes:
         network: its name.
-        settings: of the network, as :func:`quincunx.networks.build` takes them.
-        depth: number of layers, by which rows are chosen.
-        versus: the number of the row it is tested against, None for a baseline.
-        table: the table that it is a row of, whose printed figures come first.
+        settings: of the network, as for :func:`quincunx.networks.build`.
+        depth: number of layers; rows can be selected by it.
+        versus: index of the row that it is tested against, None for a baseline.
+        table: the table of the row, whose printed figures take precedence.
     """
 
     network: str
@@ -43,19 +43,19 @@ class TableEntry:
 
     @property
     def paper_macs(self) -> float | None:
-        """Printed multiply-adds in millions; the table's are those of the 2/4 sampling."""
+        """Return the printed multiply-adds in millions; the table's are those of the 2/4 sampling."""
         return MACS.get(self.network) if not self.settings else None
 
     def printed(self, data: str) -> Error | None:
-        """Printed top-1 error on a data set of that name, with its deviation where there is one."""
+        """Return the printed top-1 error on a data set, with its deviation if printed."""
         return error_of(self.network, self.settings, data, self.table)
 
     def printed_top5(self, data: str) -> Error | None:
-        """Printed error of the first five answers."""
+        """Return the printed top-5 error."""
         return top5_of(self.network, self.settings, data)
 
     def paper_error(self, data: str) -> float | None:
-        """Printed top-1 error in percent on a data set of that name."""
+        """Return the printed top-1 error in percent on a data set."""
         found = self.printed(data)
         return None if found is None else found.mean
 
@@ -65,12 +65,13 @@ class Experiment:
     """A table of the paper.
 
     Attributes:
-        name, title: what it is called, and what it shows.
-        data: the data set by default, "cifar10", "cifar100" or "imagenet".
+        name: the table's name.
+        title: what it shows.
+        data: the default data set, "cifar10", "cifar100" or "imagenet".
         recipe: the name of the paper's recipe.
         entries: its rows.
-        figure: the figure that is drawn from it, and what it shows: "macs" or "epochs" across.
-        note: what the paper says of it beyond its figures.
+        figure: the figure drawn from it, and its x axis: "macs" or "epochs".
+        note: remarks of the paper besides its figures.
     """
 
     name: str
@@ -82,10 +83,10 @@ class Experiment:
     note: str = ""
 
     def at_depths(self, depths: Iterable[int] | None) -> Experiment:
-        """Only the rows of these depths.
+        """Return a copy with only the rows of these depths.
 
         Raises:
-            ValueError: a depth that the table has not.
+            ValueError: a depth that the table does not have.
         """
         if depths is None:
             return self
@@ -109,7 +110,7 @@ _Group = tuple[int, list[tuple[str, dict[str, str]]]]
 
 
 def _against(table: str, groups: Iterable[_Group]) -> tuple[TableEntry, ...]:
-    """Rows by depth; in each group the first is the one that the others are tested against."""
+    """Return rows by depth; in each group the others are tested against the first."""
     entries: list[TableEntry] = []
     for depth, group in groups:
         first = len(entries)
@@ -119,12 +120,12 @@ def _against(table: str, groups: Iterable[_Group]) -> tuple[TableEntry, ...]:
 
 
 def _sampled(sampling: str) -> dict[str, str]:
-    """The setting of a sampling; none for the default, so that tables share their runs."""
+    """Return the setting of a sampling; none for the default, so that tables share their runs."""
     return {} if sampling == "2/4" else {"sampling": sampling}
 
 
 def table1() -> Experiment:
-    """Residual networks of regular and of channel-bottleneck blocks, and their spatial bottleneck forms."""
+    """Return residual networks of regular and of channel-bottleneck blocks, with spatial bottlenecks."""
     regular: list[_Group] = [(d, [(f"rrn{d}", {}), (f"rsbn{d}", {})]) for d in _REGULAR]
     bottleneck: list[_Group] = [(d, [(f"crn{d}", {}), (f"csbn{d}", {})]) for d in _BOTTLENECK]
     return Experiment(
@@ -140,7 +141,7 @@ def table1() -> Experiment:
 
 
 def table2() -> Experiment:
-    """Samplings 1/4, 2/4 and 3/4."""
+    """Return the samplings 1/4, 2/4 and 3/4."""
     groups: list[_Group] = [
         (d, [(f"rrn{d}", {}), *((f"rsbn{d}", _sampled(s)) for s in ("1/4", "2/4", "3/4"))]) for d in _REGULAR
     ]
@@ -155,7 +156,7 @@ def table2() -> Experiment:
 
 
 def table3() -> Experiment:
-    """PyramidNets."""
+    """Return PyramidNets."""
     groups: list[_Group] = [
         (d, [(f"pyramidnet{d}-a{a}", {}), (f"sb-pyramidnet{d}-a{a}", {})])
         for d in (110, 164)
@@ -174,7 +175,7 @@ def table3() -> Experiment:
 
 
 def table4() -> Experiment:
-    """ImageNet ResNets."""
+    """Return ImageNet ResNets."""
     groups: list[_Group] = [(d, [(f"resnet{d}", {}), (f"sb-resnet{d}", {})]) for d in (18, 34, 50, 101)]
     return Experiment(
         name="table4",
@@ -188,7 +189,7 @@ def table4() -> Experiment:
 
 
 def downsampling() -> Experiment:
-    """Strides against average pooling."""
+    """Return strides against average pooling."""
     groups: list[_Group] = [
         (d, [(f"rsbn{d}", _sampled(s)), (f"rsbn{d}", {**_sampled(s), "down": "avgpool"})])
         for d in _REGULAR
@@ -220,7 +221,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
 
 
 def by_name(name: str) -> Experiment:
-    """A table by its name or that of the paper's figure that belongs to it.
+    """Return a table by its name or by the name of the paper's figure that belongs to it.
 
     Raises:
         ValueError: an unknown name; the nearest one is listed first.

@@ -1,4 +1,4 @@
-"""Several methods, or settings of one, on the same trained network: accuracy lost against what is gained."""
+"""Compare methods, or settings of one, on one trained network: accuracy lost against the gain."""
 
 from __future__ import annotations
 
@@ -47,22 +47,29 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Compared:
-    """What became of a point.
+    """The result of a point.
 
     Attributes:
-        series, label, draw: of the point.
-        drop: test error after, less that before, in points; ``top5_drop`` of the first five answers,
-            ``untuned_drop`` without fine-tuning, None where there was none.
-        p: McNemar's, of an accuracy as different by chance; ``tested`` images.
-        seconds_before, seconds_after: of the whole network, measured in turn with the other points.
-        speedup: their ratio, the median of rounds; ``speedup_range`` their middle half.
+        series: of the point.
+        label: of the point.
+        draw: of the point.
+        drop: test error after minus before, in points.
+        top5_drop: the same for the top-5 error.
+        untuned_drop: the drop without fine-tuning, None if there was no fine-tuning.
+        p: McNemar's p value for the difference in accuracy.
+        tested: number of test images.
+        seconds_before: of the original network, measured in turn with the other points.
+        seconds_after: of the whole network, measured in turn with the other points.
+        speedup: their ratio, the median of rounds.
+        speedup_range: the middle half of the rounds' ratios.
         layers_speedup: of the replaced layers together, measured when the point was made.
         mac_ratio: MACs before over after.
-        bytes: of the weights on disk; ``bytes_before`` of the original's.
-        fronts: of which trade-offs it is on the Pareto front: "speed", "MACs", "bytes". The network as it
-            was is a point of each; draws of one setting are one point, their mean.
-        diverged: whether fine-tuning did; then this is the network from before it.
-        paper: what the paper prints.
+        bytes: of the weights on disk.
+        bytes_before: of the original's weights on disk.
+        fronts: the trade-offs in which it is on the Pareto front: "speed", "MACs", "bytes". The original
+            network is a point of each; draws of one setting count as one point, their mean.
+        diverged: whether fine-tuning diverged; then this is the network from before it.
+        paper: figures that the paper prints.
     """
 
     series: str
@@ -87,15 +94,15 @@ class Compared:
 
     @property
     def setting(self) -> str:
-        """The label, and that fine-tuning diverged if it did."""
+        """Return the label, and whether fine-tuning diverged."""
         return f"{self.label} (diverged)" if self.diverged else self.label
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
-# what accuracy is given up for -> in words, and how many times less a point takes
+# what accuracy is given up for -> in words, and the gain of a point
 _GAINS: dict[str, tuple[str, Callable[[Compared], float]]] = {
     "speed": ("speed-up of the whole network, measured", lambda row: row.speedup),
     "MACs": ("MACs before / after", lambda row: row.mac_ratio),
@@ -125,7 +132,7 @@ def _masks() -> list[Point]:
     return [*Espace.sweep(), *Espace.sweep("uniform"), *drawn]
 
 
-# name -> the points that draw a method's curve; "masks" are those of ESPACE's three kinds
+# name -> the points of a method's curve; "masks" are ESPACE's three kinds of masks
 SWEEPS: dict[str, Callable[[], list[Point]]] = {
     **{name: method.sweep for name, method in METHODS.items()},
     "masks": _masks,
@@ -133,7 +140,7 @@ SWEEPS: dict[str, Callable[[], list[Point]]] = {
 
 
 def points_named(methods: Iterable[str], patterns: Sequence[str] = ()) -> list[Point]:
-    """The settings of some methods of ``SWEEPS``; with patterns those whose folder one of them matches.
+    """Return the settings of some methods of ``SWEEPS``; with patterns, those whose folder matches one.
 
     Raises:
         ValueError: an unknown method, a pattern that matches nothing.
@@ -165,24 +172,27 @@ def compare_methods(
     tell: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> list[Compared]:
-    """Accelerate one network by every point, one folder and one JSON each, and set them side by side.
+    """Accelerate one network with every point, one folder and one JSON file each, and compare them.
 
-    All points have the same data and fine-tuning, and those that fit layers in the same way the same fits.
-    A point whose result is there is not made again, one whose fine-tuning diverges is what it was before,
-    marked so, and one that its method refuses is left out; "refused" in ``comparison.json`` says why. At the
-    end the whole networks are timed in turn with each other; the same call again times them anew.
+    All points use the same data and fine-tuning, and points that fit layers in the same way share the fits.
+    A point with an existing result is not made again. A point whose fine-tuning diverges keeps the network
+    from before it and is marked. A point that its method refuses is left out; "refused" in
+    ``comparison.json`` says why. At the end the whole networks are timed in turn with each other; the same
+    call times them again.
 
     Args:
         model: a trained network with a spec.
         points: the settings; their series, labels and draws together must differ.
-        data, recipe, options: as in :func:`quincunx.acceleration.pipeline.accelerate_trained`.
-        out: folder; each point gets one of its name in it.
+        data: as in :func:`quincunx.acceleration.pipeline.accelerate_trained`.
+        out: folder; each point gets a folder of its name in it.
+        recipe: of fine-tuning; None for no fine-tuning.
         tell: called with each point's name before it is made.
+        options: as in :func:`quincunx.acceleration.pipeline.accelerate_trained`.
 
     Raises:
         ValueError: two points of one name; every point is refused; the folder holds points of another
-            network, data or fine-tuning (the difference is listed).
-        RunFailed: fine-tuning could not go on for another reason than that it diverged.
+            network, data or fine-tuning (the message lists the difference).
+        RunFailed: fine-tuning could not continue for another reason than divergence.
     """
     # once for all points
     data = label_with(model, data, options.get("workers"))
@@ -211,13 +221,13 @@ def compare_methods(
                     recipe=recipe,
                     fits=out / "fits",
                     keep_diverged=True,
-                    # the last epoch, for all: the test images choose nothing in a comparison
+                    # take the last epoch for all: a comparison must not choose by the test images
                     keep_best=False,
                     **options,
                 )
             )
         except ValueError as error:
-            # hours of other points are not lost for one that cannot be
+            # do not lose hours of other points because of one that fails
             refused[point.name] = str(error)
             tell(f"refused: {error}")
             continue
@@ -287,14 +297,14 @@ def _row(point: Point, folder: Path, result: dict[str, Any], before: int, times:
 
 
 def with_fronts(rows: Sequence[Compared]) -> list[Compared]:
-    """The rows, each with the trade-offs it is on the front of, as :class:`Compared` says."""
+    """Return the rows, each with the trade-offs in which it is on the front; see :class:`Compared`."""
     settings: dict[tuple[str, str], list[Compared]] = {}
     for row in rows:
         settings.setdefault((row.series, row.label), []).append(row)
     fronts: dict[tuple[str, str], list[str]] = {key: [] for key in settings}
     for what, (_, gain) in _GAINS.items():
         means = [(fmean(r.drop for r in some), fmean(gain(r) for r in some)) for some in settings.values()]
-        # whoever leaves the network alone loses and gains nothing
+        # the unchanged network: no loss, no gain
         _, *best = on_front([(0.0, 1.0), *means])
         for key in compress(settings, best):
             fronts[key].append(what)
@@ -302,10 +312,10 @@ def with_fronts(rows: Sequence[Compared]) -> list[Compared]:
 
 
 def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
-    """Points of accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line a series.
+    """Draw accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line per series.
 
-    With ``top5`` the first ones are also drawn for the error of the first five answers. Points that the
-    ESPACE paper prints stand beside ours, hollow: its own networks, named, where it does not have ours.
+    With ``top5`` the speed-up is also drawn against the top-5 error. Hollow points are printed in the
+    ESPACE paper: for its own networks, which are named, where it does not have ours.
     """
     printed = [
         Mark(f"{network}'s convolutions, top-5 (the paper)", "", gain, drop)
@@ -334,7 +344,7 @@ def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which (drop, speed-up) are on the Pareto front: no other one is as good in both and better in one.
+    """Return which (drop, speed-up) are on the Pareto front: no other is as good in both and better in one.
 
     Example:
         >>> on_front([(0.0, 1.5), (1.0, 2.0), (1.0, 1.2)])

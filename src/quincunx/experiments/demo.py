@@ -1,4 +1,4 @@
-"""The demonstration: a small ResNet and its spatial bottleneck twins on digits, side by side."""
+"""The demonstration: a small ResNet and its spatial bottleneck twins on digits, compared."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def run_demo(
     """Train three networks on digits, time them against each other and write the report.
 
     The folder gets a result file for each network and batch size, ``report.html``, the artifact
-    ``model`` (the network with the 2/4 sampling) and, in ``training``, a folder for each run. An
-    earlier demonstration's results are replaced; anything else in the folder is left alone.
+    ``model`` (the network with the 2/4 sampling) and, in ``training``, a folder for each run. Results of an
+    earlier demonstration are replaced; nothing else in the folder is touched.
 
     Args:
         out: the folder.
-        epochs: passes over the training images; the recipe says by default.
+        epochs: passes over the training images; by default the recipe's.
         seed: of initial weights, order and augmentation.
         progress: show a bar.
 
@@ -59,10 +59,10 @@ def run_demo(
 
     Raises:
         ValueError: the folder holds something else under one of the demonstration's names, or cannot
-            be made.
+            be created.
         OSError: a file cannot be written.
         ModuleNotFoundError: an extra is not installed.
-        RunFailed: training could not go on.
+        RunFailed: training could not continue.
     """
     check_can_draw()
     out = Path(out)
@@ -91,7 +91,7 @@ def run_demo(
 
 
 def _make_room(out: Path, labels: list[str]) -> None:
-    """Remove what an earlier demonstration wrote; refuse, before removing anything, to touch the rest."""
+    """Remove an earlier demonstration's files; refuse first if other files are in the way."""
     files = {out / f"{file_name(label)}.json": "train" for label in labels}
     files |= {out / f"latency-batch{batch}.json": "latency" for batch in _BATCHES}
     for path, kind in files.items():

@@ -1,7 +1,7 @@
-"""Other ways to run a network on an NVIDIA GPU: each a function of a module and an example on the card.
+"""Other ways to run a network on an NVIDIA GPU, each a function of a module and an example on the card.
 
-Each gets its best: batch norm folded, channels_last, cuDNN's own search among its algorithms. Calls launch
-kernels and decide nothing, so that they can be captured as a CUDA graph.
+Each gets its best configuration: batch norm folded, channels_last, cuDNN's own search for algorithms. Calls
+launch kernels and decide nothing, so they can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RELUS = {F.relu, torch.relu, "relu"}
 
 
 def on_card(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy in evaluation mode on the example's device, in its type and in channels_last."""
+    """Return a copy in evaluation mode on the example's device, in its type and in channels_last."""
     own = copy.deepcopy(model).eval().requires_grad_(False)
     return own.to(device=x.device, dtype=x.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -42,18 +42,18 @@ def on_card(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def uncaptured() -> AbstractContextManager[Any]:
-    """Within: a fused network launches its kernels itself and records no graph of its own."""
+    """Make fused networks launch their kernels within the context instead of recording graphs."""
     found: Any = getattr(program, "uncaptured", None)
     return nullcontext() if found is None else found()
 
 
 def can_capture() -> bool:
-    """Whether a fused network can be part of another graph."""
+    """Return whether a fused network can be part of another graph."""
     return hasattr(program, "uncaptured") or hasattr(program, "launches")
 
 
 def ours(model: nn.Module, x: Tensor) -> Run:
-    """The network by ``qx.fuse``."""
+    """Run the network by ``qx.fuse``."""
     quick = fuse(on_card(model, x))
 
     def run() -> object:
@@ -67,7 +67,7 @@ def ours(model: nn.Module, x: Tensor) -> Run:
 
 
 def eager(model: nn.Module, x: Tensor) -> Run:
-    """torch's own operators: cuDNN's convolutions, everything else a kernel of its own."""
+    """Run torch's own operators: cuDNN's convolutions, and a separate kernel for everything else."""
     folded = on_card(fold_batch_norm(model), x)
 
     def run() -> object:
@@ -78,7 +78,7 @@ def eager(model: nn.Module, x: Tensor) -> Run:
 
 
 class _Ridden(nn.Module):
-    """A convolution of cuDNN's with bias, shortcut and ReLU in its epilogue."""
+    """A cuDNN convolution with bias, shortcut and ReLU in its epilogue."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class _Ridden(nn.Module):
 
 
 def cudnn_fused(model: nn.Module) -> nn.Module:
-    """A copy, batch norm folded, in which convolutions take along a ReLU, or an addition and a ReLU.
+    """Return a copy with batch norm folded, in which convolutions absorb a ReLU, or an addition and a ReLU.
 
-    cuDNN has no other epilogues than these two; what they do not fit stays as it is.
+    cuDNN has only these two epilogues; other nodes do not change.
     """
     folded = fold_batch_norm(model)
     traced = fx.GraphModule(folded, trace(folded))
@@ -117,7 +117,7 @@ def cudnn_fused(model: nn.Module) -> nn.Module:
             continue
         name = f"ridden{number}"
         traced.add_submodule(name, _Ridden(traced.get_submodule(str(conv.target))))  # type: ignore[arg-type]
-        # where the ReLU stood: what is added may be made after the convolution's input is
+        # at the ReLU's place: the added value may be computed after the convolution's input
         with graph.inserting_before(node):
             whole = graph.call_module(name, (conv.args[0], *([] if shortcut is None else [shortcut])))
         node.replace_all_uses_with(whole)
@@ -141,7 +141,7 @@ def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _rides(traced: fx.GraphModule, node: object) -> bool:
-    """Whether a node is an ordinary convolution that only one other reads."""
+    """Return whether a node is an ordinary convolution with only one reader."""
     conv = _module(traced, node)
     return (
         isinstance(conv, nn.Conv2d)
@@ -154,7 +154,7 @@ def _rides(traced: fx.GraphModule, node: object) -> bool:
 
 
 def fused_by_cudnn(model: nn.Module, x: Tensor) -> Run:
-    """:func:`cudnn_fused`, on the card."""
+    """Run :func:`cudnn_fused` on the card."""
     own = on_card(cudnn_fused(model), x)
 
     def run() -> object:
@@ -165,15 +165,16 @@ def fused_by_cudnn(model: nn.Module, x: Tensor) -> Run:
 
 
 class Strided(nn.Module):
-    """QUARTER by ordinary operators: a convolution of stride 2 and a transposed one, with the shortcut.
+    """QUARTER with ordinary operators: a convolution of stride 2 and a transposed one, with the shortcut.
 
     Args:
-        down, up: the weights and biases of the two halves, as our modules have them.
+        down: the weight and bias of the first half, as our modules have them.
+        up: the weight and bias of the second half.
     """
 
     def __init__(self, down: nn.Module, up: nn.Module) -> None:
         super().__init__()
-        # modules of their own, so that they move and change type together
+        # own modules, so that they move and change type together
         self.down, self.up = copy.deepcopy(down), copy.deepcopy(up)
         self.on_cudnn = True
 
@@ -183,7 +184,7 @@ class Strided(nn.Module):
             inner = _ATEN.cudnn_convolution_relu(x, weight, bias, [2, 2], [1, 1], [1, 1], 1)
         else:
             inner = F.relu(F.conv2d(x, weight, bias, 2, 1))  # type: ignore[arg-type]
-        # rows that the last window begins before but does not reach
+        # rows in the last window's stride that the window does not reach
         rest = [
             size - (2 * (small - 1) + 1) for size, small in zip(x.shape[2:], inner.shape[2:], strict=True)
         ]
@@ -192,7 +193,7 @@ class Strided(nn.Module):
 
 
 def strided(model: Strided, x: Tensor) -> Run:
-    """:class:`Strided` on the card."""
+    """Run :class:`Strided` on the card."""
     own = on_card(model, x)
 
     def run() -> object:
@@ -206,7 +207,7 @@ def strided(model: Strided, x: Tensor) -> Run:
 
 
 def compiled(model: nn.Module, x: Tensor) -> Run:
-    """torch.compile at its best, without graphs of its own: it is captured as all are."""
+    """Run torch.compile with its best settings, without its own graphs: it is captured like the others."""
     return _compiled(on_card(fold_batch_norm(model), x), x)
 
 
@@ -225,14 +226,14 @@ def _compiled(own: nn.Module, x: Tensor) -> Run:
 
 
 def compiled_strided(model: Strided, x: Tensor) -> Run:
-    """:class:`Strided` by torch.compile, which makes one kernel of bias, shortcut and ReLU."""
+    """Run :class:`Strided` with torch.compile, which fuses bias, shortcut and ReLU into one kernel."""
     own = on_card(model, x)
     own.on_cudnn = False  # type: ignore[assignment]
     return _compiled(own, x)
 
 
 def tensorrt(model: nn.Module, x: Tensor) -> Run:
-    """TensorRT through torch_tensorrt, where that is installed."""
+    """Run TensorRT through torch_tensorrt, if that is installed."""
     torch_tensorrt: Any = importlib.import_module("torch_tensorrt")
     own = on_card(fold_batch_norm(model), x)
     with quiet(), torch.no_grad():
@@ -247,13 +248,13 @@ def tensorrt(model: nn.Module, x: Tensor) -> Run:
 
 
 def dense_peers(*, compilers: bool) -> dict[str, Callable[[nn.Module, Tensor], Run]]:
-    """Name -> how a dense network is run; compilers take a minute and more a network."""
+    """Return how to run a dense network, by name; compilers take a minute and more per network."""
     found: dict[str, Callable[[nn.Module, Tensor], Run]] = {
         "cuDNN": eager,
         "cuDNN, fused": fused_by_cudnn,
     }
     if compilers:
-        # what was compiled for other shapes counts against how often one function may be
+        # compilations for other shapes count against the limit for one function
         torch.compiler.reset()
         found["torch.compile"] = compiled
         if importlib.util.find_spec("torch_tensorrt") is not None:

@@ -1,8 +1,8 @@
-"""What the ESPACE paper's figures and tables hold, timed here and, with data, judged here.
+"""The ESPACE paper's figures and tables, timed here and, with data, judged here.
 
-Lin et al., ESPACE (AAAI 2017). The layers alone are also given to the methods that the paper compares with,
-low rank and CP at the ranks that it tried. What it prints for settings that it does not state stands in
-sentences.
+Lin et al., ESPACE (AAAI 2017). Single layers are also given to the paper's baselines,
+low rank and CP at the ranks that it tried. Figures that it prints for unstated settings are
+reported in sentences.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ class EspaceExperiment:
     """A figure or table of the paper.
 
     Attributes:
-        name, title: what it is called, and what it shows.
-        network, settings: what is accelerated, and the side of its images.
-        layers: patterns of the layers that are replaced.
-        points: settings, with the paper's figures where it has that setting.
-        note: what the paper says beyond them.
-        elsewhere: what the paper prints that belongs to none of the points.
+        name: the figure's or table's name.
+        title: what it shows.
+        network: the network to accelerate.
+        settings: of the network.
+        side: of its images.
+        layers: patterns of the layers to replace.
+        points: settings, with the paper's figures if it has that setting.
+        note: remarks of the paper besides its figures.
+        elsewhere: figures of the paper that belong to none of the points.
         batch_size: of the paper's fine-tuning.
     """
 
@@ -77,12 +80,12 @@ class EspaceExperiment:
 
     @property
     def printed(self) -> tuple[tuple[str, float], ...]:
-        """The paper's speed-ups by masks of a rate that it does not state."""
+        """The paper's speed-ups for masks at a rate that it does not state."""
         return tuple((gain.method, gain.speedup) for gain in self.elsewhere if gain.method in _MASKS.values())
 
     @property
     def sentences(self) -> list[str]:
-        """What the paper prints beyond the points, a sentence a method, and the note."""
+        """Return the paper's figures outside the points, one sentence per method, and the note."""
         gains: dict[str, list[Gain]] = {}
         for gain in self.elsewhere:
             stated = "" if gain.setting else ", at settings that it does not state"
@@ -96,12 +99,12 @@ class EspaceExperiment:
         return [*said, *([self.note] if self.note else [])]
 
     def recipe(self, epochs: int) -> Recipe | None:
-        """The paper's fine-tuning for so many epochs, a number that it does not state; None for none."""
+        """Return the paper's fine-tuning for a number of epochs, which it does not state; None for 0."""
         found = recipe_with(by_name("finetune"), epochs=epochs or None, batch_size=self.batch_size)
         return found if epochs else None
 
     def planned(self) -> dict[str, Any]:
-        """Its points and what the paper prints for each and beyond them, JSON-ready."""
+        """Return its points, and the paper's figures for each and outside them, JSON-ready."""
         return {
             "experiment": self.name,
             "points": [point.name for point in self.points],
@@ -110,10 +113,10 @@ class EspaceExperiment:
         }
 
     def check_single(self) -> None:
-        """Of data alone.
+        """Check that the experiment can be judged on data without a trained network.
 
         Raises:
-            ValueError: it has more than one layer, whose errors a response does not tell.
+            ValueError: it has more than one layer, so one layer's response error says too little.
         """
         if len(self.layers) != 1:
             raise ValueError(
@@ -122,7 +125,7 @@ class EspaceExperiment:
             )
 
     def without_data(self) -> EspaceExperiment:
-        """With masks that need none: times depend on how many positions are computed, not on which."""
+        """Return a copy with masks that need no data: times depend only on the number of positions."""
         plain: dict[tuple[str, str], Point] = {}
         for point in self.points:
             method, key = point.method, (point.series, point.label)
@@ -134,7 +137,7 @@ class EspaceExperiment:
 
 
 def _single(rank: int, ranks: Sequence[int]) -> tuple[Point, ...]:
-    """One layer: low rank alone, masks of every kind at every rate, then the methods compared with."""
+    """Return points for one layer: low rank, masks of every kind at every rate, then the baselines."""
     points = [Point("low rank", "rate 1", LowRank(rank=rank))]
     for mask, series in _MASKS.items():
         for rate, text in _RATES[1:]:
@@ -145,14 +148,14 @@ def _single(rank: int, ranks: Sequence[int]) -> tuple[Point, ...]:
 
 
 def _whole(share: float) -> tuple[Point, ...]:
-    """Every layer with the share of its full rank that the paper's printed rank is of its layer's."""
+    """Return points for all layers, with the share of full rank that the paper prints for one layer."""
     return tuple(
         Point("impact masks", f"rate {text}", Espace(rank=share, rate=rate)) for rate, text in _RATES[1:]
     )
 
 
 def _experiment(name: str, points: Sequence[Point], **fields: Any) -> EspaceExperiment:
-    """With what the paper prints: a setting's at its point, the rest elsewhere."""
+    """Build an experiment with the paper's figures: at their points, or else in ``elsewhere``."""
     gains = {(gain.method, gain.setting): gain for gain in ESPACE[name] if gain.setting}
     places = [(point.series, point.label) for point in points]
     found = tuple(
@@ -164,7 +167,7 @@ def _experiment(name: str, points: Sequence[Point], **fields: Any) -> EspaceExpe
 
 
 def _network_judged(network: str) -> str:
-    """A sentence on the errors of a whole network."""
+    """Return a sentence on the errors of a whole network."""
     before = ESPACE_ORIGINALS[network]
     return (
         f"The paper's errors are top-5 in points above {before.top5_error:g}%; its times are of batches of "
@@ -215,7 +218,7 @@ ESPACE_EXPERIMENTS = {
 
 
 def espace_by_name(name: str) -> EspaceExperiment:
-    """A figure or table by its name.
+    """Return a figure or table by its name.
 
     Raises:
         ValueError: an unknown name; the nearest one is listed first.
@@ -245,18 +248,19 @@ def time_points(
     progress: bool = False,
     keep: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The experiment's speeds on this machine; one JSON-ready row a point.
+    """Measure the experiment's speeds on this machine; return one JSON-ready row per point.
 
     Each row has the point's "series" and "label", the ratio of MACs and the measured speed-up of the
     replaced layers and, if there is more than one, of the whole network, over the dense ones by ``qx.fuse``
-    and by "peers", other engines, and "paper" with what is printed for it. With ``data``, "response_error"
-    of the one layer on its test images, after fitting to ``calibration`` training images; without, kinds of
-    masks are timed once, since their times are the same. First every point is fitted and judged, then all
-    are timed. In the folder ``keep`` what is fitted stays, and is not fitted again; each call times anew.
+    and by "peers", other engines, and the printed figures in "paper". With ``data``, it has the
+    "response_error" of the single layer on the test images, after fitting to ``calibration`` training images;
+    without data, kinds of masks are timed once, since their times are equal. First every point is fitted and
+    judged, then all are timed. The folder ``keep`` stores fits, which are not repeated; each call times
+    again.
 
     Raises:
-        ValueError: data for an experiment of more than one layer, whose errors a response does not tell;
-            points of another run in the folder.
+        ValueError: data for an experiment of more than one layer, whose loss a single response error does not
+            show; points of another run in the folder.
     """
     if data is not None:
         experiment.check_single()
@@ -282,7 +286,7 @@ def time_points(
 
 
 class _Fitted:
-    """The points of an experiment in a folder: of each the layers that its method made, and their error."""
+    """The points of an experiment in a folder: the fitted layers of each, and their error."""
 
     def __init__(
         self,
@@ -338,11 +342,11 @@ class _Fitted:
             made = Replacement(found.model.get_submodule(name), notes[name], record)
             journal.keep(self._layer(name), made)
         errors = response_errors(model, found.model, names, self.judged_on) if self.judged_on else {}
-        # last, so that it stands for a whole point
+        # written last, so that it vouches for a whole point
         write_json(self._noted(point), {"layers": names, "response_error": errors.get(names[0])})
 
     def read(self, point: Point) -> tuple[Accelerated, float | None]:
-        """The network with the point's layers, and their response error."""
+        """Return the network with the point's layers, and their response error."""
         noted, journal = read_json(self._noted(point)), self._journal(point)
         network, records = copy.deepcopy(self.model), {}
         for name in noted["layers"]:
@@ -377,9 +381,9 @@ def _row(point: Point, fitted: _Fitted, timing: dict[str, Any]) -> dict[str, Any
 
 
 def draw_responses(rows: Sequence[dict[str, Any]], printed: Sequence[tuple[str, float]] = ()) -> Picture:
-    """Response error against the layer's measured speed-up, a line a method.
+    """Draw response error against the layer's measured speed-up, one line per method.
 
-    The paper's speed-ups are upright lines: its figures have the whole network's error.
+    The paper's speed-ups are vertical lines: its figures show the whole network's error.
     """
     lines = [(row["label"], row["paper"]["speedup"]) for row in rows if row["paper"]]
     return draw_tradeoff(
@@ -399,7 +403,7 @@ def _time_alone(model: nn.Module, found: Accelerated, one: Tensor, **timing: Any
 
 
 def speeds_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of MACs and times, of the replaced layers together and, where timed, of the network."""
+    """Return ratios of MACs and times for the replaced layers together and, if timed, for the network."""
     layers: Sequence[dict[str, Any]] = result["layers"]
     macs, seconds = (
         [sum(row[f"{what}{key}"] for row in layers) for key in ("before", "after")]

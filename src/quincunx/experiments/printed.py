@@ -1,7 +1,7 @@
-"""What the papers print: the one place for their figures. Nothing here was measured by this library.
+"""The papers' printed figures, in one place. Nothing here was measured by this library.
 
 Spatial bottlenecks: Peng et al., arXiv:1809.02601, errors in percent, mean and deviation over five runs
-(table 4: over the last ten epochs). ESPACE and what it is compared with: Lin et al., AAAI 2017.
+(table 4: over the last ten epochs). ESPACE and its baselines: Lin et al., AAAI 2017.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["ESPACE", "ESPACE_ORIGINALS", "MACS", "Error", "Gain", "Original", "e
 
 @dataclass(frozen=True)
 class Error:
-    """A test error in percent; no deviation where none is printed."""
+    """A test error in percent; the deviation is None if not printed."""
 
     mean: float
     deviation: float | None = None
@@ -26,7 +26,7 @@ class Error:
 
 # ---------------------------------------------------------------- spatial bottlenecks
 
-# network -> multiply-adds of an image in millions, at the sampling 2/4
+# network -> multiply-adds per image in millions, at the sampling 2/4
 MACS = {
     **{"rrn20": 40.5, "rrn44": 97.2, "rrn62": 139.6, "rrn86": 193.6, "rrn110": 252.9},
     **{"rsbn20": 24.0, "rsbn44": 52.3, "rsbn62": 73.6, "rsbn86": 101.9, "rsbn110": 130.0},
@@ -80,7 +80,7 @@ _TABLE3 = {
     "pyramidnet164-a270": (Error(3.48), Error(17.01)),
     "sb-pyramidnet164-a270": (Error(3.67), Error(17.20)),
 }
-# network -> error of the first answer and of the first five on ImageNet
+# network -> top-1 and top-5 error on ImageNet
 _TABLE4 = {
     "resnet18": (Error(30.70, 0.07), Error(10.86, 0.05)),
     "sb-resnet18": (Error(30.20, 0.06), Error(10.78, 0.04)),
@@ -92,12 +92,12 @@ _TABLE4 = {
     "sb-resnet101": (Error(22.69, 0.05), Error(6.52, 0.03)),
 }
 
-# (network, sampling, down) of a network and its settings; "" for what the network has by default
+# (network, sampling, down) of a network and its settings; "" for the network's default
 _Row = tuple[str, str, str]
 
 
 def _row(network: str, settings: Sequence[tuple[str, str]]) -> _Row | None:
-    """None for settings that no table of the paper has."""
+    """Return the row of a network; None for settings that no table of the paper has."""
     found = dict(settings)
     sampling, down = found.pop("sampling", ""), found.pop("down", "")
     if found:
@@ -106,7 +106,7 @@ def _row(network: str, settings: Sequence[tuple[str, str]]) -> _Row | None:
 
 
 def _errors() -> dict[str, dict[tuple[_Row, str], Error]]:
-    """Each table by row and data set."""
+    """Return each table by row and data set."""
     plain = {"table1": _TABLE1, "table3": _TABLE3}
     found = {
         table: {
@@ -139,7 +139,7 @@ _ERRORS = _errors()
 
 
 def error_of(network: str, settings: Sequence[tuple[str, str]], data: str, table: str = "") -> Error | None:
-    """The printed test error of a network on a data set, as one table has it, else as the first that does.
+    """Return the printed test error of a network on a data set, from ``table`` or else the first that has it.
 
     Tables 1 and 2 print different deviations for rrn20 on CIFAR-100.
 
@@ -157,7 +157,7 @@ def error_of(network: str, settings: Sequence[tuple[str, str]], data: str, table
 
 
 def top5_of(network: str, settings: Sequence[tuple[str, str]], data: str) -> Error | None:
-    """The printed error of the first five answers."""
+    """Return the printed top-5 error."""
     found = _TABLE4.get(network)
     return None if found is None or settings or data != "imagenet" else found[1]
 
@@ -167,12 +167,13 @@ def top5_of(network: str, settings: Sequence[tuple[str, str]], data: str) -> Err
 
 @dataclass(frozen=True)
 class Gain:
-    """What the ESPACE paper prints for a setting of a method.
+    """A printed figure of the ESPACE paper for a setting of a method.
 
     Attributes:
-        method, setting: as the figures and tables here call them; no setting where none is stated.
+        method: as the figures and tables here name it.
+        setting: as the figures and tables here name it; empty if the paper does not state one.
         speedup: measured on the paper's processor, of the replaced convolutions.
-        drop: points of top-5 error gained; None where none is printed.
+        drop: points of top-5 error gained; None if not printed.
     """
 
     method: str
@@ -182,7 +183,7 @@ class Gain:
 
     @property
     def fields(self) -> tuple[tuple[str, float], ...]:
-        """Its speed-up and, where printed, its drop, by name."""
+        """Return its speed-up and, if printed, its drop, by name."""
         return (("speedup", self.speedup), *([] if self.drop is None else [("drop", self.drop)]))
 
     def __str__(self) -> str:
@@ -213,7 +214,7 @@ _Pairs = Sequence[tuple[float, float]]
 def _table(
     lrd: _Pairs, cpd: _Pairs, binary: tuple[float, float], qcnn: _Pairs, espace: _Pairs
 ) -> tuple[Gain, ...]:
-    """Table 2 or 3; what ranks low rank and CP have there is not stated."""
+    """Return table 2 or 3; the paper does not state the ranks of low rank and CP there."""
     return (
         *(Gain("LRD", "", *pair) for pair in lrd),
         *(Gain("CPD", "", *pair) for pair in cpd),
@@ -223,7 +224,7 @@ def _table(
     )
 
 
-# figure or table -> what it prints
+# figure or table -> its printed figures
 ESPACE = {
     "espace-figure3": (
         Gain("impact masks", "", 4.72, 0.0),

@@ -1,4 +1,4 @@
-"""Run a table of the paper, or say what it would take, and set ours beside the paper's."""
+"""Run a table of the paper, or estimate its cost, and compare our results with the paper's."""
 
 from __future__ import annotations
 
@@ -43,23 +43,25 @@ _SHAPES = {
     "cifar100": (50_000, 32, 100),
     "imagenet": (1_281_167, 224, 1000),
 }
-# enough to time a step by, and not long to wait for
+# enough work to time a step, and not too long to wait
 _TIMED_MACS = 4e9
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One network's runs before they are made.
+    """One network's runs, planned.
 
     Attributes:
         label: of the network.
-        macs: multiply-adds an image.
-        epochs, seeds: of its runs.
-        hours: estimate for all its runs here, from the time of a few steps; None if not timed.
-        done: runs whose result is there already.
+        macs: multiply-adds per image.
+        epochs: of each run.
+        seeds: number of runs.
+        hours: estimate for all its runs on this machine, from the time of a few steps; None if not timed.
+        done: number of runs that have a result already.
         paper_macs: as the paper prints them, in millions.
-        paper_error, paper_deviation: the paper's test error in percent on the same data set.
-        paper_top5: of the first five answers.
+        paper_error: the paper's test error in percent on the same data set.
+        paper_deviation: of the paper's error.
+        paper_top5: the paper's top-5 error.
     """
 
     label: str
@@ -76,16 +78,18 @@ class Planned:
 
 @dataclass(frozen=True)
 class AgainstPaper:
-    """A row of the paper's table with ours beside it.
+    """A row of the paper's table with our results.
 
     Attributes:
         label: of the network.
-        macs, paper_macs: multiply-adds an image, in millions; the paper's as printed.
-        errors: test error in percent, one a seed.
-        mean, deviation: of them; no deviation of fewer than two.
-        p: Student's two-sided t-test against the row's baseline; None without two seeds of both.
+        macs: multiply-adds per image, in millions.
+        paper_macs: the same as printed in the paper.
+        errors: test errors in percent, one per seed.
+        mean: of the errors.
+        deviation: of the errors; None for fewer than two.
+        p: Student's two-sided t-test against the row's baseline; None unless both have two seeds.
         paper_error: the paper's, in percent, on the same data set.
-        baseline: the label it is tested against.
+        baseline: the label of the row that it is tested against.
         paper_deviation: of the paper's error.
     """
 
@@ -101,7 +105,7 @@ class AgainstPaper:
     paper_deviation: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -127,13 +131,13 @@ def plan(
     data_name: str | None = None,
     timed: bool = True,
 ) -> list[Planned]:
-    """What an experiment would run, with MACs and an estimate of hours on this machine.
+    """Return the runs of an experiment, with MACs and an estimate of hours on this machine.
 
     Args:
         experiment: its rows.
         recipe: of all its runs.
         seeds: of each network's runs.
-        out: folder of the results; runs that are there count as done.
+        out: folder of the results; runs with a result there count as done.
         data: the images; without them the numbers of ``data_name`` or the experiment's data set.
         data_name: "cifar10", "cifar100" or "imagenet".
         timed: whether to time a few steps of each network.
@@ -173,7 +177,7 @@ def plan(
 
 
 def _seconds_an_image(model: nn.Module, macs: int, size: tuple[int, int], recipe: Recipe) -> float:
-    """Of training, from the faster of two steps of a small batch after a first one."""
+    """Return training seconds per image, from the faster of two small steps after a first one."""
     batch = max(2, min(recipe.batch_size, int(_TIMED_MACS / macs)))
     images = torch.randn(batch, 3, *size).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long)
@@ -201,15 +205,15 @@ def reproduce(
     device: str = "cpu",
     workers: int | None = None,
 ) -> list[AgainstPaper]:
-    """Train every network of an experiment with every seed, one JSON a run, and compare.
+    """Train every network of an experiment with every seed, one JSON file per run, and compare.
 
-    The folder gets ``NETWORK-seedN.json`` a run, the runs' own folders below ``runs``, and the figure.
-    A run whose JSON is there is not made again, one that was stopped goes on from its checkpoint.
+    The folder gets ``NETWORK-seedN.json`` per run, the runs' own folders below ``runs``, and the figure.
+    A run with an existing JSON file is not repeated; an interrupted one continues from its checkpoint.
 
     Raises:
         ValueError: the folder has a run of that name with another recipe or other data (the
-            difference is listed), or the networks do not fit the data.
-        RunFailed: a run could not go on.
+            message lists the difference), or the networks do not fit the data.
+        RunFailed: a run could not continue.
     """
     out = Path(out)
     results: list[list[dict[str, Any]]] = [[] for _ in experiment.entries]
@@ -239,7 +243,7 @@ def _result(
     writes: bool,
     device: str,
 ) -> dict[str, Any]:
-    """Of one run: read if it is there, else trained."""
+    """Return one run's result: read it if it exists, else train."""
     torch.manual_seed(seed)
     model = _built(entry, len(data.classes), data.in_channels).to(device)
     name = _name(entry, seed)
@@ -257,7 +261,7 @@ def _result(
 
 
 def compare(experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]]) -> list[AgainstPaper]:
-    """The table: the runs of each of the experiment's rows, as ``run.json`` has them, beside the paper's."""
+    """Return the table: the runs of each row, as in ``run.json``, beside the paper's figures."""
     labels = [label_of(runs[0]["network"]) for runs in results]
     errors = [tuple(100 * run["test_error"] for run in runs) for runs in results]
     rows = []
@@ -281,13 +285,13 @@ def compare(experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]])
 
 
 def _p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Of Student's t-test for equal means, two-sided, as in the paper."""
+    """Return the p value of Student's t-test for equal means, two-sided, as in the paper."""
     from scipy.stats import ttest_ind
 
     if min(len(one), len(other)) < 2:
         return None
     with warnings.catch_warnings():
-        # equal errors of all seeds have no variance, hence no p value
+        # equal errors for all seeds have no variance, hence no p value
         warnings.simplefilter("ignore", RuntimeWarning)
         p = float(ttest_ind(one, other).pvalue)
     return p if math.isfinite(p) else None
@@ -296,7 +300,7 @@ def _p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
 def figure_of(
     experiment: Experiment, results: Sequence[Sequence[dict[str, Any]]], rows: Sequence[AgainstPaper]
 ) -> Picture:
-    """The figure that belongs to an experiment: error against MACs, or by epoch."""
+    """Draw the figure of an experiment: error against MACs, or by epoch."""
     if experiment.figure[1] == "epochs":
         return draw_learning_curves(
             [curve_of(i, row.label, runs) for i, (row, runs) in enumerate(zip(rows, results, strict=True))]

@@ -1,4 +1,4 @@
-"""Times of networks against each other, as the result files that a report reads."""
+"""Time networks against each other and write the result files that a report reads."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _ROUNDS, _ROUNDS_AT_ONCE = 15, 3
 def time_runs(
     folder: str | Path, batches: Sequence[int], baseline: str | None = None, *, progress: bool = False
 ) -> list[Path]:
-    """Time the networks of the training results below a folder and write a latency file a batch size there.
+    """Time the networks of the results below a folder, and write a latency file per batch size there.
 
-    Times do not depend on weights, so the networks are built anew from what the results say.
+    Times do not depend on weights, so the networks are built again from their specs.
 
     Args:
         folder: with results of :func:`quincunx.train.loop.fit`.
-        batches: images of a call.
+        batches: images per call.
         baseline: label of a network; by default the one with the most MACs.
         progress: show a bar.
 
@@ -40,9 +40,9 @@ def time_runs(
         The files.
 
     Raises:
-        FileNotFoundError: no results there.
-        ValueError: results that cannot be read, a baseline that is not among them, a network of a
-            user's own.
+        FileNotFoundError: no results in the folder.
+        ValueError: results that cannot be read, a baseline that is not among them, a user's own
+            network.
     """
     found = collect(folder)
     models: dict[str, nn.Module] = {}
@@ -74,18 +74,18 @@ def time_networks(
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The content of a latency result file: networks against each other, all by ``qx.fuse``.
+    """Return the content of a latency result file: networks against each other, all by ``qx.fuse``.
 
     Args:
         models: label -> network.
-        baseline: the label of the one that speed-ups are over.
-        batch: images of a call.
+        baseline: the label of the network over which speed-ups are computed.
+        batch: images per call.
         shape: (C, H, W) of an image.
         progress: show a bar.
     """
     example = torch.randn(batch, *shape)
     example = example.contiguous(memory_format=torch.channels_last)
-    # every network gets the same treatment for inference, the ordinary one included
+    # all networks get the same treatment for inference, including the ordinary one
     fused = {label: fuse(model.eval(), check=example[:1]) for label, model in models.items()}
     timings = _in_parts(fused, example, f"timing at batch {batch}", progress)
     rows = {}
@@ -107,7 +107,7 @@ def time_networks(
 def _in_parts(
     models: Mapping[str, nn.Module], example: Tensor, title: str, progress: bool
 ) -> dict[str, Timing]:
-    """A few rounds at a time, so that the bar moves; a bar drawn within a round would be timed with it."""
+    """Run a few rounds at a time, so that the bar moves; drawing a bar within a round would be timed too."""
     timings: dict[str, Timing] = {}
     with progress_bar(progress) as bar:
         task = bar.add_task(title, total=_ROUNDS, state="rounds")

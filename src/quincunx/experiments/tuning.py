@@ -1,4 +1,4 @@
-"""Which tiles the GPU kernels compute fastest with on this card: measured when asked for, kept on disk."""
+"""Find the fastest tiles of the GPU kernels on this card: measured when asked for, kept on disk."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _POINT = Geometry((1, 1))
 
 @dataclass(frozen=True)
 class Problem:
-    """One convolution to find tiles for.
+    """A convolution to find tiles for.
 
     Attributes:
         what: "dense", "conv", "transpose" or "weight".
-        spec: of the sampling; empty for a dense one.
+        spec: of the sampling; empty for a dense convolution.
     """
 
     what: str
@@ -88,7 +88,7 @@ class Problem:
         return key_of(kind, dtype, rows, taps, self.inner, self.outer)
 
     def kernel(self, device: torch.device) -> tuple[Any, ...]:
-        """What the compiled kernel depends on, besides the tiles."""
+        """Return everything besides the tiles that the compiled kernel depends on."""
         how = self.what if self.what in ("weight", "transpose") else "conv"
         affine = self.what != "weight" and self.layout(device).affine
         return how, affine, self.dtype, self.inner, self.outer
@@ -106,7 +106,7 @@ class Problem:
         return candidates(dtype, points, taps, self.inner, self.outer, processors(device.index))
 
     def runner(self, device: torch.device) -> Callable[[Config], object]:
-        """The convolution on random maps, as a function of its tiles."""
+        """Return the convolution on random maps as a function of its tiles."""
         launch = import_module("quincunx.ops.triton.launch")
         dtype = getattr(torch, self.dtype)
 
@@ -137,7 +137,7 @@ def cases(
     dtype: str = "bfloat16",
     train: bool = False,
 ) -> Iterator[Problem]:
-    """The 3 x 3 convolutions of the usual stages: dense, both halves of blocks, masks."""
+    """Yield the 3 x 3 convolutions of the usual stages: dense, both halves of blocks, masks."""
     for (channels, side), batch in product(shapes, batches):
         make = partial(Problem, dtype=dtype, batch=batch, inner=channels, outer=channels, side=side)
         yield make("dense", "", _SAME)
@@ -159,8 +159,9 @@ def tune(
     """Time every candidate of every case, and keep the fastest for this card; JSON-ready.
 
     Args:
-        wanted: of cases that share a place in the table the first is measured.
-        jobs: processes that compile beforehand; by default one a core, less two.
+        wanted: the cases; if several share a place in the table the first is measured.
+        device: the card.
+        jobs: processes that compile beforehand; by default one per core, less two.
         progress: called with the case, how many are done and how many there are.
     """
     unique: dict[str, Problem] = {}
@@ -205,7 +206,7 @@ def tune(
 
 
 def best_tiles(result: dict[str, Any]) -> dict[str, str]:
-    """Of each case of a result the fastest tiles, their time and that of the slowest."""
+    """Return the fastest tiles of each case of a result, their time and that of the slowest."""
     found = {}
     for row in result["rows"]:
         tried = row["tried"]
@@ -222,19 +223,19 @@ def best_tiles(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _seconds(run: Callable[[], object]) -> float | str:
-    """The card's time for a call, or why it cannot be made: a card may refuse tiles for many reasons."""
+    """Return the GPU time of a call, or the error: a card may refuse tiles for many reasons."""
     try:
         return gpu_seconds(run)
-    except Exception as error:  # noqa: BLE001 - Triton's, CUDA's and torch's own; noted beside what ran
+    except Exception as error:  # noqa: BLE001 - Triton's, CUDA's and torch's errors are recorded
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _compile(found: Sequence[Problem], device: torch.device, jobs: int | None) -> None:
-    """Every kernel once in other processes, which leave it in Triton's cache: most time goes there."""
+    """Compile every kernel once in other processes, for Triton's cache: compiling takes most of the time."""
     count = jobs if jobs is not None else max(1, (os.cpu_count() or 1) - 2)
     if count < 2:
         return
-    # a kernel does not depend on the batch, nor on the sampling but for how rows are found
+    # a kernel does not depend on the batch, and on the sampling only in how rows are found
     kernels = {
         (case.kernel(device), config): (case, config) for case in found for config in case.configs(device)
     }
@@ -254,5 +255,5 @@ def _run_once(part: Sequence[tuple[Problem, Config]], device: str) -> None:
     for case, config in part:
         small = replace(case, batch=min(case.batch, 4))
         run = runners.setdefault(small, small.runner(where))
-        with suppress(Exception):  # it is tried again where its failure is noted
+        with suppress(Exception):  # retried where its failure is recorded
             run(config)

@@ -1,1 +1,1 @@
-"""``qx.fuse``: inference copies whose convolutions run in few calls with all that follows them."""
+"""``qx.fuse``: inference copies that run each convolution together with the operations after it."""

@@ -1,6 +1,6 @@
-"""What a network computes from its own tensors alone, computed once for the convolutions that use it.
+"""Compute once what a network computes from its own tensors only, for the convolutions that use it.
 
-A weight that a forward standardises, scales or reshapes before it convolves with it is a constant in an
+A weight that a forward standardises, scales or reshapes before the convolution is constant in an
 inference copy.
 """
 
@@ -18,7 +18,7 @@ from quincunx.modules import held_at
 
 __all__ = ["fold_constants", "make_modules"]
 
-# the same at every call, by name of the function or method
+# deterministic functions and methods, by name
 _STEADY = {
     *("add", "sub", "mul", "div", "truediv", "true_divide", "pow", "neg", "matmul", "sqrt", "rsqrt", "exp"),
     *("abs", "mean", "var", "var_mean", "std", "std_mean", "sum", "reshape", "view", "flatten", "permute"),
@@ -31,7 +31,7 @@ _DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation"
 
 
 def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
-    """Nodes that read nothing but the network's own tensors become tensors of the network."""
+    """Replace nodes that read only the network's own tensors by tensors of the network."""
     changed = set(Effects(model, graph).attributes())
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
@@ -45,7 +45,7 @@ def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
             try:
                 values[node] = function(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError):
-                continue  # it raises where the network calls it, as before
+                continue  # left to raise where the network calls it
     for node in list(graph.nodes):
         made = node.op != "get_attr" and isinstance(values.get(node), Tensor)
         if made and any(user not in values for user in node.users):
@@ -67,7 +67,7 @@ def _steady(node: fx.Node) -> bool:
 
 
 def make_modules(model: nn.Module, graph: fx.Graph) -> None:
-    """Convolutions by function, with the network's own weights, become convolutions by module."""
+    """Replace functional convolutions with the network's own weights by convolution modules."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (F.conv2d, torch.conv2d):
             continue

@@ -1,8 +1,8 @@
-"""What the nodes of a traced network do besides giving a result: memory that they change, or share.
+"""Side effects of the nodes of a traced network: memory that they change or share.
 
-A node that changes a tensor in place changes it for whoever holds the same memory: under its own name, under
-another one, or through a view. An operation that surely concerns one value only is made an ordinary one here
-(:func:`make_pure`); of all others :class:`Effects` tells who may not be moved past whom.
+A node that changes a tensor in place changes it for every holder of the same memory: under its own name,
+another name, or through a view. An operation that provably affects one value only is made out-of-place here
+(:func:`make_pure`); for all others :class:`Effects` says which nodes must not be reordered.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _AUGMENTED = {
     *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
     *(operator.imatmul, operator.setitem),
 }
-# value by value; with a flag that makes them change what they are given
+# elementwise; with an inplace flag that makes them change their input
 _SWITCHED = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.RReLU),
 )
-# what gives memory of its own, whatever it is given
+# their result always has its own memory
 _FRESH_MODULES = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
@@ -58,11 +58,11 @@ _FRESH = {
     *("local_response_norm", "window_means", "clone", "added_to", "copied_argument", "new_zeros"),
     *("new_ones", "zeros_like", "ones_like", "where", "masked_fill", "argmax", "normalize"),
 }
-# facts about a tensor that share none of its memory
+# attributes of a tensor that share none of its memory
 _FACTS = {"shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "numel", "layout", "requires_grad"}
-# a view or a copy, as the memory's layout has it
+# a view or a copy, depending on the memory layout
 _BY_LAYOUT = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "view", "view_as", "unflatten"}
-# what tells the layout
+# operations that reveal the layout
 _ASKS_LAYOUT = {
     *("as_strided", "stride", "is_contiguous", "storage", "untyped_storage", "data_ptr"),
     *("resize_", "resize_as_", "set_"),
@@ -83,21 +83,21 @@ _OWN = "quincunx."
 
 
 def _submodule(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, hooks or not."""
+    """Return the module that a node calls, with or without hooks."""
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, if nothing but its forward runs; None otherwise."""
+    """Return the module that a node calls if only its forward runs, without hooks; None otherwise."""
     module = _submodule(model, node)
     return module if module is not None and not forward_hooks(module) else None
 
 
 def added_to(changed: Tensor, other: Tensor) -> Tensor:
-    """What ``changed += other`` leaves in ``changed``, in memory of its own.
+    """Return the value of ``changed`` after ``changed += other``, in new memory.
 
     Raises:
-        RuntimeError: what torch raises, for shapes that do not fit.
+        RuntimeError: torch's error for shapes that do not match.
     """
     result = changed + other
     if isinstance(result, Tensor) and isinstance(changed, Tensor):
@@ -106,11 +106,11 @@ def added_to(changed: Tensor, other: Tensor) -> Tensor:
     return result
 
 
-# ---------------------------------------------------------------- what a node changes and shares
+# ---------------------------------------------------------------- changed and shared memory
 
 
 def _parameter(node: fx.Node, name: str) -> Any:
-    """The value that a call of one of torch's Python functions has for a parameter; None without one."""
+    """Return the value of a parameter in a call of one of torch's Python functions; None without one."""
     if name in node.kwargs:
         return node.kwargs[name]
     if node.op != "call_function" or not inspect.isfunction(node.target):
@@ -137,7 +137,7 @@ def _is_torchs(function: Any) -> bool:
 
 
 def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """The values that a node may change in place."""
+    """Return the values that a node may change in place."""
     if node.op == "call_module":
         module = module_of(model, node)
         if module is None or not _known(module):
@@ -162,7 +162,7 @@ def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
     if (name.endswith("_") and not name.endswith("__")) or _parameter(node, "inplace"):
         found += _nodes(node.args[:1]) or _nodes(node.kwargs)[:1]
     if name in ("instance_norm", "native_batch_norm") or node.target is torch.batch_norm:
-        found += [n for n in node.all_input_nodes if n.op == "get_attr"]  # running statistics among them
+        found += [n for n in node.all_input_nodes if n.op == "get_attr"]  # running statistics are among them
     elif name == "batch_norm" and (_parameter(node, "training") or (len(node.args) > 5 and node.args[5])):
         found += _nodes(node.args[1:3]) + _nodes(
             [node.kwargs.get(k) for k in ("running_mean", "running_var")]
@@ -171,7 +171,7 @@ def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    """What an operator of torch's dispatcher says that it writes to."""
+    """Return the arguments that an operator of torch's dispatcher declares as written."""
     overloads = [node.target]
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         overloads = [getattr(node.target, name) for name in node.target.overloads()]  # type: ignore[no-untyped-call]
@@ -185,12 +185,12 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def surely_changes(model: nn.Module, node: fx.Node) -> bool:
-    """Whether it is certain that a node changes something: a function that nobody can look into may not."""
+    """Return whether a node certainly changes a value: a function that cannot be inspected might not."""
     return not is_opaque(model, node) and bool(changes(model, node))
 
 
 def is_opaque(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node runs what nobody has looked into: a user's module as it is, or one with hooks."""
+    """Return whether a node runs code that cannot be inspected: a user's module, or one with hooks."""
     if node.op == "call_module":
         module = module_of(model, node)
         return module is None or not _known(module)
@@ -198,11 +198,11 @@ def is_opaque(model: nn.Module, node: fx.Node) -> bool:
 
 
 def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
-    """Let maps lie in memory in another order than the network's.
+    """Prepare a graph for maps in another memory order than the network's.
 
     Raises:
-        TypeError: the forward asks how a map lies in memory, or writes to what is a view in one order and a
-            copy in another.
+        TypeError: the forward asks for a map's memory layout, or writes to a value that is a view in one
+            order and a copy in another.
     """
     effects, origins = Effects(model, graph), _Origins(model, graph)
     for node in graph.nodes:
@@ -225,17 +225,17 @@ def _name(node: fx.Node) -> str:
 
 
 def _lies_by_layout(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a value is a view or a copy of another one, as the layout in memory has it."""
+    """Return whether a value is a view or a copy of another one, depending on the memory layout."""
     moved = _name(node) == "to" and "memory_format" in node.kwargs
     return moved or _name(node) in _BY_LAYOUT or surely(_submodule(model, node), nn.Flatten, nn.Unflatten)
 
 
 class _Origins:
-    """The values whose memory each value may lie in.
+    """The values in whose memory each value may lie.
 
     Attributes:
-        sure: the nearest with memory of their own, or that are a view or a copy as the layout has it.
-        any: also those behind the latter.
+        sure: the nearest that have their own memory, or are a view or a copy depending on the layout.
+        any: also the values behind those.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
@@ -249,8 +249,8 @@ class _Origins:
                 found[node] = frozenset().union(*(found[other] for other in others)) or frozenset({node})
 
     def check(self, effects: Effects, node: fx.Node) -> None:
-        """Refuse a node that may change what is a view or a copy, by the layout, of what somebody reads
-        afterwards; whichever of the two it changes.
+        """Refuse a node that may change a value which is a view or a copy, depending on the layout, of a
+        value that is read later, or the other way round.
 
         Raises:
             TypeError: it may.
@@ -267,7 +267,7 @@ class _Origins:
                     )
 
     def _between(self, one: fx.Node, other: fx.Node) -> fx.Node | None:
-        """What is a view or a copy as the layout has it, and so says if two values share memory."""
+        """Return the layout-dependent node that decides whether two values share memory, or None."""
         for a, b in product(self.sure[one], self.sure[other]):
             if a is not b and self.any[a] & self.any[b]:
                 return b if _lies_by_layout(self.model, b) else a
@@ -275,7 +275,7 @@ class _Origins:
 
 
 def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
-    """Values that nobody reads, such as what assertions ask about, are not made."""
+    """Remove values that no node reads, such as the values of assertions."""
     for node in reversed(list(graph.nodes)):
         value = node.op in ("call_function", "call_method", "get_attr")
         if value and not node.users and not changes(model, node):
@@ -283,12 +283,12 @@ def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether a module is one of torch's or of ours, which change nothing but by a flag."""
+    """Return whether a module is one of torch's or ours, which change their input only by a flag."""
     return type(module).__module__.startswith(("torch.nn.", _OWN)) and "forward" not in vars(module)
 
 
 def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """The values whose memory a node's result may share."""
+    """Return the values whose memory a node's result may share."""
     if node.op in ("placeholder", "get_attr", "output"):
         return []
     if node.op == "call_module":
@@ -304,12 +304,12 @@ def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
     if name in _FACTS or (name in _FRESH and not changes(model, node) and _is_torchs(node.target)):
         return []
     if node.op == "call_method" or node.target in _AUGMENTED or node.target is operator.getitem:
-        return _nodes(node.args[:1])  # of its own tensor, whatever else it reads
+        return _nodes(node.args[:1])  # only its own tensor, whatever else it reads
     return node.all_input_nodes
 
 
 class _Classes:
-    """Values in classes that may share memory."""
+    """Groups values that may share memory."""
 
     def __init__(self) -> None:
         self.members: dict[fx.Node, set[fx.Node]] = {}
@@ -324,14 +324,14 @@ class _Classes:
             self.members[member] = merged
 
 
-# ---------------------------------------------------------------- made ordinary
+# ---------------------------------------------------------------- made out-of-place
 
 
 def make_pure(model: nn.Module, graph: fx.Graph) -> None:
-    """In-place activations and additions become ordinary ones where nobody else holds what they change.
+    """Make in-place activations and additions out-of-place if no other value holds the changed memory.
 
-    Who reads the changed value afterwards is made to read the result. What a module's flag says is asked at
-    each of its calls: another call of the same module may have to stay in place.
+    Later readers of the changed value read the result instead. A module's flag is handled separately
+    for each of its calls: another call of the same module may have to stay in place.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     classes = _Classes()
@@ -346,7 +346,7 @@ def make_pure(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _alone(classes: _Classes, value: fx.Node, at: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether nobody reads what shares a value's memory, but for the value itself, after a node."""
+    """Return whether no other value that shares a value's memory is read after a node."""
     members = classes.members.get(value, {value})
     if any(member.op == "get_attr" for member in members):
         return False
@@ -354,7 +354,7 @@ def _alone(classes: _Classes, value: fx.Node, at: fx.Node, order: dict[fx.Node, 
 
 
 def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
-    """Make a node give a new value instead of changing its first argument, if it is of a kind that can."""
+    """Make a node return a new value instead of changing its first argument, if its kind allows it."""
     module = module_of(model, node)
     if module is not None and surely(module, *_SWITCHED):
         name = str(node.target)
@@ -387,7 +387,7 @@ def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
 
 
 def add_to(model: nn.Module, name: str, value: nn.Module | Tensor) -> str:
-    """Register a module or a buffer under a name that the model does not have yet, which is given back."""
+    """Register a module or a buffer under a new name, and return the name."""
     number = 0
     while hasattr(model, free := f"_{name}{number}"):
         number += 1
@@ -398,14 +398,14 @@ def add_to(model: nn.Module, name: str, value: nn.Module | Tensor) -> str:
     return free
 
 
-# ---------------------------------------------------------------- who may not pass whom
+# ---------------------------------------------------------------- order of nodes
 
 
 class Effects:
-    """Where in a graph memory is changed, and who sees it.
+    """Where memory is changed in a graph, and which values are affected.
 
     Args:
-        model: whose graph it is.
+        model: the model of the graph.
         graph: its nodes keep their order.
     """
 
@@ -426,15 +426,15 @@ class Effects:
                 self._places.setdefault(value, []).append(self.order[node])
 
     def between(self, value: fx.Node, first: fx.Node, last: fx.Node) -> bool:
-        """Whether a value may change after one node has run and before another one has."""
+        """Return whether a value may change after one node has run and before another one runs."""
         return any(self.order[first] < at < self.order[last] for at in self._places.get(value, ()))
 
     def arguments(self) -> list[fx.Node]:
-        """The network's own arguments that may be changed."""
+        """Return the network's own arguments that may be changed."""
         changed = set().union(*self.changed.values()) if self.changed else set()
         return [node for node in self.order if node.op == "placeholder" and node in changed]
 
     def attributes(self) -> Iterable[fx.Node]:
-        """The network's own tensors that it surely or possibly changes."""
+        """Return the network's own tensors that may be changed."""
         changed = set().union(*self.changed.values()) if self.changed else set()
         return [node for node in self.order if node.op == "get_attr" and node in changed]

@@ -1,4 +1,4 @@
-"""Which of two ways to compute the same is faster here: a short measurement for decisions at run time."""
+"""Decide at run time which of two ways to compute the same result is faster, by a short measurement."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def speed_ratio(
     round_seconds: float = 0.005,
     budget: float = 0.3,
 ) -> float:
-    r"""The median over rounds of the seconds of ``other`` over those of ``one``: how much faster ``one`` is.
+    r"""Return the speed-up of ``one``: the median over rounds of the seconds of ``other`` over its own.
 
-    For a decision at run time, so no longer than that takes: after three rounds it ends where every round's
-    ratio r lies on one side, :math:`r > 1.2\,\text{level}` or :math:`1.2\,r < \text{level}`, or where the
+    The measurement ends early, since it runs at run time: after three rounds if every round's
+    ratio r is on one side, :math:`r > 1.2\,\text{level}` or :math:`1.2\,r < \text{level}`, or when the
     budget is spent.
 
     Args:
-        one, other: functions without arguments; each runs once before anything is timed.
+        one: function without arguments; runs once before anything is timed.
+        other: as ``one``.
         level: the ratio at which the decision changes.
-        rounds: at most, and at least 3.
-        round_seconds: about how long one round of one function lasts, if a call is not longer.
-        budget: seconds in all after which no further round begins.
+        rounds: the most rounds, at least 3.
+        round_seconds: approximate duration of a round of one function, if a call is not longer.
+        budget: total seconds after which no further round starts.
 
     Raises:
         ValueError: ``rounds`` below 3.
@@ -56,12 +57,12 @@ def speed_ratio(
     return float(np.median(ratios))
 
 
-# a decision at run time takes so many rounds, and is beyond doubt where all differ so much
+# a decision at run time takes this many rounds, and is clear if all ratios exceed this
 _FEWEST_ROUNDS, _CLEAR = 3, 1.2
 
 
 def _seconds(run: Callable[[], object], calls: int) -> float:
-    """The mean of some calls."""
+    """Return the mean seconds of some calls."""
     begin = perf_counter()
     for _ in range(calls):
         run()

@@ -1,4 +1,4 @@
-"""A fused network as a module: it can be copied and pickled, and says no to arguments that it is not for."""
+"""A fused network as a module: it can be copied and pickled, and refuses arguments it was not made for."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def same_argument(value: Any, fixed: Any, name: str) -> None:
 
 
 def tensor_argument(value: Any, name: str) -> Any:
-    """The argument itself.
+    """Return the argument.
 
     Raises:
-        TypeError: it is no tensor, which the forward asked for when it was traced.
+        TypeError: it is not a tensor, although the forward checked for one when it was traced.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: this network was fused for a tensor, got {type(value).__name__}")
@@ -54,9 +54,9 @@ def tensor_argument(value: Any, name: str) -> Any:
 
 
 def match_layout(value: Any, like: Any) -> Any:
-    """A map in the order in memory that a network gives its maps: that of its input.
+    """Return a map in the memory order of the network's input.
 
-    Programs answer in channels_last; who takes a view of a map may rely on the other order.
+    Programs return channels_last; a caller that takes a view of a map may rely on the other order.
     """
     if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(like, Tensor):
         return value
@@ -64,15 +64,15 @@ def match_layout(value: Any, like: Any) -> Any:
 
 
 def copied_argument(value: Any) -> Any:
-    """An argument, whatever holds its tensors, in memory of its own."""
+    """Copy an argument, including all tensors in it."""
     return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
 
 
 class Fused(fx.GraphModule):
-    """What :func:`quincunx.fuse` makes.
+    """The module that :func:`quincunx.fuse` returns.
 
-    torch.fx would trace its code again when it is pickled, which loses operations in place and the hooks
-    that it carries; here its nodes are written down one by one.
+    torch.fx would trace its code again when pickled, which loses in-place operations and its
+    hooks; this class writes its nodes one by one instead.
     """
 
     def carry_hooks(self, model: nn.Module) -> None:
@@ -112,7 +112,7 @@ def _written(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _plain(values: Any) -> Any:
-    """torch.fx's own containers as Python's."""
+    """Convert torch.fx's own containers to Python's."""
     if isinstance(values, tuple) and not hasattr(values, "_fields"):
         return tuple(_plain(value) for value in values)
     if isinstance(values, list):
@@ -121,12 +121,12 @@ def _plain(values: Any) -> Any:
 
 
 def path_of(function: Any) -> Any:
-    """Where a function is found again; pickle cannot name those that torch makes inside others."""
+    """Return the import path of a function; pickle cannot name functions that torch defines inside others."""
     path = fx.node._get_qualified_name(function) if callable(function) else ""
     try:
         return path if found_at(path) is function else function
     except (ImportError, AttributeError):
-        return function  # pickle says what is wrong with it
+        return function  # pickle reports the error
 
 
 def found_at(path: str) -> Any:
@@ -162,7 +162,7 @@ def _rebuilt(parts: Mapping[str, Any]) -> Fused:
     return result.train(parts["training"])
 
 
-# for whoever traces a fused network's code again
+# for tracing a fused network's code again
 torch.fx.wrap("same_argument")
 torch.fx.wrap("tensor_argument")
 torch.fx.wrap("copied_argument")

@@ -1,7 +1,7 @@
-"""A program's steps as GPU kernels: ours, or cuDNN's where that was measured to be faster; CUDA graphs.
+"""A program's steps as GPU kernels: ours, or cuDNN's if measured to be faster; CUDA graphs.
 
-A program on a GPU is a sequence of launches. Below some images a call costs the processor more than the work
-costs the card, and then the sequence is recorded once for each shape and replayed.
+A program on a GPU is a sequence of launches. With few images launching a call takes the CPU longer than the
+GPU takes to run it; then the sequence is recorded once for each shape and replayed.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ __all__ = [
 ]
 
 Values = dict[str, Tensor]
-# calls in a graph that is timed, and times that it is replayed
+# calls in a timed graph, and its replays
 _CALLS, _REPLAYS = 10, 7
-# ours has no second place for its weights and is the one that we know
+# prefer ours when close: it needs no second copy of its weights, and it is the one that we know
 _MARGIN = 0.97
 _FASTER: dict[tuple[Any, ...], bool] = {}
 
 
 def is_recording() -> bool:
-    """Whether what is launched now becomes part of somebody's graph, in which nothing may wait."""
+    """Return whether launches are currently recorded into a caller's graph, in which nothing may wait."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -63,7 +63,7 @@ def is_recording() -> bool:
 
 
 def step_stage(step: Step, maps: dict[str, Map], device: torch.device) -> Callable[[Values], None]:
-    """A step by our kernels: its tables on the device, and its weight as they read it best."""
+    """Return a step with our kernels: its tables on the device, and its weight in their layout."""
     if step.kind == "mean":
         return partial(_means, step, *_mean_windows(step, maps, device), output(step, maps))
     source, out = maps[step.source], output(step, maps)
@@ -108,12 +108,12 @@ def _convolve(step: Step, weight: Tensor, layout: Any, rows: Tensor | None, valu
 
 
 def _kernels() -> Any:
-    # Triton is imported where something runs on a GPU, and nowhere else
+    # import Triton only where something runs on a GPU
     return import_module("quincunx.ops.triton.launch")
 
 
 def follower_stage(step: Follower, maps: dict[str, Map], device: torch.device) -> Callable[[Values], None]:
-    """What stands between convolutions: on compact maps by tables on the device."""
+    """Return an operation between convolutions; on compact maps with tables on the device."""
     first = maps[step.sources[0]]
     if step.kind == "maxpool" and first.fill:
         plan = window_plan(first.fill, pool_window(step, first.size), *first.size)
@@ -132,7 +132,7 @@ def _pool(step: Follower, index: Tensor, starts: Tensor, size: tuple[int, int], 
 
 
 def _pool_dense(step: Follower, window: Geometry, size: tuple[int, int], values: Values) -> None:
-    # torch's own also notes where each maximum was, which only training needs
+    # torch's max pooling also stores indices, which only training needs
     values[step.out] = _kernels().max_pool(values[step.sources[0]], window, size)
 
 
@@ -159,7 +159,7 @@ def _means(step: Step, index: Tensor, starts: Tensor, out: Map, values: Values) 
 
 
 def prefers_cudnn(step: Step, maps: dict[str, Map], batch: int, device: torch.device) -> bool:
-    """Whether cuDNN is faster for a dense step of this shape; measured once a process and card."""
+    """Return whether cuDNN is faster for a dense step of this shape; measured once per process and card."""
     key = (device, torch.backends.cudnn.allow_tf32, *shape_key(step, maps, batch))
     if key not in _FASTER:
         values = {name: example_map(maps[name], batch, step.weight.dtype, device) for name in step.reads}
@@ -171,7 +171,7 @@ def prefers_cudnn(step: Step, maps: dict[str, Map], batch: int, device: torch.de
 
 
 def cudnn_stage(step: Step, maps: dict[str, Map]) -> Callable[[Values], None]:
-    """A dense step by cuDNN, with bias, shortcut and ReLU in its own epilogue where it has them."""
+    """Return a dense step with cuDNN, with bias, shortcut and ReLU in its epilogue where it has one."""
     geometry = step.geometry
     top, bottom, left, right = geometry.padding
     plain = step.shortcut is None or (step.shortcut.stride == 1 and not step.shortcut.padded)
@@ -204,7 +204,7 @@ def _cudnn_plain(step: Step, maps: dict[str, Map], values: Values) -> None:
 
 
 def _cudnn() -> Any:
-    """Its best algorithm by trial; in a graph, where nothing can be tried, the one found before."""
+    """Use cuDNN's best algorithm by trial; in a graph, which cannot try any, the one found before."""
     now = torch.backends.cudnn
     return now.flags(
         enabled=True,
@@ -215,7 +215,7 @@ def _cudnn() -> Any:
 
 
 def example_map(shape: Map, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random values of a map's shape, to time a step with."""
+    """Return random values of a map's shape, to time a step with."""
     made = torch.randn(batch, shape.channels, *shape.stored, device=device)
     return made.to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -224,14 +224,14 @@ def example_map(shape: Map, batch: int, dtype: torch.dtype, device: torch.device
 
 
 def gpu_seconds(run: Callable[[], object]) -> float:
-    """The card's time for a call, without the processor's for launching it: the median of some replays."""
+    """Return the GPU time of a call, without the CPU's launch time: the median of some replays."""
     with ONE_AT_A_TIME:
         replay = captured(lambda: [run() for _ in range(_CALLS)])
         return _event_seconds(replay) / _CALLS
 
 
 def _call_seconds(run: Callable[[], object]) -> float:
-    """The time of a call as its user sees it, some calls one behind the other."""
+    """Return the time of a call as its user sees it, averaged over consecutive calls."""
     run()
     return _event_seconds(lambda: [run() for _ in range(_CALLS)]) / _CALLS
 
@@ -254,13 +254,13 @@ def _event() -> torch.cuda.Event:
 
 
 class Recorded:
-    """A sequence of launches for one shape of input, replayed as a CUDA graph where that is faster.
+    """A sequence of launches for one shape of input, replayed as a CUDA graph if that is faster.
 
-    What a replay writes lies where the last one wrote, so inputs are copied to the graph and outputs from it;
+    A replay writes to fixed memory, so inputs are copied to the graph and outputs from it;
     with many images that costs more than launching, and then nothing is recorded.
 
     Args:
-        run: from inputs to outputs, tensors of one device.
+        run: computes outputs from inputs, tensors on one device.
         inputs: examples.
     """
 
@@ -271,19 +271,19 @@ class Recorded:
         self.lock = threading.Lock()
         self.inputs = [t.clone(memory_format=torch.preserve_format) for t in inputs]
         self.replay: Callable[[], Any] | None = None
-        # why nothing is replayed
+        # the reason for not replaying
         self.reason = "launching is faster"
         with ONE_AT_A_TIME:
             try:
                 self.replay = captured(lambda: run(self.inputs))
             except RuntimeError as error:
-                # what stands between convolutions may wait for the card, and then it cannot be recorded
+                # operations between convolutions may wait for the card, which cannot be recorded
                 self.reason, self.inputs = first_line(error), []
                 return
             by_graph = _call_seconds(lambda: self._replayed(inputs))
             worth = by_graph < _call_seconds(lambda: run(inputs))
         if not worth:
-            # its memory is worth more
+            # the graph is not worth its memory
             self.replay, self.inputs = None, []
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -292,7 +292,7 @@ class Recorded:
         return self._replayed(inputs)
 
     def _replayed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        # a copy, the replay and the copies out belong together, whichever thread begins
+        # one lock for the copies in, the replay and the copies out, also across threads
         with self.lock:
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given)

@@ -1,4 +1,4 @@
-"""A fused copy beside the network it was made of, module by module, on one input."""
+"""Compare a fused copy with the network that it was made from, module by module, on one input."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from quincunx.modules import evaluation
 
 __all__ = ["Comparison", "difference"]
 
-# relative to the largest magnitude; what folding a batch norm and summing in another order may change
+# relative to the largest magnitude; allows for folding batch norm and summing in another order
 _ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.02}
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest difference between two answers, relative to the largest magnitude of each tensor.
+    """Return the largest difference between two outputs, relative to the largest magnitude of each tensor.
 
-    Infinite where they differ in kind: other containers, shapes, or values that are not finite. Of integers
-    and truth values it is the share that differs.
+    It is infinite if they differ in structure: other containers, shapes, or values that are not finite. For
+    integers and truth values it is the share that differs.
     """
     if isinstance(found, Tensor) and isinstance(expected, Tensor):
         return _of_tensors(found, expected)
@@ -72,9 +72,9 @@ class Comparison:
     """Compares a fused network with its model.
 
     Args:
-        modules: name of a node of the traced graph -> path of the module that it calls, and which call of
-            it this is.
-        dtype: that the copy's programs compute in, if it is not the network's.
+        modules: name of a node of the traced graph -> path of the module that it calls, and the number of
+            the call.
+        dtype: the format that the copy's programs compute in, if it differs from the network's.
     """
 
     def __init__(self, modules: dict[str, tuple[str, int]], dtype: torch.dtype | None = None) -> None:
@@ -84,7 +84,7 @@ class Comparison:
     def check(self, model: nn.Module, fused: fx.GraphModule, example_input: Any) -> None:
         """
         Raises:
-            TypeError: the answers differ by more than rounding; the first module is named.
+            TypeError: the outputs differ by more than rounding; the message names the first such module.
         """
         arguments = example_input if isinstance(example_input, tuple) else (example_input,)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation(model):
@@ -102,7 +102,7 @@ class Comparison:
         )
 
     def _first(self, model: nn.Module, fused: fx.GraphModule, arguments: tuple[Any, ...]) -> str:
-        """The first module whose output differs, and by how much, as the end of a sentence."""
+        """Return the first module whose output differs, and by how much, as the end of a sentence."""
         wanted: dict[str, list[Any]] = {}
         with ExitStack() as stack:
             for path in {path for path, _ in self.modules.values()}:
@@ -127,7 +127,7 @@ class Comparison:
 
 
 class _Watcher(fx.Interpreter):
-    """Runs a fused network and keeps what its nodes give, by name."""
+    """Runs a fused network and keeps the values of its nodes, by name."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)

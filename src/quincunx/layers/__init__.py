@@ -1,1 +1,1 @@
-"""Modules over the operators, and networks as graphs of them."""
+"""Modules over the operators, and graphs of networks with these modules as leaves."""

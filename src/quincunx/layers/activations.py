@@ -1,4 +1,4 @@
-"""The activations that apply value by value, as modules and as functions."""
+"""The elementwise activations, as modules and as functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS"]
 
-# value by value: they apply to a sampled map as to any other
+# elementwise: they apply to a sampled map as to any other
 ACTIVATIONS = (
     nn.ReLU,
     nn.Hardtanh,

@@ -1,8 +1,8 @@
-"""What a network's forward may read from a layer, on the modules that stand in its place.
+"""Attributes that a network's forward may read from a layer, for the modules that replace it.
 
-A forward that brings its input to ``conv.weight.dtype``, or views a map by ``conv.out_channels``, goes on
-doing so. Settings are plain attributes; where a module has no parameter of that name, ``weight`` is the
-kernel that it amounts to.
+A forward that casts its input to ``conv.weight.dtype``, or views a map by ``conv.out_channels``, keeps
+working. Settings are plain attributes; if a module has no parameter of that name, ``weight`` is the
+kernel that it is equivalent to.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ CONV_ATTRIBUTES = (
 def torch_padding(
     value: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> str | tuple[int, ...]:
-    """``padding`` as ``nn.Conv2d`` keeps it: a word or (vertical, horizontal).
+    """Return ``padding`` in the form of ``nn.Conv2d``: a word or (vertical, horizontal).
 
-    Sides that differ, which torch has only by the word, are (top, bottom, left, right) where no word fits.
+    Unequal sides, which torch supports only by the word, are (top, bottom, left, right) if no word fits.
 
     Example:
         >>> torch_padding(1, (3, 3), (1, 1), (1, 1)), torch_padding((1, 1, 0, 0), (3, 1), (1, 1), (1, 1))
@@ -52,7 +52,7 @@ def torch_padding(
 
 
 class ConvLike(nn.Module):
-    """A module with the settings of the ``nn.Conv2d`` with zero padding that it stands for.
+    """A module with the settings of the zero-padded ``nn.Conv2d`` that it replaces.
 
     Example:
         >>> layer = ConvLike()
@@ -83,7 +83,7 @@ class ConvLike(nn.Module):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> None:
-        """Note the settings, with the values and types that ``nn.Conv2d`` gives them."""
+        """Store the settings, with the values and types that ``nn.Conv2d`` gives them."""
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = pair("kernel_size", kernel_size, 1)
         self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
@@ -92,7 +92,7 @@ class ConvLike(nn.Module):
 
 
 def kernel_of_halves(vertical: Tensor, horizontal: Tensor, groups: int) -> Tensor:
-    r"""W [O, C / groups, dh, dw] of a d x 1 and a 1 x d convolution with K channels in each group between.
+    r"""Return W [O, C / groups, dh, dw] of a d x 1 and a 1 x d convolution with K channels per group between.
 
     .. math:: W_{n,c,i,j} = \sum_k V_{k,c,i}\, T_{n,k,j}
 
@@ -106,10 +106,10 @@ def kernel_of_halves(vertical: Tensor, horizontal: Tensor, groups: int) -> Tenso
 
 
 def kernel_of_bottleneck(down: Tensor, up: Tensor, groups: int, density: float) -> Tensor:
-    """About the kernel [O, C / groups, kh, kw] of a sampled convolution and a transposed one behind it.
+    """Return the approximate kernel [O, C / groups, kh, kw] of a sampled and then a transposed convolution.
 
-    What they compute differs from position to position and reaches further than one of them; this is the
-    mean over all positions, within the size of one.
+    Their exact kernel differs from position to position and is larger than each of theirs; this is the
+    mean over all positions, cropped to the size of one.
 
     Example:
         >>> kernel_of_bottleneck(torch.ones(2, 3, 3, 3), torch.ones(2, 4, 3, 3), 1, 0.5)[0, 0, 1]

@@ -1,5 +1,5 @@
-"""Layers whose weights are +1 and -1: one form to train, with real weights behind the signs, and one for
-inference, with one bit a weight."""
+"""Layers with weights +1 and -1: one form to train, with real weights behind the signs, and one for
+inference, with one bit per weight."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Signs(torch.autograd.Function):
 
 
 def binarised(weight: Tensor, stochastic: bool = False) -> Tensor:
-    r"""+1 or -1 for each weight, with the gradient going straight through.
+    r"""Return +1 or -1 for each weight, with a straight-through gradient.
 
     .. math:: w_b = \text{sign}(w), \quad \text{sign}(0) = +1; \qquad
         P(w_b = +1) = \text{clip}((w + 1) / 2, 0, 1) \text{ if stochastic}; \qquad
@@ -55,7 +55,7 @@ def binarised(weight: Tensor, stochastic: bool = False) -> Tensor:
 
 
 class _Binary(nn.Module):
-    """The shadow weights, their clipping and signs, and the scale."""
+    """The real weights, their clipping and signs, and the scale."""
 
     weight: nn.Parameter
     scale: Tensor | None
@@ -70,18 +70,18 @@ class _Binary(nn.Module):
         self.register_buffer("scale", torch.ones(shape[0]) if scale else None)
 
     def clip(self) -> None:
-        """Bring the shadow weights back into [-1, 1], in place."""
+        """Clip the real weights to [-1, 1], in place."""
         with torch.no_grad():
             self.weight.clamp_(-1, 1)
 
     def binary_weight(self) -> Tensor:
-        """The weights of this forward: +1 and -1, drawn only in training and only if stochastic."""
+        """Return the weights of this forward: +1 and -1, random only in training and only if stochastic."""
         if self.training:
             self.clip()
         return binarised(self.weight, self.stochastic and self.training)
 
     def pack(self) -> nn.Module:
-        """The same layer in its form for inference.
+        """Return the same layer in its form for inference.
 
         Raises:
             ValueError: a weight that is not finite.
@@ -98,23 +98,30 @@ class _Binary(nn.Module):
 
 
 class BinaryConv2d(_Binary, ConvLike):
-    r"""A convolution with weights +1 and -1, in the form that trains: real weights behind the signs.
+    r"""A convolution with weights +1 and -1 in its training form, with real weights behind the signs.
 
     .. math:: y_o = s_o \, (\text{sign}(w_o) * x) + b_o
 
-    Forward and backward use the signs; the gradient of a sign is given to the real weight behind it as it
-    is. Each training forward first clips the real weights to [-1, 1], which is what the paper does after
+    Forward and backward use the signs; the gradient of a sign goes unchanged to the real weight behind
+    it. Each training forward first clips the real weights to [-1, 1], which the paper does after
     each update: an update may leave that range, but no gradient is ever taken outside it. Maps [N, C, H, W]
     to [N, O, H', W'] as ``nn.Conv2d`` does.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as ``nn.Conv2d``.
+        in_channels: channels C of the input.
+        out_channels: channels O of the output.
+        kernel_size: an integer or (vertical, horizontal).
+        stride: an integer or (vertical, horizontal).
+        padding: an integer, (vertical, horizontal), (top, bottom, left, right), "same" or "valid".
+        dilation: an integer or (vertical, horizontal).
+        groups: channel groups.
+        bias: whether a trained b_o is added.
         stochastic: draw each sign with probability (w + 1) / 2 of +1, in training only; in evaluation
             mode the signs are always those of the weights.
         scale: whether there is a factor s for each output channel, a buffer that starts at 1.
 
     Raises:
-        ValueError: channels that do not divide by ``groups``, a size below 1; when called, a map that is
+        ValueError: channels that do not divide by ``groups``, a size below 1; when called, a map
             smaller than the kernel.
         TypeError: an argument of another type.
 
@@ -168,17 +175,18 @@ class BinaryConv2d(_Binary, ConvLike):
 
 
 class BinaryLinear(_Binary):
-    r"""A linear layer with weights +1 and -1, in the form that trains; see :class:`BinaryConv2d`.
+    r"""A linear layer with weights +1 and -1 in its training form; see :class:`BinaryConv2d`.
 
     .. math:: y_o = s_o \, \langle \text{sign}(w_o), x \rangle + b_o
 
     Maps [..., in_features] to [..., out_features].
 
     Args:
-        in_features, out_features: features of an input and of a result.
+        in_features: features of an input.
+        out_features: features of an output.
         bias: whether a trained b_o is added.
         stochastic: draw each sign with probability (w + 1) / 2 of +1, in training only; in evaluation
-            signs are those of the weights.
+            mode the signs are those of the weights.
         scale: whether there is a factor s for each output, a buffer that starts at 1.
 
     Raises:
@@ -222,20 +230,28 @@ class BinaryLinear(_Binary):
 
 
 class PackedConv2d(ConvLike):
-    r"""A convolution with weights +1 and -1 kept as one bit each; for inference only.
+    r"""A convolution with weights +1 and -1 stored as one bit each; for inference only.
 
     .. math:: y_o = s_o \sum_{c,t} \pm x_{c,t} + b_o
 
     On the CPU, in float32, the native kernel computes it with additions and subtractions: signed sums of
-    four channels are made once for each position and looked up for each output. Elsewhere the bits are
-    unpacked to +1 and -1 for an ordinary convolution.
+    four channels are computed once for each position and looked up for each output. Elsewhere the bits are
+    unpacked to +1 and -1 for an ordinary convolution. :meth:`BinaryConv2d.pack` makes such layers.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, scale: as
-            :class:`BinaryConv2d`, whose ``pack`` makes such layers.
+        in_channels: channels C of the input.
+        out_channels: channels O of the output.
+        kernel_size: an integer or (vertical, horizontal).
+        stride: an integer or (vertical, horizontal).
+        padding: an integer, (vertical, horizontal), (top, bottom, left, right), "same" or "valid".
+        dilation: an integer or (vertical, horizontal).
+        groups: channel groups.
+        bias: whether b_o is added.
+        scale: whether there is a factor s for each output channel.
 
     Raises:
-        ValueError: as :class:`BinaryConv2d`.
+        ValueError: channels that do not divide by ``groups``, a size below 1; when called, a map
+            smaller than the kernel.
         NotImplementedError: in a backward pass.
 
     Example:
@@ -274,7 +290,7 @@ class PackedConv2d(ConvLike):
 
     @property
     def weight(self) -> Tensor:
-        """The signs, each times its output's scale, as ``nn.Conv2d`` would hold them."""
+        """Return the signs, times each output's scale, in the layout of ``nn.Conv2d``."""
         return _unpacked(self, (self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,10 +301,15 @@ class PackedConv2d(ConvLike):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with weights +1 and -1 kept as one bit each; see :class:`PackedConv2d`.
+    """A linear layer with weights +1 and -1 stored as one bit each; see :class:`PackedConv2d`.
+
+    :meth:`BinaryLinear.pack` makes such layers.
 
     Args:
-        in_features, out_features, bias, scale: as :class:`BinaryLinear`, whose ``pack`` makes such layers.
+        in_features: features of an input.
+        out_features: features of an output.
+        bias: whether b_o is added.
+        scale: whether there is a factor s for each output.
 
     Raises:
         ValueError: a size below 1; when called, another number of features.
@@ -313,7 +334,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The signs, each times its output's scale, as ``nn.Linear`` would hold them."""
+        """Return the signs, times each output's scale, in the layout of ``nn.Linear``."""
         return _unpacked(self, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,7 +373,7 @@ def _packed_linear(
     if x.shape[-1] != features:
         raise ValueError(f"x: {x.shape[-1]} features, expected {features}")
     flat = x.reshape(-1, features)
-    # rows of features are what a map of n x 1 positions is in channels_last
+    # rows of features have the layout of a map of n x 1 positions in channels_last
     one = (1, 1)
     as_map = flat.t()[None, :, :, None]
     y = torch.ops.quincunx.binary_conv(as_map, bits, scale, bias, one, one, (0, 0, 0, 0), one, 1)
@@ -406,7 +427,7 @@ def _conv_spec(
     bias: bool,
     scale: bool,
 ) -> dict[str, Any]:
-    """JSON-ready; all that builds the layer again, checked."""
+    """Return the checked settings that rebuild the layer, JSON-ready."""
     _positive(in_channels=in_channels, out_channels=out_channels, groups=groups)
     _switches(bias=bias, scale=scale)
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -443,7 +464,7 @@ def _shown(spec: dict[str, Any]) -> str:
 
 
 def pack_binary(network: nn.Module) -> nn.Module:
-    """The network itself with its binary layers replaced by packed ones, and its notes for ``qx.save``."""
+    """Replace a network's binary layers by packed ones, and update its records for ``qx.save``."""
     notes = dict(getattr(network, "quincunx_replaced", {}))
     made: dict[int, nn.Module] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):

@@ -1,4 +1,4 @@
-"""A replacement's module from its spec."""
+"""Build a replacement module from its spec."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _sampled(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return build
 
 
-# what ``kind`` in a replacement's spec stands for
+# the module for each ``kind`` in a spec
 _KINDS: dict[str, Callable[..., nn.Module]] = {
     "conv": nn.Conv2d,
     "separable": SeparableConv2d,
@@ -59,7 +59,7 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_module(spec: dict[str, Any]) -> nn.Module:
-    """The module that a replacement's spec describes, with fresh weights.
+    """Return the module that a replacement's spec describes, with fresh weights.
 
     Raises:
         ValueError: not such a spec.

@@ -21,20 +21,20 @@ __all__ = ["CONVS", "is_conv", "is_leaf", "trace"]
 _SAMPLED = (SampledConv2d, PerforatedConv2d, MaskedConv2d, SampledDown2d, PairedDown2d)
 _TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
 CONVS = (nn.Conv2d, *_SAMPLED, *_TRANSPOSED)
-# they run as they are
+# opaque leaves
 _WHOLE = (QuantConv2d, QuantLinear)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module of ours is one node of a graph."""
+    """Return whether a module of ours is one node of a graph."""
     return surely(module, *CONVS, *_WHOLE)
 
 
 def trace(model: nn.Module) -> tracing.Traced:
-    """A network's graph for its required arguments; see :func:`quincunx.layers.tracing.trace`."""
+    """Return a network's graph for its required arguments; see :func:`quincunx.layers.tracing.trace`."""
     return tracing.trace(model, is_leaf)
 
 
 def is_conv(module: nn.Module | None) -> bool:
-    """Whether a module is surely one of the convolutions that a step can be."""
+    """Return whether a module is certainly a convolution that a step supports."""
     return surely(module, *CONVS)

@@ -1,7 +1,7 @@
-"""The two halves of a spatial bottleneck that takes the place of a pair of convolutions.
+"""The two halves of a spatial bottleneck that replaces a pair of convolutions.
 
-Between them stand the network's own norm and activation, which see a sampled map. A network calls the
-second half with that map alone, so the map itself carries the size of its grid: neither half keeps anything
+Between them the network's own norm and activation see a sampled map. A network calls the
+second half with that map only, so the map itself carries the size of its grid. Neither half stores state
 of a forward, which may run in several threads, on several sizes, and again in a backward pass.
 """
 
@@ -28,7 +28,7 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined, unused-ignore]
 
 
 class SampledMap(Tensor):
-    """A sampled map [N, C, m, 1] that knows its grid's size (H, W); what is computed from it knows it too.
+    """A sampled map [N, C, m, 1] that knows its grid's size (H, W) and passes it on to results.
 
     Example:
         >>> y = nn.ReLU()(PairedDown2d(3, 8, sampling=qx.CHESSBOARD)(torch.randn(1, 3, 6, 4)))
@@ -50,14 +50,14 @@ class SampledMap(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if isinstance(func, OpOverload):  # in a compiled part, which takes plain tensors
                 return func(*tree_map(_plain, args), **tree_map(_plain, dict(kwargs or {})))
-            # a mode that watches every operation may know none but plain tensors
+            # a mode that intercepts every operation may support only plain tensors
             if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
                 args, kwargs = tree_map(_plain, args), tree_map(_plain, dict(kwargs or {}))
             result = func(*args, **(kwargs or {}))
             if isinstance(func, OpOverloadPacket) and func._qualified_op_name.startswith("quincunx::"):
                 return result  # on another grid
         if type(func) is _GETTER and func != _DATA:
-            return result  # .grad, ._base and the like are other tensors
+            return result  # .grad, ._base and similar are other tensors
         sizes = [size for size in map(_size, _tensors(given)) if size is not None]
         if not sizes or any(other != sizes[0] for other in sizes):
             return result
@@ -92,7 +92,7 @@ def _size(value: Tensor) -> tuple[int, int] | None:
 
 
 def _sized(result: Any, size: tuple[int, int] | None, given: Sequence[Any] = ()) -> Any:
-    """A result with the size, if it may still hold the map's positions and is nothing that was given."""
+    """Give a result the size, if it may still hold the map's positions and is not one of the inputs."""
     if type(result) is not Tensor or result.dim() < 3:
         return result
     if torch.compiler.is_compiling():
@@ -100,23 +100,23 @@ def _sized(result: Any, size: tuple[int, int] | None, given: Sequence[Any] = ())
     elif any(result is value for value in given):
         return result
     else:
-        # the tensor itself: another one over the same values would be a view, which not every in-place
-        # operation may change
+        # change the tensor itself: a new tensor over the same values would be a view, which some in-place
+        # operations may not change
         result.__class__ = SampledMap
     result.grid_size = size  # type: ignore[attr-defined, unused-ignore]
     return result
 
 
 class Grid:
-    """Which grids a first half has seen, shared with its partner; it says only what no forward can change.
+    """The grids that a first half has seen, shared with its partner; no state of a forward.
 
-    A map that lost its size on the way still tells its number of positions. If all the grids seen so far
-    that have as many are of one size, it is that.
+    A map that lost its size on the way still has its number of positions. If all grids seen so far
+    with that number have one size, it is that size.
 
     Attributes:
-        sizes: number of positions -> the only size seen with it; None where there were several.
-        symbols: the size while a tracer stands in for values, which nothing outside its trace reads.
-        key: under which a compiled first half says that it saw grids that are not in ``sizes``.
+        sizes: number of positions -> the only size seen with it; None if there were several.
+        symbols: the size while a tracer uses symbols instead of values; only its trace reads it.
+        key: the key under which a compiled first half records that it saw grids missing in ``sizes``.
     """
 
     def __init__(self) -> None:
@@ -125,12 +125,12 @@ class Grid:
         self.key = str(next(_KEYS))
 
     def see(self, positions: int, size: tuple[int, int]) -> None:
-        """Note a grid."""
+        """Record a grid."""
         if self.sizes.setdefault(positions, size) != size:
             self.sizes[positions] = None
 
     def only(self, positions: int) -> tuple[int, int] | None:
-        """The one size that a map of so many positions can have; None if there is not one."""
+        """Return the only possible size of a map with this many positions, or None."""
         return None if self.key in _COMPILED else self.sizes.get(positions)
 
 
@@ -139,20 +139,20 @@ _COMPILED: set[str] = set()
 
 
 def _note_compiled(key: str) -> bool:
-    """Called once, while compiling."""
+    """Record the key; called once, while compiling."""
     _COMPILED.add(key)
     return True
 
 
-# torch.compiler.assume_constant_result, without the import of all of torch._dynamo that it makes
+# torch.compiler.assume_constant_result, without its import of all of torch._dynamo
 _note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class PairedDown2d(SampledDown2d):
     """The first half: a convolution at the positions of a sampling, [N, C, H, W] to [N, O, m, 1].
 
-    Arguments and geometry are those of the first half of :class:`quincunx.SpatialBottleneck2d`. What it
-    returns is a :class:`SampledMap`, which tells its partner the map's size. Both share ``grid``.
+    Its arguments are those of :class:`quincunx.layers.sampled.SampledDown2d`. It
+    returns a :class:`SampledMap`, which tells its partner the map's size. Both share ``grid``.
 
     Source: Peng et al., arXiv:1809.02601, section 3 (rSB).
 
@@ -176,7 +176,7 @@ class PairedDown2d(SampledDown2d):
             self.grid.symbols = size
         else:
             self.grid.see(y.shape[2], size)
-        # a stand-in for a tensor is of a class that has to stay
+        # a proxy's class must not change
         return _sized(y, size)  # type: ignore[no-any-return]
 
 
@@ -184,12 +184,17 @@ class PairedUp2d(SampledConvTranspose2d):
     """The second half: from the sampled map [N, C, m, 1] to every position, [N, O, H, W].
 
     Args:
-        in_channels, out_channels, kernel_size, sampling, dilation, groups, bias: as in
-            :class:`quincunx.SampledConvTranspose2d`, with the padding that keeps the size.
+        in_channels: channels C of the sampled map.
+        out_channels: channels O of the result.
+        kernel_size: an integer or (vertical, horizontal); the padding keeps the size.
+        sampling: the positions of the sampled map.
         partner: the path of the first half in the network.
+        dilation: an integer or (vertical, horizontal).
+        groups: channel groups.
+        bias: whether a trained bias is added.
 
     Raises:
-        RuntimeError: at a call without a size, if something between the halves made a plain tensor of the
+        RuntimeError: at a call without a size, if an operation between the halves made a plain tensor of the
             map and grids of several sizes have as many positions.
 
     Source: Peng et al., arXiv:1809.02601, section 3 (rSB).
@@ -232,7 +237,7 @@ class PairedUp2d(SampledConvTranspose2d):
 
         Raises:
             AttributeError: the network has no module of the partner's name.
-            ValueError: that module is no first half.
+            ValueError: that module is not a first half.
         """
         first = network.get_submodule(self.partner)
         if not isinstance(first, PairedDown2d):

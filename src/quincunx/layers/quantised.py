@@ -1,4 +1,4 @@
-"""Layers with product-quantised weights: codebooks to train, and assignments that stay as they are."""
+"""Layers with product-quantised weights: trainable codebooks and fixed assignments."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ __all__ = ["CodebookConv2d", "CodebookLinear", "QuantConv2d", "QuantLinear", "ch
 
 
 def check_codebook(subspace: int, codewords: int, channels: int, vectors: int | None) -> None:
-    """Refuse settings of a codebook that make no sense for a layer.
+    """Check the settings of a codebook for a layer.
 
     Args:
-        subspace, codewords: C' and K.
+        subspace: C'.
+        codewords: K.
         channels: C, the input channels of a group.
-        vectors: how many sub-vectors share a codebook; None where none exist yet.
+        vectors: number of sub-vectors that share a codebook; None if none exist yet.
 
     Raises:
-        ValueError: fewer than 2 codewords or more than there are sub-vectors, or than int16 can name; a
+        ValueError: fewer than 2 codewords, or more than sub-vectors or than int16 can index; a
             subspace outside 1..C.
     """
     for name, value in (("subspace", subspace), ("codewords", codewords)):
@@ -73,14 +74,20 @@ class QuantConv2d(_Quantised, ConvLike):
     .. math:: W_{o,\,mC'+c,\,t} = d_{m,\,a(m,t,o),\,c}
 
     with one codebook d of K codewords for each subspace m of C' input channels, shared by all outputs o
-    and kernel positions t of a channel group. Where C' does not divide the channels of a group the last
+    and kernel positions t of a channel group. If C' does not divide the channels of a group the last
     subspace is padded with zeros. Codebooks are trained; assignments a are fixed integers in the state
-    dict (uint8, or int16 for more than 256 codewords). On the CPU the native back end looks the results
-    up: MACs: H W C K for the tables and H' W' O kh kw ceil(C / C') look-ups, in place of H' W' O C kh kw.
+    dict (uint8, or int16 for more than 256 codewords). On the CPU the native back end uses look-up
+    tables: H W C K MACs for the tables and H' W' O kh kw ceil(C / C') look-ups, instead of H' W' O C kh kw.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as ``nn.Conv2d``
-            has them; padding also as (top, bottom, left, right).
+        in_channels: channels C of the input.
+        out_channels: channels O of the output.
+        kernel_size: an integer or (vertical, horizontal).
+        stride: an integer or (vertical, horizontal).
+        padding: an integer, (vertical, horizontal), (top, bottom, left, right), "same" or "valid".
+        dilation: an integer or (vertical, horizontal).
+        groups: channel groups.
+        bias: whether a trained bias is added.
         subspace: C'.
         codewords: K.
 
@@ -125,7 +132,7 @@ class QuantConv2d(_Quantised, ConvLike):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """JSON-ready; what builds it again."""
+        """The JSON-ready description that rebuilds the layer."""
         return {
             "kind": "quantised-conv",
             "in_channels": self.in_channels,
@@ -142,11 +149,11 @@ class QuantConv2d(_Quantised, ConvLike):
 
     @property
     def weight(self) -> Tensor:
-        """As :meth:`decoded` has it."""
+        """The weight from :meth:`decoded`."""
         return self.decoded()
 
     def decoded(self) -> Tensor:
-        """The weight [O, C / groups, kh, kw] as ``nn.Conv2d`` would hold it."""
+        """Return the weight [O, C / groups, kh, kw] in the layout of ``nn.Conv2d``."""
         return decoded(
             self.codebooks, self.assignments, self.in_channels // self.groups, self.kernel_size, self.groups
         )
@@ -178,11 +185,13 @@ class QuantLinear(_Quantised):
 
     .. math:: W_{o,\,mC'+c} = d_{m,\,a(m,o),\,c}
 
-    as :class:`QuantConv2d` has it for a kernel of one position. MACs of one input: C K for the tables
+    the case of :class:`QuantConv2d` with a kernel of one position. MACs of one input: C K for the tables
     and O ceil(C / C') look-ups.
 
     Args:
-        in_features, out_features, bias: as ``nn.Linear`` has them.
+        in_features: features C of an input.
+        out_features: features O of an output.
+        bias: whether a trained bias is added.
         subspace: C'.
         codewords: K.
 
@@ -205,7 +214,7 @@ class QuantLinear(_Quantised):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """JSON-ready; what builds it again."""
+        """The JSON-ready description that rebuilds the layer."""
         return {
             "kind": "quantised-linear",
             "in_features": self.in_features,
@@ -217,11 +226,11 @@ class QuantLinear(_Quantised):
 
     @property
     def weight(self) -> Tensor:
-        """As :meth:`decoded` has it."""
+        """The weight from :meth:`decoded`."""
         return self.decoded()
 
     def decoded(self) -> Tensor:
-        """The weight [O, C] as ``nn.Linear`` would hold it."""
+        """Return the weight [O, C] in the layout of ``nn.Linear``."""
         return decoded(self.codebooks, self.assignments, self.in_features, (1, 1), 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,7 +238,7 @@ class QuantLinear(_Quantised):
             raise ValueError(f"x: expected {self.in_features} features, got shape {tuple(x.shape)}")
         if not x.numel():
             return F.linear(x, self.decoded(), self.bias)
-        # each input is a position of one map
+        # each input becomes a position of one map
         rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
         y = lookup_conv2d(rows, self.codebooks, self.assignments, self.bias, kernel_size=1)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
@@ -241,6 +250,6 @@ class QuantLinear(_Quantised):
         )
 
 
-# names that say how: "quantised" is read as eight bits
+# more descriptive names: "quantised" suggests eight bits
 CodebookConv2d = QuantConv2d
 CodebookLinear = QuantLinear

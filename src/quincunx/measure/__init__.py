@@ -1,1 +1,1 @@
-"""What networks cost: multiplications, seconds, other engines."""
+"""Measure networks: multiplications, seconds, other engines."""

@@ -26,14 +26,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: a module that has parameters of its own or multiplies in its own forward.
+    """One layer: a module that has its own parameters or multiplies in its own forward.
 
     Attributes:
         name: the module's path in the network.
         kind: its class.
         macs: multiply-adds for the whole example input.
-        params: its own parameters, each shared one counted where it is first met.
-        output: shape of its output, empty if it never ran.
+        params: its own parameters; a shared one counts only where it first occurs.
+        output: shape of its output, empty if it did not run.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Cost:
     Attributes:
         macs: multiply-adds of convolutions, matrix products and attention (half of what torch calls
             FLOPs). Normalisation, activation, pooling and additions are not counted, as in the papers.
-        params: number of trainable and other parameters.
-        rows: one :class:`Row` a layer, in the order of the network's modules; MACs and parameters that
-            belong to no layer (a matrix product in the network's own forward) are in a row "(network)".
-        uncounted: "layer (class): operator" for each operator that multiplies, or may, and has no formula:
-            a Fourier transform, an operator of another library. Their multiply-adds are in no number here.
+        params: number of parameters, trainable or not.
+        rows: one :class:`Row` per layer, in the order of the network's modules; MACs and parameters outside
+            any layer (a matrix product in the network's own forward) are in a row "(network)".
+        uncounted: "layer (class): operator" for each operator that multiplies, or may, but has no formula:
+            a Fourier transform, an operator of another library. Their multiply-adds are not counted.
     """
 
     macs: int
@@ -63,7 +63,7 @@ class Cost:
     uncounted: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -74,12 +74,12 @@ Shape = Sequence[int]
 
 
 def _rnn(x: Shape, weight: Shape, recurrent: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """All steps of one direction of a layer."""
+    """Count all steps of one direction of a layer."""
     return 2 * math.prod(x[:-1]) * (math.prod(weight) + math.prod(recurrent))
 
 
 def _trilinear(a: Shape, b: Shape, c: Shape, *expanded: Any, out_shape: Any = None, **_: Any) -> int:
-    """The sum of a b c over what is summed: a product for each element of all dimensions."""
+    """Count the sum of products a b c: a product for each element of all dimensions."""
     shapes = [list(shape) for shape in (a, b, c)]
     for shape, extra in zip(shapes, expanded, strict=False):
         for dimension in sorted(extra):
@@ -107,17 +107,17 @@ _FORMULAS = {
     _ATEN.addmv: _added_vector,
     **dict.fromkeys((_ATEN.addr, _ATEN.ger), _outer),
 }
-# torch's own that multiply; the others add, compare, move or go value by value
+# torch's own operators that multiply; the others add, compare, move or work elementwise
 _MULTIPLY = re.compile(
     r"rnn|lstm|gru|attention|encoder_layer|trilinear|fft|cdist|mkldnn_(linear|conv)|sparse|cholesky|solve"
     r"|linalg_(?!vector_norm|matrix_norm|check_errors|cross|diagonal)|mm(_|$)|matmul|conv|geqrf|ormqr|lu_|svd"
 )
-# they compute nothing, or are ours and have formulas where they multiply
+# these compute nothing, or are ours and have formulas if they multiply
 _KNOWN = {"prim", "prims", "quincunx", "profiler", "c10d", "_c10d_functional", "inductor", "debugprims"}
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Notes the operators that a counter has no formula for."""
+    """Records the operators that a counter has no formula for."""
 
     def __init__(self, counter: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -142,7 +142,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
 
 @contextmanager
 def _in_parts() -> Iterator[None]:
-    """Within: attention runs as the matrix products that it consists of, in modules too."""
+    """Run attention as separate matrix products within the context, also in modules."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -153,14 +153,14 @@ def _in_parts() -> Iterator[None]:
 
 
 def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
-    r"""Multiply-adds and parameters of a network for one input.
+    r"""Count multiply-adds and parameters of a network for one input.
 
-    A sampled or transposed sampled convolution costs m kh kw C O / groups a picture, m being the
-    computed positions; a dense one H' W' kh kw C O / groups. Taps that fall outside the map count. Attention,
+    A sampled or transposed sampled convolution costs m kh kw C O / groups per image, m being the number of
+    computed positions; a dense one H' W' kh kw C O / groups. Taps outside the map count. Attention,
     recurrent layers and einsum count as the products that they consist of; ``uncounted`` names the rest.
 
     Args:
-        model: any module; it is run once in evaluation mode, without gradients, and left as it was.
+        model: any module; it is run once in evaluation mode, without gradients, and is not changed.
         example_input: a tensor [N, C, H, W], or a tuple of arguments. MACs are for the whole batch.
 
     Returns:
@@ -179,7 +179,7 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
         raise TypeError(f"example_input: expected a tensor or a tuple, got {type(example_input).__name__}")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     counted: dict[str, int] = {}
-    from torch.utils.flop_counter import FlopCounterMode  # with it comes Triton, where that is installed
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where that is installed
 
     shapes: dict[str, tuple[int, ...]] = {}
     names = dict(model.named_modules())
@@ -191,7 +191,7 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
 
             stack.callback(module.register_forward_hook(remember).remove)
         stack.enter_context(inference_mode_of(model))
-        # the counter knows no fused attention of the CPU, nor modules that torch runs in one call
+        # the counter does not know the CPU's fused attention, nor modules that torch runs in one call
         stack.enter_context(_in_parts())
         counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
         watch = stack.enter_context(_Watch(counter))

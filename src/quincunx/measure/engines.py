@@ -1,7 +1,7 @@
-"""Other engines behind one call: a module and an example become a function to time.
+"""Other engines with one interface: a module and an example become a function to time.
 
-Each engine gets its best: batch norm folded where it can be, channels_last or its own layout, packed
-weights, the same number of threads, float32 arithmetic in full.
+Each engine gets its best configuration: batch norm folded if possible, channels_last or its own layout,
+packed weights, the same number of threads, full float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Run = Callable[[], object]
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with each batch norm that directly follows a convolution folded into it."""
+    """Return a copy in evaluation mode with each batch norm directly after a convolution folded into it."""
     own = copy.deepcopy(model).eval()
     traced = fx.GraphModule(own, trace(own))
     modules = dict(traced.named_modules())
@@ -71,12 +71,12 @@ def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
     return run
 
 
-# an export takes seconds and serves several engines and numbers of threads
+# an export takes seconds and is shared by several engines and numbers of threads
 _EXPORTED: WeakKeyDictionary[nn.Module, dict[torch.Size, bytes]] = WeakKeyDictionary()
 
 
 def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
-    """The model as ONNX, its shapes fixed."""
+    """Return the model as ONNX with fixed shapes."""
     known = _EXPORTED.setdefault(model, {})
     if x.shape not in known:
         known[x.shape] = _export(model, x)
@@ -124,7 +124,7 @@ def _openvino_bf16(model: nn.Module, x: Tensor, threads: int) -> Run:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters and compilers talk much; what they say is not the measurement."""
+    """Silence the logs and warnings of exporters and compilers."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

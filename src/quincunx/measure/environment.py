@@ -1,4 +1,4 @@
-"""Where a result was made: versions, processor, commit, command."""
+"""Describe where a result was made: versions, processor, commit, command."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["environment"]
 
 
 def environment() -> dict[str, Any]:
-    """What a result file says about where it was made. JSON-ready."""
+    """Return the facts about the environment for a result file. JSON-ready."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        # python -m names the file that it runs
+        # python -m names the file it runs
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "quincunx"), *sys.argv[1:]]),
         "commit": _commit(),
         "quincunx": _own_version(),
@@ -45,9 +45,9 @@ def _own_version() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout the package runs from, "+" behind it if files differ.
+    """Return the commit of the package's checkout, with "+" appended if files differ.
 
-    Elsewhere what the environment variable ``QUINCUNX_COMMIT`` says, for copies of a checkout; else None.
+    Without a checkout, return the environment variable ``QUINCUNX_COMMIT``, for copies of one; else None.
     """
     elsewhere = os.environ.get("QUINCUNX_COMMIT") or None
     here = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ def _commit() -> str | None:
     try:
         if git("ls-files", "--error-unmatch", str(Path(__file__).name)) == "":
             return elsewhere
-        # a result that was just written is no other code
+        # a new result file does not change the code
         changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Honest timing: candidates in turn within one process, warmed up, median and quartiles."""
+"""Time candidates fairly: in turn within one process, after a warm-up, with median and quartiles."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = [
     "using_threads",
 ]
 
-# a difference that is as likely without a reason is none
+# a difference that is this likely by chance does not count
 _BY_CHANCE = 0.05
-# calls by which a round's length is decided
+# calls that determine a round's length
 _SIZED_BY = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call of one candidate, one entry a round.
+    """Seconds per call of one candidate, one entry per round.
 
     Attributes:
         name: the candidate.
@@ -49,14 +49,14 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third."""
+        """Return the first and third quartile."""
         low, high = np.percentile(self.seconds, [25, 75])
         return float(low), float(high)
 
     def speedup_over(self, other: Timing) -> tuple[float, float, float]:
-        """(median, first quartile, third quartile) of other / self, round by round.
+        """Return (median, first quartile, third quartile) of other / self, round by round.
 
-        Rounds of the two lie side by side in time, so the ratio holds when the machine's speed drifts.
+        Rounds of the two are measured side by side, so the ratio holds when the machine's speed drifts.
 
         Raises:
             ValueError: different numbers of rounds.
@@ -70,18 +70,18 @@ class Timing:
         return float(middle), float(low), float(high)
 
     def clearly_faster_than(self, other: Timing) -> bool:
-        """Whether it took less time in more rounds than chance gives once in twenty: a sign test, which asks
-        nothing of how the noise is distributed. Of fewer than five rounds none are enough."""
+        """Return whether it was faster in more rounds than chance explains at 5%: a sign test, which assumes
+        nothing about the distribution of the noise. Fewer than five rounds are never enough."""
         rounds, won = len(self.seconds), sum(a < b for a, b in zip(self.seconds, other.seconds, strict=True))
         at_least = sum(comb(rounds, i) for i in range(won, rounds + 1))
         return at_least <= _BY_CHANCE * float(2**rounds)
 
     def and_more(self, later: Timing) -> Timing:
-        """With the rounds of a later measurement behind its own."""
+        """Return a copy with the rounds of a later measurement appended."""
         return replace(self, seconds=(*self.seconds, *later.seconds))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         low, high = self.quartiles
         return {
             "name": self.name,
@@ -96,7 +96,7 @@ class Timing:
 
 @contextmanager
 def using_threads(threads: int) -> Iterator[None]:
-    """Within: torch computes with that many intra-op threads."""
+    """Set torch's number of intra-op threads within the context."""
     if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
     before = torch.get_num_threads()
@@ -119,10 +119,10 @@ def measure(
 
     Args:
         candidates: name -> function without arguments. ``torch.utils.benchmark`` synchronises devices.
-        threads: intra-op threads; by default torch's present number.
+        threads: intra-op threads; by default torch's current number.
         rounds: how often each is timed.
-        round_seconds: about how long one round of one candidate lasts.
-        warmup: calls of each before anything is timed.
+        round_seconds: approximate duration of a round of one candidate.
+        warmup: calls of each before timing starts.
 
     Raises:
         ValueError: no candidates, or rounds or threads below 1.
@@ -145,7 +145,7 @@ def measure(
         for name, timer in timers.items():
             for _ in range(warmup):
                 timer.timeit(1)
-            # on a busy machine one call may take ten times as long, and a round would be of one cold call
+            # on a busy machine one call may take ten times as long, and would make a round a single cold call
             once = min(timer.timeit(1).mean for _ in range(_SIZED_BY))
             calls[name] = max(1, int(round_seconds / max(once, 1e-9)))
         seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -163,7 +163,7 @@ def measure_models(
 ) -> dict[str, Timing]:
     """Time networks on one input in evaluation mode without gradients; options as in :func:`measure`.
 
-    ``others`` are functions that are timed in turn with them.
+    ``others`` are functions to time in turn with them.
     """
     with ExitStack() as stack:
         for model in models.values():

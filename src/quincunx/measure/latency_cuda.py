@@ -1,4 +1,4 @@
-"""Timing on an NVIDIA GPU: events around replays of captured calls, a cold cache, and the card's ceilings."""
+"""Timing on an NVIDIA GPU: CUDA events around graph replays, a cold cache, and the card's ceilings."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = [
 
 
 _CARD = "cuda"
-# a round has so many calls at least, and no more than there is anything to gain from
+# limits of the calls in a round
 _FEWEST_CALLS, _MOST_CALLS = 3, 200
 
 
-# ---------------------------------------------------------------- what a call is
+# ---------------------------------------------------------------- flushing the cache
 
 
 class Flush:
-    """A call fills the second-level cache with other data.
+    """Fills the second-level cache with other data when called.
 
-    By reading: what was written would have to be written back within the call that is timed.
+    It reads, because written data would have to be written back within the timed call.
     """
 
     def __init__(self, times: float = 4.0, least: int = 256 << 20) -> None:
@@ -52,7 +52,7 @@ class Flush:
 
 
 def l2_bytes() -> int:
-    """Of the current device."""
+    """Return the size of the current device's second-level cache in bytes."""
     return int(
         getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 64 << 20)
     )
@@ -62,7 +62,7 @@ def l2_bytes() -> int:
 
 
 def _seconds(run: Run, calls: int, flush: Callable[[], None] | None) -> list[float]:
-    """Of each call, by events of the device; the processor stays ahead of it while the cache is flushed."""
+    """Return seconds of each call, by CUDA events; the CPU stays ahead while the cache is flushed."""
     pairs = [(timing_event(), timing_event()) for _ in range(calls)]
     for begin, end in pairs:
         if flush is not None:
@@ -71,7 +71,7 @@ def _seconds(run: Run, calls: int, flush: Callable[[], None] | None) -> list[flo
         run()
         end.record()
     torch.cuda.synchronize()
-    # an event counts in half microseconds
+    # events have a resolution of half a microsecond
     return [max(begin.elapsed_time(end), 5e-4) / 1e3 for begin, end in pairs]
 
 
@@ -86,11 +86,11 @@ def measure_cuda(
     """Time functions against each other on the current device: A B C A B C ...
 
     Args:
-        candidates: name -> function that launches work, such as one that :func:`captured` made.
+        candidates: name -> function that launches work, such as one from :func:`captured`.
         rounds: how often each is timed; a round's figure is the median of its calls.
-        round_seconds: about how long one round of one candidate lasts, flushes included.
-        flush: runs before each call, outside what is timed.
-        clocks: gets the clock of the multiprocessors in MHz, in the middle and at the end.
+        round_seconds: approximate duration of a round of one candidate, including flushes.
+        flush: runs before each call, outside the timed part.
+        clocks: gets the multiprocessors' clock in MHz, in the middle and at the end.
 
     Raises:
         ValueError: no candidates, or no rounds.
@@ -109,7 +109,7 @@ def measure_cuda(
     for number in range(rounds):
         for name, run in candidates.items():
             seconds[name].append(float(np.median(_seconds(run, calls[name], flush))))
-        # asking may take as long as a round
+        # reading the clock may take as long as a round
         if clocks is not None and number in (rounds // 2, rounds - 1) and (now := sm_clock()) is not None:
             clocks.append(now)
     threads = torch.get_num_threads()
@@ -117,16 +117,16 @@ def measure_cuda(
 
 
 def peak_memory_cuda(make: Callable[[], Run]) -> tuple[Run, int]:
-    """A function and the most bytes that were in use during a call of it, beyond those before it was made.
+    """Return a function and the peak of bytes in use during a call, beyond those before it was made.
 
-    Its own copy of the weights, tables and what it keeps from call to call count.
+    Its own copy of the weights, tables and values kept from call to call count.
     """
     torch.cuda.synchronize()
-    # what earlier candidates left must not be freed in between and counted as this one's saving
+    # memory of earlier candidates must not be freed in between and count as this one's saving
     gc.collect()
     before = torch.cuda.memory_allocated()
     run = make()
-    # what is measured and compiled at the first call is no part of a later one
+    # measuring and compiling at the first call do not belong to later calls
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -143,22 +143,22 @@ def peak_memory_cuda(make: Callable[[], Run]) -> tuple[Run, int]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the card reaches.
+    """Measured peak rates of the card.
 
     Attributes:
-        bandwidth: bytes a second of a large copy, read and written ones counted.
-        rates: type -> floating-point operations a second of a large matrix product ("float32": by tf32).
+        bandwidth: bytes per second of a large copy, reads and writes counted.
+        rates: type -> floating-point operations per second of a large matrix product ("float32": with tf32).
     """
 
     bandwidth: float
     rates: dict[str, float] = field(default_factory=dict)
 
     def floor(self, work: list[tuple[float, float]], dtype: str) -> float:
-        """Seconds that parts of (operations, bytes), one after the other, take at least."""
+        """Return the least seconds for parts of (operations, bytes), one after the other."""
         return sum(max(flops / self.rates[dtype], size / self.bandwidth) for flops, size in work)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return {"bandwidth": self.bandwidth, "rates": self.rates}
 
 
@@ -182,7 +182,7 @@ def _bandwidth(size: int) -> float:
 
 
 def _rate(size: int, dtype: torch.dtype) -> float:
-    # zeros would run faster than values do
+    # zeros would run faster than random values
     a, b = (torch.randn(size, size, device=_CARD).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / _median(lambda: torch.mm(a, b, out=out))
@@ -193,7 +193,7 @@ def _median(run: Run) -> float:
 
 
 class tf32:
-    """Within: float32 products of convolutions and matrices in tf32, or in full."""
+    """Compute float32 convolutions and matrix products in tf32, or in full precision, within the context."""
 
     def __init__(self, on: bool) -> None:
         self.on = on
@@ -206,14 +206,14 @@ class tf32:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
 
 
-# ---------------------------------------------------------------- what a result says of the card
+# ---------------------------------------------------------------- facts about the card
 
 
 def sm_clock() -> int | None:
-    """The present clock of the multiprocessors in MHz; None where it cannot be read."""
+    """Return the current clock of the multiprocessors in MHz; None if it cannot be read."""
     try:
         return int(torch.cuda.clock_rate())
-    except Exception:  # noqa: BLE001 - the library that is asked may be missing, old or forbidden
+    except Exception:  # noqa: BLE001 - the library may be missing, old or forbidden
         found = _query("clocks.sm").get("clocks.sm", "")
         return int(found) if found.isdigit() else None
 
@@ -222,7 +222,7 @@ _QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power
 
 
 def _query(*names: str) -> dict[str, str]:
-    """What nvidia-smi says of the current device; it is only asked."""
+    """Return nvidia-smi's values for the current device; it only reads."""
     asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(
@@ -237,7 +237,7 @@ def _query(*names: str) -> dict[str, str]:
 
 
 def device_facts() -> dict[str, Any]:
-    """Card, driver, libraries and clocks. JSON-ready."""
+    """Return card, driver, libraries and clocks. JSON-ready."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     try:
         triton: str | None = version("triton")
@@ -257,5 +257,5 @@ def device_facts() -> dict[str, Any]:
 
 
 def environment_cuda() -> dict[str, Any]:
-    """As :func:`quincunx.measure.environment.environment`, with the card."""
+    """Return :func:`quincunx.measure.environment.environment` with the card's facts."""
     return {**environment(), **device_facts()}

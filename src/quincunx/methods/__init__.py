@@ -1,4 +1,4 @@
-"""Published methods: each a frozen dataclass of settings that says how it replaces a layer."""
+"""Published methods, each a frozen dataclass of settings that builds a layer's replacement."""
 
 from quincunx.methods.binaryconnect import BinaryConnect
 from quincunx.methods.cp import CP

@@ -1,4 +1,4 @@
-"""BinaryConnect: weights of one bit, trained with real ones behind them (Courbariaux et al. 2015)."""
+"""BinaryConnect: one-bit weights, trained through real weights (Courbariaux et al. 2015)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BinaryConnect:
 
     The replacement is a :class:`BinaryConv2d` or :class:`BinaryLinear`, whose real weights are the
     layer's own, divided by their largest magnitude so that they fill [-1, 1]. The signs of a trained
-    network are only where training starts: without it accuracy is lost. After training,
+    network are only the start of training; without training they lose accuracy. After training,
     :meth:`pack` (or ``qx.fuse``) makes the form for inference.
 
     Args:
@@ -41,7 +41,7 @@ class BinaryConnect:
         scale: s: "mean", the mean magnitude of each output channel's weights, so that responses keep
             their size (Rastegari et al., arXiv:1603.05279, not in BinaryConnect); "glorot", the layer's
             initial scale sqrt(1.5 / (fan in + fan out)); None for s = 1, as in the paper, for networks
-            whose batch norms are trained again.
+            that train their batch norms again.
 
     Raises:
         ValueError: another ``scale``.
@@ -71,25 +71,25 @@ class BinaryConnect:
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """Convolutions and linear layers."""
+        """Return the classes of layers that it replaces."""
         return (nn.Conv2d, nn.Linear)
 
     @classmethod
     def candidates(cls) -> tuple[BinaryConnect, ...]:
-        """What a search tries in each layer."""
+        """Return the settings that a search tries in each layer."""
         return ()
 
     @classmethod
     def sweep(cls) -> list[Point]:
-        """The settings that draw its curve of accuracy against speed."""
+        """Return the settings for its curve of accuracy against speed."""
         return [Point("BinaryConnect", "1 bit", cls())]
 
     def label(self, pair: bool = False) -> str:
-        """Its settings in a few words."""
+        """Return its settings in a few words."""
         return self.name
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why a layer stays."""
+        """Return why a layer is not replaced, or None."""
         module = layer.module
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return f"padding_mode={module.padding_mode!r}: only zeros are read outside the map"
@@ -99,7 +99,7 @@ class BinaryConnect:
         return None
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
-        """Each layer by itself."""
+        """Return work that replaces each layer separately."""
         return each(self._replacement)
 
     def _replacement(self, layer: Layer) -> Replacement:
@@ -145,9 +145,9 @@ class BinaryConnect:
 
     @staticmethod
     def pack(model: nn.Module) -> nn.Module:
-        """A copy of a network whose binary layers have their form for inference: one bit a weight.
+        """Return a copy of a network with its binary layers in their form for inference: one bit a weight.
 
-        ``qx.save`` then writes the bits; the real weights, and with them training, are left behind.
+        ``qx.save`` then writes the bits; the copy has no real weights and cannot be trained.
 
         Raises:
             TypeError: the network cannot be copied.

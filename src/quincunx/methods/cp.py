@@ -1,4 +1,4 @@
-"""CPD: every convolution as four small ones, by a CP decomposition of its kernel (Lebedev et al. 2015)."""
+"""CPD: split every convolution into four small ones by a CP decomposition (Lebedev et al. 2015)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from quincunx.surgery.method import Replacement, Work, each
 
 __all__ = ["CP", "Decomposition", "decompose", "full_cp_rank", "products"]
 
-# a component of so many times the kernel's norm stands against others that cancel it
+# components larger than this many times the kernel's norm cancel each other
 DEGENERATE = 3.0
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -42,11 +42,11 @@ class Decomposition:
 
     Attributes:
         factors: A [O, R], B [C, R], V [dh, R], H [dw, R], float64; the four vectors of a component have
-            one norm.
+            equal norms.
         error: |W - W_R|^2 / |W|^2.
         errors: the error of each start, the SVD's first; None where the iteration broke down.
         largest: the largest norm of a component, over |W|. Components of a good decomposition are no
-            larger than what they add up to; where this is far above 1 they cancel each other, the
+            larger than their sum; if this is far above 1 they cancel each other, the
             decomposition is degenerate, and training is unstable.
     """
 
@@ -57,7 +57,7 @@ class Decomposition:
 
 
 def full_cp_rank(shape: Sequence[int]) -> int:
-    """A rank at which any tensor of this shape can be matched: the product of all sizes but the largest."""
+    """Return a rank that matches any tensor of this shape: the product of all sizes except the largest."""
     return math.prod(shape) // max(shape)
 
 
@@ -70,20 +70,20 @@ def decompose(
     tolerance: float = 1e-8,
     seed: int = 0,
 ) -> Decomposition | None:
-    r"""The best CP decomposition that alternating least squares finds from several starts.
+    r"""Return the best CP decomposition that alternating least squares finds from several starts.
 
     .. math:: \min_{A, B, V, H} \Big| W_{n,c,i,j} - \sum_{r \le R} A_{n,r} B_{c,r} V_{i,r} H_{j,r} \Big|^2
 
     Args:
         weight: [O, C, dh, dw].
         rank: R.
-        restarts: how many starts: one from the singular vectors of the unfoldings, then random ones.
-        iterations: at most so many of each start.
+        restarts: number of starts: one from the singular vectors of the unfoldings, the others random.
+        iterations: the most iterations of each start.
         tolerance: stop when the relative error falls by less.
         seed: of the random starts.
 
     Returns:
-        None if no start gave finite factors: it diverged.
+        None if no start gave finite factors: the iteration diverged.
 
     Raises:
         ImportError: tensorly is not installed.
@@ -117,7 +117,7 @@ def decompose(
         return None
     norms = [np.linalg.norm(factor, axis=0) for factor in best]
     sizes: Array = np.prod(norms, axis=0)
-    # one norm for the four, so that gradients reach them alike
+    # equal norms for the four, so that their gradients have similar sizes
     even = [f / np.where(n > 0, n, 1) * sizes**0.25 for f, n in zip(best, norms, strict=True)]
     a, b, v, h = (torch.from_numpy(factor) for factor in even)
     error = min(e for e in errors if e is not None)
@@ -127,7 +127,7 @@ def decompose(
 def _parafac(
     tensor: Array, rank: int, start: int, iterations: int, tolerance: float, seed: int
 ) -> list[Array] | None:
-    """The four factors; None where the iteration broke down."""
+    """Return the four factors; None if the iteration broke down."""
     try:
         import tensorly
         from tensorly import tenalg
@@ -153,7 +153,7 @@ def _parafac(
 
 @cache
 def _chained() -> Any:
-    """tensorly's algebra with :func:`products` in place of a Khatri-Rao product made whole."""
+    """Return tensorly's algebra with :func:`products` instead of a materialised Khatri-Rao product."""
     from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 
     class Chained(CoreTenalgBackend, backend_name="quincunx-chained"):  # type: ignore[call-arg, misc]
@@ -163,15 +163,15 @@ def _chained() -> Any:
 
 
 def products(tensor: Array, cp_tensor: tuple[Array | None, Sequence[Array]], mode: int) -> Array:
-    """A tensor's unfolding times the Khatri-Rao product of all factors but one: what each step of ALS needs.
+    """Return a tensor's unfolding times the Khatri-Rao product of all factors but one, for a step of ALS.
 
-    The largest other mode is contracted by a matrix product, which leaves little to do for the rest. The
-    Khatri-Rao product itself has a row for each value of a slice: for 512 x 512 x 3 x 3 and rank 921 that
+    The largest other mode is contracted by a matrix product, which leaves little work for the rest. The
+    Khatri-Rao product has a row for each value of a slice: for 512 x 512 x 3 x 3 and rank 921 that
     is 5.8 GB.
     """
     weights, factors = cp_tensor
     largest, *rest = sorted(set(range(tensor.ndim)) - {mode}, key=lambda m: -tensor.shape[m])
-    # [rank, the modes that are left]
+    # [rank, the remaining modes]
     found = np.tensordot(factors[largest].T, tensor, (1, largest))
     left = [m for m in range(tensor.ndim) if m != largest]
     for other in rest:
@@ -183,7 +183,7 @@ def products(tensor: Array, cp_tensor: tuple[Array | None, Sequence[Array]], mod
 
 
 def _start(tensor: Array, rank: int, start: int, seed: int) -> list[Array]:
-    """Random factors; for the first start with singular vectors in front, as many as there are."""
+    """Return random factors; for the first start, the first columns are singular vectors."""
     generator = np.random.default_rng([seed, start])
     factors = [generator.standard_normal((size, rank)) for size in tensor.shape]
     if start == 0:
@@ -196,29 +196,31 @@ def _start(tensor: Array, rank: int, start: int, seed: int) -> list[Array]:
 
 @dataclass(frozen=True)
 class CP:
-    r"""A convolution as 1 x 1, d x 1 depthwise, 1 x d depthwise and 1 x 1, of CP rank R.
+    r"""Splits a convolution into 1 x 1, d x 1 depthwise, 1 x d depthwise and 1 x 1, of CP rank R.
 
     .. math:: W_{n,c,i,j} \approx \sum_{r \le R} A_{n,r}\, B_{c,r}\, V_{i,r}\, H_{j,r}
 
-    The kernel of each channel group is decomposed by itself, on the weights alone; calibration data is
+    The kernel of each channel group is decomposed separately, on the weights only; calibration data is
     used to report the response error. The decomposition can be degenerate: large components that cancel.
-    The network is meant to be trained further, as in the paper, and that needs a small learning rate, or
-    it diverges.
+    The network should be trained further, as in the paper, with a small learning rate;
+    otherwise it diverges.
 
     Args:
-        rank: R of each group: an integer, a share of the rank at which any kernel is matched, which is
-            the product of its sizes but the largest, in (0, 1], or "full"; an integer is used up to that. A
-            mapping of patterns to these gives layers their own, the first that matches a name; others stay.
+        rank: R of each group: an integer, a share in (0, 1] of the rank that matches any kernel, which is
+            the product of its sizes except the largest, or "full"; an integer is capped at that rank. A
+            mapping of patterns to these sets the rank of single layers: the first pattern that matches a name
+            counts, and layers without a match are not replaced.
         restarts: starts of the solver, the first from singular vectors, the others random; the one with
-            the least weight error is taken.
-        iterations, tolerance: of each start; see :func:`quincunx.methods.cp.decompose`.
-        positions: most positions of an image that the response error is summed over.
-        seed: of the random starts and of that draw.
+            the smallest weight error is taken.
+        iterations: the most iterations of each start.
+        tolerance: a start stops when its relative error falls by less.
+        positions: the most positions of an image over which the response error is summed.
+        seed: of the random starts and of the draw of positions.
 
     Raises:
         ValueError: a rank or count outside its range.
         TypeError: a rank of another type.
-        ImportError: when used: tensorly is not installed.
+        ImportError: at the first use, if tensorly is not installed.
 
     Source: Lebedev, Ganin, Rakhuba, Oseledets, Lempitsky, arXiv:1412.6553.
 
@@ -248,29 +250,29 @@ class CP:
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """Convolutions."""
+        """Return the classes of layers that it replaces."""
         return (nn.Conv2d,)
 
     @classmethod
     def candidates(cls) -> tuple[CP, ...]:
-        """What a search tries in each layer."""
+        """Return the settings that a search tries in each layer."""
         return ()
 
     @classmethod
     def sweep(cls) -> list[Point]:
-        """The settings that draw its curve of accuracy against speed."""
+        """Return the settings for its curve of accuracy against speed."""
         return [Point("CPD", f"rank {share:g}", cls(rank=share)) for share in (0.5, 0.35, 0.2)]
 
     def label(self, pair: bool = False) -> str:
-        """Its settings in a few words."""
+        """Return its settings in a few words."""
         return f"{self.name}, rank {self.rank}"
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why a layer cannot become four."""
+        """Return why a layer cannot be split into four, or None."""
         return SeparableFit(self.rank).separable_refusal(layer, with_data=False)
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
-        """Each layer by itself."""
+        """Return work that replaces each layer separately."""
         check_rank_names(self.rank, layers)
         return each(lambda layer: self._replacement(layer, context))
 
@@ -319,7 +321,7 @@ class CP:
         }
 
     def _response_error(self, layer: Layer, context: Context, found: list[Decomposition]) -> float | None:
-        """E|y - z|^2 / E|y - mean y|^2 on the calibration data; None without, or for a layer called twice."""
+        """Return E|y - z|^2 / E|y - mean y|^2 on the calibration data; None without, or if called twice."""
         if context.calibration is None or (layer.calls or 0) > 1:
             return None
         conv = conv_of(layer)
@@ -329,7 +331,7 @@ class CP:
         )
         bias = 0 if conv.bias is None else conv.bias.detach().double().view(conv.groups, -1)
         rebuilt = rebuilt.to(seen.gram)
-        # the bias stays, so the means may differ too
+        # the bias is kept, so the means may differ too
         shift = seen.bias(rebuilt) - bias
         power = float(seen.power.sum())
         return seen.error(rebuilt) + (float(shift.square().sum()) / power if power > 0 else 0.0)

@@ -1,4 +1,4 @@
-"""A setting of a method, as comparisons name it; and settings in a few words."""
+"""A setting of a method as a point of a comparison, and its name in words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Point:
     """One setting of one method.
 
     Attributes:
-        series: what is drawn as one line, such as "espace, impact masks".
-        label: of this point in it, such as "rate 1/4".
+        series: the line that the point belongs to, such as "espace, impact masks".
+        label: of this point on the line, such as "rate 1/4".
         method: its settings.
-        paper: what the paper prints for it: "speedup", "drop" (points of error); empty if unknown.
-        draw: tells several of one series and label apart, such as "seed 1"; a figure shows their range.
+        paper: figures that the paper prints for it: "speedup", "drop" (points of error); empty if unknown.
+        draw: distinguishes points of one series and label, such as "seed 1"; a figure shows their range.
     """
 
     series: str
@@ -30,17 +30,17 @@ class Point:
 
     @property
     def name(self) -> str:
-        """All of it in words."""
+        """Return series, label and draw in words."""
         return ", ".join(filter(None, (self.series, self.label, self.draw)))
 
     @property
     def folder(self) -> str:
-        """Where its results lie: the words as a file name, such as "espace-impact-rate-1of4"."""
+        """Return the name of its results folder, such as "espace-impact-rate-1of4"."""
         return file_name(f"{self.series} {self.label} {self.draw}".strip())
 
 
 def worded(method: Method, pair: bool = False) -> str:
-    """A method's settings in a few words: of one without words of its own its name, rank and rate.
+    """Return a method's settings in a few words; without its own ``label``, its name, rank and rate.
 
     Example:
         >>> worded(qx.Espace(rank=0.5, rate=0.25)), worded(qx.SpatialBottleneck(), pair=True)

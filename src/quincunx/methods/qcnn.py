@@ -24,31 +24,31 @@ __all__ = ["QCNN"]
 
 @dataclass(frozen=True)
 class QCNN:
-    r"""Product quantisation: the weight's sub-vectors of C' input channels become codewords out of K.
+    r"""Product quantisation: replaces the weight's sub-vectors of C' input channels by one of K codewords.
 
-    Codebooks are found by k-means. With calibration data they are corrected, layer by layer from the
+    K-means finds the codebooks. Calibration data corrects them, layer by layer from the
     input up: each layer's codewords and assignments minimise the error of its responses,
 
     .. math:: E\,|y - W' * x - b|^2,
 
-    on the input that the layers quantised before give it. The bias then takes up the mean error; a layer
+    given the input from the layers already quantised. The bias then removes the mean error; a layer
     without bias gets one. Convolutions become :class:`QuantConv2d`, fully connected layers
     :class:`QuantLinear`. Needs scipy.
 
     Args:
-        subspace: C'. Where it does not divide a layer's channels the last subspace is padded with zeros.
-        codewords: K; stored in a byte each up to 256, in two beyond.
-        data: True corrects on data, False quantises the weight alone; None does the first where there is
+        subspace: C'. If it does not divide a layer's channels the last subspace is padded with zeros.
+        codewords: K; an index takes one byte up to 256, two beyond.
+        data: True corrects on data, False quantises the weight only; None corrects if there is
             calibration data.
-        iterations: at most so many sweeps of the correction.
-        positions: most positions of an image that the correction sums over; of larger maps as many are
+        iterations: the most sweeps of the correction.
+        positions: the most positions of an image that the correction sums over; on larger maps this many are
             drawn.
         linear: whether fully connected layers are quantised too.
         seed: of k-means and of that draw.
 
     Raises:
-        ValueError: fewer than 2 codewords, a subspace below 1, a count outside its range. Layers that a
-            setting does not fit are skipped, with the numbers as the reason: fewer channels than C',
+        ValueError: fewer than 2 codewords, a subspace below 1, a count outside its range. Layers that do
+            not fit a setting are skipped, with the numbers as the reason: fewer channels than C',
             fewer sub-vectors than K.
 
     Source: Wu, Leng, Wang, Hu, Cheng, arXiv:1512.06473, sections 3.1 to 3.3.
@@ -81,32 +81,32 @@ class QCNN:
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """Convolutions, and fully connected layers where asked."""
+        """Return the classes of layers that it replaces."""
         return (nn.Conv2d, nn.Linear) if self.linear else (nn.Conv2d,)
 
     def with_data(self, context: Context) -> bool:
-        """Whether layers are corrected on data: as asked, by default where there is some."""
+        """Return whether layers are corrected on data: ``data``, or by default whether there is any."""
         return context.calibration is not None if self.data is None else self.data
 
     @classmethod
     def candidates(cls) -> tuple[QCNN, ...]:
-        """What a search tries in each layer."""
+        """Return the settings that a search tries in each layer."""
         return ()
 
     @classmethod
     def sweep(cls) -> list[Point]:
-        """The settings that draw its curve of accuracy against speed."""
+        """Return the settings for its curve of accuracy against speed."""
         return [
             Point("Q-CNN", f"{length} per codeword, {count}", cls(subspace=length, codewords=count))
             for length, count in ((4, 64), (6, 64), (6, 128), (8, 128))
         ]
 
     def label(self, pair: bool = False) -> str:
-        """Its settings in a few words."""
+        """Return its settings in a few words."""
         return f"{self.name}, {self.subspace} per codeword, {self.codewords}"
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why a layer stays."""
+        """Return why a layer is not replaced, or None."""
         conv = _as_conv(layer.module)
         if isinstance(layer.module, nn.Conv2d):
             if (reason := convolution_refusal(layer)) is not None:
@@ -158,7 +158,7 @@ class QCNN:
 
 
 def _as_conv(module: nn.Module) -> nn.Conv2d:
-    """A fully connected layer as the 1 x 1 convolution it is, with the same parameters; or the layer."""
+    """Return a fully connected layer as a 1 x 1 convolution with the same parameters, or the layer."""
     if isinstance(module, nn.Conv2d):
         return module
     if not isinstance(module, nn.Linear):
@@ -170,13 +170,13 @@ def _as_conv(module: nn.Module) -> nn.Conv2d:
 
 
 def _as_maps(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a fully connected layer reads and answers, each input as a map of one position."""
+    """Yield inputs and responses of a fully connected layer, each as a map of one position."""
     for x, y in pairs:
         yield x.reshape(-1, x.shape[-1], 1, 1), y.reshape(-1, y.shape[-1], 1, 1)
 
 
 def quantised(module: nn.Module, found: Quantisation) -> QuantConv2d | QuantLinear:
-    """A quantisation as a module in place of the layer it was made for."""
+    """Return the module of a quantisation, which replaces the quantised layer."""
     _, k, width = found.codebooks.shape
     made: QuantConv2d | QuantLinear
     bias = found.bias is not None

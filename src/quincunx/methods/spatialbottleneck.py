@@ -38,13 +38,13 @@ __all__ = ["SpatialBottleneck"]
 
 Built = TypeVar("Built", bound=nn.Module)
 
-# of the mean of the patches' variances; it pulls towards the start, so what the data does not show stays
+# share of the mean variance of patches; it pulls towards the start in directions that the data does not show
 _RIDGE = 1e-6
-# samples for each unknown of an output, below which a fit does worse on images that it has not seen
+# samples per unknown of an output; with fewer, a fit is worse on unseen images
 _FULL = 6
-# values of the targets of one block of images
+# target values in one block of images
 _BLOCK = 1 << 24
-# of a variance: a map of zeros divides nothing by zero
+# variance floor, avoids 0 / 0
 _LEAST = 1e-30
 # of a subspace iteration: directions beyond the wanted ones, and rounds
 _OVERSAMPLED, _ITERATIONS = 32, 4
@@ -52,44 +52,45 @@ _OVERSAMPLED, _ITERATIONS = 32, 4
 
 @dataclass(frozen=True)
 class SpatialBottleneck:
-    r"""Two convolutions, or one, by a convolution to some positions and a transposed one back to all.
+    r"""Replaces two convolutions, or one, by a sampled convolution and a transposed one to all positions.
 
-    A *pair* of convolutions with at most a norm and an activation in between (the paper's rSB) keeps its
-    first half's weights, now at the sampling's positions alone (with average pooling, which shows it
-    another map, they are solved for like the second's); the second half W_2 answers what the original
-    second convolution answered:
+    A *pair* of convolutions with at most a norm and an activation between them (the paper's rSB) keeps its
+    first half's weights, now only at the sampling's positions (with average pooling, which changes its
+    input, they are fitted like the second's). The second half W_2 is fitted to the responses of the original
+    second convolution:
 
     .. math:: \min_{W_2, b} E\,|y - W_2^T * \uparrow a(W_1 * x)_{\text{sampling}} - b|^2
 
     A *single* convolution D1 -> D2 (the paper's cSB) becomes a linear bottleneck D1 -> D_mid -> D2. Its
-    first half are the D_mid directions of x that tell most about the responses around a position (reduced
-    rank regression); the second is solved for as above.
+    first half is the D_mid directions of x that best predict the responses around a position (reduced
+    rank regression); the second half is fitted as above.
 
-    A full fit takes n* = 6 (P + 1) samples, positions of images; P = c kh kw are the values that one output
-    reads, c being the channels that go in. Of n that are fewer, the missing ones are white noise of the same
-    mean power, answered as the layer's own weights answer it:
+    A full fit takes n* = 6 (P + 1) samples, positions of images; P = c kh kw is the number of values that one
+    output reads, with c input channels. With fewer samples n, white noise of the same mean power replaces the
+    missing ones, with the responses of the layer's own weights:
 
     .. math:: \min_{W, b} E\,|y - W^T p - b|^2 + t\,s\,E\,|y_0 - W^T p_0|^2, \quad t = n^* / n - 1
 
-    with s the power of a patch p over that of the noise p_0. So few samples change little of what is made
+    with s the power of a patch p over that of the noise p_0. So few samples change little compared with a fit
     without data. One warning then says how many images all layers would need.
 
     Args:
         sampling: the positions between the halves.
         down: "stride", or "avgpool" for the paper's ablation.
-        pairs, singles: whether pairs are taken, and convolutions that are in none.
+        pairs: whether pairs are replaced.
+        singles: whether convolutions outside pairs are replaced.
         mid_share: D_mid of singles as a share of D1 D2 / (D1 + D2), which keeps the parameter count.
-        data: fit to calibration data (True), to the weights alone (False), or by default to the data if
-            there is some. Weights alone: pairs keep their weights, scaled by 1 / density; singles
+        data: fit to calibration data (True), to the weights only (False), or by default to data if
+            there is any. Without data, pairs keep their weights, scaled by 1 / density, and singles
             are fitted to noise.
-        positions: most positions of an image that a fit uses.
+        positions: the most positions of an image that a fit uses.
         seed: of their draw, and of the noise.
 
     Raises:
         ValueError: an unknown ``down``, a share that is not positive, neither pairs nor singles.
-        TypeError: ``sampling`` is not one.
+        TypeError: ``sampling`` is not a sampling.
 
-    Source: Peng et al., arXiv:1809.02601, section 3; starting from trained weights is this library's.
+    Source: Peng et al., arXiv:1809.02601, section 3; starting from trained weights is our addition.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
@@ -113,7 +114,7 @@ class SpatialBottleneck:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        SampledDown2d(1, 1, sampling=self.sampling, down=self.down)  # refuses what is no such half
+        SampledDown2d(1, 1, sampling=self.sampling, down=self.down)  # refuses settings that no half accepts
         if not 0 < self.mid_share < float("inf"):
             raise ValueError(f"mid_share={self.mid_share!r}: expected a positive share")
         if self.data not in (None, True, False):
@@ -124,24 +125,24 @@ class SpatialBottleneck:
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """Convolutions."""
+        """Return the classes of layers that it replaces."""
         return (nn.Conv2d,)
 
     @classmethod
     def candidates(cls) -> tuple[SpatialBottleneck, ...]:
-        """What a search tries in each layer."""
+        """Return the settings that a search tries in each layer."""
         return tuple(cls(sampling) for sampling in (QUARTER, CHESSBOARD, THREE_QUARTERS))
 
     @classmethod
     def sweep(cls) -> list[Point]:
-        """The settings that draw its curve of accuracy against speed."""
+        """Return the settings for its curve of accuracy against speed."""
         return [
             Point("spatial bottleneck", text, cls(sampling))
             for sampling, text in ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
         ]
 
     def label(self, pair: bool = False) -> str:
-        """Its settings in a few words."""
+        """Return its settings in a few words."""
         return ", ".join(
             [
                 f"{self.name} of the pair" if pair else self.name,
@@ -151,7 +152,7 @@ class SpatialBottleneck:
         )
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why a layer stays."""
+        """Return why a layer is not replaced, or None."""
         conv = conv_of(layer)
         if (reason := convolution_refusal(layer)) is not None:
             return reason
@@ -171,7 +172,7 @@ class SpatialBottleneck:
         return self.refuse_single(layer, context)
 
     def refuse_single(self, layer: Layer, context: Context) -> str | None:
-        """Why a convolution that is in no pair stays."""
+        """Return why a convolution outside pairs is not replaced, or None."""
         conv = conv_of(layer)
         if not self.singles:
             return "no other convolution on its grid makes a pair with it"
@@ -182,18 +183,18 @@ class SpatialBottleneck:
         return None
 
     def with_data(self, context: Context) -> bool:
-        """Whether layers are fitted to data: as asked, by default where there is some."""
+        """Return whether layers are fitted to data: ``data``, or by default whether there is any."""
         return context.calibration is not None if self.data is None else self.data
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
-        """Start; the fits follow layer by layer.
+        """Return the work, which fits layer by layer.
 
         Raises:
-            ValueError: ``data=True`` and there is none.
+            ValueError: ``data=True`` without calibration data.
         """
         with_data = self.with_data(context)
         if with_data:
-            context.data  # noqa: B018 - says so where there is none
+            context.data  # noqa: B018 - raises if there is no data
         taken = {layer.name for layer in layers}
         pairs = [(a, b) for a, b in context.pairs if self.pairs and {a.name, b.name} <= taken]
         return _BottleneckWork(self, context, {x.name: (a, b) for a, b in pairs for x in (a, b)}, with_data)
@@ -207,9 +208,9 @@ class _BottleneckWork:
     with_data: bool
 
     def replace(self, layer: Layer) -> Replacement | str:
-        """A half of a pair, or a whole bottleneck."""
+        """Return half of a pair, or a whole bottleneck."""
         if layer.name not in self.pair_of:
-            # its partner may have stayed, or have been given to another method
+            # its partner may have been skipped, or assigned to another method
             return self.method.refuse_single(layer, self.context) or self._single(layer)
         first, second = self.pair_of[layer.name]
         made = self._first(layer) if layer is first else self._second(layer, first.name)
@@ -218,7 +219,7 @@ class _BottleneckWork:
         )
 
     def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement]:
-        """Nothing more."""
+        """Change nothing more."""
         return {}
 
     def _record(self, layer: Layer) -> dict[str, object]:
@@ -232,7 +233,7 @@ class _BottleneckWork:
     def _built(
         self, kind: str, build: Callable[..., Built], conv: nn.Conv2d, **own: Any
     ) -> tuple[Built, dict[str, Any]]:
-        """A module with a convolution's settings, its own and the method's sampling; and its spec."""
+        """Return a module with a convolution's settings, its own and the method's sampling; and its spec."""
         settings: dict[str, Any] = {
             "in_channels": conv.in_channels,
             "out_channels": conv.out_channels,
@@ -278,7 +279,7 @@ class _BottleneckWork:
         method, conv = self.method, conv_of(layer)
         g = conv.groups
         keeping = conv.in_channels * conv.out_channels / (conv.in_channels + conv.out_channels)
-        # more channels than values in a patch would say nothing new
+        # more channels than values in a patch would be redundant
         most = conv.in_channels // g * conv.kernel_size[0] * conv.kernel_size[1]
         mid = g * min(max(1, round(method.mid_share * keeping / g)), most)
         bias = conv.bias is not None or self.with_data
@@ -286,7 +287,7 @@ class _BottleneckWork:
             "spatial-bottleneck", SpatialBottleneck2d, conv, mid_channels=mid, down=method.down, bias=bias
         )
         pairs: Iterable[tuple[Tensor, Tensor]]
-        # of the halves that noise is drawn for, the more channels
+        # the larger number of channels among the halves that are fitted to noise
         known = self.with_data and _is_known(module.down)
         pairs = noise = _Noise(conv, mid if known else max(conv.in_channels, mid), method)
         if self.with_data:
@@ -294,7 +295,7 @@ class _BottleneckWork:
         with torch.no_grad():
             found = _solve_codes(layer, module, pairs, noise, method)
             last = _like(conv, mid, conv.out_channels)
-            module.up.weight.zero_()  # a channel that the data does not show adds nothing
+            module.up.weight.zero_()  # a channel that the data does not show contributes nothing
 
             def coded(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
                 return _spread(method, ((module.down(x), y) for x, y in pairs))
@@ -318,10 +319,10 @@ class _BottleneckWork:
         pairs: Iterable[tuple[Tensor, Tensor]],
         noise: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None,
     ) -> dict[str, Any]:
-        """Set a second half to the least squares solution; its record.
+        """Set a second half to the least squares solution; return its record.
 
-        Seen from the filled map it is a convolution with ``conv``'s geometry, so ``conv``'s moments do. The
-        samples that are missing are those of ``noise``, or of white noise that the half as it is answers.
+        On the filled map it is a convolution with ``conv``'s geometry, so ``conv``'s moments can be used.
+        Missing samples come from ``noise``, or are white noise with the responses of the current half.
         """
         settings = {"positions": self.method.positions, "seed": self.method.seed}
         found = moments(conv, pairs, **settings)
@@ -338,18 +339,18 @@ class _BottleneckWork:
 
 
 def _needed(found: Moments) -> int:
-    """Samples of a full fit: 6 (P + 1), P being the values of a patch of a channel group."""
+    """Return the samples of a full fit: 6 (P + 1), P being the values of a patch of a channel group."""
     return _FULL * (found.gram.shape[1] + 1)
 
 
 class _Noise:
-    """Inputs that show every direction alike, and the layer's answers to them, again and again."""
+    """White noise inputs and the layer's responses to them; can be iterated repeatedly."""
 
     def __init__(self, conv: nn.Conv2d, channels: int, method: SpatialBottleneck) -> None:
         self.conv, self.method = conv, method
         sampling = method.sampling
         least = max(16, sampling.period) if isinstance(sampling, Cosets) else 16
-        # explicit positions belong to one grid
+        # explicit positions fit one grid only
         self.size = sampling.size if isinstance(sampling, Positions) else (least, least)
         kernel = conv.kernel_size[0] * conv.kernel_size[1]
         used = 8 * min(sampling.count(*self.size), method.positions)
@@ -374,30 +375,30 @@ class _Noise:
 
 
 def _transposed(weight: Tensor, groups: int, back: bool = False) -> Tensor:
-    """The weight [C, O / g, kh, kw] of the transposed convolution that does, on the filled map, what a
-    convolution with [O, C / g, kh, kw] does; ``back``: the other way."""
+    """Return the weight [C, O / g, kh, kw] of the transposed convolution that equals, on the filled map, a
+    convolution with [O, C / g, kh, kw]; with ``back``, the inverse."""
     first, second, kh, kw = weight.shape
     grouped = weight.view(groups, first // groups, second, kh, kw).transpose(1, 2).flip((3, 4))
     return grouped.reshape(groups * second, first // groups, kh, kw)
 
 
 def _matrix(weight: Tensor, groups: int) -> Tensor:
-    """A convolution's weight as [g, P, O / g] in float64."""
+    """Return a convolution's weight as [g, P, O / g] in float64."""
     return weight.double().reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
 
 
 def _damped(found: Moments) -> Tensor:
-    """G with the ridge on its diagonal."""
-    # where a map never changes there is only the rounding of its mean square
+    """Return G with the ridge on its diagonal."""
+    # for a constant map the variance is only the rounding of its mean square
     least = _LEAST + _RIDGE * found.mean_patch.square().mean(1)
     ridge = _RIDGE * found.gram.diagonal(dim1=1, dim2=2).mean(1).maximum(least)
-    gram = found.gram.clone()  # may be gigabytes: no second one for a diagonal
+    gram = found.gram.clone()  # may be gigabytes: make no second copy for a diagonal
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     return gram
 
 
 def _regression(found: Moments, start: Tensor) -> Tensor:
-    """The weight [g, P, O / g] of the least error, near ``start`` where the data says nothing."""
+    """Return the weight [g, P, O / g] of least error, near ``start`` where the data does not determine it."""
     step = torch.cholesky_solve(found.cross - found.gram @ start, torch.linalg.cholesky(_damped(found)))
     return start + step
 
@@ -405,7 +406,7 @@ def _regression(found: Moments, start: Tensor) -> Tensor:
 def _spread(
     method: SpatialBottleneck, pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs whose sampled inputs are put on a map of zeros."""
+    """Yield the pairs with their sampled inputs scattered to a map of zeros."""
     for y, response in pairs:
         height, width = response.shape[-2:]
         mask = method.sampling.mask(height, width).flatten().to(y.device)
@@ -422,10 +423,10 @@ def _read_by(
     outputs: int,
     wanted: Callable[[Tensor], Tensor],
 ) -> Moments:
-    """Moments of the patches that a first half reads, of the map itself or of its window means, and of
-    what is wanted of them, ``outputs`` channels made of the responses, at the sampling's positions."""
+    """Return moments of the patches that a first half reads (of the map or of its window means) and of its
+    targets, ``outputs`` channels computed from the responses, at the sampling's positions."""
     conv = conv_of(layer)
-    # the padding, not the same on all sides, is put on the map itself
+    # the padding differs between the sides, so the map itself is padded
     seen = nn.Conv2d(
         conv.in_channels, outputs, _two(conv.kernel_size), dilation=half.dilation, groups=conv.groups
     )
@@ -456,11 +457,11 @@ def _solve_codes(
     noise: Iterable[tuple[Tensor, Tensor]],
     method: SpatialBottleneck,
 ) -> Moments:
-    """Set the first half to the directions of a patch that tell most about the responses around it.
+    """Set the first half to the directions of a patch that best predict the responses around it.
 
-    With p what the first half reads, G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under
-    the kernel, these are the leading ones of L^-1 B B^T L^-T, turned back by L^-T. Missing samples are those
-    of noise. Returned are the data's own moments.
+    With patches p of the first half, G = E[p p^T] = L L^T and B = E[p t^T], t being the responses under
+    the kernel, these are the leading directions of L^-1 B B^T L^-T, mapped back by L^-T. Noise replaces
+    missing samples. Returns the data's own moments.
     """
     conv, down = conv_of(layer), module.down
     kernel, spread = _two(conv.kernel_size), _two(conv.dilation)
@@ -488,15 +489,15 @@ def _solve_codes(
 
 
 def _is_known(down: SampledDown2d) -> bool:
-    """Whether :func:`_around_noise` holds for a first half."""
+    """Return whether :func:`_around_noise` holds for a first half."""
     return down.window == 1 and all(size % 2 for size in _two(down.kernel_size))
 
 
 def _around_noise(conv: nn.Conv2d) -> Moments:
-    """Away from the borders, the moments of white noise under an odd kernel and of the responses around it.
+    """Return, away from borders, the moments of white noise under an odd kernel and of its responses.
 
     G = I. The response i taps from the position reads the value at tap a through tap b = a - i + (k - 1) / 2.
-    To draw this noise was the dearest part of a fit: there are more responses than values.
+    Drawing this noise was the most expensive part of a fit: there are more responses than values.
     """
     g, weight = conv.groups, conv.weight.detach().double()
     o, c, kh, kw = weight.shape
@@ -510,10 +511,10 @@ def _around_noise(conv: nn.Conv2d) -> Moments:
 
 
 def _balance(module: SpatialBottleneck2d) -> None:
-    """Give each channel in the middle the same norm in both halves; what they compute stays.
+    """Give each middle channel the same norm in both halves without changing the result.
 
     The first half as solved gives values of variance one, whatever the map's scale: its weights may be a
-    hundred thousand times smaller than the second's, and the first step of training would end it.
+    hundred thousand times smaller than the second's, and the first step of training would destroy it.
     """
     first, second = module.down.weight, module.up.weight
     norms = [w.flatten(1).norm(dim=1) for w in (first, second)]
@@ -524,19 +525,19 @@ def _balance(module: SpatialBottleneck2d) -> None:
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
-    """The first left singular vectors of [g, P, T] as [g, P, count], by subspace iteration.
+    """Return the first left singular vectors of [g, P, T] as [g, P, count], by subspace iteration.
 
-    Of a layer with 512 channels a decomposition gives 4,608, where some 256 are wanted.
+    For a layer with 512 channels a full decomposition computes 4,608, where about 256 are wanted.
     """
     most = matrix.shape[1]
     tried = min(most, count + _OVERSAMPLED)
-    # fewer columns than directions: the rest tell nothing, and any will do
+    # fewer columns than directions: any directions will do for the rest
     padded = F.pad(matrix, (0, max(0, tried - matrix.shape[2])))
     return torch.svd_lowrank(padded, q=tried, niter=_ITERATIONS)[0][:, :, :count]
 
 
 def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A convolution with another one's geometry and groups."""
+    """Return a convolution with another one's geometry and groups."""
     kernel, dilation = _two(conv.kernel_size), _two(conv.dilation)
     padding = half_padding(kernel, dilation)
     made = nn.Conv2d(in_channels, out_channels, kernel, 1, padding, dilation, conv.groups)

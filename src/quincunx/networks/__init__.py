@@ -1,4 +1,4 @@
-"""Networks by name, and weights that others published for them (``networks.weights.load``).
+"""Build networks by name, and load published weights for them (``networks.weights.load``).
 
 Example:
     >>> from quincunx import networks

@@ -1,7 +1,7 @@
-"""AlexNet, as torchvision has it (one column, Krizhevsky 2014) and as it was (Krizhevsky et al. 2012).
+"""AlexNet in torchvision's form (one column, Krizhevsky 2014) and the original (Krizhevsky et al. 2012).
 
 The original has two columns in its second, fourth and fifth convolution (two groups) and local response
-normalisation behind the first two. Its modules are named after the layers of the Caffe Model Zoo's
+normalisation after the first two. Its modules are named after the layers of the Caffe Model Zoo's
 bvlc_alexnet, whose weights :func:`quincunx.networks.weights.from_caffe` converts.
 """
 
@@ -102,7 +102,7 @@ def _original(num_classes: int, in_channels: int, dropout: float) -> AlexNet:
 def alexnet(
     num_classes: int = 1000, in_channels: int = 3, *, form: str = "torchvision", dropout: float = 0.5
 ) -> AlexNet:
-    """AlexNet, of ``form`` "torchvision" (61.1 M parameters) or "original" (61.0 M, in two columns).
+    """Return AlexNet, with ``form`` "torchvision" (61.1 M parameters) or "original" (61.0 M, in two columns).
 
     Source: Krizhevsky, Sutskever, Hinton (NIPS 2012); Krizhevsky, arXiv:1404.5997.
     """

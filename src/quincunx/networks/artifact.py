@@ -1,4 +1,4 @@
-"""Models and results on disk: written whole or not at all, and never unpickled."""
+"""Models on disk: written completely or not at all, and never unpickled."""
 
 from __future__ import annotations
 
@@ -61,24 +61,24 @@ def save(
     """Write a model as a folder of ``spec.json`` and ``weights.safetensors``.
 
     Args:
-        model: a network made by :func:`quincunx.networks.build`, or any other with a ``factory``; also one
-            whose layers :func:`quincunx.accelerate` has replaced. What ``torch.compile``, ``DataParallel``,
-            ``DistributedDataParallel`` or ``AveragedModel`` stands around, the whole or a part of it, is
-            written without them.
-        folder: made with its parents; an artifact that is there is replaced, but only once the new
+        model: a network made by :func:`quincunx.networks.build`, or any other with a ``factory``; its
+            layers may have been replaced by :func:`quincunx.accelerate`. Wrappers by ``torch.compile``,
+            ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``, around the whole network or a
+            part, are left out.
+        folder: created with its parents; an existing artifact is replaced, but only once the new
             one is complete.
-        info: JSON-ready facts to keep with it, such as its classes and normalisation.
-        factory: which function of yours makes the network, as "package.module:function". It is noted for
-            people to read and never imported: :func:`load` must be given the function.
+        info: JSON-ready facts to store, such as its classes and normalisation.
+        factory: the function of yours that builds the network, as "package.module:function". The name is
+            stored for people to read and never imported: :func:`load` must be given the function.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a model without a spec or factory; a state dict that holds more than tensors, or
-            tensors that the format has no type for; a folder that holds something else.
-        TypeError: no network; ``info`` that is no JSON.
-        OSError: it cannot be written; what was there before is still there.
+            tensors of a type that the format lacks; a folder that holds something else.
+        TypeError: not a network; ``info`` that is not JSON.
+        OSError: it cannot be written; previous contents are unchanged.
 
     Example:
         >>> import tempfile
@@ -96,7 +96,7 @@ def save(
         spec = spec_of(model)
     state = storable_state(model)
     place = Path(folder).resolve()
-    # before it is looked at: a killed run may have left it aside
+    # before looking at it: a killed run may have moved it aside
     restore(place)
     check_replaceable(folder)
 
@@ -117,25 +117,25 @@ def save(
         json.dumps(info, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise type(error)(f"info: cannot be written as JSON ({error})") from error
-    # where a link leads, so that the link stays
+    # resolve a link first, so that the link stays
     fill_folder(place, write)
     return Path(folder)
 
 
 def storable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A network's state as it goes to disk: each tensor in memory of its own, of tied weights the first
-    alone, by names without torch's wrappers.
+    """Return a network's state as it is stored: each tensor in its own memory, only the first of tied
+    weights, by names without torch's wrappers.
 
     Raises:
-        ValueError: it holds something else than tensors with values, or such as the format cannot hold.
+        ValueError: it holds anything but tensors with values, or tensors that the format cannot hold.
     """
     inner = unwrapped(model)
     found: dict[tuple[object, ...], tuple[str, Tensor]] = {}
-    # of a wrapper, its own state (how many models an average is of) is no part of the network
+    # a wrapper's own state (the number of averaged models) does not belong to the network
     plain = plain_names(inner)
     for name, value in check_state(inner).items():
         found.setdefault(place_of(value), (plain(name), value))
-    # a view of a larger tensor would not be written without the rest
+    # a view of a larger tensor would be written with all of it
     whole = {name: value.untyped_storage().nbytes() == value.nbytes for name, value in found.values()}
     return {n: _own(v, copied=not whole[n]) for n, v in found.values()}
 
@@ -146,10 +146,10 @@ def _own(value: Tensor, *, copied: bool) -> Tensor:
 
 
 def check_state(model: nn.Module) -> dict[str, Tensor]:
-    """A network's state dict, which an artifact can hold.
+    """Return a network's state dict, after checking that an artifact can hold it.
 
     Raises:
-        ValueError: it holds something else than tensors.
+        ValueError: it holds anything but tensors.
     """
     state: dict[str, Any] = model.state_dict()
     for name, value in state.items():
@@ -162,12 +162,12 @@ def check_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-# whose values are the tensor's own; of another class they may be computed, or lie in other tensors
+# these classes own their values; in another class they may be computed, or lie in other tensors
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _unstorable(value: Tensor) -> str | None:
-    """What keeps a tensor from being written as it is, if something does."""
+    """Return why a tensor cannot be written, or None."""
     if is_lazy(value):
         return "a parameter whose size is not known before the first call"
     if type(value) not in _PLAIN:
@@ -182,10 +182,10 @@ def _unstorable(value: Tensor) -> str | None:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuse a place where :func:`save` would destroy something that is no artifact.
+    """Refuse a place where :func:`save` would destroy something that is not an artifact.
 
     Raises:
-        ValueError: it holds another file than an artifact's two, or the spec of another program.
+        ValueError: it holds files other than an artifact's two, or another program's spec.
     """
     path = Path(folder)
     if not path.exists():
@@ -202,23 +202,23 @@ def check_replaceable(folder: str | Path) -> None:
 def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
     """Read a model that :func:`save` wrote; in evaluation mode, on the CPU.
 
-    Where the artifact notes how its training saw images, as those of the command line do, the model has an
-    attribute ``preprocess``: a :class:`quincunx.networks.preprocessing.Preprocessing`, a function from images
-    in bytes or in [0, 1] to what the network takes; ``.mean``, ``.std`` and ``.size`` tell it.
+    If the artifact records the preprocessing of its training, as those of the command line do, the model has
+    an attribute ``preprocess``: a :class:`quincunx.networks.preprocessing.Preprocessing`, a function from
+    images as bytes or in [0, 1] to the network's input; it has ``.mean``, ``.std`` and ``.size``.
 
-    Nothing in the folder is executed: nothing is unpickled, and the name of a function that was noted there
+    Nothing in the folder is executed: nothing is unpickled, and the recorded name of a function
     is not imported. Only the function that you pass is called.
 
     Args:
         folder: the artifact.
-        factory: for a network of your own, the function that makes it: without arguments, as it was before
-            its layers were replaced. Its weights do not matter.
+        factory: for a network of your own, the function that builds it: without arguments, with its
+            original layers. Its weights do not matter.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is not there.
-        ValueError: a corrupt or foreign artifact; ``factory`` is missing, or given for nothing; its network
-            is not the one whose weights these are (missing and unexpected names and wrong shapes).
-        TypeError: ``factory`` is no function, or returns no network.
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: a corrupt or foreign artifact; ``factory`` is missing, or not needed; its network
+            does not match the weights (missing and unexpected names and wrong shapes).
+        TypeError: ``factory`` is not a function, or does not return a network.
 
     Example:
         >>> import tempfile
@@ -243,7 +243,7 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
         raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {SPEC_FILE}")
     what = f"{weights}: does not fit {name}"
     state = read_tensors(weights, what=what)
-    # what a function of the user raises is the user's to see
+    # exceptions of the user's function go to the user
     own = None if factory is None else made_by(factory)
 
     def build() -> nn.Module:
@@ -272,7 +272,7 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
 
 
 def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state by the names that a network has which is wrapped itself, or in parts."""
+    """Rename a state for a network that is wrapped itself, or in parts."""
     plain = plain_names(model)
     names = {plain(name): name for name in model.state_dict()}
     return {names.get(name, name): value for name, value in state.items()}
@@ -282,11 +282,11 @@ def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Counted(TorchFunctionMode):
-    """Ends a construction that makes more than some weights can be the content of."""
+    """Aborts a construction that makes more tensors than a file's weights can fill."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
-        # a layer is made, and drawn, by some tens of calls
+        # creating and initialising a layer takes some tens of calls
         self.left = 5000 + 100 * tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -297,8 +297,8 @@ class _Counted(TorchFunctionMode):
 
 
 def build_measured(build: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
-    """What ``build`` makes, of tensors that take no memory: their names and sizes are to be compared with
-    those that a file has before memory is taken.
+    """Return ``build()`` with tensors that take no memory, so that their names and sizes can be compared
+    with a file's before memory is allocated.
 
     Raises:
         ValueError: it makes far more tensors than there are in ``state``.
@@ -308,26 +308,26 @@ def build_measured(build: Callable[[], nn.Module], state: Mapping[str, Tensor]) 
 
 
 def _measure(measured: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights whose names or sizes are not those of a network that was only measured."""
+    """Refuse weights whose names or sizes do not match a network that was built without memory."""
     claims = {
         name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in state.items()
     }
     with warnings.catch_warnings():
-        # counters that torch adds where they are missing
+        # torch adds missing counters with a warning
         warnings.simplefilter("ignore", UserWarning)
         fill_parameters(measured, claims, what)
 
 
 def _measure_replaced(replaced: Mapping[str, dict[str, Any]], state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse replaced layers that the file's weights are not of, before memory is taken for them.
+    """Refuse replaced layers that do not match the file's weights, before allocating memory for them.
 
     Raises:
-        ValueError: other names or sizes; no spec of a layer.
+        ValueError: other names or sizes; an invalid spec of a layer.
     """
     for name, spec in replaced.items():
         if spec["kind"] == "same":
             continue
-        # a layer that stands in several places is written under one of their names
+        # a layer used in several places is stored under one of its names
         names = [name, *(other for other, said in replaced.items() if said.get("as") == name)]
         own = {
             key.removeprefix(f"{place}."): value
@@ -340,7 +340,7 @@ def _measure_replaced(replaced: Mapping[str, dict[str, Any]], state: Mapping[str
 
 
 def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a network's tensors the types of those that it is to be filled with; their values are undefined.
+    """Give a network's tensors the types of the tensors that will fill it; their values are undefined.
 
     Args:
         model: changed in place.
@@ -362,7 +362,7 @@ def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _check_given(folder: Path, described: dict[str, Any], factory: object) -> None:
-    """Refuse an artifact of a factory without one, and one of a named network with one."""
+    """Refuse an artifact with a factory if none is given, and a named network if one is given."""
     if described["kind"] != "factory":
         if factory is not None:
             raise ValueError(f"factory: {folder} holds {described['name']}, which needs none")
@@ -378,10 +378,10 @@ def _check_given(folder: Path, described: dict[str, Any], factory: object) -> No
 
 
 def made_by(factory: Factory) -> nn.Module:
-    """What a factory returns.
+    """Return the network that a factory builds.
 
     Raises:
-        TypeError: no network.
+        TypeError: it is not a network.
     """
     model: object = factory()
     if not isinstance(model, nn.Module):
@@ -390,7 +390,7 @@ def made_by(factory: Factory) -> nn.Module:
 
 
 def _rebuilt(model: nn.Module, replaced: dict[str, dict[str, Any]]) -> nn.Module:
-    """The network with the modules that ``accelerate`` noted in place of its own."""
+    """Return the network with the modules that ``accelerate`` recorded instead of its own."""
     made: dict[str, nn.Module] = {}
     for name, spec in replaced.items():
         model.get_submodule(name)  # refuses a name that is no layer of this network

@@ -1,8 +1,8 @@
-"""Checkpoint files as training scripts write them: read as data, searched for the network's weights.
+"""Read checkpoint files of training scripts as data, and find the network's weights in them.
 
 torch's files are pickles that refer to blocks of numbers. The pickle is read without importing or calling
-what it names (:mod:`quincunx.pickles`), so that arguments, configurations and whole networks beside the
-weights do no harm; only the blocks of the chosen weights are read.
+the names in it (:mod:`quincunx.pickles`), so that arguments, configurations and whole networks beside the
+weights are harmless; only the blocks of the chosen weights are read.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from quincunx.reading import (
 
 __all__ = ["read_weights"]
 
-# Where training scripts keep the weights: the plain ones first, then averages over training steps.
+# Keys under which training scripts store weights: the plain ones first, then averages over training steps.
 _PLAIN = (
     "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params", "module",
     "net_state_dict", "network_state_dict",
 )  # fmt: skip
 _AVERAGED = re.compile(r"(?:^|[_.-])(?i:ema|swa|avg|averaged?|shadow)(?=$|[_.-]|\d)|Ema|EMA")
-# entries that hold tensors which are no weights
+# keys of entries whose tensors are not weights
 _NO_WEIGHTS = re.compile(r"(?i)optim|sched|scaler|^amp$|rng|random|hyper|callbacks|loops|^loss|criterion")
-# how deep state dicts are looked for, and how many
+# the depth of the search for state dicts, and the most of them
 _DEPTH, _SETS = 4, 64
 _SHOWN = 10
-# parts of names that wrappers put there: DataParallel, torch.compile, FSDP, training loops
+# parts of names that wrappers add: DataParallel, torch.compile, FSDP, training loops
 _WRAPPERS = (
     "module",
     "_orig_mod",
@@ -54,7 +54,7 @@ _WRAPPERS = (
     "_forward_module",
 )
 _MAYBE_WRAPPERS = {*_WRAPPERS, "net", "network"}
-# what tied or repeated values may claim beyond the numbers that are stored
+# bytes that a tensor of repeated values may claim even if fewer are stored
 _SPREAD = 1 << 20
 
 _log = logging.getLogger("quincunx")
@@ -78,7 +78,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class _Block:
-    """Stored numbers: their name in the file, their kind and how many; where a view of them begins."""
+    """Stored numbers: their name in the file, type and count; and where a view of them begins."""
 
     key: str
     dtype: torch.dtype
@@ -91,7 +91,7 @@ class _Block:
 
 
 class _Values:
-    """Stands for a tensor: which numbers of which block, in what order."""
+    """Describes a tensor: a block, and the order of its numbers."""
 
     __slots__ = ("block", "dtype", "offset", "shape", "stride")
 
@@ -101,7 +101,7 @@ class _Values:
         self.block, self.dtype, self.offset, self.shape, self.stride = block, dtype, offset, shape, stride
 
     def build(self, state: object) -> None:
-        """Attributes that somebody gave a tensor do not matter."""
+        """Ignore attributes that were set on a tensor."""
 
 
 def _values(block: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: Any = None) -> _Values:
@@ -126,7 +126,7 @@ def _values(block: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype:
 
 
 def _of_kind(*arguments: Any) -> _Values:
-    """torch._utils._rebuild_tensor_v3: of kinds that have no storage class."""
+    """Read torch._utils._rebuild_tensor_v3, for types that have no storage class."""
     block, offset, shape, stride, _, _, named = arguments[:7]
     dtype = getattr(torch, named.name, None) if isinstance(named, Named) and named.module == "torch" else None
     if not isinstance(dtype, torch.dtype):
@@ -139,7 +139,7 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _of_subclass(_: Any, __: Any, arguments: Any, ___: Any) -> Any:
-    """A tensor of a subclass, which is made of what its plain tensor is made of."""
+    """Return a tensor of a subclass, described by its plain tensor's arguments."""
     if not isinstance(arguments, tuple) or not arguments:
         return None
     return arguments[0] if isinstance(arguments[0], _Values) else _values(*arguments)
@@ -148,7 +148,7 @@ def _of_subclass(_: Any, __: Any, arguments: Any, ___: Any) -> Any:
 def _ordered(*arguments: Any) -> Dictionary:
     made = Dictionary()
     for pairs in arguments[:1]:
-        # protocols before 2 give the entries at once
+        # protocols before 2 pass the entries at once
         for key, value in pairs if isinstance(pairs, list) else ():
             if isinstance(key, str):
                 made[key] = value
@@ -170,7 +170,7 @@ _MAKERS: Makers = {
 
 
 def _block(identity: Any) -> Any:
-    """What a persistent id stands for: a block of numbers, or the class of a container."""
+    """Return what a persistent id refers to: a block of numbers, or the class of a container."""
     if not isinstance(identity, tuple) or not identity:
         raise ValueError("a reference to nothing")
     if identity[0] in ("module", b"module") and len(identity) > 1:
@@ -245,7 +245,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def _open_old(file: IO[bytes], length: int) -> tuple[object, Blocks]:
-    """A file of torch before 1.6: some pickles in a row, then the blocks."""
+    """Read a file of torch before 1.6: several pickles in a row, then the blocks."""
     source = Bounded(file, length)
     sizes: dict[str, int] = {}
 
@@ -293,7 +293,7 @@ def _open_old(file: IO[bytes], length: int) -> tuple[object, Blocks]:
 
 
 def _tensors(state: Mapping[str, Any], numbers: Blocks) -> dict[str, Tensor]:
-    """The tensors that are described; those of one block share their memory, as they did."""
+    """Return the described tensors; those of one block share their memory, as they did."""
     blocks: dict[str, bytearray] = {}
     made: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -317,7 +317,7 @@ def _tensors(state: Mapping[str, Any], numbers: Blocks) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A set of named tensors: the keys that lead to it, its tensors, and what else lies beside them."""
+    """A set of named tensors: the keys that lead to it, and its tensors."""
 
     where: tuple[str, ...]
     state: dict[str, Any]
@@ -328,7 +328,7 @@ class _Found:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """Plain weights before averaged ones, usual keys before others, outer ones before inner ones."""
+        """Return a sort key: plain weights before averages, usual keys first, outer before inner."""
         averaged = any(_AVERAGED.search(key) for key in self.where)
         last = self.where[-1] if self.where else ""
         rank = _PLAIN.index(last) if last in _PLAIN else len(_PLAIN)
@@ -346,7 +346,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _search(value: object) -> list[_Found]:
-    """Every set of named tensors that keys of text lead to, but for those of optimisers and the like."""
+    """Return every set of named tensors under text keys, except those of optimisers and the like."""
     found: list[_Found] = []
     seen: set[int] = set()
     waiting: deque[tuple[object, tuple[str, ...]]] = deque([(value, ())])
@@ -366,7 +366,7 @@ def _search(value: object) -> list[_Found]:
 
 
 def _contents(value: object) -> str:
-    """What a file holds, in a few words."""
+    """Describe what a file holds, in a few words."""
     entries = _entries(value)
     if entries is None:
         return f"one {_kind(value)}"
@@ -385,7 +385,7 @@ def _kind(value: object) -> str:
 
 
 def _network_in(value: object) -> Made | None:
-    """A whole network: what was made of a class, itself or under a key."""
+    """Return a pickled whole network, at the top or under a key, or None."""
     entries = value.values() if isinstance(value, dict) else ()
     for item in (value, *entries):
         state = item.state if isinstance(item, Made) else None
@@ -411,7 +411,7 @@ def _refusal(value: object) -> str:
 def _choose(
     found: Sequence[_Found], known: Collection[str], key: str | None
 ) -> tuple[_Found, dict[str, Any], list[_Found]]:
-    """The weights to take, with their names brought to those that are known, and others that fit alike."""
+    """Return the chosen weights, renamed to the known names, and other sets that fit equally well."""
     if key is not None:
         found = [one for one in found if one.path == key] or found
         if found[0].path != key:
@@ -426,7 +426,7 @@ def _choose(
         first = fits.index(max(fits))
         alike = [one for one, fit in zip(ordered, fits, strict=True) if fit == fits[first]]
         return ordered[first], renamed[first], alike[1:]
-    # single tensors beside the weights, such as a best accuracy, are none
+    # single tensors beside the weights, such as a best accuracy, are not weights
     most = max(len(one.state) for one in ordered)
     alike = [one for one in ordered if 2 * len(one.state) > most]
     rivals = [one for one in alike if one.order[:2] == alike[0].order[:2]]
@@ -437,10 +437,10 @@ def _choose(
 
 
 def _renamed(state: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Names without what wrappers put before them and into them, in today's spelling.
+    """Remove the parts that wrappers add to names, and use today's spelling.
 
-    A name that the network has stays. Of the others those parts are ignored that wrappers add (``module``,
-    ``_orig_mod``, ``model``), wherever one name of the network alone then fits.
+    A name that the network has stays. In other names the wrappers' parts (``module``,
+    ``_orig_mod``, ``model``) are ignored if exactly one name of the network then matches.
     """
     plain = _stripped(state, known)
     targets = plain
@@ -456,7 +456,7 @@ def _renamed(state: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]
             targets[name] = next((option for option in options if option in known), _today(short)) or short
     else:
         targets = {name: _today(short) for name, short in plain.items()}
-    # two names that would become one stay apart, and are named when they do not fit
+    # two names that would become equal stay different, and are reported if they do not fit
     counts: dict[str, int] = {}
     for target in targets.values():
         counts[target] = counts.get(target, 0) + 1
@@ -464,7 +464,7 @@ def _renamed(state: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]
 
 
 def _stripped(state: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
-    """Each name, and it without the wrappers that are before all of them."""
+    """Return each name, and the name without the wrappers that prefix all of them."""
     short = {name: name for name in state}
     for _ in range(8):
         first = next(iter(short.values()), "").partition(".")[0]
@@ -483,35 +483,35 @@ def _core(name: str) -> str:
 
 
 def _today(name: str) -> str:
-    """The first published DenseNets had a dot in ``denselayer1.norm.1``."""
+    """Rename weights of the first published DenseNets, which had a dot in ``denselayer1.norm.1``."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
 
 
 def read_weights(
     path: str | Path, *, known: Collection[str] = (), key: str | None = None
 ) -> dict[str, Tensor]:
-    """A state dict from a torch checkpoint (.pth, .pt, .th) or a .safetensors file.
+    """Return a state dict from a torch checkpoint (.pth, .pt, .th) or a .safetensors file.
 
     Nothing in the file is executed, imported or unpickled. The state dict may be the file itself or lie in
     it: under ``state_dict``, ``model``, ``model_state_dict``, ``net``, ``network``, ``weights``, ``params``,
-    ``ema`` or another key, also twice (``{"model": {"state_dict": ...}}``), beside an optimiser, epochs and
-    arguments of any kind. Of several, the one is taken that has most of the ``known`` names. Where the plain
-    weights and an average of them (``ema``, ``model_ema``, ``state_dict_ema``) fit alike, the plain ones are
-    taken, a warning of the logger ``quincunx`` says so, and ``key`` takes the other.
+    ``ema`` or another key, also nested (``{"model": {"state_dict": ...}}``), beside an optimiser, epochs and
+    arguments of any kind. If there are several, the one with most of the ``known`` names is chosen. If the
+    plain weights and an average of them (``ema``, ``model_ema``, ``state_dict_ema``) fit equally well, the
+    plain ones are chosen, a warning of the logger ``quincunx`` says so, and ``key`` selects the other.
 
     The prefixes ``module.`` of parallel training, ``_orig_mod.`` of a compiled network and ``model.`` of
-    training loops are taken off, in any order, and names of torchvision's first DenseNets
+    training loops are removed, in any order, and names of torchvision's first DenseNets
     (``denselayer1.norm.1``) become today's.
 
     Args:
         path: the file.
-        known: names that the network has; they stay as they are, and other names become them where only
-            wrappers' parts (``module``, ``_orig_mod``, ``model``) tell them apart.
-        key: which of several state dicts, the keys joined by dots: ``"model_ema"``, ``"ema.module"``.
+        known: the network's names; they do not change, and other names become them if they differ only in
+            wrappers' parts (``module``, ``_orig_mod``, ``model``).
+        key: selects one of several state dicts, the keys joined by dots: ``"model_ema"``, ``"ema.module"``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a state dict; says what the file holds.
+        ValueError: not a state dict; the message says what the file holds.
     """
     path = Path(path)
     if not path.is_file():
@@ -543,12 +543,12 @@ def read_weights(
 
 
 def _opened(path: Path, file: IO[bytes]) -> tuple[object, Blocks]:
-    """What a file holds, and how its numbers are read."""
+    """Return what a file holds, and a function that reads its numbers."""
     head = file.read(9)
     file.seek(0, 2)
     length = file.tell()
     file.seek(0)
-    # the length of a head, which is JSON
+    # the length of a header, which is JSON
     if path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < length):
         bounded(int.from_bytes(head[:8], "little"), what=f"{path}: its head", at_most=max(0, length - 8))
         return load_file(path), lambda block: bytearray()

@@ -1,8 +1,8 @@
-"""The CIFAR ResNets of He et al. (2015), activations behind the additions, and their SB forms.
+"""The CIFAR ResNets of He et al. (2015), with activations after the additions, and their SB forms.
 
 Three stages of n blocks on 32 x 32, 16 x 16 and 8 x 8 maps, of 16, 32 and 64 channels. Shortcuts have no
-parameters (option A): where the resolution changes, every second position, with zero channels before and
-behind. State-dict keys are those of commonly published weights: ``conv1``, ``layer1.0.conv1``, ``linear``.
+parameters (option A): if the resolution changes they take every second position and add zero channels before
+and after. State-dict keys are those of commonly published weights: ``conv1``, ``layer1.0.conv1``, ``linear``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WIDTH = 16
 
 
 class ZeroPaddedShortcut(nn.Module):
-    """Option A: every second position, the new channels zero, half of them before the old ones."""
+    """Option A: every second position, with zeros for the new channels, half of them before the old ones."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CifarResNet(nn.Module):
 def _build(
     depth: int, num_classes: int, in_channels: int, width: int, sampling: Sampling | None, down: str
 ) -> CifarResNet:
-    """Every block is replaced except the two that change the resolution."""
+    """Build the network; with a sampling, replace every block except the two that change the resolution."""
     check_positive("width", width)
     n, rest = divmod(depth - 2, 6)
     if n < 1 or rest:
@@ -79,7 +79,7 @@ def _build(
 def cifar_resnet(
     depth: int, num_classes: int = 10, in_channels: int = 3, *, width: int = _WIDTH
 ) -> CifarResNet:
-    """The ResNet of He et al., arXiv:1512.03385, section 4.2, of depth 6n + 2."""
+    """Return the ResNet of He et al., arXiv:1512.03385, section 4.2, of depth 6n + 2."""
     return _build(depth, num_classes, in_channels, width, None, "stride")
 
 
@@ -92,5 +92,5 @@ def sb_cifar_resnet(
     down: str = "stride",
     width: int = _WIDTH,
 ) -> CifarResNet:
-    """The same, every block a spatial bottleneck but the two that change the resolution."""
+    """Return it with spatial bottlenecks in every block except the two that change the resolution."""
     return _build(depth, num_classes, in_channels, width, parse(sampling), down)

@@ -38,7 +38,7 @@ _INNER = 4
 
 
 class DenseLayer(nn.Module):
-    """BN, ReLU, 1 x 1, BN, ReLU, 3 x 3 of ``growth`` new channels, put behind those that came in.
+    """BN, ReLU, 1 x 1, BN, ReLU, 3 x 3 with ``growth`` new channels, concatenated after the input's.
 
     With a sampling the 3 x 3 is a linear spatial bottleneck.
     """
@@ -117,7 +117,7 @@ def _build(depth: int, num_classes: int, in_channels: int, sampling: Sampling | 
 
 
 def densenet(depth: int, num_classes: int = 1000, in_channels: int = 3) -> DenseNet:
-    """DenseNet-121, -161, -169 or -201 (Huang et al., arXiv:1608.06993)."""
+    """Return DenseNet-121, -161, -169 or -201 (Huang et al., arXiv:1608.06993)."""
     return _build(depth, num_classes, in_channels, None, "stride")
 
 
@@ -129,12 +129,12 @@ def sb_densenet(
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
 ) -> DenseNet:
-    """The same with a linear spatial bottleneck for the 3 x 3 of every layer but the first of each block.
+    """Return it with a linear spatial bottleneck for the 3 x 3 of every layer but the first of each block.
 
-    A layer is a channel bottleneck, so the rule is that of channel bottlenecks. The 3 x 3 goes from
+    A layer is a channel bottleneck, so the rule for channel bottlenecks applies. The 3 x 3 goes from
     C = 4 g channels to the growth g; C g / (C + g) = 0.8 g channels between the halves keep its parameters
-    but for rounding (128 to 32 through 26: 37,440 instead of 36,864). A replaced 3 x 3 has MACs in
-    proportion to the density, 0.51 of what they were with CHESSBOARD; the 1 x 1 convolutions keep theirs,
-    so that DenseNet-121 at 224 x 224 goes from 2.834 G to 2.298 G, 1.23 times fewer.
+    up to rounding (128 to 32 through 26: 37,440 instead of 36,864). The MACs of a replaced 3 x 3 are
+    proportional to the density, 0.51 of the original with CHESSBOARD. The 1 x 1 convolutions do not change,
+    so DenseNet-121 at 224 x 224 goes from 2.834 G to 2.298 G, 1.23 times fewer.
     """
     return _build(depth, num_classes, in_channels, parse(sampling), down)

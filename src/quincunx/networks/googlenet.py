@@ -1,10 +1,11 @@
-"""GoogLeNet, as torchvision has it (with batch norm) and as it was (Szegedy et al. 2015).
+"""GoogLeNet in torchvision's form (with batch norm) and the original (Szegedy et al. 2015).
 
 Both forms have torchvision's module names: ``conv1.conv``, ``inception3a.branch2.0.conv``, ``aux1.fc1``,
 ``fc``. torchvision's has batch norm, no bias in its convolutions, and a 3 x 3 where the paper has a 5 x 5,
-a slip that its trained weights keep. The original has biases, local response normalisation and the 5 x 5;
-weights of the Caffe Model Zoo's bvlc_googlenet are converted by
-:func:`quincunx.networks.weights.from_caffe`.
+an error that its trained weights preserve. The original has biases, local response normalisation and the 5 x
+5;
+:func:`quincunx.networks.weights.from_caffe` converts weights of the Caffe Model Zoo's
+bvlc_googlenet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from quincunx.networks.pieces import check_dropout, check_form, he_start, local_
 
 __all__ = ["GoogLeNet", "googlenet"]
 
-# input; 1 x 1; 3 x 3 and the 1 x 1 before it; 5 x 5 likewise; 1 x 1 behind the pooling
+# input; 1 x 1; 3 x 3 and the 1 x 1 before it; 5 x 5 likewise; 1 x 1 after the pooling
 _INCEPTIONS = {
     "3a": (192, 64, 96, 128, 16, 32, 32),
     "3b": (256, 128, 128, 192, 32, 96, 64),
@@ -33,7 +34,7 @@ _LAST = 1024
 
 
 class _Conv(nn.Module):
-    """A convolution with ReLU: with a bias as it was, else with batch norm between."""
+    """A convolution with ReLU: with a bias in the original form, else with batch norm between them."""
 
     def __init__(self, inside: int, outside: int, kernel: int, original: bool, stride: int = 1) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.original:
-            # of the 14 x 14 map of a 224 x 224 image this makes the 4 x 4, with windows that overlap
+            # pools the 14 x 14 map of a 224 x 224 image to 4 x 4, with overlapping windows
             x = F.avg_pool2d(x, 5, 3)
         x = torch.flatten(self.conv(F.adaptive_avg_pool2d(x, 4)), 1)
         scores: Tensor = self.fc2(self.dropout(F.relu(self.fc1(x))))
@@ -151,10 +152,10 @@ def googlenet(
     dropout: float | None = None,
     aux_dropout: float = 0.7,
 ) -> GoogLeNet:
-    """GoogLeNet, of ``form`` "torchvision" (6.6 M parameters) or "original" (7.0 M), with two auxiliary
-    heads if ``aux`` (6.4 M more).
+    """Return GoogLeNet, with ``form`` "torchvision" (6.6 M parameters) or "original" (7.0 M), and two
+    auxiliary heads if ``aux`` (6.4 M more).
 
-    ``dropout`` before the classifier is by default that of the form, 0.2 or 0.4. torchvision's trained
+    ``dropout`` before the classifier defaults to the form's, 0.2 or 0.4. torchvision's trained
     weights expect images normalised with mean and standard deviation 0.5.
 
     Source: Szegedy et al., arXiv:1409.4842.

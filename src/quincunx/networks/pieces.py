@@ -1,4 +1,4 @@
-"""What networks of several families share: where spatial bottlenecks stand in them, and start values."""
+"""Parts that several families share: spatial bottlenecks, initial values and checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 def middle(
     channels: int, stride: int, sampling: Sampling | None, down: str = "stride", *, groups: int = 1
 ) -> nn.Module:
-    """The 3 x 3 of a channel bottleneck: dense without a sampling, else a linear spatial bottleneck.
+    """Return the 3 x 3 of a channel bottleneck: dense without a sampling, else a linear spatial bottleneck.
 
     Source: cSB of Peng et al., arXiv:1809.02601, section 3.2.
     """
@@ -38,9 +38,9 @@ def middle(
 def sampled_pair(
     inside: int, channels: int, sampling: Sampling, down: str
 ) -> tuple[SampledDown2d, SampledConvTranspose2d]:
-    """The two convolutions that stand in place of a regular block's pair, for :func:`through_pair`.
+    """Return the two convolutions that replace a regular block's pair, for :func:`through_pair`.
 
-    A block keeps them as ``down`` and ``up``, which is how :func:`he_start` finds them.
+    A block stores them as ``down`` and ``up``, so that :func:`he_start` finds them.
     """
     return (
         SampledDown2d(inside, channels, 3, sampling=sampling, down=down, bias=False),
@@ -49,7 +49,7 @@ def sampled_pair(
 
 
 def through_pair(x: Tensor, down: SampledDown2d, norm: nn.BatchNorm2d, up: SampledConvTranspose2d) -> Tensor:
-    """Sampled convolution, batch norm and ReLU on the sampled map, transposed convolution.
+    """Apply sampled convolution, batch norm and ReLU on the sampled map, and transposed convolution.
 
     Source: rSB of Peng et al., arXiv:1809.02601, section 3.2.
     """
@@ -58,7 +58,7 @@ def through_pair(x: Tensor, down: SampledDown2d, norm: nn.BatchNorm2d, up: Sampl
 
 
 def local_response_norm() -> nn.Module:
-    """x / (1 + alpha / 5 times the sum of x^2 over five neighbouring channels)^0.75, alpha = 1e-4.
+    """Return x / (1 + alpha / 5 times the sum of x^2 over five neighbouring channels)^0.75, alpha = 1e-4.
 
     Source: Krizhevsky et al. (NIPS 2012), section 3.3, with the constants of the Caffe Model Zoo.
     """
@@ -66,12 +66,12 @@ def local_response_norm() -> nn.Module:
 
 
 def he_start(network: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out") -> None:
-    """He initialisation of dense and sampled convolutions.
+    """Apply He initialisation to dense and sampled convolutions.
 
-    ``mode`` says which fan of a dense convolution counts: "fan_out" keeps the scale of gradients, "fan_in"
+    ``mode`` selects the fan of a dense convolution: "fan_out" keeps the scale of gradients, "fan_in"
     that of activations, which a network without batch norm needs. A transposed convolution sums over
-    computed positions only, which its fan-in says. No ReLU stands between the halves of a linear spatial
-    bottleneck, so its second half has gain 1.
+    computed positions only; its fan-in accounts for that. There is no ReLU between the halves of a linear
+    spatial bottleneck, so its second half has gain 1.
 
     Source: He et al., arXiv:1502.01852, section 2.2.
     """
@@ -87,19 +87,19 @@ def he_start(network: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_ou
 
 
 def check_positive(name: str, value: int) -> None:
-    """Refuse what is no positive integer, naming the setting."""
+    """Check that a setting is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive integer")
 
 
 def check_dropout(value: float, name: str = "dropout") -> None:
-    """Refuse what is no probability."""
+    """Check that a value is a probability."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{name}={value!r}: expected a number from 0 to less than 1")
 
 
 def check_form(value: str) -> bool:
-    """Whether a network is asked for as its paper has it, not as torchvision does."""
+    """Return whether ``form`` is the paper's instead of torchvision's."""
     if value not in ("torchvision", "original"):
         raise ValueError(f"form={value!r}: expected 'torchvision' or 'original'")
     return value == "original"

@@ -1,4 +1,4 @@
-"""How a network was trained to see images: the step before it, as a function."""
+"""The preprocessing of a network's training, as a function."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["Preprocessing"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    r"""Pixels as the network takes them.
+    r"""Normalises pixels for a network.
 
     .. math:: x_c = (p_c / 255 - \mu_c) / \sigma_c
 
     Attributes:
-        mean, std: of each channel, in [0, 1].
-        size: (H, W) of the images of its training; others are not resized here.
+        mean: of each channel, in [0, 1].
+        std: of each channel, in [0, 1].
+        size: (H, W) of its training images; other sizes are not resized here.
 
     Example:
         >>> see = Preprocessing((0.5,), (0.25,), (2, 2))
@@ -33,10 +34,10 @@ class Preprocessing:
     size: tuple[int, int] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] or [C, H, W], bytes or numbers in [0, 1], normalised.
+        """Return images [N, C, H, W] or [C, H, W], bytes or numbers in [0, 1], normalised.
 
         Raises:
-            TypeError: no tensor.
+            TypeError: not a tensor.
             ValueError: another number of channels.
         """
         if not isinstance(images, Tensor):
@@ -51,7 +52,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, info: Any) -> Preprocessing | None:
-        """From what an artifact notes of its training ("data": "mean", "std"); None where it does not."""
+        """Read it from an artifact's record of its training ("data": "mean", "std"), or return None."""
         data = info.get("data") if isinstance(info, dict) else None
         if not isinstance(data, dict):
             return None

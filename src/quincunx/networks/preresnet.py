@@ -1,8 +1,8 @@
 """The pre-activation CIFAR ResNets of He et al. (2016) and their spatial bottleneck forms.
 
 Three stages of n blocks on 32 x 32, 16 x 16 and 8 x 8 maps, of 16, 32 and 64 channels (four times as
-many at the ends of a channel-bottleneck block). Shortcuts have no parameters: where the resolution
-or the number of channels changes, every second position is taken and the new channels are zero.
+many at the ends of a channel-bottleneck block). Shortcuts have no parameters: if the resolution
+or the number of channels changes, they take every second position and add zeros for the new channels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Block(nn.Module):
 
 
 class RegularBlock(_Block):
-    """rRB: two 3 x 3 convolutions, each behind batch norm and ReLU."""
+    """rRB: two 3 x 3 convolutions, each after batch norm and ReLU."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
@@ -132,7 +132,7 @@ def _regular(
     sampling: Sampling | None,
     down: str,
 ) -> PreResNet:
-    """Every block is replaced except the two that change the resolution."""
+    """Build the network; with a sampling, replace every block except the two that change the resolution."""
     check_positive("width", width)
     n = _blocks_per_stage(name, depth, 2)
     stages: list[list[nn.Module]] = []
@@ -159,7 +159,7 @@ def _bottleneck(
     sampling: Sampling | None,
     down: str,
 ) -> PreResNet:
-    """Every block is replaced except the first of each stage."""
+    """Build the network; with a sampling, replace every block except the first of each stage."""
     check_positive("width", width)
     n = _blocks_per_stage(name, depth, 3)
     stages: list[list[nn.Module]] = []
@@ -176,7 +176,7 @@ def _bottleneck(
 
 
 def rrn(depth: int, num_classes: int = 10, in_channels: int = 3, *, width: int = _WIDTH) -> PreResNet:
-    """rRN: the pre-activation ResNet of regular blocks, depth 6n + 2."""
+    """Return rRN: the pre-activation ResNet of regular blocks, depth 6n + 2."""
     return _regular("rrn", depth, num_classes, in_channels, width, None, "stride")
 
 
@@ -189,12 +189,12 @@ def rsbn(
     down: str = "stride",
     width: int = _WIDTH,
 ) -> PreResNet:
-    """rSBN: every regular block a spatial bottleneck but the two that change the resolution."""
+    """Return rSBN: rRN with spatial bottlenecks in all blocks but the two that change the resolution."""
     return _regular("rsbn", depth, num_classes, in_channels, width, parse(sampling), down)
 
 
 def crn(depth: int, num_classes: int = 10, in_channels: int = 3, *, width: int = _WIDTH) -> PreResNet:
-    """cRN: the pre-activation ResNet of channel-bottleneck blocks, depth 9n + 2."""
+    """Return cRN: the pre-activation ResNet of channel-bottleneck blocks, depth 9n + 2."""
     return _bottleneck("crn", depth, num_classes, in_channels, width, None, "stride")
 
 
@@ -207,5 +207,5 @@ def csbn(
     down: str = "stride",
     width: int = _WIDTH,
 ) -> PreResNet:
-    """cSBN: every 3 x 3 a linear spatial bottleneck but in the first block of each stage."""
+    """Return cSBN: cRN with a linear spatial bottleneck per 3 x 3 but in the first block of each stage."""
     return _bottleneck("csbn", depth, num_classes, in_channels, width, parse(sampling), down)

@@ -1,8 +1,8 @@
 """PyramidNet (Han et al. 2017), additive, of regular blocks or channel bottlenecks, and its SB form.
 
 The number of channels grows by alpha / N at each of the N blocks, from 16 to 16 + alpha. A block has no
-ReLU in front of its first convolution and a batch norm behind its last. Shortcuts have no parameters:
-average pooling where the resolution changes, zeros for the channels that are new.
+ReLU before its first convolution and a batch norm after its last. Shortcuts have no parameters:
+average pooling if the resolution changes, and zeros for the new channels.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _build(
 
 
 def pyramidnet(depth: int, alpha: int, num_classes: int = 10, in_channels: int = 3) -> PyramidNet:
-    """PyramidNet of a depth (110, 164, ...) and widening alpha (84, 270, ...)."""
+    """Return a PyramidNet of a depth (110, 164, ...) and widening alpha (84, 270, ...)."""
     return _build(depth, alpha, num_classes, in_channels, None, "stride")
 
 
@@ -136,6 +136,6 @@ def sb_pyramidnet(
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
 ) -> PyramidNet:
-    """The same with spatial bottlenecks: regular blocks but for those that change the resolution, channel
-    bottlenecks but for the first of each stage (Peng et al., arXiv:1809.02601, section 4.5)."""
+    """Return it with spatial bottlenecks: in regular blocks except those that change the resolution, in
+    channel bottlenecks except the first of each stage (Peng et al., arXiv:1809.02601, section 4.5)."""
     return _build(depth, alpha, num_classes, in_channels, parse(sampling), down)

@@ -1,4 +1,4 @@
-"""From a network's name to the network, and back to a JSON spec."""
+"""Build a network from its name, and describe it by a JSON spec."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["build", "names", "network_spec"]
 
 Factory = Callable[..., nn.Module]
 
-# a pattern, what a person may type, and who builds it; a pattern's groups are passed as integers
+# a pattern, the name that a person types, and the builder; the pattern's groups are passed as integers
 _NETWORKS: list[tuple[str, str, Factory]] = [
     (r"rrn(\d+)", "rrn{6n+2}", preresnet.rrn),
     (r"rsbn(\d+)", "rsbn{6n+2}", preresnet.rsbn),
@@ -69,26 +69,26 @@ _EXAMPLES = [
 
 
 def names() -> list[str]:
-    """The networks of the papers' tables and their relatives, by name; other depths of a family can be
-    built too."""
+    """Return the names of the networks in the papers' tables and their relatives; other depths of a family
+    can be built too."""
     return list(_EXAMPLES)
 
 
 def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: Any) -> nn.Module:
-    """A network by name, with fresh weights drawn from torch's global generator.
+    """Return a network by name, with fresh weights from torch's global generator.
 
     Args:
         name: such as "rrn20" or "rsbn20"; :func:`names` lists those of the papers.
         num_classes: outputs of the last layer.
         in_channels: channels of the input image.
         settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
-            "avgpool") of all SB forms, ``width`` of the CIFAR ResNets, ``reduction`` of SE-ResNets,
-            ``form`` ("torchvision" or "original") of AlexNet and GoogLeNet, ``aux`` of GoogLeNet,
-            ``dropout`` of the last three.
+            "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, ``reduction`` for SE-ResNets,
+            ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet, ``aux`` for GoogLeNet,
+            ``dropout`` for AlexNet, GoogLeNet and SqueezeNet.
 
     Returns:
         The network. Its ``quincunx_spec`` is a JSON-ready dictionary that :func:`quincunx.save`
-        stores and from which it is built again.
+        stores and from which the network is rebuilt.
 
     Raises:
         ValueError: an unknown name, depth or setting.
@@ -116,7 +116,7 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
                 has = ", ".join(known) or "none"
                 raise ValueError(f"{key}={settings[key]!r}: {name} has no such setting; it has {has}")
         network = factory(*(int(g) for g in match.groups()), num_classes, in_channels, **settings)
-        # read by quincunx.save, which rebuilds the network from it
+        # quincunx.save stores it and rebuilds the network from it
         network.quincunx_spec = network_spec(name, num_classes, in_channels, settings)  # type: ignore[assignment]
         return network
     listed = sorted(_EXAMPLES, key=lambda known: -difflib.SequenceMatcher(None, name, known).ratio())
@@ -127,7 +127,7 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
 
 
 def network_spec(name: str, num_classes: int, in_channels: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`build` was given, JSON-ready."""
+    """Return the arguments of :func:`build`, JSON-ready."""
     plain = {k: v.spec if isinstance(v, Sampling) else v for k, v in settings.items()}
     return {
         "kind": "network",

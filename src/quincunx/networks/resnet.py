@@ -2,9 +2,9 @@
 bottleneck forms.
 
 ResNeXt (Xie et al. 2017) has grouped 3 x 3 convolutions, SE-ResNet (Hu et al. 2018) a gate per channel at
-the end of each block. A dense network has the module names, and so the state-dict keys, under which its
-trained weights are commonly published: ``conv1``, ``layer1.0.conv1``, ``layer1.0.downsample.0``,
-``layer1.0.se.fc1``, ``fc``. In a block of three convolutions the stride is on the 3 x 3 one.
+the end of each block. A dense network has the module names, and so the state-dict keys, of commonly
+published weights: ``conv1``, ``layer1.0.conv1``, ``layer1.0.downsample.0``,
+``layer1.0.se.fc1``, ``fc``. In a block of three convolutions the 3 x 3 has the stride.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _REDUCTION = 16
 
 @dataclass(frozen=True)
 class _Kind:
-    """What distinguishes the families: sampling of the replaced blocks, groups, gates."""
+    """The differences between the families: sampling of the replaced blocks, groups, gates."""
 
     sampling: Sampling | None = None
     down: str = "stride"
@@ -67,7 +67,7 @@ def _projection(inside: int, outside: int, stride: int) -> nn.Module | None:
 
 
 class _Block(nn.Module):
-    """relu(residual + shortcut), the residual gated where the family has gates."""
+    """relu(residual + shortcut), with a gated residual if the family has gates."""
 
     se: nn.Module | None
     downsample: nn.Module | None
@@ -79,7 +79,7 @@ class _Block(nn.Module):
 
 
 class BasicBlock(_Block):
-    """Two 3 x 3 convolutions, batch norm behind each, ReLU after the addition."""
+    """Two 3 x 3 convolutions, each followed by batch norm, with ReLU after the addition."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ def _build(name: str, depth: int, num_classes: int, in_channels: int, kind: _Kin
 
 
 def _regular(inside: int, channels: int, stride: int, kind: _Kind, _: bool) -> nn.Module:
-    """Replaced but for the blocks that change the resolution."""
+    """Build a block; blocks that change the resolution are not replaced."""
     if kind.sampling is None or stride > 1:
         shortcut = _projection(inside, channels, stride)
         return BasicBlock(inside, channels, stride, shortcut=shortcut, reduction=kind.reduction)
@@ -194,12 +194,12 @@ def _regular(inside: int, channels: int, stride: int, kind: _Kind, _: bool) -> n
 
 
 def _bottleneck(inside: int, channels: int, stride: int, kind: _Kind, later: bool) -> nn.Module:
-    """Replaced but for the first block of each stage."""
+    """Build a block; the first block of each stage is not replaced."""
     return Bottleneck(inside, channels, stride, kind if later else replace(kind, sampling=None))
 
 
 def resnet(depth: int, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """ResNet-18, -34, -50 or -101."""
+    """Return ResNet-18, -34, -50 or -101."""
     return _build("resnet", depth, num_classes, in_channels, _Kind())
 
 
@@ -211,7 +211,7 @@ def sb_resnet(
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
 ) -> ResNet:
-    """The same with spatial bottlenecks (Peng et al., arXiv:1809.02601, section 5)."""
+    """Return it with spatial bottlenecks (Peng et al., arXiv:1809.02601, section 5)."""
     return _build("resnet", depth, num_classes, in_channels, _Kind(parse(sampling), down))
 
 
@@ -221,7 +221,7 @@ def _resnext(depth: int, num_classes: int, in_channels: int, sampling: Sampling 
 
 
 def resnext(depth: int, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """ResNeXt-50 32x4d or ResNeXt-101 32x8d (Xie et al., arXiv:1611.05431)."""
+    """Return ResNeXt-50 32x4d or ResNeXt-101 32x8d (Xie et al., arXiv:1611.05431)."""
     return _resnext(depth, num_classes, in_channels, None, "stride")
 
 
@@ -233,9 +233,9 @@ def sb_resnext(
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
 ) -> ResNet:
-    """The same with grouped linear spatial bottlenecks, each group of half as many channels inside.
+    """Return it with grouped linear spatial bottlenecks, each group with half as many channels inside.
 
-    Grouped convolutions have few of the MACs, hence little to save: 4.231 to 4.144 G for ResNeXt-50.
+    Grouped convolutions have a small share of the MACs, so they save little: 4.231 to 4.144 G for ResNeXt-50.
     """
     return _resnext(depth, num_classes, in_channels, parse(sampling), down)
 
@@ -243,7 +243,7 @@ def sb_resnext(
 def seresnet(
     depth: int, num_classes: int = 1000, in_channels: int = 3, *, reduction: int = _REDUCTION
 ) -> ResNet:
-    """SE-ResNet-18, -34, -50 or -101; a gate has 1 / ``reduction`` of its block's channels inside."""
+    """Return SE-ResNet-18, -34, -50 or -101; a gate has 1 / ``reduction`` of its block's channels inside."""
     check_positive("reduction", reduction)
     return _build("seresnet", depth, num_classes, in_channels, _Kind(reduction=reduction))
 
@@ -257,7 +257,7 @@ def sb_seresnet(
     down: str = "stride",
     reduction: int = _REDUCTION,
 ) -> ResNet:
-    """The same with spatial bottlenecks; the gates read whole maps, as before."""
+    """Return it with spatial bottlenecks; the gates read whole maps, as before."""
     check_positive("reduction", reduction)
     kind = _Kind(parse(sampling), down, reduction=reduction)
     return _build("seresnet", depth, num_classes, in_channels, kind)

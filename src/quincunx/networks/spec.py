@@ -1,4 +1,4 @@
-"""The spec of an artifact: how a network is described in JSON, so that it can be built again."""
+"""The spec of an artifact: a network's description in JSON, from which it can be rebuilt."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SPEC_FILE, WEIGHTS_FILE = "spec.json", "weights.safetensors"
 
 
 def spec_of(model: nn.Module) -> dict[str, Any]:
-    """The JSON-ready description from which a model can be built again.
+    """Return the JSON-ready description from which a model can be rebuilt.
 
     Raises:
-        ValueError: the model was not built by :func:`quincunx.networks.build`, and no factory is noted.
+        ValueError: the model was not built by :func:`quincunx.networks.build`, and has no recorded factory.
     """
     model = unwrapped(model)
     spec = getattr(model, "quincunx_spec", None)
@@ -47,7 +47,7 @@ def spec_of(model: nn.Module) -> dict[str, Any]:
     return {**spec, "replaced": replaced} if replaced else spec
 
 
-# what each of torch's wrappers keeps the network under; its state is named by that
+# the attribute under which each of torch's wrappers stores the network; it prefixes names in the state
 _WRAPPERS: dict[type[nn.Module], str] = {
     nn.DataParallel: "module",
     nn.parallel.DistributedDataParallel: "module",
@@ -56,25 +56,25 @@ _WRAPPERS: dict[type[nn.Module], str] = {
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """The name under which a wrapper of torch keeps the module that it runs; None of any other module."""
+    """Return the name under which a torch wrapper stores the module that it runs; None for other modules."""
     for kind, name in _WRAPPERS.items():
         if isinstance(module, kind):
             return name
-    # torch's compiler is large, and there only where it was used
+    # torch's compiler is large, and imported only if it was used
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return "_orig_mod" if compiler is not None and isinstance(module, compiler.OptimizedModule) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, where torch's compiler, DataParallel, DistributedDataParallel or AveragedModel
-    stands around it."""
+    """Return the network without a wrapper by torch's compiler, DataParallel, DistributedDataParallel or
+    AveragedModel."""
     while (name := _wrapped(model)) is not None:
         model = model.get_submodule(name)
     return model
 
 
 def plain_names(model: nn.Module) -> Callable[[str], str]:
-    """Takes from a path the names that wrappers of torch, anywhere in a network, put into it."""
+    """Return a function that removes from a path the names that torch's wrappers in a network add."""
     added = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules(remove_duplicate=False)
@@ -89,7 +89,7 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def replaced_in(model: nn.Module) -> dict[str, Any]:
-    """What ``accelerate`` noted of the layers that it made, by names without wrappers."""
+    """Return what ``accelerate`` recorded about the layers that it made, by names without wrappers."""
     plain = plain_names(model)
     return {
         plain(name): {**spec, **{key: plain(spec[key]) for key in ("as", "partner") if key in spec}}
@@ -98,10 +98,10 @@ def replaced_in(model: nn.Module) -> dict[str, Any]:
 
 
 def note_factory(model: nn.Module, factory: str) -> nn.Module:
-    """Note in a network which function makes it; :func:`spec_of` then describes the network by that.
+    """Record in a network the function that builds it; :func:`spec_of` then describes the network by it.
 
     Args:
-        model: any network; changed in place by the note alone.
+        model: any network; only the record is added.
         factory: "package.module:function"; the function takes no arguments and returns such a network.
 
     Returns:
@@ -120,10 +120,10 @@ def note_factory(model: nn.Module, factory: str) -> nn.Module:
 
 
 def check_factory(factory: object, what: str = "factory") -> None:
-    """Refuse what is not of the form package.module:function.
+    """Check that a text has the form package.module:function.
 
     Raises:
-        ValueError: another text, or none.
+        ValueError: another text, or not a text.
     """
     name = r"[^\W\d]\w*"
     path = rf"{name}(\.{name})*"
@@ -132,7 +132,7 @@ def check_factory(factory: object, what: str = "factory") -> None:
 
 
 def name_of(spec: dict[str, Any]) -> str:
-    """The name in a network's spec, or the factory that is noted there."""
+    """Return the name in a network's spec, or its factory."""
     return str(spec["factory"] if spec.get("kind") == "factory" else spec["name"])
 
 
@@ -145,10 +145,10 @@ def is_artifact(spec: Path) -> bool:
 
 
 def read_spec(folder: str | Path) -> dict[str, Any]:
-    """The checked content of an artifact's ``spec.json``.
+    """Return the checked content of an artifact's ``spec.json``.
 
     Raises:
-        FileNotFoundError: the folder or its ``spec.json`` is not there.
+        FileNotFoundError: the folder or its ``spec.json`` does not exist.
         ValueError: not an artifact, or of a later version.
     """
     return read_spec_entry(Path(folder)).object()
@@ -173,7 +173,7 @@ def read_spec_entry(folder: Path) -> Entry:
 
 
 def description_in(spec: Entry) -> tuple[dict[str, Any], dict[str, dict[str, Any]], str]:
-    """What an artifact's spec says of its network: all of it, its replaced layers, and its name."""
+    """Return a spec's description of its network, its replaced layers, and its name."""
     described = spec["model"]
     if described["kind"].text("network", "factory") == "factory":
         try:
@@ -181,7 +181,7 @@ def description_in(spec: Entry) -> tuple[dict[str, Any], dict[str, dict[str, Any
         except ValueError as error:
             raise ValueError(f"{spec.file}: incomplete or altered, {error}"[:500]) from error
     else:
-        # what each of them may be is for the network's own function to say
+        # the network's own function checks their values
         for key in ("name", "num_classes", "in_channels"):
             described[key]
         described["settings"].object()
@@ -194,19 +194,19 @@ def description_in(spec: Entry) -> tuple[dict[str, Any], dict[str, dict[str, Any
 
 @contextmanager
 def naming_spec(folder: Path, own: str | None) -> Iterator[None]:
-    """Within: a network is built from a spec; what does not work names the file."""
+    """Name the file in errors raised while a network is built from a spec, within the context."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         if str(error).startswith(str(folder)):
-            # names that a file has may be of several lines
+            # names in a file may span several lines
             raise ValueError(one_line(error)) from error
         told = "describes no network that can be built" if own is None else f"does not fit {own}'s network"
         raise ValueError(f"{folder / SPEC_FILE}: {told} ({one_line(error)})") from error
 
 
 def lines_to_load(described: dict[str, Any], folder: str | Path) -> list[str]:
-    """What a person writes after ``import quincunx as qx`` to load an artifact with this spec.
+    """Return the lines that load an artifact with this spec, after ``import quincunx as qx``.
 
     Example:
         >>> lines_to_load({"kind": "factory", "factory": "mynets:make"}, "fast/model")

@@ -16,7 +16,7 @@ __all__ = ["SqueezeNet", "squeezenet1_1"]
 
 
 class Fire(nn.Module):
-    """1 x 1 to few channels; from those, side by side, a 1 x 1 and a 3 x 3; ReLU behind each."""
+    """1 x 1 to few channels; then a 1 x 1 and a 3 x 3 in parallel; ReLU after each."""
 
     def __init__(self, inside: int, squeezed: int, expanded: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SqueezeNet(nn.Module):
 
 
 def squeezenet1_1(num_classes: int = 1000, in_channels: int = 3, *, dropout: float = 0.5) -> SqueezeNet:
-    """SqueezeNet 1.1: the accuracy of 1.0 with 2.4 times fewer MACs.
+    """Return SqueezeNet 1.1: the accuracy of 1.0 with 2.4 times fewer MACs.
 
     Source: Iandola et al., arXiv:1602.07360, and the authors' release of version 1.1.
     """

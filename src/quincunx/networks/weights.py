@@ -1,7 +1,7 @@
-"""Trained weights that others published, for the networks here.
+"""Load trained weights that others published into the networks here.
 
-Nothing in a file is ever executed: what a torch checkpoint names is not imported, arrays are read without
-pickling, and every size that a file claims is compared with the file.
+Nothing in a file is ever executed: names in a torch checkpoint are not imported, arrays are read without
+unpickling, and every size that a file claims is checked against the file.
 
 Example:
     >>> import tempfile
@@ -72,7 +72,7 @@ def _squeezenet_layers() -> dict[str, str]:
 
 
 def _caffe_layers(name: str, given: Arrays) -> tuple[dict[str, str], dict[str, Any]]:
-    """Caffe's layers and our modules, and the settings of the network that has them."""
+    """Return the map from Caffe's layers to our modules, and the settings of that network."""
     if name == "alexnet":
         layers = {f"conv{i}": f"features.conv{i}" for i in range(1, 6)}
         layers |= {f"fc{i}": f"classifier.fc{i}" for i in (6, 7, 8)}
@@ -86,18 +86,18 @@ def _caffe_layers(name: str, given: Arrays) -> tuple[dict[str, str], dict[str, A
 
 
 def from_caffe(name: str, arrays: Arrays) -> dict[str, Tensor]:
-    """A state dict from the weights of the Caffe Model Zoo.
+    """Return a state dict from the weights of the Caffe Model Zoo.
 
-    Caffe's kernels [out, in / groups, height, width] and matrices [out, in] are ours, and both flatten maps
-    by channel, row, column. Its images have their channels as blue, green, red: the first convolution's
-    channels are turned, so that the network takes **red, green, blue**, 0 to 255, less the means
-    123, 117, 104 (SqueezeNet: 123.68, 116.779, 103.939), at 227 x 227 (GoogLeNet: 224 x 224).
+    Caffe's kernels [out, in / groups, height, width] and matrices [out, in] are in our order, and both
+    flatten maps by channel, row, column. Its images have their channels as blue, green, red. The first
+    convolution's channels are reversed, so that the network takes **red, green, blue**, 0 to 255, less the
+    means 123, 117, 104 (SqueezeNet: 123.68, 116.779, 103.939), at 227 x 227 (GoogLeNet: 224 x 224).
 
     Args:
         name: "alexnet" for bvlc_alexnet, "googlenet" for bvlc_googlenet, "squeezenet1_1" for
             SqueezeNet v1.1.
         arrays: layer name, as in deploy.prototxt, to [weight, bias], numpy arrays of numbers. Blobs with
-            leading ones, as older files have, are accepted. GoogLeNet may bring its auxiliary heads,
+            leading ones, as in older files, are accepted. GoogLeNet may include its auxiliary heads,
             ``loss1/...`` and ``loss2/...``.
 
     Returns:
@@ -106,9 +106,9 @@ def from_caffe(name: str, arrays: Arrays) -> dict[str, Tensor]:
         outputs of the last layer.
 
     Raises:
-        ValueError: another network, layers that are missing or unexpected, wrong shapes (at most ten of
-            each are named).
-        TypeError: ``arrays`` is no mapping of arrays.
+        ValueError: another network, layers that are missing or unexpected, wrong shapes (the message names at
+            most ten of each).
+        TypeError: ``arrays`` is not a mapping of arrays.
 
     Example:
         >>> from_caffe("alexnet", {"conv1": [0, 0], "fc9": [0, 0]})
@@ -146,13 +146,13 @@ def _tensor(what: str, blob: object) -> Tensor:
 
 
 def read_npz(path: str | Path) -> dict[str, list[Any]]:
-    """Layer names to [weight, bias] from a .npz file with keys LAYER/weight and LAYER/bias.
+    """Return layer names to [weight, bias] from a .npz file with keys LAYER/weight and LAYER/bias.
 
     A weight may also be LAYER/kernel_hwio, whose axes are height, width, in, out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, or a layer without one of the two.
+        ValueError: not such a file, or a layer that lacks one of the two.
     """
     path = Path(path)
     found: dict[str, dict[str, Any]] = {}
@@ -192,7 +192,7 @@ def read_npz(path: str | Path) -> dict[str, list[Any]]:
 
 
 def _array(content: bytes, what: str) -> NDArray[Any]:
-    """The array of a .npy file, whose size is compared with what the file holds before anything is made."""
+    """Return the array of a .npy file, after checking its size against the file."""
     source = io.BytesIO(content)
     forms = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
@@ -200,7 +200,7 @@ def _array(content: bytes, what: str) -> NDArray[Any]:
         if version not in forms:
             raise ValueError(f"of version {version}")
         shape, by_columns, dtype = forms[version](source)
-    # a head is text that numpy reads as a literal of Python
+    # a header is text that numpy reads as a Python literal
     except (ValueError, SyntaxError, TypeError, LookupError, tokenize.TokenError, RecursionError) as error:
         raise ValueError(f"{what}: no array of numpy ({str(error)[:100]})") from error
     if dtype.kind not in "fiub" or dtype.hasobject:
@@ -215,15 +215,15 @@ def _array(content: bytes, what: str) -> NDArray[Any]:
 
 
 def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any) -> nn.Module:
-    """A network with published weights, in evaluation mode.
+    """Return a network with published weights, in evaluation mode.
 
     Args:
-        name: as for :func:`quincunx.networks.build`; its numbers of classes and of input channels are those
-            of the weights.
+        name: as for :func:`quincunx.networks.build`; the numbers of classes and of input channels come from
+            the weights.
         path: a .npz file of Caffe weights (:func:`read_npz`, :func:`from_caffe`), or a state dict with
-            our keys (:func:`read_weights`), which are torchvision's for the networks that it has.
-        key: which of several state dicts in the file, as for :func:`read_weights`.
-        settings: of the network. Caffe weights bring theirs: the original form, and GoogLeNet's heads.
+            our keys (:func:`read_weights`), which equal torchvision's for the networks that it has.
+        key: selects one of several state dicts in the file, as for :func:`read_weights`.
+        settings: of the network. Caffe weights determine theirs: the original form, and GoogLeNet's heads.
 
     Raises:
         FileNotFoundError: no such file.
@@ -244,7 +244,7 @@ def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any
         keys = list(build(name, **settings).state_dict())
     if Path(path).suffix != ".npz":
         state = read_weights(path, known=keys, key=key)
-    # counters that older checkpoints do not have; no result depends on them
+    # counters that older checkpoints lack; no result depends on them
     state |= {k: torch.tensor(0) for k in keys if k.endswith("num_batches_tracked") and k not in state}
     what = f"{path}: does not fit {name}"
     _check_names(what, keys, list(state))
@@ -257,13 +257,13 @@ def load(name: str, path: str | Path, *, key: str | None = None, **settings: Any
 
 
 def fill_parameters(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Put weights into a network whose names and sizes must be theirs.
+    """Load weights into a network; their names and sizes must match.
 
     Args:
-        model: filled in place; its weights are undefined if this raises. Of tied weights one may stand
-            for all.
+        model: filled in place; its weights are undefined if this raises. One of several tied weights
+            is enough.
         state: name to tensor.
-        what: what the weights are, the beginning of a refusal.
+        what: the weights' description, which starts an error message.
 
     Raises:
         ValueError: missing and unexpected names and wrong shapes, at most ten of each.
@@ -280,11 +280,11 @@ def fill_parameters(model: nn.Module, state: Mapping[str, Tensor], what: str) ->
             tied = [k for k in state if k in expected and place_of(expected[k]) == place_of(value)]
             state.update({name: state[tied[0]]} if tied else {})
     if state.keys() == expected.keys():
-        # some modules refuse weights that no version is noted of; these have the names of the present one
+        # some modules refuse weights without a version; these have the current version's names
         state = OrderedDict(state)
         state._metadata = getattr(expected, "_metadata", None)  # type: ignore[attr-defined]
     try:
-        # torch itself knows the names that a module's older versions had
+        # torch itself knows the names in older versions of a module
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         missing, unexpected = _apart(list(expected), list(state))
@@ -298,7 +298,7 @@ def fill_parameters(model: nn.Module, state: Mapping[str, Tensor], what: str) ->
 
 
 def place_of(value: Tensor) -> tuple[object, ...]:
-    """Where a tensor's values are in memory; tied weights have it in common."""
+    """Return the place of a tensor's values in memory; tied weights share it."""
     storage = value.untyped_storage()
     return (
         # empty tensors, and those without values, have no address
@@ -311,10 +311,10 @@ def place_of(value: Tensor) -> tuple[object, ...]:
 
 
 def normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation, of values in [0, 1], with which the network of a published file was trained.
+    """Return mean and deviation, of values in [0, 1], used to train the network of a published file.
 
     Caffe's networks (.npz) take values up to 255 less a mean colour; torch's take ImageNet's mean and
-    deviation, which those for CIFAR-10 took over.
+    deviation, which networks for CIFAR-10 also use.
 
     Example:
         >>> normalisation("resnet20.th")[0]
@@ -352,7 +352,7 @@ def _check_names(name: str, expected: list[str], found: list[str]) -> None:
 
 
 def _apart(expected: Sequence[str], found: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names that are missing, and names that are unexpected."""
+    """Return the missing names, and the unexpected names."""
     return [k for k in expected if k not in found], [k for k in found if k not in expected]
 
 

@@ -1,4 +1,4 @@
-"""Convolutions at some positions: the public functions, their checks, and which back end serves."""
+"""Convolutions at some positions: the public functions, their checks, and the choice of back end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs as bits: eight weights in a byte."""
+"""Pack signs into bits: eight weights in a byte."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["pack_signs", "row_bytes", "unpack_signs"]
 
 
 def row_bytes(count: int) -> int:
-    """Bytes that hold the signs of ``count`` weights of one output."""
+    """Return the number of bytes for the signs of ``count`` weights of one output."""
     return math.ceil(count / 8)
 
 
 def pack_signs(weight: Tensor) -> Tensor:
-    """One bit a weight, set where it is 0 or more: uint8 [O, bytes] of a weight [O, ...].
+    """Return one bit per weight, 1 for 0 or more: uint8 [O, bytes] of a weight [O, ...].
 
-    Weight i of an output, counted row-major, is bit i % 8 of byte i // 8; the bits left over are 0.
+    Weight i of an output, counted row-major, is bit i % 8 of byte i // 8; unused bits are 0.
 
     Raises:
-        ValueError: a weight that is not finite, which has no sign to keep.
+        ValueError: a weight that is not finite, which has no sign.
 
     Example:
         >>> pack_signs(torch.tensor([[1.0, -1.0, 0.0]]))
@@ -39,7 +39,7 @@ def pack_signs(weight: Tensor) -> Tensor:
 
 
 def unpack_signs(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The weight [O, *shape] of +1 and -1 that bits stand for.
+    """Return the weight [O, *shape] of +1 and -1 from its bits.
 
     Example:
         >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), (3,), torch.float32)

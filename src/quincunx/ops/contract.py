@@ -1,20 +1,20 @@
-r"""The operators: schema, shapes, derivatives and MACs. No arithmetic; back ends bring that.
+r"""The operators: schema, shapes, derivatives and MACs. The arithmetic is in the back ends.
 
 The three sampled convolution operators are partial derivatives of one trilinear form,
 
 .. math:: T(x, w, y) = \sum_{n,p} \langle y_{n,p}, (w * x)_{n,p} \rangle,
 
-the sum over the computed positions p: ``conv`` gives dT/dy, ``conv_transpose`` dT/dx and
-``conv_weight`` dT/dw. So each one's derivatives are the other two, to any order.
-``conv_filled`` is ``conv`` of ``fill`` without the filled map, which would lie on the grid ``size``.
+the sum over the computed positions p: ``conv`` is dT/dy, ``conv_transpose`` dT/dx and
+``conv_weight`` dT/dw. So the derivatives of each are the other two, to any order.
+``conv_filled`` is ``conv`` of ``fill`` without storing the filled map, which would have the grid ``size``.
 
 ``binary_conv`` is the dense convolution with weights +1 and -1, each given as one bit; it is for inference
 and has no derivatives.
 
 Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
-Every map an operator returns is in channels_last; a weight's gradient is so on GPUs, and contiguous
-elsewhere. A sampling travels as its ``spec`` text, which ``torch.export`` can store and which is the key of
-the plan caches.
+Every map that an operator returns is channels_last; a weight's gradient is channels_last on GPUs, and
+contiguous elsewhere. A sampling is passed as its ``spec`` text, which ``torch.export`` can store and which is
+the key of the plan caches.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def implement(name: str, function: Callable[..., Tensor], dispatch_key: str) -> 
 
 
 def sampled_count(sampling: str, height: int, width: int) -> int:
-    """m of a sampling on a grid, also where the sizes are symbols of a compiler."""
+    """Return m of a sampling on a grid, also for a compiler's symbolic sizes."""
     return from_spec(sampling).count(height, width)
 
 
@@ -108,7 +108,7 @@ def _conv_weight_fake(
     groups: int,
 ) -> Tensor:
     shape = (y.shape[1], x.shape[1] // groups, kernel[0], kernel[1])
-    # as convolutions on each device read weights best, so that a gradient is not laid out again
+    # in the layout in which each device's convolutions read weights, so that a gradient is not converted
     return _empty_map(x, shape) if x.device.type == "cuda" else x.new_empty(shape)
 
 
@@ -277,7 +277,7 @@ for _name, _backward, _keep in (
 
 
 # ---------------------------------------------------------------- MACs
-# torch counts two FLOPs for a multiply-add. A tap outside the map is counted, as it is for Conv2d.
+# torch counts two FLOPs per multiply-add. A tap outside the map counts, as it does for Conv2d.
 
 
 def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
@@ -301,7 +301,7 @@ def _conv_weight_flops(x: Any, y: Any, *_: Any, out_shape: Any, **__: Any) -> in
 def _binary_conv_flops(
     x: Any, bits: Any, scale: Any, bias: Any, kernel: Any, *where: Any, out_shape: Any, **__: Any
 ) -> int:
-    """An addition counted as the multiply-add that it stands for."""
+    """Count an addition as the multiply-add that it replaces."""
     batch, out_channels, height, width = out_shape
     return int(2 * batch * height * width * out_channels * (x[1] // where[3]) * kernel[0] * kernel[1])
 

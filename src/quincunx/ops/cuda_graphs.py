@@ -1,4 +1,4 @@
-"""CUDA graphs: calls recorded once and replayed, one recording at a time."""
+"""CUDA graphs: record calls once and replay them, one recording at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = [
     "on_stream",
 ]
 
-# Held by whoever records: CUDA's allocator and the compiler of Triton's kernels want one in a process. And by
-# whoever counts a network's work, which is done by hooks on all modules of all threads.
+# Held while recording: CUDA's allocator and Triton's compiler allow one recording per process. Also held
+# while counting a network's work, which uses hooks on all modules of all threads.
 ONE_AT_A_TIME = threading.RLock()
 
 
@@ -32,7 +32,7 @@ _STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
 def capture_stream() -> torch.cuda.Stream:
-    """One stream for all captures of a device: workspaces of cuBLAS belong to a stream."""
+    """Return the one stream for all captures of a device: workspaces of cuBLAS belong to a stream."""
     device = torch.cuda.current_device()
     if device not in _STREAMS:
         _STREAMS[device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -41,7 +41,7 @@ def capture_stream() -> torch.cuda.Stream:
 
 @contextmanager
 def on_stream() -> Iterator[None]:
-    """Within: the stream of the captures is the current one."""
+    """Make the captures' stream the current one within the context."""
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -50,34 +50,34 @@ def on_stream() -> Iterator[None]:
 
 
 def captured(run: Run, warmup: int = _WARMUP) -> Run:
-    """A function that replays, as one CUDA graph, the kernels that ``run`` launches.
+    """Return a function that replays, as one CUDA graph, the kernels that ``run`` launches.
 
     Args:
-        run: reads the same memory at each call; what it decides and compiles is done in the warm-up.
+        run: reads the same memory at each call; it must decide and compile during the warm-up.
         warmup: calls before the capture.
 
     Returns:
-        A function without arguments; its result is the memory that each replay writes anew.
+        A function without arguments; its result is the memory that each replay overwrites.
 
     Raises:
         RuntimeError: something in the call cannot be captured.
     """
     graph, stream = torch.cuda.CUDAGraph(), capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
-    # the outer context puts the stream back where a capture fails
+    # the outer context restores the stream if a capture fails
     with torch.cuda.stream(stream):
         for _ in range(warmup):
             run()
         torch.cuda.synchronize()
         collects, tries = gc.isenabled(), torch.backends.cudnn.benchmark
-        # what is freed by chance must not fall into the capture; cuDNN keeps to what it found before
+        # garbage collection must not free memory during the capture; cuDNN must keep the algorithms it found
         gc.disable()
         torch.backends.cudnn.benchmark = False
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 kept = run()
         except RuntimeError as error:
-            # the end of a capture that failed says nothing of why
+            # the error at the end of a failed capture does not say why
             first = error.__context__
             raise RuntimeError(f"capture: {first or error}") from error
         finally:

@@ -1,6 +1,6 @@
-"""Formulas for torch's counter of FLOPs, told to it when it is first imported.
+"""Formulas for torch's FLOP counter, registered when it is first imported.
 
-Not before: where Triton is installed the counter imports it, and with it a good part of a second.
+Not earlier: where Triton is installed the counter imports it, which takes a good part of a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FORMULAS: list[tuple[tuple[Any, ...], Callable[..., int]]] = []
 
 
 def counted_by(formula: Callable[..., int], *operators: Any) -> None:
-    """Note what operators cost: a function of their arguments, tensors as shapes, that returns FLOPs."""
+    """Register the cost of operators: a function of their arguments (tensors as shapes) to FLOPs."""
     if _COUNTER in sys.modules:
         sys.modules[_COUNTER].register_flop_formula(list(operators))(formula)
     elif not _FORMULAS:
@@ -29,7 +29,7 @@ def counted_by(formula: Callable[..., int], *operators: Any) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the counter as everybody else would, and tells it the formulas once it is there."""
+    """Finds the counter like the default finders, and registers the formulas after its import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""The public functions: they check what a user passes and call the operators."""
+"""The public functions: they check a user's arguments and call the operators."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if _ha
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All in autocast's dtype where it is on, as torch's own convolutions do; float64 stays as it is."""
+    """Cast all to autocast's dtype if it is on, as torch's own convolutions do; float64 does not change."""
     kind = x.device.type
     # some devices, such as "meta", have no autocast, and asking them raises; compilers cannot ask
     if kind not in _WITH_AUTOCAST and (torch.compiler.is_compiling() or not _has_autocast(kind)):
@@ -97,7 +97,7 @@ def sampled_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""A 2-D convolution computed only at the positions of a sampling.
+    r"""Compute a 2-D convolution only at the positions of a sampling.
 
     .. math:: y_{n,o,k} = b_o + \sum_{c,i,j} w_{o,c,i,j}\;
               x_{n,\,c,\,s r_k + d i - p,\,s c_k + d j - p}
@@ -108,16 +108,17 @@ def sampled_conv2d(
         x: input map [N, C, H, W].
         weight: kernel [O, C / groups, kh, kw].
         bias: [O] or None.
-        sampling: which positions of the H' x W' output grid are computed.
-        stride, dilation: s and d, an integer or (vertical, horizontal).
+        sampling: the computed positions of the H' x W' output grid.
+        stride: s, an integer or (vertical, horizontal).
         padding: p, an integer, (vertical, horizontal), (top, bottom, left, right), "same" or "valid".
+        dilation: d, an integer or (vertical, horizontal).
         groups: channel groups.
 
     Returns:
         The sampled map [N, O, m, 1] in channels_last.
 
     Raises:
-        ValueError: shapes that do not fit together, or a grid the sampling cannot be laid on.
+        ValueError: shapes that do not match, or a grid that does not fit the sampling.
         TypeError: not a sampling, not floating point, or dtypes or devices that differ.
 
     Source: Peng et al., arXiv:1809.02601, section 3.2; Lin et al., ESPACE (AAAI 2017), eq. 5.
@@ -136,10 +137,10 @@ def sampled_conv2d(
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("x", x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
-    if not is_tracing():  # the operator checks as well, in its own words
+    if not is_tracing():  # the operator checks as well, with its own messages
         grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(x.shape[2], x.shape[3])
         _check_grid(grid, x.shape[2:], weight)
-        sampling.count(*grid)  # a grid the sampling cannot be laid on is refused here, by name
+        sampling.count(*grid)  # refuses a grid that does not fit the sampling, by name
     result: Tensor = torch.ops.quincunx.conv(
         x, weight, bias, sampling.spec, strides, paddings, dilations, groups
     )
@@ -157,10 +158,10 @@ def sampled_conv_transpose2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""The transposed convolution from a sampled map to every position of a map.
+    r"""Compute the transposed convolution from a sampled map to every position of a map.
 
-    The sampled map is put on a grid that is zero elsewhere and convolved, transposed, with stride 1;
-    it is the adjoint of :func:`sampled_conv2d` with the same weight:
+    The sampled map is placed on a grid that is zero elsewhere, followed by a transposed convolution with
+    stride 1. It is the adjoint of :func:`sampled_conv2d` with the same weight:
     <sampled_conv2d(x, w), y> = <x, sampled_conv_transpose2d(y, w)>.
 
     Args:
@@ -168,15 +169,18 @@ def sampled_conv_transpose2d(
             H + 2 padding - dilation (kh - 1) rows and likewise columns (H x W for "same" padding).
         weight: kernel [C, O / groups, kh, kw].
         bias: [O] or None.
-        sampling: which positions of that grid ``y`` holds.
+        sampling: the positions of that grid that ``y`` holds.
         size: (H, W) of the result.
-        padding, dilation, groups: of the convolution it is the adjoint of, as there.
+        padding: of the convolution whose adjoint it is: an integer, (vertical, horizontal),
+            (top, bottom, left, right), "same" or "valid".
+        dilation: of that convolution: an integer or (vertical, horizontal).
+        groups: channel groups of that convolution.
 
     Returns:
         A dense map [N, O, H, W] in channels_last.
 
     Raises:
-        ValueError: shapes that do not fit together, among them a wrong m.
+        ValueError: shapes that do not match, including a wrong m.
         TypeError: not a sampling, not floating point, or dtypes or devices that differ.
 
     Source: Peng et al., arXiv:1809.02601, section 3.1.
@@ -210,22 +214,22 @@ def sampled_conv_transpose2d(
 
 
 def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:
-    """A sampled map made dense: every position takes the value of the nearest computed one.
+    """Fill a sampled map: every position takes the value of the nearest computed one.
 
-    Euclidean distance; of several equally near positions the one with the lowest row-major index,
+    The distance is Euclidean; ties go to the position with the lowest row-major index,
     so that results are the same everywhere. In the backward pass positions that share a computed
     value add their gradients.
 
     Args:
         y: sampled map [N, C, m, 1].
-        sampling: which positions of the H x W grid ``y`` holds.
+        sampling: the positions of the H x W grid that ``y`` holds.
         size: (H, W).
 
     Returns:
         A dense map [N, C, H, W] in channels_last.
 
     Raises:
-        ValueError: ``y`` has not m positions.
+        ValueError: ``y`` does not have m positions.
         TypeError: not a sampling or not floating point.
 
     Source: Lin et al., ESPACE (AAAI 2017), eqs. 6 and 7.
@@ -269,7 +273,7 @@ def filled_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """A sampled convolution of a sampled map that is read as if filled: the filled map is never made.
+    """Compute a sampled convolution of a sampled map read as if filled, without storing the filled map.
 
     Equal to ``sampled_conv2d(fill_nearest(y, sampling=source, size=size), weight, bias, ...)``.
 
@@ -277,16 +281,19 @@ def filled_conv2d(
         y: sampled map [N, C, m, 1].
         weight: kernel [O, C / groups, kh, kw].
         bias: [O] or None.
-        source: which positions of the H x W grid ``y`` holds.
+        source: the positions of the H x W grid that ``y`` holds.
         size: (H, W).
-        sampling: which positions of the output grid are computed.
-        stride, padding, dilation, groups: as in :func:`sampled_conv2d`.
+        sampling: the computed positions of the output grid.
+        stride: an integer or (vertical, horizontal).
+        padding: an integer, (vertical, horizontal), (top, bottom, left, right), "same" or "valid".
+        dilation: an integer or (vertical, horizontal).
+        groups: channel groups.
 
     Returns:
         The sampled map [N, O, m', 1] in channels_last.
 
     Raises:
-        ValueError: shapes that do not fit together, or a grid a sampling cannot be laid on.
+        ValueError: shapes that do not match, or a grid that does not fit a sampling.
         TypeError: not a sampling, not floating point, or dtypes or devices that differ.
 
     Source: Lin et al., ESPACE (AAAI 2017), eqs. 5 to 7.

@@ -1,4 +1,4 @@
-"""How a window moves over a map: kernel, stride, padding and dilation, and what users may write for them."""
+"""The geometry of a sliding window: kernel, stride, padding and dilation, and the forms users may pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Padding = int | Sequence[int] | str
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal), each at least ``least``."""
+    """Return ``value`` as (vertical, horizontal), each at least ``least``."""
     both = _integers(value, "an integer or a pair of integers", name)
     if not isinstance(value, Sequence):
         both *= 2
@@ -39,7 +39,7 @@ def _integers(value: object, expected: str, name: str) -> tuple[int, ...]:
 def expand_padding(
     value: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int, int, int]:
-    """``padding`` as (top, bottom, left, right); "same" puts the odd one below and right, as torch does."""
+    """Return ``padding`` as (top, bottom, left, right); for "same" the odd one is below and right."""
     if isinstance(value, str):
         if value == "valid":
             return 0, 0, 0, 0
@@ -61,7 +61,7 @@ def expand_padding(
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a convolution's kernel lands: what a Conv2d has besides its channels.
+    """The geometry of a convolution's kernel: all settings of a Conv2d except its channels.
 
     ``padding`` is (top, bottom, left, right). The grid of the output is
     H' = floor((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, likewise W'.
@@ -76,7 +76,7 @@ class Geometry:
     def make(
         cls, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
     ) -> Geometry:
-        """From plain sequences, as operators receive them."""
+        """Build it from plain sequences, as operators receive them."""
         top, bottom, left, right = padding
         return cls(
             (kernel[0], kernel[1]),
@@ -86,17 +86,17 @@ class Geometry:
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The output's grid (H', W') for an H x W input; not positive where the kernel does not fit."""
+        """Return the output's grid (H', W') for an H x W input; not positive if the kernel does not fit."""
         top, bottom, left, right = self.padding
         rows = (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
         cols = (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
         return rows, cols
 
     def rounded_up(self, height: int, width: int) -> Geometry:
-        """With the padding below and right, also negative, that a pooling in ceil mode has.
+        """Return it with the padding below and right, possibly negative, of a pooling in ceil mode.
 
-        H' = ceil((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, less one where the last window
-        would begin behind the map.
+        H' = ceil((H + top + bottom - dilation (k - 1) - 1) / stride) + 1, less one if the last window
+        would start beyond the map.
         """
         behind = []
         for axis, length in enumerate((height, width)):

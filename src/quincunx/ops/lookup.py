@@ -1,11 +1,11 @@
 r"""Convolution with a product-quantised weight: schema, shapes, derivatives, MACs and the public check.
 
-The input channels of a group are cut into M subspaces of C' channels, the last padded with zeros. Each
+The input channels of a group are split into M subspaces of C' channels, the last padded with zeros. Each
 has K codewords, and the weight of output o at tap t and subspace m is codeword a[m, t, o]. So
 
 .. math:: y_{n,o,p} = b_o + \sum_{t,m} \langle d_{m,a(m,t,o)}, x_{n,m,p+t} \rangle
 
-and the inner products of all codewords with all input positions are a table in which outputs look up.
+and the inner products of all codewords with all input positions form a look-up table for the outputs.
 Tensors: codebooks [groups M, K, C'], assignments [groups M, kh kw, O / groups], uint8 or int16.
 """
 
@@ -36,10 +36,14 @@ for _name, _schema in OPERATORS.items():
 def decoded(
     codebooks: Tensor, assignments: Tensor, channels: int, kernel: Sequence[int], groups: int
 ) -> Tensor:
-    """The weight [O, C / groups, kh, kw] that codebooks and assignments stand for.
+    """Return the weight [O, C / groups, kh, kw] that codebooks and assignments encode.
 
     Args:
-        channels: C / groups; what the last subspace has beyond them is left out.
+        codebooks: [groups M, K, C'].
+        assignments: [groups M, kh kw, O / groups].
+        channels: C / groups; further channels of the last subspace are dropped.
+        kernel: (kh, kw).
+        groups: channel groups.
     """
     many, taps, outputs = assignments.shape
     which = torch.arange(many, device=codebooks.device)[:, None, None]
@@ -50,7 +54,7 @@ def decoded(
 
 
 def _gathered(weight: Tensor, codebooks: Tensor, assignments: Tensor, groups: int) -> Tensor:
-    """The adjoint of :func:`decoded`: what is said of a weight, added up for each codeword."""
+    """Return the adjoint of :func:`decoded`: sum a weight's gradient for each codeword."""
     many, taps, outputs = assignments.shape
     width = codebooks.shape[2]
     whole = many // groups * width
@@ -115,7 +119,7 @@ torch.library.register_autograd("quincunx::lookup", _backward, setup_context=_ke
 
 
 def _flops(x: Any, codebooks: Any, assignments: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """Twice the MACs: the products of every table, and one for each value that is looked up and added."""
+    """Return twice the MACs: the products of every table, and one for each value looked up and added."""
     batch, _, height, width = x
     tables = height * width * codebooks[0] * codebooks[1] * codebooks[2]
     look_ups = out_shape[2] * out_shape[3] * assignments[0] * assignments[1] * assignments[2]
@@ -137,23 +141,23 @@ def lookup_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""A convolution whose weight is given by codebooks and assignments; see this module for the formula.
+    r"""Compute a convolution whose weight is given by codebooks and assignments; this module has the formula.
 
     MACs: H W C K for the tables and H' W' O kh kw M / groups look-ups, each counted as one, M being the
-    subspaces of all groups.
+    number of subspaces of all groups.
 
     Args:
         x: input map [N, C, H, W].
         codebooks: [groups M, K, C'], M = ceil(C / groups / C').
         assignments: [groups M, kh kw, O / groups], uint8 or int16, below K.
         bias: [O] or None.
-        kernel_size, stride, padding, dilation, groups: of the convolution.
+        kernel_size: of the convolution, an integer or (vertical, horizontal).
 
     Returns:
         A map [N, O, H', W'] in channels_last.
 
     Raises:
-        ValueError: shapes that do not fit together, a kernel that does not fit the map.
+        ValueError: shapes that do not match, a kernel that does not fit the map.
         TypeError: dtypes or devices that differ.
 
     Source: Wu et al., arXiv:1512.06473, sections 3.1 and 3.2.

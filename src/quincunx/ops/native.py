@@ -1,7 +1,7 @@
 """The CPU back end: every convolution operator as one gather GEMM over a plan's tables.
 
-The kernels are in ``csrc`` and know nothing of samplings. Here plans and packed weights are looked
-up, so that a second call with the same shapes and weights does no table or packing work.
+The kernels are in ``csrc`` and know nothing of samplings. This module caches plans and packed weights,
+so that a second call with the same shapes and weights builds no tables and packs nothing.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# weight -> {use: (what it depends on, packed)}; entries go when the weight goes
+# weight -> {use: (its dependencies, packed)}; entries are dropped with the weight
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def load() -> str | None:
-    """Load the extension. None if it is there, else why not."""
+    """Load the extension. Return None if that works, else why not."""
     try:
         import_module("quincunx._native")
         torch.ops.quincunx_native.isa()
@@ -60,17 +60,17 @@ def load() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set the kernels were chosen for; ``QUINCUNX_ISA`` forces one."""
+    """Return the instruction set of the chosen kernels; ``QUINCUNX_ISA`` forces one."""
     return str(torch.ops.quincunx_native.isa())
 
 
 def level2_bytes() -> int:
-    """Bytes of a core's second-level cache, by which kernels cut their work; ``QUINCUNX_L2`` forces it."""
+    """Return the bytes of a core's level 2 cache, used to divide work; ``QUINCUNX_L2`` forces it."""
     return int(torch.ops.quincunx_native.level2_bytes())
 
 
 def build() -> str:
-    """A hash of the extension's file, to know which kernels were measured; empty without it."""
+    """Return a hash of the extension's file, which identifies measured kernels; empty without it."""
     if load() is not None:
         return ""
     content = Path(str(import_module("quincunx._native").__file__)).read_bytes()
@@ -78,7 +78,7 @@ def build() -> str:
 
 
 def unavailable(*values: object) -> str | None:
-    """Why the kernels cannot take the tensors among these arguments; None if they can."""
+    """Return why the kernels do not support the tensors among these arguments; None if they do."""
     for value in values:
         if isinstance(value, Tensor) and value.dtype not in DTYPES:
             return f"the native back end computes in float32 and bfloat16, not {value.dtype}"
@@ -86,27 +86,29 @@ def unavailable(*values: object) -> str | None:
 
 
 def binary_unavailable(x: Tensor, bits: Tensor) -> str | None:
-    """Why the kernel for weights of one bit cannot take a map; None if it can."""
+    """Return why the kernel for one-bit weights does not support a map; None if it does."""
     if x.dtype != torch.float32:
         return f"the native back end adds up one-bit weights in float32, not {x.dtype}"
     return None
 
 
 def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """The kernel's layout of a weight [O, C / groups, kh, kw], kept until the weight changes.
+    """Return a weight [O, C / groups, kh, kw] in the kernel's layout, cached until the weight changes.
 
     A change is one that torch's version counter sees: in place, by an optimizer, by
     ``load_state_dict``. Writing through ``weight.data`` is not seen.
 
     Args:
-        transposed: the weight is that of the adjoint, so its roles of input and output are swapped.
+        weight: the weight.
+        groups: channel groups.
+        transposed: pack for the adjoint, which swaps the roles of input and output.
     """
     return _kept(weight, transposed, (groups, transposed), _pack)
 
 
 def _kept(weight: Tensor, use: bool | str, settings: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
-    """What ``make(weight, *settings)`` gives, made anew only when the weight or the settings change."""
-    # tensors made in inference mode have no version counter, and nothing can be said about them
+    """Return ``make(weight, *settings)``, recomputed only when the weight or the settings change."""
+    # tensors made in inference mode have no version counter, so changes cannot be detected
     if weight.is_inference():
         return make(weight, *settings)
     entries = _PACKED.setdefault(weight, {})  # type: ignore[no-untyped-call]
@@ -122,7 +124,7 @@ def _kept(weight: Tensor, use: bool | str, settings: tuple[int, ...], make: Call
 def _pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     flat = weight.detach().flatten(2)
     if transposed:
-        # per group the matrix of every tap is transposed; a view, the packing reads any strides
+        # transpose each tap's matrix per group; this is a view, and packing reads any strides
         outputs, inputs, taps = flat.shape
         flat = flat.view(groups, outputs // groups, inputs, taps).transpose(1, 2)
     packed: Tensor = torch.ops.quincunx_native.pack_weight(flat, groups)
@@ -227,7 +229,7 @@ def conv_weight(
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:
-    """A bfloat16 map is added up in float32 and rounded once."""
+    """Sum a bfloat16 map in float32 and round once."""
     plan = collect_plan(sampling, z.shape[2], z.shape[3])
     result: Tensor = torch.ops.quincunx_native.window_sum(z, plan.index, plan.starts, plan.out_size)
     return result
@@ -244,7 +246,7 @@ def lookup(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Tables and their sums are float32; a bfloat16 map is widened before and rounded after."""
+    """Use float32 tables and sums; a bfloat16 map is widened before and rounded after."""
     plan = shift_plan(Geometry.make(kernel, stride, padding, dilation), x.shape[2], x.shape[3])
     y: Tensor = torch.ops.quincunx_native.lookup_conv(
         x.float(),
@@ -288,6 +290,6 @@ def binary_conv(
 
 
 def window_max(x: Tensor, plan: WindowPlan) -> Tensor:
-    """Max pooling through a table: of each window the greatest value, of an empty one -infinity."""
+    """Max pooling through a table: the maximum of each window, -infinity for an empty one."""
     result: Tensor = torch.ops.quincunx_native.window_max(x, plan.index, plan.starts, plan.out_size)
     return result

@@ -1,9 +1,9 @@
-"""Geometry turned into tables, once per (sampling, grid, kernel), and cached.
+"""Geometry as tables, computed once per (sampling, grid, kernel) and cached.
 
-A *plan* holds, for every computed position, the input rows it reads, one per kernel tap, and -1
-where a tap falls outside. "Row" means a position of a channels_last map: its C values lie together.
+A *plan* holds, for every computed position, the input rows that it reads, one per kernel tap, and -1
+where a tap falls outside. A "row" is a position of a channels_last map: its C values are adjacent.
 Positions that read through the same taps form a *tap group*, so that a transposed convolution from
-a sampled map does no multiplication by a structural zero.
+a sampled map never multiplies by a structural zero.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ F_ = TypeVar("F_", bound=Callable[..., object])
 
 
 def _kept(make: F_) -> F_:
-    """Each result is kept, as an ordinary tensor: one of inference mode could not be used in training."""
+    """Cache each result as an ordinary tensor: one made in inference mode could not be used in training."""
     return lru_cache(maxsize=1024)(torch.inference_mode(False)(make))  # type: ignore[return-value]
 
 
@@ -65,21 +65,21 @@ class Plan:
 
     @property
     def reads(self) -> int:
-        """Rows read in all, border taps included: MACs = reads * C * O / channel groups."""
+        """The number of rows read, including border taps: MACs = reads * C * O / channel groups."""
         return int(self.index.numel())
 
 
 @_kept
 def position_index(spec: str, height: int, width: int) -> Tensor:
-    """Row-major indices of the computed positions, LongTensor [m]. Do not write to it."""
+    """Return row-major indices of the computed positions, LongTensor [m]. Do not write to it."""
     return from_spec(spec).mask(height, width).flatten().nonzero().flatten()
 
 
 @_kept
 def nearest_index(spec: str, height: int, width: int) -> Tensor:
-    """For each position of the grid the number (0..m-1) of the nearest computed one, LongTensor [H W].
+    """Return for each grid position the number (0..m-1) of the nearest computed one, LongTensor [H W].
 
-    Euclidean distance; of several equally near the one with the lowest row-major index.
+    The distance is Euclidean; ties go to the lowest row-major index.
     """
     mask = from_spec(spec).mask(height, width)
     return _nearest(mask)
@@ -87,16 +87,16 @@ def nearest_index(spec: str, height: int, width: int) -> Tensor:
 
 @_kept
 def nearest_shares(spec: str, height: int, width: int) -> Tensor:
-    """The part of the grid that each computed position stands for, float32 [m]; they add up to 1."""
+    """Return the share of the grid that takes each computed position's value, float32 [m]; they sum to 1."""
     index, m = nearest_index(spec, height, width), position_index(spec, height, width).shape[0]
     return index.bincount(minlength=m).double().div(height * width).float()
 
 
 def _nearest(mask: Tensor) -> Tensor:
-    """Exact nearest computed position, separably: along each row first, then over rows.
+    """Return the exact nearest computed position, separably: along each row first, then over rows.
 
-    The key distance^2 * (H W) + index orders by distance and then by index; its minimum over the
-    nearest candidates of every row is the answer, since within a row only those can win.
+    The key distance^2 * (H W) + index orders by distance and then by index; the result is its minimum over
+    the nearest candidates of every row, since within a row only those can win.
     """
     height, width = mask.shape
     columns = torch.arange(width)
@@ -121,7 +121,7 @@ def _nearest(mask: Tensor) -> Tensor:
 
 
 def _input_rows(geometry: Geometry, positions: Tensor, grid_width: int, height: int, width: int) -> Tensor:
-    """The input row behind each tap of each output position, [len(positions), taps], -1 outside."""
+    """Return the input row behind each tap of each output position, [len(positions), taps], -1 outside."""
     kh, kw = geometry.kernel
     row = torch.div(positions, grid_width, rounding_mode="floor")
     col = positions - row * grid_width
@@ -135,12 +135,15 @@ def _input_rows(geometry: Geometry, positions: Tensor, grid_width: int, height: 
 
 @_kept
 def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source: str | None = None) -> Plan:
-    """Tables of a sampled convolution of an H x W map: one tap group that has every tap.
+    """Return the tables of a sampled convolution of an H x W map: one tap group that has every tap.
 
     Args:
         spec: sampling of the output grid; empty for every position.
-        source: sampling of the input map where that is a sampled map, to be read as if filled from
-            the nearest computed position; the filled map itself is never made.
+        geometry: of the convolution.
+        height: H.
+        width: W.
+        source: sampling of the input map if it is a sampled map, to be read as if filled from
+            the nearest computed position; the filled map is never stored.
     """
     grid = geometry.grid(height, width)
     if spec:
@@ -169,12 +172,12 @@ def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source:
 
 @_kept
 def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan:
-    """Tables of the transposed convolution: every position of H x W gathers from the sampled map.
+    """Return the tables of the transposed convolution: every position of H x W gathers from the sampled map.
 
     An output position (r, c) reads, through tap (i, j), the grid position (p, q) with
-    p stride + i dilation - top = r (likewise columns), where that one is computed. Which taps can
-    ever hit depends on the position's residues only, so interior positions with the same taps form
-    a group; border positions join the group of their residues and read -1 where they hit nothing.
+    p stride + i dilation - top = r (likewise columns), if that one is computed. Which taps can
+    ever match depends only on the position's residues, so interior positions with the same taps form
+    a group; border positions join the group of their residues and read -1 for missing positions.
     """
     grid = geometry.grid(height, width)
     positions = position_index(spec, *grid) if spec else torch.arange(grid[0] * grid[1])
@@ -213,12 +216,12 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
 
 
 def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, used: Tensor) -> Tensor:
-    """The taps each position's group has, BoolTensor [H W, taps]; a superset of the taps it uses.
+    """Return the taps of each position's group, BoolTensor [H W, taps]; a superset of the taps it uses.
 
     For cosets the taps are the union over the positions with equal residues modulo the period
     (in input coordinates, period times stride), which joins border and interior positions. Other
-    samplings have no period: a position's own taps are its signature, unless that would make more
-    groups than positions per group pay for; then all positions share one group with every tap.
+    samplings have no period: a position's own taps are its signature, unless the groups would have too few
+    positions to pay off; then all positions share one group with every tap.
     """
     sampling = from_spec(spec) if spec else None
     if sampling is None or isinstance(sampling, Cosets):
@@ -241,7 +244,7 @@ class ShiftPlan:
     Attributes:
         slots: int32, the input row of each slot, -1 for "outside".
         offsets: int32 [taps].
-        rows: int32, the output row of each position, -1 for one that only keeps the others in step.
+        rows: int32, the output row of each position, -1 for one that only pads the order.
         out_size: the output map's (height, width).
     """
 
@@ -253,11 +256,11 @@ class ShiftPlan:
 
 @_kept
 def shift_plan(geometry: Geometry, height: int, width: int) -> ShiftPlan:
-    """Slots in which every tap reads neighbours for neighbouring positions, whatever the stride.
+    """Return slots in which every tap reads neighbours for neighbouring positions, whatever the stride.
 
     Input positions with equal residues modulo the stride form a plane, in which neighbouring outputs
-    read neighbours. A plane's rows lie one behind the other with a gap of zeros as wide as taps reach
-    beyond a row's end or beginning, so that this gap serves both.
+    read neighbours. A plane's rows are stored one after the other, separated by a gap of zeros as wide as
+    taps reach beyond a row's end or start, so that one gap serves both.
     """
     grid = geometry.grid(height, width)
     rows = [_phase(geometry, 0, i) for i in range(geometry.kernel[0])]
@@ -294,11 +297,11 @@ def shift_plan(geometry: Geometry, height: int, width: int) -> ShiftPlan:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The rows behind each window of a pooling or a sum, none of them twice, int32.
+    """The input rows of each window of a pooling or a sum, without duplicates, int32.
 
     Attributes:
         index: window after window, the input rows.
-        starts: [windows + 1]; where each window's rows begin in ``index``, and its end.
+        starts: [windows + 1]; the start of each window's rows in ``index``, and the end of the last.
         out_size: the output map's (height, width).
     """
 
@@ -309,10 +312,13 @@ class WindowPlan:
 
 @_kept
 def window_plan(source: str, geometry: Geometry, height: int, width: int) -> WindowPlan:
-    """Rows of a sampled map in the windows of a pooling of the H x W map filled from it.
+    """Return rows of a sampled map in the windows of a pooling of the H x W map filled from it.
 
     Args:
         source: sampling of the map; empty for every position.
+        geometry: of the pooling.
+        height: H.
+        width: W.
 
     Raises:
         ValueError: no window fits.
@@ -335,7 +341,7 @@ def window_plan(source: str, geometry: Geometry, height: int, width: int) -> Win
 
 @_kept
 def collect_plan(spec: str, height: int, width: int) -> WindowPlan:
-    """For each computed position those that it is the nearest one of: the transposed table."""
+    """Return for each computed position the grid positions that take its value: the transposed table."""
     nearest, m = nearest_index(spec, height, width), position_index(spec, height, width).shape[0]
     return WindowPlan(
         index=nearest.argsort(stable=True).int(),
@@ -345,6 +351,6 @@ def collect_plan(spec: str, height: int, width: int) -> WindowPlan:
 
 
 def _phase(geometry: Geometry, axis: int, tap: int) -> tuple[int, int]:
-    """Which plane a tap reads along an axis, and how far from the output's own place in it."""
+    """Return the plane that a tap reads along an axis, and its shift from the output's own place there."""
     start = tap * geometry.dilation[axis] - geometry.padding[2 * axis]
     return start % geometry.stride[axis], start // geometry.stride[axis]

@@ -1,4 +1,4 @@
-"""Which processor this is."""
+"""The name of the processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["cpu_name"]
 
 @lru_cache(maxsize=1)
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name as reported by the system."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

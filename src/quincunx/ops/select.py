@@ -1,4 +1,4 @@
-"""Which back end serves a device, and the registration of all of them."""
+"""Choose the back end for a device, and register all of them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _NAMES = ("native", "triton", "reference")
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves a device.
+    """The back end of a device.
 
     Attributes:
         name: "native" (CPU), "triton" (NVIDIA GPUs) or "reference" (every device).
-        reason: why that one.
+        reason: why it was chosen.
         isa: the instruction set of the native kernels, or the GPU's architecture; None for the reference.
     """
 
@@ -43,19 +43,19 @@ class Backend:
 
 
 def backend(device: str | torch.device = "cpu") -> Backend:
-    """Which back end computes on a device here, and why.
+    """Return the back end that computes on a device here, and why.
 
     The environment variable ``QUINCUNX_BACKEND`` forces "reference" everywhere, "native" on the CPU or
-    "triton" on GPUs. Unforced, the native kernels serve float32 and bfloat16 on the CPU where they were
-    built, Triton's float32, bfloat16 and float16 on NVIDIA GPUs from compute capability 8.0 on, and the
-    reference every other dtype and device.
+    "triton" on GPUs. Otherwise the native kernels handle float32 and bfloat16 on the CPU if they were
+    built, Triton's handle float32, bfloat16 and float16 on NVIDIA GPUs from compute capability 8.0 on, and
+    the reference handles every other dtype and device.
 
     Args:
         device: such as "cpu", "cuda" or "cuda:1".
 
     Raises:
-        ValueError: ``QUINCUNX_BACKEND`` or ``QUINCUNX_ISA`` names something else.
-        RuntimeError: the forced back end is not there.
+        ValueError: ``QUINCUNX_BACKEND`` or ``QUINCUNX_ISA`` has an unknown value.
+        RuntimeError: the forced back end is not available.
 
     Example:
         >>> backend().name in ("native", "reference")
@@ -72,7 +72,7 @@ def backend(device: str | torch.device = "cpu") -> Backend:
 
 
 def serving(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the back end that computes in this dtype on this device."""
+    """Return the name of the back end that computes in this dtype on this device."""
     name = backend(device).name
     served = {"native": native.DTYPES, "triton": triton.DTYPES}
     return name if dtype in served.get(name, ()) else "reference"
@@ -128,7 +128,7 @@ def _warn_once(device: str) -> None:
 
 
 def _on(device: str, name: str) -> Callable[..., Tensor]:
-    """An operator on a kind of device: by its kernels; by the reference where nothing was asked for."""
+    """Return an operator for a kind of device: its kernels, or the reference unless kernels are forced."""
     kernels = "native" if device == "cpu" else "triton"
     slow = getattr(reference, name)
     if device == "cpu":
@@ -155,7 +155,7 @@ def _on(device: str, name: str) -> Callable[..., Tensor]:
 
 
 def register() -> None:
-    """The reference for every device; on the CPU and on GPUs whichever back end serves."""
+    """Register the reference for every device, and on the CPU and on GPUs the choice of back end."""
     for name in (*contract.OPERATORS, *lookup.OPERATORS):
         contract.implement(name, getattr(reference, name), "CompositeExplicitAutograd")
         if hasattr(native, name):

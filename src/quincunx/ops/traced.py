@@ -1,7 +1,7 @@
-"""The operators that take a grid's size, with the size as a tensor: what ``torch.jit.trace`` records.
+"""The operators that take a grid's size, with the size as a tensor, for ``torch.jit.trace``.
 
-A trace keeps integers as they were, so that it would go on with the size it was made on. A size that it
-reads from a map is a tensor to it, and these operators pass it on.
+A trace records integers as constants, so it would always use the size it was made with. A size that is
+read from a map is a tensor to the trace, and these operators pass it on.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int grou
 
 
 def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` is recording."""
+    """Return whether ``torch.jit.trace`` is recording."""
     return torch._C._get_tracing_state() is not None
 
 
 def as_tensor(size: Sequence[Any]) -> Tensor:
-    """(H, W) as one tensor, which a trace follows to the map that it was read from."""
+    """Return (H, W) as one tensor, which a trace follows to the map that it was read from."""
     return torch.stack([torch.as_tensor(value) for value in size])
 
 

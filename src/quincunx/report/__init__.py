@@ -1,1 +1,1 @@
-"""From result files to sentences, figures and pages."""
+"""Turn result files into sentences, figures and pages."""

@@ -1,4 +1,4 @@
-"""The page of one acceleration, from its result file and its artifact's description. Reads JSON only."""
+"""The page of one acceleration, from its result file and its artifact's spec. Reads JSON only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def acceleration_sentences(result: dict[str, Any]) -> list[str]:
-    """What was gained and what it cost, in words."""
+    """Describe the gain and the cost in sentences."""
     cost, whole = result["cost"], result["whole"]
     speed = whole["speedup"]
     before, after = (cost[key]["macs"] for key in ("before", "after"))
@@ -76,7 +76,7 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
 
 
 def _ended(result: dict[str, Any]) -> list[str]:
-    """A sentence on fine-tuning that took fewer epochs than it could."""
+    """Return a sentence if fine-tuning took fewer epochs than planned."""
     done, planned = result.get("epochs"), (result.get("recipe") or {}).get("epochs")
     if done is None or planned is None or done >= planned:
         return []
@@ -87,8 +87,8 @@ def _ended(result: dict[str, Any]) -> list[str]:
 
 
 def first_sentences(result: dict[str, Any]) -> list[str]:
-    """What is to be read first: that nothing was gained or the network is ruined, the verdict on a target,
-    doubts about the input."""
+    """Return the sentences to read first: nothing was gained or the network is ruined, the verdict on a
+    target, doubts about the input."""
     said = [text for text in (restored_in_words(result), worse(result)) if text]
     verdict = result.get("verdict")
     if verdict:
@@ -99,11 +99,11 @@ def first_sentences(result: dict[str, Any]) -> list[str]:
 
 
 def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
-    """What a search was for and what it expected, in words; the verdict is another's.
+    """Describe what a search was asked for and what it expected, without the verdict.
 
     Args:
         record: of the search.
-        judged: whether the network was made and judged; else these are predictions.
+        judged: whether the network was made and judged; otherwise the sentences are predictions.
     """
     usable = sum(row["why_not"] is None for row in record["candidates"])
     last = record["attempts"][-1] if record["attempts"] else None
@@ -125,7 +125,7 @@ def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
 
 
 def _prediction(record: dict[str, Any]) -> str:
-    """What a dry run expects, on which images."""
+    """Describe what a dry run expects, and on which images."""
     attempts, target = record["attempts"], record["target"]
     speed = float(attempts[-1]["speedup"]) if attempts and record["chosen"] else 1.0
     said = [f"{speed:.2f}x faster"]
@@ -146,7 +146,7 @@ def _prediction(record: dict[str, Any]) -> str:
 
 
 def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
-    """The lines of Python with which a person uses the network that an acceleration left in a folder.
+    """Return lines of Python that load the accelerated network from a folder.
 
     Example:
         >>> for line in usage({"network": {"kind": "factory", "factory": "mynets:make"}}, "fast"):
@@ -164,13 +164,13 @@ def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
 
 
 def write_acceleration_report(folder: str | Path) -> Path:
-    """Write ``report.html`` beside ``accelerate.json``: one file that needs no other.
+    """Write ``report.html`` beside ``accelerate.json``: one self-contained file.
 
     Returns:
         The page's path.
 
     Raises:
-        FileNotFoundError: no result or no artifact there.
+        FileNotFoundError: no result or no artifact in the folder.
         ValueError: a file that is not JSON, or not the result of an acceleration.
         ModuleNotFoundError: the ``report`` extra is not installed.
     """
@@ -199,7 +199,7 @@ def write_acceleration_report(folder: str | Path) -> Path:
 
 
 def _scores(record: dict[str, Any] | None) -> Picture | None:
-    """What each candidate that can be used costs and saves, the chosen ones marked."""
+    """Draw the cost and saving of each usable candidate, with the chosen ones marked."""
     if record is None:
         return None
     chosen = {(tuple(row["layers"]), row["label"]) for row in record["chosen"]}
@@ -217,7 +217,7 @@ def _scores(record: dict[str, Any] | None) -> Picture | None:
 
 
 def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:
-    """The computed positions of every layer: on its impact map where there is one."""
+    """Draw the computed positions of every layer, on its impact map if it has one."""
     pictures: list[Picture] = []
     plain: dict[str, list[str]] = {}
     for name, replaced in spec["model"].get("replaced", {}).items():

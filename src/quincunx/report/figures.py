@@ -1,4 +1,4 @@
-"""Figures as SVG with a text that says what they show. The same values give the same bytes."""
+"""Figures as SVG with a text alternative. The same values give the same bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "draw_tradeoff",
 ]
 
-# Okabe and Ito's palette, told apart also by people who are colour-blind
+# Okabe and Ito's palette, which colour-blind people can distinguish
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vPX"
 _LONGEST = 44
@@ -42,7 +42,7 @@ _FRONT = "Pareto front"
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a data address, with its title and its text alternative."""
+    """A figure as a data URL, with its title and its text alternative."""
 
     title: str
     source: str
@@ -56,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """Test error in percent by epoch; ``floor`` is drawn in place of zero, which has no logarithm."""
+    """Test error in percent by epoch; ``floor`` is drawn instead of zero, which has no logarithm."""
 
     look: int
     label: str
@@ -69,7 +69,7 @@ class Curve:
 class PlottedPoint:
     """A network at ``x`` with the middle half of its measurements (``low``, ``high``), error in percent.
 
-    ``look`` is its number on the page: it has the same colour and mark in every figure. ``errors`` are
+    ``look`` is its number on the page, which fixes its colour and mark in every figure. ``errors`` are
     the least and the largest of several runs.
     """
 
@@ -84,10 +84,10 @@ class PlottedPoint:
 
 @dataclass(frozen=True)
 class Mark:
-    """One setting of a method: what it gains across, and the points of error it loses.
+    """One setting of a method: its gain on the x axis, and the points of error that it loses.
 
-    Several of one series and label, such as draws of a random mask, are one point with a range. ``front``
-    says that no other setting is better in one and no worse in the other.
+    Several marks of one series and label, such as draws of a random mask, are drawn as one point with a
+    range. ``front`` means that no other setting is better in one and no worse in the other.
     """
 
     series: str
@@ -108,7 +108,7 @@ class Dot:
 
 
 def check_can_draw() -> None:
-    """Refuse before long work what would fail at its end.
+    """Check for the packages that a report needs, before long work that would end in an error.
 
     Raises:
         ModuleNotFoundError: the ``report`` extra is not installed.
@@ -121,7 +121,7 @@ def check_can_draw() -> None:
 
 
 def _styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
-    """Draw with fixed settings: a user's matplotlibrc changes nothing, "$" in a name is a dollar sign."""
+    """Draw with fixed settings: ignore a user's matplotlibrc, and show "$" in a name as a dollar sign."""
 
     @wraps(draw)
     def wrapper(*args: Any) -> Picture:
@@ -146,9 +146,9 @@ def _styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
 
 def _picture(figure: Figure, title: str, alternative: str) -> Picture:
     buffer = io.BytesIO()
-    # without a date and with fixed names the same results give the same file
+    # no date and fixed names, so the same results give the same file
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    # a path is one line, however many points it has
+    # write each path on one line, however many points it has
     drawn = re.sub(rb' d="[^"]*"', lambda found: found[0].replace(b"\n", b""), buffer.getvalue())
     encoded = base64.b64encode(drawn).decode("ascii")
     return Picture(title, f"data:image/svg+xml;base64,{encoded}", alternative)
@@ -163,13 +163,13 @@ def _shorten(label: str) -> str:
 
 
 def _look(i: int) -> tuple[str, str]:
-    """Colour and marker of the i-th network; 49 pairs before one comes back."""
+    """Return colour and marker of the i-th network; they repeat after 49 pairs."""
     n = len(_COLOURS)
     return _COLOURS[i % n], _MARKERS[(i + i // n) % n]
 
 
 def _axes(labels: Sequence[str]) -> tuple[Figure, Any, int]:
-    """A figure with room for a legend below, which can then hide nothing."""
+    """Return a figure with room below for a legend, which then hides nothing."""
     from matplotlib.figure import Figure
 
     longest = max(len(label) for label in labels)
@@ -183,7 +183,7 @@ def _axes(labels: Sequence[str]) -> tuple[Figure, Any, int]:
 
 
 def _log_labels(axes: Any, subs: tuple[int, ...]) -> None:
-    """Plain numbers at powers of ten times ``subs``."""
+    """Label powers of ten times ``subs`` with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
@@ -197,7 +197,7 @@ def _legend(figure: Figure, columns: int) -> None:
 
 @_styled
 def draw_learning_curves(curves: Sequence[Curve]) -> Picture:
-    """Test error by epoch, logarithmic."""
+    """Draw test error by epoch on a logarithmic axis."""
     from matplotlib.ticker import MaxNLocator
 
     labels = [_shorten(curve.label) for curve in curves]
@@ -211,7 +211,7 @@ def draw_learning_curves(curves: Sequence[Curve]) -> Picture:
             color=colour,
             marker=marker,
             markersize=4,
-            # a few dozen epochs have a mark each, hundreds do not
+            # a mark per epoch for a few dozen epochs, fewer for hundreds
             markevery=max(1, len(curve.epochs) // 25),
             linewidth=1.3,
         )
@@ -225,7 +225,7 @@ def draw_learning_curves(curves: Sequence[Curve]) -> Picture:
 
 @_styled
 def draw_scatter(points: Sequence[PlottedPoint], xlabel: str, title: str, unit: str) -> Picture:
-    """Test error against what it costs, both from zero."""
+    """Draw test error against a cost, both axes starting at zero."""
     labels = [_shorten(point.label) for point in points]
     figure, axes, columns = _axes(labels)
     for point, label in zip(points, labels, strict=True):
@@ -236,7 +236,7 @@ def draw_scatter(points: Sequence[PlottedPoint], xlabel: str, title: str, unit: 
     axes.set(xlabel=xlabel, ylabel="test error (%)")
     axes.set_xlim(0, 1.1 * max(max(p.x, p.high) for p in points))
     top = max(1.25 * max(p.error for p in points), 0.1)
-    # a mark on the axis is seen whole
+    # leave room for a mark on the axis
     axes.set_ylim(-0.03 * top, top)
     _legend(figure, columns)
     said = "; ".join(f"{p.label}: {p.error:.2f}% at {p.x:.3g} {unit}" for p in points)
@@ -245,7 +245,7 @@ def draw_scatter(points: Sequence[PlottedPoint], xlabel: str, title: str, unit: 
 
 @_styled
 def draw_speedups(points: Sequence[tuple[str, float, float]], title: str) -> Picture:
-    """Measured speed-up against MAC ratio, one mark a case; on the line time falls as MACs fall."""
+    """Draw measured speed-up against MAC ratio, one mark per case; on the line time falls as MACs fall."""
     names = list(dict.fromkeys(name for name, _, _ in points))
     figure, axes, columns = _axes([_shorten(name) for name in names])
     top = 1.1 * max(max(ratio, speedup) for _, ratio, speedup in points)
@@ -269,7 +269,7 @@ def draw_speedups(points: Sequence[tuple[str, float, float]], title: str) -> Pic
 
 @_styled
 def draw_sampling(sampling: Sampling, name: str) -> Picture:
-    """Which positions are computed, on a grid of two periods or more."""
+    """Draw the computed positions, on a grid of at least two periods."""
     from matplotlib.figure import Figure
 
     side = max(8, 2 * getattr(sampling, "period", 0))
@@ -293,7 +293,7 @@ def draw_sampling(sampling: Sampling, name: str) -> Picture:
 
 @_styled
 def draw_layer_times(rows: Sequence[tuple[str, float, float]], title: str) -> Picture:
-    """Milliseconds of each layer before and after, a pair of bars a layer, the first layer on top."""
+    """Draw milliseconds of each layer before and after, as pairs of bars, the first layer on top."""
     figure, axes, columns = _axes(["before", "after"])
     figure.set_size_inches(5.0, 1.2 + 0.36 * len(rows))
     for shift, look, which, label in ((-0.19, 0, 1, "before"), (0.19, 1, 2, "after")):
@@ -315,7 +315,7 @@ def draw_layer_times(rows: Sequence[tuple[str, float, float]], title: str) -> Pi
 
 @_styled
 def draw_map(values: Sequence[Sequence[float]], computed: Sequence[Sequence[bool]], title: str) -> Picture:
-    """The impact of each position, bright where it is high, and a dot on those that are computed."""
+    """Draw the impact of each position, brighter for higher values, with dots on computed positions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.9, 1.9), layout="constrained")
@@ -341,10 +341,10 @@ def draw_tradeoff(
     ylabel: str = "accuracy lost (points)",
     lines: Sequence[tuple[str, float]] = (),
 ) -> Picture:
-    """Points of accuracy lost against what is gained, a line a series; hollow marks are a paper's own.
+    """Draw points of accuracy lost against the gain, one line per series; hollow marks are a paper's own.
 
-    A wide grey line joins those on the front.
-    Upright ``lines`` are gains for which the paper's loss on this axis is not known.
+    A wide grey line joins the points on the front.
+    Vertical ``lines`` are gains whose loss on this axis the paper does not print.
     """
     series = list(dict.fromkeys(mark.series for mark in (*marks, *printed)))
     front = list(dict.fromkeys(f"{m.series}, {m.label}" for m in marks if m.front))
@@ -407,10 +407,10 @@ def draw_tradeoff(
 
 @_styled
 def draw_candidate_scores(dots: Sequence[Dot]) -> Picture:
-    """Loss of each candidate alone against the time it saves; filled marks were chosen."""
+    """Draw each candidate's loss against the time it saves; filled marks were chosen."""
     series = list(dict.fromkeys(dot.series for dot in dots))
     figure, axes, columns = _axes([_shorten(name) for name in series])
-    # on a logarithmic axis nothing stays visible at zero
+    # zero cannot be shown on a logarithmic axis
     floor = max(min((d.loss for d in dots if d.loss > 0), default=1e-6), 1e-6)
     for i, name in enumerate(series):
         colour, marker = _look(i)

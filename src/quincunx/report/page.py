@@ -1,4 +1,4 @@
-"""HTML pages from the package's templates."""
+"""Render HTML pages from the package's templates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["render"]
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of the package's templates."""
+    """Return a page rendered from one of the package's templates."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -1,4 +1,4 @@
-"""The results of a folder: runs and timings, checked, grouped by network, and the sentences on them."""
+"""Read the results of a folder: check runs and timings, group them by network, and describe them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sampling_of(network: dict[str, Any]) -> Sampling | None:
 
 
 def label_of(network: dict[str, Any]) -> str:
-    """A short name for a network's spec.
+    """Return a short name for a network's spec.
 
     Example:
         >>> label_of({"name": "rsbn20", "settings": {"sampling": "1/4", "width": 8}})
@@ -45,7 +45,7 @@ def label_of(network: dict[str, Any]) -> str:
 
 
 def sampling_name(sampling: Sampling) -> str:
-    """What a person types for it, where there is such a text."""
+    """Return the text that a person types for a sampling, if there is one."""
     if sampling in _SHORT:
         return _SHORT[sampling]
     if isinstance(sampling, Cosets):
@@ -59,7 +59,7 @@ def sampling_name(sampling: Sampling) -> str:
 
 @dataclass(frozen=True)
 class Network:
-    """The runs of one network, which differ in nothing but the seed, under a name no other has."""
+    """The runs of one network, which differ only in the seed, under a unique name."""
 
     label: str
     runs: tuple[dict[str, Any], ...]
@@ -72,7 +72,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Results:
-    """Networks, the baseline first, and timings found below a folder."""
+    """The networks found below a folder, the baseline first, and their timings."""
 
     networks: tuple[Network, ...]
     timings: tuple[dict[str, Any], ...]
@@ -83,14 +83,14 @@ class Results:
 
 
 def collect(folder: str | Path) -> Results:
-    """Every result file below a folder.
+    """Read every result file below a folder.
 
-    Runs that differ in the seed alone become one network; the baseline is the network that the
+    Runs that differ only in the seed become one network. The baseline is the network that the
     timings name, else the one with the most MACs.
 
     Raises:
         FileNotFoundError: no such folder, or no result of a training run in it.
-        ValueError: a file that is not JSON or not whole; runs on different data.
+        ValueError: a file that is not JSON or is incomplete; runs on different data.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,7 +103,7 @@ def collect(folder: str | Path) -> Results:
             continue
         if content.get("kind") == "train":
             _check(path, content, _check_run)
-            # the same run may lie there twice, as a run folder and as a copy
+            # the same run may be present twice, as a run folder and as a copy
             key = json.dumps([_group(content), content["seed"]])
             if key not in runs or runs[key]["environment"]["time"] <= content["environment"]["time"]:
                 runs[key] = content
@@ -140,7 +140,7 @@ def _numbers(*values: Any, least: float = 0.0) -> None:
 
 
 def _check_run(run: dict[str, Any]) -> None:
-    """Touch all that the page reads, so that a fault is found where the file's name is known."""
+    """Read every field that the page uses, so that an error can name the file."""
     label_of(run["network"])
     _numbers(run["cost"]["macs"], run["cost"]["params"], run["data"]["test"], least=1)
     _numbers(run["test_error"], run["seed"], run["data"]["train"], *run["data"]["size"])
@@ -194,7 +194,7 @@ def _recipe_of(run: dict[str, Any]) -> str:
 
 
 def _distinct(named: Sequence[tuple[str, str]]) -> list[str]:
-    """Names where they tell apart, else with what tells them apart, else with a number."""
+    """Make names unique: add what distinguishes them, or else a number."""
     count = Counter(name for name, _ in named)
     longer = [name if count[name] == 1 else f"{name}, {more}" for name, more in named]
     seen: Counter[str] = Counter()
@@ -212,7 +212,7 @@ def _distinct_settings(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """A sort key that puts "batch 8" before "batch 64"."""
+    """Return a sort key that puts "batch 8" before "batch 64"."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in text.split()]
 
 
@@ -222,13 +222,15 @@ class Line:
 
     Attributes:
         label: the network.
-        macs, params: of one image.
-        error: share of wrong answers in [0, 1], the mean over ``seeds`` runs.
+        macs: multiply-adds for one image.
+        params: number of parameters.
+        error: share of wrong predictions in [0, 1], the mean over ``seeds`` runs.
         deviation: of the error between seeds; None for a single run.
-        wrong, tested: wrong answers (mean over seeds) of so many test images.
+        wrong: number of wrong predictions, the mean over seeds.
+        tested: number of test images.
         mac_ratio: the baseline's MACs over this network's.
         times: setting -> (median, first, third quartile) in seconds.
-        speedups: setting -> the same of the baseline's time over this network's, round by round.
+        speedups: setting -> the same for the baseline's time over this network's, round by round.
     """
 
     label: str
@@ -244,12 +246,12 @@ class Line:
     speedups: dict[str, tuple[float, float, float]]
 
     def efficiency(self, setting: str) -> float:
-        """Speed-up over MAC ratio: 1 where time falls as MACs fall."""
+        """Return the speed-up over the MAC ratio: 1 if time falls as MACs fall."""
         return self.speedups[setting][0] / self.mac_ratio
 
 
 def result_lines(results: Results) -> list[Line]:
-    """The table's rows, the baseline first."""
+    """Return the table's rows, the baseline first."""
     base = results.networks[0].runs[0]["cost"]["macs"]
     rows = []
     for network in results.networks:
@@ -282,7 +284,7 @@ def result_lines(results: Results) -> list[Line]:
 
 
 def speed_words(median: float, low: float, high: float) -> str:
-    """A speed-up in words; the middle half of its rounds says whether it is one.
+    """Describe a speed-up; it counts as one only if the middle half of its rounds agrees.
 
     Example:
         >>> speed_words(1.724, 1.69, 1.75)
@@ -307,7 +309,7 @@ def _mac_words(ratio: float, baseline: str) -> str:
 
 
 def verdicts(rows: list[Line]) -> list[str]:
-    """A sentence for each network but the baseline: what was gained and what was lost."""
+    """Return a sentence on gains and losses for each network except the baseline."""
     base, said = rows[0], []
     for row in rows[1:]:
         more = row.wrong - base.wrong

@@ -1,4 +1,4 @@
-"""From result files to a table, sentences and one self-contained page. Reads JSON only."""
+"""Turn result files into a table, sentences and one self-contained page. Reads JSON only."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def curve_of(look: int, label: str, runs: Sequence[dict[str, Any]]) -> Curve:
-    """Test error by epoch; with several seeds, the mean over those that have the epoch."""
+    """Return test error by epoch; with several seeds, the mean over those that have the epoch."""
     found: dict[int, list[float]] = {}
     for run in runs:
         for entry in run["history"]:
@@ -61,7 +61,7 @@ def curve_of(look: int, label: str, runs: Sequence[dict[str, Any]]) -> Curve:
 
 
 def draw_pictures(results: Results, rows: list[Line]) -> list[Picture]:
-    """Learning curves, and error against MACs and against each measured time."""
+    """Draw learning curves, and error against MACs and against each measured time."""
     curves = [curve_of(i, network.label, network.runs) for i, network in enumerate(results.networks)]
     macs = [
         PlottedPoint(i, row.label, row.macs / 1e6, 100 * row.error, row.macs / 1e6, row.macs / 1e6)
@@ -84,18 +84,18 @@ def draw_pictures(results: Results, rows: list[Line]) -> list[Picture]:
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write ``report.html`` for the results below a folder: one file that needs no other.
+    """Write ``report.html`` for the results below a folder: one self-contained file.
 
     Args:
-        folder: where the result files are.
+        folder: the folder of the result files.
         out: the page, or a folder for it; by default ``report.html`` in ``folder``.
 
     Returns:
         The page's path.
 
     Raises:
-        FileNotFoundError: no results there.
-        ValueError: a file that is not JSON or not whole; runs on different data.
+        FileNotFoundError: no results in the folder.
+        ValueError: a file that is not JSON or is incomplete; runs on different data.
         ModuleNotFoundError: the ``report`` extra is not installed.
     """
     check_can_draw()
@@ -124,7 +124,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def draw_speedup_figure(result: dict[str, Any]) -> bytes:
-    """A benchmark's result file as an SVG of speed-up against MAC ratio."""
+    """Draw a benchmark's result file as an SVG of speed-up against MAC ratio."""
     points = [
         (f"{name}, {_told_apart(row)}", entry["mac_ratio"], entry["speedup"])
         for row in result["rows"]
@@ -136,7 +136,7 @@ def draw_speedup_figure(result: dict[str, Any]) -> bytes:
 
 
 def _told_apart(row: dict[str, Any]) -> str:
-    """By what a benchmark has several rows of one case."""
+    """Return what distinguishes a benchmark's rows of one case."""
     if "dtype" in row:
         return f"{row['dtype']}, batch {row['batch']}"
     return f"{row['threads']} thread{'s' * (row['threads'] > 1)}"

@@ -1,4 +1,4 @@
-"""What an acceleration reached of what was asked for, judged on its final figures. JSON in, JSON out."""
+"""Judge an acceleration's final figures against its target. JSON in, JSON out."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ __all__ = [
     "worse",
 ]
 
-# points of accuracy from which on a loss that nobody asked for is said before all else, and how sure it is
+# report an unrequested loss first if it is at least this many points of accuracy, with this significance
 _MUCH, _SURE = 2.0, 0.01
-# figures are compared as they are printed
+# compare figures as they are printed
 _DIGITS = 2
 _ELSE = "a larger --batch, or other --method candidates, may save more time"
 
 
 def points_lost(stages: Sequence[Mapping[str, Any]]) -> float:
-    """Points of accuracy on the test images, first stage to last."""
+    """Return the points of accuracy lost on the test images, first stage to last."""
     return 100 * (float(stages[-1]["error"]) - float(stages[0]["error"]))
 
 
 def macs_allowed(asked: str | float, before: int) -> float:
-    """The MACs that "50%" of those before, or a number, allows."""
+    """Return the MACs that "50%" of those before, or a number, allows."""
     text = str(asked)
     return float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
 
 
 def asked_in_words(target: Mapping[str, Any]) -> str:
-    """A target as people write it.
+    """Describe a target in words.
 
     Example:
         >>> asked_in_words({"speedup": 1.5, "max_drop": 1.0})
@@ -59,22 +59,22 @@ def _points(value: float) -> str:
 
 
 def judge(result: Mapping[str, Any], alternatives: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
-    """The verdict on a target, from an acceleration's final test error, time and MACs; None without a target.
+    """Judge a target by an acceleration's final test error, time and MACs; None without a target.
 
     Args:
-        result: as ``accelerate.json`` has it.
-        alternatives: of other choices, "speedup" and "drop" (on the test images, before fine-tuning).
+        result: the content of ``accelerate.json``.
+        alternatives: "speedup" and "drop" of other choices (on the test images, before fine-tuning).
 
     Returns:
-        "met"; "parts": for each thing asked "what", "asked", "found" and "met"; "words": a sentence;
-        "next": what to do, None where nothing is left to do.
+        "met"; "parts": for each requirement "what", "asked", "found" and "met"; "words": a sentence;
+        "next": the next step, None if there is none.
     """
     record = result.get("search")
     if not record:
         return None
     parts = [_part(what, asked, result) for what, asked in record["target"].items()]
     met = all(part["met"] for part in parts)
-    # what failed comes first
+    # failed parts come first
     said = [part["words"] for part in sorted(parts, key=lambda part: bool(part["met"]))]
     words = f"Target {'met' if met else 'missed'}: {'; '.join(said)}."
     return {
@@ -106,7 +106,7 @@ def _part(what: str, asked: Any, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lost(points: float, result: Mapping[str, Any]) -> str:
-    """How much accuracy was lost, on which images, and whether they were judged after fine-tuning."""
+    """Describe the loss of accuracy, on which images, and whether after fine-tuning."""
     tested = result["images"]["test"] if "images" in result else result["data"]["test"]
     own = result["data"].get("labelled", True)
     on = f"{tested:,} test images" if own else f"the network's own answers to {tested:,} test images"
@@ -120,7 +120,7 @@ def _lost(points: float, result: Mapping[str, Any]) -> str:
 def _next(
     result: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], alternatives: Sequence[Mapping[str, Any]]
 ) -> str:
-    """What to do about the halves that failed."""
+    """Return the next step for the parts that failed."""
     failed = {part["what"]: part for part in parts if not part["met"]}
     advice: list[str] = []
     if "max_drop" in failed:
@@ -148,7 +148,7 @@ def _finetune(result: Mapping[str, Any]) -> str:
 
 
 def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    """Of time or MACs: what can be had, and how more could be."""
+    """Return what can be reached for time or MACs, and how to reach more."""
     record = result["search"]
     left = sum("time budget" in (row["why_not"] or "") for row in record["candidates"])
     advice = [f"a longer --time-budget: {left} candidates were not tried"] if left else []
@@ -165,7 +165,7 @@ def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list
 
 
 def worse(result: Mapping[str, Any]) -> str | None:
-    """One sentence where a network became much worse than before, with what to do; else None."""
+    """Return a sentence if a network became much worse than before, with the next step; else None."""
     stages = result["stages"]
     lost, last = points_lost(stages), stages[-1]
     allowed = ((result.get("search") or {}).get("target") or {}).get("max_drop")
@@ -185,7 +185,7 @@ def worse(result: Mapping[str, Any]) -> str | None:
 
 
 def restored_in_words(result: Mapping[str, Any]) -> str | None:
-    """One sentence where the finished network was no faster and is the one from before again; else None."""
+    """Return a sentence if the network was restored because the result was no faster; else None."""
     ratio = result.get("put_back")
     if ratio is None:
         return None
@@ -197,7 +197,7 @@ def restored_in_words(result: Mapping[str, Any]) -> str | None:
 
 
 def shortcoming(record: Mapping[str, Any]) -> list[str]:
-    """Of a search that is not fine-tuned: which halves of its target were missed, each with its figures."""
+    """Return the missed parts of a search's target without fine-tuning, each with its figures."""
     target, attempts = record["target"], record["attempts"]
     missed: list[str] = []
     speed = float(attempts[-1]["speedup"]) if attempts else 1.0

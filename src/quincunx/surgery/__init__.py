@@ -1,4 +1,4 @@
-"""Replaces layers of a network; knows no method. What a method is written with is here by name."""
+"""Replace layers of a network with a method; also exports the names that a method is written with."""
 
 from quincunx.surgery.calibration import Calibration, Context, Layer
 from quincunx.surgery.method import Method, Replacement, Work, each

@@ -1,4 +1,4 @@
-"""What calibration data does inside a network: which layers run when, on what, and what they answer.
+"""Run calibration data through a network: the order of layers, their inputs and their responses.
 
 Activations are streamed batch by batch and never kept: a layer's responses on all the data would
 not fit in memory.
@@ -36,10 +36,11 @@ class Layer:
 
     Attributes:
         name: its path in the network, empty for the network itself.
-        names: all its paths; more than one where a module is used in several places.
-        module: the layer itself, with the original weights.
-        calls: how often one forward calls it; None where the network was not run.
-        input_shape, output_shape: [N, C, H, W] of its first call; None where it was not run.
+        names: all its paths; more than one if a module is used in several places.
+        module: the layer, with the original weights.
+        calls: how often one forward calls it; None if the network was not run.
+        input_shape: [N, C, H, W] of its first input; None if the network was not run.
+        output_shape: [N, C, H, W] of its first output; None if the network was not run.
     """
 
     name: str
@@ -51,12 +52,12 @@ class Layer:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(H, W) of its input."""
+        """Return (H, W) of its input."""
         return _size(self.name, self.input_shape)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H', W') of its output."""
+        """Return (H', W') of its output."""
         return _size(self.name, self.output_shape)
 
 
@@ -72,9 +73,10 @@ class Batch:
 
     Attributes:
         index: its number, from 0.
-        input: what the network is called with, or the first tensor of it: the images.
-        target: what came with it; None where the data has only inputs.
-        arguments, keywords: all that the network is called with; by default ``input`` alone.
+        input: the network's argument, or the first tensor in it: the images.
+        target: the target that came with it; None if the data has only inputs.
+        arguments: the network's positional arguments; by default only ``input``.
+        keywords: the network's keyword arguments.
     """
 
     index: int
@@ -85,16 +87,16 @@ class Batch:
 
     @property
     def plain(self) -> bool:
-        """Whether the network is called with ``input`` alone."""
+        """Return whether ``input`` is the network's only argument."""
         given = (self.input,) if self.arguments is None else self.arguments
         return not self.keywords and len(given) == 1 and given[0] is self.input
 
     def ask(self, network: nn.Module) -> Any:
-        """What a network answers to it."""
+        """Return a network's output for this batch."""
         return network(*((self.input,) if self.arguments is None else self.arguments), **self.keywords)
 
 
-# keys of a dictionary that hold what is to be answered, and what it is to be answered to
+# keys of a dictionary that hold targets, and keys that hold inputs
 _TARGETS = ("labels", "label", "targets", "target", "y")
 _INPUTS = ("pixel_values", "images", "image", "imgs", "img", "inputs", "input", "x", "data")
 _KINDS = inspect.Parameter
@@ -102,13 +104,14 @@ _KINDS = inspect.Parameter
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a network's forward takes.
+    """The arguments of a network's forward.
 
     Attributes:
-        places: names of what can be given by position.
+        places: names of the positional arguments.
         required: how many of them have no default.
-        names: what can be given by keyword.
-        open_places, open_names: whether it takes any number of either.
+        names: names of the keyword arguments.
+        open_places: whether it accepts any number of positional arguments.
+        open_names: whether it accepts any keyword.
     """
 
     places: tuple[str, ...]
@@ -139,27 +142,27 @@ class _Signature:
 
 
 class Calibration:
-    """Batches that can be read again and again, each in one of the usual forms.
+    """Batches that can be read repeatedly, each in one of the usual forms.
 
-    A batch is what the network is called with, and what it should answer, if that is known:
+    A batch holds the network's arguments and, if known, its target:
 
-    - a tensor; a list or tuple of one, as a DataLoader of a TensorDataset gives;
+    - a tensor; a list or tuple of one, as a DataLoader of a TensorDataset returns;
     - (input, target);
-    - several inputs in the order of the network's forward, with a target behind them or without. Forward's
-      signature tells which: as many elements as it requires are inputs, one more is a target; so are as
-      many, and one more, as it takes in all. ((x1, x2), target) is always clear;
+    - several inputs in the order of the network's forward, with or without a target after them. Forward's
+      signature decides: with as many elements as it requires all are inputs, and one more is a target; the
+      same holds for as many, and one more, as it accepts in total. ((x1, x2), target) is always clear;
     - a dictionary. "labels", "label", "targets", "target" or "y" is the target, unless forward requires an
-      argument of that name. The other keys that forward names are given by keyword, and the rest is left out.
-      Where forward names none, the network is called with the whole dictionary if it can be, else with
-      the image: "pixel_values", "image", "x", "input" and the like, or the only tensor.
+      argument of that name. Other keys that forward names are passed by keyword, and the rest is ignored.
+      If forward names none of them, the network is called with the whole dictionary if it accepts one, else
+      with the image: "pixel_values", "image", "x", "input" and the like, or the only tensor.
 
     A sample without a batch dimension, which the network's first convolution reads as one image, is a
     batch of one, with its target.
 
     Args:
-        batches: an iterable of batches that starts anew each time it is iterated, or a data set that has
+        batches: an iterable of batches that restarts each time it is iterated, or a data set with
             a length.
-        network: whose device the batches are brought to, and whose forward says what they are.
+        network: the batches are moved to its device, and its forward's signature decides their form.
 
     Raises:
         TypeError: not iterable, or an iterator, which can be read only once.
@@ -181,19 +184,19 @@ class Calibration:
         self.batches = batches
         self.network = network
         self.signature = _Signature.of(network)
-        # dimensions of an input -> whether it is one sample
+        # number of dimensions of an input -> whether it is one sample
         self.samples: dict[int, bool] = {}
-        # whether dictionaries none of whose keys forward names are given whole
+        # whether the network accepts a dictionary none of whose keys forward names
         self.whole: bool | None = None
         parameter = next(network.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
 
     def __iter__(self) -> Iterator[Batch]:
-        """Each batch in turn.
+        """Yield each batch in turn.
 
         Raises:
-            TypeError: an element that is none of the forms.
-            ValueError: no batches; a batch of another number of dimensions than the network reads.
+            TypeError: an element in none of these forms.
+            ValueError: no batches; a batch with another number of dimensions than the network reads.
         """
         index = -1
         for index, element in enumerate(self.batches):
@@ -202,7 +205,7 @@ class Calibration:
             raise ValueError("calibration: holds no batches")
 
     def first(self) -> Batch:
-        """The first batch."""
+        """Return the first batch."""
         return next(iter(self))
 
     def _read(self, index: int, element: Any) -> Batch:
@@ -221,7 +224,7 @@ class Calibration:
         )
 
     def _parts(self, index: int, element: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """What the network is called with, by position and by keyword, and the target."""
+        """Return the network's positional and keyword arguments, and the target."""
         takes = self.signature
         if isinstance(element, Tensor):
             return (element,), {}, None
@@ -267,7 +270,7 @@ class Calibration:
                 )
             if list(keywords) == list(takes.places[:1]):
                 return tuple(keywords.values()), {}, target
-            # the images first, whatever the order of the keys
+            # the images come first, whatever the order of the keys
             return (), {k: keywords[k] for k in sorted(keywords, key=_place_of(takes))}, target
         tensors = [key for key, value in rest.items() if isinstance(value, Tensor)]
         key = next((key for key in _INPUTS if key in tensors), tensors[0] if len(tensors) == 1 else None)
@@ -281,22 +284,22 @@ class Calibration:
         return (rest[key],), {}, target
 
     def _takes_whole(self, element: Mapping[Any, Any]) -> bool:
-        """Whether the network can be called with a dictionary; tried once."""
+        """Return whether the network can be called with a dictionary; tries it once."""
         if self.whole is None:
             try:
                 with evaluation(self.network), torch.no_grad():
                     self.network(_brought(dict(element), self.device))
                 self.whole = True
             except (TypeError, AttributeError):
-                # what a dictionary raises that is taken for a tensor
+                # the exceptions of code that treats a dictionary as a tensor
                 self.whole = False
         return self.whole
 
     def _sample(self, index: int, given: tuple[Tensor, ...], names: tuple[str, ...]) -> bool:
-        """Whether these are one sample: what the first convolution reads of them has no batch dimension.
+        """Return whether these are one sample: the first convolution then gets no batch dimension.
 
         Raises:
-            ValueError: it reads neither a batch nor a sample.
+            ValueError: it gets neither a batch nor a sample.
         """
         dims = given[0].dim()
         if dims >= 4:
@@ -314,7 +317,7 @@ class Calibration:
         return self.samples[dims]
 
     def _read_by_first(self, given: tuple[Tensor, ...], names: tuple[str, ...]) -> int | None:
-        """The dimensions of what the first convolution reads: None without one, 0 where forward raises."""
+        """Return the dimensions of the first convolution's input: None without one, 0 if forward raises."""
         found: list[int] = []
 
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -334,13 +337,13 @@ class Calibration:
                 self.network(*given[:places], **dict(zip(names, given[places:], strict=True)))
             except _Reached:
                 return found[0]
-            except Exception:  # noqa: BLE001 - whatever a user's forward raises for such an input
+            except Exception:  # noqa: BLE001 - a user's forward may raise anything for such an input
                 return 0
         return None
 
 
 class _Numbered:
-    """A data set that is read by number, as often as asked."""
+    """A data set that is read by index, as often as asked."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -350,13 +353,13 @@ class _Numbered:
 
 
 def _by_number(batches: object) -> bool:
-    """Whether something has a length and elements by number, but no iteration of its own."""
+    """Return whether an object has a length and elements by index, but no iteration of its own."""
     parts = hasattr(batches, "__len__") and hasattr(batches, "__getitem__")
     return parts and not isinstance(batches, Iterable)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """Yield the tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -368,7 +371,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _brought(value: Any, device: torch.device) -> Any:
-    """The same on a device; tensors of inference mode, which no gradient can pass, as ordinary ones."""
+    """Move a value to a device; tensors of inference mode, which have no gradient, become ordinary ones."""
     if isinstance(value, Tensor):
         value = value.to(device)
         if not value.is_inference():
@@ -384,7 +387,7 @@ def _brought(value: Any, device: torch.device) -> Any:
 
 
 def _as_batch(target: Any) -> Any:
-    """A sample's target as that of a batch of one."""
+    """Return a sample's target as the target of a batch of one."""
     if isinstance(target, Tensor):
         return target[None]
     if isinstance(target, Mapping):
@@ -401,7 +404,7 @@ def _keys(element: Mapping[Any, Any]) -> str:
 
 
 def _unread(index: int, element: Any, takes: _Signature) -> str:
-    """Why an element is no batch."""
+    """Describe why an element is not a batch."""
     several = f" of {len(element)}" if isinstance(element, (tuple, list)) else ""
     return (
         f"calibration: batch {index} is a {type(element).__name__}{several}; expected an input tensor "
@@ -409,12 +412,12 @@ def _unread(index: int, element: Any, takes: _Signature) -> str:
     )
 
 
-# bytes of maps that are kept instead of being computed again
+# the most bytes of maps that are kept instead of being recomputed
 MOST_KEPT = 2 << 30
 
 
 class _Reached(BaseException):
-    """Ends a forward at the layer that was asked for; no error, so that no handler of errors sees it."""
+    """Ends a forward at the requested layer; not an Exception, so that no error handler catches it."""
 
 
 def run_order(
@@ -424,11 +427,11 @@ def run_order(
     *,
     changed: bool = False,
 ) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] | None:
-    """Modules in the order of their first call: name -> (calls, input shape, output shape).
+    """Return the modules in the order of their first call: name -> (calls, input shape, output shape).
 
-    Shapes are empty where a module takes or returns something else than one tensor. None where there
-    is nothing to run the network on. What a ``changed`` network raises is no fault
-    of the data.
+    Shapes are empty if a module takes or returns anything but one tensor. None if there
+    is nothing to run the network on. Errors of a ``changed`` network are not blamed on
+    the data.
 
     Raises:
         TypeError: ``example_input`` is neither a tensor nor a tuple.
@@ -448,7 +451,7 @@ def run_order(
         for name, module in network.named_modules():
 
             def enter(_: nn.Module, __: Any, name: str = name) -> None:
-                # a module begins before those it calls; layers are what is asked about, so order by entry
+                # a module starts before those it calls; we ask about layers, so order by entry
                 found.setdefault(name, (0, (), ()))
 
             def leave(_: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
@@ -476,22 +479,22 @@ def run_order(
 
 
 class Shortcut(Protocol):
-    """A way to what a layer reads that does not begin at the network's input."""
+    """Provides a layer's inputs without running the network from its own input."""
 
     def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
-        """What the first call of a layer, which has these names, reads of each batch; None without a way."""
+        """Return the inputs of the first call of a layer with these names, batch by batch, or None."""
 
 
 class Responses:
     """Pairs (input in the changed network, response of the original layer) of one layer, batch by batch.
 
-    Iterating runs both networks up to the layer, once for each batch of calibration data, from where the
-    context has a shortcut. A context that keeps things keeps what the original network gives, where that
-    is not too much.
+    Iterating runs both networks up to the layer, once per batch of calibration data, starting from the
+    context's shortcut if there is one. A context that keeps values keeps the original network's pairs, if
+    they are not too large.
 
     Raises:
         ValueError: while iterating: a value that is not finite, or a batch for which the layer is
-            not called; layer and batch are named.
+            not called; the message names layer and batch.
     """
 
     def __init__(self, context: Context, layer: Layer) -> None:
@@ -536,12 +539,12 @@ class Responses:
 
 
 def _run_to(network: nn.Module, name: str, batch: Batch, answer: bool) -> tuple[Tensor, Tensor]:
-    """Input and, if wanted, output of a layer; the forward ends there."""
+    """Return the input and, if wanted, the output of a layer; the forward ends there."""
     caught: list[Tensor] = []
     module = network.get_submodule(name)
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # copies, since what follows may write in place
+        # copies, since later operations may write in place
         caught.append(inputs[0].clone())
         if not answer:
             raise _Reached
@@ -550,7 +553,7 @@ def _run_to(network: nn.Module, name: str, batch: Batch, answer: bool) -> tuple[
         caught.append(output)
         raise _Reached
 
-    # the input as a user's hooks leave it, the output before they change it: what the layer itself does
+    # the input after a user's hooks, the output before they change it: the layer's own computation
     handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
     try:
         batch.ask(network)
@@ -577,10 +580,10 @@ class Context:
     Attributes:
         original: the user's network, read only.
         network: the copy that is being changed.
-        changed: whether a layer of it has been replaced.
-        pairs: convolutions with nothing but a norm and an activation between them, on one grid.
-        kept: what :meth:`once` keeps; None for nothing.
-        shortcut: to what layers read; None where networks run from their inputs.
+        changed: whether one of its layers has been replaced.
+        pairs: convolutions with only a norm and an activation between them, on one grid.
+        kept: the values that :meth:`once` keeps; None to keep nothing.
+        shortcut: provides layers' inputs; None if networks run from their own inputs.
     """
 
     pairs: tuple[tuple[Layer, Layer], ...] = ()
@@ -603,11 +606,11 @@ class Context:
         return self.calibration
 
     def responses(self, layer: Layer) -> Responses:
-        """What a layer sees in the changed network and answered in the original one."""
+        """Return pairs of a layer's input in the changed network and its response in the original one."""
         return Responses(self, layer)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What ``make`` gives; kept for each key while no layer is changed, if ``kept`` is a dict."""
+        """Return ``make()``; keep it by key while no layer is changed, if ``kept`` is a dict."""
         if self.kept is None or self.changed:
             return make()
         if key not in self.kept:
@@ -616,7 +619,7 @@ class Context:
         return found
 
     def survey(self, layers: Sequence[Layer], visit: Visit) -> None:
-        """One pass of the original network over the data: ``visit(name, input, output)`` at each call.
+        """Run the original network once over the data: ``visit(name, input, output)`` at each call.
 
         Raises:
             ValueError: a value that is not finite.

@@ -1,4 +1,4 @@
-"""Which layers of a network may be replaced, in which order they run, and which of them make pairs."""
+"""Find the layers that may be replaced, the order in which they run, and the pairs among them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Order = dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]
 def chosen(
     network: nn.Module, where: Where | None
 ) -> tuple[Callable[[str, nn.Module], bool] | None, dict[str, str] | None]:
-    """``where`` as a function, and the pairs that it names if it does.
+    """Return ``where`` as a function, and the pairs that it names, if any.
 
     Raises:
-        TypeError: neither a function nor names and pairs of them.
-        ValueError: a name that the network has not, or a layer in two pairs.
+        TypeError: neither a function nor names and pairs of names.
+        ValueError: a name that the network does not have, or a layer in two pairs.
     """
     if where is None or callable(where):
         return where, None
@@ -51,10 +51,10 @@ def pairs_of(
     order: Order | None,
     named: dict[str, str] | None,
 ) -> tuple[tuple[Layer, Layer], ...]:
-    """The pairs that the user named, or else those that the network's graph shows.
+    """Return the pairs that the user named, or else those found in the network's graph.
 
     Raises:
-        ValueError: a named pair whose two are not on one grid, or not one after the other.
+        ValueError: a named pair whose layers are not on one grid, or not consecutive.
     """
     by_name = {name: layer for layer in layers if layer.calls in (1, None) for name in layer.names}
     if named is not None:
@@ -83,7 +83,7 @@ def pairs_of(
 
 
 def _apart(first: Layer, second: Layer, layers: Sequence[Layer]) -> str | None:
-    """Why a convolution cannot read what another one answers; ``layers`` are in forward order."""
+    """Return why a convolution cannot read another one's output; ``layers`` are in forward order."""
     if first.output_shape is None:
         return None
     if layers.index(first) >= layers.index(second):
@@ -94,14 +94,14 @@ def _apart(first: Layer, second: Layer, layers: Sequence[Layer]) -> str | None:
 
 
 def _runs_once(name: str, order: Order | None) -> bool:
-    """Whether what a module's own graph says holds in the network: it is called, and only once."""
+    """Return whether a module's own graph holds in the network: it is called exactly once."""
     return name == "" or (order is not None and order.get(name, (0,))[0] == 1)
 
 
 def eligible(
     network: nn.Module, targets: tuple[type[nn.Module], ...], where: Callable[[str, nn.Module], bool] | None
 ) -> tuple[list[tuple[tuple[str, ...], nn.Module]], dict[str, str]]:
-    """Every module of the method's classes, once, with all its names; and what is left out at once."""
+    """Return each module of the method's classes once, with all its names; and the skipped ones."""
     places: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, targets):
@@ -120,7 +120,7 @@ def eligible(
 def _unfit(
     network: nn.Module, name: str, module: nn.Module, targets: tuple[type[nn.Module], ...]
 ) -> str | None:
-    """Why a module cannot be what its class says."""
+    """Return why a module may not behave as its class says, or None."""
     if not surely(module, *targets):
         return f"a {type(module).__name__}, whose forward may be another one than its base class's"
     weight = module._parameters.get("weight")
@@ -143,7 +143,7 @@ def in_order(
     order: Order | None,
     skipped: dict[str, str],
 ) -> list[Layer]:
-    """The layers in the order in which the network runs them; what it never runs goes to ``skipped``."""
+    """Return the layers in the order in which the network runs them; others go to ``skipped``."""
     if order is None:
         return [Layer(names[0], names, module) for names, module in found]
     layers = []
@@ -157,7 +157,7 @@ def in_order(
 
 
 def reason_of(layer: Layer, ran: bool) -> str | None:
-    """Why no method can take a layer, whatever it does."""
+    """Return why no method can replace a layer, or None."""
     if ran and not (layer.input_shape and layer.output_shape):
         return "called with or returns something else than one tensor"
     return None

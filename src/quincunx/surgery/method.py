@@ -1,4 +1,4 @@
-"""The protocols of surgery: what a method is, what it is given, what it returns."""
+"""The protocols of surgery: a method, its inputs and its results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Replacement:
-    """What a method puts in a layer's place.
+    """A method's replacement for a layer.
 
     Attributes:
         module: the new module. Surgery gives it the layer's device, training mode, memory format,
             hooks and ``requires_grad``.
-        spec: JSON-ready; from it ``quincunx.layers.build.build_module`` makes such a module again.
-        record: JSON-ready facts for people, such as rank, rates and response error; "macs_after" where
-            the module cannot be run on the layer's input, and "method" where another one made it.
+        spec: JSON-ready; ``quincunx.layers.build.build_module`` rebuilds the module from it.
+        record: JSON-ready facts for people, such as rank, rates and response error; "macs_after" if
+            the module cannot be run on the layer's input, and "method" if another method made it.
         maps: tensors that a report draws, such as impact maps.
 
     Example:
@@ -47,21 +47,21 @@ class Work(Protocol):
     """A method at work on one network."""
 
     def replace(self, layer: Layer) -> Replacement | str:
-        """The replacement of one layer, or why it stays.
+        """Return the replacement of one layer, or the reason for keeping it.
 
-        Called once a layer, in forward order; what was made for the layers before is in place.
+        Called once per layer, in forward order; the replacements of earlier layers are in place.
         """
 
     def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
-        """Other replacements for some of the layers, or why these stay, once all are in place."""
+        """Return changed replacements for some layers, or reasons for keeping them, once all are in place."""
 
 
 class Method(Protocol):
-    """What :func:`accelerate` asks of a method; the methods of ``quincunx.methods`` are such.
+    """The interface that :func:`accelerate` expects of a method; ``quincunx.methods`` has examples.
 
-    A class with these four is a method wherever one is taken: in ``accelerate``, as a point of
-    ``compare_methods``, and with a target as a search's candidate. A frozen dataclass is best, since
-    methods with equal settings are one. ``examples/own_method.py`` writes one.
+    A class with these four members can be used wherever a method is accepted: in ``accelerate``, as a point
+    of ``compare_methods``, and as a candidate of a search. A frozen dataclass is best, since
+    methods with equal settings then compare equal. ``examples/own_method.py`` writes one.
 
     Example:
         >>> class Keep:
@@ -77,21 +77,21 @@ class Method(Protocol):
 
     @property
     def name(self) -> str:
-        """For records and messages."""
+        """The name in records and messages."""
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """The classes of layers it may replace."""
+        """The classes of layers that it may replace."""
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
-        """Why it cannot take a layer; None if it can.
+        """Return why it cannot replace a layer; None if it can.
 
-        A method with an attribute ``pairs`` that is true finds in ``context.pairs`` which layers can be
-        taken two by two.
+        If a method has a true attribute ``pairs``, ``context.pairs`` lists the layers that it can replace
+        in pairs.
         """
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
-        """Start on a network, knowing all layers that will be replaced, in forward order.
+        """Start on a network, with all layers that will be replaced, in forward order.
 
         Raises:
             ValueError: it needs data and there is none.
@@ -99,16 +99,16 @@ class Method(Protocol):
 
 
 class Journal(Protocol):
-    """Where finished layers are kept, so that an interrupted run does not make them again.
+    """Stores finished layers, so that an interrupted run does not fit them again.
 
     A replacement can be written as its spec, its record and its module's state dict.
     """
 
     def recall(self, layer: Layer) -> Replacement | None:
-        """What :meth:`keep` was given for this layer, if anything."""
+        """Return what :meth:`keep` stored for this layer, or None."""
 
     def keep(self, layer: Layer, replacement: Replacement) -> None:
-        """Called once for each layer as it is finished."""
+        """Store a layer; called once when it is finished."""
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,23 @@ class _Each:
 
 
 def each(make: Callable[[Layer], Replacement | str]) -> Work:
-    """The work of a method that makes every replacement by itself."""
+    """Return the work of a method that makes every replacement separately."""
     return _Each(make)
 
 
 @dataclass(frozen=True, repr=False)
 class Accelerated:
-    """What :func:`accelerate` made.
+    """The result of :func:`accelerate`.
 
     Attributes:
         model: the new network.
         replaced: for each replaced layer a JSON-ready record: "method", "kind" (the new class),
-            "macs_before" and "macs_after" for one image (None where no input was given), "names"
-            (all the places of a shared module), "hooks" (how many were carried over), and what the
-            method tells, such as "rank", "rates" and "response_error".
-        skipped: for each layer of the method's kind that stays, the reason.
-        maps: for each replaced layer the tensors a report draws, such as impact maps.
-        search: of a network made for a target: target, attempts, choice and scores, JSON-ready; else None.
+            "macs_before" and "macs_after" for one image (None if no input was given), "names"
+            (all the places of a shared module), "hooks" (how many were carried over), and
+            the method's own entries, such as "rank", "rates" and "response_error".
+        skipped: for each layer of the method's classes that was not replaced, the reason.
+        maps: for each replaced layer the tensors that a report draws, such as impact maps.
+        search: for a network made for a target: target, attempts, choice and scores, JSON-ready; else None.
 
     Example:
         >>> result = accelerate(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), qx.LowRank(rank=4))
@@ -162,7 +162,7 @@ class Accelerated:
         return f"{len(self.replaced)} layers replaced{ratios}, {len(self.skipped)} stay"
 
     def summary(self) -> str:
-        """What was done, a line for each layer: what replaced it and its MACs, or why it stays.
+        """Return a line for each layer: its replacement and MACs, or the reason for keeping it.
 
         Example:
             >>> net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1))

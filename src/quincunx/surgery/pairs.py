@@ -1,4 +1,4 @@
-"""Pairs of convolutions with nothing but a norm and an activation in between, found in a network's graph."""
+"""Find pairs of convolutions in a network's graph with only a norm and an activation between them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Pairs:
-    """What :func:`find_pairs` found.
+    """The result of :func:`find_pairs`.
 
     Attributes:
         found: (first, second) names, in the order of the graph.
-        within: for each first name the module whose graph showed it; empty for the network itself.
-        untraced: name of a module that torch.fx cannot trace -> its reason; its parts were looked at one
+        within: for each first name the module in whose graph the pair was found; empty for the network
+            itself.
+        untraced: name of a module that torch.fx cannot trace -> the reason; its parts were searched one
             by one.
     """
 
@@ -42,9 +43,9 @@ class Pairs:
 
 
 def find_pairs(network: nn.Module) -> Pairs:
-    """Each convolution whose result only one other reads, through a norm and an activation at most.
+    """Find each convolution whose result only one other reads, through at most a norm and an activation.
 
-    Both are larger than 1 x 1, have stride 1 and keep the map's size, so that all three maps have one grid.
+    Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid.
     In a chain of such convolutions the first two are a pair, then the next two.
 
     Example:
@@ -55,13 +56,13 @@ def find_pairs(network: nn.Module) -> Pairs:
     within: dict[str, str] = {}
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
-    # a copy, since a forward may store what it computes, and a tracer's stand-ins are not to stay
+    # on a copy, since a forward may store its results, and a tracer's proxies must not stay
     _search(copied(network), "", found, within, untraced)
     return Pairs(tuple(found.items()), within, untraced)
 
 
 def keeps_grid(module: nn.Module) -> bool:
-    """Whether a module is a convolution larger than 1 x 1 whose result has its input's size."""
+    """Return whether a module is a convolution larger than 1 x 1 that keeps the map's size."""
     if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
         return False
     if module.padding_mode != "zeros" or set(module.stride) != {1}:
@@ -79,7 +80,7 @@ def _search(
         return
     try:
         graph = _Tracer().trace(module)
-    except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on what is no tensor
+    except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
@@ -109,7 +110,7 @@ def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
 
 
 def _hooked(module: nn.Module, first: str, second: str) -> bool:
-    """Whether a hook of a container that holds only one of two modules sees what is between them."""
+    """Return whether a hook of a container of only one of the two modules sees the map between them."""
     around = [{name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)} for name in (first, second)]
     return any(forward_hooks(module.get_submodule(name)) for name in around[0] ^ around[1])
 

@@ -1,7 +1,7 @@
-"""Replace layers of any network, and say what was replaced, what was not, and why. Knows no method.
+"""Replace layers of any network, and report what was replaced, what was not, and why.
 
-A *method* says which layers it can take and what stands in for each; surgery finds the layers, hands
-each one over with the data that reaches it, and puts the replacement where the layer was.
+A *method* says which layers it supports and makes their replacements. Surgery knows no method: it finds the
+layers, passes each to the method with the data that reaches it, and installs the replacement.
 """
 
 from __future__ import annotations
@@ -62,37 +62,37 @@ def replace_layers(
     calibration: Iterable[Any] | None = None,
     journal: Journal | None = None,
 ) -> Accelerated:
-    """A copy of a network in which a method has replaced the layers it can.
+    """Return a copy of a network in which a method has replaced the layers that it supports.
 
-    Layers are taken in the order in which the network runs them, each with the input that the
-    already changed network gives it. Hooks, training mode, device, dtype, memory format, which parameters
-    are trained, and the attributes of ``nn.Conv2d`` and ``nn.Linear`` stay, and a module that is used in
-    several places stays one module. Then the changed network runs once: a layer whose replacement it does
-    not call as often as the layer, or with which it fails, is put back, with that reason.
+    Layers are replaced in the order in which the network runs them, each fitted to its input in the
+    network as changed so far. Hooks, training mode, device, dtype, memory format, the choice of trained
+    parameters, and the attributes of ``nn.Conv2d`` and ``nn.Linear`` are kept, and a module that is used in
+    several places stays one module. Then the changed network runs once: a layer is restored, with the
+    reason, if its replacement is not called as often as the layer, or makes the network fail.
 
     Args:
-        model: any network; it is left as it is, as is the state of torch's random numbers. Its own hooks
+        model: any network; it is not changed, nor is the state of torch's random generators. Its own hooks
             run with the copies.
         method: such as ``qx.Espace()`` or ``qx.LowRank()``.
         where: which layers may be replaced, by default all: a function of (name, module), or names, or
-            pairs of names for a method that takes two convolutions at once (see
+            pairs of names for a method that replaces two convolutions together (see
             :class:`quincunx.SpatialBottleneck`).
-        example_input: a tensor [N, C, H, W] or a tuple of arguments; tells the layers' order and
+        example_input: a tensor [N, C, H, W] or a tuple of arguments; gives the layers' order and
             sizes. By default the first batch of ``calibration``.
-        calibration: a DataLoader, a data set or a list of batches: what can be read several times. A batch
-            is a tensor, (input, target), several inputs with a target or without, or a dictionary with
-            such keys as "pixel_values" and "labels"; see :class:`quincunx.surgery.calibration.Calibration`.
-        journal: keeps each layer as it is finished and gives it back to a later call.
+        calibration: a DataLoader, a data set or a list of batches; it is read several times. A batch
+            is a tensor, (input, target), several inputs with or without a target, or a dictionary with
+            keys such as "pixel_values" and "labels"; see :class:`quincunx.surgery.calibration.Calibration`.
+        journal: stores each layer when it is finished and returns it to a later call.
 
     Returns:
-        An :class:`Accelerated`. If nothing was replaced a warning says so.
+        An :class:`Accelerated`. A warning says if nothing was replaced.
 
     Raises:
         TypeError: not a module or a method; a network that is wrapped (DistributedDataParallel),
             compiled, scripted or quantised, that cannot be copied or whose lazy layers have not run; a
             one-shot iterator as ``calibration``.
-        ValueError: an empty ``calibration`` or a value in it that is not finite; what the method needs
-            is missing.
+        ValueError: an empty ``calibration`` or a value in it that is not finite; anything that the method
+            needs is missing.
 
     Source: the order of the layers is that of Lin et al., ESPACE (AAAI 2017), section 3.
 
@@ -139,9 +139,10 @@ def prepare(
     example_input: Tensor | tuple[Any, ...] | None = None,
     calibration: Iterable[Any] | None = None,
 ) -> tuple[Context, list[Layer], dict[str, str]]:
-    """A copy of a network to try methods on, its layers of a method's classes, and why others are left out.
+    """Return a copy of a network to try methods on, its layers of a method's classes, and skipped layers.
 
-    Arguments and errors: as of :func:`replace_layers`; ``method`` says classes and whether there are pairs.
+    Arguments and errors as for :func:`replace_layers`; ``method`` gives the classes and whether to find
+    pairs.
     """
     network = copied(_checked(model, method)).eval()
     context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
@@ -158,7 +159,7 @@ def _prepared(
     example_input: Tensor | tuple[Any, ...] | None,
     calibration: Iterable[Any] | None,
 ) -> tuple[Context, list[Layer], dict[str, str], bool]:
-    # the original runs too: as a copy, since a forward may note things in its network
+    # run a copy of the original too, since a forward may store values in its network
     original = copied(model).eval()
     data = None if calibration is None else Calibration(calibration, original)
     may, named = chosen(network, where)
@@ -173,9 +174,9 @@ def _prepared(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within: tensors are ordinary ones, also in inference mode; after, random numbers go on as before.
+    """Use ordinary tensors within the context, also in inference mode; restore random generators after it.
 
-    Those of the CPU and of the network's CUDA devices.
+    The generators are the CPU's and those of the network's CUDA devices.
     """
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
@@ -207,9 +208,9 @@ def _replace(
     skipped: dict[str, str],
     check: Callable[[dict[str, Replacement]], bool] = lambda done: False,
 ) -> dict[str, Replacement]:
-    """Replace layers. ``check`` puts back replacements that cannot be, and says whether there were any.
+    """Replace layers. ``check`` undoes invalid replacements, and returns whether there were any.
 
-    It is asked where the method fails, which may run the network, and in the end.
+    It is called when the method fails, since a method may run the network, and at the end.
     """
     work = method.begin(layers, context)
     done: dict[str, Replacement] = {}
@@ -218,7 +219,7 @@ def _replace(
         while True:
             try:
                 return make()
-            except Exception:  # noqa: PERF203 - tried again with fewer layers replaced
+            except Exception:  # noqa: PERF203 - retried with fewer layers replaced
                 if not check(done):
                     raise
 
@@ -250,10 +251,10 @@ def _replace(
 def temporarily_replaced(
     context: Context, method: Method, layers: Sequence[Layer]
 ) -> Iterator[dict[str, Replacement]]:
-    """Within: a method's replacements of some layers are in the context's network; after, it is as before.
+    """Install a method's replacements of some layers in the context's network, and undo them at the end.
 
     Raises:
-        ValueError: what the method refuses, a layer that it leaves among it.
+        ValueError: anything that the method refuses, including a layer that it does not replace.
     """
     skipped: dict[str, str] = {}
     changed = context.changed
@@ -294,10 +295,10 @@ def _install(context: Context, layer: Layer, module: nn.Module) -> None:
 
 
 def _channels_last(weight: Tensor) -> bool:
-    """Whether a weight's strides, and not its sizes alone, say so.
+    """Return whether a weight is channels_last by its strides, not only by its sizes.
 
-    One of a single input channel or position lies in both layouts at once, also in a network that nobody
-    laid out.
+    A weight with one input channel or one position fits both layouts, also in a network that was never
+    converted.
     """
     return (
         weight.dim() == 4
@@ -313,9 +314,9 @@ def _restore_uncalled(
     example_input: Tensor | tuple[Any, ...] | None,
     skipped: dict[str, str],
 ) -> bool:
-    """Put back each layer whose replacement the network does not call as often, or fails with.
+    """Restore each layer whose replacement is called less or more often, or makes the network fail.
 
-    Whether there were any. Raises what the network raises without replacements.
+    Returns whether there were any. Raises what the network raises without replacements.
     """
 
     def run() -> dict[str, int] | Exception:
@@ -327,7 +328,7 @@ def _restore_uncalled(
 
     before = len(done)
     units, halves = _units(layers, done)
-    _install_all(context, halves, None)  # of pairs that are not complete yet
+    _install_all(context, halves, None)  # of incomplete pairs
     calls = run()
     if isinstance(calls, Exception):
         for unit in units:
@@ -360,7 +361,7 @@ def _restore_uncalled(
 def _units(
     layers: Sequence[Layer], done: Mapping[str, Replacement]
 ) -> tuple[list[tuple[Layer, ...]], tuple[Layer, ...]]:
-    """The replaced layers, the two of a pair together; and halves whose other half is not replaced."""
+    """Return the replaced layers, pairs together; and halves whose other half is not replaced."""
     by_name = {layer.name: layer for layer in layers if layer.name in done}
     pairs = dict.fromkeys(tuple(done[name].record.get("pair", (name,))) for name in by_name)
     whole = [tuple(by_name[name] for name in pair) for pair in pairs if set(pair) <= set(by_name)]
@@ -369,7 +370,7 @@ def _units(
 
 
 def _install_all(context: Context, unit: Sequence[Layer], done: Mapping[str, Replacement] | None) -> None:
-    """Put the replacements of some layers in the network, or else the layers."""
+    """Install the replacements of some layers in the network, or the layers if ``done`` is None."""
     for layer in unit:
         for name in layer.names:
             module = layer.module if done is None else done[layer.name].module
@@ -409,11 +410,11 @@ def _record(method: Method, layer: Layer, made: Replacement) -> dict[str, Any]:
 
 
 def layer_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """A layer's MACs for one image of an input's shape.
+    """Return a layer's MACs for one image of an input's shape.
 
-    ``forward`` and not a call: the user's hooks are not to see this.
+    Calls ``forward`` directly, so that the user's hooks do not run.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # with it comes Triton, where that is installed
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where that is installed
 
     parameter = next(module.parameters())
     x = torch.zeros((1, *shape[1:]), device=parameter.device, dtype=parameter.dtype)
@@ -423,7 +424,7 @@ def layer_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def _remember(network: nn.Module, layers: Sequence[Layer], done: Mapping[str, Replacement]) -> None:
-    """Note in the network how its new modules are built, for ``qx.save``; earlier notes stay."""
+    """Record in the network how its new modules are built, for ``qx.save``; earlier records stay."""
     notes: dict[str, Any] = dict(getattr(network, "quincunx_replaced", {}))
     for layer in layers:
         if layer.name in done:
@@ -433,9 +434,9 @@ def _remember(network: nn.Module, layers: Sequence[Layer], done: Mapping[str, Re
 
 
 def _few_images(done: Mapping[str, Replacement]) -> str | None:
-    """One line for all layers that the data at hand says too little about; None if there are none.
+    """Return one line about all layers with too little data; None if there are none.
 
-    A method says so by "images" and "images_needed" in a record.
+    A method reports this with "images" and "images_needed" in a record.
     """
     short = {name: made.record for name, made in done.items() if "images_needed" in made.record}
     if not short:

@@ -1,4 +1,4 @@
-"""Checkpoints of training on disk, one writer a folder; only tensors and plain values are unpickled."""
+"""Training checkpoints on disk, one writer per folder; only tensors and plain values are unpickled."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _VERSION = 2
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a training state, whole or not at all."""
-    # written by Python, whose errors tell a full disk from a defect; torch's own writer does not
+    """Write a training state, completely or not at all."""
+    # Python's errors distinguish a full disk from a defect; torch's own writer's do not
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, "version": _VERSION, **content}, buffer)
     write_atomically(path, lambda temporary: _write(temporary, buffer.getbuffer()))
@@ -46,13 +46,13 @@ def _write(path: Path, content: memoryview) -> None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Within: no other process that asks may write to the folder.
+    """Lock a folder against other processes that use this lock, within the context.
 
     Raises:
-        BlockingIOError: another one is writing to it.
+        BlockingIOError: another process is writing to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # the file stays: whoever removed it could leave two others with a lock each
+    # keep the file: deleting it could give two others a lock each
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -67,10 +67,10 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Refuse a folder whose disk has not ``needed`` bytes left.
+    """Check that a folder's disk has ``needed`` bytes left.
 
     Raises:
-        OSError: it has less.
+        OSError: it has fewer.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -81,12 +81,12 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-# what zipfile and torch.load raise on damaged or foreign files
+# exceptions of zipfile and torch.load for damaged or foreign files
 _UNREADABLE = (*ZIP_DAMAGE, pickle.UnpicklingError, TypeError, AttributeError, MemoryError, SystemError)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint's content; only tensors and plain values are ever unpickled.
+    """Return a training checkpoint's content; only tensors and plain values are unpickled.
 
     Raises:
         FileNotFoundError: no such file.
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a file")
     try:
         with naming(path), path.open("rb") as file:
-            # torch itself reads damaged weights without a word, and believes the sizes that it is told
+            # torch silently reads damaged weights, and trusts claimed sizes
             _check_claims(path, file)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -115,10 +115,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_claims(path: Path, file: IO[bytes]) -> None:
-    """Refuse a file in which a member is damaged, or a tensor claims more numbers than are stored.
+    """Refuse a file with a damaged member, or a tensor that claims more numbers than are stored.
 
     Raises:
-        ValueError: it is one (also what ``ZIP_DAMAGE`` lists).
+        ValueError: there is one (also the exceptions in ``ZIP_DAMAGE``).
     """
     length = bounded(file.seek(0, io.SEEK_END), what=str(path))
     with zipfile.ZipFile(file) as archive:
@@ -126,7 +126,7 @@ def _check_claims(path: Path, file: IO[bytes]) -> None:
         sizes: dict[str, int] = {}
         pickled: zipfile.ZipInfo | None = None
         for member in archive.infolist():
-            # as torch writes them; others could be longer than the file
+            # torch stores members uncompressed; compressed ones could be longer than the file
             if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
                 raise ValueError(f"{member.filename[:80]!r} is compressed")
             left -= member.compress_size
@@ -144,7 +144,7 @@ def _check_claims(path: Path, file: IO[bytes]) -> None:
 
 
 def _stored(block: Any, sizes: Mapping[str, int]) -> int:
-    """Bytes of the numbers that a persistent id stands for, which are there."""
+    """Return the bytes of the numbers that a persistent id refers to, after checking that they exist."""
     if not isinstance(block, tuple) or len(block) != 5 or not isinstance(block[1], Named):
         raise ValueError("a reference to no numbers")
     width, key, count = _WIDTHS.get(block[1].name), block[2], block[4]
@@ -156,17 +156,17 @@ def _stored(block: Any, sizes: Mapping[str, int]) -> int:
 
 
 def _tensor(stored: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> None:
-    """What stands for a tensor: nothing, once it claims no more than is stored of it."""
+    """Check that a tensor claims no more than is stored for it; nothing replaces it."""
     if type(stored) is not int or len(shape) != len(stride) or len(shape) > 64:
         raise ValueError("a tensor without numbers")
     if not all(type(number) is int and 0 <= number < 2**62 for number in (offset, *shape, *stride)):
         raise ValueError("a tensor whose size is no number")
-    # each number is a byte at least
+    # each number takes at least a byte
     if math.prod(shape) > stored:
         raise ValueError(f"a tensor of {tuple(shape)} claims more than its {stored:,} stored bytes")
 
 
-# what a checkpoint of quincunx may name
+# the names that a quincunx checkpoint may contain
 _MAKERS: Makers = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("collections", "OrderedDict"): Dictionary,

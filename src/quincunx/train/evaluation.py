@@ -1,4 +1,4 @@
-"""Loss and error of a network on a part of a data set."""
+"""Loss and error of a network on part of a data set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy and share of wrong answers (top-1 error, in [0, 1]) over ``images`` images."""
+    """Mean cross-entropy and share of wrong predictions (top-1 error, in [0, 1]) over ``images`` images."""
 
     loss: float
     error: float
@@ -46,13 +46,13 @@ def evaluate(
     workers: int | None = None,
     held: Resident | None = None,
 ) -> Evaluation:
-    """Loss and top-1 error of a network on one part of a data set.
+    """Return the loss and top-1 error of a network on one part of a data set.
 
-    Several processes take a share of the images each and all get the result for all of them. ``held`` are
-    the part's images where they lie on the network's device already.
+    Several processes each evaluate a share of the images, and all get the result for all of them. ``held``
+    are the part's images if they are on the network's device already.
 
     Raises:
-        ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
+        ValueError: the network's outputs do not match the data set's classes, or its inputs the images.
     """
     losses, right, _ = score_images(
         model,
@@ -79,11 +79,11 @@ def score_images(
     workers: int | None = None,
     held: Resident | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image by image, in the part's order: cross-entropy (float64), and whether the right answer was the
-    first, or among the first five. ``held`` as for :func:`evaluate`.
+    """Return for each image, in the part's order: cross-entropy (float64), whether the top-1 prediction was
+    right, and whether the right class was among the top 5. ``held`` as for :func:`evaluate`.
 
     Raises:
-        ValueError: the network's outputs are not the data set's classes, or its inputs not its images.
+        ValueError: the network's outputs do not match the data set's classes, or its inputs the images.
     """
     losses: list[Tensor] = []
     right: list[Tensor] = []
@@ -102,14 +102,14 @@ def score_images(
 
 
 def _fetched(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """All of them, at the end: to wait for a GPU after each batch would leave it idle."""
+    """Fetch all parts at the end: waiting for a GPU after each batch would leave it idle."""
     return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=dtype)
 
 
 def _scored(
     model: nn.Module, data: ImageData, source: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(scores, labels) of each batch, on the model's device."""
+    """Yield (scores, labels) of each batch, on the model's device."""
     check_channels(model, data)
     device = device_of(model)
     for images, labels in source:
@@ -119,9 +119,9 @@ def _scored(
 
 
 def label_with(model: nn.Module, data: ImageData, workers: int | None = None) -> ImageData:
-    """Images without labels, with those that a network gives them: what differs from it later is an error.
+    """Label images with the network's own predictions; later disagreement counts as an error.
 
-    Images that have labels, their own or given so, stay as they are.
+    Images that already have labels keep them.
 
     Raises:
         ValueError: as :func:`score_images`.
@@ -153,10 +153,10 @@ def check_channels(model: nn.Module, data: ImageData) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse a network whose weights are not all finite.
+    """Check that all weights of a network are finite.
 
     Raises:
-        ValueError: the first tensor with such values, and how many it has.
+        ValueError: names the first tensor with other values, and their number.
     """
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.is_floating_point():

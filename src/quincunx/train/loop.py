@@ -1,7 +1,7 @@
-"""One training loop: reproducible, resumable to the bit on the CPU, and it documents itself.
+"""The training loop: reproducible, resumable (bit for bit on the CPU), and self-documenting.
 
-A GPU computes while Python goes on. There the images lie on the device, losses are read once in a while, and
-the steps of a small network are replayed as a CUDA graph (:mod:`quincunx.train.replay`).
+A GPU computes asynchronously. The loop therefore keeps the images on the device, reads losses only
+occasionally, and replays the steps of a small network as a CUDA graph (:mod:`quincunx.train.replay`).
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ __all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "other_par
 # the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
 _AUXILIARY = 0.3
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
-# on a GPU: steps after which losses are read where steps are not replayed; images of a test at once, from the
-# first to the second number by how many pixels they have together
+# on a GPU: steps between readings of the losses if steps are not replayed; the range of a test batch's
+# size, within a limit of pixels
 _READ_EVERY = 100
 _TESTED_AT_ONCE, _TESTED_PIXELS = (256, 1024), 1 << 22
 
 
 class RunFailed(RuntimeError):
-    """Training started and could not go on; the message says what is kept."""
+    """Training started and could not continue; the message says what is kept."""
 
 
 class Diverged(RunFailed):
@@ -77,16 +77,16 @@ class Diverged(RunFailed):
 
 
 class Interrupted(RunFailed):
-    """Training was stopped by the user; the message says how to go on."""
+    """The user stopped training; the message says how to continue."""
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a run ends before its last epoch.
+    """Says when a run ends before its last epoch.
 
     Attributes:
-        error: it ends once the test error is no greater; None for never.
-        patience: it ends after so many epochs without a lower test error; None for never.
+        error: the run ends once the test error is at most this; None for never.
+        patience: the run ends after this many epochs without a lower test error; None for never.
 
     Example:
         >>> StopRule(patience=2).reason([{"test_error": e} for e in (0.3, 0.2, 0.25, 0.2)])
@@ -97,7 +97,7 @@ class StopRule:
     patience: int | None = None
 
     def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """Why a run with this history is over; None if it is not."""
+        """Return why a run with this history ends; None if it continues."""
         errors = [entry["test_error"] for entry in history]
         if not errors:
             return None
@@ -125,53 +125,53 @@ def fit(
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
-    The folder gets ``checkpoint.pt`` (after each epoch, atomically), ``log.jsonl`` (a line an epoch),
+    The folder gets ``checkpoint.pt`` (after each epoch, atomically), ``log.jsonl`` (a line per epoch),
     ``run.json`` (the result) and ``model/`` (the artifact). Order and augmentation of an epoch depend
-    on the seed and the epoch's number alone, so a resumed run equals an uninterrupted one, bit for
+    only on the seed and the epoch's number, so a resumed run equals an uninterrupted one, bit for
     bit on the CPU with the same number of threads.
 
     Several processes, each with the same arguments and its own ``ranks``, share each batch: the
-    recipe's batch size is that of all of them, batch norm takes its statistics over all of them, and
-    the losses are those of one process with the whole batch, up to rounding. The first one writes.
-    They always go on from a checkpoint that is there, since a launcher starts them again after one of
-    them died.
+    recipe's batch size is the total, batch norm computes its statistics over all of them, and
+    the losses are those of one process with the whole batch, up to rounding. The first process writes.
+    Several processes always resume from an existing checkpoint, since a launcher restarts them after one
+    of them died.
 
-    On a GPU order and augmentation are those of the CPU with the same seed. The images lie on the device if
-    they are in memory and not augmented as photographs are. Whether losses are finite is looked at some
-    times an epoch, not at each step, and before a checkpoint is written. The steps of one process with
-    networks of torch's and this package's modules are replayed as a CUDA graph unless the recipe has parts
-    of a batch, a teacher or float16; "graph" in the result says whether they were, and if not, why.
+    On a GPU, order and augmentation equal those of the CPU with the same seed. The images stay on the device
+    if they are in memory and not augmented as photographs. The loop checks that losses are finite several
+    times per epoch, not at each step, and before writing a checkpoint. The steps of one process with
+    networks of torch's and this package's modules are replayed as a CUDA graph unless the recipe
+    accumulates, has a teacher or uses float16; "graph" in the result says whether they were, and if not, why.
 
-    Several runs may go on in threads of one process, each with networks and folders of its own, as on a GPU
-    that one small network does not fill. What a network draws at random while it trains (dropout) then
-    depends on the others, since the process has one generator for that; nothing else does.
+    Several runs may share one process in threads, each with its own networks and folders, for example on a
+    GPU that one small network does not fill. A network's random draws during training (dropout) then
+    depend on the other runs, since the process has one generator for them; nothing else does.
 
     Args:
-        model: a network made by :func:`quincunx.networks.build`, or one whose factory is noted; trained
-            in place, on the device where it is.
+        model: a network made by :func:`quincunx.networks.build`, or one with a recorded factory; trained
+            in place, on its current device.
         data: training and test images.
-        recipe: how.
+        recipe: the training settings.
         folder: of the run.
         seed: of order and augmentation.
-        resume: go on from the folder's checkpoint, or start if there is none.
+        resume: continue from the folder's checkpoint, or start if there is none.
         progress: show a bar, under this name.
         ranks: this process's place among several, from :func:`quincunx.train.processes.joined`.
-        teacher: whose answers a recipe with ``distill`` asks for, and whose maps one with
-            ``distill_features``; it is evaluated and left as it is.
-        workers: processes that decode streamed images; by default one a core, at most eight.
+        teacher: gives the outputs for a recipe with ``distill``, and the maps for one with
+            ``distill_features``; it is evaluated and not changed.
+        workers: processes that decode streamed images; by default one per core, at most eight.
         stop: ends the run early; "stopped" in the result then says why.
-        keep_best: the network ends as it was after the epoch of least test error, "best_epoch" in the
-            result, and not as after the last.
+        keep_best: the network ends with the weights of the epoch of least test error, "best_epoch" in the
+            result, instead of those of the last.
 
     Returns:
         The content of ``run.json``.
 
     Raises:
-        ValueError: the network has packed weights of one bit; it or its teacher does not fit the data; a
-            teacher is missing, or there for nothing; a step needs more memory than is free; the checkpoint is
-            corrupt, or of another network, recipe, seed or data set; the folder holds something else where
-            the artifact goes.
-        FileExistsError: the folder holds a run and ``resume`` was not asked for.
+        ValueError: the network has packed one-bit weights; it or its teacher does not fit the data; a
+            teacher is missing, or not used; a step needs more memory than is free; the checkpoint is
+            corrupt, or belongs to another network, recipe, seed or data set; the folder holds something else
+            at the artifact's place.
+        FileExistsError: the folder holds a run and ``resume`` is False.
         RunFailed: the loss is not finite, a streamed image cannot be read, the disk is full or too small,
             or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
@@ -183,7 +183,7 @@ def fit(
 
 
 def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-    """Refuse a step whose maps alone, one for each layer, do not fit in the memory that is free."""
+    """Refuse a step whose maps, one per layer, do not fit in the free memory."""
     images = math.ceil(recipe.batch_size / ranks.world / recipe.accumulate)
     values = sum(math.prod(row.output) for row in cost_of_one.rows)
     memory.check(
@@ -195,31 +195,31 @@ def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks, device: torch
 
 
 def _free_on(device: torch.device) -> int:
-    """Bytes that a GPU has left, with those that torch holds for nobody."""
+    """Return the free bytes of a GPU, including those that torch caches."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _runs_apart(device: torch.device) -> bool:
-    """Whether a device computes while Python goes on, so that to look at a value costs time."""
+    """Return whether a device computes asynchronously, so that reading a value costs time."""
     return device.type == "cuda"
 
 
 def run_identity(network: dict[str, Any], recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
-    """What two runs must share to be the same run, JSON-ready."""
+    """Return everything that two runs must share to be the same run, JSON-ready."""
     return {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
 
 
 def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """The first part in which a run is another one than :func:`run_identity` says, and how; None if none is.
+    """Return the first part in which a run differs from :func:`run_identity`, and how; None if none differs.
 
     Raises:
-        ValueError: its recipe is none.
+        ValueError: its recipe is invalid.
     """
     for part, wanted in ours.items():
         found = theirs.get(part)
         if part == "recipe":
-            # a field that was not there yet has its default
+            # a field that did not exist yet takes its default
             found = from_dict(found or {}).to_dict()
         if found != wanted:
             return f"{part}: {differing_fields(found, wanted)}"
@@ -227,13 +227,13 @@ def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
 
 
 def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:
-    """The number of the first epoch of least test error; of equal ones that of the least test loss."""
+    """Return the number of the first epoch of least test error; ties go to the least test loss."""
     best = min(history, key=lambda entry: (entry["test_error"], entry["test_loss"]))
     return int(best["epoch"])
 
 
 def _is_entry(value: object) -> bool:
-    """Whether a checkpoint's history has an epoch here."""
+    """Return whether a value is a valid epoch of a checkpoint's history."""
     names = ("epoch", "train_error", "test_loss", "test_error", "seconds")
     return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in names)
 
@@ -255,7 +255,7 @@ class _Run:
         keep_best: bool = False,
     ) -> None:
         self.stop, self.keep_best = stop, keep_best
-        # the weights after the best epoch, where they are asked for
+        # the weights after the best epoch, if asked for
         self.best: dict[str, Tensor] | None = None
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.ranks, self.workers = ranks, workers
@@ -283,7 +283,7 @@ class _Run:
                 check_scores(teacher(example), data)
         self.cost = cost(model, example)
         self.augment = recipe.augment or data.augment
-        # float16 has too few exponents for small gradients: the loss is scaled up before it is derived
+        # float16 has too few exponents for small gradients, so the loss is scaled before the backward pass
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -294,7 +294,7 @@ class _Run:
             nesterov=recipe.nesterov and recipe.momentum > 0,
             weight_decay=recipe.weight_decay,
         )
-        # what a step goes through: gradients of several processes are averaged by torch
+        # the module that a step calls: torch averages the gradients of several processes
         self.stepped: nn.Module = model
         self.history: list[dict[str, float]] = []
         self.saved = 0
@@ -309,12 +309,12 @@ class _Run:
             try:
                 if self.ranks.first:
                     stack.enter_context(only_writer(self.folder))
-                # whoever starts several processes starts them again after one of them died
+                # a launcher restarts all processes after one died
                 self._begin(resume or self.ranks.world > 1)
                 if self.ranks.world > 1:
                     stack.enter_context(batch_norm_across(self.model))
                     self.stepped = DistributedDataParallel(self.model)
-                    # what is still there when the process ends can keep it from ending
+                    # DistributedDataParallel, if still alive, can keep the process from ending
                     stack.callback(self._part)
                 else:
                     stack.enter_context(own_stream(self.device))
@@ -346,11 +346,11 @@ class _Run:
             parameter.grad = None
 
     def _begin(self, resume: bool) -> None:
-        """Everything that may be refused before the first step."""
+        """Run every check that may refuse the run before the first step."""
         content = self.ranks.from_first(lambda: self._found(resume))
         if content is not None:
             self._restore(content)
-        # what cannot be written is better known before the training than after it
+        # find out before training, not after it, that the result cannot be written
         self.ranks.from_first(lambda: check_replaceable(self.folder / ARTIFACT))
         state = sum(t.nbytes for t in self.model.state_dict().values())
         # a checkpoint has weights and momentum, and the old one stays until the new one is written
@@ -394,12 +394,12 @@ class _Run:
         return self._finish()
 
     def generator(self, number: int) -> torch.Generator:
-        """Draws the order and the augmentation of an epoch."""
-        # a large odd factor keeps the streams of neighbouring seeds and epochs apart
+        """Return the generator that draws the order and the augmentation of an epoch."""
+        # a large odd factor separates the streams of neighbouring seeds and epochs
         return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
 
     def _epoch(self, number: int, steps: int, advance: Callable[..., None]) -> dict[str, float]:
-        # anything random inside the network draws from the global generator
+        # random operations inside the network use the global generator
         torch.manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
         self.model.train()
         began = time.perf_counter()
@@ -407,14 +407,14 @@ class _Run:
         rates = [self._rate(number * steps + step, steps) for step in range(steps)]
         total, wrong, done = 0.0, 0.0, 0
         work = self._steps(number, rates) if self.apart is None else self.apart.steps(number, rates)
-        for so_far, total, wrong in work:  # noqa: B007 - the last ones count
+        for so_far, total, wrong in work:  # noqa: B007 - the last values are used
             seen = min(count, so_far * self.recipe.batch_size)
             advance(f"epoch {number + 1} loss {total / seen:.3f}", so_far - done)
             done = so_far
         seconds = time.perf_counter() - began
         tested = self._tested()
         if not math.isfinite(tested.loss):
-            # the last step may be the one that broke the weights: they must not replace good ones
+            # the last step may have broken the weights: they must not replace good ones
             raise self.diverged("test loss", tested.loss, number, f"step {steps}", rates[-1])
         return {
             "epoch": number + 1,
@@ -428,11 +428,11 @@ class _Run:
         }
 
     def _rate(self, taken: int, steps: int) -> float:
-        """The learning rate after so many steps in all."""
+        """Return the learning rate after a number of steps in total."""
         return self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
 
     def _steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
-        """The steps of an epoch, one by one; after each how many, their losses and wrong answers."""
+        """Run the steps of an epoch; after each yield their number, summed losses and wrong predictions."""
         total, wrong, count = 0.0, 0.0, len(self.data.train)
         for step, (images, labels) in enumerate(self.read(number)):
             for group in self.optimizer.param_groups:
@@ -459,7 +459,7 @@ class _Run:
             self.model,
             self.data.test,
             self.data,
-            # batches of one size, since each size may need kernels of its own
+            # batches of one size, since each size may need its own kernels
             batch_size=math.ceil(count / math.ceil(count / most)),
             ranks=self.ranks,
             workers=self.workers,
@@ -467,8 +467,8 @@ class _Run:
         )
 
     def read(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's batches on the device; an image that cannot be read, or a worker that died, ends the run
-        with its reason."""
+        """Yield an epoch's batches on the device; an unreadable image or a dead worker ends the run
+        with the reason."""
         source = batches(
             self.data.train,
             self.data,
@@ -492,9 +492,9 @@ class _Run:
             yield images.to(self.device), labels.to(self.device)
 
     def derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """Mean loss and wrong answers of a batch of ``whole`` images, its gradients left at the parameters.
+        """Return mean loss and wrong predictions of a batch of ``whole`` images; leave its gradients.
 
-        ``images`` are this process's share of the batch; what is returned is that of them, on the device.
+        ``images`` are this process's share of the batch; the results are for this share, on the device.
         """
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         wrong = torch.zeros((), dtype=torch.long, device=self.device)
@@ -502,7 +502,7 @@ class _Run:
         for i, (part, answers) in enumerate(
             zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
         ):
-            # of several processes each takes part in every exchange, also without images of its own
+            # every process must take part in each exchange, even without images
             if not len(answers) and self.ranks.world == 1:
                 continue
             with self._exchange(last=i == parts - 1):
@@ -514,14 +514,14 @@ class _Run:
                 share = (self.loss.of_scores(scores, answers, wanted) + maps) / whole
                 for other in auxiliary:
                     share = share + _AUXILIARY * self.loss.of_scores(other, answers, wanted) / whole
-                # torch takes the mean of the processes' gradients, where the sum is wanted
+                # torch averages the processes' gradients, but we want their sum
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss = loss + share.detach()
             wrong = wrong + (scores.detach().argmax(1) != answers).sum()
         return loss, wrong
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged once a step, with its last part."""
+        """Exchange gradients once per step, with its last part."""
         if isinstance(self.stepped, DistributedDataParallel) and not last:
             return self.stepped.no_sync()
         return nullcontext()
@@ -537,7 +537,7 @@ class _Run:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it."""
+        """Return everything that a checkpoint must share with the run that resumes it."""
         return run_identity(self.spec, self.recipe, self.data, self.seed)
 
     def _save(self) -> None:
@@ -623,7 +623,7 @@ class _Run:
 
 
 class _Apart:
-    """The steps of a run on a device that computes while Python goes on."""
+    """The steps of a run on a device that computes asynchronously."""
 
     def __init__(self, run: _Run) -> None:
         self.run = run
@@ -639,7 +639,7 @@ class _Apart:
         self._next: tuple[int, Pass] | None = None
 
     def _held(self, part: Part, augment: str) -> Resident | None:
-        """The images on the device, if they can be there."""
+        """Put the images on the device, if they fit there."""
         if not isinstance(part, Split) or not can_reside(part, augment):
             return None
         device = self.run.device
@@ -647,7 +647,7 @@ class _Apart:
             return None
         return Resident(part, self.run.data, device)
 
-    # ---- what is replayed
+    # ---- replaying
 
     def _why_not(self) -> str | None:
         run = self.run
@@ -664,7 +664,7 @@ class _Apart:
         return why_not(run.model)
 
     def record(self) -> None:
-        """Record a step if it can be replayed; the network, its momentum and its counts stay as they are."""
+        """Record a step if it can be replayed; network, momentum and counts do not change."""
         if self._tried:
             return
         self._tried, self.why = True, self._why_not()
@@ -681,7 +681,7 @@ class _Apart:
         state = [*run.model.parameters(), *run.model.buffers(), self.total, self.wrong]
         for group in run.optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
-                # torch makes them at the first step, as the gradient is, which is what zeros lead to as well
+                # torch creates them at the first step as a copy of the gradient, which zeros lead to as well
                 kept = run.optimizer.state[parameter]
                 if kept.get("momentum_buffer") is None:
                     kept["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
@@ -691,12 +691,12 @@ class _Apart:
         self.replayed = Replayed(self._whole_step, self.rate, state, (size, *held.shape), count)
         if rest:
             self.rest = Replayed(self._whole_step, self.rate, state, (rest, *held.shape), 1)
-        # what else an epoch does, so that kernels are made by one thread at a time
+        # run the rest of an epoch once, so that one thread at a time compiles kernels
         warmed(run._tested)
         run.model.train()
 
     def _whole_step(self, images: Tensor, labels: Tensor) -> None:
-        """From bytes to weights, for images [B, H, W, C]; nothing in it waits for the device."""
+        """Run a step from bytes to weights, for images [B, H, W, C]; nothing in it waits for the device."""
         with counted_together(self.run.model):
             self._derive(images.permute(0, 3, 1, 2), labels, len(labels))
         self._update()
@@ -709,9 +709,9 @@ class _Apart:
         self.wrong.add_(wrong)
 
     def _update(self) -> None:
-        """A step of the optimiser with the rate that lies on the device, which a record can hold."""
+        """Take an optimiser step with the rate on the device, which a graph can contain."""
         run = self.run
-        # the fused kernel reads the rate where it lies, others take a number
+        # the fused kernel reads the rate from the device, others take a number
         fused = run.device.type == "cuda"
         rate: Any = self.rate if fused else float(self.rate)
         for group in run.optimizer.param_groups:
@@ -734,7 +734,7 @@ class _Apart:
     # ---- an epoch
 
     def steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
-        """As :meth:`_Run._steps`, but after some steps at a time."""
+        """Run the steps like :meth:`_Run._steps`, but yield after several steps at a time."""
         run, size, count = self.run, self.run.recipe.batch_size, len(self.run.data.train)
         self.total.zero_()
         self.wrong.zero_()
@@ -757,7 +757,7 @@ class _Apart:
     def _replays(
         self, number: int, rates: Sequence[float], held: Resident, taken: Pass, replayed: Replayed
     ) -> Iterator[tuple[int, float, float]]:
-        """An epoch's steps as replays, as many at a time as images lie ready."""
+        """Replay an epoch's steps, as many at a time as there are images ready."""
         size, on_device = self.run.recipe.batch_size, torch.tensor(rates, device=self.run.device)
         whole, done = len(held) // size, 0
         while done < len(rates):
@@ -778,7 +778,7 @@ class _Apart:
             group["lr"] = rate
 
     def _so_far(self, number: int, done: int, rates: Sequence[float]) -> tuple[int, float, float]:
-        """Steps, summed losses and wrong answers; here the device is waited for."""
+        """Return steps, summed losses and wrong predictions; waits for the device."""
         run = self.run
         if done == len(rates) and self.held is not None and number + 1 < run.recipe.epochs:
             # the device is busy meanwhile
@@ -806,13 +806,13 @@ class _Apart:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What the result says of it."""
+        """Return the facts for the result."""
         device = self.run.device
         own = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
         return {**own, "graph": {"used": self.replayed is not None, "why_not": self.why}}
 
     def _forget(self) -> None:
-        """Give a record's memory back, in which gradients lie."""
+        """Free the memory of recorded steps, which holds the gradients."""
         self.run.optimizer.zero_grad(set_to_none=True)
         for replayed in (self.replayed, self.rest):
             if replayed is not None:
@@ -821,5 +821,5 @@ class _Apart:
 
     def close(self) -> None:
         self._forget()
-        # a GPU's memory must not wait until Python finds the circles that objects lead each other in
+        # free GPU memory now, not when Python's garbage collector finds the reference cycles
         self.held = self.tests = None

@@ -1,4 +1,4 @@
-"""What a network learns from: labels, another network's answers, and its maps."""
+"""Training losses: labels, another network's outputs, and its maps."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Loss:
     .. math:: (1 - a) \, CE(z, y) + a \, T^2 \, KL(\sigma(z'/T) \| \sigma(z/T))
         + b \, \frac{1}{L} \sum_l \lVert F_l - F'_l \rVert^2 / \lVert F'_l \rVert^2
 
-    with scores z, labels y and maps F; those with a prime are the teacher's (Hinton et al.,
-    arXiv:1503.02531; maps as hints: Romero et al., arXiv:1412.6550, here of equal shapes and thus compared
-    as they are). a, T and b are the recipe's ``distill``, ``temperature`` and ``distill_features``.
+    with scores z, labels y and maps F; primes mark the teacher's (Hinton et al.,
+    arXiv:1503.02531; maps as hints: Romero et al., arXiv:1412.6550, here of equal shapes and therefore
+    compared directly). a, T and b are the recipe's ``distill``, ``temperature`` and ``distill_features``.
 
     Args:
         recipe: the shares.
-        model: that learns.
-        teacher: evaluated and left as it is; None without.
-        example: an input batch, by which shared maps are found.
+        model: the network that learns.
+        teacher: evaluated and not changed; None for none.
+        example: an input batch, used to find shared maps.
 
     Raises:
-        ValueError: the teacher is missing, or there for nothing; no map in common.
+        ValueError: the teacher is missing, or not used; no map in common.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
@@ -59,7 +59,7 @@ class Loss:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Within it the maps of both networks are kept as they pass."""
+        """Record the maps of both networks within the context."""
         networks = ((self.model, self._ours), (self.teacher, self._theirs))
         handles = [
             network.get_submodule(name).register_forward_hook(_keeping(kept, name))
@@ -76,7 +76,7 @@ class Loss:
             self._theirs.clear()
 
     def asked(self, images: Tensor) -> Tensor | None:
-        """The teacher's scores; None without a teacher."""
+        """Return the teacher's scores; None without a teacher."""
         if self.teacher is None:
             return None
         with inference_mode_of(self.teacher):
@@ -84,10 +84,10 @@ class Loss:
         return scores.float()
 
     def of_scores(self, scores: Tensor, answers: Tensor, wanted: Tensor | None) -> Tensor:
-        """Cross-entropy with the labels, or its mixture with the teacher's answers."""
+        """Return cross-entropy with the labels, or its mixture with the teacher's outputs."""
         heat, share = self.recipe.temperature, self.recipe.distill
         scores = scores.float()
-        # labels without a share are not looked at: there may be none
+        # labels with no share in the loss are not read: there may be none
         plain = F.cross_entropy(scores, answers, reduction="sum") if share < 1 else scores.new_zeros(())
         if wanted is None or not share:
             return plain
@@ -97,7 +97,7 @@ class Loss:
         return (1 - share) * plain + share * heat**2 * soft
 
     def of_maps(self) -> Tensor | float:
-        """Relative squared distance of the maps of the last pass of both networks."""
+        """Return the relative squared distance between the maps of both networks' last passes."""
         if not self.names:
             return 0.0
         far = []
@@ -109,7 +109,7 @@ class Loss:
 
 
 def shared_maps(teacher: nn.Module, model: nn.Module, example: Tensor) -> tuple[str, ...]:
-    """The modules that give the teacher's last map of each resolution, where the other network has them too.
+    """Return the modules with the teacher's last map of each resolution that the other network has too.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU())
@@ -117,13 +117,13 @@ def shared_maps(teacher: nn.Module, model: nn.Module, example: Tensor) -> tuple[
         ('1', '3')
     """
     shapes, ours = _map_shapes(teacher, example), _map_shapes(model, example)
-    # a later module of the same resolution takes the place of an earlier one
+    # a later module of the same resolution replaces an earlier one
     last = {shape[2:]: name for name, shape in shapes.items() if ours.get(name) == shape}
     return tuple(name for size, name in last.items() if min(size) > 1)
 
 
 def _map_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
-    """Of each inner module's output that is a map, in the order in which they are finished."""
+    """Return the shape of each inner module's output that is a map, in the order in which they finish."""
     found: dict[str, torch.Size] = {}
 
     def noting(name: str) -> Hook:

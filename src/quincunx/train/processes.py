@@ -1,4 +1,4 @@
-"""Several processes that train one network: which one this is, and what they share."""
+"""Several processes that train one network: their ranks and their exchanges."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together.
+    """This process's place among the processes that train together.
 
     Attributes:
-        rank: of this process; the first one writes the run's files.
+        rank: of this process; the first process writes the run's files.
         world: number of processes.
     """
 
@@ -39,7 +39,7 @@ class Ranks:
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all processes."""
+        """Return each value summed over all processes."""
         if self.world == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -47,10 +47,10 @@ class Ranks:
         return [float(v) for v in sums]
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, on every process; what it raises is raised on every one."""
+        """Return what the first process computes on every one; its exceptions are raised on all."""
         if self.world == 1:
             return compute()
-        # the last entry is an error of the user's or the machine's, which the others must not wait for
+        # the second entry is an error of the user or the machine, so that the others do not wait in vain
         message: list[Any] = [None, None]
         if self.first:
             try:
@@ -69,9 +69,9 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[Ranks]:
-    """Within: this process's place among those that ``torchrun`` started; alone without it.
+    """Join the processes that ``torchrun`` started, and yield this process's place; alone without it.
 
-    Processes speak by gloo on the CPU and by nccl on GPUs. Each takes the GPU of its local rank.
+    Processes communicate by gloo on the CPU and by nccl on GPUs. Each takes the GPU of its local rank.
 
     Raises:
         RuntimeError: the others cannot be reached.
@@ -88,26 +88,26 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, world = next(rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps the addresses of processes that are gone, where those started anew would find
+        # torchrun keeps the addresses of dead processes, where restarted processes would find
         # them; on several machines the count differs, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    # numbers that are summed for people stay on the CPU, hence gloo in both cases
+    # numbers that are summed for display stay on the CPU, hence gloo in both cases
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield Ranks(rank, world)
     finally:
-        # an exchange that something still refers to would outlive the group and hang at the end
+        # an exchange that is still referenced would outlive the group and hang at the end
         gc.collect()
         dist.destroy_process_group()
 
 
 @contextmanager
 def batch_norm_across(model: nn.Module) -> Iterator[None]:
-    """Within: batch norms that are training take mean and variance over all processes' images.
+    """Make training batch norms compute mean and variance over all processes' images, within the context.
 
-    Each process's gradients are those of the losses of all of them, so that several processes train
-    as one does with the whole batch. On any device, unlike torch's ``SyncBatchNorm``.
+    Each process gets the gradients of the sum of all losses, so several processes train
+    like one with the whole batch. It works on any device, unlike torch's ``SyncBatchNorm``.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
@@ -116,7 +116,7 @@ def batch_norm_across(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for norm in norms:
-            del norm.forward  # the class's own is found again
+            del norm.forward  # restores the class's own forward
 
 
 def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
     # a process without images of this batch takes part with zeros
     count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
     dist.all_reduce(count)
-    # a GPU is not waited for, layer by layer
+    # do not wait for a GPU at every layer
     images = count.clamp_min(1.0).float() if x.is_cuda else max(float(count), 1.0)
     mean = _summed(wide.sum(others)) / images
     centred = wide - mean.view(shape)
@@ -150,7 +150,7 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Over all processes; so is its gradient, since each process's loss depends on every term."""
+    """Sum over all processes; the gradient is summed too, since each process's loss depends on every term."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a network is trained: one dataclass, and named recipes, which are functions that return it."""
+"""Training settings: one dataclass, and named recipes, which are functions that return it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ _PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with momentum and a step schedule.
+    """Training settings: SGD with momentum and a step schedule.
 
     Attributes:
         name: of the recipe.
         epochs: passes over the training images.
-        batch_size: images a step.
-        lr: learning rate at the start.
+        batch_size: images per step.
+        lr: initial learning rate.
         milestones: shares of the epochs after which the rate is multiplied by ``gamma``.
-        every: steps after which it is multiplied by ``gamma``, again and again; 0 for never.
+        gamma: factor of the learning rate.
+        every: the rate is also multiplied by ``gamma`` each time this many steps have passed; 0 for never.
         warmup: share of the epochs in which the rate rises linearly from zero.
         weight_decay: on every parameter.
         momentum: of SGD.
-        nesterov: whether in Nesterov's form.
-        distill: share of the loss that asks for a teacher's answers instead of the labels (Hinton et
+        nesterov: whether to use Nesterov's form.
+        distill: share of the loss for a teacher's outputs instead of the labels (Hinton et
             al., arXiv:1503.02531): temperature^2 times the Kullback-Leibler divergence of the softened
             distributions.
-        temperature: that softens them.
+        temperature: distillation temperature.
         distill_features: weight of the distance between the teacher's last map of each resolution and
-            the network's own (Romero et al., arXiv:1412.6550), as :class:`quincunx.train.loss.Loss` has it.
+            the network's own (Romero et al., arXiv:1412.6550); see :class:`quincunx.train.loss.Loss`.
         augment: "none", "cifar" (pad, crop, flip) or "imagenet" (crop by scale and aspect, mirror,
-            jitter); None lets the data set say.
+            jitter); None uses the data set's default.
         precision: "float32", or automatic mixed precision: convolutions and the maps between them in
             "bfloat16" or, with scaled losses, "float16"; weights, batch statistics and loss in float32.
         accumulate: parts in which a batch passes through the network before the weights change;
-            batch norm then normalises each part by itself.
-        channels_last: memory format.
+            batch norm then normalises each part separately.
+        channels_last: whether to use the channels_last memory format.
 
     Raises:
         ValueError: a value out of its range.
@@ -96,28 +97,28 @@ class Recipe:
 
     @property
     def taught(self) -> bool:
-        """Whether a teacher is asked for anything."""
+        """Return whether a teacher is needed."""
         return self.distill > 0 or self.distill_features > 0
 
     def lr_at(self, progress: float, step: int = 0) -> float:
-        """The learning rate after a share ``progress`` of all steps, ``step`` in number."""
+        """Return the learning rate after a share ``progress`` of all steps, ``step`` in number."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
         falls = sum(progress >= m for m in self.milestones)
         return self.lr * self.gamma ** (falls + (step // self.every if self.every else 0))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; :func:`from_dict` reads it."""
+        """Return the fields JSON-ready; :func:`from_dict` reads them."""
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
 
 def cifar() -> Recipe:
-    """400 epochs, rate 0.1, a tenth at 200 and 300, batch 64 (Peng et al., arXiv:1809.02601, 4.1)."""
+    """Return 400 epochs, rate 0.1, a tenth at 200 and 300, batch 64 (Peng et al., arXiv:1809.02601, 4.1)."""
     return Recipe(name="cifar", epochs=400, batch_size=64, lr=0.1, milestones=(0.5, 0.75), weight_decay=1e-4)
 
 
 def short() -> Recipe:
-    """20 epochs on small images: a useful accuracy within the hour, not the paper's."""
+    """Return 20 epochs on small images: a useful accuracy within the hour, not the paper's."""
     return Recipe(
         name="short",
         epochs=20,
@@ -130,12 +131,12 @@ def short() -> Recipe:
 
 
 def pyramidnet() -> Recipe:
-    """300 epochs, a tenth at 150 and 225, the rest as for CIFAR (Peng et al., 4.5; Han et al. 2017)."""
+    """Return 300 epochs, a tenth at 150 and 225, otherwise as CIFAR (Peng et al., 4.5; Han et al. 2017)."""
     return dataclasses.replace(cifar(), name="pyramidnet", epochs=300)
 
 
 def imagenet() -> Recipe:
-    """100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 5)."""
+    """Return 100 epochs, rate 0.1, a tenth at 30, 60 and 90, batch 256 (Peng et al., 5)."""
     return Recipe(
         name="imagenet",
         epochs=100,
@@ -148,7 +149,7 @@ def imagenet() -> Recipe:
 
 
 def finetune() -> Recipe:
-    """Rate 1e-4 halved every 10,000 steps, momentum 0.95, weight decay 5e-4 (Lin et al., ESPACE, 2017)."""
+    """Return ESPACE's: rate 1e-4 halved every 10,000 steps, momentum 0.95, weight decay 5e-4 (Lin et al.)."""
     return Recipe(
         name="finetune",
         epochs=5,
@@ -164,7 +165,7 @@ def finetune() -> Recipe:
 
 
 def digits() -> Recipe:
-    """For the 1,437 training digits: small batches, twelve epochs."""
+    """Return the recipe for the 1,437 training digits: small batches, twelve epochs."""
     return Recipe(name="digits", epochs=12, batch_size=32, lr=0.1, milestones=(0.6, 0.85), warmup=0.04)
 
 
@@ -174,7 +175,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def from_dict(fields: dict[str, Any]) -> Recipe:
-    """A recipe as :meth:`Recipe.to_dict` gave it; a field that was not there yet has its default.
+    """Return a recipe from :meth:`Recipe.to_dict`; a field that did not exist yet takes its default.
 
     Raises:
         ValueError: a field that no recipe has, or a value out of its range.
@@ -186,7 +187,7 @@ def from_dict(fields: dict[str, Any]) -> Recipe:
 
 
 def by_name(name: str) -> Recipe:
-    """A recipe by name.
+    """Return a recipe by name.
 
     Raises:
         ValueError: an unknown name; the nearest one is listed first.
@@ -203,5 +204,5 @@ def by_name(name: str) -> Recipe:
 
 
 def recipe_with(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe with the given fields changed; None leaves a field as it is."""
+    """Return a recipe with the given fields changed; None keeps a field."""
     return dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})

@@ -1,9 +1,9 @@
-"""Training steps that a GPU repeats by itself: recorded once as a CUDA graph, then replayed.
+"""Training steps that a GPU repeats on its own: recorded once as a CUDA graph, then replayed.
 
 A step of a small network is some hundred kernels of a few microseconds each, which Python cannot launch as
-fast as they run. So a whole step, from the choice of its images to the new weights, is recorded once. What
-differs from step to step lies in tensors whose place is fixed: the images of many steps, their labels and
-learning rates, and the number of the step, which the record itself counts up.
+fast as they run. So a whole step, from the choice of its images to the new weights, is recorded once.
+Everything that differs from step to step lies in tensors at fixed addresses: the images of many steps, their
+labels and learning rates, and the step's number, which the graph itself increments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "written",
 ]
 
-# steps before the record: libraries choose and load their kernels, tables come to the device
+# steps before recording: libraries choose and load their kernels, tables move to the device
 _WARM = 3
 _FAILED: list[object] = []
 _OWN = ("torch", "quincunx")
@@ -36,18 +36,19 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 class Replayed:
-    """A step on the first batch of its images, and on those that follow, without a word from the processor.
+    """A step on the first batch of its images, then on the next ones, without the CPU.
 
-    Warming up changes nothing: all of ``state`` is what it was afterwards.
+    Warming up changes nothing: all of ``state`` is restored afterwards.
 
     Args:
-        step: one step on images [B, H, W, C] and labels [B], at the rate that lies in ``rate``.
+        step: one step on images [B, H, W, C] and labels [B], at the rate in ``rate``.
         rate: the learning rate on the device, [1].
-        state: whatever a step changes.
+        state: all tensors that a step changes.
         shape: (B, H, W, C).
-        count: batches that lie ready at once.
+        count: the most batches that can be ready at once.
 
     Raises:
+        RuntimeError: the step cannot be recorded.
         RuntimeError: the step cannot be recorded.
     """
 
@@ -80,7 +81,7 @@ class Replayed:
         self._place.add_(1)
 
     def run(self, images: Tensor, labels: Tensor, rates: Tensor) -> None:
-        """A step for each of at most ``count`` batches; the processor does not wait for them.
+        """Run a step for each of at most ``count`` batches; the CPU does not wait for them.
 
         Args:
             images: of all steps, [n B, H, W, C].
@@ -97,24 +98,24 @@ class Replayed:
         written(self._state)
 
     def close(self) -> None:
-        """Give the record's memory back; whoever still computes is waited for."""
+        """Free the graph's memory, after waiting for running steps."""
         self._close()
 
 
 def _recorded(
     once: Callable[[], None], device: torch.device
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(what repeats ``once``, what gives its memory back); where there are no graphs, itself and nothing."""
+    """Return functions that repeat ``once`` and free its memory; without graphs, ``once`` and a no-op."""
     if device.type != "cuda":
         return once, lambda: None
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream(device)
     try:
-        # other threads go on meanwhile, also with what this one may not do
+        # other threads continue meanwhile, also with operations that this one may not use
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             once()
     except BaseException:
-        # torch's allocator goes on asking a graph whose recording failed
+        # torch's allocator keeps using a graph whose recording failed
         _FAILED.append(graph)
         raise
 
@@ -127,23 +128,23 @@ def _recorded(
 
 
 def written(tensors: Sequence[Tensor]) -> None:
-    """Tell torch that tensors were written to behind its back, as by a graph or a fused optimiser: who keeps
-    something made of a weight asks for its version."""
+    """Tell torch that a graph or a fused optimiser wrote to tensors: caches derived from a weight
+    check its version."""
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
 
 
 def warmed(run: Callable[[], object]) -> None:
-    """Run once what changes nothing, so that it finds its kernels later."""
+    """Run a function once that changes nothing, so that its kernels are ready later."""
     with ONE_AT_A_TIME:
         run()
 
 
 @contextmanager
 def counted_together(model: nn.Module) -> Iterator[None]:
-    """Within: batch norms do not count their batches; all counts go up together at the end.
+    """Increment batch norms' batch counts together at the end of the context, not one by one.
 
-    They are numbers that nothing reads, and each costs a kernel.
+    Nothing reads these numbers, and each increment costs a kernel.
     """
     held = [
         module._buffers
@@ -166,7 +167,7 @@ def counted_together(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(state: Sequence[Tensor]) -> Iterator[None]:
-    """After it each tensor holds what it held before."""
+    """Restore each tensor's value at the end of the context."""
     with torch.no_grad():
         before = [value.clone() for value in state]
     try:
@@ -179,9 +180,9 @@ def _unchanged(state: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Within: a GPU's work goes to a stream of this thread's, so that several runs can share the GPU.
+    """Run a GPU's work on this thread's own stream within the context, so that several runs share the GPU.
 
-    A stream that the caller chose stays; on other devices nothing changes.
+    A stream that the caller chose is kept; on other devices nothing changes.
     """
     if device.type != "cuda":
         yield
@@ -201,10 +202,10 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why a step of a network is not to be recorded, None if it may be.
+    """Return why a step of a network must not be recorded, None if it may be.
 
-    A record repeats what the network's code did once, which is the same at each step where all modules are of
-    torch or of this package and nobody else's code runs between them.
+    A graph repeats what the network's code did once. That is the same at each step if all modules are
+    torch's or this package's and no other code runs between them.
     """
     for path, module in model.named_modules():
         name = repr(path) if path else "the network"

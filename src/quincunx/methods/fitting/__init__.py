@@ -1,1 +1,1 @@
-"""How layers are fitted: moments of data, ranks, codebooks, masks; the settings that methods share."""
+"""Fitting of layers: moments of data, ranks, codebooks, masks, and settings that methods share."""

@@ -1,8 +1,8 @@
-r"""Product quantisation of a weight: k-means on its sub-vectors, then correction of the responses.
+r"""Product quantisation of a weight: k-means on its sub-vectors, then correction on the responses.
 
 A weight is [P, O] for each channel group, its rows in the order (subspace m, tap t, channel c), so that
-what one subspace reads is a block of rows. With the Gram matrix G of patches and the cross moments B with
-the responses, the squared response error is |y|^2 - tr W^T (2 B - G W): no data is touched again.
+one subspace reads a block of rows. With the Gram matrix G of patches and the cross moments B with
+the responses, the squared response error is |y|^2 - tr W^T (2 B - G W), so the data is read only once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from quincunx.methods.fitting.moments import Moments, relative
 __all__ = ["Quantisation", "quantise"]
 
 _KMEANS_STEPS = 20
-# of the mean of a matrix's diagonal: codewords that nothing uses stay as they are
+# share of the mean of a matrix's diagonal: unused codewords keep their values
 _RIDGE = 1e-9
-# Few samples say little about a weight of many rows: it is also held near the original weight, by this
+# A few samples determine a weight of many rows poorly, so it is pulled towards the original weight: by this
 # share of the mean power of an input for as many samples as the weight has rows, and less for more.
 _HOLD = 2.0
 
@@ -35,11 +35,11 @@ class Quantisation:
     Attributes:
         codebooks: [groups M, K, C'], the last subspace of a group padded with zeros.
         assignments: [groups M, taps, O / groups], int64.
-        bias: [O]; None where the layer has none and no data was given.
+        bias: [O]; None if the layer has none and no data was given.
         weight_error: |W - W'|^2 / |W|^2.
         plain_error: response error E|y - z|^2 / E|y - mean y|^2 before the correction; None without data.
-        response_error: after it; None without data.
-        history: the response error after each sweep, the start first.
+        response_error: the same after the correction; None without data.
+        history: the response error after each sweep; the first entry is the start.
     """
 
     codebooks: Tensor
@@ -61,23 +61,24 @@ def quantise(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> Quantisation:
-    r"""Codebooks and assignments for a convolution: on its weight alone, or corrected on data.
+    r"""Return codebooks and assignments for a convolution: from its weight only, or corrected on data.
 
     First k-means on the sub-vectors of each subspace, which minimises |W - W'|. With data
 
     .. math:: \min_{d, a, b} E\,|y - W' * x - b|^2
 
-    by block coordinate descent: of one subspace after the other, the others fixed, the codewords are
-    solved by least squares and each sub-vector then takes the best codeword. Both also hold W' near W,
-    with 2 P / samples times the mean power of an input as weight, since a few samples say little about P
-    rows. What is returned is the sweep with the least response error, so that it is never more than the
+    by block coordinate descent: for one subspace after the other, with the others fixed, the codewords are
+    solved by least squares and each sub-vector then takes the best codeword. Both steps also pull W' towards
+    W, with 2 P / samples times the mean power of an input as weight, since a few samples determine P rows
+    poorly. The sweep with the smallest response error is returned, so the error is never larger than
     plain quantisation's.
 
     Args:
         conv: the layer, with zero padding.
-        subspace, codewords: C' and K.
-        data: moments of what the layer reads and is to answer.
-        iterations: at most so many sweeps over all subspaces.
+        subspace: C'.
+        codewords: K.
+        data: moments of the layer's input and of its target responses.
+        iterations: the most sweeps over all subspaces.
         tolerance: stop when the error falls by a smaller share of itself.
         seed: of k-means.
 
@@ -126,7 +127,7 @@ def quantise(
 def _correct(
     groups: list[_Group], data: Moments, order: Tensor, iterations: int, tolerance: float
 ) -> list[float]:
-    """Sweep over the groups' subspaces; the response error after each sweep, the start first."""
+    """Sweep over the groups' subspaces; return the response error after each sweep, the start first."""
     power = float(data.power.sum())
     works = [_Correction(group, data, i, order) for i, group in enumerate(groups)]
     history = [relative(sum(work.squares for work in works), power)]
@@ -145,7 +146,7 @@ def _correct(
 
 
 class _Group:
-    """The weight of one channel group as codewords and assignments, by k-means at first.
+    """The weight of one channel group as codewords and assignments, initially from k-means.
 
     Attributes:
         original: W [P, O].
@@ -172,20 +173,20 @@ class _Group:
             self.which.append(which.view(taps, -1))
 
     def block(self, m: int) -> Tensor:
-        """The rows of the weight that subspace m stands for, [taps width, O]."""
+        """Return the rows of the weight for subspace m, [taps width, O]."""
         return self.words[m][self.which[m]].transpose(1, 2).flatten(0, 1)
 
     def weight(self) -> Tensor:
-        """W' [P, O]."""
+        """Return W' [P, O]."""
         return torch.cat([self.block(m) for m in range(len(self.words))])
 
     def copied(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Codewords and assignments as they are now."""
+        """Return copies of the current codewords and assignments."""
         return [words.clone() for words in self.words], [which.clone() for which in self.which]
 
 
 def _kmeans(vectors: Tensor, codewords: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Codewords [K, width] and the codeword of each vector."""
+    """Return codewords [K, width] and the codeword index of each vector."""
     from scipy.cluster.vq import kmeans2
 
     values = vectors.cpu().numpy()
@@ -196,7 +197,7 @@ def _kmeans(vectors: Tensor, codewords: int, generator: np.random.Generator) -> 
         which = inverse.reshape(-1)
     else:
         with warnings.catch_warnings():
-            # a codeword that nothing is nearest to keeps its place, and the correction may use it
+            # an unused codeword keeps its place, and the correction may use it
             warnings.filterwarnings("ignore", "One of the clusters is empty", UserWarning)
             words, which = kmeans2(values, codewords, _KMEANS_STEPS, minit="++", seed=generator)
     return torch.from_numpy(words).to(vectors), torch.from_numpy(which.astype(np.int64)).to(vectors.device)
@@ -206,7 +207,7 @@ class _Correction:
     """Block coordinate descent on one group's response error.
 
     Attributes:
-        squares: E|y - z|^2, centred, of the present weight.
+        squares: E|y - z|^2, centred, of the current weight.
     """
 
     def __init__(self, group: _Group, data: Moments, index: int, order: Tensor) -> None:
@@ -217,7 +218,7 @@ class _Correction:
         size = len(order)
         self.hold = _HOLD * float(self.gram.diagonal().mean()) * size / data.samples
         self.present = group.weight()
-        # B - G W', what the weight does not answer yet
+        # B - G W', the part that the weight does not explain yet
         self.left = self.cross - self.gram @ self.present
 
     @property
@@ -225,11 +226,11 @@ class _Correction:
         return self.power - float((self.present * (self.cross + self.left)).sum())
 
     def sweep(self) -> None:
-        """Once over all subspaces."""
+        """Sweep once over all subspaces."""
         group = self.group
         for m, rows in enumerate(group.rows):
             own = self.gram[rows, rows] + self.hold * torch.eye(rows.stop - rows.start).to(self.gram)
-            # what this subspace is to answer, the others being as they are
+            # the target of this subspace, with the others fixed
             target = self.left[rows] + self.hold * (group.original[rows] - self.present[rows])
             target = target + own @ self.present[rows]
             words = _solve_words(own, target, group.words[m], group.which[m])
@@ -241,7 +242,7 @@ class _Correction:
 
 
 def _solve_words(gram: Tensor, target: Tensor, words: Tensor, which: Tensor) -> Tensor:
-    """The codewords that answer best, for these assignments.
+    """Return the least squares codewords for these assignments.
 
     With S_t the assignments of tap t as [K, O], sum_tt' G_tt' D (S_t' S_t^T) = sum_t R_t S_t^T.
     """
@@ -251,7 +252,7 @@ def _solve_words(gram: Tensor, target: Tensor, words: Tensor, which: Tensor) -> 
     chosen.scatter_(1, which[:, None, :], 1.0)
     right = torch.einsum("tco,tko->kc", target.view(taps, width, outputs), chosen)
     if taps == 1:
-        # codewords do not depend on each other: K small systems
+        # codewords are independent: K small systems
         normal = chosen[0].sum(1)[:, None, None] * gram
         residual = (right[:, None] - words[:, None] @ normal)[:, 0, :, None]
         ridge = _RIDGE * float(normal.diagonal(dim1=1, dim2=2).mean()) + torch.finfo(gram.dtype).tiny
@@ -269,7 +270,7 @@ def _solve_words(gram: Tensor, target: Tensor, words: Tensor, which: Tensor) -> 
 
 
 def _assign(gram: Tensor, target: Tensor, words: Tensor, which: Tensor) -> Tensor:
-    """For each tap in turn, and each output, the codeword that answers best."""
+    """Assign the best codeword to each output, one tap after the other."""
     width = words.shape[1]
     which = which.clone()
     left = target - gram @ words[which].transpose(1, 2).flatten(0, 1)
@@ -284,7 +285,7 @@ def _assign(gram: Tensor, target: Tensor, words: Tensor, which: Tensor) -> Tenso
 
 
 def bits_per_weight(found: Quantisation, weights: int) -> float:
-    """Stored bits of codebooks and assignments for each weight they stand for."""
+    """Return the stored bits of codebooks and assignments per original weight."""
     kind = 8 if found.codebooks.shape[1] <= 256 else 16
     floats = found.codebooks.numel() * torch.finfo(found.codebooks.dtype).bits
     return math.fsum((floats, kind * found.assignments.numel())) / weights

@@ -1,4 +1,4 @@
-"""Which positions are worth computing: masks by name, and the impact of each position on the loss."""
+"""Choose the positions to compute: masks by name, and the impact of each position on the loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "without_gradient",
 ]
 
-# the label of what a loss leaves out, as torch has it
+# the label that torch's losses ignore
 IGNORED = -100
 MASKS = ("impact", "uniform", "uniform-eq8", "random")
 
@@ -35,7 +35,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def self_loss(output: Any, target: Any, index: int = 0) -> Tensor:
-    """Cross-entropy, summed over images: with the targets, or with what the network predicts itself.
+    """Return the cross-entropy, summed over images, with the targets or the network's own predictions.
 
     Args:
         output: logits [N, classes, ...].
@@ -44,7 +44,7 @@ def self_loss(output: Any, target: Any, index: int = 0) -> Tensor:
 
     Raises:
         TypeError: the network's output is not a tensor of logits.
-        ValueError: targets that :func:`class_labels` refuses, logits of one class.
+        ValueError: targets that :func:`class_labels` refuses, or logits of one class.
     """
     if not isinstance(output, Tensor) or output.dim() < 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -61,19 +61,19 @@ def self_loss(output: Any, target: Any, index: int = 0) -> Tensor:
 
 
 def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
-    """The classes that a target stands for, int64 [N, ...] as :func:`self_loss` needs them.
+    """Return the classes that a target means, int64 [N, ...] as :func:`self_loss` needs them.
 
-    They may be of any integer dtype, or floats without a fraction; a list of numbers; a column [N, 1]; or
-    one-hot. Rows [N, classes, ...] that are not negative and add up to 1 are probabilities and stay so.
-    -100 leaves an image or a position out.
+    They may have any integer dtype, or be floats without a fraction; a list of numbers; a column [N, 1]; or
+    one-hot. Rows [N, classes, ...] that are not negative and add up to 1 are probabilities and are returned.
+    -100 excludes an image or a position.
 
     Args:
         output: logits [N, classes, ...].
-        target: what came with the batch.
+        target: the target from the batch.
         index: the number of the batch, for messages.
 
     Raises:
-        TypeError: no numbers.
+        TypeError: not numbers.
         ValueError: another shape, a class that the network does not have, numbers with a fraction.
 
     Example:
@@ -105,7 +105,7 @@ def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
                 f"{where} have shape {tuple(given.shape)}, but their rows are no probabilities, which add up "
                 f"to 1; expected class numbers {list(wanted)}, or give a loss"
             )
-        # of one-hot rows the numbers, of others the probabilities themselves
+        # class numbers for one-hot rows, otherwise the probabilities
         return rows.argmax(1) if bool(((rows == 0) | (rows == 1)).all()) else rows
     if tuple(given.shape) != wanted:
         raise ValueError(
@@ -130,11 +130,11 @@ def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
 def impacts(
     network: nn.Module, modules: Mapping[str, nn.Module], data: Iterable[Batch], loss: Loss | None = None
 ) -> dict[str, Tensor]:
-    r"""The impact of each position of the outputs of some modules, in one pass with gradients.
+    r"""Return the impact of each position of the outputs of some modules, from one pass with gradients.
 
     .. math:: I_p = E \sum_c \left| \frac{\partial L}{\partial O_{c,p}}\, O_{c,p} \right|
 
-    is, to first order, what setting a position's values to zero changes in the loss of an image.
+    is, to first order, the change in the loss of an image if a position's values become zero.
 
     Args:
         network: run in evaluation mode; its parameters get no gradients.
@@ -143,13 +143,13 @@ def impacts(
         loss: of (output, target), summed over the images; by default :func:`self_loss`.
 
     Returns:
-        For each name the impacts, float64 [H, W]; zeros for a module that the loss does not depend on.
+        The impacts by name, float64 [H, W]; zeros for a module that the loss does not depend on.
 
     Raises:
-        TypeError: a loss that is no number.
-        ValueError: a loss that is not finite, that fails, or that no module has a gradient of; labels that
+        TypeError: a loss that is not a number.
+        ValueError: a loss that is not finite, that fails, or that has no gradient to any module; labels that
             cannot be used; a module that was not called, no batches, or maps whose size changes from batch
-            to batch; layer and batch are named.
+            to batch; the message names layer and batch.
 
     Source: Lin et al., ESPACE (AAAI 2017), eqs. 9 to 11.
 
@@ -196,8 +196,8 @@ def impacts(
 def without_gradient(
     network: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, loss: Loss | None = None
 ) -> set[str]:
-    """Names of the modules that a loss has no gradient to, as it is under ``torch.no_grad()``, behind
-    ``detach()``, or where the loss does not read what comes of them.
+    """Return the names of the modules to which a loss has no gradient, for example under
+    ``torch.no_grad()``, after ``detach()``, or if the loss does not depend on them.
 
     Raises:
         TypeError, ValueError: as :func:`impacts`.
@@ -209,7 +209,7 @@ def without_gradient(
 
 @contextmanager
 def _gradients(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within: gradients go to the outputs of some modules, put there by each forward, and to nothing else."""
+    """Give gradients to the outputs of some modules, collected at each forward, and to nothing else."""
     with ExitStack() as stack:
         stack.enter_context(evaluation(network))
         stack.enter_context(torch.enable_grad())
@@ -221,7 +221,7 @@ def _gradients(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator
 
             def see(_: nn.Module, __: Any, output: Tensor, name: str = name) -> Tensor:
                 outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-                # a copy goes on: what follows may write in place
+                # return a copy: later operations may write in place
                 return outputs[name].clone()
 
             stack.callback(module.register_forward_hook(see, prepend=True).remove)
@@ -235,7 +235,7 @@ def _gradients_of(
     loss: Loss | None,
     outputs: dict[str, Tensor],
 ) -> dict[str, Tensor] | None:
-    """The gradients of a batch's loss, without those that there are none of; None if all is left out.
+    """Return the gradients of a batch's loss that exist; None if all labels are excluded.
 
     Raises:
         TypeError, ValueError: as :func:`impacts`.
@@ -256,7 +256,7 @@ def _gradients_of(
 
 
 def _loss_of(output: Any, batch: Batch, loss: Loss | None) -> Tensor | None:
-    """The loss of a batch; None where all its labels are left out."""
+    """Return the loss of a batch; None if all its labels are excluded."""
     if loss is None:
         total = self_loss(output, batch.target, batch.index)
         if batch.target is not None:
@@ -278,7 +278,7 @@ def _loss_of(output: Any, batch: Batch, loss: Loss | None) -> Tensor | None:
 
 
 def highest(impact: Tensor, rate: float) -> Positions:
-    """The max(1, round(rate H W)) positions of the highest impact; of equals the first in row-major order.
+    """Return the max(1, round(rate H W)) positions of the highest impact; ties in row-major order.
 
     Args:
         impact: [H, W].
@@ -296,13 +296,14 @@ def highest(impact: Tensor, rate: float) -> Positions:
 
 
 def mask_of(kind: str, rate: float, *, seed: int, place: str, impact: Tensor | None = None) -> Sampling:
-    """A mask by name.
+    """Return a mask by name.
 
     Args:
         kind: "impact", "uniform" (an even grid), "uniform-eq8" (the paper's formula) or "random".
         rate: share of the positions that are computed.
-        seed, place: of a random mask; each place, such as "conv2/1", has a draw of its own.
-        impact: [H, W], of an impact mask.
+        seed: of a random mask.
+        place: name such as "conv2/1"; random masks of different places differ.
+        impact: [H, W], for an impact mask.
 
     Raises:
         ValueError: another kind, or an impact mask without impacts.

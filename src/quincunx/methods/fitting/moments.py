@@ -1,7 +1,7 @@
-"""Second moments of what a convolution reads and answers: all that fitting it to data needs.
+"""Second moments of a convolution's input and responses, which suffice to fit it.
 
 They are summed in float64 in one pass over the data; afterwards every rank and every iteration is
-linear algebra on them, and no data is touched again.
+linear algebra on the moments, and the data is not read again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from quincunx.modules import padding_of
 
 __all__ = ["Accumulator", "Moments", "completed", "few_images", "moments", "of_noise", "patches"]
 
-# of a layer on larger maps, positions are drawn: neighbours say nearly the same
+# positions drawn on larger maps: neighbouring positions are highly correlated
 POSITIONS = 256
-# doubles of one block of patches
+# float64 values in one block of patches
 _BLOCK = 1 << 23
 _STRIPE = 512
 
@@ -34,8 +34,8 @@ class Moments:
         cross: B = E[(p - \bar p)(y - \bar y)^T], [g, P, O / g].
         power: E|y - \bar y|^2, [g].
         mean_patch, mean_response: \bar p [g, P] and \bar y [g, O / g].
-        samples: how many positions of how many images were summed.
-        images: how many images.
+        samples: number of summed positions over all images.
+        images: number of images.
     """
 
     gram: Tensor
@@ -47,11 +47,11 @@ class Moments:
     images: int
 
     def bias(self, weight: Tensor) -> Tensor:
-        r"""The best bias for a weight [g, P, O / g]: \bar y - W^T \bar p, [g, O / g]."""
+        r"""Return the best bias for a weight [g, P, O / g]: \bar y - W^T \bar p, [g, O / g]."""
         return self.mean_response - (weight * self.mean_patch[:, :, None]).sum(1)
 
     def error(self, weight: Tensor) -> float:
-        r"""E|y - \bar y - W^T (p - \bar p)|^2 / E|y - \bar y|^2 of a weight [g, P, O / g]."""
+        r"""Return E|y - \bar y - W^T (p - \bar p)|^2 / E|y - \bar y|^2 of a weight [g, P, O / g]."""
         weight = weight.to(self.gram)
         squares = self.power - 2 * (weight * self.cross).sum((1, 2))
         squares = squares + (weight * (self.gram @ weight)).sum((1, 2))
@@ -59,15 +59,15 @@ class Moments:
 
 
 def relative(squares: float, power: float) -> float:
-    """A squared error over the responses' power; 0 for both of a layer that always answers the same."""
+    """Return a squared error over the responses' power; 0 if a layer's output is constant."""
     return max(squares, 0.0) / power if power > 0 else 0.0
 
 
 def patches(conv: nn.Conv2d, x: Tensor, at: Tensor | None = None) -> Tensor:
-    """What a convolution reads at each position, [N, positions, C, dh, dw]; a view where it can be one.
+    """Return the patch at each position, [N, positions, C, dh, dw]; a view where possible.
 
     Args:
-        conv: its geometry is used.
+        conv: the layer; only its geometry is used.
         x: its input [N, C, H, W].
         at: flat positions of the output grid, LongTensor; by default all of them.
     """
@@ -91,10 +91,10 @@ class Accumulator:
 
     Args:
         conv: the layer; its geometry and groups are used.
-        positions: most positions of an image that are used; of larger maps as many are drawn, anew for
+        positions: the most positions of an image that are used; on larger maps this many are drawn for
             each batch.
         seed: of that draw.
-        among: flat positions of the output grid that count, LongTensor; by default all.
+        among: flat positions of the output grid to use, LongTensor; by default all.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Accumulator:
         self.samples = self.images = self.batches = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """A batch: inputs [N, C, H, W] and the responses [N, O, H', W'] they are to give."""
+        """Add a batch: inputs [N, C, H, W] and target responses [N, O, H', W']."""
         n, _, height, width = y.shape
         at, count = self.among, height * width if self.among is None else len(self.among)
         if count > self.positions:
@@ -131,7 +131,7 @@ class Accumulator:
             p = read.reshape(count, g, size).double().transpose(0, 1)
             r = y[first : first + step].transpose(1, 2).reshape(count, g, outputs).double().transpose(0, 1)
             for row in range(0, size, _STRIPE):
-                # the upper triangle in stripes; the rest is its mirror image
+                # compute stripes of the upper triangle; the rest is its mirror image
                 stripe = p[:, :, row : row + _STRIPE].transpose(1, 2)
                 self.gram[:, row : row + _STRIPE, row:] += stripe @ p[:, :, row:]
             self.cross += p.transpose(1, 2) @ r
@@ -143,7 +143,7 @@ class Accumulator:
         self.batches += 1
 
     def finish(self) -> Moments:
-        """The centred moments.
+        """Return the centred moments.
 
         Raises:
             ValueError: nothing was added.
@@ -154,7 +154,7 @@ class Accumulator:
         p, r = self.sum_patch / n, self.sum_response / n
         raw = self.power / n
         power = raw - r.square().sum(1)
-        # a response that never changes: what is left is rounding
+        # a constant response: only rounding errors are left
         power = power.where(power > 64 * torch.finfo(torch.float64).eps * raw, 0.0)
         return Moments(
             gram=self._centred(p),
@@ -167,7 +167,7 @@ class Accumulator:
         )
 
     def _centred(self, mean: Tensor) -> Tensor:
-        """G of the sums' upper triangle. In stripes, since of thousands of channels it has gigabytes."""
+        """Return G from the sums' upper triangle, in stripes, since thousands of channels take gigabytes."""
         gram: Tensor = self.gram / self.samples
         for row in range(0, gram.shape[1], _STRIPE):
             rows, behind = slice(row, row + _STRIPE), slice(row + _STRIPE, None)
@@ -181,12 +181,13 @@ class Accumulator:
 def moments(
     conv: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], *, positions: int = POSITIONS, seed: int = 0
 ) -> Moments:
-    """The moments of (input, response) pairs, in one pass.
+    """Return the moments of (input, response) pairs, in one pass.
 
     Args:
-        conv: whose geometry and groups are used.
+        conv: the layer; its geometry and groups are used.
         pairs: inputs [N, C, H, W] and responses [N, O, H', W'].
-        positions, seed: as in :class:`Accumulator`.
+        positions: the most positions of an image that are used.
+        seed: of the draw of positions.
 
     Raises:
         ValueError: no pairs.
@@ -207,7 +208,7 @@ def moments(
 
 
 def of_noise(weight: Tensor) -> Moments:
-    """The moments of white noise of power 1 and a weight's responses to it: G = I, B = W.
+    """Return the moments of white noise of power 1 and a weight's responses to it: G = I, B = W.
 
     Args:
         weight: W [g, P, O / g].
@@ -226,21 +227,21 @@ def of_noise(weight: Tensor) -> Moments:
 
 
 def completed(data: Moments, needed: int, prior: Moments) -> Moments:
-    r"""Moments to which the samples that are missing for a full fit are added, of white noise.
+    r"""Return moments with white noise added for the samples that are missing for a full fit.
 
-    Of n samples, where :math:`n^*` are needed,
+    With n samples, where :math:`n^*` are needed,
 
     .. math:: G' = G + t\,s\,G_0, \quad B' = B + t\,s\,B_0, \quad t = \max(0, n^* / n - 1), \quad
         s = \operatorname{tr} G / \operatorname{tr} G_0
 
-    for each channel group: noise of the patches' mean power, answered as the layer's own weights answer it.
-    What is fitted to few samples is so held near those weights, the more the fewer there are; of enough
-    samples nothing changes. Means, and with them the bias, stay the data's.
+    for each channel group: noise of the patches' mean power, with the responses of the layer's own weights.
+    A fit to few samples is thus pulled towards those weights, more strongly the fewer there are; with enough
+    samples nothing changes. Means, and therefore the bias, are the data's.
 
     Args:
         data: of the layer's patches and responses.
         needed: :math:`n^*`, the samples of a full fit.
-        prior: of noise, as :func:`of_noise` gives for a weight.
+        prior: of noise, as :func:`of_noise` returns for a weight.
     """
     if data.samples >= needed:
         return data
@@ -256,7 +257,7 @@ def completed(data: Moments, needed: int, prior: Moments) -> Moments:
 
 
 def few_images(data: Moments, needed: int) -> dict[str, Any]:
-    """For a record: how many images there were and how many a full fit needs, if it needs more."""
+    """Return the numbers of images given and needed for a full fit, if more are needed, for a record."""
     if data.samples >= needed:
         return {}
     return {"images": data.images, "images_needed": -(-needed * data.images // data.samples)}

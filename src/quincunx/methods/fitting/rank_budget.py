@@ -1,4 +1,4 @@
-"""The ranks of all layers together, under a budget of MACs."""
+"""Choose the ranks of all layers together, within a budget of MACs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["RankOption", "candidate", "select_ranks"]
 
 @dataclass(frozen=True)
 class RankOption:
-    """What the choice of one layer's rank is made from.
+    """The data from which one layer's rank is chosen.
 
     Attributes:
         energies: PCA energies, falling; rank K keeps the first K.
-        macs: MACs of the layer for each unit of rank, for one image.
-        dense: MACs of the layer as it is.
+        macs: MACs of the layer per unit of rank, for one image.
+        dense: MACs of the dense layer.
     """
 
     energies: tuple[float, ...]
@@ -28,13 +28,13 @@ class RankOption:
     dense: int
 
     def kept(self, rank: int) -> float:
-        """Share of the energy that a rank keeps; 1 for a layer that has none."""
+        """Return the share of the energy that a rank keeps; 1 for a layer without energy."""
         total = math.fsum(self.energies)
         return math.fsum(self.energies[:rank]) / total if total > 0 else 1.0
 
 
 def candidate(layer: Layer, energies: Tensor) -> RankOption:
-    """A convolution's share in the choice.
+    """Return a convolution's data for the choice.
 
     MACs of rank K: K (dh C H' W + dw O H' W'), summed over the channel groups, for an H x W input.
     """
@@ -49,13 +49,13 @@ def candidate(layer: Layer, energies: Tensor) -> RankOption:
 
 
 def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: int = 16) -> dict[str, int]:
-    r"""The rank of each layer, so that the product of kept PCA energies is large and the MACs fit.
+    r"""Return the rank of each layer that keeps a large product of PCA energies within the MACs.
 
     .. math:: \max \prod_l \frac{\sum_{k \le K_l} \sigma_{l,k}}{\sum_k \sigma_{l,k}}
               \quad\text{with}\quad \sum_l K_l m_l \le \text{budget} \sum_l M_l
 
-    Greedy: from full ranks, again and again the step down that loses the least of the logarithm for
-    each MAC saved; in the end what is left of the budget is given back where it gains most.
+    Greedy: starting from full ranks, repeatedly take the step down that loses least of the logarithm per
+    MAC saved; finally, give the remaining budget back where it gains most.
 
     Args:
         layers: a :class:`RankOption` for each layer, with energies sigma, m and M.
@@ -66,7 +66,7 @@ def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: i
         The rank of each layer.
 
     Raises:
-        ValueError: a budget that is not positive, or less than what the smallest ranks cost.
+        ValueError: a budget that is not positive, or smaller than the cost of the smallest ranks.
 
     Source: Zhang et al., arXiv:1505.06798, section 3.4.
 
@@ -87,7 +87,7 @@ def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: i
         return sum(layers[name].macs * steps[name][i] for name, i in at.items())
 
     def price(name: str, lower: int, upper: int) -> float:
-        """What the logarithm loses for each MAC between two steps."""
+        """Return the loss of the logarithm per MAC between two steps."""
         small, large = (layers[name].kept(steps[name][i]) for i in (lower, upper))
         saved = layers[name].macs * (steps[name][upper] - steps[name][lower])
         return (math.log(large) - math.log(small)) / saved if small > 0 else math.inf
@@ -114,5 +114,5 @@ def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: i
 
 
 def _steps(full: int, multiple: int) -> list[int]:
-    """The ranks a layer may get, rising."""
+    """Return the ranks that a layer may get, in rising order."""
     return [*range(multiple, full, multiple), full]

@@ -1,7 +1,7 @@
-r"""A convolution as d x 1 then 1 x d: the fit, on weights alone or on the data a layer sees.
+r"""Fit a convolution as d x 1 then 1 x d, on its weights only or on data.
 
 With patches ordered (q, j), q = (c, i), a layer of rank K is W[(q, j), n] = sum_k V[q, k] T[j][k, n].
-All of it is done for each channel group by itself.
+Each channel group is fitted separately.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = [
 ]
 
 
-# of the mean of a normal matrix's diagonal. It pulls towards the step before, not towards zero: what the
-# data does not determine stays as the weights had it, and the error cannot rise
+# share of the mean of a normal matrix's diagonal. It pulls towards the previous step, not towards zero, so
+# directions that the data does not determine keep their weights, and the error cannot rise
 _RIDGE = 1e-9
 _CG_STEPS = 6
-# samples for each unknown, below which a fit does worse on images that it has not seen
+# samples per unknown; with fewer, a fit is worse on unseen images
 _FULL = 8
 
 
@@ -41,11 +41,11 @@ class Fit:
         vertical: V [K g, C / g, dh, 1], g being the channel groups.
         horizontal: T [O, K, 1, dw].
         bias: [O] or None.
-        rank: K, of each group.
+        rank: K of each group.
         energy: kept share of the PCA energy of the partial responses; see :func:`kernel_energies`.
-        response_error: E|y - z|^2 / E|y - mean y|^2 on the data it was fitted to; None without data.
-        history: that error after each iteration, the start first; where samples were missing, with the
-            noise in their place.
+        response_error: E|y - z|^2 / E|y - mean y|^2 on the data of the fit; None without data.
+        history: that error after each iteration, the start first; if samples were missing, with the
+            noise added for them.
     """
 
     vertical: Tensor
@@ -58,17 +58,17 @@ class Fit:
 
 
 def full_rank(conv: nn.Conv2d) -> int:
-    """The least K of each group at which any weight is matched exactly: min(C dh, O dw) / groups."""
+    """Return the least K of each group that matches any weight exactly: min(C dh, O dw) / groups."""
     inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     return min(inputs * conv.kernel_size[0], outputs * conv.kernel_size[1])
 
 
 def samples_needed(conv: nn.Conv2d, rank: int) -> int:
-    """Samples, positions of images, of a full fit: max(8 u, 2 C dh dw), u = max(K dw, K dh C / O) + 1.
+    """Return the samples, positions of images, of a full fit: max(8 u, 2 C dh dw).
 
-    u samples have as many equations as there are unknowns: each output has K dw in T, and V has K dh C of
-    them in all for O responses a position. With eight times as many, and more than the directions of a
-    patch, a fit is as good on other images. At full rank nothing is fitted.
+    With u = max(K dw, K dh C / O) + 1, u samples have as many equations as there are unknowns: each output
+    has K dw in T, and V has K dh C in total for O responses per position. With eight times as many, and more
+    than the directions of a patch, a fit is as good on other images. At full rank nothing is fitted.
     """
     inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     kh, kw = conv.kernel_size
@@ -77,7 +77,7 @@ def samples_needed(conv: nn.Conv2d, rank: int) -> int:
 
 
 def _matrices(conv: nn.Conv2d) -> Tensor:
-    """The weight as [g, q, dw, n] in float64."""
+    """Return the weight as [g, q, dw, n] in float64."""
     weight = conv.weight.detach().double()
     o, c, kh, kw = weight.shape
     grouped = weight.reshape(conv.groups, o // conv.groups, c * kh, kw)
@@ -85,7 +85,7 @@ def _matrices(conv: nn.Conv2d) -> Tensor:
 
 
 def _column_gram(conv: nn.Conv2d, gram: Tensor) -> Tensor:
-    """Second moments of one column of a patch, averaged over the columns: [g, q, q]."""
+    """Return the second moments of one column of a patch, averaged over the columns: [g, q, q]."""
     kw = conv.kernel_size[1]
     g, size, _ = gram.shape
     blocks = gram.view(g, size // kw, kw, size // kw, kw)
@@ -93,7 +93,7 @@ def _column_gram(conv: nn.Conv2d, gram: Tensor) -> Tensor:
 
 
 def kernel_energies(conv: nn.Conv2d, column_gram: Tensor | None = None) -> Tensor:
-    r"""PCA energies of a layer's partial responses, falling: [full rank], summed over the groups.
+    r"""Return the PCA energies of a layer's partial responses, falling: [full rank], summed over groups.
 
     The dw partial responses of a column q of a patch are M^T q, M being the weight as [C dh, dw O];
     their covariance M^T Gamma M has these eigenvalues, and a rank K keeps the K largest. Without data
@@ -117,10 +117,11 @@ def kernel_energies(conv: nn.Conv2d, column_gram: Tensor | None = None) -> Tenso
 
 
 def _singular(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s and V^T of matrices [g, rows, columns], s falling, from eigenvectors of the smaller Gram matrix.
+    """Return U, s and V^T of matrices [g, rows, columns], s falling.
 
-    Faster than a singular value decomposition. U s V^T gives the matrix again to rounding; values below some
-    1e-8 of the largest are not exact, and only the full rank keeps their directions.
+    They come from eigenvectors of the smaller Gram matrix. Faster than a singular value decomposition. U s
+    V^T equals the matrix up to rounding; values below about 1e-8 of the largest are not exact, and only the
+    full rank keeps their directions.
     """
     if matrices.shape[1] > matrices.shape[2]:
         left, values, right = _singular(matrices.transpose(1, 2))
@@ -139,26 +140,26 @@ def fit_separable(
     iterations: int = 20,
     tolerance: float = 1e-3,
 ) -> Fit:
-    r"""The best convolution of rank K: on the weights alone, or on data.
+    r"""Return the best convolution of rank K, fitted to the weights only or to data.
 
-    Without data the truncated SVD of the weight as [C dh, dw O], which minimises |W - V T|. With data
+    Without data it is the truncated SVD of the weight as [C dh, dw O], which minimises |W - V T|. With data
 
     .. math:: \min_{V, T, b} E\,|y - T * (V * x) - b|^2
 
-    by alternating least squares from that start: with V fixed T solves linear equations, with T fixed
-    V does (by a few preconditioned conjugate gradients), so the error never rises. Where there are fewer
-    than n* = :func:`samples_needed` samples, noise takes the place of the others
-    (:func:`quincunx.methods.fitting.moments.completed`), which is answered as W answers it: the error becomes
+    by alternating least squares from that start: with V fixed, T solves linear equations, and with T fixed,
+    so does V (by a few preconditioned conjugate gradients), so the error never rises. If there are fewer
+    than n* = :func:`samples_needed` samples, noise replaces the missing ones
+    (:func:`quincunx.methods.fitting.moments.completed`), with the responses of W. The error becomes
 
     .. math:: E\,|y - T * (V * x) - b|^2 + t\,s\,|W - V T|^2, \quad t = n^* / n - 1
 
-    with s the mean variance of an input, so that few samples move little from the weights' own solution.
+    with s the mean variance of an input, so few samples stay close to the weights' own solution.
 
     Args:
         conv: the layer, with zero padding.
         rank: K, of each channel group; at full rank the weight itself is kept.
-        data: moments of what the layer reads and is to answer.
-        iterations: at most so many of both solves; of n samples where n* are needed n / n* as many.
+        data: moments of the layer's input and of its target responses.
+        iterations: the most iterations of both solves; n / n* of them with n samples where n* are needed.
         tolerance: stop when the error falls by a smaller share of itself.
 
     Raises:
@@ -194,7 +195,7 @@ def fit_separable(
         if rank < top:
             whole = completed(data, samples_needed(conv, rank), of_noise(matrices.reshape(g, q * kw, n)))
             if whole is not data:
-                # near its start, the weights' own solution, it is there the sooner
+                # it starts near the weights' own solution, so fewer iterations suffice
                 iterations = max(2, math.ceil(iterations * data.samples / samples_needed(conv, rank)))
             v, t, history = _alternate(whole, v, t, iterations, tolerance)
             weight = torch.einsum("gqk,gjkn->gqjn", v, t).reshape(g, q * kw, n)
@@ -222,7 +223,7 @@ def fit_separable(
 def _alternate(
     data: Moments, v: Tensor, t: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """V [g, q, K] and T [g, dw, K, n] after the iterations, and the error after each."""
+    """Return V [g, q, K] and T [g, dw, K, n] after the iterations, and the error after each."""
     groups = [_Group(data, i, v[i], t[i]) for i in range(v.shape[0])]
     power = float(data.power.sum())
     history = [relative(sum(group.squares for group in groups), power)]
@@ -241,7 +242,7 @@ class _Group:
     """One channel group's equations and unknowns.
 
     Attributes:
-        squares: E|y - z|^2, centred, of the present V and T.
+        squares: E|y - z|^2, centred, of the current V and T.
     """
 
     def __init__(self, data: Moments, index: int, v: Tensor, t: Tensor) -> None:
@@ -260,7 +261,7 @@ class _Group:
         self.squares = self._squares(*self._reduced())
 
     def _reduced(self) -> tuple[Tensor, Tensor]:
-        """A^T G A [dw K, dw K] and A^T B [dw K, n], A being V for each column of a patch."""
+        """Return A^T G A [dw K, dw K] and A^T B [dw K, n], A being V for each column of a patch."""
         half = (self.gram.view(-1, self.q) @ self.v).view(self.kw, self.q, self.kw * self.k)
         normal = (self.v.T @ half).view(self.kw * self.k, self.kw * self.k)
         return (normal + normal.T) / 2, (self.v.T @ self.cross).view(self.kw * self.k, self.n)
@@ -270,7 +271,7 @@ class _Group:
         return self.power + float((t * (normal @ t - 2 * right)).sum())
 
     def solve_horizontal(self) -> None:
-        """The best T for this V: A^T G A T = A^T B."""
+        """Set T to the best one for this V: A^T G A T = A^T B."""
         normal, right = self._reduced()
         t = self.t.reshape(self.kw * self.k, self.n)
         ridge = _RIDGE * float(normal.diagonal().mean()) + torch.finfo(torch.float64).tiny
@@ -279,9 +280,9 @@ class _Group:
         self.squares = self._squares(normal, right)
 
     def solve_vertical(self) -> None:
-        """A better V for this T: a few conjugate gradients on sum_jj' G_jj' V T_j' T_j^T = sum_j B_j T_j^T.
+        """Improve V for this T: a few conjugate gradients on sum_jj' G_jj' V T_j' T_j^T = sum_j B_j T_j^T.
 
-        First V and T are turned so that the rows of T are orthonormal: then the sum of the G_jj, the
+        First V and T are rotated so that the rows of T are orthonormal. Then the sum of the G_jj, the
         equations without the coupling of columns, is a good preconditioner. The residual at the start
         is in float64 and the correction in float32, as in iterative refinement: half the time, and
         the fixed point is that of float64.
@@ -323,10 +324,10 @@ def _damped_cholesky(matrix: Tensor, ridge: float) -> Tensor:
 
 
 def _normal(gram: Tensor, products: Tensor, v: Tensor) -> Tensor:
-    """sum_jj' G_jj' V T_j' T_j^T, [q, K], from G [dw q, dw q] and the products T_j T_j'^T."""
+    """Return sum_jj' G_jj' V T_j' T_j^T, [q, K], from G [dw q, dw q] and the products T_j T_j'^T."""
     kw, k = products.shape[:2]
     q = v.shape[0]
-    # for each j: V T_j' T_j^T for all j' below each other, then G's rows of j
+    # for each j: stack V T_j' T_j^T over all j', then multiply by G's rows of j
     turned = (v @ products.reshape(kw, k, kw * k)).view(kw, q, kw, k).permute(2, 0, 1, 3)
     rows = gram.view(kw, q, kw * q)
     return (rows @ turned.reshape(kw, kw * q, k)).sum(0)
@@ -336,7 +337,7 @@ def _normal(gram: Tensor, products: Tensor, v: Tensor) -> Tensor:
 
 
 def separable(conv: nn.Conv2d, found: Fit) -> SeparableConv2d:
-    """A fit as a module in place of the layer it was made for."""
+    """Return the module of a fit, which replaces the fitted layer."""
     module = SeparableConv2d(
         conv.in_channels,
         conv.out_channels,

@@ -1,4 +1,4 @@
-"""What the methods that fit separable convolutions share: their settings, which layers, which ranks."""
+"""Settings that methods with separable convolutions share: eligible layers and ranks."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ __all__ = [
 
 
 def check_integers(settings: object, **least: int) -> None:
-    """Refuse what is no integer, or is too small, among an object's attributes.
+    """Check that attributes of an object are integers and not too small.
 
     Raises:
-        ValueError: the attribute, its value, and what it is at least.
+        ValueError: names the attribute, its value and its minimum.
     """
     for name, smallest in least.items():
         value = getattr(settings, name)
@@ -49,14 +49,14 @@ def check_integers(settings: object, **least: int) -> None:
 
 
 def conv_of(layer: Layer) -> nn.Conv2d:
-    """The layer as the convolution it is."""
+    """Return the layer's module, which must be a convolution."""
     if not isinstance(layer.module, nn.Conv2d):
         raise TypeError(f"layer {layer.name!r}: expected a Conv2d, got {type(layer.module).__name__}")
     return layer.module
 
 
 def conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
-    """What builds a convolution like it, JSON-ready."""
+    """Return the settings that build an equal convolution, JSON-ready."""
     return {
         "in_channels": conv.in_channels,
         "out_channels": conv.out_channels,
@@ -70,7 +70,7 @@ def conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def convolution_refusal(layer: Layer) -> str | None:
-    """Why no method here can take a convolution."""
+    """Return why no method here supports a convolution, or None."""
     conv = conv_of(layer)
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}: only zeros are read outside the map"
@@ -78,15 +78,15 @@ def convolution_refusal(layer: Layer) -> str | None:
 
 
 Rank = int | float | str
-# of all layers, or of those whose names match a pattern
+# for all layers, or for those whose names match a pattern
 LayerRanks = Rank | Mapping[str, Rank] | tuple[tuple[str, Rank], ...]
 
 
 def rank_of(rank: LayerRanks, full: int, name: str) -> int:
-    """The rank of a layer whose full rank is given.
+    """Return the rank of a layer with this full rank.
 
     Raises:
-        ValueError: a rank outside its range; none for a layer of this name.
+        ValueError: a rank outside its range; no rank for a layer of this name.
         TypeError: a rank of another type.
 
     Example:
@@ -110,12 +110,12 @@ def rank_of(rank: LayerRanks, full: int, name: str) -> int:
 
 
 def rank_given(rank: LayerRanks, name: str) -> Rank | None:
-    """What was asked of a layer: of the first pattern that its name matches; None where none does."""
+    """Return the rank of the first pattern that a name matches, as the user gave it; None without a match."""
     return next((value for pattern, value in _pairs(rank) if fnmatchcase(name, pattern)), None)
 
 
 def plain_ranks(rank: LayerRanks) -> LayerRanks:
-    """The same with pairs in place of a mapping, so that it can be hashed; refuses what is no rank."""
+    """Return the same with pairs instead of a mapping, so that it can be hashed; refuse invalid ranks."""
     pairs = _pairs(rank)
     for _, value in pairs:
         rank_of(value, 10**9, "")
@@ -123,17 +123,17 @@ def plain_ranks(rank: LayerRanks) -> LayerRanks:
 
 
 def _pairs(rank: LayerRanks) -> tuple[tuple[str, Rank], ...]:
-    """Patterns and what is asked of the layers that they match; one rank is asked of all."""
+    """Return the patterns and their ranks; a single rank applies to all."""
     if isinstance(rank, Mapping):
         return tuple(rank.items())
     return rank if isinstance(rank, tuple) else (("*", rank),)
 
 
 def check_rank_names(rank: LayerRanks, layers: Sequence[Layer]) -> None:
-    """Refuse a pattern that no layer's name matches.
+    """Refuse a pattern that matches no layer's name.
 
     Raises:
-        ValueError: the pattern, and some names.
+        ValueError: names the pattern and some layers.
     """
     for pattern, _ in _pairs(rank):
         if not any(fnmatchcase(layer.name, pattern) for layer in layers):
@@ -143,7 +143,7 @@ def check_rank_names(rank: LayerRanks, layers: Sequence[Layer]) -> None:
 
 @dataclass(frozen=True)
 class SeparableFit:
-    """The settings of a fit by separable convolutions; see :class:`quincunx.LowRank` for them."""
+    """The settings of a fit by separable convolutions; :class:`quincunx.LowRank` documents them."""
 
     rank: LayerRanks = 0.25
     _: KW_ONLY
@@ -164,15 +164,15 @@ class SeparableFit:
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:
-        """Convolutions."""
+        """Return the classes of layers that it replaces."""
         return (nn.Conv2d,)
 
     def with_data(self, context: Context) -> bool:
-        """Whether layers are fitted to data: as asked, by default where there is some."""
+        """Return whether layers are fitted to data: ``data``, or by default whether there is any."""
         return context.calibration is not None if self.data is None else self.data
 
     def separable_refusal(self, layer: Layer, with_data: bool) -> str | None:
-        """Why a convolution cannot become two."""
+        """Return why a convolution cannot be split into two, or None."""
         if (reason := convolution_refusal(layer)) is not None:
             return reason
         conv = conv_of(layer)
@@ -187,10 +187,10 @@ class SeparableFit:
         return None
 
     def no_saving(self, layer: Layer, rank: int, rates: tuple[float, float] = (1.0, 1.0)) -> str | None:
-        """Why a rank leaves a layer as it is: two convolutions of it multiply no less; None if they do.
+        """Return why a rank saves nothing, since two convolutions multiply as often; None if it saves.
 
-        Counted for each position of the output; the vertical half is computed at every column of the input.
-        A layer for which "full" is asked is to be exact, whatever it takes, and a budget is spent.
+        Counted per position of the output; the vertical half is computed at every column of the input.
+        The check is skipped if the user asks for "full", which is exact at any cost, or sets a budget.
         """
         conv = conv_of(layer)
         if self.budget is not None or rank_given(self.rank, layer.name) == "full":
@@ -208,7 +208,7 @@ class SeparableFit:
         return f"rank {rank} saves nothing: {rank * unit / dense:.2f} times as many multiply-adds{below}"
 
     def ranks(self, layers: Sequence[Layer], context: Context, with_data: bool) -> dict[str, int]:
-        """The rank of each layer: the one asked for, or that which a budget allows."""
+        """Return the rank of each layer: the one asked for, or the one that a budget allows."""
         if self.budget is None:
             check_rank_names(self.rank, layers)
             return {x.name: rank_of(self.rank, full_rank(conv_of(x)), x.name) for x in layers}
@@ -220,7 +220,7 @@ class SeparableFit:
         return select_ranks(candidates, self.budget, multiple=self.multiple)
 
     def _column_grams(self, layers: Sequence[Layer], context: Context) -> dict[str, Tensor]:
-        """Second moments of the columns that each layer reads in the original network, in one pass."""
+        """Return second moments of the columns that each layer reads in the original network, in one pass."""
         columns = {layer.name: _first_half(conv_of(layer)) for layer in layers}
         sums = {name: Accumulator(conv, self.positions, self.seed) for name, conv in columns.items()}
 
@@ -233,7 +233,7 @@ class SeparableFit:
     def fitted(
         self, layer: Layer, rank: int, context: Context, with_data: bool
     ) -> tuple[Fit, dict[str, Any]]:
-        """The fit of one layer to what it sees now and answered in the original network, and its record."""
+        """Fit a layer's current input to its response in the original network; also return a record."""
         conv = conv_of(layer)
         found: Moments | None = None
         if with_data:
@@ -249,13 +249,13 @@ class SeparableFit:
 
 
 def _whole(columns: Moments) -> Moments:
-    """Moments of columns to whose missing samples, below twice as many as directions, noise is added."""
+    """Return moments of columns, with noise added if there are fewer samples than twice the directions."""
     g, size, _ = columns.gram.shape
     return completed(columns, 2 * size, of_noise(columns.gram.new_zeros(g, size, columns.cross.shape[2])))
 
 
 def _first_half(conv: nn.Conv2d) -> nn.Conv2d:
-    """A vertical convolution that reads the columns ``conv`` reads; one channel a group will do."""
+    """Return a vertical convolution that reads the columns of ``conv``; one channel per group suffices."""
     padding = conv.padding if isinstance(conv.padding, str) else (int(conv.padding[0]), 0)
     return nn.Conv2d(
         conv.in_channels,

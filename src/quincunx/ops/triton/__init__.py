@@ -1,4 +1,4 @@
-"""The CUDA back end: gather GEMMs in Triton. Triton itself is imported at the first call only."""
+"""The CUDA back end: gather GEMMs in Triton, which is only imported at the first call."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["DTYPES", "OPERATORS", "load", "operator", "unavailable"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("conv", "conv_transpose", "conv_weight", "conv_filled", "fill", "collect")
-# Ampere: the first card with bfloat16, tf32 and asynchronous copies
+# Ampere: the first architecture with bfloat16, tf32 and asynchronous copies
 _LEAST = (8, 0)
 
 
 @lru_cache(maxsize=1)
 def load() -> str | None:
-    """Import the kernels. None if they are there, else why not."""
+    """Import the kernels. Return None if that works, else why not."""
     try:
         import_module("triton")
     except ImportError as error:
@@ -37,14 +37,14 @@ def _operators() -> ModuleType:
 
 
 def operator(name: str) -> Callable[..., Tensor]:
-    """The kernels' form of one of ``OPERATORS``."""
+    """Return the kernels' function for one of ``OPERATORS``."""
     found: Callable[..., Tensor] = getattr(_operators(), name)
     return found
 
 
 @lru_cache(maxsize=16)
 def card(index: int) -> str | None:
-    """Why a card cannot run the kernels; None if it can."""
+    """Return why a card cannot run the kernels; None if it can."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(index)
@@ -55,7 +55,7 @@ def card(index: int) -> str | None:
 
 
 def unavailable(*values: object) -> str | None:
-    """Why the kernels cannot take the tensors among these arguments; None if they can."""
+    """Return why the kernels do not support the tensors among these arguments; None if they do."""
     for value in values:
         if isinstance(value, Tensor) and value.dtype not in DTYPES:
             return f"the Triton back end computes in float32, bfloat16 and float16, not {value.dtype}"

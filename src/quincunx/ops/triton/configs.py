@@ -1,4 +1,4 @@
-"""Tiles for the GPU kernels: by a table of what was measured on a card, else by a rule."""
+"""Tiles for the GPU kernels: from a table of measurements on a card, else from a rule."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ __all__ = [
     "weight_candidates",
 ]
 
-# rows of a tap are loaded before what lies in them, so that Triton gives a load two of its stages
+# a tap's row indices are loaded before the rows, so Triton gives a load two of its stages
 _STAGES = (5, 7)
-# bytes of shared memory beside those of the loads
+# bytes of shared memory besides those of the loads
 _BESIDE = 2048
 _TABLE = Path(__file__).with_name("tuned.json")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Of one kernel.
+    """The configuration of one kernel.
 
     Attributes:
         rows: positions of a tile (output channels for a weight's gradient).
         columns: output channels of a tile (input channels for a weight's gradient).
         depth: input channels of a step (positions for a weight's gradient).
-        warps, stages: as Triton names them.
-        split: parts in which a sum is made, and added up afterwards.
+        warps: as in Triton.
+        stages: as in Triton.
+        split: parts of a sum, which are added up afterwards.
     """
 
     rows: int
@@ -55,7 +56,7 @@ class Config:
 
 
 def power(value: int) -> int:
-    """The least power of two that is not smaller, and at least 16: what a side of a tile may be."""
+    """Return the smallest power of two that is not smaller, and at least 16: a valid side of a tile."""
     return max(16, 1 << (max(1, value) - 1).bit_length())
 
 
@@ -65,7 +66,7 @@ def _log2(value: int) -> int:
 
 @lru_cache(maxsize=8)
 def processors(index: int | None) -> int:
-    """How many blocks of threads a card runs side by side, at least."""
+    """Return the least number of thread blocks that a card runs in parallel."""
     if index is None:
         return 132
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
@@ -79,7 +80,7 @@ def _shared_of(index: int | None) -> int:
 
 
 def _shared_memory() -> int:
-    """Bytes that the loads of a block may take on the current card."""
+    """Return the bytes that a block's loads may use on the current card."""
     return _shared_of(_card()) - _BESIDE
 
 
@@ -89,7 +90,7 @@ def _card() -> int | None:
 
 @lru_cache(maxsize=8)
 def architecture(index: int | None) -> str:
-    """A card's name in the table, such as "sm_90"; empty where there is none."""
+    """Return a card's name in the table, such as "sm_90"; empty without a card."""
     if index is None:
         return ""
     major, minor = torch.cuda.get_device_capability(index)
@@ -98,7 +99,7 @@ def architecture(index: int | None) -> str:
 
 @lru_cache(maxsize=8)
 def _tuned(card: str) -> dict[str, list[int]]:
-    """What was measured on a card's architecture: what is shipped, and above it what was tuned here."""
+    """Return the measurements for a card's architecture: the shipped table, overridden by local tuning."""
     table: dict[str, list[int]] = {}
     for path in (_TABLE, _kept_at(card)):
         if path is not None and path.exists():
@@ -112,13 +113,13 @@ def _kept_at(card: str) -> Path | None:
 
 
 def keep(card: str, best: dict[str, Config]) -> Path:
-    """Note what was measured on this machine; calls from now on use it.
+    """Store measurements of this machine; later calls use them.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: nothing is to be kept (QUINCUNX_CACHE is set to nothing).
+        ValueError: caching is off (QUINCUNX_CACHE is empty).
     """
     path = _kept_at(card)
     if path is None:
@@ -132,7 +133,7 @@ def keep(card: str, best: dict[str, Config]) -> Path:
 
 
 def key_of(kind: str, dtype: torch.dtype, rows: int, taps: int, inner: int, outer: int) -> str:
-    """What a shape is called in the table: rows of a batch by powers of two, so that batches share it."""
+    """Return a shape's key in the table; rows are rounded to powers of two, so that batches share it."""
     width = torch.finfo(dtype).bits
     return f"{kind} {width} bits, 2^{_log2(rows)} rows, {taps} taps, {inner} to {outer}"
 
@@ -143,7 +144,7 @@ def _found(key: str) -> Config | None:
 
 
 def for_gemm(dtype: torch.dtype, batch: int, inner: int, outer: int, groups: int, layout: Layout) -> Config:
-    """Tiles of a gather GEMM."""
+    """Return the tiles of a gather GEMM."""
     points = sum(points for points, _ in layout.shape)
     taps = max(taps for _, taps in layout.shape)
     kind = "affine" if layout.affine else "table"
@@ -154,7 +155,7 @@ def for_gemm(dtype: torch.dtype, batch: int, inner: int, outer: int, groups: int
 def _ruled(
     dtype: torch.dtype, batch: int, inner: int, outer: int, groups: int, layout: Layout, processors: int
 ) -> Config:
-    """Large tiles while they fill the card, then smaller ones, then parts of sums."""
+    """Choose large tiles while they fill the card, then smaller ones, then split sums."""
     half = torch.finfo(dtype).bits == 16
     depth = min(64 if half else 32, power(inner))
     columns = min(128, power(outer))
@@ -180,7 +181,7 @@ def _ruled(
 def for_weight(
     dtype: torch.dtype, batch: int, points: int, taps: int, inner: int, outer: int, groups: int
 ) -> Config:
-    """Tiles of a weight's gradient; its sum has as many parts as fill the card twice."""
+    """Return the tiles of a weight's gradient; its sum has as many parts as fill the card twice."""
     found = _found(key_of("weight", dtype, batch * points, taps, inner, outer))
     if found is not None:
         return found
@@ -196,17 +197,21 @@ def for_weight(
 def candidates(
     dtype: torch.dtype, points: Sequence[int], taps: int, inner: int, outer: int, count: int
 ) -> list[Config]:
-    """What is worth trying for a gather GEMM: more parts and smaller tiles where few would fill the card.
+    """Return configurations to try for a gather GEMM; if tiles are few, also smaller ones and split sums.
 
     Args:
+        dtype: of the maps.
         points: positions of each class, all images together.
+        taps: of the kernel.
+        inner: input channels of a group.
+        outer: output channels of a group.
         count: the card's processors.
     """
     size = torch.finfo(dtype).bits // 8
     depths = sorted({min(depth, power(inner)) for depth in ((64, 128) if size == 2 else (32, 64))})
     widths = sorted({min(columns, power(outer)) for columns in (32, 64, 128, 256)})
     found = []
-    # a long step needs long sums, or it is one of a few
+    # a long step is only tried with long sums, unless it is the shortest
     depths = [depth for depth in depths if depth == depths[0] or inner >= 2 * depth]
     for rows, columns, depth in product((32, 64, 128, 256), widths, depths):
         area = rows * columns
@@ -218,7 +223,7 @@ def candidates(
         warps = 8 if area > 128 * 128 else 4 if area > 1024 else 2
         splits = [1] + [n for n in (2, 4, 8) if tiles * n <= 2 * count and taps * inner // depth >= 4 * n]
         for stages, split in product(_STAGES, splits):
-            # of two stages one has the loads whose rows are not yet known
+            # one of two stages holds the loads whose rows are not yet known
             fits = (rows + columns) * depth * size * ((stages + 1) // 2) <= _shared_memory()
             if fits and (split == 1 or stages == _STAGES[0]):
                 found.append(Config(rows, columns, depth, warps, stages, split))
@@ -228,7 +233,7 @@ def candidates(
 def weight_candidates(
     dtype: torch.dtype, batch: int, points: int, taps: int, inner: int, outer: int, count: int
 ) -> list[Config]:
-    """What is worth trying for a weight's gradient; ``count`` as in :func:`candidates`."""
+    """Return configurations to try for a weight's gradient; ``count`` as in :func:`candidates`."""
     size = torch.finfo(dtype).bits // 8
     found = []
     sides = sorted({min(side, power(outer)) for side in (64, 128)})

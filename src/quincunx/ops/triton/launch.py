@@ -1,4 +1,4 @@
-"""Calls of the GPU kernels: checks, memory, configurations and grids."""
+"""Launch the GPU kernels: checks, memory, configurations and grids."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LARGEST = 2**31 - 1
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made; as cuDNN's, by ``torch.backends.cudnn.allow_tf32``."""
+    """Return the precision of float32 products, as for cuDNN: ``torch.backends.cudnn.allow_tf32``."""
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         return "ieee"
     return "tf32"
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A map whose rows of channels lie one behind the other."""
+    """Return a map whose rows of channels are contiguous."""
     return x.contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -36,10 +36,10 @@ def _wide(*sizes: int) -> bool:
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    """A weight in the kernels' order: of each of its first channels tap after tap, channels side by side."""
+    """Return a weight in the kernels' order: for each first channel tap after tap, channels adjacent."""
     laid = weight.contiguous(memory_format=CHANNELS_LAST)
     if laid.shape[1] == 1 or laid.shape[2] * laid.shape[3] == 1:
-        # what torch calls so may have any strides in directions of one step; contiguous is the same order
+        # torch accepts any strides for dimensions of size one here; contiguous is the same order
         laid = laid.contiguous()
     return laid
 
@@ -60,16 +60,22 @@ def convolve(
     keep: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """out = act(conv(x) + bias + residual) and, with ``scale2``, out2 = relu(out scale2 + shift2).
+    """Compute out = act(conv(x) + bias + residual) and, with ``scale2``, out2 = relu(out scale2 + shift2).
 
     Args:
         x: map [N, C, ...] whose rows the layout reads.
         weight: [O, C / groups, kh, kw], or for ``transposed`` [C, O / groups, kh, kw].
-        residual: map that is added, channels behind its last one are zero.
-        residual_rows: int32, the row of ``residual`` behind each output row; None where it is the same.
+        bias: [O] or None.
+        layout: of the convolution.
+        groups: channel groups.
+        transposed: whether to compute a transposed convolution.
+        residual: map to add; channels beyond its last one are zero.
+        residual_rows: int32, the row of ``residual`` for each output row; None if it is the same.
         activation: 0 for none, 1 for ReLU, 2 for ReLU6.
-        keep: whether ``out`` is wanted.
-        config: tiles; by default those that the table or the rule says.
+        scale2: [O] or None.
+        shift2: [O] or None.
+        keep: whether to return ``out``.
+        config: tiles; by default from the table or the rule.
     """
     x = _rows(x)
     weight = _channels_last(weight)
@@ -133,7 +139,7 @@ def derive_weight(
     groups: int,
     config: Config | None = None,
 ) -> Tensor:
-    """dT/dw [O, C / groups, kh, kw] in channels_last, of a dense and a sampled map; the same bits always."""
+    """Return dT/dw [O, C / groups, kh, kw] in channels_last, of a dense and a sampled map; deterministic."""
     taps, inner, outer = kernel[0] * kernel[1], x.shape[1] // groups, y.shape[1] // groups
     out = _empty(x, (y.shape[1], inner, kernel[0], kernel[1]))
     batch = y.shape[0]
@@ -164,7 +170,7 @@ def derive_weight(
 
 
 def fill_rows(y: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
-    """out[n, :, p] = y[n, :, index[p]]."""
+    """Return out[n, :, p] = y[n, :, index[p]]."""
     y = _rows(y)
     channels, rows = y.shape[1], size[0] * size[1]
     out = _empty(y, (y.shape[0], channels, size[0], size[1]))
@@ -181,7 +187,7 @@ def fill_rows(y: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def reduce_windows(x: Tensor, index: Tensor, starts: Tensor, size: Sequence[int], how: str = "sum") -> Tensor:
-    """Of the rows behind each window their "sum", "mean" or "max"; an empty one has 0 or -infinity."""
+    """Return the "sum", "mean" or "max" of each window's rows; 0 or -infinity for an empty window."""
     x = _rows(x)
     channels, windows = x.shape[1], size[0] * size[1]
     out = _empty(x, (x.shape[0], channels, size[0], size[1]))
@@ -197,7 +203,7 @@ def reduce_windows(x: Tensor, index: Tensor, starts: Tensor, size: Sequence[int]
 
 
 def max_pool(x: Tensor, window: Geometry, size: tuple[int, int]) -> Tensor:
-    """The greatest value of each window of a dense map; ``size`` is the output's (height, width)."""
+    """Return the maximum of each window of a dense map; ``size`` is the output's (height, width)."""
     x = _rows(x)
     channels = x.shape[1]
     out = _empty(x, (x.shape[0], channels, *size))
@@ -224,12 +230,12 @@ def _tiles(layout: Layout, batch: int, rows: int) -> int:
 
 
 def _on(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current, since Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else _Here()
 
 
 class _Here:
-    """No device to change to: the interpreter's tensors are on the CPU."""
+    """No device to switch to: the interpreter's tensors are on the CPU."""
 
     def __enter__(self) -> None: ...
 

@@ -1,14 +1,15 @@
 r"""How the GPU kernels find rows: a few integers for cosets, a table for everything else.
 
 Positions whose taps are the same shifts form a *class*. With cosets a class is a lattice of points
-(a, b), a = 0 .. A - 1 and b = 0 .. B - 1, and everything about it is affine:
+(a, b), a = 0 .. A - 1 and b = 0 .. B - 1, and its indices are affine:
 
 .. math:: \text{output row} &= a\,o_A + b\,o_B + o_0, \\
           \text{input row of tap } t &= a\,t_A + b\,t_B + s_t.
 
-This holds for compact maps too: a row of a grid has as many computed positions as its residue modulo the
-period says, so ranks are affine. Which taps of a point fall inside the map is a bit each. Explicit
-positions, and maps read as if filled, go through the tables of :mod:`quincunx.ops.plan`, one for all images.
+This holds for compact maps too: the number of computed positions in a grid row depends only on its residue
+modulo the period, so ranks are affine. One bit per tap says whether a point's tap falls inside the map.
+Explicit positions, and maps read as if filled, use the tables of :mod:`quincunx.ops.plan`, shared by all
+images.
 """
 
 from __future__ import annotations
@@ -26,29 +27,30 @@ from quincunx.sampling import Cosets, from_spec
 
 __all__ = ["CLASS_FIELDS", "TAP_BITS", "Layout", "adjoint_layout", "forward_layout", "weight_table"]
 
-# a class: points, columns B, o_A, o_B, o_0, t_A, t_B, its beginning in the bits, first tap, taps; with tables
-# the columns are the class's beginning in the rows, and o_A that in the index
+# a class: points, columns B, o_A, o_B, o_0, t_A, t_B, its start in the bits, first tap, taps; with tables
+# the columns are the class's start in the rows, and o_A its start in the index
 CLASS_FIELDS = 10
 # a tap: s_t 2^TAP_BITS + the kernel's tap
 TAP_BITS = 12
-# taps that have a bit
+# the most taps that have a bit
 _MOST_TAPS = 63
-# more tap groups than this cost a kernel more to look through than their missing taps save
+# searching more tap groups than this costs a kernel more than their missing taps save
 _MOST_GROUPS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where a convolution reads and writes, on one device.
+    """The rows that a convolution reads and writes, on one device.
 
     Attributes:
         affine: whether classes are lattices; otherwise ``index`` and ``rows`` are tables.
         classes: int32 [G, CLASS_FIELDS], those with most taps first.
         taps: int64 [T], each tap with its shift.
-        index: int32, of tables: class after class, a block [taps, positions] of input rows, -1 outside; of
-            lattices, int32 or int64: class after class the bits of the taps that fall inside.
-        rows: int32, of tables: the output row of each position.
-        in_rows, out_rows: rows of an image's maps.
+        index: for tables int32: class after class, a block [taps, positions] of input rows, -1 outside; for
+            lattices int32 or int64: class after class the bits of the taps that fall inside.
+        rows: int32, for tables: the output row of each position.
+        in_rows: rows of an image's input map.
+        out_rows: rows of an image's output map.
         out_size: the output map's (height, width).
         shape: (points, taps) of each class.
     """
@@ -65,12 +67,12 @@ class Layout:
 
     @property
     def reads(self) -> int:
-        """Rows read in all, border taps included."""
+        """The number of rows read, including border taps."""
         return sum(points * taps for points, taps in self.shape)
 
 
 class _Ranks:
-    """The numbers of a grid's computed positions, in row-major order, as an affine function."""
+    """Numbers a grid's computed positions, in row-major order, by an affine function."""
 
     def __init__(self, spec: str, grid: tuple[int, int]) -> None:
         sampling = from_spec(spec) if spec else None
@@ -88,7 +90,7 @@ class _Ranks:
         self.offsets = [(row, a) for row, columns in enumerate(self.columns) for a in columns]
 
     def at(self, row: int, column: int) -> tuple[int, int, int] | None:
-        """(o_A, o_B, o_0) of positions (row + K a, column + K b), also off the grid; None if not computed."""
+        """Return (o_A, o_B, o_0) of positions (row + K a, column + K b), also off the grid, or None."""
         down, r = divmod(row, self.period)
         right, c = divmod(column, self.period)
         columns = self.columns[r]
@@ -115,12 +117,12 @@ class _Lattice:
     out: tuple[int, int, int]  # o_A, o_B, o_0
     step: tuple[int, int]  # t_A, t_B
     taps: tuple[tuple[int, int], ...]  # the kernel's tap, s_t
-    # bit t of a point is set where tap t is on the grid in both directions
+    # bit t of a point is set if tap t is on the grid in both directions
     rows: tuple[tuple[int, int, int], ...]  # of each tap: first row, step, rows of the grid
     columns: tuple[tuple[int, int, int], ...]
 
     def bits(self) -> Tensor:
-        """Of each point, int64 [A B]."""
+        """Return the bits of each point, int64 [A B]."""
         a, b = torch.arange(self.count[0])[:, None], torch.arange(self.count[1])
         found = torch.zeros(self.count, dtype=torch.int64)
         for t, ((r, down, height), (c, right, width)) in enumerate(zip(self.rows, self.columns, strict=True)):
@@ -135,7 +137,7 @@ class _Lattice:
 def forward_layout(
     spec: str, geometry: Geometry, height: int, width: int, source: str | None, device: torch.device
 ) -> Layout:
-    """Of a sampled convolution of an H x W map; arguments as of :func:`quincunx.ops.plan.forward_plan`."""
+    """Return the layout of a sampled convolution; arguments as for :func:`quincunx.ops.plan.forward_plan`."""
     if source is not None or not _is_affine(spec, geometry):
         return _tabled(forward_plan(spec, geometry, height, width, source=source), device)
     grid = geometry.grid(height, width)
@@ -166,7 +168,7 @@ def forward_layout(
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def adjoint_layout(spec: str, geometry: Geometry, height: int, width: int, device: torch.device) -> Layout:
-    """Of the transposed convolution to an H x W map; arguments: :func:`quincunx.ops.plan.adjoint_plan`."""
+    """Return the layout of the transposed convolution; arguments: :func:`quincunx.ops.plan.adjoint_plan`."""
     lattices = None
     grid = geometry.grid(height, width)
     if _is_affine(spec, geometry):
@@ -178,7 +180,7 @@ def adjoint_layout(spec: str, geometry: Geometry, height: int, width: int, devic
 
 
 def _adjoint_lattices(ranks: _Ranks, geometry: Geometry, height: int, width: int) -> list[_Lattice] | None:
-    """One for each residue; None where a class reads rows with unlike numbers of computed positions."""
+    """Return one lattice per residue; None if a class reads rows with different numbers of positions."""
     step_r, step_c = ranks.period * geometry.stride[0], ranks.period * geometry.stride[1]
     found = []
     for row in range(min(step_r, height)):
@@ -207,7 +209,7 @@ def _adjoint_lattices(ranks: _Ranks, geometry: Geometry, height: int, width: int
 
 
 def _reach(geometry: Geometry) -> list[tuple[int, int]]:
-    """How far below and right of the window's corner each tap reads."""
+    """Return how far below and right of the window's corner each tap reads."""
     return [
         (i * geometry.dilation[0], j * geometry.dilation[1])
         for i in range(geometry.kernel[0])
@@ -222,7 +224,7 @@ def _affine(
     out_size: tuple[int, int],
     device: torch.device,
 ) -> Layout:
-    # the longest first, so that no tile begins late and ends last
+    # the longest first, so that no tile starts late and ends last
     ordered = sorted(lattices, key=lambda lattice: -len(lattice.taps))
     classes: list[tuple[int, ...]] = []
     taps: list[tuple[int, int]] = []
@@ -251,7 +253,7 @@ def _affine(
 
 
 def _integers(values: Sequence[tuple[int, ...]], fields: int, device: torch.device) -> Tensor:
-    # a kernel gets a pointer also where there is nothing to read
+    # a kernel needs a pointer even if there is nothing to read
     return torch.tensor(list(values) or [(0,) * fields], dtype=torch.int32).to(device)
 
 
@@ -260,7 +262,7 @@ def _taps(values: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 
 def _merged(plan: Plan, geometry: Geometry) -> Plan:
-    """A plan of one group with every tap, where it has too many groups."""
+    """Merge a plan with too many groups into one group with every tap."""
     if len(plan.groups) <= _MOST_GROUPS:
         return plan
     taps = geometry.kernel[0] * geometry.kernel[1]
@@ -282,7 +284,7 @@ def _merged(plan: Plan, geometry: Geometry) -> Plan:
 
 
 def _tabled(plan: Plan, device: torch.device) -> Layout:
-    """A plan's tables with each tap's rows side by side, as the threads of a GPU read them."""
+    """Return a plan's tables with each tap's rows adjacent, as a GPU's threads read them."""
     classes, blocks = [], []
     at = first = tap_at = 0
     for points, width in plan.groups.tolist():
@@ -313,7 +315,7 @@ def _table(values: Tensor, device: torch.device) -> Tensor:
 def weight_table(
     spec: str, geometry: Geometry, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    """The input row behind each tap of each computed position, int32 [taps, m], and m."""
+    """Return the input row behind each tap of each computed position, int32 [taps, m], and m."""
     plan = forward_plan(spec, geometry, height, width)
     taps = geometry.kernel[0] * geometry.kernel[1]
     table = plan.index.view(-1, taps).t().contiguous()

@@ -1,4 +1,4 @@
-"""The contract's operators on CUDA, by the kernels of this package."""
+"""The contract's operators on CUDA, with the kernels of this package."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:
-    """The sums are float32 and their order is the table's, so the bits are the same every time."""
+    """Sum in float32 in the table's order, so that the result is deterministic."""
     index, starts, size = _shared(sampling, z.shape[2], z.shape[3], z.device)
     return launch.reduce_windows(z, index, starts, size)
 
