@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,8 @@ class Case:
     Attributes:
         dense: name -> maker of a function.
         ours: name -> (maker of a function, MACs of the dense network over ours).
+        baselines: names of the dense candidates of which the fastest is the baseline; the others are timed
+            beside it.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Case:
     dense: dict[str, Callable[[int], Run]]
     ours: dict[str, tuple[Callable[[int], Run], float]]
     facts: Callable[[], dict[str, Any]] = dict
+    baselines: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- the blocks
@@ -106,9 +110,9 @@ def _map(batch: int, channels: int, side: int, dtype: torch.dtype = torch.float3
     return x.to(dtype, memory_format=torch.channels_last)
 
 
-def _fused(model: nn.Module, x: Tensor) -> Callable[[int], Run]:
+def _fused(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Callable[[int], Run]:
     def make(_: int) -> Run:
-        quick = fuse(model, check=x[:1])
+        quick = fuse(model, dtype, check=x[:1], force=True)
 
         def run() -> object:
             with torch.inference_mode():
@@ -197,6 +201,56 @@ def blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
         )
 
 
+LOW_PEERS = (
+    "torch eager bfloat16",
+    "torch.compile bfloat16",
+    "OpenVINO bfloat16",
+    "OpenVINO bfloat16, NHWC bfloat16 maps",
+)
+
+
+def low_blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
+    """Residual blocks in inference in bfloat16, maps in bfloat16 too; beside them float32 and int8."""
+    for channels, side, batch in shapes:
+        torch.manual_seed(0)
+        x, half = _map(batch, channels, side), _map(batch, channels, side, torch.bfloat16)
+        dense = Dense(channels).eval()
+        samplings = {"rSB 2/4": CHESSBOARD, "rSB 1/4": QUARTER, "random 0.5": Random(0.5, 0)}
+        ours = {"rRB": (_fused(copy.deepcopy(dense).bfloat16(), half), 1.0)}
+        for name, sampling in samplings.items():
+            block = Regular(channels, sampling).eval()
+            ratio = _ratio(dense, block, x)
+            ours[name] = (_fused(copy.deepcopy(block).bfloat16(), half), ratio)
+            if name == "rSB 2/4":
+                ours["rSB 2/4 in float32"] = (_fused(block, x), ratio)
+        beside = ("torch eager", "OpenVINO", "OpenVINO int8")
+        peers = {name: _peer(name, dense, x) for name in (*LOW_PEERS, *beside)}
+        yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, baselines=LOW_PEERS)
+
+
+def low_networks() -> Iterator[Case]:
+    """Whole networks in bfloat16 by ``qx.fuse(model, torch.bfloat16)``, images and answers in float32."""
+    for first, second, side in (
+        ("rrn20", "rsbn20", 32),
+        ("rrn110", "rsbn110", 32),
+        *((f"resnet{depth}", f"sb-resnet{depth}", 224) for depth in (18, 34, 50)),
+    ):
+        torch.manual_seed(0)
+        dense, sampled = networks.build(first).eval(), networks.build(second).eval()
+        for batch in (1, 8):
+            x = _map(batch, 3, side)
+            low = ("torch eager bfloat16", "OpenVINO bfloat16")
+            # OpenVINO does not compile a quantised shortcut that is padded with channels
+            beside = ("OpenVINO", "OpenVINO int8") if first.startswith("resnet") else ("OpenVINO",)
+            peers = {
+                "ours, dense bfloat16": _fused(dense, x, torch.bfloat16),
+                **{name: _peer(name, dense, x) for name in (*low, *beside)},
+            }
+            ours = {second: (_fused(sampled, x, torch.bfloat16), _ratio(dense, sampled, x))}
+            baselines = ("ours, dense bfloat16", *low)
+            yield Case(f"{second} / {first}", batch, peers, ours, baselines=baselines)
+
+
 def training(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
     """Forward and backward of a pre-activation block with batch norm, as in training."""
     for channels, side, batch in shapes:
@@ -273,6 +327,8 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "blocks": blocks,
     "training": training,
     "networks": whole,
+    "blocks-bfloat16": low_blocks,
+    "networks-bfloat16": low_networks,
 }
 
 
@@ -355,7 +411,7 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
     makers = {**case.dense, **{name: make for name, (make, _) in case.ours.items()}}
     runs = {name: make(threads) for name, make in makers.items()}
     found = measure(runs, threads=threads, rounds=rounds, round_seconds=round_seconds)
-    full = [name for name in case.dense if "bfloat16" not in name]
+    full = case.baselines or [name for name in case.dense if "bfloat16" not in name]
     best = min(full, key=lambda name: found[name].median)
     candidates = {}
     for name, (_, mac_ratio) in case.ours.items():

@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -106,12 +109,7 @@ def _openvino(model: nn.Module, x: Tensor, threads: int, precision: str = "f32")
     import openvino
 
     core = openvino.Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": precision,
-    }
+    settings = {**_one_stream(threads), "INFERENCE_PRECISION_HINT": precision}
     compiled = core.compile_model(core.read_model(io.BytesIO(onnx_bytes(model, x))), "CPU", settings)
     request = compiled.create_infer_request()
     feed = {0: x.contiguous().numpy()}
@@ -120,6 +118,81 @@ def _openvino(model: nn.Module, x: Tensor, threads: int, precision: str = "f32")
 
 def _openvino_bf16(model: nn.Module, x: Tensor, threads: int) -> Run:
     return _openvino(model, x, threads, "bf16")
+
+
+def _openvino_bf16_maps(model: nn.Module, x: Tensor, threads: int) -> Run:
+    """Inputs and outputs are bfloat16 in NHWC as well, as between the layers of a network."""
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    core = openvino.Core()
+    read = core.read_model(io.BytesIO(onnx_bytes(model, x)))
+    prepared = PrePostProcessor(read)
+    one, result = prepared.input(), prepared.output()
+    one.tensor().set_element_type(openvino.Type.bf16).set_layout(openvino.Layout("NHWC"))
+    one.model().set_layout(openvino.Layout("NCHW"))
+    result.tensor().set_element_type(openvino.Type.bf16)
+    if len(read.output().partial_shape) == 4:
+        result.model().set_layout(openvino.Layout("NCHW"))
+        result.tensor().set_layout(openvino.Layout("NHWC"))
+    settings = {**_one_stream(threads), "INFERENCE_PRECISION_HINT": "bf16"}
+    request = core.compile_model(prepared.build(), "CPU", settings).create_infer_request()
+    rows = x.to(torch.bfloat16).permute(0, 2, 3, 1).contiguous()
+    given = openvino.Tensor(rows.view(torch.uint16).numpy(), list(rows.shape), openvino.Type.bf16)
+    return lambda: request.infer({0: given}, share_inputs=True, share_outputs=True)
+
+
+def _openvino_int8(model: nn.Module, x: Tensor, threads: int) -> Run:
+    """Quantised statically by ONNX Runtime's tool: scales from one batch, per channel for weights."""
+    import openvino
+
+    core = openvino.Core()
+    quantised = core.read_model(io.BytesIO(_quantised_onnx(model, x)))
+    request = core.compile_model(quantised, "CPU", _one_stream(threads)).create_infer_request()
+    feed = {0: x.contiguous().numpy()}
+    return lambda: request.infer(feed, share_inputs=True, share_outputs=True)
+
+
+def _quantised_onnx(model: nn.Module, x: Tensor) -> bytes:
+    from onnxruntime import quantization
+
+    class One(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            self.left = [{name: x.contiguous().numpy()}]
+
+        def get_next(self) -> dict[str, Any] | None:
+            return self.left.pop() if self.left else None
+
+    import onnxruntime
+
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "model.onnx"), Path(folder, "quantised.onnx")
+        source.write_bytes(onnx_bytes(model, x))
+        providers = ["CPUExecutionProvider"]
+        name = onnxruntime.InferenceSession(str(source), providers=providers).get_inputs()[0].name
+        quantization.quantize_static(source, target, One(name), per_channel=True)
+        return target.read_bytes()
+
+
+def _one_stream(threads: int) -> dict[str, Any]:
+    return {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+
+
+def _eager_bf16(model: nn.Module, x: Tensor, threads: int) -> Run:
+    return _eager(_lowered(model), _low_map(x), threads)
+
+
+def _compiled_bf16(model: nn.Module, x: Tensor, threads: int) -> Run:
+    return _compiled(_lowered(model), _low_map(x), threads)
+
+
+def _lowered(model: nn.Module) -> nn.Module:
+    # batch norm is folded in float32, then weights are rounded
+    return fold_batch_norm(model).to(torch.bfloat16)
+
+
+def _low_map(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16, memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -142,4 +215,8 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
     "ONNX Runtime": _onnxruntime,
     "OpenVINO": _openvino,
     "OpenVINO bfloat16": _openvino_bf16,
+    "OpenVINO bfloat16, NHWC bfloat16 maps": _openvino_bf16_maps,
+    "torch eager bfloat16": _eager_bf16,
+    "torch.compile bfloat16": _compiled_bf16,
+    "OpenVINO int8": _openvino_int8,
 }
