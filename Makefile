@@ -7,13 +7,14 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 STAMP := $(VENV)/.quincunx-installed
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint format setup sanitize clean
+.PHONY: demo test lint format setup sanitize aarch64 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
+	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
 	@echo "PYTHON=python3.x and VENV=folder choose the interpreter and the virtual environment"
@@ -52,6 +53,15 @@ sanitize: build/test_kernel
 build/test_kernel: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	$(CXX) -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+
+# the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
+aarch64: build/test_kernel_aarch64
+	qemu-aarch64 build/test_kernel_aarch64
+
+build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
+	@mkdir -p build
+	aarch64-linux-gnu-g++ -Icsrc -std=c++17 -O2 -static \
 		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
 
 clean:
