@@ -5,6 +5,7 @@ float32 (n + 2) eps s, the a-priori bound of a sum in any order; bfloat16 2 eps 
 it sums in float32 and rounds once; the weight gradient of bfloat16 likewise.
 """
 
+import copy
 import multiprocessing
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import quincunx as qx
 from helpers.oracle import Case, assert_close, cases, lay_out
 from quincunx.ops import backend, native, reference, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.geometry import Geometry
@@ -415,6 +417,7 @@ def test_a_changed_weight_is_packed_again(update):
     assert torch.equal(got, sampled_conv2d(x, w.detach().clone(), sampling=CHESSBOARD, padding=1))
 
 
+@pytest.mark.filterwarnings("ignore:a convolution's weight was made in inference mode")
 def test_inference_mode():
     with torch.inference_mode():
         x, w = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
@@ -492,3 +495,36 @@ def test_any_layout_is_read():
     for layout in ("channels_last", "sliced", "transposed"):
         got = sampled_conv2d(lay_out(x, layout), lay_out(w, layout), b, sampling=CHESSBOARD, padding=1)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.5, fused=True),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.5, foreach=True),
+        lambda parameters: torch.optim.Adam(parameters, lr=0.5),
+    ],
+)
+def test_weights_that_an_optimiser_changed_are_packed_again(make):
+    layer = qx.SampledConv2d(3, 4, 3, sampling=qx.CHESSBOARD, padding=1)
+    x, optimizer = torch.randn(2, 3, 8, 8), make(layer.parameters())
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        fresh = copy.deepcopy(layer)
+        torch.testing.assert_close(layer(x), fresh(x))
+
+
+def test_a_weight_made_in_inference_mode_is_right_and_said_once(recwarn):
+    native._say_packed_each_time.cache_clear()
+    with torch.inference_mode():
+        layer, x = qx.SampledConv2d(3, 4, 3, sampling=qx.CHESSBOARD), torch.randn(1, 3, 8, 8)
+        first, second = layer(x), layer(x)
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * first)
+    assert torch.equal(first, second)
+    [said] = [str(one.message) for one in recwarn]
+    assert "made in inference mode" in said
+    assert "packed again at every call" in said

@@ -7,12 +7,15 @@ so that a second call with the same shapes and weights builds no tables and pack
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quincunx.ops.contract import CHANNELS_LAST
@@ -54,6 +57,7 @@ def load() -> str | None:
     try:
         import_module("quincunx._native")
         torch.ops.quincunx_native.isa()
+        _watch_optimisers()
     except (ImportError, OSError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
@@ -110,6 +114,7 @@ def _kept(weight: Tensor, use: bool | str, settings: tuple[int, ...], make: Call
     """Return ``make(weight, *settings)``, recomputed only when the weight or the settings change."""
     # tensors made in inference mode have no version counter, so changes cannot be detected
     if weight.is_inference():
+        _say_packed_each_time()
         return make(weight, *settings)
     entries = _PACKED.setdefault(weight, {})  # type: ignore[no-untyped-call]
     state = (weight._version, weight.data_ptr(), weight.dtype, settings)
@@ -119,6 +124,30 @@ def _kept(weight: Tensor, use: bool | str, settings: tuple[int, ...], make: Call
         entries[use] = entry
     packed: Tensor = entry[1]
     return packed
+
+
+@lru_cache(maxsize=1)
+def _watch_optimisers() -> None:
+    register_optimizer_step_post_hook(_count_fused_step)
+
+
+@lru_cache(maxsize=1)
+def _say_packed_each_time() -> None:
+    warnings.warn(
+        "a convolution's weight was made in inference mode, where torch does not count changes, so it is "
+        "packed again at every call; build or load the network outside torch.inference_mode()",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _count_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Raise the version of weights that a fused optimiser changed, which torch itself does not count."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            changed = [weight for weight in group["params"] if weight in _PACKED]
+            if changed:
+                torch.autograd.graph.increment_version(changed)
 
 
 def _pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
