@@ -22,7 +22,13 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     from quincunx.measure.cost import Cost, cost
     from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
     from quincunx.networks.artifact import load, save
-    from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+    from quincunx.ops import (
+        backend,
+        fill_fitted,
+        fill_nearest,
+        sampled_conv2d,
+        sampled_conv_transpose2d,
+    )
     from quincunx.sampling import (
         CHESSBOARD,
         QUARTER,
@@ -77,6 +83,7 @@ __all__ = [
     "accelerate",
     "backend",
     "cost",
+    "fill_fitted",
     "fill_nearest",
     "fuse",
     "load",

@@ -8,7 +8,7 @@ a sampled map does no multiplication by a structural zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -21,11 +21,13 @@ from quincunx.ops.geometry import Geometry
 from quincunx.sampling import Cosets, from_spec
 
 __all__ = [
+    "FillPlan",
     "Plan",
     "ShiftPlan",
     "WindowPlan",
     "adjoint_plan",
     "collect_plan",
+    "fill_plan",
     "forward_plan",
     "nearest_index",
     "nearest_shares",
@@ -342,6 +344,160 @@ def collect_plan(spec: str, height: int, width: int) -> WindowPlan:
         starts=F.pad(nearest.bincount(minlength=m).cumsum(0), (1, 0)).int(),
         out_size=(m, 1),
     )
+
+
+@dataclass(frozen=True)
+class FillPlan:
+    """The computed positions that each skipped position is filled from, int32.
+
+    Attributes:
+        index: [H W, T] (at least one column); the numbers (0..m-1) of the computed positions that a skipped
+            position reads, the nearest one first, -1 for none; a computed position's own number comes first.
+        kinds: [H W]; the row of coefficients that a skipped position uses, -1 for a computed one.
+        count: how many rows of coefficients there are.
+        taps: T, the columns that count; 0 where skipped positions read nothing.
+        computed, skipped: LongTensors; the row-major indices of both.
+        distance: [count, T] float64; distances of the taps, infinite for none.
+        size: (H, W).
+    """
+
+    index: Tensor
+    kinds: Tensor
+    count: int
+    taps: int
+    computed: Tensor
+    skipped: Tensor
+    distance: Tensor
+    size: tuple[int, int]
+
+    @property
+    def reads(self) -> int:
+        """Values that the skipped positions read of one channel: its multiply-adds."""
+        return int((self.index[self.skipped, : self.taps] >= 0).sum())
+
+    def check(self, weight: Sequence[int], bias: Sequence[int] | None, y: Sequence[int]) -> None:
+        """Refuse coefficients, a bias or a sampled map of other sizes.
+
+        Raises:
+            ValueError: what was expected and what there is.
+        """
+        channels = y[1]
+        # without taps there is nothing that rows could differ in
+        rows = self.count if self.taps else weight[0]
+        if tuple(weight) != (rows, self.taps, channels):
+            raise ValueError(
+                f"weight: expected [{self.count}, {self.taps}, {channels}] for this sampling on a grid of "
+                f"{self.size[0]} x {self.size[1]}, got {tuple(weight)}"
+            )
+        if bias is not None and tuple(bias) != (self.count, channels):
+            raise ValueError(f"bias: expected [{self.count}, {channels}], got {tuple(bias)}")
+        if bias is not None and not self.taps and len(self.skipped):
+            raise ValueError("bias: expected None where skipped positions read nothing")
+        if len(y) > 2 and tuple(y[2:]) != (len(self.computed), 1):
+            raise ValueError(f"y: expected [N, C, {len(self.computed)}, 1], got {tuple(y)}")
+
+
+@_kept
+def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
+    """Tables of a fill that combines computed positions.
+
+    For cosets the skipped positions of one residue class share coefficients. Their taps are the computed
+    positions at most ``reach`` rows and columns away, farther where a class has none so near; a tap outside
+    the grid, or on the grid's border where it hits none, is the computed position nearest to it. For other
+    samplings each skipped position has its own coefficients and the ``reach`` nearest computed positions.
+    The first tap is always the one that the nearest fill copies. A ``reach`` of 0 gives no taps.
+    """
+    sampling = from_spec(spec)
+    computed = position_index(spec, height, width)
+    mask = torch.zeros(height * width, dtype=torch.bool)
+    mask[computed] = True
+    skipped = (~mask).nonzero().flatten()
+    if isinstance(sampling, Cosets):
+        offsets, classes = _class_taps(sampling, reach)
+        row, col = skipped // width, skipped % width
+        kind = classes[row % sampling.period, col % sampling.period].long()
+        table, distance = _tap_table(spec, offsets, kind, row, col, (height, width))
+        count = len(offsets)
+    else:
+        kind, count = torch.arange(len(skipped)), len(skipped)
+        table, distance = _neighbour_table(skipped, computed, width, min(reach, len(computed)))
+    taps = table.shape[1]
+    if taps:
+        table[:, 0] = nearest_index(spec, height, width)[skipped]
+    index = torch.full((height * width, max(1, taps)), -1, dtype=torch.int32)
+    index[computed, 0] = torch.arange(len(computed), dtype=torch.int32)
+    if taps:
+        index[skipped] = table.int()
+    kinds = torch.full((height * width,), -1, dtype=torch.int32)
+    kinds[skipped] = kind.int()
+    return FillPlan(index, kinds, count, taps, computed, skipped, distance, (height, width))
+
+
+def _class_taps(sampling: Cosets, reach: int) -> tuple[list[list[tuple[int, int]]], Tensor]:
+    """Per skipped residue class (rows down, columns across) its taps (down, across), nearest first."""
+    period, kept = sampling.period, set(sampling.offsets)
+    classes = torch.full((period, period), -1)
+    offsets: list[list[tuple[int, int]]] = []
+    for b in range(period):
+        for a in range(period):
+            if (a, b) in kept:
+                continue
+            found: list[tuple[int, int]] = []
+            radius = reach
+            while reach and not found:
+                span = range(-radius, radius + 1)
+                around = [(r, c) for r in span for c in span]
+                found = [(r, c) for r, c in around if ((a + c) % period, (b + r) % period) in kept]
+                radius += 1
+            classes[b, a] = len(offsets)
+            offsets.append(sorted(found, key=lambda at: (at[0] ** 2 + at[1] ** 2, at)))
+    return offsets, classes
+
+
+def _tap_table(
+    spec: str,
+    offsets: list[list[tuple[int, int]]],
+    kind: Tensor,
+    row: Tensor,
+    col: Tensor,
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """For each skipped position of cosets the computed ones its taps hit, and the taps' distances."""
+    height, width = size
+    taps = max((len(found) for found in offsets), default=0)
+    nearest = nearest_index(spec, height, width)
+    table = torch.full((len(kind), taps), -1, dtype=torch.long)
+    distance = torch.full((len(offsets), taps), float("inf"), dtype=torch.float64)
+    for number, found in enumerate(offsets):
+        members = (kind == number).nonzero().flatten()
+        for tap, (down, across) in enumerate(found):
+            r = (row[members] + down).clamp(0, height - 1)
+            c = (col[members] + across).clamp(0, width - 1)
+            table[members, tap] = nearest[r * width + c]
+            distance[number, tap] = (down**2 + across**2) ** 0.5
+    return table, distance
+
+
+# of distances between skipped and computed positions that are held at a time
+_DISTANCES = 1 << 24
+
+
+def _neighbour_table(skipped: Tensor, computed: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the nearest computed positions, and their distances; ties by row-major index."""
+    m = len(computed)
+    table = torch.empty(len(skipped), count, dtype=torch.long)
+    distance = torch.empty(len(skipped), count, dtype=torch.float64)
+    if not count:
+        return table, distance
+    step = max(1, _DISTANCES // m)
+    for first in range(0, len(skipped), step):
+        some = skipped[first : first + step]
+        squares = (some[:, None] // width - computed // width) ** 2
+        squares = squares + (some[:, None] % width - computed % width) ** 2
+        key = (squares * m + torch.arange(m)).topk(count, largest=False, sorted=True).values
+        table[first : first + step] = key % m
+        distance[first : first + step] = (key // m).double().sqrt()
+    return table, distance
 
 
 def _phase(geometry: Geometry, axis: int, tap: int) -> tuple[int, int]:
