@@ -20,7 +20,7 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     )
     from quincunx.layers.separable import CPConv2d, EspaceConv2d, SeparableConv2d
     from quincunx.measure.cost import Cost, cost
-    from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
+    from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, Perforate, SpatialBottleneck
     from quincunx.networks.artifact import load, save
     from quincunx.ops import (
         backend,
@@ -67,6 +67,7 @@ __all__ = [
     "EvenGrid",
     "LowRank",
     "Method",
+    "Perforate",
     "PerforatedConv2d",
     "Positions",
     "QuantConv2d",

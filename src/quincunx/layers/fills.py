@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quincunx.ops import fill_fitted
 from quincunx.ops.geometry import pair
-from quincunx.ops.plan import fill_plan
+from quincunx.ops.plan import FillPlan, fill_plan
 from quincunx.sampling import Cosets, Positions, Sampling
 
 __all__ = ["FILLS", "REACHES", "FittedFill2d", "check_fill"]
@@ -113,6 +113,10 @@ class FittedFill2d(nn.Module):
             if self.gain is not None:
                 self.gain.fill_(1)
             self.bias.zero_()
+
+    def plan(self, height: int, width: int) -> FillPlan:
+        """Which computed positions each skipped one reads on a grid."""
+        return fill_plan(self.sampling.spec, height, width, self.reach)
 
     @property
     def present(self) -> Tensor:

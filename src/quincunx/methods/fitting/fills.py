@@ -304,25 +304,24 @@ class _Kernel:
         )
         return whole
 
-    def gradient(self, kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Of half the squared error, and the squared error."""
+    def slope(self, kernel: Tensor, bias: Tensor, affine: bool) -> tuple[Tensor, Tensor, float]:
+        """Of half the squared error, and the squared error: one pass over the data.
+
+        Without ``affine`` of half the squared change of the answers along a direction, which is the direction
+        times the matrix of the normal equations.
+        """
         kernel, bias = kernel.detach().requires_grad_(), bias.detach().requires_grad_()
         slopes = [torch.zeros_like(t, dtype=torch.float64) for t in (kernel, bias)]
         squares = 0.0
         for x, response in self.pairs:
             with torch.enable_grad():
-                rest = self.answer(x, kernel, bias, True) - response
+                rest = self.answer(x, kernel, bias, affine)
+                rest = rest - response if affine else rest
                 found = torch.autograd.grad(rest, (kernel, bias), rest.detach())
             for total, slope in zip(slopes, found, strict=True):
                 total += slope
             squares += float(rest.detach().double().square().sum())
         return slopes[0], slopes[1], squares
-
-    def curvature(self, kernel: Tensor, bias: Tensor) -> float:
-        """The squared change of the answers along a direction."""
-        return sum(
-            float(self.answer(x, kernel, bias, False).double().square().sum()) for x, _ in self.pairs
-        )
 
     def conditioned(self, kernel: Tensor) -> Tensor:
         """A slope by the inverse moments of what the kernel reads, for each channel group."""
@@ -337,40 +336,32 @@ def _refit_kernel(layer: PerforatedConv2d, pairs: Pairs, conditioner: Tensor, st
     Few steps from where the kernel is: what the data says least about changes least.
     """
     problem = _Kernel(layer, pairs, conditioner)
-    kernel, own = layer.weight.detach().clone(), layer.bias is not None
+    kernel = layer.weight.detach().clone()
+    own = layer.bias is not None
     bias = layer.bias.detach().clone() if layer.bias is not None else kernel.new_zeros(layer.out_channels)
+    # per sample, as the conditioner's moments are; a bias is read as 1 everywhere
+    samples = float(sum(r.shape[0] * r.shape[2] * r.shape[3] for _, r in pairs))
+    slope, offset, _ = problem.slope(kernel, bias, True)
     step: tuple[Tensor, Tensor] | None = None
     before = 0.0
-    lowest = float("inf")
-    samples: float | None = None
-    for _ in range(steps + 1):
-        slope, offset, squares = problem.gradient(kernel, bias)
-        if not squares < lowest:
-            break
-        lowest = squares
-        with torch.no_grad():
-            layer.weight.copy_(kernel)
-            if layer.bias is not None:
-                layer.bias.copy_(bias)
-        if not own:
-            offset = torch.zeros_like(offset)
-        if samples is None:
-            samples = float(sum(r.shape[0] * r.shape[2] * r.shape[3] for _, r in pairs))
-        # per sample, as the conditioner's moments are; a bias is read as 1 everywhere
-        toward = problem.conditioned(slope / samples), offset / samples
+    for _ in range(steps):
+        toward = problem.conditioned(slope / samples), offset / samples if own else torch.zeros_like(offset)
         energy = float((slope * toward[0]).sum() + (offset * toward[1]).sum())
-        if energy <= 0:
+        if not energy > 0:
             break
         share = 0.0 if step is None else energy / before
         before = energy
         step = toward if step is None else (toward[0] + share * step[0], toward[1] + share * step[1])
-        with torch.no_grad():
-            down = step[0].to(kernel), step[1].to(bias)
-            curvature = problem.curvature(*down)
+        product, of_bias, curvature = problem.slope(step[0].to(kernel), step[1].to(bias), False)
         if not curvature > 0:
             break
         length = float((slope * step[0]).sum() + (offset * step[1]).sum()) / curvature
-        kernel, bias = kernel - length * down[0], bias - length * down[1]
+        kernel, bias = kernel - length * step[0].to(kernel), bias - length * step[1].to(bias)
+        slope, offset = slope - length * product, offset - length * of_bias
+    with torch.no_grad():
+        layer.weight.copy_(kernel)
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
 
 
 def fit_perforated(
