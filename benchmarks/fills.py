@@ -1,8 +1,8 @@
 """What skipped positions cost a trained network, by fill: nothing is fine-tuned.
 
-All 3 x 3 convolutions of stride 1 of a network are perforated at 3/4 and at 2/4 of their positions, filled with
-zeros, with the nearest value, and with fitted combinations, with kernels as they were and refitted. Then each
-convolution alone: the share of its responses' power that is lost on test images, by kind of layer.
+All 3 x 3 convolutions of stride 1 of a network are perforated at 3/4 and at 2/4 of their positions, filled
+with zeros, with the nearest value, and with fitted combinations, with kernels as they were and refitted. Then
+each convolution alone: the share of its responses' power that is lost on test images, by kind of layer.
 
 python benchmarks/fills.py --weights resnet20.th --data cifar10-png-small.tar.gz --out results/fills.json
 """

@@ -43,7 +43,7 @@ def values(sampling, size, reach, channels=3, dtype=torch.float64, batch=2):
 
 
 def taps_of(sampling, size, reach):
-    """For each skipped position, in order: its row of coefficients and the computed positions that it reads."""
+    """For each skipped position, in order: its row of coefficients and the computed ones that it reads."""
     mask = sampling.mask(*size)
     computed = [(r, c) for r, c in np.ndindex(*size) if mask[r, c]]
     skipped = [(r, c) for r, c in np.ndindex(*size) if not mask[r, c]]

@@ -120,8 +120,8 @@ class Step:
 
     Attributes:
         kind: "dense", "sampled" (to a sampled map), "filled" (sampled, read by others as if filled
-            from the nearest computed position), "fitted" (sampled, and made whole by ``filling``), "transposed"
-            (from a sampled map) or "mean" (of the window
+            from the nearest computed position), "fitted" (sampled, and made whole by ``filling``),
+            "transposed" (from a sampled map) or "mean" (of the window
             that begins at each computed position, over what lies inside the map; filled likewise).
         weight: [O, C / groups, kh, kw]; of "transposed" [C, O / groups, kh, kw]; of "mean"
             empty, [C, 0, kh, kw].

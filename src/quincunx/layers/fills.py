@@ -15,8 +15,8 @@ from quincunx.sampling import Cosets, Positions, Sampling
 __all__ = ["FILLS", "REACHES", "FittedFill2d", "check_fill"]
 
 FILLS = ("zero", "nearest", "fitted")
-# how far a fitted fill reads by default: a window of 5 x 5 for cosets, so many computed positions for masks
-REACHES = {"cosets": 2, "mask": 4}
+# how far a fitted fill reads by default: a window of 3 x 3 for cosets, so many computed positions for masks
+REACHES = {"cosets": 1, "mask": 4}
 
 
 def check_fill(fill: str) -> str:
@@ -43,7 +43,7 @@ class FittedFill2d(nn.Module):
         channels: C.
         sampling: which positions are computed.
         reach: rows and columns of the window to each side (1 for 3 x 3, 2 for 5 x 5), or for samplings that
-            are no cosets the number of computed positions that are read. By default 2, or 4.
+            are no cosets the number of computed positions that are read. By default 1, or 4.
         size: the grid (H, W), needed for samplings that are no cosets and have no grid of their own; such a
             fill serves this grid only.
 
@@ -82,8 +82,8 @@ class FittedFill2d(nn.Module):
             size = sampling.size
         elif size is None:
             raise ValueError(
-                f"size=None: the coefficients of a fitted fill belong to the positions of {sampling!r} on one "
-                "grid; give its (height, width)"
+                f"size=None: the coefficients of a fitted fill belong to the positions of {sampling!r} on "
+                "one grid; give its (height, width)"
             )
         self.channels, self.sampling, self.reach = channels, sampling, reach
         self.size = None if cosets else pair("size", tuple(size), 1)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from quincunx.layers.attributes import ConvLike, kernel_of_halves
 from quincunx.layers.sampled import PerforatedConv2d
 from quincunx.ops import filled_conv2d, sampled_conv2d
-from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
+from quincunx.ops.geometry import Padding, expand_padding, pair
 from quincunx.sampling import Positions, Sampling, from_spec
 
 __all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "mask_at_size", "resized"]
@@ -240,7 +240,9 @@ class EspaceConv2d(ConvLike):
     def spec(self) -> dict[str, Any]:
         """JSON-ready; what builds it again."""
         halves = [self.vertical.spec, self.horizontal.spec]
-        found = {name: halves[0][name] for name in ("fill", "fill_reach") if name in halves[0]}
+        found: dict[str, Any] = {
+            name: halves[0][name] for name in ("fill", "fill_reach") if name in halves[0]
+        }
         if "fill_size" in halves[0]:
             found["fill_sizes"] = [half["fill_size"] for half in halves]
         return self._spec | found
@@ -263,7 +265,7 @@ class EspaceConv2d(ConvLike):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy) or self.vertical.fill != "nearest":
             # a tracer is shown two perforated convolutions; programs join such without filling
-            return self.horizontal(self.vertical(x))
+            return self.horizontal(self.vertical(x))  # type: ignore[no-any-return]
         between = self.vertical.grid(x.shape[2], x.shape[3])
         y = self.vertical(x, compact=True)
         return self.horizontal(y, source=self.vertical.mask_at_size(between), size=between)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from quincunx.surgery.method import Replacement, Work, each
 
 __all__ = ["Perforate"]
 
-SAMPLINGS = ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
+SAMPLINGS: tuple[tuple[Sampling, str], ...] = ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Perforate:
         fill: "fitted"; or "nearest" (the value of the nearest computed position) or "zero", which need no
             data. Without calibration data a fitted fill is the mean of the nearest computed positions.
         reach: of a fitted fill: for cosets rows and columns of its window to each side, else how many
-            computed positions it reads. By default 2 (5 x 5) and 4.
+            computed positions it reads. By default 1 (3 x 3) and 4.
         refits: how often kernel and fill are fitted in turn; 0 leaves the kernel as it is.
         pointwise: whether 1 x 1 convolutions are perforated too.
         positions: most positions of an image that moments of the kernel's inputs are summed over.
@@ -107,7 +107,7 @@ class Perforate:
 
     def label(self, pair: bool = False) -> str:
         """Its settings in a few words."""
-        named = {sampling: text for sampling, text in SAMPLINGS}
+        named = dict(SAMPLINGS)
         return ", ".join([self.name, named.get(self.sampling, repr(self.sampling)), self.fill])
 
     def refuse(self, layer: Layer, context: Context) -> str | None:

@@ -8,8 +8,8 @@ the sum over the computed positions p: ``conv`` gives dT/dy, ``conv_transpose`` 
 ``conv_weight`` dT/dw. So each one's derivatives are the other two, to any order.
 ``conv_filled`` is ``conv`` of ``fill`` without the filled map, which would lie on the grid ``size``.
 
-``fill_fitted`` is an affine map of a sampled map, linear in its coefficients w [R, T, C]: computed positions keep
-their values, the others are combinations of T computed ones. ``collect_fitted`` is its adjoint and
+``fill_fitted`` is an affine map of a sampled map, linear in its coefficients w [R, T, C]: computed positions
+keep their values, the others are combinations of T computed ones. ``collect_fitted`` is its adjoint and
 ``fill_fitted_weight`` its derivative by w.
 
 ``binary_conv`` is the dense convolution with weights +1 and -1, each given as one bit; it is for inference
@@ -48,7 +48,8 @@ OPERATORS = {
     f"{_GEOMETRY}) -> Tensor",
     "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
     "collect": "(Tensor z, str sampling) -> Tensor",
-    "fill_fitted": "(Tensor y, Tensor weight, Tensor? bias, str sampling, SymInt[] size, int reach) -> Tensor",
+    "fill_fitted": "(Tensor y, Tensor weight, Tensor? bias, str sampling, SymInt[] size, int reach) "
+    "-> Tensor",
     "collect_fitted": "(Tensor z, Tensor weight, str sampling, int reach) -> Tensor",
     "fill_fitted_weight": "(Tensor y, Tensor z, str sampling, int reach, SymInt[] shape) -> Tensor",
     "binary_conv": "(Tensor x, Tensor bits, Tensor? scale, Tensor? bias, int[] kernel, int[] stride, "

@@ -1,8 +1,8 @@
 """Fits a perforated convolution to a layer's responses: its fill, then its kernel, in turn.
 
-The fill is least squares on second moments, summed in float64 in one pass over the data. The kernel, given the
-fill, is least squares too: conjugate gradients on the responses, so that computed positions and those that are
-filled from them give the responses together. Neither step ever raises the error on the calibration data.
+The fill is least squares on second moments, summed in float64 in one pass over the data. The kernel, given
+the fill, is least squares too: conjugate gradients on the responses, so that computed positions and those
+that are filled from them give the responses together. No step raises the error on the calibration data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Errors", "FillMoments", "Held", "fit_perforated"]
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 
-# of a class's or a position's mean tap power; holds coefficients that little data says little about near the start
+# of a class's or a position's mean tap power; holds what little data says little about near the start
 _RIDGE = {"cosets": 1e-4, "mask": 1e-2}
 # tried one after the other where a ridge leaves more error than the nearest fill
 _LESS = (1.0, 1e-2, 1e-4, 0.0)
@@ -376,10 +376,10 @@ def fit_perforated(
 ) -> dict[str, Any]:
     """Fit a perforated layer with a fitted fill, in place, to (input, response) pairs.
 
-    First the fill is fitted with the layer's own kernel. Then the kernel is fitted at the computed positions to
-    the responses, which differ from the kernel's own where the input is approximated, and the fill again.
-    Then, in turn, the kernel for computed and filled positions together and the fill. A stage that leaves more
-    error than the one before is taken back; so errors never rise, on the data of the fit.
+    First the fill is fitted with the layer's own kernel. Then the kernel is fitted at the computed positions
+    to the responses, which differ from the kernel's own where the input is approximated, and the fill again.
+    Then, in turn, the kernel for computed and filled positions together and the fill. A stage that leaves
+    more error than the one before is taken back; so errors never rise, on the data of the fit.
 
     Args:
         layer: has the kernel of ``conv``.
@@ -390,7 +390,7 @@ def fit_perforated(
         positions, seed: as :class:`quincunx.methods.fitting.moments.Accumulator` has them.
 
     Returns:
-        A record: "response_error", "nearest_error" (of the nearest fill with the same kernel as at first), and
+        A record: "response_error", "nearest_error" (of the nearest fill with the kernel of ``conv``), and
         "stages", pairs of a stage's name and its error.
 
     Raises:
