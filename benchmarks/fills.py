@@ -36,7 +36,6 @@ FILLS: dict[str, dict[str, Any]] = {
     "fitted, 3 x 3, fill alone": {"fill": "fitted", "reach": 1, "refits": 0},
     "fitted, 5 x 5, fill alone": {"fill": "fitted", "reach": 2, "refits": 0},
     "fitted, 3 x 3": {"fill": "fitted", "reach": 1},
-    "fitted, 5 x 5": {"fill": "fitted", "reach": 2},
     "fitted, 3 x 3, two turns": {"fill": "fitted", "reach": 1, "refits": 2},
 }
 

@@ -180,10 +180,9 @@ def test_it_is_published():
 @pytest.mark.parametrize("mask", ["impact", "uniform"])
 def test_espace_with_fitted_fills(mask):
     torch.manual_seed(3)
-    network = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    ).eval()  # fmt: skip
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    layers += [nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = nn.Sequential(*layers).eval()
     images = [smooth(16, 4, 8, 8, seed=s) for s in range(2)]
     errors = {}
     for fill in ("nearest", "fitted"):

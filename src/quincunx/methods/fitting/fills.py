@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ _RIDGE = {"cosets": 1e-4, "mask": 1e-2}
 _LESS = (1.0, 1e-2, 1e-4, 0.0)
 # bytes of inputs and responses that are kept instead of computed again
 _MOST_KEPT = 1 << 30
-# doubles of one block of taps
-_BLOCK = 1 << 23
+# doubles of one block of taps; what stays in a near cache is added up fastest
+_BLOCK = 1 << 18
 
 
 class Held:
@@ -110,46 +111,46 @@ class FillMoments:
     def add(self, y: Tensor, response: Tensor) -> None:
         """A batch: the sampled map [N, C, m, 1] and the responses [N, C, H', W']."""
         plan, device = self.plan, y.device
-        rows, flat = y.squeeze(3).double(), response.flatten(2).double()
-        self.computed += float((rows - flat[:, :, plan.computed.to(device)]).square().sum())
-        self.sums[0] += flat.square().sum((0, 2))
-        self.sums[1] += flat.sum((0, 2))
-        self.sums[2] += len(flat) * flat.shape[2]
+        # position by position, as maps lie in memory
+        rows, flat = y.squeeze(3).transpose(1, 2), response.permute(0, 2, 3, 1).flatten(1, 2)
+        here = flat.index_select(1, plan.computed.to(device)).double()
+        self.computed += float((rows.double() - here).square().sum())
+        wide = flat.double()
+        self.sums[0] += wide.square().sum((0, 1))
+        self.sums[1] += wide.sum((0, 1))
+        self.sums[2] += len(flat) * flat.shape[1]
         index, kinds = plan.index[plan.skipped].long().to(device), plan.kinds[plan.skipped].to(device)
+        skipped = plan.skipped.to(device)
         if self.shared:
-            self._add_positions(rows, flat, index)
+            self._add(slice(None), rows, flat, index, skipped)
             return
         for kind in range(plan.count):
             members = (kinds == kind).nonzero().flatten()
-            if not len(members):
-                continue
-            taps = int((index[members[0]] >= 0).sum())
-            read = index[members, :taps]
-            step = max(1, _BLOCK // (len(members) * max(1, taps) * self.channels))
-            for first in range(0, len(rows), step):
-                u = rows[first : first + step, :, read].permute(1, 3, 0, 2).flatten(2)  # [C, T, samples]
-                r = flat[first : first + step][:, :, plan.skipped.to(device)[members]].transpose(0, 1)
-                r = r.flatten(1)[:, :, None]
-                self.gram[kind, :, :taps, :taps] += u @ u.transpose(1, 2)
-                self.cross[kind, :, :taps] += (u @ r).squeeze(2)
-                self.sum_tap[kind, :, :taps] += u.sum(2)
-                self.sum_response[kind] += r.sum((1, 2))
-                self.power[kind] += r.square().sum((1, 2))
-                self.count[kind] += r.shape[1]
+            if len(members):
+                taps = int((index[members[0]] >= 0).sum())
+                self._add(slice(kind, kind + 1), rows, flat, index[members, :taps], skipped[members])
 
-    def _add_positions(self, rows: Tensor, flat: Tensor, index: Tensor) -> None:
-        """Each position's own moments, of all channels and images."""
-        step = max(1, _BLOCK // max(1, index.numel() * self.channels))
-        skipped = self.plan.skipped.to(rows.device)
+    def _add(self, kinds: slice, rows: Tensor, flat: Tensor, index: Tensor, skipped: Tensor) -> None:
+        """Sums over images and positions for each channel, or over images and channels for each position."""
+        over = (0, 2) if self.shared else (0, 1)
+        place = partial(torch.unsqueeze, dim=1 if self.shared else 0)
+        taps = index.shape[1]
+        step = max(1, _BLOCK // (len(skipped) * (taps + 1) * self.channels))
         for first in range(0, len(rows), step):
-            u = rows[first : first + step][:, :, index].permute(2, 3, 0, 1).flatten(2)  # [S, T, samples]
-            r = flat[first : first + step][:, :, skipped].permute(2, 0, 1).flatten(1)
-            self.gram[:, 0] += u @ u.transpose(1, 2)
-            self.cross[:, 0] += (u @ r[:, :, None]).squeeze(2)
-            self.sum_tap[:, 0] += u.sum(2)
-            self.sum_response[:, 0] += r.sum(1)
-            self.power[:, 0] += r.square().sum(1)
-            self.count += r.shape[1]
+            some = rows[first : first + step]
+            u = [some.index_select(1, index[:, tap]).double() for tap in range(taps)]
+            r = flat[first : first + step].index_select(1, skipped).double()
+            for i in range(taps):
+                for j in range(i, taps):
+                    product = place((u[i] * u[j]).sum(over))
+                    self.gram[kinds, :, i, j] += product
+                    if j > i:
+                        self.gram[kinds, :, j, i] += product
+                self.cross[kinds, :, i] += place((u[i] * r).sum(over))
+                self.sum_tap[kinds, :, i] += place(u[i].sum(over))
+            self.sum_response[kinds] += place(r.sum(over))
+            self.power[kinds] += place((r * r).sum(over))
+            self.count[kinds] += r.shape[0] * (r.shape[2] if self.shared else r.shape[1])
 
     def solve(self, start: Tensor) -> tuple[Tensor, Tensor]:
         r"""Coefficients [R, C or 1, T] and biases [R, C or 1] of least squares, held near a start.
