@@ -289,7 +289,7 @@ def fills() -> str:
 
 
 def fills_by_kind() -> str:
-    """What perforation alone loses of a layer's responses, by the layer's kernel, stride, channels and map."""
+    """What perforation loses of a layer's responses, by the layer's kernel, stride, channels and map."""
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in read("fills.json")["layers"]:
         kernel, size = (" x ".join(map(str, row[key])) for key in ("kernel", "size"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quincunx.layers.fills import check_fill
 from quincunx.layers.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.methods.fitting.fills import Held, fit_perforated
-from quincunx.methods.fitting.impact import MASKS, Loss, impacts, mask_of, without_gradient
+from quincunx.methods.fitting.impact import ESTIMATED, MASKS, Loss, impacts, mask_of, without_gradient
 from quincunx.methods.fitting.separable import separable
 from quincunx.methods.fitting.settings import (
     SeparableFit,
@@ -51,7 +51,8 @@ class Espace(SeparableFit):
             full rank min(C dh, O dw) in (0, 1], or "full". A mapping of patterns to these gives layers their
             own, the first that matches a name; layers without one stay.
         rate: share of the positions that are computed, in (0, 1], or a pair for the two halves.
-        mask: "impact", "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
+        mask: "impact"; "residual", the impact of what a position's neighbours do not say of it, which is what
+            a fill leaves; "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
         pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
         resize_masks: whether impact masks may be resized to inputs of another size; otherwise such
             inputs are refused.
@@ -154,7 +155,7 @@ class Espace(SeparableFit):
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""
-        impact = self.mask == "impact"
+        impact = self.mask in ESTIMATED
         if conv_of(layer).kernel_size != (1, 1):
             reason = self.separable_refusal(layer, self.with_data(context))
         elif self.pointwise:
@@ -168,10 +169,10 @@ class Espace(SeparableFit):
     def _no_positions(self, layer: Layer) -> str | None:
         """Why masks made by a rule cannot be laid on a layer's grids, where these are known."""
         if layer.output_shape is None:
-            if self.fill == "fitted" and self.mask != "impact":
+            if self.fill == "fitted" and self.mask not in ESTIMATED:
                 return "its grid, which coefficients belong to, is not known; give an example input"
             return None
-        if self.mask == "impact":
+        if self.mask in ESTIMATED:
             return None
         grids = [layer.grid]
         if conv_of(layer).kernel_size != (1, 1):
@@ -189,14 +190,14 @@ class Espace(SeparableFit):
         Raises:
             ValueError: impact masks without calibration data.
         """
-        if self.mask == "impact" and context.calibration is None:
+        if self.mask in ESTIMATED and context.calibration is None:
             raise ValueError(
-                "calibration=None: impact masks are estimated on data; give input batches, or choose "
+                f"calibration=None: {self.mask} masks are estimated on data; give input batches, or choose "
                 "mask='uniform' or mask='random'"
             )
         with_data = self.with_data(context)
         # what the loss says no gradient of is known, and labels are looked at, before any fit is spent
-        unmasked = self._without_impact(layers, context) if self.mask == "impact" and layers else set()
+        unmasked = self._without_impact(layers, context) if self.mask in ESTIMATED and layers else set()
         layers = [layer for layer in layers if layer.name not in unmasked]
         wide = [layer for layer in layers if conv_of(layer).kernel_size != (1, 1)]
         ranks = self.ranks(wide, context, with_data) if wide else {}
@@ -243,9 +244,12 @@ class _EspaceWork:
     def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
         """Masks for every layer, estimated on the network of low rank; or why a layer can have none."""
         found: dict[str, Tensor] = {}
-        if self.method.mask == "impact" and done:
+        if self.method.mask in ESTIMATED and done:
             places = {place: half for name in done for place, half in _halves(name, done[name].module)}
-            found = impacts(self.context.network, places, self.context.data, self.method.loss)
+            residual = self.method.mask == "residual"
+            found = impacts(
+                self.context.network, places, self.context.data, self.method.loss, residual=residual
+            )
         made: dict[str, Replacement | str] = {}
         for name, replacement in done.items():
             seen = [found[place] for place, _ in _halves(name, replacement.module) if place in found]
