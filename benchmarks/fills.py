@@ -86,6 +86,38 @@ def network_rows(model: nn.Module, data: ImageData, images: list[Tensor]) -> Ite
             }
 
 
+# name of a row: fill and mask of ESPACE at half of the rank and half of the positions
+MASKS = {
+    "impact, nearest (the paper's)": ("nearest", "impact"),
+    "impact, fitted": ("fitted", "impact"),
+    "residual, nearest": ("nearest", "residual"),
+    "residual, fitted": ("fitted", "residual"),
+    "uniform, nearest": ("nearest", "uniform"),
+    "uniform, fitted": ("fitted", "uniform"),
+}
+
+
+def mask_rows(model: nn.Module, data: ImageData, images: list[Tensor]) -> Iterator[dict[str, Any]]:
+    """All layers of stride 1 at half of their rank, and then at half of their positions."""
+    x = images[0][:1]
+    macs = qx.cost(model, x).macs
+    low = {"low rank alone": qx.LowRank(rank=0.5)}
+    methods = {
+        name: qx.Espace(rank=0.5, rate=0.5, mask=mask, fill=fill) for name, (fill, mask) in MASKS.items()
+    }
+    for name, method in {**low, **methods}.items():
+        found = qx.accelerate(model, method, where=stride_one, calibration=images)
+        score = evaluate(found.model, data.test, data)
+        yield {
+            "method": name,
+            "layers": len(found.replaced),
+            "wrong": score.error,
+            "loss": score.loss,
+            "images": score.images,
+            "mac_ratio": macs / qx.cost(found.model, x).macs,
+        }
+
+
 @torch.no_grad()
 def lost(layer: nn.Module, dense: nn.Module, inputs: list[Tensor]) -> float:
     """E|r - y|^2 / E|r - mean r|^2 of a layer's answers y where the dense one gives r."""
@@ -143,7 +175,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=500, help="calibration images")
-    parser.add_argument("--layers", type=int, default=200, help="images for each layer alone; 0 for none")
+    parser.add_argument("--layers", type=int, default=200, help="images for each layer alone")
+    parser.add_argument("--parts", default="networks,masks,layers", help="which of these to measure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
@@ -161,13 +194,21 @@ def main() -> None:
         "network": options.network,
         "calibration": BATCH * len(images),
         "rows": [],
+        "masks": [],
         "layers": [],
     }
-    for row in network_rows(model, data, images):
-        result["rows"].append(row)
-        print(f"{row['sampling']:4} {row['fill']:28} {row['wrong']:7.1%} wrong", flush=True)
-        write_json(options.out, result)
-    if options.layers:
+    parts = options.parts.split(",")
+    if "networks" in parts:
+        for row in network_rows(model, data, images):
+            result["rows"].append(row)
+            print(f"{row['sampling']:4} {row['fill']:28} {row['wrong']:7.1%} wrong", flush=True)
+            write_json(options.out, result)
+    if "masks" in parts:
+        for row in mask_rows(model, data, images):
+            result["masks"].append(row)
+            print(f"{row['method']:32} {row['wrong']:7.1%} wrong", flush=True)
+            write_json(options.out, result)
+    if "layers" in parts:
         for row in layer_rows(model, data, images[: max(1, options.layers // BATCH)], options.layers):
             result["layers"].append(row)
             print(row["layer"], row["nearest 2/4"], row["fitted 2/4"], flush=True)
