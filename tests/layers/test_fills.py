@@ -1,5 +1,8 @@
 """Layers whose skipped positions are filled: settings, starts, specs, training, artifacts."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +109,33 @@ def test_an_artifact_keeps_it(tmp_path):
     qx.save(result.model, tmp_path / "net")
     with torch.no_grad():
         assert torch.equal(qx.load(tmp_path / "net").eval()(images[0]), result.model.eval()(images[0]))
+
+
+def test_an_artifact_is_read_in_another_process(tmp_path):
+    network = qx.networks.build("cifar-resnet8", width=4).eval()
+    images = [torch.randn(4, 3, 8, 8)]
+    first = qx.accelerate(network, qx.Perforate(CHESSBOARD), where=["conv1"], calibration=images)
+    fits = [name for name, layer in network.named_modules() if getattr(layer, "stride", 0) == (1, 1)][1:3]
+    made = qx.accelerate(first.model, qx.Perforate(MASK), where=fits, calibration=images)
+    assert made.replaced
+    qx.save(made.model, tmp_path / "net")
+    program = "import sys, quincunx as qx; print(type(qx.load(sys.argv[1])).__name__)"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "net"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"fill_size": [1 << 20, 1 << 20]}, "too large"),
+        ({"fill_reach": 10**9}, "reach=1000000000"),
+        ({"sampling": Cosets(10**6, [(0, 0)]).spec, "fill_size": None}, "period=1000000"),
+    ],
+)
+def test_sizes_that_a_file_claims_are_refused_before_tables_are_made(changed, message):
+    spec = layer_of(Random(0.3, seed=1)).spec | changed
+    with pytest.raises(ValueError, match=message):
+        build_module(spec)
 
 
 def test_its_multiply_adds_are_counted():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quincunx.ops import fill_fitted
 from quincunx.ops.geometry import pair
-from quincunx.ops.plan import FillPlan, fill_plan
+from quincunx.ops.plan import FillPlan, coset_taps, fill_plan, fill_sizes, tap_distances
 from quincunx.sampling import Cosets, Positions, Sampling
 
 __all__ = ["FILLS", "REACHES", "FittedFill2d", "check_fill"]
@@ -86,42 +86,51 @@ class FittedFill2d(nn.Module):
                 "one grid; give its (height, width)"
             )
         self.channels, self.sampling, self.reach = channels, sampling, reach
-        self.size = None if cosets else pair("size", tuple(size), 1)
-        plan = fill_plan(sampling.spec, int(size[0]), int(size[1]), reach)
-        self._distance = plan.distance
+        height, width = pair("size", tuple(size), 1)
+        self.size = None if cosets else (height, width)
+        # no table yet: the sizes of a file's layers are looked at before memory is taken for them
+        rows, taps = fill_sizes(sampling, reach, height, width)
         if cosets:
-            self.weight = nn.Parameter(torch.empty(plan.count, plan.taps, channels))
+            self.weight = nn.Parameter(torch.empty(rows, taps, channels))
             self.gain = None
-            self.bias = nn.Parameter(torch.empty(plan.count, channels))
+            self.bias = nn.Parameter(torch.empty(rows, channels))
         else:
-            self.weight = nn.Parameter(torch.empty(plan.count, plan.taps))
+            self.weight = nn.Parameter(torch.empty(rows, taps))
             self.gain = nn.Parameter(torch.empty(channels))
             self.bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
+    def plan(self, height: int, width: int) -> FillPlan:
+        """Which computed positions each skipped one reads on a grid."""
+        return fill_plan(self.sampling.spec, height, width, self.reach)
+
+    def _distances(self) -> Tensor:
+        if self.size is None:
+            return tap_distances(coset_taps(self.sampling.spec, self.reach))
+        return self.plan(*self.size).distance
+
     @property
     def start(self) -> Tensor:
         """The coefficients of the start, [R, T] float64: the mean of the nearest computed positions."""
-        nearest = self._distance == self._distance[:, :1]
+        distances = self._distances()
+        nearest = distances == distances[:, :1]
         return nearest.double() / nearest.sum(1, keepdim=True)
+
+    @property
+    def present(self) -> Tensor:
+        """Which of the taps there are, BoolTensor [R, T]: a class may have fewer than another."""
+        return self._distances().isfinite()
 
     def reset_parameters(self) -> None:
         """Back to the start."""
+        if self.weight.is_meta:
+            return
         with torch.no_grad():
             start = self.start.to(self.weight)
             self.weight.copy_(start[:, :, None].expand_as(self.weight) if self.gain is None else start)
             if self.gain is not None:
                 self.gain.fill_(1)
             self.bias.zero_()
-
-    def plan(self, height: int, width: int) -> FillPlan:
-        """Which computed positions each skipped one reads on a grid."""
-        return fill_plan(self.sampling.spec, height, width, self.reach)
-
-    @property
-    def present(self) -> Tensor:
-        """Which of the taps there are, BoolTensor [R, T]: a class may have fewer than another."""
-        return self._distance.isfinite()
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """w [R, T, C] and b [R, C]."""

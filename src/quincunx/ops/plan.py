@@ -8,9 +8,11 @@ a sampled map does no multiplication by a structural zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count as counter
 from typing import TypeVar
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quincunx.ops.geometry import Geometry
-from quincunx.sampling import Cosets, from_spec
+from quincunx.sampling import Cosets, Sampling, from_spec
 
 __all__ = [
     "FillPlan",
@@ -27,12 +29,15 @@ __all__ = [
     "WindowPlan",
     "adjoint_plan",
     "collect_plan",
+    "coset_taps",
     "fill_plan",
+    "fill_sizes",
     "forward_plan",
     "nearest_index",
     "nearest_shares",
     "position_index",
     "shift_plan",
+    "tap_distances",
     "window_plan",
 ]
 
@@ -413,13 +418,13 @@ def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
     mask[computed] = True
     skipped = (~mask).nonzero().flatten()
     if isinstance(sampling, Cosets):
-        offsets, classes = _class_taps(sampling, reach)
-        row, col = skipped // width, skipped % width
-        kind = classes[row % sampling.period, col % sampling.period].long()
-        table, distance = _tap_table(spec, offsets, kind, row, col, (height, width))
-        count = len(offsets)
+        offsets, row, col = coset_taps(spec, reach), skipped // width, skipped % width
+        numbers = torch.tensor(_class_numbers(sampling), dtype=torch.long)
+        kind, classes = numbers[row % sampling.period, col % sampling.period], len(offsets)
+        table = _tap_table(spec, offsets, kind, row, col, (height, width))
+        distance = tap_distances(offsets)
     else:
-        kind, count = torch.arange(len(skipped)), len(skipped)
+        kind, classes = torch.arange(len(skipped)), len(skipped)
         table, distance = _neighbour_table(skipped, computed, width, min(reach, len(computed)))
     taps = table.shape[1]
     if taps:
@@ -430,52 +435,89 @@ def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
         index[skipped] = table.int()
     kinds = torch.full((height * width,), -1, dtype=torch.int32)
     kinds[skipped] = kind.int()
-    return FillPlan(index, kinds, count, taps, computed, skipped, distance, (height, width))
+    return FillPlan(index, kinds, classes, taps, computed, skipped, distance, (height, width))
 
 
-def _class_taps(sampling: Cosets, reach: int) -> tuple[list[list[tuple[int, int]]], Tensor]:
-    """Per skipped residue class (rows down, columns across) its taps (down, across), nearest first."""
+Taps = tuple[tuple[tuple[int, int], ...], ...]
+# beyond these a window is no small one; what a file claims ends here too
+_LARGEST = {"period": 64, "window": 16, "neighbours": 256, "grid": 1 << 24}
+
+
+def fill_sizes(sampling: Sampling, reach: int, height: int, width: int) -> tuple[int, int]:
+    """How many rows of coefficients a fill has, and how many taps; no table is made for that.
+
+    Args:
+        sampling, reach: as :func:`fill_plan` has them.
+        height, width: of the grid; what is returned for cosets does not depend on it.
+
+    Raises:
+        ValueError: a reach, a period or a grid that is too large for coefficients.
+    """
+    cosets = isinstance(sampling, Cosets)
+    if reach > (most := _LARGEST["window" if cosets else "neighbours"]):
+        raise ValueError(f"reach={reach}: expected at most {most}")
+    if isinstance(sampling, Cosets):
+        if sampling.period > _LARGEST["period"]:
+            raise ValueError(f"period={sampling.period}: a fitted fill takes at most {_LARGEST['period']}")
+        taps = coset_taps(sampling.spec, reach)
+        return len(taps), max((len(found) for found in taps), default=0)
+    if height * width > _LARGEST["grid"]:
+        raise ValueError(f"grid {height} x {width}: too large for coefficients of each position")
+    m = sampling.count(height, width)
+    return height * width - m, min(reach, m) if height * width > m else 0
+
+
+def _class_numbers(sampling: Cosets) -> list[list[int]]:
+    """The number of each skipped residue class (row, column), row-major; -1 for computed ones."""
+    kept, fresh = set(sampling.offsets), counter()
+    span = range(sampling.period)
+    return [[-1 if (a, b) in kept else next(fresh) for a in span] for b in span]
+
+
+@lru_cache(maxsize=1024)
+def coset_taps(spec: str, reach: int) -> Taps:
+    """For each skipped residue class of cosets its taps (rows down, columns across), nearest first."""
+    sampling = from_spec(spec)
+    if not isinstance(sampling, Cosets):
+        raise TypeError(f"spec={spec!r}: expected cosets")
     period, kept = sampling.period, set(sampling.offsets)
-    classes = torch.full((period, period), -1)
-    offsets: list[list[tuple[int, int]]] = []
-    for b in range(period):
-        for a in range(period):
-            if (a, b) in kept:
-                continue
+    offsets = []
+    for b, row in enumerate(_class_numbers(sampling)):
+        for a, number in enumerate(row):
             found: list[tuple[int, int]] = []
             radius = reach
-            while reach and not found:
+            while number >= 0 and reach and not found:
                 span = range(-radius, radius + 1)
                 around = [(r, c) for r in span for c in span]
                 found = [(r, c) for r, c in around if ((a + c) % period, (b + r) % period) in kept]
                 radius += 1
-            classes[b, a] = len(offsets)
-            offsets.append(sorted(found, key=lambda at: (at[0] ** 2 + at[1] ** 2, at)))
-    return offsets, classes
+            if number >= 0:
+                offsets.append(tuple(sorted(found, key=lambda at: (at[0] ** 2 + at[1] ** 2, at))))
+    return tuple(offsets)
+
+
+def tap_distances(offsets: Taps) -> Tensor:
+    """Distances of the taps of classes, float64 [R, T], infinite where a class has fewer than another."""
+    taps = max((len(found) for found in offsets), default=0)
+    rows = [[math.hypot(*at) for at in found] + [math.inf] * (taps - len(found)) for found in offsets]
+    return torch.tensor(rows, dtype=torch.float64).view(len(offsets), taps)
 
 
 def _tap_table(
-    spec: str,
-    offsets: list[list[tuple[int, int]]],
-    kind: Tensor,
-    row: Tensor,
-    col: Tensor,
-    size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """For each skipped position of cosets the computed ones its taps hit, and the taps' distances."""
+    spec: str, offsets: Taps, kind: Tensor, row: Tensor, col: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """For each skipped position of cosets the computed ones that its taps hit."""
     height, width = size
     taps = max((len(found) for found in offsets), default=0)
     nearest = nearest_index(spec, height, width)
     table = torch.full((len(kind), taps), -1, dtype=torch.long)
-    distance = torch.full((len(offsets), taps), float("inf"), dtype=torch.float64)
     for number, found in enumerate(offsets):
         members = (kind == number).nonzero().flatten()
         for tap, (down, across) in enumerate(found):
             r = (row[members] + down).clamp(0, height - 1)
             c = (col[members] + across).clamp(0, width - 1)
             table[members, tap] = nearest[r * width + c]
-            distance[number, tap] = (down**2 + across**2) ** 0.5
-    return table, distance
+    return table
 
 
 # of distances between skipped and computed positions that are held at a time
