@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import quincunx as qx
 from quincunx.layers.binary import BinaryConv2d, BinaryLinear
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
+from quincunx.layers.sampled import PerforatedConv2d
 from quincunx.layers.separable import CPConv2d, EspaceConv2d, SeparableConv2d
 from quincunx.measure.environment import environment
 from quincunx.measure.latency import measure_models
+from quincunx.methods.perforate import SAMPLINGS
 from quincunx.ops import backend
 from quincunx.writing import write_json
 
@@ -60,6 +62,9 @@ def candidates(name: str) -> Iterator[tuple[str, str, nn.Module]]:
     for width, words in CODEBOOKS:
         layer = QuantConv2d(inputs, outputs, kernel, subspace=width, codewords=words, **shared)
         yield "qcnn", f"{width}/{words}", layer
+    for sampling, text in SAMPLINGS:
+        layer = PerforatedConv2d(inputs, outputs, kernel, sampling=sampling, fill="fitted", **shared)
+        yield "perforate", text, layer
     if kernel == 1:
         return
     c, o = inputs // groups, outputs // groups

@@ -25,6 +25,7 @@
 
 namespace {
 
+using quincunx::FittedFill;
 using quincunx::Flow;
 using quincunx::ForwardKernels;
 using quincunx::GatherGemm;
@@ -404,6 +405,56 @@ Tensor window_sum(Tensor x, const Tensor& index, const Tensor& starts, std::vect
   return over_windows(x, index, starts, out_size, quincunx::kernels().sum);
 }
 
+Tensor fitted_fill(Tensor x, const Tensor& weight, const std::optional<Tensor>& bias, std::optional<Tensor> residual,
+                   const Tensor& index, const Tensor& kinds, std::vector<int64_t> out_size, int64_t activation) {
+  const ScalarType type = map_type(x);
+  const Map in = as_map(x, "x", type);
+  Operand weight_operand(weight), index_operand(index), kinds_operand(kinds);
+  STD_TORCH_CHECK(weight.dim() == 3, "weight must have 3 dimensions [kinds, taps, C], got ", weight.dim());
+  const auto sizes = weight.sizes();
+  FittedFill g{};
+  g.num_taps = sizes[1];
+  g.positions = quincunx::check_output(out_size, in.batch, in.channels);
+  STD_TORCH_CHECK(sizes[2] == in.channels && quincunx::countable({sizes[0], sizes[1], sizes[2]}), "weight must be [kinds, "
+                  "taps, ", in.channels, "], got [", sizes[0], ", ", sizes[1], ", ", sizes[2], "]");
+  g.weight = weight_operand.channels("weight", sizes[0] * sizes[1] * sizes[2]);
+  Table& index_table = index_operand.table("index");
+  Table& kinds_table = kinds_operand.table("kinds");
+  const int64_t stride = std::max<int64_t>(g.num_taps, 1);
+  STD_TORCH_CHECK(kinds_table.count == g.positions && index_table.count == g.positions * stride,
+                  "kinds and index must have ", g.positions, " and ", g.positions * stride, " entries, got ",
+                  kinds_table.count, " and ", index_table.count);
+  index_table.within("index", -1, std::max<int64_t>(in.rows(), 0));
+  kinds_table.within("kinds", -1, std::max<int64_t>(sizes[0], 1));
+  g.index = index_table.data;
+  g.kinds = kinds_table.data;
+  for (int64_t p = 0; p < g.positions; ++p) {
+    STD_TORCH_CHECK(g.kinds[p] < sizes[0], "kinds must be below ", sizes[0], ", got ", g.kinds[p]);
+    STD_TORCH_CHECK(g.kinds[p] >= 0 || g.index[p * stride] >= 0, "index names no row for the computed position ", p);
+  }
+  std::optional<Operand> bias_operand;
+  if (bias.has_value()) g.bias = bias_operand.emplace(*bias).channels("bias", sizes[0] * in.channels);
+  if (residual.has_value()) {
+    const Map added = as_map(*residual, "residual", type);
+    STD_TORCH_CHECK(added.batch == in.batch && added.channels == in.channels && added.height == out_size[0] &&
+                        added.width == out_size[1], "residual must have the output's shape");
+    g.residual = added.data;
+  }
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
+  g.activation = static_cast<int32_t>(activation);
+  g.x = in.data;
+  g.batch = in.batch;
+  g.rows_in = in.rows();
+  g.channels = in.channels;
+  Tensor out = empty({in.batch, in.channels, out_size[0], out_size[1]}, type, MemoryFormat::ChannelsLast);
+  g.out = out.data_ptr();
+  const auto run = type == ScalarType::Float ? quincunx::kernels().fill.f32 : quincunx::kernels().fill.bf16;
+  const int64_t least_work = 100000;
+  const int64_t parts = quincunx::parts_for(g.batch * g.positions * (stride + 1) * g.channels, least_work);
+  quincunx::parallel(parts, [&](int64_t part) { run(&g, part, parts); });
+  return out;
+}
+
 struct Buffers {
   Flow flow;
   std::vector<Map> maps;
@@ -565,6 +616,9 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
   m.def("run_program(Tensor[] inputs, Tensor[] tensors, int[] buffers, int[] code) -> Tensor[]");
   m.def("window_max(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def("window_sum(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
+  m.def(
+      "fitted_fill(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor index, Tensor kinds, "
+      "int[] out_size, int activation) -> Tensor");
   m.def("isa() -> str");
   m.def("available_isas() -> str");
   m.def("level2_bytes() -> int");
@@ -578,6 +632,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
   m.impl("run_program", TORCH_BOX(&run_program));
   m.impl("window_max", TORCH_BOX(&window_max));
   m.impl("window_sum", TORCH_BOX(&window_sum));
+  m.impl("fitted_fill", TORCH_BOX(&fitted_fill));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {

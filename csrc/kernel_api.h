@@ -151,6 +151,26 @@ struct WindowKernels {
   void (*bf16)(const Windows*, int64_t part, int64_t parts);
 };
 
+// out[n, p, c] = act(v + residual[n, p, c]), where v is x[n, index[p, 0], c] if kinds[p] < 0 (a computed position),
+// else bias[kinds[p], c] + sum over t of weight[kinds[p], t, c] x[n, index[p, t], c]. An index of -1 adds nothing.
+struct FittedFill {
+  const void* x;         // [batch, rows_in, channels]
+  const float* weight;   // [kinds, num_taps, channels]
+  const float* bias;     // [kinds, channels] or null
+  const void* residual;  // [batch, positions, channels] or null
+  const int32_t* index;  // [positions, at least 1 and num_taps]
+  const int32_t* kinds;  // [positions]
+  void* out;             // [batch, positions, channels]
+  int64_t batch, rows_in, positions, channels, num_taps;
+  int32_t activation;
+};
+
+// Parts may run in any order and at the same time.
+struct FillKernels {
+  void (*f32)(const FittedFill*, int64_t part, int64_t parts);
+  void (*bf16)(const FittedFill*, int64_t part, int64_t parts);
+};
+
 struct Kernels {
   ForwardKernels f32;
   ForwardKernels bf16;
@@ -161,6 +181,7 @@ struct Kernels {
   BinaryKernels binary;
   WindowKernels max;
   WindowKernels sum;
+  FillKernels fill;
 };
 
 }  // namespace quincunx

@@ -21,6 +21,7 @@
 #include "lookup_conv.h"
 #include "binary_gemm.h"
 #include "windows.h"
+#include "fitted_fill.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
@@ -32,6 +33,7 @@ const quincunx::Kernels qx_kernels_avx2 = {
     quincunx::avx2::kBinary,
     quincunx::avx2::kMax,
     quincunx::avx2::kSum,
+    quincunx::avx2::kFill,
 };
 
 #if defined(__clang__)

@@ -23,6 +23,7 @@
 #include "lookup_conv.h"
 #include "binary_gemm.h"
 #include "windows.h"
+#include "fitted_fill.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
@@ -34,6 +35,7 @@ const quincunx::Kernels qx_kernels_avx512 = {
     quincunx::avx512::kBinary,
     quincunx::avx512::kMax,
     quincunx::avx512::kSum,
+    quincunx::avx512::kFill,
 };
 
 #if defined(__clang__)

@@ -19,6 +19,7 @@
 #include "lookup_conv.h"
 #include "binary_gemm.h"
 #include "windows.h"
+#include "fitted_fill.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
@@ -30,4 +31,5 @@ const quincunx::Kernels qx_kernels_baseline = {
     quincunx::baseline::kBinary,
     quincunx::baseline::kMax,
     quincunx::baseline::kSum,
+    quincunx::baseline::kFill,
 };

@@ -269,6 +269,45 @@ def layers(method: str) -> str:
     return table(["layer", "batch", "dense, ms", *settings], cells)
 
 
+def fills() -> str:
+    """One network with all layers of stride 1 perforated: wrong answers by fill."""
+    result = read("fills.json")
+    rows = {(row["sampling"], row["fill"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(fill for sampling, fill in rows if sampling != "1"))
+    header = ["fill"]
+    samplings = list(dict.fromkeys(sampling for sampling, _ in rows if sampling != "1"))
+    for sampling in samplings:
+        header += [f"wrong at {sampling}", "MAC ratio"]
+    cells = [["none (dense)", *[f"{rows['1', 'dense']['wrong']:.1%}", "1.00"] * len(samplings)]]
+    for name in names:
+        own = [rows.get((sampling, name)) for sampling in samplings]
+        pairs = (
+            ("", "") if row is None else (f"{row['wrong']:.1%}", f"{row['mac_ratio']:.2f}") for row in own
+        )
+        cells.append([name, *(text for pair in pairs for text in pair)])
+    return table(header, cells)
+
+
+def fills_by_kind() -> str:
+    """What perforation loses of a layer's responses, by the layer's kernel, stride, channels and map."""
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in read("fills.json")["layers"]:
+        kernel, size = (" x ".join(map(str, row[key])) for key in ("kernel", "size"))
+        channels = " to ".join(map(str, row["channels"]))
+        kinds.setdefault((kernel, str(row["stride"][0]), channels, size), []).append(row)
+    settings = [f"{fill} {text}" for text in ("3/4", "2/4", "1/4") for fill in ("nearest", "fitted")]
+
+    def lost(rows: list[dict[str, Any]], setting: str) -> str:
+        values = [row[setting] for row in rows if isinstance(row.get(setting), float)]
+        if not values:
+            return ""
+        low, high = f"{min(values):.1%}", f"{max(values):.1%}"
+        return low if low == high else f"{low} to {high}"
+
+    cells = [[*kind, str(len(rows)), *(lost(rows, s) for s in settings)] for kind, rows in kinds.items()]
+    return table(["kernel", "stride", "channels", "map", "layers", *settings], cells)
+
+
 def span(rows: list[dict[str, Any]], key: str) -> str:
     """Return a value, or the mean of several draws with the lowest and the highest."""
     values = [row[key] for row in rows]
@@ -561,6 +600,8 @@ MADE = {
     "masks-clothing-resnet18": lambda: compared("masks-clothing-resnet18"),
     "masks-squeezenet-tuned": lambda: compared("masks-squeezenet-tuned", "top5-drop-speed"),
     "masks-squeezenet": lambda: compared("masks-squeezenet", "top5-drop-speed"),
+    "fills": fills,
+    "fills-layers": fills_by_kind,
     "compared-cifar-resnet20": lambda: compared("compared-cifar-resnet20"),
     "compared-clothing-resnet18": lambda: compared("compared-clothing-resnet18"),
     "compared-clothing-resnet18-sb": lambda: compared("compared-clothing-resnet18-sb"),

@@ -20,9 +20,15 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     )
     from quincunx.layers.separable import CPConv2d, EspaceConv2d, SeparableConv2d
     from quincunx.measure.cost import Cost, cost
-    from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, SpatialBottleneck
+    from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, Perforate, SpatialBottleneck
     from quincunx.networks.artifact import load, save
-    from quincunx.ops import backend, fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+    from quincunx.ops import (
+        backend,
+        fill_fitted,
+        fill_nearest,
+        sampled_conv2d,
+        sampled_conv_transpose2d,
+    )
     from quincunx.sampling import (
         CHESSBOARD,
         QUARTER,
@@ -61,6 +67,7 @@ __all__ = [
     "EvenGrid",
     "LowRank",
     "Method",
+    "Perforate",
     "PerforatedConv2d",
     "Positions",
     "QuantConv2d",
@@ -77,6 +84,7 @@ __all__ = [
     "accelerate",
     "backend",
     "cost",
+    "fill_fitted",
     "fill_nearest",
     "fuse",
     "load",

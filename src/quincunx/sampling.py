@@ -433,7 +433,8 @@ def from_spec(spec: str) -> Sampling:
         if kind == Positions.kind:
             height, width = fields["size"]
             bits = f"{int(fields['bits'], 16):0{4 * len(fields['bits'])}b}"
-            return Positions(torch.tensor([b == "1" for b in bits[: height * width]]).view(height, width))
+            with torch.device("cpu"):  # also where a network is built of tensors without values
+                return Positions(torch.tensor([b == "1" for b in bits[: height * width]]).view(height, width))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"spec={spec!r}: not the description of a sampling ({error})") from error
     raise ValueError(f"spec={spec!r}: unknown kind {kind!r}")

@@ -409,6 +409,65 @@ void check_windows(const std::string& name, const WindowKernels& kernels, bool b
   }
 }
 
+// memory that must be written holds NaN before; so do rows of the map that no position names
+void check_fill(const std::string& name, const FillKernels& kernels, bool bf16) {
+  const int64_t batch = pick({0, 1, 3}), rows_in = pick({1, 7, 40}), positions = pick({0, 1, 5, 30});
+  const int64_t channels = pick({1, 3, 15, 16, 17, 64, 100}), taps = pick({0, 1, 2, 5}), count = pick({1, 3});
+  const int64_t stride = std::max<int64_t>(taps, 1), parts = pick({1, 2, 5});
+  Array x(batch * rows_in * channels, bf16), result(batch * positions * channels, bf16, false);
+  Array weight(count * taps * channels, false), bias(count * channels, false), residual(result.count, bf16);
+  std::vector<int32_t> index, kinds;
+  for (int64_t p = 0; p < positions; ++p) {
+    kinds.push_back(int32_t(generator() % (count + 1)) - 1);
+    for (int64_t t = 0; t < stride; ++t) index.push_back(int32_t(generator() % (rows_in + 1)) - 1);
+    if (kinds.back() < 0) index[p * stride] = generator() % rows_in;
+  }
+  index = exact(index), kinds = exact(kinds);
+  std::vector<char> named(rows_in, 0);
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t t = 0; t < (kinds[p] < 0 ? 1 : taps); ++t) {
+      if (index[p * stride + t] >= 0) named[index[p * stride + t]] = 1;
+    }
+  }
+  for (int64_t i = 0; i < x.count; ++i) {
+    if (!named[i / channels % rows_in]) x.set(i, std::nanf(""));
+  }
+  FittedFill g{};
+  g.x = x.bytes.get();
+  g.weight = weight.floats();
+  g.bias = generator() % 2 ? bias.floats() : nullptr;
+  g.residual = generator() % 2 ? residual.bytes.get() : nullptr;
+  g.index = index.data();
+  g.kinds = kinds.data();
+  g.out = result.bytes.get();
+  g.batch = batch;
+  g.rows_in = rows_in;
+  g.positions = positions;
+  g.channels = channels;
+  g.num_taps = taps;
+  g.activation = generator() % 3;
+  for (int64_t part = parts; part-- > 0;) (bf16 ? kernels.bf16 : kernels.f32)(&g, part, parts);
+  for (int64_t i = 0; i < result.count; ++i) {
+    const int64_t c = i % channels, p = i / channels % positions, n = i / channels / positions;
+    const auto at = [&](int64_t t) { return double(x[(n * rows_in + index[p * stride + t]) * channels + c]); };
+    double want = 0, scale = 0;
+    if (kinds[p] < 0) want = at(0);
+    else {
+      if (g.bias != nullptr) want = bias[kinds[p] * channels + c];
+      for (int64_t t = 0; t < taps; ++t) {
+        if (index[p * stride + t] < 0) continue;
+        want += weight[(kinds[p] * taps + t) * channels + c] * at(t);
+        scale += std::abs(weight[(kinds[p] * taps + t) * channels + c] * at(t));
+      }
+    }
+    scale += std::abs(want);
+    if (g.residual != nullptr) want += residual[i], scale += std::abs(residual[i]);
+    if (g.activation != kNone) want = std::max(want, 0.0);
+    if (g.activation == kRelu6) want = std::min(want, 6.0);
+    compare(name, result[i], want, scale, bf16 ? 8e-3 : 2e-6);
+  }
+}
+
 // ---------------------------------------------------------------- arguments that no caller should pass
 
 int refused = 0, taken = 0;
@@ -567,6 +626,7 @@ int main(int argc, char** argv) {
         check_grad(name, kernels.grad, bf16, c);
         check_windows(name + " max", kernels.max, bf16, false);
         check_windows(name + " sum", kernels.sum, bf16, true);
+        check_fill(name + " fill", kernels.fill, bf16);
         check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
         for (int n = 0; n < 5; ++n) check_spoilt(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
       }

@@ -268,16 +268,17 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
     recipe = Recipe("tiny", epochs=1, batch_size=30, lr=0.001, augment="none")
     rows = compare_methods(model, points, DATA, tmp_path, recipe=recipe, **{**OPTIONS, "calibration": 60})
     assert [row.series for row in rows] == [
-        *("spatial bottleneck", "espace, impact", "LRD", "CPD", "BinaryConnect", "Q-CNN")
+        *("spatial bottleneck", "perforate, fitted", "espace, impact", "LRD", "CPD"),
+        *("BinaryConnect", "Q-CNN"),
     ]
     assert all(row.speedup > 0 and row.bytes > 0 for row in rows)
     stages = json.loads((tmp_path / "LRD-rank-0.45" / "accelerate.json").read_text())["stages"]
-    assert rows[2].untuned_drop == pytest.approx(100 * (stages[-2]["error"] - stages[0]["error"]))
+    assert rows[3].untuned_drop == pytest.approx(100 * (stages[-2]["error"] - stages[0]["error"]))
     # one bit a weight in the artifact; the run that trained it keeps the real ones
     weights = sum(
         m.weight.numel() for m in model.get_submodule("layer1").modules() if isinstance(m, torch.nn.Conv2d)
     )
-    assert rows[4].bytes_before - rows[4].bytes > 3.7 * weights
+    assert rows[5].bytes_before - rows[5].bytes > 3.7 * weights
     assert isinstance(
         qx.load(tmp_path / "BinaryConnect-1-bit/finetune/model").get_submodule("layer1.0.conv1"),
         qx.BinaryConv2d,

@@ -203,5 +203,38 @@ def test_masks_by_eq_8_are_laid_where_the_formula_has_positions():
     even = qx.accelerate(net, qx.Espace(rank=4, rate=(0.25, 0.5), mask="uniform"), example_input=x)
     assert not even.skipped
     assert even.replaced["0"]["mask"] == "uniform"
-    with pytest.raises(ValueError, match="mask='uniform-eq9': expected one of impact, uniform, uniform-eq8"):
+    with pytest.raises(
+        ValueError, match="mask='uniform-eq9': expected one of impact, residual, uniform, uniform-eq8"
+    ):
         qx.Espace(mask="uniform-eq9")
+
+
+def test_residual_impacts_are_of_what_neighbours_do_not_say():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    x, target = torch.randn(6, 3, 5, 7), torch.randint(5, (6,))
+    found = impacts(net, {"c": net[0]}, [Batch(0, x, target)], residual=True)["c"]
+    y = net[0](x).detach().requires_grad_()
+    loss = nn.functional.cross_entropy(net[1:](y), target, reduction="sum")
+    (slope,) = torch.autograd.grad(loss, y)
+    want = torch.zeros(5, 7, dtype=torch.float64)
+    for r in range(5):
+        for c in range(7):
+            near = [(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)]
+            near = [(i, j) for i, j in near if 0 <= i < 5 and 0 <= j < 7]
+            mean = torch.stack([y[:, :, i, j] for i, j in near]).mean(0)
+            want[r, c] = (slope[:, :, r, c] * (y[:, :, r, c] - mean)).abs().sum() / 6
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-7)
+
+
+def test_residual_masks():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    masks = {}
+    for mask in ("impact", "residual"):
+        made = qx.accelerate(net, qx.Espace(4, rate=0.5, mask=mask), calibration=[torch.randn(8, 3, 8, 8)])
+        assert made.replaced["0"]["mask"] == mask
+        masks[mask] = made.model[0].masks
+    assert masks["impact"] != masks["residual"]
+    with pytest.raises(ValueError, match="residual masks are estimated on data"):
+        qx.accelerate(net, qx.Espace(4, mask="residual"), example_input=torch.zeros(1, 3, 8, 8))

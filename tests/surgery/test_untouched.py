@@ -20,6 +20,7 @@ METHODS = {
     "qcnn": qx.QCNN(subspace=2, codewords=8),
     "binary": qx.BinaryConnect(),
     "cp": qx.CP(3, iterations=2),
+    "perforate": qx.Perforate(),
 }
 DATA = [(X[:12], torch.randint(4, (12,))), (X[12:], torch.randint(4, (12,)))]
 

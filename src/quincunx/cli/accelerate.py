@@ -121,7 +121,9 @@ class MethodOptions:
     ] = None
     sampling: Annotated[
         str | None,
-        typer.Option(help="spatialbottleneck: computed positions, 1/4, 2/4 (the default), 3/4 or others."),
+        typer.Option(
+            help="spatialbottleneck, perforate: computed positions, 1/4, 2/4 (the default), 3/4 or others."
+        ),
     ] = None
     rank: Annotated[
         str | None,
@@ -140,7 +142,13 @@ class MethodOptions:
     ] = None
     mask: Annotated[
         str | None,
-        typer.Option(help="espace: which positions to compute: impact, uniform, uniform-eq8 or random."),
+        typer.Option(
+            help="espace: which positions to compute: impact, residual, uniform, uniform-eq8 or random."
+        ),
+    ] = None
+    fill: Annotated[
+        str | None,
+        typer.Option(help="perforate, espace: what skipped positions get: zero, nearest or fitted."),
     ] = None
     subspace: Annotated[int | None, typer.Option(help="qcnn: channels of a subspace.")] = None
     codewords: Annotated[int | None, typer.Option(help="qcnn: codewords of a codebook.")] = None
@@ -164,6 +172,7 @@ class MethodOptions:
             "budget": self.rank_budget,
             "rate": _rate(self.rate),
             "mask": self.mask,
+            "fill": self.fill,
             "subspace": self.subspace,
             "codewords": self.codewords,
             "sampling": None if self.sampling is None else parse(self.sampling),

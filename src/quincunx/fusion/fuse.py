@@ -57,6 +57,7 @@ from quincunx.fusion.nodes import (
 )
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import (
+    Filling,
     Follower,
     Shortcut,
     Step,
@@ -336,17 +337,34 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     if not surely(module, nn.Conv2d):
         if surely(module, SampledDown2d, PairedDown2d) and module.window > 1 and not _pooled(node):
             return None
-        kind = "filled" if surely(module, PerforatedConv2d, MaskedConv2d) else "sampled"
+        filling = None
+        if not surely(module, PerforatedConv2d, MaskedConv2d):
+            kind = "sampled"
+        elif module.fill == "nearest":
+            kind = "filled"
+        else:
+            kind, filling = "fitted", _filling(module)
         geometry = Geometry(module.kernel_size, module.stride, module.borders, module.dilation)
         resize = module.resize_masks if surely(module, MaskedConv2d) else None
         spec = module.sampling.spec
-        return Step(kind, source, weight, bias, geometry, module.groups, spec, resize_masks=resize)
+        step = Step(kind, source, weight, bias, geometry, module.groups, spec, resize_masks=resize)
+        return replace(step, filling=filling)
     if module.padding_mode != "zeros":
         return None
     kernel = module.weight.shape[2:]
     stride, dilation = _two(module.stride), _two(module.dilation)
     geometry = Geometry(_two(kernel), stride, padding_of(module), dilation)
     return Step("dense", source, weight, bias, geometry, module.groups)
+
+
+def _filling(module: Any) -> Filling:
+    """What stands at the positions that a perforated convolution skips."""
+    if module.filling is None:
+        return Filling(module.weight.new_empty((0, 0, module.out_channels)), None, 0)
+    weight, bias = (t.detach() for t in module.filling.coefficients())
+    # of a tap that a class has not any number may be there
+    present = module.filling.present[:, :, None].to(weight.device)
+    return Filling(weight.where(present, 0).contiguous(), bias.float().contiguous(), module.filling.reach)
 
 
 def _served(module: nn.Module | None) -> bool:
@@ -389,6 +407,8 @@ def _folded(step: Step, scale: Tensor, shift: Tensor) -> Step:
     else:
         weight = weight * scale.view(-1, 1, 1, 1)
     bias = shift if step.bias is None else step.bias.double() * scale + shift
+    if step.filling is not None:
+        step = replace(step, filling=step.filling.scaled(scale, shift))
     return replace(step, weight=weight.to(step.weight.dtype), bias=bias.float())
 
 
@@ -446,6 +466,8 @@ class _Absorber:
 
     def _affine(self, norm: fx.Node, step: Step) -> tuple[Tensor, Tensor] | None:
         """Scale and shift of a batch norm that torch would apply to a step's maps."""
+        if step.filling is not None and not step.filling.reach:
+            return None  # what a norm makes of zeros is no longer zero
         affine = affine_of(self.model, norm, step.weight.dtype)
         return affine if affine is not None and affine[0].numel() == step.out_channels else None
 

@@ -32,6 +32,7 @@ from quincunx.fusion.steps import (
     output,
     parted,
     reference,
+    run_fitted,
     settled,
     shape_key,
     shortcut_rows,
@@ -123,9 +124,16 @@ def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, 
     return total
 
 
+def _fill_flops(x: Any, weight: Any, bias: Any, residual: Any, index: Any, *_: Any, **__: Any) -> int:
+    """Two for each multiply-add of a fill; a class with fewer taps than another counts as many."""
+    batch, channels, computed, _one = x
+    return int(2 * batch * channels * (index[0] - computed) * weight[1])
+
+
 @lru_cache(maxsize=1)
 def _count_flops() -> None:
     counted_by(_program_flops, torch.ops.quincunx_native.run_program)
+    counted_by(_fill_flops, torch.ops.quincunx_native.fitted_fill)
 
 
 # ---------------------------------------------------------------- native segments
@@ -498,7 +506,10 @@ class Program(nn.Module):
         segment: list[Step] = []
         for number, step in enumerate(steps):
             alone: Stage | None = None
-            if self._serving() == "triton":
+            if isinstance(step, Step) and step.filling is not None:
+                run = run_fitted if self._serving() == "native" else _reference_stage
+                alone = Stage(partial(run, step, maps), frozenset(step.reads))
+            elif self._serving() == "triton":
                 alone = Stage(self._launched(step, maps, number in by_torch), frozenset(step.reads))
             elif isinstance(step, Follower):
                 alone = Stage(partial(follow, step, maps), frozenset(step.reads))

@@ -32,6 +32,7 @@ from quincunx.ops.plan import (
 from quincunx.sampling import from_spec
 
 __all__ = [
+    "Filling",
     "Follower",
     "Map",
     "Shortcut",
@@ -44,6 +45,7 @@ __all__ = [
     "parted",
     "pool_window",
     "reference",
+    "run_fitted",
     "settled",
     "shape_key",
     "shortcut_rows",
@@ -87,6 +89,30 @@ class Shortcut:
 
 
 @dataclass(frozen=True, eq=False)
+class Filling:
+    """What stands at skipped positions, as :func:`quincunx.fill_fitted` has it.
+
+    Attributes:
+        weight: [R, T, C]; without taps zeros stand there.
+        bias: float32 [R, C] or None.
+        reach: how far it reads.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    reach: int
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Filling:
+        """For a sampled map that is scaled and shifted, such as the filled map is to be.
+
+        s (sum w y + b) + t = sum w (s y + t) + s b + t (1 - sum w).
+        """
+        total = self.weight.double().sum(1)
+        bias = total.new_zeros(()) if self.bias is None else self.bias.double() * scale
+        return replace(self, bias=(bias + shift * (1 - total)).float())
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """One convolution and its epilogue, or the means that a convolution reads.
 
@@ -94,7 +120,8 @@ class Step:
 
     Attributes:
         kind: "dense", "sampled" (to a sampled map), "filled" (sampled, read by others as if filled
-            from the nearest computed position), "transposed" (from a sampled map) or "mean" (of the window
+            from the nearest computed position), "fitted" (sampled, and made whole by ``filling``),
+            "transposed" (from a sampled map) or "mean" (of the window
             that begins at each computed position, over what lies inside the map; filled likewise).
         weight: [O, C / groups, kh, kw]; of "transposed" [C, O / groups, kh, kw]; of "mean"
             empty, [C, 0, kh, kw].
@@ -102,6 +129,7 @@ class Step:
         out, out2: names of the outputs, None for one that nobody reads.
         resize_masks: whether explicit positions may be used on another grid than their own; None where
             the convolution has no such setting.
+        filling: of "fitted".
     """
 
     kind: str
@@ -119,6 +147,7 @@ class Step:
     scale2: Tensor | None = None
     shift2: Tensor | None = None
     resize_masks: bool | None = None
+    filling: Filling | None = None
 
     @property
     def out_channels(self) -> int:
@@ -321,9 +350,47 @@ def reference(step: Step, values: dict[str, Tensor], maps: dict[str, Map]) -> No
         out = torch.ops.quincunx.conv(x, step.weight, bias, step.sampling, *where)
         if step.kind == "filled":
             out = torch.ops.quincunx.fill(out, step.sampling, geometry.grid(*x.shape[2:]))
+        if step.filling is not None:
+            out = _made_whole(step, step.filling, out, geometry.grid(*x.shape[2:]))
     if step.shortcut is not None:
         out = step.shortcut.add(out, values[step.shortcut.source])
     out = _activated(out, step.activation)
+    if step.out is not None:
+        values[step.out] = out
+    if step.out2 is not None:
+        values[step.out2] = _second(step, out)
+
+
+def _made_whole(step: Step, filling: Filling, y: Tensor, size: tuple[int, int]) -> Tensor:
+    weight, bias = filling.weight.to(y.dtype), None if filling.bias is None else filling.bias.to(y.dtype)
+    whole: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, step.sampling, size, filling.reach)
+    return whole
+
+
+def run_fitted(step: Step, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
+    """A "fitted" step by the native kernels: the sampled convolution, then all the rest in one pass.
+
+    Adds its outputs to ``values``.
+    """
+    filling, source, geometry = step.filling, maps[step.source], step.geometry
+    if filling is None:
+        raise ValueError(f"step {step.out or step.out2}: no filling")
+    bias = None if step.bias is None else step.bias.to(step.weight.dtype)
+    where = (step.sampling, geometry.stride, geometry.padding, geometry.dilation, step.groups)
+    x = values[step.source]
+    if source.fill:
+        y = torch.ops.quincunx.conv_filled(x, step.weight, bias, source.fill, source.size, *where)
+    else:
+        y = torch.ops.quincunx.conv(x, step.weight, bias, *where)
+    residual = None
+    if step.shortcut is not None:
+        local = {step.shortcut.source: values[step.shortcut.source]}
+        fill_maps([(step.shortcut.source, maps[step.shortcut.source])], local)
+        residual = step.shortcut.of(local[step.shortcut.source])
+    size = geometry.grid(*source.size)
+    out = native.filled_by(
+        y, filling.weight, filling.bias, step.sampling, size, filling.reach, residual, step.activation
+    )
     if step.out is not None:
         values[step.out] = out
     if step.out2 is not None:

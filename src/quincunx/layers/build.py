@@ -15,7 +15,7 @@ from quincunx.layers.binary import (
 )
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
-from quincunx.layers.sampled import SpatialBottleneck2d
+from quincunx.layers.sampled import PerforatedConv2d, SpatialBottleneck2d
 from quincunx.layers.separable import (
     CPConv2d,
     EspaceConv2d,
@@ -45,6 +45,7 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "separable": SeparableConv2d,
     "espace": _espace,
     "masked": _sampled(MaskedConv2d),
+    "perforated": _sampled(PerforatedConv2d),
     "paired-down": _sampled(PairedDown2d),
     "paired-up": _sampled(PairedUp2d),
     "spatial-bottleneck": _sampled(SpatialBottleneck2d),

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.layers.attributes import ConvLike, kernel_of_bottleneck
-from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.layers.fills import FittedFill2d, check_fill
+from quincunx.ops import fill_nearest, fill_zero, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
 from quincunx.sampling import CHESSBOARD, Cosets, Sampling
 
@@ -151,21 +153,109 @@ class SampledConv2d(_SampledBase):
 
 
 class PerforatedConv2d(SampledConv2d):
-    """A convolution at the positions of a sampling, the others filled from the nearest computed one.
+    """A convolution at the positions of a sampling; what stands at the others is a fill.
 
-    Maps [N, C, H, W] to [N, O, H', W'] as ``nn.Conv2d`` does and takes its weights.
+    Maps [N, C, H, W] to [N, O, H', W'] as ``nn.Conv2d`` does and takes its weights (with
+    ``load_state_dict(..., strict=False)`` where the fill has parameters of its own).
 
-    Source: Figurnov et al., PerforatedCNNs (NIPS 2016); Lin et al., ESPACE (AAAI 2017), eqs. 5 and 6.
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: those of
+            ``nn.Conv2d``; ``padding`` also as (top, bottom, left, right).
+        sampling: which positions of the H' x W' grid are computed.
+        fill: "zero"; "nearest", the value of the nearest computed position; or "fitted", a combination of
+            computed neighbours whose coefficients are parameters (:class:`FittedFill2d`), which starts as
+            their mean.
+        fill_reach: how far a fitted fill reads, as :class:`FittedFill2d` has it.
+        fill_size: (H', W') for a fitted fill of a sampling that is no cosets and has no grid of its own.
+
+    Raises:
+        ValueError: channels that do not divide by ``groups``, a non-positive size, an unknown fill, settings
+            of a fitted fill for another one.
+        TypeError: ``sampling`` is not one.
+
+    Source: Figurnov et al., PerforatedCNNs (NIPS 2016); Lin et al., ESPACE (AAAI 2017), eqs. 5 and 6; fills
+        that are trained: Xie et al., Spatially Adaptive Inference (ECCV 2020).
 
     Example:
         >>> PerforatedConv2d(3, 8, 3, sampling=CHESSBOARD, padding=1)(torch.randn(2, 3, 6, 6)).shape
         torch.Size([2, 8, 6, 6])
     """
 
+    kind = "perforated"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        *,
+        sampling: Sampling,
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        fill: str = "nearest",
+        fill_reach: int | None = None,
+        fill_size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            sampling=sampling,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+        )
+        self.fill = check_fill(fill)
+        self.filling: FittedFill2d | None = None
+        if fill == "fitted":
+            self.filling = FittedFill2d(out_channels, sampling, reach=fill_reach, size=fill_size)
+        elif fill_reach is not None or fill_size is not None:
+            raise ValueError(f"fill={fill!r}: fill_reach and fill_size are settings of fill='fitted'")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready; what builds it again."""
+        found = {
+            "kind": self.kind,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "sampling": self.sampling.spec,
+            "stride": list(self.stride),
+            "padding": list(self.borders),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "bias": self.bias is not None,
+        }
+        # as it was before there were others, so that older versions read it
+        if self.fill != "nearest":
+            found["fill"] = self.fill
+        if self.filling is not None:
+            found["fill_reach"] = self.filling.reach
+            found["fill_size"] = self.filling.size and list(self.filling.size)
+        return found
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(H', W') for an H x W input."""
+        return Geometry(self.kernel_size, self.stride, self.borders, self.dilation).grid(height, width)
+
+    def made_whole(self, y: Tensor, sampling: Sampling, size: Sequence[int]) -> Tensor:
+        """A sampled map with its fill."""
+        if self.filling is not None:
+            return self.filling(y, size)  # type: ignore[no-any-return]
+        make = fill_zero if self.fill == "zero" else fill_nearest
+        return make(y, sampling=sampling, size=size)
+
     def forward(self, x: Tensor) -> Tensor:
-        geometry = Geometry(self.kernel_size, self.stride, self.borders, self.dilation)
-        size = geometry.grid(x.shape[2], x.shape[3])
-        return fill_nearest(super().forward(x), sampling=self.sampling, size=size)
+        return self.made_whole(super().forward(x), self.sampling, self.grid(x.shape[2], x.shape[3]))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.fill == "nearest" else f", fill={self.fill!r}")
 
 
 class SampledConvTranspose2d(_SampledBase):

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from quincunx.layers.attributes import ConvLike, kernel_of_halves
 from quincunx.layers.sampled import PerforatedConv2d
-from quincunx.ops import fill_nearest, filled_conv2d, sampled_conv2d
-from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
+from quincunx.ops import filled_conv2d, sampled_conv2d
+from quincunx.ops.geometry import Padding, expand_padding, pair
 from quincunx.sampling import Positions, Sampling, from_spec
 
 __all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "mask_at_size", "resized"]
@@ -186,6 +186,8 @@ class EspaceConv2d(ConvLike):
         resize_masks: whether explicit positions may be used on another grid, each of its positions
             taking the nearest one of the mask's grid. Otherwise such a grid is an error; random and
             uniform masks are drawn for any grid.
+        fill: of both maps, as :class:`PerforatedConv2d` has it.
+        fill_reach, fill_sizes: of a fitted fill, as there; the sizes of both grids.
 
     Raises:
         ValueError: channels that do not divide by ``groups``, a non-positive rank; when called, a
@@ -214,6 +216,9 @@ class EspaceConv2d(ConvLike):
         groups: int = 1,
         bias: bool = True,
         resize_masks: bool = False,
+        fill: str = "nearest",
+        fill_reach: int | None = None,
+        fill_sizes: Sequence[Sequence[int] | None] = (None, None),
     ) -> None:
         super().__init__()
         if len(masks) != 2 or not all(isinstance(mask, Sampling) for mask in masks):
@@ -222,12 +227,25 @@ class EspaceConv2d(ConvLike):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rank
         )
         self.settle(**settings.conv)
-        self.spec = settings.spec("espace") | {
+        self._spec = settings.spec("espace") | {
             "masks": [mask.spec for mask in masks],
             "resize_masks": resize_masks,
         }
-        self.vertical = MaskedConv2d(**settings.vertical, sampling=masks[0], resize_masks=resize_masks)
-        self.horizontal = MaskedConv2d(**settings.horizontal, sampling=masks[1], resize_masks=resize_masks)
+        shared: dict[str, Any] = {"resize_masks": resize_masks, "fill": fill, "fill_reach": fill_reach}
+        first, second = fill_sizes
+        self.vertical = MaskedConv2d(**settings.vertical, sampling=masks[0], fill_size=first, **shared)
+        self.horizontal = MaskedConv2d(**settings.horizontal, sampling=masks[1], fill_size=second, **shared)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready; what builds it again."""
+        halves = [self.vertical.spec, self.horizontal.spec]
+        found: dict[str, Any] = {
+            name: halves[0][name] for name in ("fill", "fill_reach") if name in halves[0]
+        }
+        if "fill_size" in halves[0]:
+            found["fill_sizes"] = [half["fill_size"] for half in halves]
+        return self._spec | found
 
     @property
     def weight(self) -> Tensor:
@@ -245,9 +263,9 @@ class EspaceConv2d(ConvLike):
         return self.vertical.sampling, self.horizontal.sampling
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
+        if isinstance(x, fx.Proxy) or self.vertical.fill != "nearest":
             # a tracer is shown two perforated convolutions; programs join such without filling
-            return self.horizontal(self.vertical(x))
+            return self.horizontal(self.vertical(x))  # type: ignore[no-any-return]
         between = self.vertical.grid(x.shape[2], x.shape[3])
         y = self.vertical(x, compact=True)
         return self.horizontal(y, source=self.vertical.mask_at_size(between), size=between)  # type: ignore[no-any-return]
@@ -262,9 +280,11 @@ class MaskedConv2d(PerforatedConv2d):
         in_channels, out_channels, kernel_size, sampling, stride, padding, dilation, groups, bias: as
             :class:`PerforatedConv2d` has them.
         resize_masks: as :class:`EspaceConv2d` has it.
+        fill, fill_reach, fill_size: as :class:`PerforatedConv2d` has them.
 
     Raises:
-        ValueError: when called, a grid that is not the one a mask of explicit positions belongs to.
+        ValueError: masks that may be resized with a fitted fill; when called, a grid that is not the one a
+            mask of explicit positions belongs to.
 
     Source: Lin et al., ESPACE (AAAI 2017), eqs. 5 and 6.
 
@@ -272,6 +292,8 @@ class MaskedConv2d(PerforatedConv2d):
         >>> MaskedConv2d(3, 8, 1, sampling=qx.Uniform(0.25))(torch.randn(2, 3, 6, 6)).shape
         torch.Size([2, 8, 6, 6])
     """
+
+    kind = "masked"
 
     def __init__(
         self,
@@ -286,6 +308,9 @@ class MaskedConv2d(PerforatedConv2d):
         groups: int = 1,
         bias: bool = True,
         resize_masks: bool = False,
+        fill: str = "nearest",
+        fill_reach: int | None = None,
+        fill_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -297,29 +322,18 @@ class MaskedConv2d(PerforatedConv2d):
             dilation=dilation,
             groups=groups,
             bias=bias,
+            fill=fill,
+            fill_reach=fill_reach,
+            fill_size=fill_size,
         )
+        if resize_masks and fill == "fitted" and isinstance(sampling, Positions):
+            raise ValueError("resize_masks=True: the coefficients of a fitted fill belong to one grid")
         self.resize_masks = resize_masks
 
     @property
     def spec(self) -> dict[str, Any]:
         """JSON-ready; what builds it again."""
-        return {
-            "kind": "masked",
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "kernel_size": list(self.kernel_size),
-            "sampling": self.sampling.spec,
-            "stride": list(self.stride),
-            "padding": list(self.borders),
-            "dilation": list(self.dilation),
-            "groups": self.groups,
-            "bias": self.bias is not None,
-            "resize_masks": self.resize_masks,
-        }
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(H', W') for an H x W input."""
-        return Geometry(self.kernel_size, self.stride, self.borders, self.dilation).grid(height, width)
+        return super().spec | {"resize_masks": self.resize_masks}
 
     def mask_at_size(self, size: tuple[int, int]) -> Sampling:
         """The mask on a grid.
@@ -353,7 +367,7 @@ class MaskedConv2d(PerforatedConv2d):
             y = sampled_conv2d(x, self.weight, self.bias, **where)
         else:
             y = filled_conv2d(x, self.weight, self.bias, source=source, size=size, **where)
-        return y if compact else fill_nearest(y, sampling=mask, size=grid)
+        return y if compact else self.made_whole(y, mask, grid)
 
 
 def mask_at_size(mask: Sampling, size: tuple[int, int], resize: bool) -> Sampling:

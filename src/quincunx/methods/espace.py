@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from quincunx.layers.fills import check_fill
 from quincunx.layers.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
-from quincunx.methods.fitting.impact import MASKS, Loss, impacts, mask_of, without_gradient
+from quincunx.methods.fitting.fills import Held, fit_perforated
+from quincunx.methods.fitting.impact import ESTIMATED, MASKS, Loss, impacts, mask_of, without_gradient
 from quincunx.methods.fitting.separable import separable
 from quincunx.methods.fitting.settings import (
     SeparableFit,
@@ -20,6 +23,7 @@ from quincunx.methods.fitting.settings import (
     convolution_refusal,
 )
 from quincunx.methods.points import Point
+from quincunx.modules import set_module
 from quincunx.sampling import Random
 from quincunx.surgery.calibration import Context, Layer
 from quincunx.surgery.method import Replacement, Work
@@ -47,7 +51,8 @@ class Espace(SeparableFit):
             full rank min(C dh, O dw) in (0, 1], or "full". A mapping of patterns to these gives layers their
             own, the first that matches a name; layers without one stay.
         rate: share of the positions that are computed, in (0, 1], or a pair for the two halves.
-        mask: "impact", "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
+        mask: "impact"; "residual", the impact of what a position's neighbours do not say of it, which is what
+            a fill leaves; "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
         pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
         resize_masks: whether impact masks may be resized to inputs of another size; otherwise such
             inputs are refused.
@@ -59,11 +64,17 @@ class Espace(SeparableFit):
         budget: instead of ``rank``, the share of the layers' dense MACs that all of them together may cost
             before masks; ranks are chosen by PCA energies and rounded to multiples of ``multiple``.
         multiple: of ranks chosen for a budget.
+        fill: what stands at the other positions: "nearest" as in the paper, "zero", or "fitted", which is
+            fitted like :class:`Perforate`'s: after the masks, in forward order, the first half's fill to that
+            half's own responses, the second half on the filled output of the first to the layer's.
+            Without calibration data it is the mean of the nearest computed positions.
+        reach, refits: of a fitted fill, as :class:`Perforate` has them.
         iterations: at most so many of the alternating least squares.
         positions: most positions of an image that the fit sums over; of larger maps as many are drawn.
 
     Raises:
-        ValueError: a rate outside (0, 1], an unknown mask; what :class:`LowRank` refuses.
+        ValueError: a rate outside (0, 1], an unknown mask or fill; masks that may be resized with a fitted
+            fill; what :class:`LowRank` refuses.
         TypeError: a rate or rank that is no number.
 
     Source: Lin, Ji, Chen, Huang, ESPACE (AAAI 2017).
@@ -85,6 +96,9 @@ class Espace(SeparableFit):
     resize_masks: bool = False
     loss: Loss | None = None
     mask_seed: int | None = None
+    fill: str = "nearest"
+    reach: int | None = None
+    refits: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,11 +111,19 @@ class Espace(SeparableFit):
             raise ValueError(f"mask={self.mask!r}: expected one of {', '.join(MASKS)}")
         if self.mask_seed is not None:
             check_integers(self, mask_seed=0)
+        check_fill(self.fill)
+        check_integers(self, refits=0)
+        if self.reach is not None:
+            check_integers(self, reach=1)
+            if self.fill != "fitted":
+                raise ValueError(f"reach={self.reach}: the {self.fill} fill has none")
+        if self.fill == "fitted" and self.resize_masks:
+            raise ValueError("resize_masks=True: the coefficients of a fitted fill belong to one grid")
 
     @property
     def after_fits(self) -> tuple[str, ...]:
         """Settings that its fits do not depend on."""
-        later = ("rate", "resize_masks", "loss", "mask_seed")
+        later = ("rate", "resize_masks", "loss", "mask_seed", "fill", "reach", "refits")
         # impact masks leave a layer that is called twice: on weights alone a budget gives others more
         return later if self.budget is not None and self.data is False else (*later, "mask")
 
@@ -128,11 +150,12 @@ class Espace(SeparableFit):
 
     def label(self, pair: bool = False) -> str:
         """Its settings in a few words."""
-        return ", ".join([self.name, f"rank {self.rank}", f"rate {self.rate}", str(self.mask)])
+        words = [self.name, f"rank {self.rank}", f"rate {self.rate}", str(self.mask)]
+        return ", ".join(words if self.fill == "nearest" else [*words, f"{self.fill} fill"])
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""
-        impact = self.mask == "impact"
+        impact = self.mask in ESTIMATED
         if conv_of(layer).kernel_size != (1, 1):
             reason = self.separable_refusal(layer, self.with_data(context))
         elif self.pointwise:
@@ -145,7 +168,11 @@ class Espace(SeparableFit):
 
     def _no_positions(self, layer: Layer) -> str | None:
         """Why masks made by a rule cannot be laid on a layer's grids, where these are known."""
-        if self.mask == "impact" or layer.output_shape is None:
+        if layer.output_shape is None:
+            if self.fill == "fitted" and self.mask not in ESTIMATED:
+                return "its grid, which coefficients belong to, is not known; give an example input"
+            return None
+        if self.mask in ESTIMATED:
             return None
         grids = [layer.grid]
         if conv_of(layer).kernel_size != (1, 1):
@@ -163,14 +190,14 @@ class Espace(SeparableFit):
         Raises:
             ValueError: impact masks without calibration data.
         """
-        if self.mask == "impact" and context.calibration is None:
+        if self.mask in ESTIMATED and context.calibration is None:
             raise ValueError(
-                "calibration=None: impact masks are estimated on data; give input batches, or choose "
+                f"calibration=None: {self.mask} masks are estimated on data; give input batches, or choose "
                 "mask='uniform' or mask='random'"
             )
         with_data = self.with_data(context)
         # what the loss says no gradient of is known, and labels are looked at, before any fit is spent
-        unmasked = self._without_impact(layers, context) if self.mask == "impact" and layers else set()
+        unmasked = self._without_impact(layers, context) if self.mask in ESTIMATED and layers else set()
         layers = [layer for layer in layers if layer.name not in unmasked]
         wide = [layer for layer in layers if conv_of(layer).kernel_size != (1, 1)]
         ranks = self.ranks(wide, context, with_data) if wide else {}
@@ -194,6 +221,7 @@ class _EspaceWork:
     ranks: dict[str, int]
     with_data: bool
     unmasked: set[str]
+    layers: dict[str, Layer] = field(default_factory=dict)
 
     def replace(self, layer: Layer) -> Replacement | str:
         """The layer of low rank, or of 1 x 1, without masks yet; or why it stays."""
@@ -202,6 +230,7 @@ class _EspaceWork:
                 "the loss has no gradient to it, so its positions have no impact; mask='uniform' needs none"
             )
         conv = conv_of(layer)
+        self.layers[layer.name] = layer
         if layer.name not in self.ranks:
             same = copy.deepcopy(conv)
             return Replacement(same, {"kind": "conv", **conv_settings(conv)}, {})
@@ -215,9 +244,12 @@ class _EspaceWork:
     def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
         """Masks for every layer, estimated on the network of low rank; or why a layer can have none."""
         found: dict[str, Tensor] = {}
-        if self.method.mask == "impact" and done:
+        if self.method.mask in ESTIMATED and done:
             places = {place: half for name in done for place, half in _halves(name, done[name].module)}
-            found = impacts(self.context.network, places, self.context.data, self.method.loss)
+            residual = self.method.mask == "residual"
+            found = impacts(
+                self.context.network, places, self.context.data, self.method.loss, residual=residual
+            )
         made: dict[str, Replacement | str] = {}
         for name, replacement in done.items():
             seen = [found[place] for place, _ in _halves(name, replacement.module) if place in found]
@@ -231,26 +263,82 @@ class _EspaceWork:
         return made
 
     def _masked(self, name: str, made: Replacement, found: dict[str, Tensor]) -> Replacement:
-        method, dense = self.method, made.module
-        resize = method.resize_masks
+        method, dense, layer = self.method, made.module, self.layers.get(name)
         seed = method.seed if method.mask_seed is None else method.mask_seed
         masks = {
             place: mask_of(method.mask, rate, seed=seed, place=place, impact=found.get(place))
             for (place, _), rate in zip(_halves(name, dense), method.rates, strict=False)
         }
         samplings = tuple(masks.values())
+        settings = {key: value for key, value in _dense_spec(made).items() if key != "kind"}
+        settings |= {"resize_masks": method.resize_masks, "fill": method.fill}
+        if method.fill == "fitted":
+            settings["fill_reach"] = method.reach
+        grid = None if layer is None or layer.output_shape is None else layer.grid
         module: EspaceConv2d | MaskedConv2d
         if isinstance(dense, SeparableConv2d):
-            settings = {key: value for key, value in dense.spec.items() if key != "kind"}
-            module = EspaceConv2d(**settings, masks=(samplings[0], samplings[1]), resize_masks=resize)
+            if method.fill == "fitted" and grid is not None and layer is not None:
+                settings["fill_sizes"] = (grid[0], layer.input_size[1]), grid
+            module = EspaceConv2d(**settings, masks=(samplings[0], samplings[1]))
         else:
-            settings = {key: value for key, value in made.spec.items() if key != "kind"}
-            module = MaskedConv2d(**settings, sampling=samplings[0], resize_masks=resize)
+            if method.fill == "fitted":
+                settings["fill_size"] = grid
+            module = MaskedConv2d(**settings, sampling=samplings[0])
         module.to(next(dense.parameters()))
-        module.load_state_dict(dense.state_dict())
+        module.load_state_dict(dense.state_dict(), strict=method.fill != "fitted")
         record = {**made.record, "mask": method.mask, "rates": [mask.density for mask in samplings]}
+        if method.fill != "nearest":
+            record["fill"] = method.fill
+        if method.fill == "fitted" and self.context.calibration is not None and layer is not None:
+            record |= self._fit_fills(layer, dense, module)
         maps = {f"impact{i}": found[place] for i, place in enumerate(masks, 1) if place in found}
         return Replacement(module, module.spec, record, maps)
+
+    def _fit_fills(
+        self, layer: Layer, dense: nn.Module, module: EspaceConv2d | MaskedConv2d
+    ) -> dict[str, Any]:
+        """Fit the fills, and kernels with them, and put the layer where those behind it read it."""
+        pairs = Held(self.context.responses(layer))
+        how: dict[str, Any] = {
+            "refits": self.method.refits,
+            "positions": self.method.positions,
+            "seed": self.method.seed,
+        }
+        module.eval()
+        if isinstance(module, EspaceConv2d) and isinstance(dense, SeparableConv2d):
+            vertical, first = dense.vertical, module.vertical
+            before = fit_perforated(first, vertical, _Read(pairs, lambda x, _: (x, vertical(x))), **how)
+            found = fit_perforated(
+                module.horizontal, dense.horizontal, _Read(pairs, lambda x, r: (first(x), r)), **how
+            )
+            found["first_half"] = before
+        elif isinstance(module, MaskedConv2d) and isinstance(dense, nn.Conv2d):
+            found = fit_perforated(module, dense, pairs, **how)
+        else:
+            raise TypeError(
+                f"layer {layer.name!r}: expected a separable convolution, got {type(dense).__name__}"
+            )
+        for name in layer.names:
+            self.context.network = set_module(self.context.network, name, module)
+        return found
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Pairs made of other pairs, batch by batch, as often as they are read."""
+
+    pairs: Iterable[tuple[Tensor, Tensor]]
+    make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, response in self.pairs:
+            with torch.no_grad():
+                yield self.make(x, response)
+
+
+def _dense_spec(made: Replacement) -> dict[str, Any]:
+    """What builds a layer of low rank, or of 1 x 1, before it gets masks."""
+    return made.module.spec if isinstance(made.module, SeparableConv2d) else made.spec
 
 
 def _halves(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ from quincunx.methods.binaryconnect import BinaryConnect
 from quincunx.methods.cp import CP
 from quincunx.methods.espace import Espace
 from quincunx.methods.lowrank import LowRank
+from quincunx.methods.perforate import Perforate
 from quincunx.methods.points import Point
 from quincunx.methods.qcnn import QCNN
 from quincunx.methods.spatialbottleneck import SpatialBottleneck
@@ -40,7 +41,8 @@ class Published(Method, Protocol):
 
 
 METHODS: dict[str, type[Published]] = {
-    str(method.name): method for method in (SpatialBottleneck, Espace, LowRank, CP, BinaryConnect, QCNN)
+    str(method.name): method
+    for method in (SpatialBottleneck, Perforate, Espace, LowRank, CP, BinaryConnect, QCNN)
 }
 # names that the command line had before
 ALIASES = {"lrd": "lowrank", "cpd": "cp", "sb": "spatialbottleneck"}

@@ -8,6 +8,10 @@ the sum over the computed positions p: ``conv`` is dT/dy, ``conv_transpose`` dT/
 ``conv_weight`` dT/dw. So the derivatives of each are the other two, to any order.
 ``conv_filled`` is ``conv`` of ``fill`` without storing the filled map, which would have the grid ``size``.
 
+``fill_fitted`` is an affine map of a sampled map, linear in its coefficients w [R, T, C]: computed positions
+keep their values, the others are combinations of T computed ones. ``collect_fitted`` is its adjoint and
+``fill_fitted_weight`` its derivative by w.
+
 ``binary_conv`` is the dense convolution with weights +1 and -1, each given as one bit; it is for inference
 and has no derivatives.
 
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from quincunx.ops.flops import counted_by
 from quincunx.ops.geometry import Geometry
+from quincunx.ops.plan import fill_plan
 from quincunx.sampling import from_spec
 
 __all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count"]
@@ -43,6 +48,10 @@ OPERATORS = {
     f"{_GEOMETRY}) -> Tensor",
     "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
     "collect": "(Tensor z, str sampling) -> Tensor",
+    "fill_fitted": "(Tensor y, Tensor weight, Tensor? bias, str sampling, SymInt[] size, int reach) "
+    "-> Tensor",
+    "collect_fitted": "(Tensor z, Tensor weight, str sampling, int reach) -> Tensor",
+    "fill_fitted_weight": "(Tensor y, Tensor z, str sampling, int reach, SymInt[] shape) -> Tensor",
     "binary_conv": "(Tensor x, Tensor bits, Tensor? scale, Tensor? bias, int[] kernel, int[] stride, "
     "int[] padding, int[] dilation, int groups) -> Tensor",
 }
@@ -138,6 +147,20 @@ def _collect_fake(z: Tensor, sampling: str) -> Tensor:
     return _empty_map(z, (z.shape[0], z.shape[1], m, 1))
 
 
+def _fill_fitted_fake(
+    y: Tensor, weight: Tensor, bias: Tensor | None, sampling: str, size: Sequence[int], reach: int
+) -> Tensor:
+    return _empty_map(y, (y.shape[0], y.shape[1], size[0], size[1]))
+
+
+def _collect_fitted_fake(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tensor:
+    return _collect_fake(z, sampling)
+
+
+def _fill_fitted_weight_fake(y: Tensor, z: Tensor, sampling: str, reach: int, shape: Sequence[int]) -> Tensor:
+    return y.new_empty(tuple(shape))
+
+
 def _binary_conv_fake(
     x: Tensor,
     bits: Tensor,
@@ -160,6 +183,9 @@ for _name, _fake in (
     ("conv_filled", _conv_filled_fake),
     ("fill", _fill_fake),
     ("collect", _collect_fake),
+    ("fill_fitted", _fill_fitted_fake),
+    ("collect_fitted", _collect_fitted_fake),
+    ("fill_fitted_weight", _fill_fitted_weight_fake),
     ("binary_conv", _binary_conv_fake),
 ):
     torch.library.register_fake(f"quincunx::{_name}", _fake, lib=_LIBRARY)
@@ -256,6 +282,61 @@ def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _OPS.fill(grad, ctx.sampling, ctx.size), None
 
 
+def _keep_fill_fitted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weight, _, ctx.sampling, _, ctx.reach = inputs
+    ctx.save_for_backward(y, weight)
+
+
+def _fill_fitted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    y, weight = ctx.saved_tensors
+    need_y, need_weight, need_bias = ctx.needs_input_grad[:3]
+    to_y = to_weight = to_bias = None
+    if need_y:
+        to_y = _OPS.collect_fitted(grad, weight, ctx.sampling, ctx.reach)
+    if need_weight:
+        to_weight = _OPS.fill_fitted_weight(y, grad, ctx.sampling, ctx.reach, weight.shape)
+    if need_bias:
+        # a bias is the coefficient of a map of ones, and every class has a first tap
+        ones = torch.ones_like(y)
+        sums = _OPS.fill_fitted_weight(ones, grad, ctx.sampling, ctx.reach, weight.shape)
+        to_bias = sums[:, 0] if weight.shape[1] else sums.sum(1)
+    return to_y, to_weight, to_bias, None, None, None
+
+
+def _keep_collect_fitted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, weight, ctx.sampling, ctx.reach = inputs
+    ctx.save_for_backward(z, weight)
+
+
+def _collect_fitted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    z, weight = ctx.saved_tensors
+    to_z = to_weight = None
+    if ctx.needs_input_grad[0]:
+        to_z = _OPS.fill_fitted(grad, weight, None, ctx.sampling, z.shape[2:], ctx.reach)
+    if ctx.needs_input_grad[1]:
+        to_weight = _OPS.fill_fitted_weight(grad, z, ctx.sampling, ctx.reach, weight.shape)
+    return to_z, to_weight, None, None
+
+
+def _keep_fill_fitted_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, z, ctx.sampling, ctx.reach, _ = inputs
+    ctx.save_for_backward(y, z)
+
+
+def _fill_fitted_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # the skipped positions alone: what the coefficients do, without the values that are kept
+    y, z = ctx.saved_tensors
+    none = torch.zeros_like(grad)
+    to_y = to_z = None
+    if ctx.needs_input_grad[0]:
+        to_y = _OPS.collect_fitted(z, grad, ctx.sampling, ctx.reach)
+        to_y = to_y - _OPS.collect_fitted(z, none, ctx.sampling, ctx.reach)
+    if ctx.needs_input_grad[1]:
+        to_z = _OPS.fill_fitted(y, grad, None, ctx.sampling, z.shape[2:], ctx.reach)
+        to_z = to_z - _OPS.fill_fitted(y, none, None, ctx.sampling, z.shape[2:], ctx.reach)
+    return to_y, to_z, None, None, None
+
+
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pass
 
@@ -271,6 +352,9 @@ for _name, _backward, _keep in (
     ("conv_filled", _conv_filled_backward, _keep_conv_filled),
     ("fill", _fill_backward, _keep_fill),
     ("collect", _collect_backward, _keep_collect),
+    ("fill_fitted", _fill_fitted_backward, _keep_fill_fitted),
+    ("collect_fitted", _collect_fitted_backward, _keep_collect_fitted),
+    ("fill_fitted_weight", _fill_fitted_weight_backward, _keep_fill_fitted_weight),
     ("binary_conv", _binary_conv_backward, _keep_nothing),
 ):
     torch.library.register_autograd(f"quincunx::{_name}", _backward, setup_context=_keep, lib=_LIBRARY)
@@ -298,6 +382,20 @@ def _conv_weight_flops(x: Any, y: Any, *_: Any, out_shape: Any, **__: Any) -> in
     return int(2 * batch * m * out_channels * in_channels * kh * kw)
 
 
+def _fill_fitted_flops(
+    y: Any, weight: Any, bias: Any, sampling: str, size: Any, reach: int, *_: Any, **__: Any
+) -> int:
+    return int(2 * y[0] * y[1] * fill_plan(sampling, int(size[0]), int(size[1]), reach).reads)
+
+
+def _collect_fitted_flops(z: Any, weight: Any, sampling: str, reach: int, *_: Any, **__: Any) -> int:
+    return int(2 * z[0] * z[1] * fill_plan(sampling, int(z[2]), int(z[3]), reach).reads)
+
+
+def _fill_fitted_weight_flops(y: Any, z: Any, sampling: str, reach: int, *_: Any, **__: Any) -> int:
+    return _collect_fitted_flops(z, None, sampling, reach)
+
+
 def _binary_conv_flops(
     x: Any, bits: Any, scale: Any, bias: Any, kernel: Any, *where: Any, out_shape: Any, **__: Any
 ) -> int:
@@ -309,4 +407,7 @@ def _binary_conv_flops(
 counted_by(_conv_flops, _OPS.conv, _OPS.conv_filled)
 counted_by(_conv_transpose_flops, _OPS.conv_transpose)
 counted_by(_conv_weight_flops, _OPS.conv_weight)
+counted_by(_fill_fitted_flops, _OPS.fill_fitted)
+counted_by(_collect_fitted_flops, _OPS.collect_fitted)
+counted_by(_fill_fitted_weight_flops, _OPS.fill_fitted_weight)
 counted_by(_binary_conv_flops, _OPS.binary_conv)

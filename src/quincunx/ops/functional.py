@@ -12,7 +12,9 @@ from quincunx.ops.traced import as_tensor, is_tracing
 from quincunx.sampling import Sampling
 
 __all__ = [
+    "fill_fitted",
     "fill_nearest",
+    "fill_zero",
     "filled_conv2d",
     "sampled_conv2d",
     "sampled_conv_transpose2d",
@@ -249,6 +251,95 @@ def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tenso
     _check_count(y, sampling, (height, width))
     result: Tensor = torch.ops.quincunx.fill(y, sampling.spec, (height, width))
     return result
+
+
+def fill_fitted(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sampling: Sampling,
+    size: Sequence[int],
+    reach: int,
+) -> Tensor:
+    r"""A sampled map made dense: every other position is a combination of a few computed ones.
+
+    .. math:: z_{n,c,p} = \begin{cases} y_{n,c,k(p)} & p \text{ computed} \\
+              b_{r(p),c} + \sum_{t} w_{r(p),t,c}\; y_{n,c,k_t(p)} & \text{otherwise} \end{cases}
+
+    k(p) is a computed position's number in y. For cosets r(p) is the residue class of p and k_t(p) are the
+    computed positions of the window of (2 reach + 1)^2 around it, so that w is a depthwise kernel for each
+    class; on the border a tap takes the computed position nearest to it. For other samplings r(p) numbers
+    the skipped positions and k_t(p) are the ``reach`` computed ones nearest to p. k_0(p) is the one that
+    :func:`fill_nearest` copies. Coefficients that sum to 1 fill a constant map exactly.
+
+    Args:
+        y: sampled map [N, C, m, 1].
+        weight: w [R, T, C]: classes or skipped positions, taps, channels.
+        bias: b [R, C] or None.
+        sampling: which positions of the H x W grid ``y`` holds.
+        size: (H, W).
+        reach: how far a fill reads; see above.
+
+    Returns:
+        A dense map [N, C, H, W] in channels_last.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+        TypeError: not a sampling, not floating point, or another device.
+
+    Source: a fixed kernel in place of w: Xie et al., Spatially Adaptive Inference (ECCV 2020), section 3.3.
+
+    Example:
+        >>> from quincunx.sampling import CHESSBOARD
+        >>> y, mean = torch.ones(1, 3, 8, 1), torch.full((2, 4, 3), 0.25)
+        >>> fill_fitted(y, mean, sampling=CHESSBOARD, size=(4, 4), reach=1).unique().tolist()
+        [1.0]
+    """
+    _check_sampling(sampling)
+    _check_map("y", y)
+    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
+        raise ValueError(f"reach={reach!r}: expected an integer of at least 0")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.device != y.device:
+            raise TypeError(f"{name}: on {value.device}, but y is on {y.device}")
+    weight, bias = weight.to(y.dtype), None if bias is None else bias.to(y.dtype)
+    if is_tracing():
+        traced: Tensor = torch.ops.quincunx.traced_fill_fitted(
+            y, weight, bias, sampling.spec, as_tensor(size), reach
+        )
+        return traced
+    height, width = pair("size", size, 1)
+    _check_count(y, sampling, (height, width))
+    result: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, sampling.spec, (height, width), reach)
+    return result
+
+
+def fill_zero(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:
+    """A sampled map made dense: zero at every other position.
+
+    Args:
+        y: sampled map [N, C, m, 1].
+        sampling: which positions of the H x W grid ``y`` holds.
+        size: (H, W).
+
+    Returns:
+        A dense map [N, C, H, W] in channels_last.
+
+    Raises:
+        ValueError: ``y`` has not m positions.
+        TypeError: not a sampling or not floating point.
+
+    Source: Peng et al., arXiv:1809.02601, section 3.1.
+
+    Example:
+        >>> mask = torch.tensor([[True, False, False, True]])
+        >>> fill_zero(torch.ones(1, 1, 2, 1), sampling=Positions(mask), size=(1, 4)).flatten().tolist()
+        [1.0, 0.0, 0.0, 1.0]
+    """
+    _check_sampling(sampling)
+    _check_map("y", y)
+    return fill_fitted(y, y.new_empty((0, 0, y.shape[1])), sampling=sampling, size=size, reach=0)
 
 
 def _check_count(y: Tensor, sampling: Sampling, grid: tuple[int, int]) -> None:

@@ -25,6 +25,7 @@ from quincunx.ops.plan import (
     WindowPlan,
     adjoint_plan,
     collect_plan,
+    fill_plan,
     forward_plan,
     shift_plan,
 )
@@ -38,6 +39,8 @@ __all__ = [
     "conv_filled",
     "conv_transpose",
     "conv_weight",
+    "fill_fitted",
+    "filled_by",
     "isa",
     "load",
     "lookup",
@@ -261,6 +264,39 @@ def collect(z: Tensor, sampling: str) -> Tensor:
     """Sum a bfloat16 map in float32 and round once."""
     plan = collect_plan(sampling, z.shape[2], z.shape[3])
     result: Tensor = torch.ops.quincunx_native.window_sum(z, plan.index, plan.starts, plan.out_size)
+    return result
+
+
+def fill_fitted(
+    y: Tensor, weight: Tensor, bias: Tensor | None, sampling: str, size: Sequence[int], reach: int
+) -> Tensor:
+    return filled_by(y, weight, bias, sampling, size, reach)
+
+
+def filled_by(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sampling: str,
+    size: Sequence[int],
+    reach: int,
+    residual: Tensor | None = None,
+    activation: int = 0,
+) -> Tensor:
+    """act(fill_fitted(y) + residual) in one pass; sums are float32."""
+    plan = fill_plan(sampling, size[0], size[1], reach)
+    plan.check(weight.shape, None if bias is None else bias.shape, y.shape)
+    weight = weight if plan.taps else weight.new_empty((plan.count, 0, y.shape[1]))
+    result: Tensor = torch.ops.quincunx_native.fitted_fill(
+        y,
+        weight.detach().float().contiguous(),
+        None if bias is None else bias.detach().float().contiguous(),
+        residual,
+        plan.index,
+        plan.kinds,
+        plan.size,
+        activation,
+    )
     return result
 
 

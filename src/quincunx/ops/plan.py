@@ -8,9 +8,11 @@ a sampled map never multiplies by a structural zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count as counter
 from typing import TypeVar
 
 import torch
@@ -18,19 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quincunx.ops.geometry import Geometry
-from quincunx.sampling import Cosets, from_spec
+from quincunx.sampling import Cosets, Sampling, from_spec
 
 __all__ = [
+    "FillPlan",
     "Plan",
     "ShiftPlan",
     "WindowPlan",
     "adjoint_plan",
     "collect_plan",
+    "coset_taps",
+    "fill_plan",
+    "fill_sizes",
     "forward_plan",
     "nearest_index",
     "nearest_shares",
     "position_index",
     "shift_plan",
+    "tap_distances",
     "window_plan",
 ]
 
@@ -348,6 +355,197 @@ def collect_plan(spec: str, height: int, width: int) -> WindowPlan:
         starts=F.pad(nearest.bincount(minlength=m).cumsum(0), (1, 0)).int(),
         out_size=(m, 1),
     )
+
+
+@dataclass(frozen=True)
+class FillPlan:
+    """The computed positions that each skipped position is filled from, int32.
+
+    Attributes:
+        index: [H W, T] (at least one column); the numbers (0..m-1) of the computed positions that a skipped
+            position reads, the nearest one first, -1 for none; a computed position's own number comes first.
+        kinds: [H W]; the row of coefficients that a skipped position uses, -1 for a computed one.
+        count: how many rows of coefficients there are.
+        taps: T, the columns that count; 0 where skipped positions read nothing.
+        computed, skipped: LongTensors; the row-major indices of both.
+        distance: [count, T] float64; distances of the taps, infinite for none.
+        size: (H, W).
+    """
+
+    index: Tensor
+    kinds: Tensor
+    count: int
+    taps: int
+    computed: Tensor
+    skipped: Tensor
+    distance: Tensor
+    size: tuple[int, int]
+
+    @property
+    def reads(self) -> int:
+        """Values that the skipped positions read of one channel: its multiply-adds."""
+        return int((self.index[self.skipped, : self.taps] >= 0).sum())
+
+    def check(self, weight: Sequence[int], bias: Sequence[int] | None, y: Sequence[int]) -> None:
+        """Refuse coefficients, a bias or a sampled map of other sizes.
+
+        Raises:
+            ValueError: what was expected and what there is.
+        """
+        channels = y[1]
+        # without taps there is nothing that rows could differ in
+        rows = self.count if self.taps else weight[0]
+        if tuple(weight) != (rows, self.taps, channels):
+            raise ValueError(
+                f"weight: expected [{self.count}, {self.taps}, {channels}] for this sampling on a grid of "
+                f"{self.size[0]} x {self.size[1]}, got {tuple(weight)}"
+            )
+        if bias is not None and tuple(bias) != (self.count, channels):
+            raise ValueError(f"bias: expected [{self.count}, {channels}], got {tuple(bias)}")
+        if bias is not None and not self.taps and len(self.skipped):
+            raise ValueError("bias: expected None where skipped positions read nothing")
+        if len(y) > 2 and tuple(y[2:]) != (len(self.computed), 1):
+            raise ValueError(f"y: expected [N, C, {len(self.computed)}, 1], got {tuple(y)}")
+
+
+@_kept
+def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
+    """Tables of a fill that combines computed positions.
+
+    For cosets the skipped positions of one residue class share coefficients. Their taps are the computed
+    positions at most ``reach`` rows and columns away, farther where a class has none so near; a tap outside
+    the grid, or on the grid's border where it hits none, is the computed position nearest to it. For other
+    samplings each skipped position has its own coefficients and the ``reach`` nearest computed positions.
+    The first tap is always the one that the nearest fill copies. A ``reach`` of 0 gives no taps.
+    """
+    sampling = from_spec(spec)
+    computed = position_index(spec, height, width)
+    mask = torch.zeros(height * width, dtype=torch.bool)
+    mask[computed] = True
+    skipped = (~mask).nonzero().flatten()
+    if isinstance(sampling, Cosets):
+        offsets, row, col = coset_taps(spec, reach), skipped // width, skipped % width
+        numbers = torch.tensor(_class_numbers(sampling), dtype=torch.long)
+        kind, classes = numbers[row % sampling.period, col % sampling.period], len(offsets)
+        table = _tap_table(spec, offsets, kind, row, col, (height, width))
+        distance = tap_distances(offsets)
+    else:
+        kind, classes = torch.arange(len(skipped)), len(skipped)
+        table, distance = _neighbour_table(skipped, computed, width, min(reach, len(computed)))
+    taps = table.shape[1]
+    if taps:
+        table[:, 0] = nearest_index(spec, height, width)[skipped]
+    index = torch.full((height * width, max(1, taps)), -1, dtype=torch.int32)
+    index[computed, 0] = torch.arange(len(computed), dtype=torch.int32)
+    if taps:
+        index[skipped] = table.int()
+    kinds = torch.full((height * width,), -1, dtype=torch.int32)
+    kinds[skipped] = kind.int()
+    return FillPlan(index, kinds, classes, taps, computed, skipped, distance, (height, width))
+
+
+Taps = tuple[tuple[tuple[int, int], ...], ...]
+# beyond these a window is no small one; what a file claims ends here too
+_LARGEST = {"period": 64, "window": 16, "neighbours": 256, "grid": 1 << 24}
+
+
+def fill_sizes(sampling: Sampling, reach: int, height: int, width: int) -> tuple[int, int]:
+    """How many rows of coefficients a fill has, and how many taps; no table is made for that.
+
+    Args:
+        sampling, reach: as :func:`fill_plan` has them.
+        height, width: of the grid; what is returned for cosets does not depend on it.
+
+    Raises:
+        ValueError: a reach, a period or a grid that is too large for coefficients.
+    """
+    cosets = isinstance(sampling, Cosets)
+    if reach > (most := _LARGEST["window" if cosets else "neighbours"]):
+        raise ValueError(f"reach={reach}: expected at most {most}")
+    if isinstance(sampling, Cosets):
+        if sampling.period > _LARGEST["period"]:
+            raise ValueError(f"period={sampling.period}: a fitted fill takes at most {_LARGEST['period']}")
+        taps = coset_taps(sampling.spec, reach)
+        return len(taps), max((len(found) for found in taps), default=0)
+    if height * width > _LARGEST["grid"]:
+        raise ValueError(f"grid {height} x {width}: too large for coefficients of each position")
+    m = sampling.count(height, width)
+    return height * width - m, min(reach, m) if height * width > m else 0
+
+
+def _class_numbers(sampling: Cosets) -> list[list[int]]:
+    """The number of each skipped residue class (row, column), row-major; -1 for computed ones."""
+    kept, fresh = set(sampling.offsets), counter()
+    span = range(sampling.period)
+    return [[-1 if (a, b) in kept else next(fresh) for a in span] for b in span]
+
+
+@lru_cache(maxsize=1024)
+def coset_taps(spec: str, reach: int) -> Taps:
+    """For each skipped residue class of cosets its taps (rows down, columns across), nearest first."""
+    sampling = from_spec(spec)
+    if not isinstance(sampling, Cosets):
+        raise TypeError(f"spec={spec!r}: expected cosets")
+    period, kept = sampling.period, set(sampling.offsets)
+    offsets = []
+    for b, row in enumerate(_class_numbers(sampling)):
+        for a, number in enumerate(row):
+            found: list[tuple[int, int]] = []
+            radius = reach
+            while number >= 0 and reach and not found:
+                span = range(-radius, radius + 1)
+                around = [(r, c) for r in span for c in span]
+                found = [(r, c) for r, c in around if ((a + c) % period, (b + r) % period) in kept]
+                radius += 1
+            if number >= 0:
+                offsets.append(tuple(sorted(found, key=lambda at: (at[0] ** 2 + at[1] ** 2, at))))
+    return tuple(offsets)
+
+
+def tap_distances(offsets: Taps) -> Tensor:
+    """Distances of the taps of classes, float64 [R, T], infinite where a class has fewer than another."""
+    taps = max((len(found) for found in offsets), default=0)
+    rows = [[math.hypot(*at) for at in found] + [math.inf] * (taps - len(found)) for found in offsets]
+    return torch.tensor(rows, dtype=torch.float64).view(len(offsets), taps)
+
+
+def _tap_table(
+    spec: str, offsets: Taps, kind: Tensor, row: Tensor, col: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """For each skipped position of cosets the computed ones that its taps hit."""
+    height, width = size
+    taps = max((len(found) for found in offsets), default=0)
+    nearest = nearest_index(spec, height, width)
+    table = torch.full((len(kind), taps), -1, dtype=torch.long)
+    for number, found in enumerate(offsets):
+        members = (kind == number).nonzero().flatten()
+        for tap, (down, across) in enumerate(found):
+            r = (row[members] + down).clamp(0, height - 1)
+            c = (col[members] + across).clamp(0, width - 1)
+            table[members, tap] = nearest[r * width + c]
+    return table
+
+
+# of distances between skipped and computed positions that are held at a time
+_DISTANCES = 1 << 24
+
+
+def _neighbour_table(skipped: Tensor, computed: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the nearest computed positions, and their distances; ties by row-major index."""
+    m = len(computed)
+    table = torch.empty(len(skipped), count, dtype=torch.long)
+    distance = torch.empty(len(skipped), count, dtype=torch.float64)
+    if not count:
+        return table, distance
+    step = max(1, _DISTANCES // m)
+    for first in range(0, len(skipped), step):
+        some = skipped[first : first + step]
+        squares = (some[:, None] // width - computed // width) ** 2
+        squares = squares + (some[:, None] % width - computed % width) ** 2
+        key = (squares * m + torch.arange(m)).topk(count, largest=False, sorted=True).values
+        table[first : first + step] = key % m
+        distance[first : first + step] = (key // m).double().sqrt()
+    return table, distance
 
 
 def _phase(geometry: Geometry, axis: int, tap: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ against it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,21 @@ from quincunx.ops.bits import unpack_signs
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.lookup import decoded
-from quincunx.ops.plan import nearest_index, position_index
+from quincunx.ops.plan import FillPlan, fill_plan, nearest_index, position_index
 
-__all__ = ["binary_conv", "collect", "conv", "conv_filled", "conv_transpose", "conv_weight", "fill", "lookup"]
+__all__ = [
+    "binary_conv",
+    "collect",
+    "collect_fitted",
+    "conv",
+    "conv_filled",
+    "conv_transpose",
+    "conv_weight",
+    "fill",
+    "fill_fitted",
+    "fill_fitted_weight",
+    "lookup",
+]
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -140,6 +153,74 @@ def collect(z: Tensor, sampling: str) -> Tensor:
     sums = _empty_map(z, m, 1).zero_()
     sums.squeeze(3).transpose(1, 2).index_add_(1, index, z.permute(0, 2, 3, 1).flatten(1, 2))
     return sums
+
+
+class _FillTables:
+    """A fill's tables on a device: kept there, since what is captured as a graph may not be copied to it."""
+
+    def __init__(self, plan: FillPlan, device: torch.device) -> None:
+        self.plan = plan
+        self.computed, self.skipped = plan.computed.to(device), plan.skipped.to(device)
+        self.kinds = plan.kinds[plan.skipped].long().to(device)
+        # for each tap: the computed positions that it reads, and which of the skipped ones have it
+        self.taps: list[tuple[Tensor, Tensor]] = []
+        for tap in range(plan.taps):
+            index = plan.index[plan.skipped, tap].long()
+            there = (index >= 0).nonzero().flatten()
+            self.taps.append((index[there].to(device), there.to(device)))
+
+
+@lru_cache(maxsize=1024)
+def _fill_tables(spec: str, height: int, width: int, reach: int, device: torch.device) -> _FillTables:
+    with torch.inference_mode(False):
+        return _FillTables(fill_plan(spec, height, width, reach), device)
+
+
+def fill_fitted(
+    y: Tensor, weight: Tensor, bias: Tensor | None, sampling: str, size: Sequence[int], reach: int
+) -> Tensor:
+    """Sums are made in float32 at least and rounded once."""
+    tables = _fill_tables(sampling, int(size[0]), int(size[1]), reach, y.device)
+    tables.plan.check(weight.shape, None if bias is None else bias.shape, y.shape)
+    wide, kinds = torch.promote_types(y.dtype, torch.float32), tables.kinds
+    rows = y.squeeze(3).transpose(1, 2)
+    total = rows.new_zeros((y.shape[0], len(kinds), y.shape[1]), dtype=wide)
+    if bias is not None:
+        total += bias.to(wide)[kinds]
+    for tap, (index, there) in enumerate(tables.taps):
+        read = rows.index_select(1, index).to(wide)
+        total.index_add_(1, there, read * weight[:, tap].to(wide)[kinds[there]])
+    dense = _empty_map(y, *tables.plan.size)
+    out = dense.permute(0, 2, 3, 1).view(y.shape[0], -1, y.shape[1])
+    out.index_copy_(1, tables.computed, rows)
+    out.index_copy_(1, tables.skipped, total.to(y.dtype))
+    return dense
+
+
+def collect_fitted(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tensor:
+    """The adjoint of ``fill_fitted`` without its bias."""
+    tables = _fill_tables(sampling, int(z.shape[2]), int(z.shape[3]), reach, z.device)
+    tables.plan.check(weight.shape, None, z.shape[:2])
+    wide, kinds = torch.promote_types(z.dtype, torch.float32), tables.kinds
+    rows = z.permute(0, 2, 3, 1).flatten(1, 2).to(wide)
+    sums, skipped = rows.index_select(1, tables.computed), rows.index_select(1, tables.skipped)
+    for tap, (index, there) in enumerate(tables.taps):
+        sums.index_add_(1, index, skipped[:, there] * weight[:, tap].to(wide)[kinds[there]])
+    out = sums.transpose(1, 2).unsqueeze(3).to(z.dtype)
+    return out.contiguous(memory_format=CHANNELS_LAST)
+
+
+def fill_fitted_weight(y: Tensor, z: Tensor, sampling: str, reach: int, shape: Sequence[int]) -> Tensor:
+    tables = _fill_tables(sampling, int(z.shape[2]), int(z.shape[3]), reach, y.device)
+    tables.plan.check(shape, None, y.shape)
+    wide, kinds, count = torch.promote_types(y.dtype, torch.float32), tables.kinds, tables.plan.count
+    rows = y.squeeze(3).transpose(1, 2)
+    skipped = z.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, tables.skipped).to(wide)
+    gradient = rows.new_zeros(tuple(shape), dtype=wide)
+    for tap, (index, there) in enumerate(tables.taps):
+        products = (rows.index_select(1, index).to(wide) * skipped[:, there]).sum(0)
+        gradient[:, tap] = products.new_zeros((count, y.shape[1])).index_add_(0, kinds[there], products)
+    return gradient.to(y.dtype)
 
 
 def lookup(

@@ -38,6 +38,13 @@ def _fill(y: Tensor, sampling: str, size: Tensor) -> Tensor:
     return result
 
 
+def _fill_fitted(
+    y: Tensor, weight: Tensor, bias: Tensor | None, sampling: str, size: Tensor, reach: int
+) -> Tensor:
+    result: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, sampling, _size(size), reach)
+    return result
+
+
 def _conv_transpose(y: Tensor, weight: Tensor, bias: Tensor | None, size: Tensor, *geometry: Any) -> Tensor:
     result: Tensor = torch.ops.quincunx.conv_transpose(y, weight, bias, _size(size), *geometry)
     return result
@@ -52,6 +59,11 @@ def _conv_filled(
 
 for _name, _schema, _function in (
     ("traced_fill", "(Tensor y, str sampling, Tensor size) -> Tensor", _fill),
+    (
+        "traced_fill_fitted",
+        "(Tensor y, Tensor weight, Tensor? bias, str sampling, Tensor size, int reach) -> Tensor",
+        _fill_fitted,
+    ),
     (
         "traced_conv_transpose",
         f"(Tensor y, Tensor weight, Tensor? bias, Tensor size, {_GEOMETRY}) -> Tensor",

@@ -16,6 +16,7 @@ from quincunx.sampling import Positions, Random, Sampling, Uniform
 from quincunx.surgery.calibration import Batch
 
 __all__ = [
+    "ESTIMATED",
     "MASKS",
     "Loss",
     "class_labels",
@@ -28,7 +29,9 @@ __all__ = [
 
 # the label that torch's losses ignore
 IGNORED = -100
-MASKS = ("impact", "uniform", "uniform-eq8", "random")
+MASKS = ("impact", "residual", "uniform", "uniform-eq8", "random")
+# those that are estimated on data
+ESTIMATED = ("impact", "residual")
 
 # (output of the network, target or None) -> the sum of the images' losses
 Loss = Callable[[Any, Any], Tensor]
@@ -128,19 +131,27 @@ def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
 
 
 def impacts(
-    network: nn.Module, modules: Mapping[str, nn.Module], data: Iterable[Batch], loss: Loss | None = None
+    network: nn.Module,
+    modules: Mapping[str, nn.Module],
+    data: Iterable[Batch],
+    loss: Loss | None = None,
+    *,
+    residual: bool = False,
 ) -> dict[str, Tensor]:
     r"""Return the impact of each position of the outputs of some modules, from one pass with gradients.
 
     .. math:: I_p = E \sum_c \left| \frac{\partial L}{\partial O_{c,p}}\, O_{c,p} \right|
 
-    is, to first order, the change in the loss of an image if a position's values become zero.
+    is, to first order, the change in the loss of an image if a position's values become zero. With
+    ``residual`` the last factor is O_{c,p} - \bar O_{c,p}, where \bar O is the mean of the neighbours above,
+    below, left and right: the change if the position is filled from them.
 
     Args:
         network: run in evaluation mode; its parameters get no gradients.
         modules: parts of it that return maps [N, C, H, W], each called once in a forward.
         data: batches, with targets or without.
         loss: of (output, target), summed over the images; by default :func:`self_loss`.
+        residual: of what neighbours do not say of a position, instead of its values.
 
     Returns:
         The impacts by name, float64 [H, W]; zeros for a module that the loss does not depend on.
@@ -171,7 +182,8 @@ def impacts(
                 gradient = gradients.get(name)
                 if gradient is None:
                     gradient = torch.zeros_like(output)
-                found = (gradient * output.detach()).double().abs().sum((0, 1))
+                changed = output.detach() - (_neighbours(output.detach()) if residual else 0)
+                found = (gradient * changed).double().abs().sum((0, 1))
                 if not bool(found.isfinite().all()):
                     raise ValueError(
                         f"calibration: layer {name!r}: batch {batch.index} gives a value that is not finite"
@@ -191,6 +203,14 @@ def impacts(
             "out: there is nothing to estimate impacts on"
         )
     return {name: total / images for name, total in sums.items()}
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """At each position the mean of the neighbours above, below, left and right that are inside; 0 of none."""
+    cross = x.new_tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]])[None, None]
+    flat = x.reshape(-1, 1, *x.shape[2:])
+    count = F.conv2d(torch.ones_like(flat[:1]), cross, padding=1)
+    return (F.conv2d(flat, cross, padding=1) / count.clamp_min(1)).view(x.shape)
 
 
 def without_gradient(
@@ -299,7 +319,8 @@ def mask_of(kind: str, rate: float, *, seed: int, place: str, impact: Tensor | N
     """Return a mask by name.
 
     Args:
-        kind: "impact", "uniform" (an even grid), "uniform-eq8" (the paper's formula) or "random".
+        kind: "impact", "residual" (the same of other impacts), "uniform" (an even grid), "uniform-eq8" (the
+            paper's formula) or "random".
         rate: share of the positions that are computed.
         seed: of a random mask.
         place: name such as "conv2/1"; random masks of different places differ.
@@ -314,6 +335,6 @@ def mask_of(kind: str, rate: float, *, seed: int, place: str, impact: Tensor | N
         return Uniform(rate, rule="eq8")
     if kind == "random":
         return Random(rate, zlib.crc32(f"{seed}:{place}".encode()))
-    if kind == "impact" and impact is not None:
+    if kind in ESTIMATED and impact is not None:
         return highest(impact, rate)
-    raise ValueError(f"mask={kind!r}: expected one of {', '.join(MASKS)} (impact with impacts)")
+    raise ValueError(f"mask={kind!r}: expected one of {', '.join(MASKS)} (impact and residual with impacts)")

@@ -1,0 +1,202 @@
+"""Perforation: fitted errors, stages, which layers, specs; and ESPACE with fitted fills."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import quincunx as qx
+from quincunx.methods.fitting.fills import FillMoments, Held, fit_perforated
+from quincunx.methods.perforate import Perforate
+from quincunx.methods.registry import candidates_named, method_named
+from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Random, Uniform
+
+MASK = Positions(torch.tensor([[(3 * r + 5 * c) % 7 < 3 for c in range(8)] for r in range(8)]))
+
+
+def smooth(*shape, seed=0):
+    """Maps with neighbours that say something about each other."""
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 12, 1),
+        nn.ReLU(),
+        nn.Conv2d(12, 6, 5, stride=2, padding=2, groups=2),
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "sampling", [CHESSBOARD, QUARTER, THREE_QUARTERS, MASK, Random(0.5, seed=2)], ids=str
+)
+def test_the_fitted_error_is_never_above_the_nearest_fills(sampling):
+    conv, x = nn.Conv2d(4, 6, 3, padding=1), smooth(6, 4, 8, 8)
+    # few images, and inputs that are not those of the responses
+    pairs = [(x + 0.3 * smooth(6, 4, 8, 8, seed=1), conv(x).detach())]
+    size = (8, 8) if isinstance(sampling, Random) else None
+    made = qx.PerforatedConv2d(4, 6, 3, sampling=sampling, padding=1, fill="fitted", fill_size=size)
+    made.load_state_dict(conv.state_dict(), strict=False)
+    nearest = qx.PerforatedConv2d(4, 6, 3, sampling=sampling, padding=1)
+    nearest.load_state_dict(conv.state_dict())
+
+    @torch.no_grad()
+    def error(layer):
+        squares = (layer(pairs[0][0]).double() - pairs[0][1]).square().sum()
+        power = (pairs[0][1] - pairs[0][1].mean((0, 2, 3), keepdim=True)).square().sum()
+        return float(squares / power)
+
+    record = fit_perforated(made, conv, pairs)
+    assert record["response_error"] == pytest.approx(error(made), rel=1e-3)
+    assert record["nearest_error"] == pytest.approx(error(nearest), rel=1e-3)
+    assert record["response_error"] < record["nearest_error"]
+    assert all(after <= before for (_, before), (_, after) in pairwise(record["stages"]))
+    assert record["stages"][0][0] == "fill"
+
+
+def test_stages_lower_the_error_where_the_input_is_approximated():
+    conv, x = nn.Conv2d(4, 6, 3, padding=1), smooth(32, 4, 8, 8)
+    pairs = [(0.8 * x + 0.1, conv(x).detach())]
+    made = qx.PerforatedConv2d(4, 6, 3, sampling=CHESSBOARD, padding=1, fill="fitted")
+    made.load_state_dict(conv.state_dict(), strict=False)
+    record = fit_perforated(made, conv, pairs, refits=2)
+    names = [name for name, _ in record["stages"]]
+    assert names[:3] == ["fill", "kernel", "together"]
+    assert record["response_error"] < 0.8 * record["stages"][0][1]
+
+
+def test_the_fit_is_least_squares():
+    fill = qx.PerforatedConv2d(1, 3, 1, sampling=CHESSBOARD, fill="fitted", fill_reach=1).filling
+    y, response = torch.randn(50, 3, 18, 1), torch.randn(50, 3, 6, 6)
+    moments = FillMoments(fill, (6, 6))
+    moments.add(y[:20], response[:20])
+    moments.add(y[20:], response[20:])
+    weight, bias = moments.solve(fill.start)
+    plan = moments.plan
+    members = plan.skipped[plan.kinds[plan.skipped] == 1]
+    for channel in range(3):
+        taps = y[:, channel, plan.index[members].long(), 0].flatten(0, 1).double()
+        design = torch.cat([taps, torch.ones(len(taps), 1)], 1)
+        want = torch.linalg.lstsq(
+            design, response[:, channel].flatten(1)[:, members].flatten()[:, None].double()
+        )
+        got = torch.cat([weight[1, channel], bias[1, channel, None]])
+        torch.testing.assert_close(got, want.solution.flatten(), rtol=1e-2, atol=1e-3)
+
+
+def test_pairs_are_kept_up_to_a_size():
+    read = []
+
+    class Source:
+        def __iter__(self):
+            for i in range(3):
+                read.append(i)
+                yield torch.ones(100), torch.ones(100)
+
+    for most, times in ((1 << 20, 3), (100, 6)):
+        read.clear()
+        held = Held(Source(), most)
+        assert len(list(held)) == len(list(held)) == 3
+        assert len(read) == times
+
+
+@pytest.mark.parametrize("fill", ["zero", "nearest", "fitted"])
+def test_convolutions_of_every_kind(fill):
+    images = [smooth(8, 4, 12, 12, seed=s) for s in range(2)]
+    result = qx.accelerate(net(), Perforate(CHESSBOARD, fill=fill), calibration=images)
+    assert set(result.replaced) == {"0", "2", "4", "6"}
+    for name, record in result.replaced.items():
+        assert record["macs_after"] < record["macs_before"], name
+        if fill == "fitted":
+            assert record["response_error"] <= record["nearest_error"]
+    with torch.no_grad():
+        want = result.model(images[0])
+        torch.testing.assert_close(qx.fuse(result.model)(images[0]), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_depthwise_layer():
+    images = [smooth(8, 4, 12, 12)]
+    result = qx.accelerate(net(), Perforate(THREE_QUARTERS), where=["2"], calibration=images)
+    # 8 taps of a fill save the 9 of a depthwise kernel little, but some
+    assert result.replaced["2"]["macs_after"] < result.replaced["2"]["macs_before"]
+
+
+def test_reasons_to_stay():
+    x = torch.zeros(1, 4, 12, 12)
+    skipped = qx.accelerate(net(), Perforate(CHESSBOARD, reach=2), example_input=x).skipped
+    assert "times as many multiply-adds" in skipped["2"]
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        alone = qx.accelerate(net(), Perforate(Uniform(0.5)))
+    assert "give an example input" in alone.skipped["0"]
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        skipped = qx.accelerate(net(), Perforate(Cosets(14, [(0, 0)])), example_input=x).skipped
+    assert "period K=14" in skipped["0"]
+    skipped = qx.accelerate(net(), Perforate(pointwise=False), example_input=x).skipped
+    assert "pointwise=True" in skipped["4"]
+
+
+def test_without_data_the_start_serves():
+    result = qx.accelerate(net(), Perforate(CHESSBOARD), where=["0"], example_input=torch.zeros(1, 4, 12, 12))
+    assert "response_error" not in result.replaced["0"]
+    constant = result.model[0].filling(torch.ones(1, 8, 72, 1), (12, 12))
+    torch.testing.assert_close(constant, torch.ones(1, 8, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fill": "mean"}, "fill='mean'"),
+        ({"fill": "nearest", "reach": 1}, "reach=1"),
+        ({"reach": 0}, "reach=0"),
+        ({"refits": -1}, "refits=-1"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Perforate(**settings)
+    if "refits" in settings or "fill" in settings or settings["reach"] == 0:
+        with pytest.raises(ValueError, match=message):
+            qx.Espace(**({"fill": "fitted"} | settings))
+
+
+def test_it_is_published():
+    assert method_named("perforate") is Perforate
+    assert [method.sampling for method in candidates_named("perforate")] == [
+        THREE_QUARTERS,
+        CHESSBOARD,
+        QUARTER,
+    ]
+    assert Perforate().label() == "perforate, 2/4, fitted"
+    assert len(Perforate.sweep("nearest")) == 3
+
+
+@pytest.mark.parametrize("mask", ["impact", "uniform"])
+def test_espace_with_fitted_fills(mask):
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    layers += [nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = nn.Sequential(*layers).eval()
+    images = [smooth(16, 4, 8, 8, seed=s) for s in range(2)]
+    errors = {}
+    for fill in ("nearest", "fitted"):
+        method = qx.Espace(rank=6, rate=0.5, mask=mask, pointwise=True, fill=fill)
+        result = qx.accelerate(network, method, calibration=images)
+        with torch.no_grad():
+            parts = [(network[:5](x), result.model[:5](x)) for x in images]
+        errors[fill] = sum(float((a - b).square().sum()) for a, b in parts)
+        record = result.replaced["2"]
+        if fill == "fitted":
+            assert record["fill"] == "fitted"
+            assert record["response_error"] <= record["nearest_error"]
+            assert record["first_half"]["response_error"] <= record["first_half"]["nearest_error"]
+            with torch.no_grad():
+                fused = qx.fuse(result.model)(images[0])
+                torch.testing.assert_close(fused, result.model(images[0]), rtol=1e-4, atol=1e-5)
+    assert errors["fitted"] < errors["nearest"]
