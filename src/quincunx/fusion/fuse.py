@@ -28,6 +28,7 @@ from quincunx.fusion.effects import (
     added_to,
     drop_unread,
     forget_layout,
+    is_guard,
     is_opaque,
     make_pure,
     module_of,
@@ -106,7 +107,7 @@ def fuse(
     Only what surely does what its class says is taken: a layer of a subclass with a forward of its own, with
     hooks or with a parametrisation runs in torch as it is, and so does a module that torch.fx cannot look
     into (``.meta["whole"]`` of the result has these, with the reason). Operations in place that somebody
-    else sees keep their order.
+    else sees keep their order. Where the forward raises for some sizes of its maps, the copy does too.
 
     Args:
         model: a network that ``torch.fx`` can trace, on the CPU; it stays as it is. Convolutions in float32
@@ -524,7 +525,8 @@ def _lower(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any], dtype: torc
         owner = fused.get(node) or seconds.get(node)
         return [by_name[n] for n in owner.step.needs] if owner else node.all_input_nodes
 
-    live, todo = set(), [n for n in graph.nodes if n.op == "output" or n in effects.changed]
+    kept = [n for n in graph.nodes if n.op == "output" or n in effects.changed or is_guard(n)]
+    live, todo = set(), kept
     while todo:
         node = todo.pop()
         if node not in live:
