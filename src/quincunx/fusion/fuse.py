@@ -44,6 +44,7 @@ from quincunx.fusion.fused import (
     same_argument,
     tensor_argument,
 )
+from quincunx.fusion.layouts import lay_out_weights
 from quincunx.fusion.nodes import (
     activation,
     addition,
@@ -181,6 +182,7 @@ def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any) -> Fused:
         _keep_arguments(own, graph)
         fixed = {name: value for name, value in graph.fixed.items() if _is_written(value)}
         result = _lower(own, graph, fixed, dtype).eval()
+        lay_out_weights(result)
     result.carry_hooks(own)
     result.meta["whole"] = whole
     if check is not None:

@@ -246,7 +246,7 @@ def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
             level=1 / _MARGIN,
         )
 
-    key = ("torch", torch.get_num_threads(), *shape_key(step, maps, batch))
+    key = ("torch in channels_last", torch.get_num_threads(), *shape_key(step, maps, batch))
     return decision(key, measure) * _MARGIN > 1
 
 
@@ -277,7 +277,7 @@ class Program(nn.Module):
         _hide_from_compilers()
         self.native_only = native_only
         self.outside = next(step.weight.dtype for step in steps if isinstance(step, Step))
-        self.steps = [step.to(dtype) if isinstance(step, Step) else step for step in steps]
+        self.steps = [step.to(dtype).laid_out() if isinstance(step, Step) else step for step in steps]
         self.inputs, self.outputs = list(inputs), list(outputs)
         self._weight = next(step.weight for step in self.steps if isinstance(step, Step))
         if backend().name == "native":

@@ -128,6 +128,12 @@ class Step:
         """The step that computes in another type; None leaves it as it is. Bias and scales stay float32."""
         return self if dtype in (None, self.weight.dtype) else replace(self, weight=self.weight.to(dtype))
 
+    def laid_out(self) -> Step:
+        """The step with its weight as torch's convolution of maps in channels_last reads it."""
+        if self.kind != "dense":
+            return self
+        return replace(self, weight=self.weight.contiguous(memory_format=torch.channels_last))
+
     @property
     def fills(self) -> bool:
         """Whether what it computes stands for the positions nearest to it, too."""
