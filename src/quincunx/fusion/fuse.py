@@ -34,6 +34,7 @@ from quincunx.fusion.effects import (
     module_of,
     surely_changes,
 )
+from quincunx.fusion.epilogues import Activation
 from quincunx.fusion.faster import speed_ratio
 from quincunx.fusion.followers import follower
 from quincunx.fusion.formats import gain_of
@@ -55,6 +56,7 @@ from quincunx.fusion.nodes import (
     is_map,
     padded_channels,
     size_of,
+    slope_of,
     subsampled,
 )
 from quincunx.fusion.program import Program
@@ -433,12 +435,12 @@ class _Absorber:
             step, value, reads = summed
         self.claimed.add(value)
         user = self._only_user(value)
-        if user is not None and (kind := activation(self.model, user)):
-            step, value = replace(step, activation=kind), user
+        if user is not None and (activated := self._activated(step, user)) is not None:
+            step, value = activated, user
         self.claimed.add(value)
         before = set(self.claimed)
         second = None
-        if step.activation == 0:
+        if step.activation == Activation.NONE:
             step, second = self._pre_activation(step, value)
         # what another step has claimed still reads this one
         readers = set(value.users) - (self.claimed - before)
@@ -446,6 +448,18 @@ class _Absorber:
             step, out=value.name if readers else None, out2=second.name if second is not None else None
         )
         return _Fused(step, value, second), reads
+
+    def _activated(self, step: Step, node: fx.Node) -> Step | None:
+        """A step with the activation that a node is."""
+        kind, slope = activation(self.model, node), None
+        # the kernels for GPUs have the first ones only
+        if kind == Activation.NONE or (kind > Activation.RELU6 and step.weight.is_cuda):
+            return None
+        if kind == Activation.LEAKY:
+            slope = slope_of(self.model, node, step.weight, step.out_channels)
+            if slope is None:
+                return None
+        return replace(step, activation=kind, slope=slope)
 
     def _affine(self, norm: fx.Node, step: Step) -> tuple[Tensor, Tensor] | None:
         """Scale and shift of a batch norm that torch would apply to a step's maps."""

@@ -104,6 +104,7 @@ class StepCode(NamedTuple):
     num_taps: int
     channel_groups: int
     activation: int
+    slope: int
 
 
 def _in_records(kind: Callable[..., Any], numbers: Sequence[int], length: int) -> list[Any]:
@@ -219,7 +220,8 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
             out2=numbers[step.out2] if step.out2 is not None else -1,
             num_taps=step.taps,
             channel_groups=step.groups,
-            activation=step.activation,
+            activation=int(step.activation),
+            slope=number(step.slope),
         )
     return segment
 
