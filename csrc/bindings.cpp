@@ -162,8 +162,8 @@ void set_shape(GatherGemm& g, const Map& x, int64_t out_channels, int64_t rows_o
   STD_TORCH_CHECK(channel_groups >= 1 && x.channels >= 1 && x.channels % channel_groups == 0, "channel_groups = ",
                   channel_groups, " must divide the channels ", x.channels);
   quincunx::check_weight(out_channels, x.channels / channel_groups, num_taps, channel_groups);
-  STD_TORCH_CHECK(activation >= 0 && activation <= quincunx::kRelu6,
-                  "activation must be 0 (none), 1 (relu) or 2 (relu6), got ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation < quincunx::kActivations, "activation must be 0 (none) to ",
+                  quincunx::kActivations - 1, ", got ", activation);
   g.x = x.data;
   g.batch = x.batch;
   g.rows_in = x.rows();
@@ -218,6 +218,7 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
   std::vector<Step> steps(1);
   GatherGemm& g = steps[0].problem;
   set_shape(g, in, out_channels, rows_out, num_taps, channel_groups, activation);
+  STD_TORCH_CHECK(activation != quincunx::kLeaky, "activation ", activation, " has a slope, which this has not");
   Operand index_table(index), rows_table(rows), taps_table(taps), groups_table(groups);
   set_tables(g, {index_table, rows_table, taps_table, groups_table});
   g.weight = Operand(packed).weight(kernels, packed_size(kernels, g));
@@ -468,7 +469,7 @@ struct Buffers {
 enum BufferField : int64_t { kKind, kChannels, kHeight, kWidth, kOffset, kBufferFields };
 enum StepField : int64_t {
   kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kTapIndex, kRows, kTaps,
-  kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kStepFields
+  kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kSlope, kStepFields
 };
 
 Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -545,7 +546,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     set_shape(g, map(f[kX]), out.channels, out.rows(), f[kNumTaps], f[kChannelGroups], f[kActivation]);
     set_tables(g, {operand(f[kTapIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
     if (f[kWeight] < 0) {
-      const bool plain = f[kBias] < 0 && f[kResidual] < 0 && f[kOut2] < 0 && f[kActivation] == 0 && f[kOut] >= 0;
+      const bool plain = f[kBias] < 0 && f[kSlope] < 0 && f[kResidual] < 0 && f[kOut2] < 0 && f[kActivation] == 0 && f[kOut] >= 0;
       STD_TORCH_CHECK(plain && g.channel_groups == 1 && g.in_channels == g.out_channels, "step ", i,
                       ": a mean has one output of as many channels and nothing else");
       STD_TORCH_CHECK(g.num_groups == 1 && g.groups[1] == g.num_taps, "step ", i, ": a mean has one group of all taps");
@@ -554,6 +555,9 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
     }
     g.weight = operand(f[kWeight]).weight(kernels, packed_size(kernels, g));
     if (f[kBias] >= 0) g.bias = operand(f[kBias]).channels("bias", out.channels);
+    STD_TORCH_CHECK((f[kActivation] == quincunx::kLeaky) == (f[kSlope] >= 0), "step ", i,
+                    ": activation ", int64_t{quincunx::kLeaky}, ", and no other, has a slope");
+    if (f[kSlope] >= 0) g.slope = operand(f[kSlope]).channels("slope", out.channels);
     if (f[kOut2] >= 0) {
       const Map& out2 = map(f[kOut2]);
       STD_TORCH_CHECK(out2.channels == out.channels && out2.rows() == out.rows(), "step ", i,

@@ -88,6 +88,16 @@ QX_INLINE vf at_most(vf v, float high) {
   vf bound = high - vf{};
   return v > bound ? bound : v;
 }
+}  // namespace
+}  // namespace QX_ISA
+}  // namespace quincunx
+
+#include "activations.h"
+
+namespace quincunx {
+namespace QX_ISA {
+namespace {
+
 QX_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 QX_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 QX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -251,20 +261,21 @@ struct Rows {
 
 template <class S>
 struct Epilogue {  // of one tile of output channels; pointers are at its first channel
-  const float *bias, *scale, *shift;
+  const float *bias, *scale, *shift, *slope;
   const S* residual;  // null where the tile lies beyond the residual's channels
   S *out, *out2;
   int64_t count, added;  // channels of the output and of the residual in this tile
   int32_t activation;
 };
 
-QX_INLINE vf activated(vf value, int32_t activation) {
+// in the registers of a tile, many times over: no code for what is long
+QX_INLINE vf rectified(vf value, int32_t activation) {
   if (activation != kNone) value = at_least(value, 0.0f);
   if (activation == kRelu6) value = at_most(value, 6.0f);
   return value;
 }
 
-// where a tile is not full
+// where a tile is not full, or the activation takes longer than a loop
 template <class Op, class S>
 void finish_partly(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, int64_t n, int64_t nv, const float* acc) {
   for (int64_t v = 0; v * kLanes < e.count; ++v) {
@@ -272,10 +283,11 @@ void finish_partly(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, int64_
     const vf bias = e.bias ? load_some(e.bias + at, left) : vf{};
     const vf scale = e.out2 ? load_some(e.scale + at, left) : vf{};
     const vf shift = e.out2 ? load_some(e.shift + at, left) : vf{};
+    const vf slope = e.slope ? load_some(e.slope + at, left) : vf{};
     for (int64_t r = 0; r < n; ++r) {
       vf value = load(acc + (r * nv + v) * kLanes) + bias;
       if (added > 0) value += load_some(e.residual + rows.residual[q + r] + at, added);
-      value = activated(value, e.activation);
+      value = activated(value, e.activation, slope);
       if (e.out) store_some(e.out + rows.place[q + r] + at, value, left);
       if (e.out2) store_some(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f), left);
     }
@@ -288,7 +300,7 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
           bool last) {
   typedef typename Op::Input Input;
   constexpr int64_t kWidth = NV * kLanes;
-  const bool full = e.count == kWidth && (!e.residual || e.added >= kWidth);
+  const bool full = e.count == kWidth && (!e.residual || e.added >= kWidth) && e.activation <= kRelu6;
   if (last && full) {
     // what the epilogue touches comes while the products are summed
     for (int r = 0; r < ROWS; ++r) {
@@ -377,7 +389,7 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
       for (int r = 0; r < ROWS; ++r) {
         vf value = acc[r][v] + bias;
         if (e.residual) value += load(e.residual + rows.residual[q + r] + at);
-        value = activated(value, e.activation);
+        value = rectified(value, e.activation);
         if (e.out) store(e.out + rows.place[q + r] + at, value);
         if (e.out2) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
       }
@@ -493,6 +505,7 @@ Epilogue<S> epilogue(const GatherGemm& g, int64_t o0, int64_t count) {
   return Epilogue<S>{g.bias ? g.bias + o0 : nullptr,
                      g.scale2 ? g.scale2 + o0 : nullptr,
                      g.shift2 ? g.shift2 + o0 : nullptr,
+                     g.slope ? g.slope + o0 : nullptr,
                      added > 0 ? at(g.residual) : nullptr,
                      const_cast<S*>(at(g.out)),
                      const_cast<S*>(at(g.out2)),

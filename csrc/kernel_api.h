@@ -7,7 +7,10 @@
 
 namespace quincunx {
 
-enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
+// The same numbers as in fusion/epilogues.py. The first three are applied where the sums are.
+enum Activation : int32_t {
+  kNone, kRelu, kRelu6, kLeaky, kHardsigmoid, kHardswish, kSigmoid, kSilu, kGelu, kGeluTanh, kActivations
+};
 
 // out[n, rows[p], o] = act(sum over t, c of x[n, index[p, t], c] W[o, c, taps[t]] + bias[o] + residual)
 // out2 = relu(out * scale2 + shift2)
@@ -23,6 +26,7 @@ struct GatherGemm {
   const int32_t* residual_rows;  // [rows_out]: the residual's row for each output row; null: the same row
   const float* scale2;
   const float* shift2;
+  const float* slope;     // [out_channels], of kLeaky: what negative values are multiplied by
   const int32_t* index;   // group after group, [positions, taps]
   const int32_t* rows;    // group after group, [positions]
   const int32_t* taps;    // group after group, [taps]

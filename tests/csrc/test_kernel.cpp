@@ -64,6 +64,23 @@ std::vector<int32_t> exact(const std::vector<int32_t>& v) {
   return copy;
 }
 
+// a formula in double
+double activated(double x, int32_t activation, double slope) {
+  const double clipped = std::min(std::max(x + 3, 0.0), 6.0);
+  switch (activation) {
+    case kNone: return x;
+    case kRelu: return std::max(x, 0.0);
+    case kRelu6: return std::min(std::max(x, 0.0), 6.0);
+    case kLeaky: return x > 0 ? x : x * slope;
+    case kHardsigmoid: return clipped / 6;
+    case kHardswish: return x * clipped / 6;
+    case kSigmoid: return 1 / (1 + std::exp(-x));
+    case kSilu: return x / (1 + std::exp(-x));
+    case kGelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    default: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+  }
+}
+
 void compare(const std::string& what, double got, double want, double scale, double tolerance) {
   if (std::abs(got - want) <= tolerance * (1 + scale)) return;
   if (++failures < 20) std::printf("FAIL %s: got %g, expected %g\n", what.c_str(), got, want);
@@ -103,7 +120,7 @@ Case random_case() {
 void check_forward(const std::string& name, const ForwardKernels& kernels, bool bf16, const Case& c) {
   const int64_t out = c.out(), rows_out = c.rows.size();
   Array x(c.batch * c.rows_in * c.in(), bf16), weight(out * c.in_per * c.taps, bf16);
-  Array bias(out, false), scale(out, false), shift(out, false);
+  Array bias(out, false), scale(out, false), shift(out, false), slope(out, false);
   Array residual(c.batch * c.residual_size * c.residual_channels, bf16);
   Array result(c.batch * rows_out * out, bf16, false), result2(result.count, bf16, false);
   Array packed(kernels.packed_size(out, c.in_per, c.taps, c.groups), kernels.packs_bf16, false);
@@ -144,7 +161,8 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   g.num_taps = c.taps;
   g.num_groups = c.sizes.size() / 2;
   g.residual_channels = c.residual_channels;
-  g.activation = generator() % 3;
+  g.activation = generator() % kActivations;
+  g.slope = g.activation == kLeaky ? slope.floats() : nullptr;
   Cut cut = kernels.cut(&g, pick({1, 2, 16}));
   if (generator() % 2) cut = Cut{pick({1, 2, 7}), pick({1, 3, 50})};  // more parts than outputs or rows, too
   for (int64_t part = cut.outputs * cut.positions; part-- > 0;) kernels.run(&g, cut, part);
@@ -171,8 +189,10 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
             sum += residual[(n * c.residual_size + c.residual_rows[row[p]]) * c.residual_channels + o];
           }
           size += std::abs(sum);
-          if (g.activation != kNone) sum = std::max(sum, 0.0);
-          if (g.activation == kRelu6) sum = std::min(sum, 6.0);
+          sum = activated(sum, g.activation, slope[o]);
+          if (g.activation == kLeaky) size *= 1 + std::abs(slope[o]);
+          size *= 1.2;  // the steepest slope of the others, hardswish's apart
+          if (g.activation == kHardswish) size *= 1.3;
           const int64_t at = (n * rows_out + row[p]) * out + o;
           if (first) compare(name + " out", result[at], sum, size, tolerance);
           const double sum2 = std::max(sum * scale[o] + shift[o], 0.0);

@@ -44,6 +44,17 @@ NETWORKS = {
     "csbn29": (lambda: qx.networks.build("csbn29", 10, 3), (1, 3, 16, 16)),
     "sb-resnet18": (lambda: qx.networks.build("sb-resnet18", 10, 3), (1, 3, 64, 48)),
     "squeezenet1_1": (lambda: qx.networks.build("squeezenet1_1", 10, 3), (2, 3, 64, 64)),
+    "perforated": (
+        lambda: nn.Sequential(
+            qx.PerforatedConv2d(3, 8, 3, padding=1, sampling=qx.CHESSBOARD, fill="fitted"),
+            nn.SiLU(),
+            qx.PerforatedConv2d(8, 8, 3, padding=1, sampling=qx.QUARTER, fill="fitted"),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+            nn.Hardswish(),
+        ),
+        (2, 3, 12, 10),
+    ),
     "grouped": (lambda: nn.Sequential(nn.Conv2d(6, 9, 3, groups=3, stride=2), nn.Hardtanh()), (3, 6, 11, 13)),
 }
 

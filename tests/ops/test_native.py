@@ -250,7 +250,8 @@ def changed(tensor, at, value):
         (lambda t: {"num_taps": 8}, "taps|packed"),
         (lambda t: {"channel_groups": 3}, "groups|channels"),
         (lambda t: {"channel_groups": 0}, "groups"),
-        (lambda t: {"activation": 7}, "activation"),
+        (lambda t: {"activation": 10}, "activation"),
+        (lambda t: {"activation": 3}, "slope"),
     ],
 )
 def test_bad_tables_are_refused(change, message):
@@ -314,8 +315,9 @@ class Small:
         self.buffers = [number for kind, at in kinds for number in (kind, 2, 2, 2, at)]
         self.code = []
 
-    def step(self, x, out, residual=-1, residual_rows=-1, out2=-1):
-        self.code += [x, 0, -1, residual, residual_rows, 2, 4, 5, 1, 1, 2, 3, out, out2, 1, 1, 0]
+    def step(self, x, out, residual=-1, residual_rows=-1, out2=-1, activation=0, slope=-1):
+        self.code += [x, 0, -1, residual, residual_rows, 2, 4, 5, 1, 1, 2, 3, out, out2, 1, 1]
+        self.code += [activation, slope]
         return self
 
     def run(self, x):
@@ -355,6 +357,13 @@ def test_a_program_reads_what_was_written_and_writes_every_output():
             "where it reads other rows of its residual",
         ),
         (Small([(IN, 0), (OUT, 0)]).step(0, 1, out2=1), "out and out2 must not overlap"),
+        (Small([(IN, 0), (OUT, 0)]).step(0, 1, activation=3), "activation 3, and no other, has a slope"),
+        (
+            Small([(IN, 0), (OUT, 0)]).step(0, 1, activation=7, slope=4),
+            "activation 3, and no other, has a slope",
+        ),
+        (Small([(IN, 0), (OUT, 0)]).step(0, 1, activation=3, slope=1), "slope"),
+        (Small([(IN, 0), (OUT, 0)]).step(0, 1, activation=10), "activation must be"),
     ):
         with pytest.raises(RuntimeError, match=message):
             bad.run(x)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from quincunx.layers.sizes import SizeGuard
 from quincunx.modules import forward_hooks, surely
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "added_to",
     "drop_unread",
     "forget_layout",
+    "is_guard",
     "is_opaque",
     "make_pure",
     "module_of",
@@ -218,6 +220,11 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
             node.target = str(node.target).replace("view", "reshape")
 
 
+def is_guard(node: fx.Node) -> bool:
+    """Whether a node gives nothing, and is there to raise for sizes that the graph is not for."""
+    return node.op == "call_function" and isinstance(node.target, SizeGuard)
+
+
 def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
@@ -278,7 +285,7 @@ def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
     """Remove values that no node reads, such as the values of assertions."""
     for node in reversed(list(graph.nodes)):
         value = node.op in ("call_function", "call_method", "get_attr")
-        if value and not node.users and not changes(model, node):
+        if value and not node.users and not is_guard(node) and not changes(model, node):
             graph.erase_node(node)
 
 
@@ -289,7 +296,7 @@ def _known(module: nn.Module) -> bool:
 
 def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
     """Return the values whose memory a node's result may share."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output") or is_guard(node):
         return []
     if node.op == "call_module":
         module = module_of(model, node)

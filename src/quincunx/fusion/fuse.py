@@ -28,11 +28,13 @@ from quincunx.fusion.effects import (
     added_to,
     drop_unread,
     forget_layout,
+    is_guard,
     is_opaque,
     make_pure,
     module_of,
     surely_changes,
 )
+from quincunx.fusion.epilogues import Activation
 from quincunx.fusion.faster import speed_ratio
 from quincunx.fusion.followers import follower
 from quincunx.fusion.formats import gain_of
@@ -43,6 +45,7 @@ from quincunx.fusion.fused import (
     same_argument,
     tensor_argument,
 )
+from quincunx.fusion.layouts import lay_out_weights
 from quincunx.fusion.nodes import (
     activation,
     addition,
@@ -53,6 +56,7 @@ from quincunx.fusion.nodes import (
     is_map,
     padded_channels,
     size_of,
+    slope_of,
     subsampled,
 )
 from quincunx.fusion.program import Program
@@ -107,7 +111,7 @@ def fuse(
     Only what surely does what its class says is taken: a layer of a subclass with a forward of its own, with
     hooks or with a parametrisation runs in torch as it is, and so does a module that torch.fx cannot look
     into (``.meta["whole"]`` of the result has these, with the reason). Operations in place that somebody
-    else sees keep their order.
+    else sees keep their order. Where the forward raises for some sizes of its maps, the copy does too.
 
     Args:
         model: a network that ``torch.fx`` can trace, on the CPU; it stays as it is. Convolutions in float32
@@ -181,6 +185,7 @@ def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any) -> Fused:
         _keep_arguments(own, graph)
         fixed = {name: value for name, value in graph.fixed.items() if _is_written(value)}
         result = _lower(own, graph, fixed, dtype).eval()
+        lay_out_weights(result)
     result.carry_hooks(own)
     result.meta["whole"] = whole
     if check is not None:
@@ -450,12 +455,12 @@ class _Absorber:
             step, value, reads = summed
         self.claimed.add(value)
         user = self._only_user(value)
-        if user is not None and (kind := activation(self.model, user)):
-            step, value = replace(step, activation=kind), user
+        if user is not None and (activated := self._activated(step, user)) is not None:
+            step, value = activated, user
         self.claimed.add(value)
         before = set(self.claimed)
         second = None
-        if step.activation == 0:
+        if step.activation == Activation.NONE:
             step, second = self._pre_activation(step, value)
         # what another step has claimed still reads this one
         readers = set(value.users) - (self.claimed - before)
@@ -463,6 +468,19 @@ class _Absorber:
             step, out=value.name if readers else None, out2=second.name if second is not None else None
         )
         return _Fused(step, value, second), reads
+
+    def _activated(self, step: Step, node: fx.Node) -> Step | None:
+        """A step with the activation that a node is."""
+        kind, slope = activation(self.model, node), None
+        # the kernels for GPUs and those that fill have the first ones only
+        simple = step.weight.is_cuda or step.filling is not None
+        if kind == Activation.NONE or (kind > Activation.RELU6 and simple):
+            return None
+        if kind == Activation.LEAKY:
+            slope = slope_of(self.model, node, step.weight, step.out_channels)
+            if slope is None:
+                return None
+        return replace(step, activation=kind, slope=slope)
 
     def _affine(self, norm: fx.Node, step: Step) -> tuple[Tensor, Tensor] | None:
         """Scale and shift of a batch norm that torch would apply to a step's maps."""
@@ -546,7 +564,8 @@ def _lower(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any], dtype: torc
         owner = fused.get(node) or seconds.get(node)
         return [by_name[n] for n in owner.step.needs] if owner else node.all_input_nodes
 
-    live, todo = set(), [n for n in graph.nodes if n.op == "output" or n in effects.changed]
+    kept = [n for n in graph.nodes if n.op == "output" or n in effects.changed or is_guard(n)]
+    live, todo = set(), kept
     while todo:
         node = todo.pop()
         if node not in live:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quincunx.fusion.effects import added_to, module_of
+from quincunx.fusion.epilogues import Activation
 from quincunx.layers.activations import ACTIVATIONS
 from quincunx.layers.graph import CONVS
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
@@ -29,12 +30,33 @@ __all__ = [
     "is_map",
     "padded_channels",
     "size_of",
+    "slope_of",
     "subsampled",
     "tensor_of",
 ]
 
 _ADDS = {operator.add, torch.add, added_to, "add"}
-_RELUS = {F.relu, torch.relu, "relu"}
+_MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: Activation.RELU,
+    nn.Hardtanh: Activation.RELU6,
+    nn.LeakyReLU: Activation.LEAKY,
+    nn.PReLU: Activation.LEAKY,
+    nn.Hardsigmoid: Activation.HARDSIGMOID,
+    nn.Hardswish: Activation.HARDSWISH,
+    nn.Sigmoid: Activation.SIGMOID,
+    nn.SiLU: Activation.SILU,
+    nn.GELU: Activation.GELU,
+}
+_FUNCTIONS: dict[Any, Activation] = {
+    **dict.fromkeys((F.relu, torch.relu, "relu"), Activation.RELU),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), Activation.SIGMOID),
+    F.relu6: Activation.RELU6,
+    F.leaky_relu: Activation.LEAKY,
+    F.hardsigmoid: Activation.HARDSIGMOID,
+    F.hardswish: Activation.HARDSWISH,
+    F.silu: Activation.SILU,
+}
+_GELUS = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout}
@@ -98,15 +120,49 @@ def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d) -> fx.Node | 
 # ---------------------------------------------------------------- what a node is
 
 
-def activation(model: nn.Module, node: fx.Node) -> int:
-    """1 for ReLU, 2 for ReLU6, 0 for anything else."""
-    module = module_of(model, node)
+def activation(model: nn.Module, node: fx.Node) -> Activation:
+    """The activation that a node is, of those that a step's epilogue has; NONE for anything else."""
+    module: Any = module_of(model, node)
     if getattr(module, "inplace", False) or in_place(node):
-        return 0
-    if surely(module, nn.ReLU) or (node.op != "call_module" and node.target in _RELUS):
-        return 1
-    sixth = surely(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0)  # type: ignore[union-attr]
-    return 2 if sixth or (node.op != "call_module" and node.target is F.relu6) else 0
+        return Activation.NONE
+    if node.op == "call_module":
+        found = known_class(module, tuple(_MODULES)) if len(node.args) == 1 else None
+        if found is nn.Hardtanh:
+            six = (module.min_val, module.max_val) == (0.0, 6.0)
+            return Activation.RELU6 if six else Activation.NONE
+        if found is nn.GELU:
+            return _GELUS.get(module.approximate, Activation.NONE)
+        return Activation.NONE if found is None else _MODULES[found]
+    if node.op not in ("call_function", "call_method"):
+        return Activation.NONE
+    if node.target is F.gelu and not node.kwargs.keys() - {"input", "approximate"}:
+        return _GELUS.get(str(node.kwargs.get("approximate", "none")), Activation.NONE)
+    known = not node.kwargs.keys() - {"input", "inplace", "negative_slope"}
+    return _FUNCTIONS.get(node.target, Activation.NONE) if known else Activation.NONE
+
+
+def slope_of(model: nn.Module, node: fx.Node, like: Tensor, channels: int) -> Tensor | None:
+    """What a leaky ReLU or a PReLU multiplies negative values by, float32, for each channel.
+
+    Args:
+        like: a weight whose type the map has.
+
+    Returns:
+        None where torch has to say that it does not fit, or where only the network's call knows it.
+    """
+    module: Any = module_of(model, node)
+    if surely(module, nn.PReLU):
+        weight = module.weight.detach()
+        fits = weight.numel() in (1, channels) and (weight.dtype, weight.device) == (like.dtype, like.device)
+        return weight.float().expand(channels).contiguous() if fits else None
+    if surely(module, nn.LeakyReLU):
+        slope = module.negative_slope
+    else:
+        given = dict(zip(("input", "negative_slope"), node.args, strict=False)) | node.kwargs
+        slope = given.get("negative_slope", 0.01)
+    if not isinstance(slope, (int, float)):
+        return None
+    return torch.full((channels,), float(slope), device=like.device)
 
 
 def in_place(node: fx.Node) -> bool:

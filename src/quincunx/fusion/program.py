@@ -105,6 +105,7 @@ class StepCode(NamedTuple):
     num_taps: int
     channel_groups: int
     activation: int
+    slope: int
 
 
 def _in_records(kind: Callable[..., Any], numbers: Sequence[int], length: int) -> list[Any]:
@@ -227,7 +228,8 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
             out2=numbers[step.out2] if step.out2 is not None else -1,
             num_taps=step.taps,
             channel_groups=step.groups,
-            activation=step.activation,
+            activation=int(step.activation),
+            slope=number(step.slope),
         )
     return segment
 
@@ -254,7 +256,7 @@ def _prefers_torch(step: Step, maps: dict[str, Map], batch: int) -> bool:
             level=1 / _MARGIN,
         )
 
-    key = ("torch", torch.get_num_threads(), *shape_key(step, maps, batch))
+    key = ("torch in channels_last", torch.get_num_threads(), *shape_key(step, maps, batch))
     return decision(key, measure) * _MARGIN > 1
 
 
@@ -285,7 +287,7 @@ class Program(nn.Module):
         _hide_from_compilers()
         self.native_only = native_only
         self.outside = next(step.weight.dtype for step in steps if isinstance(step, Step))
-        self.steps = [step.to(dtype) if isinstance(step, Step) else step for step in steps]
+        self.steps = [step.to(dtype).laid_out() if isinstance(step, Step) else step for step in steps]
         self.inputs, self.outputs = list(inputs), list(outputs)
         self._weight = next(step.weight for step in self.steps if isinstance(step, Step))
         if backend().name == "native":

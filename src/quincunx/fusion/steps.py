@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quincunx.fusion.effects import added_to
+from quincunx.fusion.epilogues import Activation, apply
 from quincunx.layers.sampled import window_means
 from quincunx.layers.separable import mask_at_size
 from quincunx.ops import native
@@ -125,6 +126,8 @@ class Step:
             that begins at each computed position, over what lies inside the map; filled likewise).
         weight: [O, C / groups, kh, kw]; of "transposed" [C, O / groups, kh, kw]; of "mean"
             empty, [C, 0, kh, kw].
+        activation: one of :class:`quincunx.fusion.epilogues.Activation`.
+        slope: of a leaky ReLU, for each channel, float32.
         like: of "transposed", the map whose height and width the output has.
         out, out2: names of the outputs, None for one that nobody reads.
         resize_masks: whether explicit positions may be used on another grid than their own; None where
@@ -141,7 +144,8 @@ class Step:
     sampling: str = ""
     like: str | None = None
     shortcut: Shortcut | None = None
-    activation: int = 0
+    activation: int = Activation.NONE
+    slope: Tensor | None = None
     out: str | None = None
     out2: str | None = None
     scale2: Tensor | None = None
@@ -156,6 +160,12 @@ class Step:
     def to(self, dtype: torch.dtype | None) -> Step:
         """The step that computes in another type; None leaves it as it is. Bias and scales stay float32."""
         return self if dtype in (None, self.weight.dtype) else replace(self, weight=self.weight.to(dtype))
+
+    def laid_out(self) -> Step:
+        """The step with its weight as torch's convolution of maps in channels_last reads it."""
+        if self.kind != "dense":
+            return self
+        return replace(self, weight=self.weight.contiguous(memory_format=torch.channels_last))
 
     @property
     def fills(self) -> bool:
@@ -268,7 +278,7 @@ def shape_key(step: Step, maps: dict[str, Map], batch: int) -> tuple[Any, ...]:
         step.groups,
         maps[step.source],
         shortcut,
-        step.activation,
+        int(step.activation),
         step.out is None,
         step.out2 is None,
     )
@@ -354,7 +364,7 @@ def reference(step: Step, values: dict[str, Tensor], maps: dict[str, Map]) -> No
             out = _made_whole(step, step.filling, out, geometry.grid(*x.shape[2:]))
     if step.shortcut is not None:
         out = step.shortcut.add(out, values[step.shortcut.source])
-    out = _activated(out, step.activation)
+    out = apply(step.activation, out, step.slope)
     if step.out is not None:
         values[step.out] = out
     if step.out2 is not None:
@@ -397,10 +407,6 @@ def run_fitted(step: Step, maps: dict[str, Map], values: dict[str, Tensor]) -> N
         values[step.out2] = _second(step, out)
 
 
-def _activated(out: Tensor, kind: int) -> Tensor:
-    return out if kind == 0 else F.relu(out) if kind == 1 else F.relu6(out)
-
-
 def _second(step: Step, out: Tensor) -> Tensor:
     found = (t for t in (step.scale2, step.shift2) if t is not None)
     scale, shift = (t.to(out.dtype).view(-1, 1, 1) for t in found)
@@ -413,9 +419,10 @@ def parted(step: Step, shortcut: Shortcut) -> list[Step | Follower]:
     total = step.out or f"{step.out2}.total"
 
     def add(out: Tensor, other: Tensor) -> Tensor:
-        return _activated(shortcut.add(out, other), step.activation)
+        return apply(step.activation, shortcut.add(out, other), step.slope)
 
-    first = replace(step, shortcut=None, activation=0, out=bare, out2=None, scale2=None, shift2=None)
+    bare_settings: dict[str, Any] = {"activation": Activation.NONE, "slope": None, "out2": None}
+    first = replace(step, shortcut=None, out=bare, scale2=None, shift2=None, **bare_settings)
     parts: list[Step | Follower] = [
         first,
         Follower("sum", (bare, shortcut.source), add, total, shortcut=shortcut),

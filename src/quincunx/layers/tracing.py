@@ -5,6 +5,9 @@ decided then and for all calls. Here that is watched: a question that only a val
 its hash, whether it is true), a number drawn by chance, autocast switched on within, or state that changes
 from call to call end the tracing of the module that did so. Such a module becomes one node, which runs it as
 it is; where the network itself is such a module, there is no graph.
+
+One question is answered: whether a size is such that the forward raises (:mod:`quincunx.layers.sizes`). The
+graph asks it again at each call.
 """
 
 from __future__ import annotations
@@ -17,15 +20,26 @@ import operator
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from quincunx.layers.sizes import (
+    Question,
+    Run,
+    Settled,
+    SizeGuard,
+    about_sizes,
+    mark,
+    raised,
+    raised_by_network,
+    settle,
+)
 from quincunx.modules import first_line, forward_hooks
 
 __all__ = ["Traced", "as_module", "trace"]
@@ -65,6 +79,12 @@ class _Value(fx.Proxy):
 
     def __float__(self) -> float:
         raise self.tracer.refusal("it makes a number of a value that is known only when it runs")
+
+    def __repr__(self) -> str:
+        return self.tracer.text_of(self) or super().__repr__()
+
+    def __format__(self, form: str) -> str:
+        return self.tracer.text_of(self, form) or super().__format__(form)
 
     def __hash__(self) -> int:
         caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -135,14 +155,30 @@ class _Tracer(fx.Tracer):
         leaf: whether a module is one node.
         whole: modules that are known to be one node, and why.
         numbers: whether arguments whose default is a number stay arguments.
+        settled: what is known about the forward's questions about sizes.
+        assumed: answers to others, to see what follows; then those that nothing is known about get one too,
+            and what the forward raises is let through. None to leave them unanswered.
 
     Attributes:
         whole: name of a module that runs as it is -> why, for those that were tried.
         fixed: arguments that were fixed to their default.
+        asked: questions that were answered without knowing the right answer.
+        values: what texts made by the forward say of sizes.
     """
 
-    def __init__(self, leaf: Callable[[nn.Module], bool], whole: dict[str, str], numbers: bool) -> None:
+    def __init__(
+        self,
+        leaf: Callable[[nn.Module], bool],
+        whole: dict[str, str],
+        numbers: bool,
+        settled: Settled,
+        assumed: Mapping[str, bool] | None = None,
+    ) -> None:
         super().__init__()
+        self.settled, self.assumed = settled, assumed
+        self.asked: list[Question] = []
+        self.values: list[tuple[Any, str]] = []
+        self.questions = 0
         self.leaf, self.numbers = leaf, numbers
         self.fixed: dict[str, Any] = {}
         self.owner = threading.get_ident()
@@ -160,7 +196,43 @@ class _Tracer(fx.Tracer):
         return fx.proxy.TraceError(reason)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise self.refusal("symbolically traced variables cannot be used as inputs to control flow")
+        answer = None if threading.get_ident() != self.owner else self._answer(obj.node)
+        if answer is None:
+            raise self.refusal("symbolically traced variables cannot be used as inputs to control flow")
+        return answer
+
+    def _answer(self, node: fx.Node) -> bool | None:
+        """The answer to a question about sizes; None where none can be given."""
+        expression = about_sizes(node)
+        self.questions += 1
+        # an assumed answer may be one with which a loop never ends
+        if expression is None or self.questions > _MOST_QUESTIONS:
+            return None
+        question = Question(expression, False, _place_in_code())
+        known = self.settled.answers.get(question.key)
+        if known is not None:
+            guard, read = SizeGuard.of(expression, *known, self.graph)
+            shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
+            self.create_node("call_function", guard, shapes, {})
+            return known[0]
+        if self.settled.is_barred(question.key, question.place):
+            return None
+        if self.assumed is None:
+            self.settled.met = True
+            return None
+        usual = bool(self.settled.places.get(question.place, False))
+        answers = {q.key: q.answer for q in self.asked} | dict(self.assumed)
+        question = replace(question, answer=answers.get(question.key, usual))
+        if all(question.key != other.key for other in self.asked):
+            self.asked.append(question)
+        return question.answer
+
+    def text_of(self, value: fx.Proxy, form: str = "") -> str:
+        """What a text says of a size, where texts are needed for what the forward raises."""
+        if self.assumed is None or threading.get_ident() != self.owner:
+            return ""
+        expression = about_sizes(value.node)
+        return "" if expression is None else mark(self.values, expression, form)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         raise self.refusal("it goes through a value in a loop, whose length is known only when it runs")
@@ -236,6 +308,7 @@ class _Tracer(fx.Tracer):
                 result.node.meta["tensor"] = True
             return result
         last, states = next(iter(reversed(self.graph.nodes)), None), _random_states()
+        asked = len(self.asked)
         stack = dict(self.module_stack)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -243,8 +316,11 @@ class _Tracer(fx.Tracer):
                 raise fx.proxy.TraceError(self.refused)
             return result
         except Exception as error:
-            if not calls_as_modules_do:
+            # what follows from an answer that was only assumed is seen by whoever called this
+            follows = len(self.asked) > asked and not self.refused and raised_by_network(error)
+            if not calls_as_modules_do or follows:
                 raise
+            del self.asked[asked:]
             # what was recorded of it goes; it runs as it is
             for node in reversed(list(self.graph.nodes)):
                 if node is last:
@@ -307,6 +383,21 @@ class _Made:
 
     def __call__(self, items: Any) -> Any:
         return self.kind(self.first, items)
+
+
+# that one run of a forward may ask
+_MOST_QUESTIONS = 10_000
+
+
+def _place_in_code() -> tuple[str, int]:
+    """Where the forward asks what is being answered."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")) in (
+        __name__,
+        "torch.fx.proxy",
+    ):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}", frame.f_lasti
 
 
 def _is_torchs(m: nn.Module) -> bool:
@@ -398,9 +489,9 @@ def trace(model: nn.Module, leaf: Callable[[nn.Module], bool] | None = None) -> 
         states = _random_states()
         try:
             try:
-                graph, again = _trace_twice(model, leaf or (lambda _: False), True)
+                graph, again = _trace_settled(model, leaf or (lambda _: False), True)
             except Exception:  # noqa: BLE001 - whatever a forward raises on a stand-in for a number
-                graph, again = _trace_twice(model, leaf or (lambda _: False), False)
+                graph, again = _trace_settled(model, leaf or (lambda _: False), False)
         except Exception as error:
             raise TypeError(
                 f"model: {name} cannot be traced by torch.fx ({_reason(error)}); "
@@ -416,7 +507,38 @@ def trace(model: nn.Module, leaf: Callable[[nn.Module], bool] | None = None) -> 
     return graph
 
 
-def _trace_twice(model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool) -> tuple[Traced, Traced]:
+def _trace_settled(
+    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool
+) -> tuple[Traced, Traced]:
+    """Two traces; where a question about sizes is in their way, it is settled first."""
+    settled = Settled()
+    try:
+        found = _trace_twice(model, leaf, numbers, settled)
+    except Exception:
+        if not settled.met:
+            raise
+    else:
+        if not settled.met:
+            return found
+
+    def run(known: Settled, assumed: Mapping[str, bool]) -> Run:
+        tracer = _Tracer(leaf, {}, numbers, known, assumed)
+        scratch = _scratch(model)
+        error = None
+        with _watching(tracer):
+            try:
+                tracer.trace(scratch)
+            except Exception as e:  # noqa: BLE001 - whatever a forward raises
+                error = e
+        network = error is not None and not tracer.refused and raised_by_network(error)
+        return Run(tracer.asked, raised(error, tracer.values) if error is not None and network else None)
+
+    return _trace_twice(model, leaf, numbers, settle(run))
+
+
+def _trace_twice(
+    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled
+) -> tuple[Traced, Traced]:
     """Two traces of one copy: what it keeps from one call to the next shows in the second.
 
     A module that can be looked into at the first call only, as one that fills a cache, runs as it is.
@@ -424,7 +546,7 @@ def _trace_twice(model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: b
     whole: dict[str, str] = {}
     while True:
         scratch = _scratch(model)
-        first, second = (_trace_once(scratch, leaf, whole, numbers) for _ in range(2))
+        first, second = (_trace_once(scratch, leaf, whole, numbers, settled) for _ in range(2))
         found = {**second.whole, **first.whole}
         if set(found) == set(whole) or set(first.whole) == set(second.whole):
             return first, second
@@ -455,9 +577,13 @@ def _scratch(model: nn.Module) -> nn.Module:
 
 
 def _trace_once(
-    scratch: nn.Module, leaf: Callable[[nn.Module], bool], whole: dict[str, str], numbers: bool
+    scratch: nn.Module,
+    leaf: Callable[[nn.Module], bool],
+    whole: dict[str, str],
+    numbers: bool,
+    settled: Settled,
 ) -> Traced:
-    tracer = _Tracer(leaf, whole, numbers)
+    tracer = _Tracer(leaf, whole, numbers, settled)
     states, kept, known = _random_states(), _versions(scratch), set(vars(scratch))
     with _watching(tracer):
         graph = cast(Traced, tracer.trace(scratch))

@@ -76,7 +76,12 @@ def convolve(
         shift2: [O] or None.
         keep: whether to return ``out``.
         config: tiles; by default from the table or the rule.
+
+    Raises:
+        ValueError: an activation that these kernels do not have.
     """
+    if activation not in (0, 1, 2):
+        raise ValueError(f"activation={activation}: expected 0 (none), 1 (ReLU) or 2 (ReLU6)")
     x = _rows(x)
     weight = _channels_last(weight)
     taps = weight.shape[2] * weight.shape[3]
