@@ -352,7 +352,7 @@ def test_tuning_keeps_the_fastest(
     interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By a made-up clock: the case's table, what failed, and what later calls use."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("QUINCUNX_CACHE", str(tmp_path))
     best, worse, refused = Config(32, 16, 16, 4, 5), Config(16, 16, 16, 4, 5), Config(64, 16, 16, 4, 5)
     times = {best: 1.0, worse: 2.0}
 
