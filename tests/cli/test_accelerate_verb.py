@@ -102,6 +102,7 @@ def test_the_bare_command_looks_for_what_loses_little(small):
     assert "a search for the fastest network that loses at most 1 point of accuracy (--max-drop 1)" in told
 
 
+@pytest.mark.filterwarnings("ignore:calibration. 120 images are few:UserWarning")
 def test_a_dry_run_predicts_and_keeps_nothing(small):
     done = call(*small, "--speedup", "1.3", "--max-drop", "100", "--dry-run")
     assert done.exit_code == 0, done.stderr
