@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_the_first_program_runs_as_it_stands(tmp_path, monkeypatch, capsys):
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):
-    first, second = programs((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
+    first, second, third = programs((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(first, scope)
@@ -56,6 +57,11 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     assert scope["z"].shape == (8, 64, 32, 32)
     assert isinstance(scope["fast"], torch.nn.Module)
     scope["model"] = scope["qx"].networks.build("cifar-resnet8")
+    scope["model"].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # where bfloat16 is slower
+        exec(third, scope)
+    assert scope["fast"].meta["dtype"]["asked"] == "bfloat16"
     scope["images"] = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 10) for _ in range(2)]
     exec(second, scope)
     assert scope["result"].replaced["layer1.0.conv1"]["rates"] == [0.5, 0.5]
