@@ -58,9 +58,9 @@ def cache_folder() -> Path | None:
 
     None if QUINCUNX_CACHE is empty: then nothing is cached.
     """
-    said = os.environ.get("QUINCUNX_CACHE")
-    if said is not None:
-        return Path(said).expanduser() if said else None
+    named = os.environ.get("QUINCUNX_CACHE")
+    if named is not None:
+        return Path(named).expanduser() if named else None
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quincunx"
 
 

@@ -210,7 +210,7 @@ class Scores:
         return total / count
 
     @contextmanager
-    def _tried(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[None]:
+    def _in_place(self, unit: tuple[Layer, ...], row: Candidate) -> Iterator[None]:
         """Put only this candidate in the network within the context, and keep its modules' specs."""
         self.context.pairs = tuple(pair for pair in self.pairs if pair == unit)
         if self.context.kept is None:
@@ -225,7 +225,7 @@ class Scores:
     def _score(self, unit: tuple[Layer, ...], row: Candidate) -> None:
         with inference_mode_of(self.model):
             self.tails.go_to(unit[0].names)
-        with _excused(row), self._tried(unit, row):
+        with _excused(row), self._in_place(unit, row):
             row.loss = self._loss(self.context.network)
             if not np.isfinite(row.loss):
                 row.loss, row.why_not = None, "its answers are not finite"

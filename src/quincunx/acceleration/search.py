@@ -189,8 +189,8 @@ class _Builder:
         choice = self._by_macs if self.target.macs is not None else self._by_time
         attempts: list[dict[str, Any]] = []
         for _ in range(_PRUNINGS):
-            chosen, met, tried = choice(usable)
-            attempts += tried
+            chosen, met, attempted = choice(usable)
+            attempts += attempted
             slower = self.scores.slower(chosen)
             if not slower:
                 break

@@ -290,7 +290,7 @@ class _Extended:
 
 def _tar(file: IO[bytes], length: int) -> Iterator[Member]:
     stream = _Stream(file, length)
-    said = _Extended()
+    claims = _Extended()
     while True:
         place = stream.place
         header = stream.read(_BLOCK)
@@ -302,18 +302,18 @@ def _tar(file: IO[bytes], length: int) -> Iterator[Member]:
         if kind in b"LKxXg":
             content = _listed(stream, kind, size)
             if kind == b"L":
-                said.name = _text(content)
+                claims.name = _text(content)
             elif kind == b"K":
-                said.target = _text(content)
+                claims.target = _text(content)
             elif kind != b"g":
-                _read_list(content, said)
+                _read_list(content, claims)
             continue
-        name = said.name if said.name is not None else _name(header)
-        size = size if said.size is None else said.size
-        target, sparse = said.target, said.sparse or kind == b"S"
+        name = claims.name if claims.name is not None else _name(header)
+        size = size if claims.size is None else claims.size
+        target, sparse = claims.target, claims.sparse or kind == b"S"
         if target is None:
             target = _text(header[157:257])
-        said = _Extended()
+        claims = _Extended()
         if kind == b"S":
             further = header[482:483]
             while further not in (b"\0", b""):
@@ -370,7 +370,7 @@ def _listed(stream: _Stream, kind: bytes, size: int) -> bytes:
     return content
 
 
-def _read_list(content: bytes, said: _Extended) -> None:
+def _read_list(content: bytes, claims: _Extended) -> None:
     """Read pax entries "LENGTH KEY=VALUE"."""
     place = 0
     while place < len(content):
@@ -380,29 +380,29 @@ def _read_list(content: bytes, said: _Extended) -> None:
             raise Damaged(f"a list of names that is damaged at byte {place}")
         key, _, value = content[space + 1 : place + int(length) - 1].partition(b"=")
         place += int(length)
-        if key == b"path" and not said.sparse:
-            said.name = _text(value)
+        if key == b"path" and not claims.sparse:
+            claims.name = _text(value)
         elif key == b"linkpath":
-            said.target = _text(value)
+            claims.target = _text(value)
         elif key == b"size":
             if not value.isdigit() or len(value) > 20:
                 raise Damaged("a size that is no number")
-            said.size = int(value)
+            claims.size = int(value)
         elif key.startswith(b"GNU.sparse."):
-            said.sparse = True
+            claims.sparse = True
             if key == b"GNU.sparse.name":
-                said.name = _text(value)
+                claims.name = _text(value)
 
 
 def _sound(header: bytes) -> bool:
     """Return whether a header's checksum matches its bytes, signed or unsigned."""
     try:
-        said = _number(header[148:156])
+        claims = _number(header[148:156])
     except Damaged:
         return False
     others = header[:148] + header[156:]
     total = 8 * ord(" ") + sum(others)
-    return said in (total, total - 256 * sum(byte > 127 for byte in others))
+    return claims in (total, total - 256 * sum(byte > 127 for byte in others))
 
 
 def _number(field: bytes) -> int:

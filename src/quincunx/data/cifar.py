@@ -252,11 +252,11 @@ def _python(name: str, content: bytes, form: Form) -> tuple[Tensor, Tensor]:
     return _by_pixel(rows), torch.from_numpy(labels)
 
 
-def _check_range(name: str, labels: NDArray[np.int64], form: Form, said: list[int] | None = None) -> None:
+def _check_range(name: str, labels: NDArray[np.int64], form: Form, original: list[int] | None = None) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= form.classes))
     if len(wrong):
         first = int(wrong[0])
-        value = int(labels[first]) if said is None else said[first]
+        value = int(labels[first]) if original is None else original[first]
         raise ValueError(
             f"{name}: record {first} (from 0) has the class {value}, expected 0 to {form.classes - 1}"
         )

@@ -23,8 +23,8 @@ _CHUNK = 1 << 20
 
 def data_folder() -> Path:
     """Return the folder for archives: QUINCUNX_DATA, else the cache folder, else ~/.cache/quincunx."""
-    said = os.environ.get("QUINCUNX_DATA")
-    return Path(said).expanduser() if said else cache_folder() or Path.home() / ".cache" / "quincunx"
+    named = os.environ.get("QUINCUNX_DATA")
+    return Path(named).expanduser() if named else cache_folder() or Path.home() / ".cache" / "quincunx"
 
 
 def check_sum(path: Path, expected: str) -> None:
@@ -83,8 +83,8 @@ def _receive(url: str, path: Path, write: Callable[[bytes], object], progress: P
     except (OSError, http.client.HTTPException) as error:
         raise _unreachable(url, path, error) from error
     with answer:
-        said = answer.headers.get("Content-Length", "")
-        total = int(said) if said.isdecimal() else None
+        named = answer.headers.get("Content-Length", "")
+        total = int(named) if named.isdecimal() else None
         free = shutil.disk_usage(path.parent).free
         if total is not None and total > free:
             raise OSError(

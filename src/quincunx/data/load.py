@@ -368,11 +368,11 @@ def _arranged(
     return _Arranged(classes if named else (), labels, in_test, notes)
 
 
-def _note(names: Sequence[str], what: str, said: str) -> list[str]:
+def _note(names: Sequence[str], what: str, reason: str) -> list[str]:
     """Return a note with the number of names and the first of them; nothing if there are none."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     plural = "s" if len(names) > 1 else ""
-    return [f"{len(names)} {what}{plural} {said}: {shown}"] if names else []
+    return [f"{len(names)} {what}{plural} {reason}: {shown}"] if names else []
 
 
 def _held_out(root: Path, labels: Tensor, share: float, seed: int) -> Tensor:

@@ -85,9 +85,9 @@ def _table(where: str, root: Path, within: str, content: bytes) -> Table:
         rows: dict[str, tuple[str, str | None]] = {}
         for line in lines:
             if len(line) > max(file, label):
-                said = line[part].strip().lower() if part is not None and len(line) > part else ""
+                named = line[part].strip().lower() if part is not None and len(line) > part else ""
                 name = plain(posixpath.join(within, line[file].strip().replace("\\", "/")))
-                rows[name] = (line[label].strip(), "test" if said in _TEST else "train" if said else None)
+                rows[name] = (line[label].strip(), "test" if named in _TEST else "train" if named else None)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{where}: no table of labels ({' '.join(str(error).split())[:300]})") from error
     return Table(where, root, rows, head[label])
@@ -132,8 +132,8 @@ def label_entries(
                 f"{printable(path)}; say their folders"
             )
         taken[name] = path
-        label, said = table.rows[name]
-        yield entry._replace(label=label, part=part or said or entry.part)
+        label, named = table.rows[name]
+        yield entry._replace(label=label, part=part or named or entry.part)
 
 
 def numbered_classes(tables: Iterable[Table], labels: Iterable[str]) -> tuple[str, ...]:

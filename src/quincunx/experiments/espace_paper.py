@@ -90,13 +90,13 @@ class EspaceExperiment:
         for gain in self.elsewhere:
             stated = "" if gain.setting else ", at settings that it does not state"
             gains.setdefault(gain.method + stated, []).append(gain)
-        said = [
+        sentences = [
             f"The paper prints for {name}: "
             + "; ".join(f"{gain}{f' ({gain.setting})' if gain.setting else ''}" for gain in some)
             + "."
             for name, some in gains.items()
         ]
-        return [*said, *([self.note] if self.note else [])]
+        return [*sentences, *([self.note] if self.note else [])]
 
     def recipe(self, epochs: int) -> Recipe | None:
         """Return the paper's fine-tuning for a number of epochs, which it does not state; None for 0."""

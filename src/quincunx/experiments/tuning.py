@@ -209,14 +209,14 @@ def best_tiles(result: dict[str, Any]) -> dict[str, str]:
     """Return the fastest tiles of each case of a result, their time and that of the slowest."""
     found = {}
     for row in result["rows"]:
-        tried = row["tried"]
-        if not tried:
+        timings = row["tried"]
+        if not timings:
             found[row["case"]] = f"none ran: {row['failed'][0]['reason']}" if row["failed"] else "none fits"
             continue
-        best, worst = tried[0], tried[-1]
+        best, worst = timings[0], timings[-1]
         tiles = " x ".join(str(best[part]) for part in ("rows", "columns", "depth"))
         found[row["case"]] = (
-            f"{tiles}, {best['split']} parts: {1e6 * best['seconds']:.1f} us; slowest of {len(tried)}: "
+            f"{tiles}, {best['split']} parts: {1e6 * best['seconds']:.1f} us; slowest of {len(timings)}: "
             f"{1e6 * worst['seconds']:.1f} us"
         )
     return found

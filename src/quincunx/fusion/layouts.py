@@ -67,9 +67,9 @@ class LaidOut:
         if kept is not None and kept[0] == state:
             return kept[1]
         with torch.inference_mode(False):
-            laid: Tensor = weight.detach().contiguous(memory_format=last)
-        self.kept = state, laid
-        return laid
+            arranged: Tensor = weight.detach().contiguous(memory_format=last)
+        self.kept = state, arranged
+        return arranged
 
 
 class LaidOutTransposed(LaidOut):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.ops.geometry import Padding, expand_padding, pair
+from quincunx.ops.geometry import Padding, expand_padding, two_integers
 
 __all__ = [
     "CONV_ATTRIBUTES",
@@ -85,8 +85,8 @@ class ConvLike(nn.Module):
     ) -> None:
         """Store the settings, with the values and types that ``nn.Conv2d`` gives them."""
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair("kernel_size", kernel_size, 1)
-        self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+        self.kernel_size = two_integers("kernel_size", kernel_size, 1)
+        self.stride, self.dilation = two_integers("stride", stride, 1), two_integers("dilation", dilation, 1)
         self.padding = torch_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.padding_mode, self.transposed, self.output_padding = "zeros", False, (0, 0)
 

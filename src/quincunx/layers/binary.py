@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from quincunx.layers.attributes import ConvLike
 from quincunx.modules import carry_hooks, set_module, surely
 from quincunx.ops.bits import pack_signs, row_bytes, unpack_signs
-from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
+from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
 
 __all__ = [
     "BinaryConv2d",
@@ -433,8 +433,8 @@ def _conv_spec(
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if value % groups:
             raise ValueError(f"{name}={value}: not divisible by groups={groups}")
-    kernel, strides = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
-    dilations = pair("dilation", dilation, 1)
+    kernel, strides = two_integers("kernel_size", kernel_size, 1), two_integers("stride", stride, 1)
+    dilations = two_integers("dilation", dilation, 1)
     four = expand_padding(padding, kernel, strides, dilations)
     return {
         "in_channels": in_channels,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.ops import fill_fitted
-from quincunx.ops.geometry import pair
+from quincunx.ops.geometry import two_integers
 from quincunx.ops.plan import FillPlan, coset_taps, fill_plan, fill_sizes, tap_distances
 from quincunx.sampling import Cosets, Positions, Sampling
 
@@ -86,7 +86,7 @@ class FittedFill2d(nn.Module):
                 "one grid; give its (height, width)"
             )
         self.channels, self.sampling, self.reach = channels, sampling, reach
-        height, width = pair("size", tuple(size), 1)
+        height, width = two_integers("size", tuple(size), 1)
         self.size = None if cosets else (height, width)
         # no table yet: the sizes of a file's layers are looked at before memory is taken for them
         rows, taps = fill_sizes(sampling, reach, height, width)

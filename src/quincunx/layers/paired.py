@@ -18,7 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_map
 
 from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_padding
-from quincunx.ops.geometry import pair
+from quincunx.ops.geometry import two_integers
 from quincunx.sampling import Sampling
 
 __all__ = ["PairedDown2d", "PairedUp2d", "SampledMap"]
@@ -219,7 +219,7 @@ class PairedUp2d(SampledConvTranspose2d):
         groups: int = 1,
         bias: bool = True,
     ) -> None:
-        kernel, spread = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
+        kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         super().__init__(
             in_channels,
             out_channels,

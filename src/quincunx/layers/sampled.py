@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quincunx.layers.attributes import ConvLike, kernel_of_bottleneck
 from quincunx.layers.fills import FittedFill2d, check_fill
 from quincunx.ops import fill_nearest, fill_zero, sampled_conv2d, sampled_conv_transpose2d
-from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
+from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
 from quincunx.sampling import CHESSBOARD, Cosets, Sampling
 
 __all__ = ["PerforatedConv2d", "SampledConv2d", "SampledConvTranspose2d", "SpatialBottleneck2d"]
@@ -343,7 +343,7 @@ class SampledDown2d(SampledConv2d):
         groups: int = 1,
         bias: bool = True,
     ) -> None:
-        kernel, spread = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
+        kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         if down not in ("stride", "avgpool"):
             raise ValueError(f"down={down!r}: expected 'stride' or 'avgpool'")
         window = 1
@@ -442,7 +442,7 @@ class SpatialBottleneck2d(ConvLike):
         if mid_channels is None:
             keeping = in_channels * out_channels / (in_channels + out_channels)
             mid_channels = groups * max(1, round(keeping / groups))
-        kernel, spread = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
+        kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         self.down = SampledDown2d(
             in_channels,
             mid_channels,

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from quincunx.layers.attributes import ConvLike, kernel_of_halves
 from quincunx.layers.sampled import PerforatedConv2d
 from quincunx.ops import filled_conv2d, sampled_conv2d
-from quincunx.ops.geometry import Padding, expand_padding, pair
+from quincunx.ops.geometry import Padding, expand_padding, two_integers
 from quincunx.sampling import Positions, Sampling, from_spec
 
 __all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "mask_at_size", "resized"]
@@ -424,8 +424,8 @@ class _Settings:
         rank: int,
     ) -> None:
         _check_rank(rank)
-        kernel, strides = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
-        dilations = pair("dilation", dilation, 1)
+        kernel, strides = two_integers("kernel_size", kernel_size, 1), two_integers("stride", stride, 1)
+        dilations = two_integers("dilation", dilation, 1)
         top, bottom, left, right = expand_padding(padding, kernel, strides, dilations)
         self._plain: dict[str, Any] = {
             "in_channels": in_channels,

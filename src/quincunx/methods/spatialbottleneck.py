@@ -530,10 +530,10 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
     For a layer with 512 channels a full decomposition computes 4,608, where about 256 are wanted.
     """
     most = matrix.shape[1]
-    tried = min(most, count + _OVERSAMPLED)
+    sampled_rank = min(most, count + _OVERSAMPLED)
     # fewer columns than directions: any directions will do for the rest
-    padded = F.pad(matrix, (0, max(0, tried - matrix.shape[2])))
-    return torch.svd_lowrank(padded, q=tried, niter=_ITERATIONS)[0][:, :, :count]
+    padded = F.pad(matrix, (0, max(0, sampled_rank - matrix.shape[2])))
+    return torch.svd_lowrank(padded, q=sampled_rank, niter=_ITERATIONS)[0][:, :, :count]
 
 
 def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:

@@ -328,7 +328,7 @@ def _measure_replaced(replaced: Mapping[str, dict[str, Any]], state: Mapping[str
         if spec["kind"] == "same":
             continue
         # a layer used in several places is stored under one of its names
-        names = [name, *(other for other, said in replaced.items() if said.get("as") == name)]
+        names = [name, *(other for other, record in replaced.items() if record.get("as") == name)]
         own = {
             key.removeprefix(f"{place}."): value
             for place in names

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
+from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
 from quincunx.ops.traced import as_tensor, is_tracing
 from quincunx.sampling import Sampling
 
@@ -136,7 +136,7 @@ def sampled_conv2d(
     _check_map("x", x)
     _check_map("weight", weight)
     x, weight, bias = _autocast(x, weight, bias)
-    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    strides, dilations = two_integers("stride", stride, 1), two_integers("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("x", x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
     if not is_tracing():  # the operator checks as well, with its own messages
@@ -197,7 +197,7 @@ def sampled_conv_transpose2d(
     _check_map("y", y)
     _check_map("weight", weight)
     y, weight, bias = _autocast(y, weight, bias)
-    dilations = pair("dilation", dilation, 1)
+    dilations = two_integers("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], (1, 1), dilations)
     _check_parameters("y", y, weight, bias, weight.shape[0], weight.shape[1] * groups, groups)
     if is_tracing():
@@ -205,7 +205,7 @@ def sampled_conv_transpose2d(
             y, weight, bias, as_tensor(size), sampling.spec, (1, 1), paddings, dilations, groups
         )
         return traced
-    height, width = pair("size", size, 1)
+    height, width = two_integers("size", size, 1)
     grid = Geometry.make(weight.shape[2:], (1, 1), paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
     _check_count(y, sampling, grid)
@@ -247,7 +247,7 @@ def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tenso
     if is_tracing():
         traced: Tensor = torch.ops.quincunx.traced_fill(y, sampling.spec, as_tensor(size))
         return traced
-    height, width = pair("size", size, 1)
+    height, width = two_integers("size", size, 1)
     _check_count(y, sampling, (height, width))
     result: Tensor = torch.ops.quincunx.fill(y, sampling.spec, (height, width))
     return result
@@ -309,7 +309,7 @@ def fill_fitted(
             y, weight, bias, sampling.spec, as_tensor(size), reach
         )
         return traced
-    height, width = pair("size", size, 1)
+    height, width = two_integers("size", size, 1)
     _check_count(y, sampling, (height, width))
     result: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, sampling.spec, (height, width), reach)
     return result
@@ -400,7 +400,7 @@ def filled_conv2d(
     _check_map("y", y)
     _check_map("weight", weight)
     y, weight, bias = _autocast(y, weight, bias)
-    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    strides, dilations = two_integers("stride", stride, 1), two_integers("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("y", y, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
     where = (strides, paddings, dilations, groups)
@@ -409,7 +409,7 @@ def filled_conv2d(
             y, weight, bias, source.spec, as_tensor(size), sampling.spec, *where
         )
         return traced
-    height, width = pair("size", size, 1)
+    height, width = two_integers("size", size, 1)
     _check_count(y, source, (height, width))
     grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)

@@ -11,13 +11,13 @@ __all__ = [
     "Geometry",
     "Padding",
     "expand_padding",
-    "pair",
+    "two_integers",
 ]
 
 Padding = int | Sequence[int] | str
 
 
-def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+def two_integers(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """Return ``value`` as (vertical, horizontal), each at least ``least``."""
     both = _integers(value, "an integer or a pair of integers", name)
     if not isinstance(value, Sequence):
@@ -55,7 +55,7 @@ def expand_padding(
         if min(values) < 0:
             raise ValueError(f"padding={values}: expected at least 0")
         return top, bottom, left, right
-    v, h = pair("padding", value, 0)
+    v, h = two_integers("padding", value, 0)
     return v, v, h, h
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quincunx.ops.flops import counted_by
 from quincunx.ops.functional import _autocast, _check_map
-from quincunx.ops.geometry import Geometry, Padding, expand_padding, pair
+from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
 
 __all__ = ["OPERATORS", "decoded", "lookup_conv2d"]
 
@@ -170,8 +170,8 @@ def lookup_conv2d(
     """
     _check_map("x", x)
     x, codebooks, bias = _autocast(x, codebooks, bias)
-    kernel, strides = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
-    dilations = pair("dilation", dilation, 1)
+    kernel, strides = two_integers("kernel_size", kernel_size, 1), two_integers("stride", stride, 1)
+    dilations = two_integers("dilation", dilation, 1)
     paddings = expand_padding(padding, kernel, strides, dilations)
     _check_quantised(x, codebooks, assignments, bias, kernel, groups)
     grid = Geometry.make(kernel, strides, paddings, dilations).grid(x.shape[2], x.shape[3])

@@ -109,14 +109,14 @@ def conv_weight(
     grid = Geometry.make(kernel, stride, padding, dilation).grid(x.shape[2], x.shape[3])
     scattered = _scatter(y, position_index(sampling, *grid), grid)
     shape = torch.Size((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
-    laid = CHANNELS_LAST if x.is_cuda else torch.contiguous_format
+    layout = CHANNELS_LAST if x.is_cuda else torch.contiguous_format
     if x.shape[0] == 0:
-        return x.new_zeros(shape).contiguous(memory_format=laid)
+        return x.new_zeros(shape).contiguous(memory_format=layout)
     padded = _pad(x, padding)
     gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
         padded, shape, scattered, tuple(stride), 0, tuple(dilation), groups
     )
-    return gradient.contiguous(memory_format=laid)
+    return gradient.contiguous(memory_format=layout)
 
 
 def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:

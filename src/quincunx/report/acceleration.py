@@ -42,37 +42,37 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     before, after = (cost[key]["macs"] for key in ("before", "after"))
     many = "s" if whole["threads"] > 1 else ""
     times = [f"{1e3 * whole[f'seconds_{key}']:.2f} ms {key}" for key in ("before", "after")]
-    said = [
+    sentences = [
         f"{before / 1e6:.1f} M MACs became {after / 1e6:.1f} M, {before / after:.2f} times fewer; the whole "
         f"network at batch {result['batch']} on {whole['threads']} thread{many} is "
         f"{speed_words(speed['median'], speed['q1'], speed['q3'])}: {', '.join(times)}."
     ]
-    said = [*first_sentences(result), *said]
+    sentences = [*first_sentences(result), *sentences]
     if "bytes" in result:
         kept = [f"{result['bytes'][key] / 1e6:.2f}" for key in ("before", "after")]
-        said.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
+        sentences.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
     if result.get("search"):
-        said += search_sentences(result["search"])
+        sentences += search_sentences(result["search"])
     tested = result["data"]["test"]
     for stage in result["stages"]:
         own = "" if result["data"].get("labelled", True) else "the original network's answers to "
         text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {own}{tested:,} images"
         if "lost" in stage:
             text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
-        said.append(f"{text}.")
-    said += _ended(result)
+        sentences.append(f"{text}.")
+    sentences += _ended(result)
     slower = [row for row in result["layers"] if row["speedup"]["median"] < 1]
     gained = [row for row in slower if row.get("gain", 0.0) > 1]
     if gained:
         told = ", ".join(
             f"{row['name']} (the network takes {row['gain']:.2f} times as long without it)" for row in gained
         )
-        said.append(f"No faster alone, but within the network: {told}.")
+        sentences.append(f"No faster alone, but within the network: {told}.")
     if result.get("search") is None and (rest := [row["name"] for row in slower if row not in gained]):
-        said.append(f"No faster than before: {', '.join(rest)}.")
+        sentences.append(f"No faster than before: {', '.join(rest)}.")
     if result.get("unfused"):
-        said.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
-    return said
+        sentences.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
+    return sentences
 
 
 def _ended(result: dict[str, Any]) -> list[str]:
@@ -89,13 +89,13 @@ def _ended(result: dict[str, Any]) -> list[str]:
 def first_sentences(result: dict[str, Any]) -> list[str]:
     """Return the sentences to read first: nothing was gained or the network is ruined, the verdict on a
     target, doubts about the input."""
-    said = [text for text in (restored_in_words(result), worse(result)) if text]
+    sentences = [text for text in (restored_in_words(result), worse(result)) if text]
     verdict = result.get("verdict")
     if verdict:
-        said.append(verdict["words"])
+        sentences.append(verdict["words"])
         if verdict["next"]:
-            said.append(f"Next: {verdict['next']}.")
-    return said + [f"Doubtful: {doubt}" for doubt in result.get("doubts", ())]
+            sentences.append(f"Next: {verdict['next']}.")
+    return sentences + [f"Doubtful: {doubt}" for doubt in result.get("doubts", ())]
 
 
 def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
@@ -108,31 +108,31 @@ def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
     usable = sum(row["why_not"] is None for row in record["candidates"])
     last = record["attempts"][-1] if record["attempts"] else None
     asked = asked_in_words(record["target"])
-    said = [] if judged else [_prediction(record)]
-    said.append(
+    sentences = [] if judged else [_prediction(record)]
+    sentences.append(
         f"{'Asked' if judged else 'Target'}: {asked}. {len(record['candidates'])} candidates, {usable} of "
         "them faster than what they would replace."
     )
     if last is not None and last["layers"] and record.get("chosen", True):
         times = [1e3 * last[key] for key in ("before", "predicted", "after")]
         off = 100 * (times[1] / times[2] - 1)
-        said.append(
+        sentences.append(
             f"The choice in the whole network, when it was chosen: {times[0]:.2f} ms before, "
             f"{times[1]:.2f} ms predicted, {times[2]:.2f} ms measured ({off:+.0f}%), "
             f"{last['speedup']:.2f}x faster."
         )
-    return said
+    return sentences
 
 
 def _prediction(record: dict[str, Any]) -> str:
     """Describe what a dry run expects, and on which images."""
     attempts, target = record["attempts"], record["target"]
     speed = float(attempts[-1]["speedup"]) if attempts and record["chosen"] else 1.0
-    said = [f"{speed:.2f}x faster"]
+    sentences = [f"{speed:.2f}x faster"]
     if "macs" in target:
-        said.append(f"{record['macs'] / 1e6:.1f} M MACs")
+        sentences.append(f"{record['macs'] / 1e6:.1f} M MACs")
     on = f"{record.get('images', 0):,} calibration images, before fine-tuning"
-    said.append(
+    sentences.append(
         f"{record['drop']:.2f} points of accuracy lost on {on}"
         if "drop" in record
         else "what accuracy is lost is not predicted without --max-drop"
@@ -142,7 +142,7 @@ def _prediction(record: dict[str, Any]) -> str:
     why = f" ({'; '.join(missed)})" if missed and not record["met"] else ""
     lost = record.get("drop", 0.0) > target.get("max_drop", 0.0)
     fit = "; fine-tuning, such as --finetune-epochs 5, may win accuracy back" if lost else ""
-    return f"Prediction, nothing is kept: {'; '.join(said)}. The target {verdict}{why}{fit}."
+    return f"Prediction, nothing is kept: {'; '.join(sentences)}. The target {verdict}{why}{fit}."
 
 
 def usage(result: dict[str, Any], folder: str | Path) -> list[str]:

@@ -239,8 +239,8 @@ def draw_scatter(points: Sequence[PlottedPoint], xlabel: str, title: str, unit: 
     # leave room for a mark on the axis
     axes.set_ylim(-0.03 * top, top)
     _legend(figure, columns)
-    said = "; ".join(f"{p.label}: {p.error:.2f}% at {p.x:.3g} {unit}" for p in points)
-    return _picture(figure, title, f"{title}. {said}.")
+    described = "; ".join(f"{p.label}: {p.error:.2f}% at {p.x:.3g} {unit}" for p in points)
+    return _picture(figure, title, f"{title}. {described}.")
 
 
 @_styled
@@ -252,7 +252,7 @@ def draw_speedups(points: Sequence[tuple[str, float, float]], title: str) -> Pic
     axes.plot(
         [0, top], [0, top], color="#888888", linewidth=1, linestyle="--", label="time falls as MACs fall"
     )
-    said = []
+    described = []
     for i, name in enumerate(names):
         colour, marker = _look(i)
         found = [(ratio, speedup) for other, ratio, speedup in points if other == name]
@@ -260,11 +260,11 @@ def draw_speedups(points: Sequence[tuple[str, float, float]], title: str) -> Pic
             *zip(*found, strict=True), s=22, alpha=0.75, color=colour, marker=marker, label=_shorten(name)
         )
         low, high = min(s for _, s in found), max(s for _, s in found)
-        said.append(f"{name}: {low:.2f}x to {high:.2f}x")
+        described.append(f"{name}: {low:.2f}x to {high:.2f}x")
     axes.set(xlabel="MACs of the dense network / ours", ylabel="speed-up over the best dense", xlim=(0, top))
     axes.set_ylim(0, top)
     _legend(figure, columns)
-    return _picture(figure, title, f"{title}. {'; '.join(said)}.")
+    return _picture(figure, title, f"{title}. {'; '.join(described)}.")
 
 
 @_styled
@@ -309,8 +309,8 @@ def draw_layer_times(rows: Sequence[tuple[str, float, float]], title: str) -> Pi
     axes.set(xlabel="ms")
     axes.grid(axis="y", visible=False)
     _legend(figure, columns)
-    said = "; ".join(f"{name}: {before:.3g} to {after:.3g} ms" for name, before, after in rows)
-    return _picture(figure, title, f"{title}. {said}.")
+    described = "; ".join(f"{name}: {before:.3g} to {after:.3g} ms" for name, before, after in rows)
+    return _picture(figure, title, f"{title}. {described}.")
 
 
 @_styled
@@ -395,14 +395,14 @@ def draw_tradeoff(
         )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(figure, columns)
-    said = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
+    described = "; ".join(f"{m.series}, {m.label}: {m.drop:+.2f} points at {m.gain:.2f}" for m in marks)
     note = " Hollow marks are printed in the paper." if printed else ""
     if front:
         note += f" On the {_FRONT}: {'; '.join(front)}."
     if lines:
         told = ", ".join(f"{gain:g} ({label})" for label, gain in lines)
         note += f" Dotted lines are speed-ups that the paper prints: {told}."
-    return _picture(figure, f"{ylabel.capitalize()} against {xlabel}", f"{said}.{note}")
+    return _picture(figure, f"{ylabel.capitalize()} against {xlabel}", f"{described}.{note}")
 
 
 @_styled

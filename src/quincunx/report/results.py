@@ -310,7 +310,7 @@ def _mac_words(ratio: float, baseline: str) -> str:
 
 def verdicts(rows: list[Line]) -> list[str]:
     """Return a sentence on gains and losses for each network except the baseline."""
-    base, said = rows[0], []
+    base, sentences = rows[0], []
     for row in rows[1:]:
         more = row.wrong - base.wrong
         much = f"{abs(more):.3g} {'more' if more > 0 else 'fewer'}" if more else "as many"
@@ -318,5 +318,5 @@ def verdicts(rows: list[Line]) -> list[str]:
         answers = "answer" if abs(more) == 1 else "answers"
         parts = [f"{_mac_words(row.mac_ratio, base.label)}, {much} wrong {answers} of {row.tested}{mean}"]
         parts += [f"{setting}: {speed_words(*speedup)}" for setting, speedup in row.speedups.items()]
-        said.append(f"{row.label}: {'; '.join(parts)}.")
-    return said
+        sentences.append(f"{row.label}: {'; '.join(parts)}.")
+    return sentences

@@ -75,8 +75,8 @@ def judge(result: Mapping[str, Any], alternatives: Sequence[Mapping[str, Any]] =
     parts = [_part(what, asked, result) for what, asked in record["target"].items()]
     met = all(part["met"] for part in parts)
     # failed parts come first
-    said = [part["words"] for part in sorted(parts, key=lambda part: bool(part["met"]))]
-    words = f"Target {'met' if met else 'missed'}: {'; '.join(said)}."
+    phrases = [part["words"] for part in sorted(parts, key=lambda part: bool(part["met"]))]
+    words = f"Target {'met' if met else 'missed'}: {'; '.join(phrases)}."
     return {
         "met": met,
         "parts": parts,

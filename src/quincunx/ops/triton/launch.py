@@ -37,11 +37,11 @@ def _wide(*sizes: int) -> bool:
 
 def _channels_last(weight: Tensor) -> Tensor:
     """Return a weight in the kernels' order: for each first channel tap after tap, channels adjacent."""
-    laid = weight.contiguous(memory_format=CHANNELS_LAST)
-    if laid.shape[1] == 1 or laid.shape[2] * laid.shape[3] == 1:
+    arranged = weight.contiguous(memory_format=CHANNELS_LAST)
+    if arranged.shape[1] == 1 or arranged.shape[2] * arranged.shape[3] == 1:
         # torch accepts any strides for dimensions of size one here; contiguous is the same order
-        laid = laid.contiguous()
-    return laid
+        arranged = arranged.contiguous()
+    return arranged
 
 
 def convolve(
