@@ -79,6 +79,21 @@ def bench(suite: str) -> str:
     return table(header, cells)
 
 
+def low_networks() -> str:
+    """Whole networks in bfloat16: each over the fastest dense candidate in bfloat16."""
+    header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
+    header += ["ms", "dense, ms", "OpenVINO float32, ms"]
+    cells = []
+    for row in read("bench-networks-bfloat16.json")["rows"]:
+        [(name, found)] = row["candidates"].items()
+        times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
+        speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
+        numbers = [str(row["batch"]), str(row["threads"]), f"{found['mac_ratio']:.2f}", speedup]
+        dense = row["best_dense"]
+        cells.append([row["case"], *numbers, dense, times[name], times[dense], times["OpenVINO"]])
+    return table(header, cells)
+
+
 def networks() -> str:
     result = read("bench-networks.json")
     header = ["network", "batch", "threads", "MAC ratio", "speed-up over the dense one, fused"]
@@ -580,6 +595,8 @@ def left_by_reason(rows: list[dict[str, Any]]) -> str:
 MADE = {
     "demo": demo,
     "blocks": lambda: bench("blocks"),
+    "blocks-bfloat16": lambda: bench("blocks-bfloat16"),
+    "networks-bfloat16": low_networks,
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
     "networks": networks,
