@@ -259,10 +259,10 @@ def compared(name: str, figure: str = "drop-speed") -> str:
     return f"{table(header, cells)}\n\n{picture}"
 
 
-def layers(method: str) -> str:
+def layers(method: str, result: str = "bench-methods.json") -> str:
     """Return one method on single layers: speed-ups over the fastest dense layer, and MAC ratios."""
     cases = []
-    for case in read("bench-methods.json")["cases"]:
+    for case in read(result)["cases"]:
         # results use the method names of their time
         rows = [row for row in case["rows"] if ALIASES.get(row["method"], row["method"]) == method]
         own = {row["setting"]: row for row in rows}
@@ -595,6 +595,7 @@ def left_by_reason(rows: list[dict[str, Any]]) -> str:
 MADE = {
     "demo": demo,
     "blocks": lambda: bench("blocks"),
+    "perforate-speed": lambda: layers("perforate", "bench-methods-zen5.json"),
     "blocks-bfloat16": lambda: bench("blocks-bfloat16"),
     "networks-bfloat16": low_networks,
     "ops": lambda: bench("ops"),
