@@ -20,7 +20,7 @@ from quincunx.cli import printing as console
 from quincunx.cli.printing import _kept, warn_in_one_line
 
 SMALL = ("--network", "rsbn8", "--width", "4")
-VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce", "accelerate", "compare")
+VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce", "accelerate", "compare", "cache")
 
 
 @pytest.fixture(autouse=True)
@@ -382,3 +382,22 @@ def test_training_starts_from_an_artifact_or_published_weights_and_learns_from_a
         "train", "--network", "cifar-resnet8", "--start", "published.th", *common, "--out", "fifth"
     )
     assert json.loads(published.stdout)["data"]["mean"] == [0.485, 0.456, 0.406]
+
+
+# ---------------------------------------------------------------- what is kept on the machine
+
+
+def test_what_was_measured_is_shown_and_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QUINCUNX_CACHE", str(folder))
+    (folder / "decisions").mkdir(parents=True)
+    for path in ("decisions/one.json", "tiles-card.json", "cifar-10.tar.gz"):
+        (folder / path).write_text("{}")
+    found = document("cache")
+    assert found["measurements"] == ["one.json", "tiles-card.json"]
+    assert not found["removed"]
+    assert "removed 2 files of measurements" in call("cache", "--clear").stdout
+    assert [path.name for path in folder.iterdir()] == ["cifar-10.tar.gz"]
+    assert document("cache")["measurements"] == []
+    monkeypatch.setenv("QUINCUNX_CACHE", "")
+    assert "nothing is kept" in call("cache").stdout
