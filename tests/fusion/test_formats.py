@@ -126,6 +126,15 @@ def test_a_format_that_is_slower_is_not_used_and_that_is_said(checked, monkeypat
     assert torch.equal(fused(x), qx.fuse(model)(x))
 
 
+def test_the_copy_that_is_used_instead_is_compared_with_the_model_too(monkeypatch):
+    compared = []
+    monkeypatch.setattr(fuse_module, "speed_ratio", lambda *_: 0.5)
+    monkeypatch.setattr(fuse_module.Comparison, "check", lambda _, model, fused, x: compared.append(fused))
+    with pytest.warns(UserWarning, match="computes in float32"):
+        fused = qx.fuse(nn.Conv2d(3, 4, 3).eval(), BF16, check=torch.randn(1, 3, 8, 8))
+    assert any(one is fused for one in compared)
+
+
 def test_a_format_that_is_faster_is_used_without_a_word(monkeypatch, recwarn):
     monkeypatch.setattr(formats, "_measured", lambda *_: 1.5)
     monkeypatch.setattr(formats, "decision", lambda _, measure: measure())

@@ -204,32 +204,29 @@ def _fuse_in(model: nn.Module, dtype: torch.dtype, calibration: Any, check: Any,
         raise ValueError(f"calibration: {dtype} needs none; leave it out")
     if dtype == torch.float32:
         return _fuse(model, None, check)
-    lower, ratio = _fuse(model, dtype, check), None
-    if not any(isinstance(m, Program) and m.dtype != m.outside for m in lower.modules()):
-        used, plain = None, lower  # nothing here is in float32 and fused
-    elif force:
-        used, plain = dtype, lower
-    else:
-        if check is None:
-            ratio, plain = gain_of(dtype, device), None
+    result, used, ratio = _fuse(model, dtype, check), dtype, None
+    if not any(isinstance(m, Program) and m.dtype != m.outside for m in result.modules()):
+        used = torch.float32  # nothing here is in float32 and fused
+    elif not force:
+        plain = None if check is None else _fuse(model, None, check)
+        if plain is None:
+            ratio = gain_of(dtype, device)
         else:
-            plain = _fuse(model, None, None)
             arguments = check if isinstance(check, tuple) else (check,)
             with torch.no_grad():
-                runs = partial(lower, *arguments), partial(plain, *arguments)
+                runs = partial(result, *arguments), partial(plain, *arguments)
                 ratio = median(speed_ratio(*runs) for _ in range(3))
-        used = dtype if ratio > 1 else None
-    if used is None and ratio is not None:
-        warnings.warn(
-            f"fuse: convolutions in {dtype} are {ratio:.2f} times as fast as in float32 here, so the copy "
-            "computes in float32 (force=True takes the other format all the same)",
-            UserWarning,
-            stacklevel=3,
-        )
-    result = lower if used is not None else plain if plain is not None else _fuse(model, None, check)
+        if ratio <= 1:
+            warnings.warn(
+                f"fuse: convolutions in {dtype} are {ratio:.2f} times as fast as in float32 here, so the "
+                "copy computes in float32 (force=True takes the other format all the same)",
+                UserWarning,
+                stacklevel=3,
+            )
+            result, used = _fuse(model, None, None) if plain is None else plain, torch.float32
     result.meta["dtype"] = {
         "asked": str(dtype).removeprefix("torch."),
-        "used": str(used or torch.float32).removeprefix("torch."),
+        "used": str(used).removeprefix("torch."),
         "ratio": ratio,
     }
     return result

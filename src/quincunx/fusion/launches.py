@@ -30,7 +30,7 @@ from quincunx.fusion.steps import (
     shortcut_rows,
 )
 from quincunx.modules import first_line
-from quincunx.ops.cuda_graphs import ONE_AT_A_TIME, captured
+from quincunx.ops.cuda_graphs import ONE_AT_A_TIME, captured, timing_event
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.plan import forward_plan, nearest_shares, window_plan
 from quincunx.ops.triton.layouts import adjoint_layout, forward_layout
@@ -240,17 +240,13 @@ def _event_seconds(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     times = []
     for _ in range(_REPLAYS):
-        begin, end = _event(), _event()
+        begin, end = timing_event(), timing_event()
         begin.record()
         run()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return float(np.median(times)) / 1000
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class Recorded:
