@@ -83,7 +83,7 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
 
         def _link(self, name: str, objects: list[str]) -> None:
             # the process may hold other copies of the core: symbols inside are bound to this one
-            flags = ["-pthread", "-Wl,-Bsymbolic"]
+            flags = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
             target = Path(self.build_lib, "quincunx", name)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.compiler.link_shared_object(objects, str(target), extra_postargs=flags, target_lang="c++")
