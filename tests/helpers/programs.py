@@ -122,10 +122,12 @@ def examples():
 
 def called(fused, inputs):
     """The programs of a fused network with the arguments and the results of one call each."""
-    found, hooks = [], []
-    for module in fused.modules():
-        if isinstance(module, Program):
-            hooks.append(module.register_forward_hook(lambda m, a, o: found.append((m, a, o))))
+    found = []
+
+    def note(module, arguments, results):
+        found.append((module, arguments, results))
+
+    hooks = [m.register_forward_hook(note) for m in fused.modules() if isinstance(m, Program)]
     with torch.no_grad():
         fused(*inputs)
     for hook in hooks:
