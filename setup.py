@@ -101,7 +101,7 @@ def native() -> dict[str, Any]:
     except ImportError as error:
         skip(f"torch cannot be imported ({error}); install torch first and use --no-build-isolation")
         return {
-            "ext_modules": [Extension("quincunx._native", [])],
+            "ext_modules": [Extension("quincunx._native", [], optional=True)],
             "cmdclass": {"build_ext": with_libraries(build_ext)},
         }
 
