@@ -54,6 +54,9 @@ sanitize: build/asan/test_kernel fuzz-short
 SANITIZED := -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 CORE := dispatch program_file $(patsubst csrc/%.cpp,%,$(wildcard csrc/kernel_*.cpp))
 
+# kept, as they take minutes
+.SECONDARY: $(CORE:%=build/asan/%.o)
+
 build/asan/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 	@mkdir -p build/asan
 	$(CXX) $(SANITIZED) -c $< -o $@
