@@ -31,6 +31,7 @@ from quincunx.fusion.steps import (
     followed,
     output,
     parted,
+    pool,
     reference,
     run_fitted,
     settled,
@@ -163,7 +164,11 @@ def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) 
     last = {name: i for i, step in enumerate(steps) for name in step.reads}
     offsets: dict[str, int] = {}
     sizes = {name: -(-maps[name].numel // _ALIGN) * _ALIGN for name in scratch}
+    replaced = _replaced(steps, scratch, maps, last)
     for name in scratch:
+        if name in replaced:
+            offsets[name] = offsets[replaced[name]]
+            continue
         busy = sorted(
             (offsets[other], offsets[other] + sizes[other])
             for other in offsets
@@ -176,6 +181,27 @@ def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) 
             at = max(at, end)
         offsets[name] = at
     return offsets
+
+
+def _replaced(
+    steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map], last: dict[str, int]
+) -> dict[str, str]:
+    """Sums that take the place of the shortcut they were made of: its last reader reads each value just
+    before it writes the one that stands there then, so that a residual network needs a map less."""
+    found: dict[str, str] = {}
+    for number, step in enumerate(steps):
+        shortcut, out = step.shortcut, step.out or step.out2
+        if shortcut is None or out is None or shortcut.stride > 1 or shortcut.source == step.source:
+            continue
+        source, made = maps[shortcut.source], output(step, maps)
+        same = (source.channels, source.stored, source.fill) == (
+            made.channels,
+            made.stored,
+            "",
+        ) and not made.fill
+        if same and {out, shortcut.source} <= set(scratch) and last[shortcut.source] == number:
+            found[out] = shortcut.source
+    return found
 
 
 def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _Segment:
@@ -514,7 +540,8 @@ class Program(nn.Module):
             elif self._serving() == "triton":
                 alone = Stage(self._launched(step, maps, number in by_torch), frozenset(step.reads))
             elif isinstance(step, Follower):
-                alone = Stage(partial(follow, step, maps), frozenset(step.reads))
+                natively = step.kind == "maxpool" and self._serving() == "native"
+                alone = Stage(partial(pool if natively else follow, step, maps), frozenset(step.reads))
             elif number in by_torch:
                 alone = Stage(partial(_reference_stage, step, maps), frozenset(step.reads))
             else:
