@@ -177,6 +177,12 @@ def print_bench(result: dict[str, Any]) -> None:
         )
     _console().print(table)
     say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")
+    marked = [row["slow_rounds"] for row in result["rows"] if "slow_rounds" in row]
+    if any(marked):
+        say(
+            f"The machine itself was slow in {sum(map(len, marked))} rounds of {sum(map(bool, marked))} "
+            "cases (slow_rounds in the result)."
+        )
     for row in result["rows"]:
         for name, why in row.get("failed", {}).items():
             say(f"{row['case']}, batch {row['batch']}, {row['dtype']}: {name} failed: {why}")
