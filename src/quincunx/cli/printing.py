@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,7 @@ from quincunx.acceleration.candidates import pair_name
 from quincunx.experiments.compare import Compared
 from quincunx.experiments.printed import Error
 from quincunx.experiments.reproduce import AgainstPaper, Planned
+from quincunx.experiments.selftest import Finding
 from quincunx.measure.cost import Cost
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
@@ -30,6 +32,7 @@ __all__ = [
     "print_comparison",
     "print_cost",
     "print_facts",
+    "print_findings",
     "print_lines",
     "print_plan",
     "print_points",
@@ -188,6 +191,12 @@ def print_bench(result: dict[str, Any]) -> None:
             say(f"{row['case']}, batch {row['batch']}, {row['dtype']}: {name} failed: {why}")
     if result.get("left_out"):
         say(f"No time was left for {len(result['left_out'])} cases: {'; '.join(result['left_out'])}.")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What a test of the installation found, a line each."""
+    for finding in findings:
+        say(f"{finding.state:5} {finding.name}: {finding.said}")
 
 
 def _printed(mean: float | None, deviation: float | None) -> str:
