@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 # set up again only when the installed files changed
 STAMP := $(VENV)/.quincunx-installed
+# what knows nothing of torch
+KERNELS := $(wildcard csrc/kernel_*.cpp) csrc/dispatch.cpp csrc/permission.cpp csrc/scratch.cpp csrc/tiles_emulated.cpp
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 .PHONY: demo test lint format setup sanitize aarch64 clean
@@ -53,7 +55,7 @@ sanitize: build/test_kernel
 build/test_kernel: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	$(CXX) -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
 
 # the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
 aarch64: build/test_kernel_aarch64
@@ -62,7 +64,7 @@ aarch64: build/test_kernel_aarch64
 build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	aarch64-linux-gnu-g++ -Icsrc -std=c++17 -O2 -static \
-		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so
