@@ -20,6 +20,11 @@
 #include "checks.h"
 #include "dispatch.h"
 #include "scratch.h"
+#include "trap_tiles.h"
+
+#ifdef QX_TRAPS
+extern const quincunx::ForwardKernels qx_bf16_amx;
+#endif
 
 namespace {
 
@@ -724,6 +729,19 @@ int main(int argc, char** argv) {
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }
+#ifdef QX_TRAPS
+  if (kernels_of("amx") == nullptr && kernels_of("avx512bf16") != nullptr) {
+    const trap_tiles::Trap trap;
+    for (int i = 0; i < rounds / 2; ++i) {
+      check_forward("trapped amx", qx_bf16_amx, true, random_case());
+      if (i % 10 == 0) check_forward("trapped amx deep", qx_bf16_amx, true, deep_case(i / 10));
+      check_mean("trapped amx", qx_bf16_amx, true);
+      check_spoilt("trapped amx", qx_bf16_amx, true);
+      check_released("trapped amx");
+    }
+    std::printf("amx by its own instructions, each emulated: %d failures so far\n", failures);
+  }
+#endif
   std::printf("arguments that were refused: %d, that were taken: %d\n", refused, taken);
   return failures != 0;
 }
