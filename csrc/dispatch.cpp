@@ -68,10 +68,7 @@ const Choice& choose() {
   for (const Choice& choice : available()) {
     if (std::string(forced) == choice.name) return choice;
   }
-  std::string reason;
-  if (std::string(forced) == "amx") {
-    reason = ": " + (tiles_refused().empty() ? "this processor lacks AVX-512 BF16" : tiles_refused());
-  }
+  const std::string reason = std::string(forced) == "amx" ? ": " + tiles_refused() : "";
   throw std::runtime_error("QUINCUNX_ISA=" + std::string(forced) + " is not available here" + reason +
                            "; available: " + available_isas());
 }

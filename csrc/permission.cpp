@@ -24,10 +24,12 @@ struct Registers {
 
 // The processor may have tiles although the system does not save their registers, or only does so when asked.
 std::string ask() {
-  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kSavesState = 1u << 27;
-  Registers of_system, features, palette;
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kVectorBf16 = 1u << 5, kSavesState = 1u << 27;
+  Registers of_system, features, more, palette;
   if (!features.read(7, 0) || (features.d & kTile) == 0) return "this processor has no AMX tiles";
   if ((features.d & kBf16) == 0) return "this processor's AMX tiles have no bfloat16 product";
+  // the epilogues are AVX-512, whose other parts every such processor has
+  if (!more.read(7, 1) || (more.a & kVectorBf16) == 0) return "this processor has AMX tiles, but not AVX-512 BF16";
   const bool readable = of_system.read(1, 0) && (of_system.c & kSavesState) != 0;
   unsigned saved = 0, high = 0;
   if (readable) asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
