@@ -9,13 +9,14 @@ STAMP := $(VENV)/.quincunx-installed
 KERNELS := $(wildcard csrc/kernel_*.cpp) csrc/dispatch.cpp csrc/permission.cpp csrc/scratch.cpp csrc/tiles_emulated.cpp
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint format setup sanitize aarch64 clean
+.PHONY: demo test lint format setup sanitize aarch64 amx clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
+	@echo "make amx      run the tests of kernels and fused networks on AMX tiles; fails without them"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
@@ -56,6 +57,10 @@ build/test_kernel: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	$(CXX) -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
 		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
+
+# on a processor with AMX: the kernels' test, then operators and fused networks, all forced to its tiles
+amx: $(STAMP) sanitize
+	QUINCUNX_ISA=amx QUINCUNX_BACKEND=native $(BIN)/python -m pytest -n auto --dist worksteal tests/ops tests/fusion
 
 # the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
 aarch64: build/test_kernel_aarch64

@@ -1,4 +1,4 @@
-"""bfloat16 on tiles: the emulated ones everywhere, AMX where the processor has it and the system permits it."""
+"""bfloat16 on tiles: emulated ones everywhere, AMX where the processor has it and the system permits it."""
 
 import os
 import subprocess
@@ -46,7 +46,8 @@ def outputs(threads=1):
     all_.append(dense(all_[-1], normal(20, 64, 1, 1)))
     all_.append(dense(normal(2, 64, 40, 40), normal(64, 64, 3, 3), padding=1))
     all_.append(dense(normal(2, 32, 20, 20), normal(48, 32, 3, 3), stride=2, padding=2, dilation=2))
-    all_.append(qx.sampled_conv2d(normal(2, 6, 20, 20), normal(8, 3, 7, 7), sampling=qx.QUARTER, padding=3, groups=2))
+    x, w = normal(2, 6, 20, 20), normal(8, 3, 7, 7)
+    all_.append(qx.sampled_conv2d(x, w, sampling=qx.QUARTER, padding=3, groups=2))
     return all_
 """
 
@@ -62,8 +63,17 @@ def test_fused_networks_equal_the_reference(isa):
     """The fused networks' own tests, on these kernels."""
     files = [TESTS / "fusion" / name for name in ("test_epilogues.py", "test_compact.py", "test_fuse.py")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, files)]
-        + ["-k", "bfloat16 or dtype or equal"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "bfloat16 or dtype or equal",
+            *files,
+        ],
         env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
         capture_output=True,
         text=True,
@@ -75,7 +85,10 @@ def test_fused_networks_equal_the_reference(isa):
 @pytest.mark.parametrize("isa", SETS)
 def test_results_do_not_depend_on_the_threads_nor_on_the_cache(isa):
     """The cache's size decides how much is copied at a time, and the threads where the work is cut."""
-    digest = "print(*(int(o.view(torch.int16).long().mul(torch.arange(o.numel()).view(o.shape)).sum()) for o in outputs({})))"
+    digest = """
+for o in outputs({}):
+    print(int((o.view(torch.int16).long() * torch.arange(o.numel()).view(o.shape)).sum()))
+"""
     found = {
         tuple(run_network(digest.format(threads), QUINCUNX_ISA=isa, QUINCUNX_L2=str(cache)))
         for threads, cache in ((1, 1 << 20), (3, 1 << 20), (4, 1 << 18), (1, 1 << 22))
