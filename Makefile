@@ -5,15 +5,18 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 # set up again only when the installed files changed
 STAMP := $(VENV)/.quincunx-installed
+# what knows nothing of torch
+KERNELS := $(wildcard csrc/kernel_*.cpp) csrc/dispatch.cpp csrc/permission.cpp csrc/scratch.cpp csrc/tiles_emulated.cpp
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
-.PHONY: demo test lint format setup sanitize aarch64 clean
+.PHONY: demo test lint format setup sanitize aarch64 amx clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
+	@echo "make amx      run the tests of kernels and fused networks on AMX tiles; fails without them"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
@@ -53,7 +56,11 @@ sanitize: build/test_kernel
 build/test_kernel: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	$(CXX) -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
+
+# on a processor with AMX: the kernels' test, then operators and fused networks, all forced to its tiles
+amx: $(STAMP) sanitize
+	QUINCUNX_ISA=amx QUINCUNX_BACKEND=native $(BIN)/python -m pytest -n auto --dist worksteal tests/ops tests/fusion
 
 # the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
 aarch64: build/test_kernel_aarch64
@@ -62,7 +69,7 @@ aarch64: build/test_kernel_aarch64
 build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	aarch64-linux-gnu-g++ -Icsrc -std=c++17 -O2 -static \
-		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so
