@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import quincunx as qx
 from quincunx.acceleration import search
-from quincunx.methods.fitting.impact import class_labels
+from quincunx.tasks.classes import class_labels
 from quincunx.surgery.calibration import Calibration
 
 Pair = collections.namedtuple("Pair", "picture kind")
