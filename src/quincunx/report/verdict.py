@@ -28,7 +28,7 @@ def points_lost(result: Mapping[str, Any]) -> float:
     """Return the score lost on the test images, first stage to last: points of accuracy, or the task's unit.
 
     Example:
-        >>> points_lost({"stages": [{"error": 0.1}, {"error": 0.125}]})
+        >>> round(points_lost({"stages": [{"error": 0.1}, {"error": 0.125}]}), 6)
         2.5
     """
     scale = scale_in(result)

@@ -380,7 +380,7 @@ class _Run:
         state = sum(t.nbytes for t in self.model.state_dict().values())
         # a checkpoint has weights and momentum, and the old one stays until the new one is written
         self.ranks.from_first(lambda: check_disk(self.folder, (7 if self.keep_best else 5) * state))
-        share = math.prod(self.data.train.size) / math.prod(self.data.size)
+        share = math.prod(self.data.step_size(self.augment)) / math.prod(self.data.size)
         _check_memory(self.cost, share, self.recipe, self.ranks, self.device)
         if not self.task.classifies:
             self._try_loss()
