@@ -25,7 +25,7 @@ _CHANCE_DEVIATIONS = 2.0
 def sample_batches(
     data: ImageData, count: int, seed: int = 0, batch_size: int = 50, task: Task | None = None
 ) -> list[tuple[Tensor, Any]]:
-    """Return batches of ``count`` random training images and targets, not augmented; fewer if there are fewer.
+    """Return batches of ``count`` random training images and targets, not augmented, or of all there are.
 
     Raises:
         ValueError: they do not fit in the free memory.
@@ -181,9 +181,7 @@ class JudgedStage:
 
     def against(self, first: JudgedStage) -> dict[str, Any]:
         scale, tested = self.task.scale, len(self.scores)
-        further = {
-            name: figure.total(self.sums[name], tested) for name, figure in self.task.further.items()
-        }
+        further = {name: figure.total(self.sums[name], tested) for name, figure in self.task.further.items()}
         facts = {
             "name": self.name,
             "loss": float(self.losses.mean()),

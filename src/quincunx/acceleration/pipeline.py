@@ -190,9 +190,7 @@ def _accelerated(
     journal = FolderJournal(out / "layers", identity) if fits is None else fits_folder(fits, method, identity)
     images = sample_batches(data, calibration, seed, task=task)
     one = torch.zeros(1, data.in_channels, *data.size)
-    judge = partial(
-        score_images, split=data.test, data=data, workers=workers, task=task, original=original
-    )
+    judge = partial(score_images, split=data.test, data=data, workers=workers, task=task, original=original)
 
     def judged(name: str, network: nn.Module) -> JudgedStage:
         return JudgedStage(name, network, judge, task)
@@ -394,10 +392,10 @@ def run_search(
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
-        task = bar.add_task("searching", total=1.0, state="")
+        shown = bar.add_task("searching", total=1.0, state="")
 
         def tell(what: str, share: float) -> None:
-            bar.update(task, state=what, completed=share if share >= 0 else None)
+            bar.update(shown, state=what, completed=share if share >= 0 else None)
 
         found = search(
             model,

@@ -146,7 +146,11 @@ class Own:
         except Exception as error:
             raise ValueError(f"{self.name}: the items {some} cannot be joined: {_words(error)}") from error
         if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.is_floating_point():
-            got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            got = (
+                f"{inputs.dtype} {list(inputs.shape)}"
+                if isinstance(inputs, Tensor)
+                else type(inputs).__name__
+            )
             raise ValueError(
                 f"{self.name}: the inputs of the items {some} are {got}, expected floats [N, C, H, W] as the "
                 "network takes them"

@@ -18,7 +18,7 @@ from quincunx.data.items import Items, Own, Pictures
 from quincunx.data.sets import ImageData, Split, statistics
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 __all__ = ["degraded", "load_function", "load_pairs"]
 
@@ -128,14 +128,10 @@ def _found(root: Path) -> list[tuple[Path, Path, bool]]:
         if alone:
             more = f" ({len(alone):,} such files)" if len(alone) > 1 else ""
             raise ValueError(f"{alone[0]}: has no {what} of the same name{more}; {_LAYOUT}")
-    return [
-        (path, sides[1][key], any(part in _TEST for part in key[:-1])) for key, path in sides[0].items()
-    ]
+    return [(path, sides[1][key], any(part in _TEST for part in key[:-1])) for key, path in sides[0].items()]
 
 
-def _read(
-    found: Sequence[tuple[Path, Path, bool]], masks: bool, size: int | None
-) -> tuple[Tensor, Tensor]:
+def _read(found: Sequence[tuple[Path, Path, bool]], masks: bool, size: int | None) -> tuple[Tensor, Tensor]:
     inputs: list[Pixels] = []
     targets: list[Pixels] = []
     for one, other, _ in found:
@@ -177,7 +173,8 @@ def _mask(path: Path) -> Pixels:
             image.load()
             if image.mode not in ("L", "P", "1", "I;16", "I"):
                 raise ValueError(
-                    f"{printable(str(path))}: a mask of mode {image.mode}, expected one channel of class numbers "
+                    f"{printable(str(path))}: a mask of mode {image.mode}, expected one channel of "
+                    "class numbers "
                     "(a grey or palette image)"
                 )
             numbers = np.asarray(image).astype(np.int64)
@@ -187,7 +184,8 @@ def _mask(path: Path) -> Pixels:
         raise ValueError(f"{printable(str(path))}: not a readable mask ({str(error)[:200]})") from error
     if numbers.min() < 0 or numbers.max() > _IGNORED:
         raise ValueError(
-            f"{printable(str(path))}: class numbers up to {numbers.max()}, expected at most {_IGNORED - 1}, and "
+            f"{printable(str(path))}: class numbers up to {numbers.max()}, expected at most "
+            f"{_IGNORED - 1}, and "
             f"{_IGNORED} for pixels without a class"
         )
     return numbers.astype(np.uint8)
@@ -211,7 +209,8 @@ def _classes(root: Path, masks: Tensor, found: Sequence[tuple[Path, Path, bool]]
     if most >= len(names):
         first = next(i for i, mask in enumerate(masks) if ((mask >= len(names)) & (mask != _IGNORED)).any())
         raise ValueError(
-            f"{found[first][1]}: class {most} occurs, but {place.name} names {len(names)}, 0 to {len(names) - 1}"
+            f"{found[first][1]}: class {most} occurs, but {place.name} names {len(names)}, 0 to "
+            f"{len(names) - 1}"
         )
     return names
 
@@ -261,7 +260,8 @@ def degraded(
     def part(given: Any) -> Items:
         if not isinstance(given, Split):
             raise ValueError(
-                f"{data.name}: streamed images cannot be made worse on the fly; --in-memory, or a --size, keeps "
+                f"{data.name}: streamed images cannot be made worse on the fly; --in-memory, or a "
+                "--size, keeps "
                 "them in memory"
             )
         inputs, targets = given.images, None
@@ -310,8 +310,8 @@ def load_function(
     Args:
         name: of the function, as package.module:function.
         make: returns a pair (train, test) of data sets, a dictionary with these keys, or one data set, of
-            which a share is held out. A data set has a length and numbered items; items are collated as torch's
-            DataLoader does.
+            which a share is held out. A data set has a length and numbered items; items are collated as
+            torch's DataLoader does.
         read: a collated batch -> (input, target); inputs are floats [N, C, H, W] as the network takes them.
         classes: number of classes, if the data set has no attribute ``classes`` with their names.
         holdout: share held out.
@@ -328,7 +328,8 @@ def load_function(
     for part in made:
         if part is not None and not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise ValueError(
-                f"data={name!r}: returned a {type(part).__name__}, expected (train, test) of data sets with a "
+                f"data={name!r}: returned a {type(part).__name__}, expected (train, test) of data sets "
+                "with a "
                 "length and numbered items"
             )
     train, test = made
@@ -354,7 +355,8 @@ def load_function(
         parts.append(Items(own, tuple(inputs.shape[2:]), int(inputs.shape[1]), {"function": name}))  # type: ignore[arg-type]
     if parts[0].channels != parts[1].channels:
         raise ValueError(
-            f"data={name!r}: training inputs have {parts[0].channels} channels, test inputs {parts[1].channels}"
+            f"data={name!r}: training inputs have {parts[0].channels} channels, test inputs "
+            f"{parts[1].channels}"
         )
     if names is None and classes is not None:
         names = [str(i) for i in range(classes)]

@@ -209,7 +209,9 @@ class Espace(SeparableFit):
         modules = {layer.name: context.original.get_submodule(layer.name) for layer in layers}
 
         def find() -> set[str]:
-            return without_gradient(context.original, modules, context.data.first(), self.loss or context.loss)
+            return without_gradient(
+                context.original, modules, context.data.first(), self.loss or context.loss
+            )
 
         # not "while no layer is changed": it is the original that is asked
         return context.once(("without gradient", self.loss or context.loss, tuple(modules)), find)

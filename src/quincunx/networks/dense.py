@@ -69,7 +69,9 @@ class DnCNN(nn.Module):
     Source: Zhang et al., Beyond a Gaussian Denoiser, arXiv:1608.03981, section 3.
     """
 
-    def __init__(self, depth: int, width: int, in_channels: int, sampling: Sampling | None, down: str) -> None:
+    def __init__(
+        self, depth: int, width: int, in_channels: int, sampling: Sampling | None, down: str
+    ) -> None:
         super().__init__()
         self.first = nn.Conv2d(in_channels, width, 3, 1, 1)
         pairs, odd = divmod(depth - 2, 2)
@@ -167,7 +169,8 @@ def _dncnn(
         raise ValueError(f"dncnn{depth}: the depth must be at least 3")
     if num_classes != in_channels:
         raise ValueError(
-            f"num_classes={num_classes}: the network gives images of as many channels as it takes, {in_channels}"
+            f"num_classes={num_classes}: the network gives images of as many channels as it takes, "
+            f"{in_channels}"
         )
     check_positive("width", width)
     return DnCNN(depth, width, in_channels, sampling, down)

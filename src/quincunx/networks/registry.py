@@ -84,9 +84,7 @@ def names() -> list[str]:
     return list(_EXAMPLES)
 
 
-def build(
-    name: str, num_classes: int | None = None, in_channels: int = 3, **settings: Any
-) -> nn.Module:
+def build(name: str, num_classes: int | None = None, in_channels: int = 3, **settings: Any) -> nn.Module:
     """Return a network by name, with fresh weights from torch's global generator.
 
     Args:
@@ -95,8 +93,8 @@ def build(
             channels of its input.
         in_channels: channels of the input image.
         settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
-            "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, DnCNN and U-Net, ``reduction`` for SE-ResNets,
-            ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet, ``aux`` for GoogLeNet,
+            "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, DnCNN and U-Net,
+            ``reduction`` for SE-ResNets, ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet, ``aux`` for GoogLeNet,
             ``dropout`` for AlexNet, GoogLeNet and SqueezeNet.
 
     Returns:

@@ -57,9 +57,15 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     tested = result["data"]["test"]
     scale = scale_in(result)
     for stage in result["stages"]:
-        own = "" if result["data"].get("labelled", True) or "task" in result else "the original network's answers to "
+        own = (
+            ""
+            if result["data"].get("labelled", True) or "task" in result
+            else "the original network's answers to "
+        )
         of = "of" if scale == ERROR else "on"
-        text = f"Test {scale.name} {stage['name']}: {scale.shown(stage[scale.key])} {of} {own}{tested:,} images"
+        text = (
+            f"Test {scale.name} {stage['name']}: {scale.shown(stage[scale.key])} {of} {own}{tested:,} images"
+        )
         if "lost" in stage:
             test = stage.get("test", "McNemar")
             counts = ("lost", "won") if test == "McNemar" else ("worse", "better")

@@ -220,7 +220,8 @@ def shortcoming(record: Mapping[str, Any]) -> list[str]:
         missed.append(f"{1e3 * attempts[-1]['after']:.2f} ms, where {target['latency_ms']:g} ms are asked")
     if "max_drop" in target and record.get("drop", 0.0) > target["max_drop"]:
         missed.append(
-            f"{scale_in(record).amount(record['drop'], 1)} lost on {record.get('images', 0):,} calibration images, before "
+            f"{scale_in(record).amount(record['drop'], 1)} lost on {record.get('images', 0):,} "
+            "calibration images, before "
             f"fine-tuning, where {target['max_drop']:g} are allowed"
         )
     return missed

@@ -37,7 +37,9 @@ def _scores_of(output: Any) -> tuple[Tensor, ...]:
     found = output if isinstance(output, tuple) else (output,)
     for scores in found:
         if not isinstance(scores, Tensor) or scores.dim() < 2:
-            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            got = (
+                f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            )
             raise BadTask(
                 f"the network gives {got}, expected scores [images, classes, ...]; another task, such as "
                 "agreement, takes other outputs"
@@ -171,8 +173,8 @@ def _right_pixels(output: Any, target: Tensor) -> Tensor:
     return torch.where(known.any(1), right.sum(1) / known.sum(1).clamp_min(1), 1.0).double()
 
 
-def _mean_divergence(output: Any, original: Any, *, temperature: float = 1.0) -> Tensor:
-    positions = output[0, 0].numel()
+def _mean_divergence(output: Tensor, original: Tensor, *, temperature: float = 1.0) -> Tensor:
+    positions = int(output[0, 0].numel())
     return _divergence(output, original, temperature=temperature) / positions
 
 

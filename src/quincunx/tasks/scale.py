@@ -101,7 +101,8 @@ def scale_in(result: Mapping[str, Any]) -> Scale:
         ValueError: its task has no valid scale.
 
     Example:
-        >>> scale_in({"task": {"name": "x", "score": {"name": "PSNR", "unit": "dB", "better": "higher"}}}).unit
+        >>> psnr = {"name": "PSNR", "unit": "dB", "better": "higher"}
+        >>> scale_in({"task": {"name": "x", "score": psnr}}).unit
         'dB'
         >>> scale_in({}).name
         'error'

@@ -35,7 +35,7 @@ class Figure:
         scale: name, unit and direction.
 
     Example:
-        >>> error = Figure(lambda output, target: (output - target).abs().flatten(1).mean(1), Scale("MAE", ""))
+        >>> error = Figure(lambda y, target: (y - target).abs().flatten(1).mean(1), Scale("MAE", ""))
         >>> error.total(torch.tensor(6.0), 3)
         2.0
     """
@@ -105,8 +105,10 @@ def relative_distance(output: Any, original: Any) -> Tensor:
     for (name, y), (_, wanted) in zip(ours, theirs, strict=True):
         if y.shape != wanted.shape or not y.dim() or y.shape[0] != count:
             raise BadTask(
-                f"output {name!r}: shapes {tuple(y.shape)} and {tuple(wanted.shape)} of the original cannot be "
-                "compared image by image; expected two equal shapes that begin with the images (let the network "
+                f"output {name!r}: shapes {tuple(y.shape)} and {tuple(wanted.shape)} of the original "
+                "cannot be "
+                "compared image by image; expected two equal shapes that begin with the images (let the "
+                "network "
                 "return its maps before such as boxes are chosen from them)"
             )
         first, second = y.flatten(1) if y.dim() > 1 else y[:, None], wanted.reshape(y.shape[0], -1)
@@ -237,7 +239,9 @@ class Task:
             return self.losses(output, self.understand(output, target, 0)).sum()
         parts = [y.float().flatten(1) for _, y in tensors_in(output) if y.is_floating_point() and y.dim()]
         sizes = [y.detach().square().sum(1).clamp_min(torch.finfo(torch.float32).tiny) for y in parts]
-        return torch.stack([(y.square().sum(1) / (2 * s)).sum() for y, s in zip(parts, sizes, strict=True)]).sum()
+        return torch.stack(
+            [(y.square().sum(1) / (2 * s)).sum() for y, s in zip(parts, sizes, strict=True)]
+        ).sum()
 
     def taught_by(self, original: Any) -> Any:
         """Return an output of the original network as a target: detached and in float32."""

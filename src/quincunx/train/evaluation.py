@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quincunx.data import ImageData, Part, Resident, batches
+from quincunx.data import ImageData, Items, Part, Resident, batches
 from quincunx.modules import inference_mode_of
 from quincunx.tasks import BadTask, Task, classification
 from quincunx.tasks.structure import mapped
@@ -164,14 +164,17 @@ def score_images(
     if not losses:
         # a process without images adds nothing; the shape of its sums is that of no figure
         one = torch.zeros(0, dtype=torch.float64)
-        return Scored(one, one, {name: _nothing(model, data, split, task, name, original) for name in task.further})
+        return Scored(
+            one, one, {name: _nothing(model, data, split, task, name, original) for name in task.further}
+        )
     # fetched at the end: waiting for a GPU after each batch would leave it idle
     found = torch.cat(scores).cpu()
     wrong = int((~found.isfinite()).sum())
     if wrong:
         first = int((~found.isfinite()).nonzero()[0])
         raise BadTask(
-            f"task {task.name!r}: the score of {wrong:,} of {len(found):,} images is not finite; the first is "
+            f"task {task.name!r}: the score of {wrong:,} of {len(found):,} images is not finite; the "
+            "first is "
             f"number {first} of {data.name}, {float(found[first])}"
         )
     return Scored(torch.cat(losses).cpu(), found, {name: total.cpu() for name, total in sums.items()})
@@ -230,6 +233,8 @@ def label_with(
     """
     if data.classes or not (task or classification()).classifies:
         return data
+    if isinstance(data.train, Items):
+        raise ValueError(f"{data.name}: its items have no classes; without labels, task agreement needs none")
     parts: dict[str, Part] = {}
     outputs = 0
     with inference_mode_of(model):
@@ -239,7 +244,7 @@ def label_with(
             for scores, _ in _answered(model, data, source, classification(), None):
                 answers.append(scores.argmax(1).cpu())
                 outputs = scores.shape[1]
-            parts[key] = replace(split, labels=torch.cat(answers))  # type: ignore[type-var]
+            parts[key] = replace(split, labels=torch.cat(answers))  # type: ignore[arg-type]
     return replace(data, classes=tuple(map(str, range(outputs))), **parts)  # type: ignore[arg-type]
 
 

@@ -187,7 +187,7 @@ def fit(
             or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    rule = stop or StopRule()
+    rule = stop or StopRule(scale=(task or classification()).scale)
     with ONE_AT_A_TIME:
         run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best, task)
     return run.go(resume, progress)

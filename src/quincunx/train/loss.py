@@ -102,7 +102,9 @@ class Loss:
         total: Tensor | float = 0.0
         # targets with no share in the loss are not read: there may be none
         if share < 1:
-            total = (1 - share) * self.task.losses(output, wanted if self.task.needs_original else target).sum()
+            total = (1 - share) * self.task.losses(
+                output, wanted if self.task.needs_original else target
+            ).sum()
         if wanted is not None and share:
             total = total + share * self.task.distances(output, wanted, self.recipe.temperature).sum()
         return torch.as_tensor(total)
