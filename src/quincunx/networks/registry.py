@@ -94,7 +94,8 @@ def build(name: str, num_classes: int | None = None, in_channels: int = 3, **set
         in_channels: channels of the input image.
         settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
             "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, DnCNN and U-Net,
-            ``reduction`` for SE-ResNets, ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet, ``aux`` for GoogLeNet,
+            ``reduction`` for SE-ResNets, ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet,
+            ``aux`` for GoogLeNet,
             ``dropout`` for AlexNet, GoogLeNet and SqueezeNet.
 
     Returns:
