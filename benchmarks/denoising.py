@@ -34,7 +34,7 @@ from quincunx.measure.latency import measure_models
 from quincunx.sampling import parse
 from quincunx.train.evaluation import Scored, score_images
 from quincunx.train.loop import RESULT, fit
-from quincunx.train.recipes import Recipe, recipe_with
+from quincunx.train.recipes import Recipe, by_name, recipe_with
 from quincunx.writing import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,8 @@ DENSITIES = ("2/4", "1/4")
 # timed on one photograph of this side, and in pairs, so that a drift of the machine's speed cancels
 TIMED, ROUNDS = 128, 21
 CALIBRATION = 100
+# of networks that are fitted to a trained one
+LR_TUNED = 3e-4
 
 
 def data_set(limit: int | None = None) -> ImageData:
@@ -59,13 +61,7 @@ def data_set(limit: int | None = None) -> ImageData:
 
 
 def recipe_of(epochs: int) -> Recipe:
-    return Recipe(
-        "denoising", epochs=epochs, batch_size=16, lr=LR, milestones=(0.6, 0.85), warmup=0.02,
-        weight_decay=1e-4, precision="bfloat16",
-    )  # fmt: skip
-
-
-LR = 0.01
+    return recipe_with(by_name("denoising"), epochs=epochs)
 
 
 def sampled(density: str) -> nn.Module:
@@ -153,7 +149,7 @@ def fitted(density: str, seed: int, dense: Path, out: Path, data: ImageData, epo
     renormalise(found.model, images, [x for x, _ in images], task)
     before = score_images(found.model, data.test, data, task=task)
     write_json(folder / "fitted.json", {"psnr": float(before.scores.mean()), "replaced": len(found.replaced)})
-    recipe = recipe_with(recipe_of(epochs), distill=0.5, lr=LR / 4)
+    recipe = recipe_with(recipe_of(epochs), distill=0.5, lr=LR_TUNED)
     fit(found.model, data, recipe, folder, seed=seed, resume=True, task=task, teacher=teacher)
     return folder
 
@@ -162,13 +158,17 @@ def train_all(
     out: Path, seeds: list[int], epochs: int, tuned: int, only: list[str], limit: int | None
 ) -> None:
     data, widths = data_set(limit), json.loads((out / "widths.json").read_text())
+
+    def wanted(name: str) -> bool:
+        return not only or any(part in name for part in only)
+
     for seed in seeds:
-        for name, build in networks(widths):
-            if not only or any(part in name for part in only):
-                trained(name, build, seed, out, data, epochs)
         dense = out / f"dncnn17-seed{seed}"
-        for density in DENSITIES:
-            if (dense / RESULT).exists() and (not only or any(part in f"fitted {density}" for part in only)):
+        for name, build in networks(widths):
+            if wanted(name):
+                trained(name, build, seed, out, data, epochs)
+            density = name.rpartition(" ")[2]
+            if name.startswith("sb-") and wanted(f"fitted {density}") and (dense / RESULT).exists():
                 fitted(density, seed, dense, out, data, tuned)
 
 

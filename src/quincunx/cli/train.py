@@ -72,6 +72,7 @@ class TrainingOptions(RecipeOptions):
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, applied to every parameter.")] = (
         None
     )
+    optimizer: Annotated[str | None, typer.Option(help="sgd (the default), or adam.")] = None
     momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None
     nesterov: Annotated[
         bool | None, typer.Option("--nesterov/--plain", help="Nesterov momentum, or plain momentum.")

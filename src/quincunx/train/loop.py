@@ -210,6 +210,23 @@ def _check_memory(
     )
 
 
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.lr,
+            betas=(recipe.momentum, 0.999),
+            weight_decay=recipe.weight_decay,
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
+    )
+
+
 def _free_on(device: torch.device) -> int:
     """Return the free bytes of a GPU, including those that torch caches."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -311,13 +328,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov and recipe.momentum > 0,
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizer = _optimizer(model, recipe)
         # the module that a step calls: torch averages the gradients of several processes
         self.stepped: nn.Module = model
         self.history: list[dict[str, float]] = []
@@ -725,6 +736,7 @@ class _Apart:
         run = self.run
         for holds, why in (
             (run.ranks.world == 1, "several processes exchange at each step"),
+            (run.recipe.optimizer == "sgd", "steps of Adam are not recorded"),
             (run.recipe.accumulate == 1, "batches pass in parts"),
             (run.loss.teacher is None, "a teacher is asked at each step"),
             (not run.scaler.is_enabled(), "in float16 the scale of the losses may change at each step"),
