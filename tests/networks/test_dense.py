@@ -1,4 +1,4 @@
-"""Networks from images to maps: their sizes against the papers', any input, fused, stored, taught by halves."""
+"""Networks from images to maps: their sizes against the papers', any input, fused, stored."""
 
 import pytest
 import torch

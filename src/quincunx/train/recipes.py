@@ -45,8 +45,8 @@ class Recipe:
             "bfloat16" or, with scaled losses, "float16"; weights, batch statistics and loss in float32.
         accumulate: parts in which a batch passes through the network before the weights change;
             batch norm then normalises each part separately.
-        optimizer: "sgd", or "adam" with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), which
-            suits losses of images, whose gradients are small.
+        optimizer: "sgd", or "adam" with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101),
+            which suits losses of images, whose gradients are small.
         channels_last: whether to use the channels_last memory format.
 
     Raises:
@@ -114,11 +114,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields JSON-ready; :func:`from_dict` reads them."""
-        fields = {**dataclasses.asdict(self), "milestones": list(self.milestones)}
-        if self.optimizer == "sgd":
-            # as results from before there was a choice have it
-            del fields["optimizer"]
-        return fields
+        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
 
 def cifar() -> Recipe:
