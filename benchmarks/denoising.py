@@ -7,9 +7,10 @@
 DnCNN of 17 layers of 64 channels (dense), with spatial bottlenecks of 2/4 and 1/4 of the positions, trained
 from scratch and fitted from the trained dense network; and for each of the two densities a narrower and a
 shallower dense DnCNN that takes as long. Each part is kept as soon as it is finished, and the same command
-goes on where it was stopped. The data are the photographs of ../shared/data/clothing-small-128.tar.gz: one
-random patch of each training photograph a pass, noise drawn anew; whole validation photographs with fixed
-noise.
+goes on where it was stopped. ``--width`` makes all of them narrower, for a machine with little time; each
+width has a folder and a result of its own. The data are the photographs of
+../shared/data/clothing-small-128.tar.gz, or those that QUINCUNX_PHOTOGRAPHS names: one random patch of each
+training photograph a pass, noise drawn anew; whole validation photographs with fixed noise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ DENSITIES = ("2/4", "1/4")
 # timed on one photograph of this side, and in pairs, so that a drift of the machine's speed cancels
 TIMED, ROUNDS = 128, 21
 CALIBRATION = 100
+# where networks are trained; they are timed and judged on the processor
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of networks that are fitted to a trained one
 LR_TUNED = 3e-4
 
@@ -64,21 +68,22 @@ def recipe_of(epochs: int) -> Recipe:
     return recipe_with(by_name("denoising"), epochs=epochs)
 
 
-def sampled(density: str) -> nn.Module:
-    return qx.networks.build("sb-dncnn17", sampling=density)
+def dense(width: int, depth: int = 17) -> nn.Module:
+    return qx.networks.build(f"dncnn{depth}", width=width)
+
+
+def sampled(density: str, width: int) -> nn.Module:
+    return qx.networks.build("sb-dncnn17", sampling=density, width=width)
 
 
 def networks(widths: dict[str, Any]) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield name and builder of each network that is trained from scratch."""
-    yield "dncnn17", lambda: qx.networks.build("dncnn17")
+    own = int(widths["width"])
+    yield "dncnn17", partial(dense, own)
     for density in DENSITIES:
-        yield f"sb-dncnn17 {density}", lambda density=density: sampled(density)
-        found = widths[density]
-        yield (
-            f"narrow {density}",
-            lambda width=found["width"]: qx.networks.build("dncnn17", width=width),
-        )
-        yield f"shallow {density}", lambda depth=found["depth"]: qx.networks.build(f"dncnn{depth}")
+        yield f"sb-dncnn17 {density}", partial(sampled, density, own)
+        yield f"narrow {density}", partial(dense, widths[density]["width"])
+        yield f"shallow {density}", partial(dense, own, widths[density]["depth"])
 
 
 # ---------------------------------------------------------------- equal time
@@ -103,13 +108,15 @@ def nearest(candidates: list[int], build: Callable[[int], nn.Module], reference:
     return {"value": value, "time": known.get(value) or ratio(build(value), reference), "tried": known}
 
 
-def find_widths(out: Path) -> None:
+def find_widths(out: Path, own: int) -> None:
     """Find the width and the depth whose dense network takes as long as each bottleneck network."""
-    found: dict[str, Any] = {"environment": environment(), "input": [1, 3, TIMED, TIMED]}
+    found: dict[str, Any] = {"width": own, "environment": environment(), "input": [1, 3, TIMED, TIMED]}
+    # vectors of the kernels have up to 16 channels
+    step = 4 if own > 16 else 1
     for density in DENSITIES:
-        reference = sampled(density)
-        width = nearest(list(range(8, 65, 4)), lambda w: qx.networks.build("dncnn17", width=w), reference)
-        depth = nearest(list(range(3, 18)), lambda d: qx.networks.build(f"dncnn{d}"), reference)
+        reference = sampled(density, own)
+        width = nearest(list(range(step, own + 1, step)), dense, reference)
+        depth = nearest(list(range(3, 18)), partial(dense, own), reference)
         found[density] = {"width": width["value"], "depth": depth["value"], "timings": [width, depth]}
         print(density, found[density], flush=True)
     write_json(out / "widths.json", found)
@@ -127,17 +134,17 @@ def trained(
         torch.manual_seed(seed)
         print(f"training {name}, seed {seed}", flush=True)
         task = qx.tasks.image_to_image()
-        fit(build(), data, recipe_of(epochs), folder, seed=seed, resume=True, task=task)
+        fit(build().to(DEVICE), data, recipe_of(epochs), folder, seed=seed, resume=True, task=task)
     return folder
 
 
-def fitted(density: str, seed: int, dense: Path, out: Path, data: ImageData, epochs: int) -> Path:
+def fitted(density: str, seed: int, before: Path, out: Path, data: ImageData, epochs: int) -> Path:
     """Fit a bottleneck network to a trained one, train it further with its teacher, return its folder."""
     folder = out / f"fitted-{density.replace('/', 'of')}-seed{seed}"
     if (folder / RESULT).exists():
         return folder
     print(f"fitting {density}, seed {seed}", flush=True)
-    task, teacher = qx.tasks.image_to_image(), qx.load(dense / "model")
+    task, teacher = qx.tasks.image_to_image(), qx.load(before / "model")
     images = sample_batches(data, CALIBRATION, seed, task=task)
     middle = [
         name for name, m in teacher.named_modules() if isinstance(m, nn.Conv2d) and name.startswith("blocks")
@@ -147,10 +154,13 @@ def fitted(density: str, seed: int, dense: Path, out: Path, data: ImageData, epo
         teacher, method, where=lambda name, _: name in middle, calibration=images, task=task
     )
     renormalise(found.model, images, [x for x, _ in images], task)
-    before = score_images(found.model, data.test, data, task=task)
-    write_json(folder / "fitted.json", {"psnr": float(before.scores.mean()), "replaced": len(found.replaced)})
+    judged = score_images(found.model, data.test, data, task=task)
+    write_json(folder / "fitted.json", {"psnr": float(judged.scores.mean()), "replaced": len(found.replaced)})
     recipe = recipe_with(recipe_of(epochs), distill=0.5, lr=LR_TUNED)
-    fit(found.model, data, recipe, folder, seed=seed, resume=True, task=task, teacher=teacher)
+    fit(
+        found.model.to(DEVICE), data, recipe, folder, seed=seed, resume=True, task=task,
+        teacher=teacher.to(DEVICE),
+    )  # fmt: skip
     return folder
 
 
@@ -163,13 +173,13 @@ def train_all(
         return not only or any(part in name for part in only)
 
     for seed in seeds:
-        dense = out / f"dncnn17-seed{seed}"
+        whole = out / f"dncnn17-seed{seed}"
         for name, build in networks(widths):
             if wanted(name):
                 trained(name, build, seed, out, data, epochs)
             density = name.rpartition(" ")[2]
-            if name.startswith("sb-") and wanted(f"fitted {density}") and (dense / RESULT).exists():
-                fitted(density, seed, dense, out, data, tuned)
+            if name.startswith("sb-") and wanted(f"fitted {density}") and (whole / RESULT).exists():
+                fitted(density, seed, whole, out, data, tuned)
 
 
 # ---------------------------------------------------------------- the result
@@ -233,6 +243,7 @@ def collect(out: Path, place: Path, limit: int | None) -> None:
             "recipe": recipe_of(max(epochs.values(), default=1)).to_dict(),
             "noisy": float(noisy.scores.mean()),
             "timed": {"input": [1, 3, TIMED, TIMED], "how": "qx.fuse, float32, channels_last, in turn"},
+            "width": widths["width"],
             "equal_time": {density: widths[density] for density in DENSITIES},
             "rows": rows,
             "environment": environment(),
@@ -250,23 +261,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("widths", "train", "collect"))
-    parser.add_argument("--out", type=Path, default=Path("runs/denoising"))
-    parser.add_argument("--result", type=Path, default=ROOT / "results" / "denoising.json")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs; by default runs/denoising, or with -WIDTH"
+    )
+    parser.add_argument("--width", type=int, default=64, help="channels of the dense network")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=50, help="passes of a network from scratch")
     parser.add_argument("--tuned", type=int, default=10, help="passes of a fitted network")
     parser.add_argument("--only", default="", help="parts of networks' names, with commas")
     parser.add_argument("--limit", type=int, help="at most so many photographs of each part")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    name = "denoising" if given.width == 64 else f"denoising-width{given.width}"
+    out: Path = given.out or Path("runs") / name
+    out.mkdir(parents=True, exist_ok=True)
     if given.part == "widths":
-        find_widths(given.out)
+        find_widths(out, given.width)
     elif given.part == "train":
         only = [part for part in given.only.split(",") if part]
         seeds = [int(seed) for seed in given.seeds.split(",")]
-        train_all(given.out, seeds, given.epochs, given.tuned, only, given.limit)
+        train_all(out, seeds, given.epochs, given.tuned, only, given.limit)
     else:
-        collect(given.out, given.result, given.limit)
+        collect(out, ROOT / "results" / f"{name}.json", given.limit)
 
 
 if __name__ == "__main__":
