@@ -23,6 +23,7 @@ from quincunx.experiments.selftest import Finding
 from quincunx.measure.cost import Cost
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
+from quincunx.tasks.scale import ERROR, Scale
 
 __all__ = [
     "complain",
@@ -138,7 +139,8 @@ def print_lines(rows: list[Line]) -> None:
     # narrow enough for a terminal of 80 columns
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("network")
-    for column in ("test\nerror", f"wrong\nof {rows[0].tested}", "MACs\n(M)", "MAC\nratio"):
+    counted = [f"wrong\nof {rows[0].tested}"] if rows[0].wrong is not None else []
+    for column in (f"test\n{rows[0].scale.name}", *counted, "MACs\n(M)", "MAC\nratio"):
         table.add_column(column, justify="right")
     settings = list(rows[0].times)
     for setting in settings:
@@ -147,8 +149,8 @@ def print_lines(rows: list[Line]) -> None:
     for row in rows:
         cells = [
             row.label,
-            f"{100 * row.error:.2f}%",
-            f"{row.wrong:g}",
+            row.scale.shown(row.error),
+            *([] if row.wrong is None else [f"{row.wrong:g}"]),
             f"{row.macs / 1e6:.2f}",
             f"{row.mac_ratio:.2f}",
         ]
@@ -331,14 +333,14 @@ def print_search(record: dict[str, Any]) -> None:
         say(sentence)
 
 
-def print_compared(rows: list[Compared]) -> None:
+def print_compared(rows: list[Compared], scale: Scale = ERROR) -> None:
     """Every setting of every method; and of which trade-offs it is on the Pareto front."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("method", "setting"):
         table.add_column(column)
     tuned = any(row.untuned_drop is not None for row in rows)
     for column in (
-        *("accuracy lost\n(points)", *(["\nuntuned"] if tuned else []), "\np"),
+        *(f"{scale.of_what()} lost\n({scale.unit})", *(["\nuntuned"] if tuned else []), "\np"),
         *("speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "on the\nfront of"),
         *("paper:\nspeed-up", "\npoints"),
     ):
