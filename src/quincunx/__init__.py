@@ -26,6 +26,8 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
         backend,
         fill_fitted,
         fill_nearest,
+        onnxruntime,
+        openvino,
         sampled_conv2d,
         sampled_conv_transpose2d,
     )
@@ -91,6 +93,8 @@ __all__ = [
     "fuse",
     "load",
     "networks",
+    "onnxruntime",
+    "openvino",
     "sampled_conv2d",
     "sampled_conv_transpose2d",
     "save",
