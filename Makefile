@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 # set up again only when the installed files changed
 STAMP := $(VENV)/.quincunx-installed
+# what knows nothing of torch
+CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
+KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test lint format setup sanitize fuzz aarch64 clean
+.PHONY: demo test lint format setup sanitize fuzz aarch64 amx clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +18,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
 	@echo "make fuzz     let the reader of program files read 20,000 damaged ones, with sanitisers"
+	@echo "make amx      run the tests of kernels and fused networks on AMX tiles; fails without them"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
@@ -52,7 +56,6 @@ sanitize: build/asan/test_kernel fuzz-short
 	build/asan/test_kernel
 
 SANITIZED := -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-CORE := dispatch program_file $(patsubst csrc/%.cpp,%,$(wildcard csrc/kernel_*.cpp))
 
 # kept, as they take minutes
 .SECONDARY: $(CORE:%=build/asan/%.o)
@@ -76,6 +79,10 @@ build/seeds: tests/csrc/write_seeds.py tests/helpers/programs.py $(wildcard src/
 	rm -rf $@
 	$(BIN)/python tests/csrc/write_seeds.py $@
 
+# on a processor with AMX: the kernels' test, then operators and fused networks, all forced to its tiles
+amx: $(STAMP) sanitize
+	QUINCUNX_ISA=amx QUINCUNX_BACKEND=native $(BIN)/python -m pytest -n auto --dist worksteal tests/ops tests/fusion
+
 # the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
 aarch64: build/test_kernel_aarch64
 	qemu-aarch64 build/test_kernel_aarch64
@@ -83,7 +90,7 @@ aarch64: build/test_kernel_aarch64
 build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	@mkdir -p build
 	aarch64-linux-gnu-g++ -Icsrc -std=c++17 -O2 -static \
-		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so src/quincunx/ops/lib

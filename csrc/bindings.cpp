@@ -21,6 +21,7 @@
 #include "allocate.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "permission.h"
 #include "program.h"
 #include "schedule.h"
 
@@ -499,6 +500,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
 
 std::string isa() { return quincunx::isa(); }
 int64_t level2_bytes() { return quincunx::level2_bytes(); }
+std::string tiles_refused() { return quincunx::tiles_refused(); }
 std::string available_isas() { return quincunx::available_isas(); }
 
 }  // namespace
@@ -522,6 +524,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
   m.def("isa() -> str");
   m.def("available_isas() -> str");
   m.def("level2_bytes() -> int");
+  m.def("tiles_refused() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
@@ -539,6 +542,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("available_isas", TORCH_BOX(&available_isas));
   m.impl("level2_bytes", TORCH_BOX(&level2_bytes));
+  m.impl("tiles_refused", TORCH_BOX(&tiles_refused));
 }
 
 // importing the module registers the operators and does nothing else

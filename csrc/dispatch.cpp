@@ -4,17 +4,21 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
+
+#include "permission.h"
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define QX_X86
+extern const quincunx::ForwardKernels qx_bf16_amx;
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
 extern const quincunx::Kernels qx_kernels_avx512;
 extern const quincunx::Kernels qx_kernels_avx2;
 #endif
 extern const quincunx::Kernels qx_kernels_baseline;
+extern const quincunx::ForwardKernels qx_bf16_amx_emulated;
 
 namespace quincunx {
 namespace {
@@ -23,6 +27,11 @@ struct Choice {
   const char* name;
   Kernels kernels;
 };
+
+Kernels with_bf16(Kernels kernels, const ForwardKernels& bf16) {
+  kernels.bf16 = bf16;
+  return kernels;
+}
 
 // best first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::vector<Choice> find_available() {
@@ -36,14 +45,15 @@ std::vector<Choice> find_available() {
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                     __builtin_cpu_supports("popcnt");
   if (avx512 && avx2 && __builtin_cpu_supports("avx512bf16")) {
-    Kernels both = qx_kernels_avx512;
-    both.bf16 = qx_bf16_avx512bf16;
-    found.push_back({"avx512bf16", both});
+    if (tiles_refused().empty()) found.push_back({"amx", with_bf16(qx_kernels_avx512, qx_bf16_amx)});
+    found.push_back({"avx512bf16", with_bf16(qx_kernels_avx512, qx_bf16_avx512bf16)});
   }
   if (avx512 && avx2) found.push_back({"avx512", qx_kernels_avx512});
   if (avx2) found.push_back({"avx2", qx_kernels_avx2});
 #endif
   found.push_back({"baseline", qx_kernels_baseline});
+  // to test the tables and loops of amx where there is none
+  found.push_back({"amx-emulated", with_bf16(qx_kernels_baseline, qx_bf16_amx_emulated)});
   return found;
 }
 
@@ -58,8 +68,9 @@ const Choice& choose() {
   for (const Choice& choice : available()) {
     if (std::string(forced) == choice.name) return choice;
   }
-  throw std::runtime_error("QUINCUNX_ISA=" + std::string(forced) +
-                           " is not available here; available: " + available_isas());
+  const std::string reason = std::string(forced) == "amx" ? ": " + tiles_refused() : "";
+  throw std::runtime_error("QUINCUNX_ISA=" + std::string(forced) + " is not available here" + reason +
+                           "; available: " + available_isas());
 }
 
 // What the system says, within what processors have had; many systems without a say report nothing.

@@ -5,6 +5,7 @@
 //   QX_MAX_NV     vectors of output channels in the widest register tile
 //   QX_TILE_ROWS  {rows of the register tile for 1, 2, .. QX_MAX_NV vectors}
 //   QX_DOT_BF16   if the target has a bfloat16 dot product
+//   QX_NARROW_BF16(v)  the vector rounded to bfloat16, if the target has an instruction for it
 // Nothing here may instantiate an inline function of the standard library: the linker could keep the
 // copy made for the newest target and an older processor would crash in unrelated code.
 #pragma once
@@ -33,13 +34,16 @@ constexpr int kMaxSegment = 384;
 constexpr int64_t kChunk = 192;
 // images whose rows are taken side by side; fewer where their rows are far apart and displace each other
 constexpr int64_t kImages = 8, kLargeMap = 1024;
-// least multiply-adds that pay for handing work to another thread
-constexpr int64_t kMinPartMacs = 150000;
+// How work is cut: the least multiply-adds that pay for handing work to another thread, and what a part costs besides
+// its own, counted in them: to begin, and a byte of 4-byte weights and maps from a far cache.
+struct Costs {
+  int64_t least_part;
+  double part, byte;
+};
+constexpr Costs kVectorCosts{150000, 5000, 2};
 // the same for a mean, in values read
 constexpr int64_t kMinMeanValues = 40000;
 constexpr int64_t kPartsPerThread = 4, kFewGroups = 16;
-// what a part costs besides its multiply-adds, counted in them: to begin, and a byte from a far cache
-constexpr double kPartMacs = 5000, kByteMacs = 2;
 
 typedef float vf __attribute__((vector_size(QX_BYTES)));
 typedef float vf_loose __attribute__((vector_size(QX_BYTES), aligned(4), may_alias));
@@ -60,11 +64,15 @@ QX_INLINE vf load(const uint16_t* p) {
 }
 // to nearest, ties to even; a NaN stays one
 QX_INLINE void store(uint16_t* p, vf v) {
+#ifdef QX_NARROW_BF16
+  *reinterpret_cast<vh_loose*>(p) = QX_NARROW_BF16(v);
+#else
   vu u = reinterpret_cast<vu>(v);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vi ordered = v == v;
   rounded = (rounded & reinterpret_cast<vu>(ordered)) | (0x7fc0u & ~reinterpret_cast<vu>(ordered));
   *reinterpret_cast<vh_loose*>(p) = __builtin_convertvector(rounded, vh);
+#endif
 }
 template <class S>
 QX_INLINE vf load_some(const S* p, int64_t count) {
@@ -432,18 +440,14 @@ QX_INLINE int64_t all_work(const GatherGemm& g) {
   return work * g.batch;
 }
 
-Cut cut(const GatherGemm* problem, int64_t threads) {
-  const GatherGemm& g = *problem;
-  if (!g.weight) {
-    const int64_t parts = all_work(g) * g.in_channels / kMinMeanValues;
-    return Cut{1, most(1, least(kPartsPerThread * threads, parts))};
-  }
-  const Tiling tiling(g.out_channels / g.channel_groups);
-  const int64_t tiles = tiling.tiles * g.channel_groups, channels = g.in_channels / g.channel_groups;
-  const double work = all_work(g), macs_per_tile = work * channels * tiling.per_group / tiling.tiles;
+// tiles_per_group: in how many tiles the outputs of a channel group are cut
+Cut cut_outputs(const GatherGemm& g, int64_t threads, int64_t tiles_per_group, const Costs& costs) {
+  const int64_t per_group = g.out_channels / g.channel_groups;
+  const int64_t tiles = tiles_per_group * g.channel_groups, channels = g.in_channels / g.channel_groups;
+  const double work = all_work(g), macs_per_tile = work * channels * per_group / tiles_per_group;
   const int64_t limit =
-      most(1, least(kPartsPerThread * threads, int64_t(macs_per_tile * tiles) / kMinPartMacs));
-  const double tile_bytes = 4.0 * g.num_taps * channels * tiling.per_group / tiling.tiles;
+      most(1, least(kPartsPerThread * threads, int64_t(macs_per_tile * tiles) / costs.least_part));
+  const double tile_bytes = 4.0 * g.num_taps * channels * per_group / tiles_per_group;
   const double map_bytes = 4.0 * g.batch * g.rows_in * g.in_channels;
   Cut best{1, 1};
   double best_cost = -1;
@@ -453,7 +457,7 @@ Cut cut(const GatherGemm* problem, int64_t threads) {
       if (o * p > limit && p > 1) break;
       const double part_tiles = ceil_div(tiles, o);
       const double part = part_tiles * macs_per_tile / p +
-                          kByteMacs * (part_tiles * tile_bytes + map_bytes / p) + kPartMacs;
+                          costs.byte * (part_tiles * tile_bytes + map_bytes / p) + costs.part;
       // threads take turns, and on the average one of them comes late by some of a part
       const double cost = part * (ceil_div(o * p, threads) + 0.25);
       if (best_cost < 0 || cost < best_cost) {
@@ -463,6 +467,12 @@ Cut cut(const GatherGemm* problem, int64_t threads) {
     }
   }
   return best;
+}
+
+Cut cut(const GatherGemm* g, int64_t threads) {
+  if (g->weight) return cut_outputs(*g, threads, Tiling(g->out_channels / g->channel_groups).tiles, kVectorCosts);
+  const int64_t parts = all_work(*g) * g->in_channels / kMinMeanValues;
+  return Cut{1, most(1, least(kPartsPerThread * threads, parts))};
 }
 
 // The order of a group's rows: a few images at a time, position after position. Images side by side

@@ -7,7 +7,7 @@ from importlib.metadata import version as _version
 
 # printing only the version needs nothing that takes seconds to import, such as torch
 if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quincunx", "__main__.py", "-m"):
-    from quincunx import networks
+    from quincunx import networks, tasks
     from quincunx.acceleration.accelerate import accelerate
     from quincunx.fusion.fuse import fuse
     from quincunx.layers.binary import BinaryConv2d, BinaryLinear
@@ -43,6 +43,7 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
         Uniform,
     )
     from quincunx.surgery.method import Accelerated, Method, Replacement
+    from quincunx.tasks.task import Task
 
 try:
     __version__ = _version("quincunx")
@@ -82,6 +83,7 @@ __all__ = [
     "SeparableConv2d",
     "SpatialBottleneck",
     "SpatialBottleneck2d",
+    "Task",
     "Uniform",
     "accelerate",
     "backend",
@@ -96,4 +98,5 @@ __all__ = [
     "sampled_conv2d",
     "sampled_conv_transpose2d",
     "save",
+    "tasks",
 ]

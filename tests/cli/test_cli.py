@@ -18,6 +18,7 @@ from helpers.commands import call, document, refused
 from quincunx.__main__ import main
 from quincunx.cli import printing as console
 from quincunx.cli.printing import _kept, warn_in_one_line
+from quincunx.ops import native
 
 SMALL = ("--network", "rsbn8", "--width", "4")
 VERBS = ("train", "evaluate", "cost", "report", "info", "demo", "reproduce", "accelerate", "compare", "cache")
@@ -113,6 +114,9 @@ def test_info():
     assert found["networks"] == qx.networks.names()
     assert (found["backend"], found["backend_reason"]) == (qx.backend().name, qx.backend().reason)
     assert qx.backend().name in call("info").stdout
+    if qx.backend().name == "native":
+        assert (found["AMX tiles"] == "used for bfloat16") == (qx.backend().isa == "amx")
+        assert native.tiles_refused() in found["AMX tiles"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 // make sanitize
 // Every array is a heap block of exactly its size, so that the sanitiser sees any access outside it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -11,10 +12,19 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "check_tiles.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "scratch.h"
+#include "trap_tiles.h"
+
+#ifdef QX_TRAPS
+extern const quincunx::ForwardKernels qx_bf16_amx;
+#endif
 
 namespace {
 
@@ -96,17 +106,23 @@ struct Case {
 Case random_case() {
   Case c;
   c.groups = pick({1, 1, 2, 3});
-  c.in_per = pick({1, 2, 3, 8, 17, 33, 401});
+  c.in_per = pick({1, 2, 3, 8, 16, 17, 32, 33, 64, 401});
   c.out_per = pick({1, 3, 15, 16, 17, 32, 48, 65, 100});
   c.taps = pick({1, 2, 5, 9});
   c.batch = pick({0, 1, 2, 3, 11});
-  c.rows_in = pick({1, 7, 40});
+  c.rows_in = pick({1, 7, 40, 90});
   for (int64_t g = pick({0, 1, 2, 3}); g > 0; --g) {
     const int64_t positions = pick({0, 1, 5, 13, 210}), used = generator() % (c.taps + 1);
     c.sizes.insert(c.sizes.end(), {int32_t(positions), int32_t(used)});
     for (int64_t t = 0; t < used; ++t) c.tap_list.push_back(generator() % c.taps);
     for (int64_t p = 0; p < positions; ++p) c.rows.push_back(c.rows.size());
-    for (int64_t i = 0; i < positions * used; ++i) c.index.push_back(int32_t(generator() % (c.rows_in + 1)) - 1);
+    // rows anywhere, or at each tap equally far apart, as where a map is read row by row
+    const int64_t apart = pick({-1, 0, 1, 2}), outside = generator() % (used + 1);
+    for (int64_t i = 0; i < positions * used; ++i) {
+      int64_t row = int64_t(generator() % (c.rows_in + 1)) - 1;
+      if (apart >= 0) row = i % used == outside ? -1 : (i % used * 3 + i / used * apart) % c.rows_in;
+      c.index.push_back(int32_t(row));
+    }
     if (used > 0 && positions > 20) std::fill(c.index.end() - 20 * used, c.index.end(), -1);
   }
   for (size_t i = c.rows.size(); i > 1; --i) std::swap(c.rows[i - 1], c.rows[generator() % i]);
@@ -129,6 +145,20 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   const bool permuted = generator() % 2;
   const int64_t output = permuted ? 1 : c.in_per * c.taps, channel = permuted ? out : c.taps;
   const int64_t tap = permuted ? out * c.in_per : 1;
+  // what no table names must not be multiplied, not even by zero
+  const auto named = [](const std::vector<int32_t>& table, int64_t i) {
+    return std::find(table.begin(), table.end(), int32_t(i)) != table.end();
+  };
+  for (int64_t row = 0; row < c.rows_in; ++row) {
+    for (int64_t i = 0; !named(c.index, row) && i < c.batch * c.in(); ++i) {
+      x.set((i / c.in() * c.rows_in + row) * c.in() + i % c.in(), std::nanf(""));
+    }
+  }
+  for (int64_t t = 0; t < c.taps; ++t) {
+    for (int64_t i = 0; !named(c.tap_list, t) && i < out * c.in_per; ++i) {
+      weight.set(i / c.in_per * output + i % c.in_per * channel + t * tap, std::numeric_limits<float>::infinity());
+    }
+  }
   const Weight w{weight.bytes.get(), c.groups, c.out_per, c.in_per, c.taps, c.out_per * output, output, channel, tap};
   const int64_t pack_parts = pick({1, 3});
   for (int64_t part = 0; part < pack_parts; ++part) kernels.pack(&w, packed.bytes.get(), part, pack_parts);
@@ -204,6 +234,41 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
     row += positions;
     taps += used;
   }
+}
+
+// more taps than tiles take at once, and inputs that fill no cache
+Case deep_case(int64_t kind) {
+  Case c = random_case();
+  while (c.rows.empty() || c.batch == 0) c = random_case();
+  c.groups = 1, c.batch = 1, c.out_per = pick({16, 40}), c.rows_in = 90;
+  std::tie(c.in_per, c.taps) = std::array<std::pair<int64_t, int64_t>, 5>{
+      {{3, 150}, {16, 70}, {40, 67}, {700, 9}, {1504, 25}}}[kind % 5];
+  const int64_t positions = pick({37, 40}), used = c.taps - pick({0, 0, 1});
+  c.sizes = {int32_t(positions), int32_t(used)};
+  c.rows.clear(), c.tap_list.clear(), c.index.clear(), c.residual_rows.clear();
+  for (int64_t t = 0; t < used; ++t) c.tap_list.push_back(t);
+  if (generator() % 2) std::shuffle(c.tap_list.begin(), c.tap_list.end(), generator);
+  for (int64_t p = 0; p < positions; ++p) c.rows.push_back(p), c.residual_rows.push_back(p % c.residual_size);
+  const bool apart = kind / 5 % 2;
+  for (int64_t i = 0; i < positions * used; ++i) {
+    c.index.push_back(int32_t(apart ? (i / used + i % used) % c.rows_in : int64_t(generator() % (c.rows_in + 1)) - 1));
+  }
+  c.residual_channels = c.out();
+  for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows}) *table = exact(*table);
+  return c;
+}
+
+// Tiles must be released after each part: other libraries of the process use them, too.
+void check_released(const std::string& name) {
+  bool in_use = emulated_tiles_in_use();
+#if defined(__x86_64__)
+  if (name == "amx") {
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+    in_use |= (low & 3u << 17) != 0;
+  }
+#endif
+  if (in_use) compare(name + " leaves tiles in use", 1, 0, 0, 0);
 }
 
 void check_grad(const std::string& name, const GradKernels& kernels, bool bf16, const Case& c) {
@@ -685,6 +750,9 @@ void check_border(const std::string& name, const Kernels& kernels) {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 120;
+  const auto differs = [](const std::string& what, double got, double want) { compare(what, got, want, 0, -1); };
+  tile_checks::check_arithmetic(generator, differs);
+  tile_checks::check_faults(differs);
   std::istringstream names(available_isas());
   for (std::string name; std::getline(names, name, ',');) {
     const Kernels& kernels = *kernels_of(name);
@@ -692,6 +760,13 @@ int main(int argc, char** argv) {
       const Case c = random_case();
       check_forward(name + " float32", kernels.f32, false, c);
       check_forward(name + " bfloat16", kernels.bf16, true, c);
+      if (i % 5 == 0) check_forward(name + " deep bfloat16", kernels.bf16, true, deep_case(i / 5));
+      if (i % 10 == 5) {
+        const int64_t before = std::exchange(scratch_limit, 0);
+        check_forward(name + " bfloat16 without scratch", kernels.bf16, true, i % 20 == 5 ? deep_case(i / 20) : c);
+        scratch_limit = before;
+      }
+      check_released(name);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);
       check_border(name + " border", kernels);
@@ -708,6 +783,19 @@ int main(int argc, char** argv) {
     }
     std::printf("%s: %d failures so far\n", name.c_str(), failures);
   }
+#ifdef QX_TRAPS
+  if (kernels_of("amx") == nullptr && kernels_of("avx512bf16") != nullptr) {
+    const trap_tiles::Trap trap;
+    for (int i = 0; i < rounds / 2; ++i) {
+      check_forward("trapped amx", qx_bf16_amx, true, random_case());
+      if (i % 10 == 0) check_forward("trapped amx deep", qx_bf16_amx, true, deep_case(i / 10));
+      check_mean("trapped amx", qx_bf16_amx, true);
+      check_spoilt("trapped amx", qx_bf16_amx, true);
+      check_released("trapped amx");
+    }
+    std::printf("amx by its own instructions, each emulated: %d failures so far\n", failures);
+  }
+#endif
   std::printf("arguments that were refused: %d, that were taken: %d\n", refused, taken);
   return failures != 0;
 }

@@ -9,6 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from quincunx.cli import app
+from quincunx.cli.printing import print_bench
 from quincunx.experiments import bench
 from quincunx.measure.cost import cost
 from quincunx.measure.engines import fold_batch_norm
@@ -82,6 +83,32 @@ def test_an_interrupted_suite_goes_on_with_rows_of_the_same_code(monkeypatch, tm
     assert (result["rows"][0] == first[0]) is (anew == 1)
     assert len(result["rows"]) == 2
     assert not (tmp_path / "kept.json").exists()
+
+
+def test_rounds_in_which_the_machine_was_slow_are_marked(monkeypatch, capsys):
+    assert bench._slow_rounds([1.0, 1.2, 1.3, 1.0, 5.0, 0.5]) == [4]
+    assert bench._slow_rounds([2.0, 2.0, 2.4]) == []
+    low = {case.dtype for case in bench.low_blocks(((16, 8, 1),))}
+    assert low == {torch.bfloat16}
+    monkeypatch.setattr(bench, "_slow_rounds", lambda seconds: [0, 2])
+    monkeypatch.setitem(bench.SUITES, "training", lambda: bench.training(((4, 6, 2), (8, 5, 1))))
+    result = bench.run_suite("training", threads=(1,), rounds=3, round_seconds=1e-3)
+    assert [row["slow_rounds"] for row in result["rows"]] == [[0, 2], [0, 2]]
+    assert all(
+        "reference" in row["timings"] and "reference" not in row["candidates"] for row in result["rows"]
+    )
+    print_bench(result)
+    assert "slow in 4 rounds of 2 cases" in " ".join(capsys.readouterr().out.split())
+
+
+def test_peaks_of_networks_are_in_torch_and_fused_in_one_format():
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    models = {name: build(name).eval() for name in ("rrn8", "rsbn8")}
+    full, half = (
+        bench._peaks_of_networks(models, x, dtype)["peak_memory"] for dtype in (None, torch.bfloat16)
+    )
+    assert set(full) == set(half) == {"rrn8", "rsbn8", "rrn8, fused", "rsbn8, fused"}
+    assert all(0 < half[name] < full[name] for name in full)
 
 
 def test_blocks_compare_equal_work():

@@ -223,15 +223,19 @@ def test_maps_that_nobody_reads_any_more_are_let_go(monkeypatch):
         a=perforated(qx.QUARTER), b=perforated(qx.QUARTER), c=conv(size=3), last=conv(),
     )  # fmt: skip
     held = []
-    follow = program.follow
 
-    def noting(step, maps, values):
-        held.append(sorted(values))
-        follow(step, maps, values)
+    def noting(run):
+        def noted(step, maps, values):
+            held.append(sorted(values))
+            run(step, maps, values)
 
-    monkeypatch.setattr(program, "follow", noting)
+        return noted
+
+    monkeypatch.setattr(program, "follow", noting(program.follow))
+    monkeypatch.setattr(program, "pool", noting(program.pool))
     fuse(model)(torch.randn(1, 6, 12, 12))
-    assert [len(names) for names in held[-3:]] == [2, 1, 1]  # both terms; their sum; its activation
+    # both terms; their sum; its activation; what the last convolution's input was pooled from
+    assert [len(names) for names in held[-4:]] == [2, 1, 1, 1]
 
 
 @needs_native

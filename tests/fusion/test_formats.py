@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 import quincunx as qx
+from quincunx.experiments.bench import peak_memory
 from quincunx.fusion import formats
 from quincunx.fusion import fuse as fuse_module
 from quincunx.fusion.program import Program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = torch.bfloat16
+needs_native = pytest.mark.skipif(qx.backend().name != "native", reason="the reference has whole maps")
 
 
 def programs(fused):
@@ -168,3 +170,85 @@ def test_networks_of_other_formats_keep_them():
 
 def test_a_gain_is_measured():
     assert formats.gain_of(BF16, "cpu") > 0
+
+
+class Pooled(nn.Module):
+    """A stem with max pooling, as in the ResNets, and pooling that must run in torch as it is."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.pool = nn.BatchNorm2d(8), nn.MaxPool2d(**settings)
+
+    def forward(self, x):
+        return self.second(self.pool(torch.relu(self.norm(self.first(x)))))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [None, BF16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+        {"kernel_size": (3, 2), "stride": (1, 2), "dilation": (2, 1)},
+    ],
+)
+def test_max_pooling_stays_between_the_convolutions_in_their_format(settings, dtype):
+    model = Pooled(**settings).eval()
+    fused = qx.fuse(model, dtype, force=True) if dtype else qx.fuse(model)
+    assert [len(program.steps) for program in programs(fused)] == [3]
+    for shape in ((2, 3, 17, 14), (1, 3, 9, 9)):
+        x = torch.randn(shape)
+        x[0, :, 3, 3] = -100.0
+        assert away(fused(x), model(x)) < (2e-2 if dtype else 1e-5)
+        with torch.profiler.profile() as profile:
+            fused(x)
+        names = {event.key for event in profile.key_averages()}
+        assert "quincunx_native::window_max" in names
+        assert "aten::max_pool2d" not in names
+
+
+def test_a_window_that_does_not_fit_is_refused_as_torch_does():
+    model = Pooled(kernel_size=8).eval()
+    fused = qx.fuse(model)
+    for x in (torch.randn(1, 3, 5, 12), torch.randn(1, 3, 12, 5)):
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            model(x)
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            fused(x)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [None, BF16])
+@pytest.mark.parametrize("name", ["rsbn14", "rrn14", "resnet18", "sb-resnet50"])
+def test_a_fused_network_needs_less_memory_than_the_network(name, dtype):
+    model = qx.networks.build(name, 10, 3).eval()
+    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    lower = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+    own = x.to(dtype)
+    fused = qx.fuse(model, dtype, force=True) if dtype else qx.fuse(model)
+    with torch.inference_mode():
+        assert peak_memory(lambda: fused(x)) <= peak_memory(lambda: lower(own))
+
+
+@pytest.mark.parametrize("dtype", [None, BF16])
+def test_a_sum_may_take_the_place_of_its_shortcut_and_only_of_a_spent_one(dtype):
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(6))
+
+        def forward(self, x):
+            a = self.convs[0](x)
+            b = self.convs[1](a) + a  # a is read again below
+            c = torch.relu(self.convs[2](b) + b)
+            d = self.convs[3](c) + a
+            e = self.convs[4](d) + d[:, :, :, :]
+            return self.convs[5](e)
+
+    model = Chain().eval()
+    fused = qx.fuse(model, dtype, force=True) if dtype else qx.fuse(model)
+    for shape in ((1, 3, 9, 7), (5, 3, 8, 8), (16, 3, 24, 24)):
+        x = torch.randn(shape)
+        assert away(fused(x), model(x)) < (3e-2 if dtype else 1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from quincunx.methods.registry import candidates_named
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Accelerated, Journal, Method
 from quincunx.surgery.replace import replace_layers as replace_by
+from quincunx.tasks import Task, read_pair
 
 __all__ = ["accelerate"]
 
@@ -39,6 +40,7 @@ def accelerate(
     scores: str | Path | None = None,
     time_budget: float | None = None,
     measure: bool = False,
+    task: Task | None = None,
 ) -> Accelerated:
     """Return an accelerated copy of a network: one method in all its layers, or a search for a target.
 
@@ -61,12 +63,15 @@ def accelerate(
         speedup: seconds before over seconds after.
         latency_ms: milliseconds per call after.
         macs: MACs after, "50%" or a number for one image.
-        max_drop: points of accuracy that may be lost; without another target, the search looks for the
-            fastest such network.
+        max_drop: points of accuracy that may be lost, or units of the task's score; without another target,
+            the search looks for the fastest such network.
         scores: file that stores a search's scores, so that another target costs no new forward pass.
         time_budget: seconds of scoring.
         measure: with one method for all layers, undo replacements that save no time in the network, which is
             timed on ``example_input``, a tensor; ``.skipped`` lists them. A search always measures.
+        task: how the network's outputs are compared and scored, and the loss of impact masks, such as
+            ``qx.tasks.segmentation()``, or ``qx.tasks.agreement()`` for outputs of any structure; by default
+            classification, also of maps [N, classes, H, W].
 
     Returns:
         An :class:`Accelerated`; ``.search`` describes a search. A warning says if a target is not met: it
@@ -87,6 +92,10 @@ def accelerate(
         >>> found.search["target"]
         {'macs': '99%'}
     """
+    if task is not None and not isinstance(task, Task):
+        raise TypeError(f"task={task!r}: expected a qx.Task, such as qx.tasks.segmentation()")
+    if task is not None and task.read is not read_pair and calibration is not None:
+        calibration = _Read(calibration, task)
     asked = {"speedup": speedup, "latency_ms": latency_ms, "macs": macs, "max_drop": max_drop}
     if all(value is None for value in asked.values()):
         if isinstance(method, (str, Sequence)):
@@ -98,7 +107,13 @@ def accelerate(
             got = type(example_input).__name__
             raise TypeError(f"example_input: measure=True times a tensor [N, C, H, W], got {got}")
         made = replace_by(
-            model, method, where=where, example_input=example_input, calibration=calibration, journal=journal
+            model,
+            method,
+            where=where,
+            example_input=example_input,
+            calibration=calibration,
+            journal=journal,
+            loss=None if task is None else task.impact_function,
         )
         return (
             without_slower(model, made, example_input)
@@ -120,7 +135,21 @@ def accelerate(
         table=scores,
         time_budget=time_budget,
         journal=journal,
+        task=task,
     )
     if not found.met:
         warnings.warn(f"accelerate: {shortfall(found.record)}", UserWarning, stacklevel=2)
     return dataclasses.replace(found.result, search=found.record)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Calibration data whose batches the task reads, each time they are passed through."""
+
+    batches: Iterable[Any]
+    task: Task
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for batch in self.batches:
+            given, target = self.task.read(batch)
+            yield (given,) if target is None else (given, target)

@@ -23,7 +23,7 @@ class Candidate:
         label: the method's settings, in words.
         macs_saved: for one image.
         seconds_saved: [first quartile, median, third quartile] per call, measured in the whole network.
-        loss: mean Kullback-Leibler divergence from the original network's outputs, with only this candidate.
+        loss: the task's mean distance from the original network's outputs, with only this candidate.
         why_not: the reason why it cannot be chosen, if there is one.
     """
 

@@ -20,6 +20,7 @@ from quincunx.networks.spec import spec_of
 from quincunx.surgery.method import (
     Method,
 )
+from quincunx.tasks import Task
 
 __all__ = ["shared_fits", "trained_identity", "where_named"]
 
@@ -33,12 +34,15 @@ def shared_fits(
     layers: Sequence[str] = (),
     calibration: int = 500,
     seed: int = 0,
+    task: Task | None = None,
 ) -> FolderJournal:
     """Return the journal of finished layers in ``folder`` that all methods with the same fits share.
 
     ESPACE at other rates is an example. Arguments as in :func:`accelerate_trained`.
     """
-    return fits_folder(folder, method, acceleration_identity(model, method, data, layers, calibration, seed))
+    return fits_folder(
+        folder, method, acceleration_identity(model, method, data, layers, calibration, seed, task)
+    )
 
 
 def fits_folder(folder: Path, method: Method | Search, identity: dict[str, Any]) -> FolderJournal:
@@ -56,10 +60,11 @@ def acceleration_identity(
     layers: Sequence[str],
     calibration: int,
     seed: int,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines the finished layers of a run, JSON-ready."""
     settings = {f.name: repr(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    same = trained_identity(model, data, layers=layers, calibration=calibration, seed=seed)
+    same = trained_identity(model, data, layers=layers, calibration=calibration, seed=seed, task=task)
     return {**same, "method": {"name": method.name, **settings}}
 
 
@@ -71,6 +76,7 @@ def trained_identity(
     calibration: int = 500,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    task: Task | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """Return everything besides method and recipe that determines the results of a run, JSON-ready.
@@ -86,6 +92,7 @@ def trained_identity(
         "calibration": calibration,
         "seed": seed,
         **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
+        **({} if task is None or task.classifies else {"task": task.to_dict()}),
     }
 
 

@@ -7,32 +7,60 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quincunx.data import ImageData, batches
+from quincunx.data import ImageData, batches, memory
 from quincunx.modules import inference_mode_of
+from quincunx.tasks import Task, classification, compare_paired, mcnemar
+from quincunx.tasks.structure import part_of, tensors_in
+from quincunx.train.evaluation import Scored, images_at_once
 
-__all__ = ["mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches"]
+__all__ = ["loss_on", "mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches"]
 
 # test accuracy within this many standard deviations of guessing suggests an untrained network
 _CHANCE_DEVIATIONS = 2.0
 
 
 def sample_batches(
-    data: ImageData, count: int, seed: int = 0, batch_size: int = 50
-) -> list[tuple[Tensor, Tensor]]:
-    """Return batches of ``count`` random training images, not augmented; fewer if there are fewer."""
+    data: ImageData, count: int, seed: int = 0, batch_size: int = 50, task: Task | None = None
+) -> list[tuple[Tensor, Any]]:
+    """Return batches of ``count`` random training images and targets, not augmented, or of all there are.
+
+    Raises:
+        ValueError: they do not fit in the free memory.
+    """
     generator = torch.Generator().manual_seed(seed)
-    found: list[tuple[Tensor, Tensor]] = []
-    left = count
-    for images, labels in batches(data.train, data, batch_size, generator=generator):
-        found.append((images[:left], labels[:left]))
-        left -= len(found[-1][1])
+    found: list[tuple[Tensor, Any]] = []
+    left, wanted = count, min(count, len(data.train))
+    most = images_at_once(data.train, task or classification(), batch_size)
+    for images, targets in batches(data.train, data, most, generator=generator):
+        if not found:
+            targets_of_one = sum(t.nbytes for _, t in tensors_in(targets))
+            memory.check(
+                f"calibration on {wanted} images",
+                wanted * (images.nbytes + targets_of_one) // len(images),
+                "fewer, with --calibration, need less",
+            )
+        found.append((images[:left], part_of(targets, slice(None, left))))
+        left -= len(found[-1][0])
         if left < 1:
             break
     return found
+
+
+def loss_on(
+    model: nn.Module, images: Sequence[tuple[Tensor, Any]], task: Task, original: nn.Module | None
+) -> float:
+    """Return a network's summed loss on batches; against the original's outputs, its distance from them."""
+    total = 0.0
+    with inference_mode_of(model):
+        for x, target in images:
+            if task.needs_original and original is not None:
+                with inference_mode_of(original):
+                    target = task.taught_by(original(x))
+            total += float(task.losses(model(x), target).sum())
+    return total
 
 
 def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> int:
@@ -67,50 +95,34 @@ def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> int:
     return len(norms)
 
 
-def mcnemar(before: Tensor, after: Tensor) -> dict[str, float]:
-    """McNemar's exact two-sided test of two networks on the same images, from their correct predictions.
-
-    Returns:
-        "lost" (right before, wrong after), "won", and "p" of a difference as large by chance.
-
-    Example:
-        >>> found = mcnemar(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
-        >>> found["lost"], found["won"], found["p"]
-        (1, 0, 1.0)
-    """
-    from scipy.stats import binomtest
-
-    lost, won = int((before & ~after).sum()), int((~before & after).sum())
-    p = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
-    return {"lost": lost, "won": won, "p": p}
-
-
 def doubts_about(before: JudgedStage, data: ImageData) -> list[str]:
     """Return doubts that the network is trained and gets the kind of images that it was trained on."""
-    tested, classes = len(before.right), len(data.classes)
-    if not data.labelled or classes < 2 or not tested:
+    tested, classes = len(before.scores), len(data.classes)
+    if not before.task.classifies or not data.labelled or classes < 2 or not tested:
         return []
     chance = 1 / classes
     guessed = tested * chance + _CHANCE_DEVIATIONS * (tested * chance * (1 - chance)) ** 0.5
-    if int(before.right.sum()) > guessed:
+    if tested * (1 - before.score) > guessed:
         return []
     return [
-        f"the network as it is has {100 * before.error:.2f}% of {tested:,} test images wrong, no better than "
+        f"the network as it is has {100 * before.score:.2f}% of {tested:,} test images wrong, no better than "
         f"a guess among {classes} classes: are its weights the trained ones, the classes in the order of its "
         "training, and --mean and --std those of its training?"
     ]
 
 
-def renormalise(model: nn.Module, images: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> bool:
+def renormalise(
+    model: nn.Module,
+    images: Sequence[tuple[Tensor, Any]],
+    inputs: Sequence[Tensor],
+    task: Task | None = None,
+    original: nn.Module | None = None,
+) -> bool:
     """Re-estimate batch norm, and restore the old statistics if that raises the loss on the given images."""
-
-    def loss() -> float:
-        with inference_mode_of(model):
-            return sum(float(F.cross_entropy(model(x), y, reduction="sum")) for x, y in images)
-
-    before, state = loss(), copy.deepcopy(model.state_dict())
+    task = task or classification()
+    before, state = loss_on(model, images, task, original), copy.deepcopy(model.state_dict())
     reestimate_batch_norm(model, inputs)
-    if loss() <= before:
+    if loss_on(model, images, task, original) <= before:
         return True
     model.load_state_dict(state)
     return False
@@ -149,21 +161,37 @@ def response_errors(
 
 
 class JudgedStage:
-    """The network at one stage, with its correct predictions on the test images."""
+    """The network at one stage, with loss and score of each test image."""
 
-    def __init__(self, name: str, model: nn.Module, judge: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.name = name
-        self.losses, self.right, self.among = judge(model)
+    def __init__(
+        self, name: str, model: nn.Module, judge: Callable[..., Scored], task: Task | None = None
+    ) -> None:
+        self.name, self.task = name, task or classification()
+        found = judge(model)
+        self.losses, self.scores, self.sums = found.losses, found.scores, found.sums
 
     @property
-    def error(self) -> float:
-        return int((~self.right).sum()) / len(self.right)
+    def score(self) -> float:
+        return float(self.scores.sum()) / len(self.scores)
+
+    @property
+    def cost(self) -> float:
+        """Return a number that is lower for a better score."""
+        return self.task.scale.cost(self.score)
 
     def against(self, first: JudgedStage) -> dict[str, Any]:
+        scale, tested = self.task.scale, len(self.scores)
+        further = {name: figure.total(self.sums[name], tested) for name, figure in self.task.further.items()}
         facts = {
             "name": self.name,
             "loss": float(self.losses.mean()),
-            "error": self.error,
-            "top5_error": float((~self.among).double().mean()),
+            scale.key: self.score,
+            **(further if self.task.classifies else {"further": further}),
         }
-        return facts if self is first else {**facts, **mcnemar(first.right, self.right)}
+        if self is first:
+            return facts
+        compared = compare_paired(first.scores, self.scores, scale.better)
+        if self.task.classifies:
+            # it is McNemar's, as in every such file
+            del compared["test"]
+        return {**facts, **compared}

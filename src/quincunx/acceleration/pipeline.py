@@ -54,10 +54,11 @@ from quincunx.surgery.method import (
     Replacement,
 )
 from quincunx.surgery.replace import replace_layers
+from quincunx.tasks import Task, classification
 from quincunx.train.checkpoint import only_writer
 from quincunx.train.evaluation import check_finite, label_with, score_images
 from quincunx.train.loop import Diverged, StopRule, fit
-from quincunx.train.recipes import Recipe
+from quincunx.train.recipes import Recipe, recipe_with
 from quincunx.writing import write_json
 
 __all__ = [
@@ -92,6 +93,7 @@ def accelerate_trained(
     keep_slower: bool = True,
     keep_best: bool = True,
     dtype: torch.dtype | None = None,
+    task: Task | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Accelerate a trained network and measure its cost: error at each stage, time of each layer.
@@ -131,6 +133,8 @@ def accelerate_trained(
         dtype: number format of inference, such as ``torch.bfloat16``: candidates, layers and both networks
             are timed in it, and the final network is judged in it. The artifact stays float32. A format that
             is slower here than float32 is not used, and ``tell`` is told so.
+        task: loss, score and how outputs are compared; by default classification. In a task against the
+            original's outputs fine-tuning learns them alone.
         tell: called before the work with each doubt about the input: one sentence.
 
     Returns:
@@ -149,7 +153,8 @@ def accelerate_trained(
             model.eval(), method, data, Path(out), layers=layers, calibration=calibration,
             normalisation=normalisation, recipe=recipe, batch=batch, rounds=rounds, seed=seed,
             workers=workers, progress=progress, fits=fits, keep_diverged=keep_diverged,
-            keep_slower=keep_slower, keep_best=keep_best, dtype=dtype, tell=tell,
+            keep_slower=keep_slower, keep_best=keep_best, dtype=dtype, task=task or classification(),
+            tell=tell,
         )  # fmt: skip
 
 
@@ -173,17 +178,24 @@ def _accelerated(
     keep_slower: bool,
     keep_best: bool,
     dtype: torch.dtype | None,
+    task: Task,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Do the work of :func:`accelerate_trained`, which documents the arguments."""
     check_finite(original)
-    data = label_with(original, data, workers)
-    identity = acceleration_identity(original, method, data, layers, calibration, seed)
+    data = label_with(original, data, workers, task)
+    if recipe is not None and task.needs_original:
+        recipe = recipe_with(recipe, distill=1.0)
+    identity = acceleration_identity(original, method, data, layers, calibration, seed, task)
     journal = FolderJournal(out / "layers", identity) if fits is None else fits_folder(fits, method, identity)
-    images = sample_batches(data, calibration, seed)
+    images = sample_batches(data, calibration, seed, task=task)
     one = torch.zeros(1, data.in_channels, *data.size)
-    judge = partial(score_images, split=data.test, data=data, workers=workers)
-    stages = [JudgedStage("before", original, judge)]
+    judge = partial(score_images, split=data.test, data=data, workers=workers, task=task, original=original)
+
+    def judged(name: str, network: nn.Module) -> JudgedStage:
+        return JudgedStage(name, network, judge, task)
+
+    stages = [judged("before", original)]
     doubts = doubts_about(stages[0], data)
     dtype, refused = format_served(original, torch.randn(batch, *one.shape[1:]), dtype)
     if refused:
@@ -193,11 +205,20 @@ def _accelerated(
     where = where_named(original, layers)
     began = time.perf_counter()
     if isinstance(method, Search):
-        found = run_search(original, method, images, out, where, batch, progress, journal, dtype=dtype)
+        found = run_search(
+            original, method, images, out, where, one, batch, progress, journal, dtype=dtype, task=task
+        )
     else:
         meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
         with _watched(journal, len(meant), progress) as watched:
-            found = replace_layers(original, method, where=where, calibration=images, journal=watched)
+            found = replace_layers(
+                original,
+                method,
+                where=where,
+                calibration=images,
+                journal=watched,
+                loss=task.impact_function,
+            )
         if found.replaced and not keep_slower and not getattr(method, "saves_bytes", False):
             example = torch.randn(batch, *one.shape[1:])
             found = without_slower(original, found, example, rounds=rounds, dtype=dtype)
@@ -206,11 +227,12 @@ def _accelerated(
         recipe = None
     fitting = {"seconds": time.perf_counter() - began, "peak_memory": _peak_resident_bytes()}
     fast = found.model.eval()
-    stages.append(JudgedStage("after replacing", fast, judge))
+    stages.append(judged("after replacing", fast))
     if found.replaced and any(isinstance(m, _BatchNorm) for m in fast.modules()):
-        kept = renormalise(fast, images, [x for x, _ in sample_batches(data, normalisation, seed + 1, 100)])
+        inputs = [x for x, _ in sample_batches(data, normalisation, seed + 1, 100, task)]
+        kept = renormalise(fast, images, inputs, task, original)
         doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
-        stages.append(JudgedStage(f"after re-estimating batch norm{doubt}", fast, judge))
+        stages.append(judged(f"after re-estimating batch norm{doubt}", fast))
     diverged, epochs = None, None
     if recipe is not None:
         untuned = copied(fast) if keep_diverged or keep_best else None
@@ -223,10 +245,11 @@ def _accelerated(
                 seed=seed,
                 resume=True,
                 progress="fine-tuning" if progress else False,
-                teacher=original if recipe.taught else None,
+                teacher=original if recipe.taught or task.needs_original else None,
                 workers=workers,
                 stop=_stop_rule(method, stages[0]),
                 keep_best=keep_best,
+                task=task,
             )["history"]
             epochs = len(history)
         except Diverged as error:
@@ -235,11 +258,11 @@ def _accelerated(
             fast, diverged = untuned, str(error)
             found = dataclasses.replace(found, model=fast)
         doubt = "" if diverged is None else " (it diverged: the network from before it)"
-        tuned = JudgedStage(f"after fine-tuning{doubt}", fast, judge)
-        if keep_best and untuned is not None and tuned.error > stages[-1].error:
+        tuned = judged(f"after fine-tuning{doubt}", fast)
+        if keep_best and untuned is not None and tuned.cost > stages[-1].cost:
             fast, found = untuned, dataclasses.replace(found, model=untuned)
-            name = f"after fine-tuning (not kept: {100 * tuned.error:.2f}% after its best epoch)"
-            tuned = JudgedStage(name, fast, judge)
+            shown = task.scale.shown(tuned.score)
+            tuned = judged(f"after fine-tuning (not kept: {shown} after its best epoch)", fast)
         stages.append(tuned)
     sure = isinstance(method, Search)
     timed = time_record(original, found, one, batch, rounds, progress, sure=sure, dtype=dtype)
@@ -252,11 +275,11 @@ def _accelerated(
         reasons = {**found.skipped, **dict.fromkeys(found.replaced, reason)}
         found = Accelerated(copied(original).eval(), {}, reasons, search=found.search)
         fast = found.model
-        stages.append(JudgedStage("after putting everything back (it was no faster)", fast, judge))
+        stages.append(judged("after putting everything back (it was no faster)", fast))
         timed = time_record(original, found, one, batch, rounds, progress, dtype=dtype)
     if dtype is not None and timed["unfused"] is None:
         lower = fuse(fast, dtype, force=True)
-        stages.append(JudgedStage(f"in {timed['dtype']}", lower, judge))
+        stages.append(judged(f"in {timed['dtype']}", lower))
     packed = BinaryConnect.pack(fast)
     result = {
         "schema": 1,
@@ -282,10 +305,14 @@ def _accelerated(
     }
     others: list[dict[str, float]] = []
     if isinstance(method, Search) and found.search is not None:
-        search_again = partial(_alternatives, original, method, data, images, where, batch, out, judge, dtype)
-        others = search_again(result, [x for x, _ in sample_batches(data, normalisation, seed + 1, 100)])
+        inputs = [x for x, _ in sample_batches(data, normalisation, seed + 1, 100, task)]
+        again = partial(run_search, where=where, one=one, batch=batch, progress=False, dtype=dtype, task=task)
+        others = _alternatives(original, method, images, out, again, judged, task, result, inputs)
     result["verdict"] = judge_target(result, others)
-    info = {"data": data.describe(), "test_error": result["stages"][-1]["error"]}
+    key = task.scale.key
+    info = {"data": data.describe(), f"test_{key}": result["stages"][-1][key]}
+    if not task.classifies:
+        info["task"] = task.to_dict()
     save(packed, out / "model", info=info)
     write_json(out / "accelerate.json", result)
     return result
@@ -294,13 +321,11 @@ def _accelerated(
 def _alternatives(
     original: nn.Module,
     method: Search,
-    data: ImageData,
-    images: list[tuple[Tensor, Tensor]],
-    where: Callable[[str, nn.Module], bool],
-    batch: int,
+    images: list[tuple[Tensor, Any]],
     out: Path,
-    judge: Callable[[nn.Module], tuple[Tensor, ...]],
-    dtype: torch.dtype | None,
+    again: Callable[..., Accelerated],
+    judged: Callable[[str, nn.Module], JudgedStage],
+    task: Task,
     result: dict[str, Any],
     inputs: Sequence[Tensor],
 ) -> list[dict[str, float]]:
@@ -312,7 +337,7 @@ def _alternatives(
     if all(part["met"] for part in verdict["parts"] if part["what"] == "max_drop"):
         return []
     found: list[dict[str, float]] = []
-    wrong = result["stages"][0]["error"]
+    before = result["stages"][0][task.scale.key]
     reached = float(result["whole"]["speedup"]["median"])
     for share in _ALTERNATIVES:
         wanted = round(1 + share * (reached - 1), 2)
@@ -322,13 +347,12 @@ def _alternatives(
         with warnings.catch_warnings():
             # the warning about too few images was given before
             warnings.simplefilter("ignore", UserWarning)
-            other = run_search(original, less, images, out, where, batch, False, dtype=dtype)
+            other = again(original, less, images, out)
         if not other.replaced or other.search is None:
             break
         if any(isinstance(m, _BatchNorm) for m in other.model.modules()):
-            renormalise(other.model, images, inputs)
-        _, right, _ = judge(other.model)
-        drop = 100 * (int((~right).sum()) / len(right) - wrong)
+            renormalise(other.model, images, inputs, task, original)
+        drop = task.scale.lost(before, judged("at less speed", other.model).score)
         found.append({"speedup": float(other.search["attempts"][-1]["speedup"]), "drop": drop})
         if drop <= float(method.target.max_drop or 0.0):
             break
@@ -354,22 +378,24 @@ def _peak_resident_bytes() -> int | None:
 def run_search(
     model: nn.Module,
     method: Search,
-    images: list[tuple[Tensor, Tensor]],
+    images: list[tuple[Tensor, Any]],
     out: Path,
     where: Callable[[str, nn.Module], bool],
+    one: Tensor,
     batch: int,
     progress: bool,
     journal: Journal | None = None,
     *,
     dry_run: bool = False,
     dtype: torch.dtype | None = None,
+    task: Task | None = None,
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
-        task = bar.add_task("searching", total=1.0, state="")
+        shown = bar.add_task("searching", total=1.0, state="")
 
         def tell(what: str, share: float) -> None:
-            bar.update(task, state=what, completed=share if share >= 0 else None)
+            bar.update(shown, state=what, completed=share if share >= 0 else None)
 
         found = search(
             model,
@@ -377,13 +403,14 @@ def run_search(
             images,
             candidates=candidates_named(method.methods),
             where=where,
-            example_input=torch.randn(batch, *images[0][0].shape[1:]),
+            example_input=torch.randn(batch, *one.shape[1:]),
             table=method.scores or out / "scores.json",
             time_budget=method.time_budget,
             dry_run=dry_run,
             journal=journal,
             tell=tell,
             dtype=dtype,
+            task=task,
         )
     return dataclasses.replace(found.result, search=found.record)
 
@@ -400,24 +427,36 @@ def plan_for_target(
     seed: int = 0,
     progress: bool = False,
     dtype: torch.dtype | None = None,
+    task: Task | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return what a search would choose, with its estimates, without fitting; arguments as in
     :func:`accelerate_trained`."""
     check_finite(model)
     with only_writer(Path(out)):
-        data = label_with(model.eval(), data)
-        for doubt in doubts_about(
-            JudgedStage("before", model, partial(score_images, split=data.test, data=data)), data
-        ):
+        task = task or classification()
+        data = label_with(model.eval(), data, task=task)
+        judge = partial(score_images, split=data.test, data=data, task=task, original=model)
+        for doubt in doubts_about(JudgedStage("before", model, judge, task), data):
             tell(doubt)
-        images = sample_batches(data, calibration, seed)
-        dtype, refused = format_served(model, torch.randn(batch, *images[0][0].shape[1:]), dtype)
+        images = sample_batches(data, calibration, seed, task=task)
+        one = torch.zeros(1, data.in_channels, *data.size)
+        dtype, refused = format_served(model, torch.randn(batch, *one.shape[1:]), dtype)
         if refused:
             tell(refused)
         where = where_named(model, layers)
         found = run_search(
-            model, method, images, Path(out), where, batch, progress, dry_run=True, dtype=dtype
+            model,
+            method,
+            images,
+            Path(out),
+            where,
+            one,
+            batch,
+            progress,
+            dry_run=True,
+            dtype=dtype,
+            task=task,
         )
     return found.search or {}
 
@@ -426,8 +465,10 @@ def _stop_rule(method: Method | Search, before: JudgedStage) -> StopRule | None:
     """Return the rule that stops fine-tuning at an accuracy; None if none was asked for."""
     if not isinstance(method, Search) or method.target.max_drop is None:
         return None
+    scale = before.task.scale
     # a tiny margin for the rounding of two shares of ten
-    return StopRule(before.error + method.target.max_drop / 100 + 1e-9, _PATIENCE)
+    limit = scale.limit(before.score, method.target.max_drop + 1e-9 * scale.factor)
+    return StopRule(limit, _PATIENCE, scale)
 
 
 class _Watched:

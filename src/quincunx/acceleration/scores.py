@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.acceleration.assigned import Assigned
@@ -29,10 +28,12 @@ from quincunx.methods.points import worded
 from quincunx.modules import Attached, inference_mode_of, set_module
 from quincunx.networks.artifact import build_measured
 from quincunx.reading import Entry, bounded, differing_fields, one_line, read_json
-from quincunx.surgery.calibration import Calibration, Layer
+from quincunx.surgery.calibration import MOST_KEPT, Batch, Calibration, Layer
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Method, Replacement
 from quincunx.surgery.replace import layer_macs, prepare, temporarily_replaced
+from quincunx.tasks import Task, classification
+from quincunx.tasks.structure import tensors_in
 from quincunx.writing import write_json
 
 __all__ = ["BUDGET", "Scores", "eager_form", "inference_form", "timed_clearly"]
@@ -99,15 +100,18 @@ class Scores:
         rows: the candidates.
         layers: name -> layer, in forward order.
         skipped: layers that no candidate may replace, and why.
-        answers: log-probabilities of the original network, batch by batch.
+        answers: outputs of the original network, batch by batch; kept if they fit in memory.
+        counts: images of each batch.
+        task: what is compared.
         dense: its fused form.
         macs: of one calibration image.
         reference: seconds of one call of the dense network; saved shares are multiplied by it.
         choices: earlier choices by target; stored in the table.
 
     Raises:
-        TypeError: not a network, or its output is not a tensor [N, classes].
-        ValueError: outputs that are not finite, or calibration data that differs between passes.
+        TypeError: not a network.
+        ValueError: outputs that are not finite or that the task cannot compare, or calibration data that
+            differs between passes.
     """
 
     def __init__(
@@ -119,7 +123,9 @@ class Scores:
         example_input: Tensor | None,
         tell: Callable[[str, float], None],
         dtype: torch.dtype | None = None,
+        task: Task | None = None,
     ) -> None:
+        self.task = task or classification()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model, self.candidates, self.tell, self.dtype = model, candidates, tell, dtype
@@ -131,10 +137,11 @@ class Scores:
             )
         first = batch.input
         self.example = first[:8] if example_input is None else example_input
+        impact = self.task.impact_function
         # classes of layers, and whether to look for pairs
         asked = Assigned({f"{i}": method for i, method in enumerate(candidates)})
         self.context, layers, self.skipped = prepare(
-            model, asked, where=where, example_input=first[:1], calibration=calibration
+            model, asked, where=where, example_input=first[:1], calibration=calibration, loss=impact
         )
         self.pairs = self.context.pairs
         self.layers = {layer.name: layer for layer in layers}
@@ -146,18 +153,42 @@ class Scores:
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
         self.reference = 0.0
-        self.marks, self.answers = [], []
+        self.marks, self.counts = [], []
+        kept: list[Any] | None = []
+        held = 0
         with inference_mode_of(model):
             for batch in self.context.data:
                 self.marks.append(_mark(batch.input))
-                self.answers.append(_checked(model(batch.input)))
-                if not self.answers[-1].isfinite().all():
-                    raise ValueError(f"calibration: batch {batch.index}: the answers are not finite")
+                self.counts.append(len(batch.input))
+                answer = self._first_answer(model, batch)
+                held += sum(t.nbytes for _, t in tensors_in(answer))
+                # many large maps are computed again each time
+                kept = None if kept is None or held > MOST_KEPT else [*kept, answer]
+        self.kept = kept
         if [_mark(batch.input) for batch in self.context.data] != self.marks:
             raise ValueError(
                 "calibration: gives other batches each time it is read, so candidates cannot be compared; "
                 "turn off shuffling and augmentation"
             )
+
+    def _first_answer(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the original's output, once it has been compared with itself."""
+        answer = model(batch.input)
+        self.task.distances(answer, answer)
+        for _, part in tensors_in(answer):
+            if part.is_floating_point() and not part.isfinite().all():
+                raise ValueError(f"calibration: batch {batch.index}: the answers are not finite")
+        return answer
+
+    @property
+    def answers(self) -> Iterator[Any]:
+        """Yield the original network's output for each batch."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        with inference_mode_of(self.model):
+            for batch in self.context.data:
+                yield self.model(batch.input)
 
     def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
         for method in self.candidates:
@@ -205,8 +236,9 @@ class Scores:
         total, count = 0.0, 0
         with inference_mode_of(network):
             for given, answer in zip(self.tails.answers(network), self.answers, strict=True):
-                total += float(F.kl_div(_checked(given), answer, reduction="sum", log_target=True))
-                count += len(answer)
+                distances = self.task.distances(given, answer)
+                total += float(distances.sum())
+                count += len(distances)
         return total / count
 
     @contextmanager
@@ -289,6 +321,7 @@ class Scores:
             "images": hashlib.sha256("".join(self.marks).encode()).hexdigest()[:16],
             "example": list(self.example.shape),
             **({} if self.dtype is None else {"dtype": str(self.dtype)}),
+            **({} if self.task.classifies else {"task": self.task.to_dict()}),
             "threads": torch.get_num_threads(),
         }
 
@@ -476,14 +509,6 @@ def _macs_saved(layer: Layer, made: Replacement) -> int:
     shape = layer.input_shape or ()
     after = made.record.get("macs_after")
     return layer_macs(layer.module, shape) - (layer_macs(made.module, shape) if after is None else int(after))
-
-
-def _checked(answer: object) -> Tensor:
-    """Return an output's log-probabilities [N, classes, ...]."""
-    if not isinstance(answer, Tensor) or answer.dim() < 2:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise TypeError(f"model: a search compares answers [N, classes], got {got}")
-    return answer.float().log_softmax(1)
 
 
 def _mark(x: Tensor) -> str:

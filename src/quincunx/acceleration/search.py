@@ -18,13 +18,14 @@ from quincunx.acceleration.candidates import Candidate
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.scores import BUDGET, Scores
 from quincunx.acceleration.target import Target
-from quincunx.methods.fitting.impact import class_labels
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied, inference_mode_of
 from quincunx.report.verdict import shortcoming
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Accelerated, Journal, Method
 from quincunx.surgery.replace import replace_layers as replace_by
+from quincunx.tasks import Task
+from quincunx.tasks.scale import scale_in
 
 __all__ = [
     "Found",
@@ -79,11 +80,13 @@ def search(
     journal: Journal | None = None,
     tell: Callable[[str, float], None] = lambda *_: None,
     dtype: torch.dtype | None = None,
+    task: Task | None = None,
 ) -> Found:
     r"""Choose a method for every layer, by its measured time and its loss, to meet a target.
 
-    Each candidate is put in the network on its own. Its loss is the mean Kullback-Leibler divergence of the
-    outputs on the calibration data. Its time is measured in place, in the fused network, on all layers of
+    Each candidate is put in the network on its own. Its loss is the mean distance of the outputs from the
+    original's on the calibration data, as the task measures it (in classification the Kullback-Leibler
+    divergence). Its time is measured in place, in the fused network, on all layers of
     its shape at once. Candidates that save no time are dropped. The search then chooses at most one
     candidate for each layer,
 
@@ -107,6 +110,7 @@ def search(
         journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`.
         tell: called with the current action and the share of the scoring that is done.
         dtype: number format in which networks are timed, the original too; see :func:`quincunx.fuse`.
+        task: how outputs are compared and scored; by default classification.
 
     Raises:
         ValueError: the table belongs to another network or other data; anything that ``accelerate`` refuses.
@@ -127,7 +131,14 @@ def search(
     if where is not None and not callable(where) and not isinstance(where, str):
         where = list(where)  # it is read twice
     scores = Scores(
-        model, calibration, tuple(candidates) or candidates_named("auto"), where, example_input, tell, dtype
+        model,
+        calibration,
+        tuple(candidates) or candidates_named("auto"),
+        where,
+        example_input,
+        tell,
+        dtype,
+        task,
     )
     scores.fill(place, time_budget)
     scored = time.perf_counter() - began
@@ -158,7 +169,7 @@ def shortfall(record: Mapping[str, Any]) -> str:
     told = f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
     if "macs" in record["target"]:
         told += f", with {record['macs'] / 1e6:.1f} M MACs"
-    told += f", and loses {record['drop']:.1f} points" if "drop" in record else ""
+    told += f", and loses {scale_in(record).amount(record['drop'], 1)}" if "drop" in record else ""
     return f"{told} ({missed})" if missed else told
 
 
@@ -287,8 +298,9 @@ class _Builder:
             ],
             "candidates": [row.to_dict() for row in self.scores.rows],
             "macs": self.scores.macs - sum(row.macs_saved for row in chosen),
-            "images": sum(len(answer) for answer in self.scores.answers),
+            "images": sum(self.scores.counts),
             "dry_run": self.dry_run,
+            **({} if self.scores.task.classifies else {"task": self.scores.task.to_dict()}),
         }
         # only a fitted network shows how much accuracy is lost
         if not chosen or (self.dry_run and self.target.max_drop is None):
@@ -302,6 +314,7 @@ class _Builder:
                 where=self.where,
                 calibration=self.calibration,
                 journal=None if self.dry_run else self.journal,
+                loss=self.scores.task.impact_function,
             )
             if self.target.max_drop is not None:
                 drop = self._drop(result.model)
@@ -369,23 +382,30 @@ class _Builder:
         return best
 
     def _drop(self, network: nn.Module) -> float:
-        """Return how many points of the calibration images the network loses against the original.
+        """Return how much score the network loses on the calibration images against the original.
 
-        Correct means equal to the label, or to the original's own prediction if there are no labels.
+        Targets are those of the data, or the original's own outputs if there are none; in classification
+        its own predictions.
         """
-        before = after = count = 0
+        task = self.scores.task
+        before = after = 0.0
         with inference_mode_of(network):
             for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
-                own = answer.argmax(1)
-                wanted = own
-                if batch.target is not None:
-                    wanted = class_labels(answer, batch.target, batch.index)
-                    # with probabilities as targets, use the most likely class
-                    wanted = wanted.argmax(1) if wanted.is_floating_point() else wanted
-                before += int((own == wanted).sum())
-                after += int((network(batch.input).argmax(1) == wanted).sum())
-                count += wanted.numel()
-        return 100 * (before - after) / count
+                if task.needs_original:
+                    target = answer
+                elif batch.target is not None:
+                    target = task.understand(answer, batch.target, batch.index)
+                elif task.classifies:
+                    target = answer.argmax(1)
+                else:
+                    raise ValueError(
+                        f"calibration: batch {batch.index} has no target, which task {task.name!r} scores; "
+                        "give targets, or the task qx.tasks.agreement()"
+                    )
+                before += float(task.scores(answer, target).sum())
+                after += float(task.scores(network(batch.input), target).sum())
+        count = sum(self.scores.counts)
+        return task.scale.lost(before / count, after / count)
 
 
 def _sum(rows: Sequence[Candidate]) -> float:

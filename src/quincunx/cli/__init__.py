@@ -24,6 +24,7 @@ from quincunx.cli import (
     reproduce,
     report,
     info,
+    doctor,
     cache,
 )
 

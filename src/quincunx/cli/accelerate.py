@@ -38,6 +38,7 @@ from quincunx.cli.printing import (
     show,
     warn,
 )
+from quincunx.cli.task import TaskOptions
 from quincunx.methods.fitting.settings import LayerRanks
 from quincunx.methods.registry import ALIASES, METHODS, candidates_named, method_named, with_candidates
 from quincunx.report.acceleration import usage, write_acceleration_report
@@ -69,8 +70,8 @@ class TargetOptions:
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Points of test accuracy that may be lost after fine-tuning, which ends as soon as this and "
-            "another target are reached."
+            help="Points of test accuracy, or units of the task's score such as dB, that may be lost after "
+            "fine-tuning, which ends as soon as this and another target are reached."
         ),
     ] = None
     time_budget: Annotated[
@@ -187,6 +188,7 @@ class MethodOptions:
 def accelerate_command(
     network: NetworkOptions,
     images: DataOptions,
+    about: TaskOptions,
     target: TargetOptions,
     method: MethodOptions,
     fitting: FittingOptions,
@@ -230,11 +232,12 @@ def accelerate_command(
             target.check_needless()
             # methods that draw nothing have no seed
             chosen = _method(method.method or "espace", {**settings, "seed": seed or None})
-        further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
+        further, dtype, task = finetuning.chosen(unlabelled), format_named(timing.dtype), about.chosen()
         check_can_draw()
         check_folder(out)
         found = network.load(seed)
-        data = found.suited(images.read(unlabelled=unlabelled, quiet=as_json), network.mean, network.std)
+        read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
+        data = found.suited(read, network.mean, network.std, task)
         make_folder(out)
         shared: dict[str, Any] = {
             "layers": fitting.patterns,
@@ -242,6 +245,7 @@ def accelerate_command(
             "batch": timing.batch,
             "seed": seed,
             "dtype": dtype,
+            "task": task,
             "progress": not as_json,
             "tell": warn,
         }

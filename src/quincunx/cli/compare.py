@@ -34,6 +34,7 @@ from quincunx.cli.printing import (
     say,
     show,
 )
+from quincunx.cli.task import TaskOptions
 from quincunx.experiments.compare import (
     SWEEPS,
     Compared,
@@ -44,6 +45,7 @@ from quincunx.experiments.compare import (
 from quincunx.methods.registry import METHODS
 from quincunx.reading import read_json
 from quincunx.report.figures import check_can_draw
+from quincunx.tasks.scale import ERROR, Scale
 
 __all__ = ["compare_command", "draw_compared", "narrator"]
 
@@ -59,6 +61,7 @@ MANY_CLASSES = 100
 def compare_command(
     network: NetworkOptions,
     images: DataOptions,
+    about: TaskOptions,
     fitting: FittingOptions,
     finetuning: FineTuningOptions,
     timing: TimingOptions,
@@ -92,11 +95,12 @@ def compare_command(
     with bad_input():
         use_threads(threads)
         chosen = points_named(parse_patterns(methods), parse_patterns(points))
-        further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
+        further, dtype, task = finetuning.chosen(unlabelled), format_named(timing.dtype), about.chosen()
         check_can_draw()
         check_folder(out)
         found = network.load(seed)
-        data = found.suited(images.read(unlabelled=unlabelled, quiet=as_json), network.mean, network.std)
+        read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
+        data = found.suited(read, network.mean, network.std, task)
         make_folder(out)
         with running():
             rows = compare_methods(
@@ -113,14 +117,16 @@ def compare_command(
                 seed=seed,
                 workers=images.workers,
                 dtype=dtype,
+                task=task,
                 progress=not as_json,
             )
-            draw_compared(rows, out, top5=len(data.classes) >= MANY_CLASSES)
+            top5 = task.classifies and len(data.classes) >= MANY_CLASSES
+            draw_compared(rows, out, top5=top5, scale=task.scale)
     refused = read_json(out / "comparison.json")["refused"]
     if as_json:
         show({"rows": [row.to_dict() for row in rows], "refused": refused, "out": str(out)})
     else:
-        print_compared(rows)
+        print_compared(rows, task.scale)
         for name, why in refused.items():
             say(f"Left out, {name}: {why}.")
         say(f"wrote {out}")
@@ -133,6 +139,6 @@ def narrator(quiet: bool) -> Callable[[str], None]:
     return lambda text: console.print(text, markup=False, highlight=False)
 
 
-def draw_compared(rows: list[Compared], out: Path, *, top5: bool = False) -> None:
-    for name, picture in draw_comparison(rows, top5=top5).items():
+def draw_compared(rows: list[Compared], out: Path, *, top5: bool = False, scale: Scale = ERROR) -> None:
+    for name, picture in draw_comparison(rows, top5=top5, scale=scale).items():
         (out / f"{name}.svg").write_bytes(picture.content)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
 
+import quincunx as qx
 from quincunx.cli.network import NetworkOptions
 from quincunx.cli.options import (
     DataOptions,
@@ -24,6 +26,7 @@ from quincunx.cli.printing import (
     say,
     show,
 )
+from quincunx.cli.task import TaskOptions
 from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
 from quincunx.train.evaluation import evaluate
@@ -34,11 +37,18 @@ __all__ = ["evaluate_command"]
 @verb(
     "evaluate",
     epilog=example("quincunx evaluate runs/rsbn20/model --data digits"),
-    short_help="Test error of a trained network.",
+    short_help="Test error, or another score, of a trained network.",
 )
 def evaluate_command(
     network: NetworkOptions,
     images: DataOptions,
+    about: TaskOptions,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="Artifact of the network that --task agreement compares with.", rich_help_panel="Task"
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -49,29 +59,42 @@ def evaluate_command(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Loss and top-1 error of a network on the test part of a data set.
+    """Loss and top-1 error, or the task's score, of a network on the test part of a data set.
 
     The network is an artifact, a network's name with --weights, or what your own function makes (--model),
     with --weights or with its own. An artifact of your own network needs both, the folder and --model.
     """
     with bad_input():
         use_threads(threads)
-        found = network.load_to_score()
-        data = found.suited(images.read(test_alone=True, quiet=as_json), network.mean, network.std)
+        found, task = network.load_to_score(), about.chosen()
+        if task.needs_original and original is None:
+            raise ValueError(f"original: task {task.name!r} compares with a network; give its artifact")
+        other = None if original is None else qx.load(artifact_in(original))
+        read = about.read(task, images, test_alone=True, quiet=as_json)
+        data = found.suited(read, network.mean, network.std, task)
         model = found.model
         if dtype is not None:
             model = fuse(model, format_named(dtype) or torch.float32, force=True)
         with running():
-            result = evaluate(model, data.test, data, workers=images.workers)
+            result = evaluate(model, data.test, data, workers=images.workers, task=task, original=other)
     place = None if found.start is None else str(artifact_in(found.start))
     form = "" if dtype is None else f", fused in {dtype}"
     if as_json:
-        own = {} if network.model is None else {"model": network.model}
+        own: dict[str, Any] = {} if network.model is None else {"model": network.model}
         own |= {} if dtype is None else {"dtype": dtype}
-        facts = {"artifact": place, **own, "data": data.name, **vars(result)}
+        own |= {} if task.classifies else {"task": task.to_dict()}
+        scored = {"loss": result.loss, task.scale.key: result.score, "images": result.images}
+        further = result.further if task.classifies else {"further": result.further}
+        facts = {"artifact": place, **own, "data": data.name, **scored, **further}
         show({**facts, "environment": environment()})
         return
+    scale, of = task.scale, "of" if task.classifies else "on"
+    further = {} if task.classifies else result.further
+    more = "".join(
+        f", {task.further[name].scale.name} {task.further[name].scale.shown(value)}"
+        for name, value in further.items()
+    )
     say(
-        f"{place or network.model} on {data.name}{form}: test error {100 * result.error:.2f}% of "
-        f"{result.images} images, loss {result.loss:.4f}"
+        f"{place or network.model} on {data.name}{form}: test {scale.name} {scale.shown(result.score)} {of} "
+        f"{result.images} images, loss {result.loss:.4f}{more}"
     )

@@ -35,6 +35,7 @@ def info(as_json: Json = False) -> None:
         "backend": serving.name,
         "backend_reason": serving.reason,
         "isa": serving.isa,
+        "AMX tiles": _tiles(serving.isa) if serving.name == "native" else None,
         "level 2 cache": native.level2_bytes() if serving.name == "native" else None,
         "bfloat16": f"{gain_of(torch.bfloat16, 'cpu'):.2f} times as fast as float32 here",
         "decisions": None if (kept := decisions_file()) is None else str(kept),
@@ -47,3 +48,10 @@ def info(as_json: Json = False) -> None:
     print_facts(
         {k.replace("_", " "): v for k, v in facts.items() if k not in ("time", "command") and v is not None}
     )
+
+
+def _tiles(isa: str | None) -> str:
+    refused = native.tiles_refused()
+    if refused:
+        return f"not used: {refused}"
+    return "used for bfloat16" if isa == "amx" else f"not used: QUINCUNX_ISA={isa}"

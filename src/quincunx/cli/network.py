@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import typer
@@ -23,12 +19,14 @@ from quincunx.cli.options import (
     parse_input,
     with_training_normalisation,
 )
+from quincunx.cli.task import error_words, imported
 from quincunx.data import ImageData
 from quincunx.modules import inference_mode_of
 from quincunx.networks.artifact import check_state
 from quincunx.networks.checkpoints import read_weights
-from quincunx.networks.spec import check_factory, note_factory, read_spec
+from quincunx.networks.spec import note_factory, read_spec
 from quincunx.networks.weights import fill_parameters
+from quincunx.tasks import Task, classification
 from quincunx.train.evaluation import check_channels, check_finite, check_scores
 
 
@@ -82,7 +80,13 @@ class Trained:
     start: Path | None
     shape: tuple[int, ...] | None = None
 
-    def suited(self, images: ImageData, mean: str | None = None, std: str | None = None) -> ImageData:
+    def suited(
+        self,
+        images: ImageData,
+        mean: str | None = None,
+        std: str | None = None,
+        task: Task | None = None,
+    ) -> ImageData:
         """The images as the network was trained to see them, once it has taken one of that size.
 
         Raises:
@@ -98,7 +102,9 @@ class Trained:
                 f"input={_times(self.shape)!r}: the images of {images.name} are {_times(shape)} (--size says "
                 "how large)"
             )
-        check_scores(_run_once(self.model, (1, *shape)), images)
+        output = _run_once(self.model, (1, *shape))
+        if (task or classification()).classifies:
+            check_scores(output, images)
         if mean is None or std is None:
             return images
         means, deviations = _each("mean", mean, shape[0]), _each("std", std, shape[0])
@@ -223,24 +229,8 @@ def _maker(text: str) -> Callable[[], nn.Module]:
     Raises:
         ValueError: it cannot be imported, or is none.
     """
-    check_factory(text, "model")
-    name, _, path = text.partition(":")
-    # as python -m does: what lies in the current folder can be named, also by a later import
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"model={text!r}: no module {error.name!r} here or among what is installed"
-            ) from error
-        raise ValueError(f"model={text!r}: importing {name} raised {_error_words(error)}") from error
-    try:
-        function: Any = reduce(getattr, path.split("."), module)
-    except AttributeError as error:
-        raise ValueError(f"model={text!r}: {name} has no {path}") from error
-    if isinstance(function, nn.Module) or not callable(function):
+    function = imported(text, "model")
+    if isinstance(function, nn.Module):
         kind = type(function).__name__
         raise ValueError(f"model={text!r}: is of type {kind}, expected a function that returns the network")
 
@@ -249,7 +239,7 @@ def _maker(text: str) -> Callable[[], nn.Module]:
             made: object = function()
         except (Exception, SystemExit) as error:
             raise ValueError(
-                f"model={text!r}: calling it without arguments raised {_error_words(error)}"
+                f"model={text!r}: calling it without arguments raised {error_words(error)}"
             ) from error
         if not isinstance(made, nn.Module):
             raise ValueError(f"model={text!r}: returned a {type(made).__name__}, expected a torch.nn.Module")
@@ -269,13 +259,7 @@ def _run_once(model: nn.Module, shape: tuple[int, ...]) -> object:
             return model(torch.zeros(shape))
         # a network of the user may raise anything
         except Exception as error:
-            raise ValueError(f"model: refuses an input of {_times(shape)}: {_error_words(error)}") from error
-
-
-def _error_words(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])
+            raise ValueError(f"model: refuses an input of {_times(shape)}: {error_words(error)}") from error
 
 
 def _times(shape: tuple[int, ...]) -> str:

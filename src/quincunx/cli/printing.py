@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,9 +19,11 @@ from quincunx.acceleration.candidates import pair_name
 from quincunx.experiments.compare import Compared
 from quincunx.experiments.printed import Error
 from quincunx.experiments.reproduce import AgainstPaper, Planned
+from quincunx.experiments.selftest import Finding
 from quincunx.measure.cost import Cost
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
+from quincunx.tasks.scale import ERROR, Scale
 
 __all__ = [
     "complain",
@@ -30,6 +33,7 @@ __all__ = [
     "print_comparison",
     "print_cost",
     "print_facts",
+    "print_findings",
     "print_lines",
     "print_plan",
     "print_points",
@@ -135,7 +139,8 @@ def print_lines(rows: list[Line]) -> None:
     # narrow enough for a terminal of 80 columns
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("network")
-    for column in ("test\nerror", f"wrong\nof {rows[0].tested}", "MACs\n(M)", "MAC\nratio"):
+    counted = [f"wrong\nof {rows[0].tested}"] if rows[0].wrong is not None else []
+    for column in (f"test\n{rows[0].scale.name}", *counted, "MACs\n(M)", "MAC\nratio"):
         table.add_column(column, justify="right")
     settings = list(rows[0].times)
     for setting in settings:
@@ -144,8 +149,8 @@ def print_lines(rows: list[Line]) -> None:
     for row in rows:
         cells = [
             row.label,
-            f"{100 * row.error:.2f}%",
-            f"{row.wrong:g}",
+            row.scale.shown(row.error),
+            *([] if row.wrong is None else [f"{row.wrong:g}"]),
             f"{row.macs / 1e6:.2f}",
             f"{row.mac_ratio:.2f}",
         ]
@@ -177,11 +182,23 @@ def print_bench(result: dict[str, Any]) -> None:
         )
     _console().print(table)
     say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")
+    marked = [row["slow_rounds"] for row in result["rows"] if "slow_rounds" in row]
+    if any(marked):
+        say(
+            f"The machine itself was slow in {sum(map(len, marked))} rounds of {sum(map(bool, marked))} "
+            "cases (slow_rounds in the result)."
+        )
     for row in result["rows"]:
         for name, why in row.get("failed", {}).items():
             say(f"{row['case']}, batch {row['batch']}, {row['dtype']}: {name} failed: {why}")
     if result.get("left_out"):
         say(f"No time was left for {len(result['left_out'])} cases: {'; '.join(result['left_out'])}.")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What a test of the installation found, a line each."""
+    for finding in findings:
+        say(f"{finding.state:5} {finding.name}: {finding.said}")
 
 
 def _printed(mean: float | None, deviation: float | None) -> str:
@@ -316,14 +333,14 @@ def print_search(record: dict[str, Any]) -> None:
         say(sentence)
 
 
-def print_compared(rows: list[Compared]) -> None:
+def print_compared(rows: list[Compared], scale: Scale = ERROR) -> None:
     """Every setting of every method; and of which trade-offs it is on the Pareto front."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("method", "setting"):
         table.add_column(column)
     tuned = any(row.untuned_drop is not None for row in rows)
     for column in (
-        *("accuracy lost\n(points)", *(["\nuntuned"] if tuned else []), "\np"),
+        *(f"{scale.of_what()} lost\n({scale.unit})", *(["\nuntuned"] if tuned else []), "\np"),
         *("speed-up\nnetwork", "\nlayers", "MAC\nratio", "KB on\ndisk", "on the\nfront of"),
         *("paper:\nspeed-up", "\npoints"),
     ):

@@ -33,6 +33,7 @@ from quincunx.cli.printing import (
     say,
     show,
 )
+from quincunx.cli.task import TaskOptions
 from quincunx.networks.spec import spec_of
 from quincunx.report.results import label_of
 from quincunx.train import recipes
@@ -71,6 +72,7 @@ class TrainingOptions(RecipeOptions):
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, applied to every parameter.")] = (
         None
     )
+    optimizer: Annotated[str | None, typer.Option(help="sgd (the default), or adam.")] = None
     momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None
     nesterov: Annotated[
         bool | None, typer.Option("--nesterov/--plain", help="Nesterov momentum, or plain momentum.")
@@ -78,7 +80,9 @@ class TrainingOptions(RecipeOptions):
     augment: Annotated[
         str | None,
         typer.Option(
-            help="Augmentation: none, cifar (pad, crop, flip) or imagenet; by default as suits the data."
+            help="Augmentation: none, cifar (pad, crop, flip), imagenet, or for images with targets "
+            "patches; by "
+            "default as suits the data."
         ),
     ] = None
     accumulate: Annotated[
@@ -120,6 +124,7 @@ class TrainingOptions(RecipeOptions):
 )
 def train_command(
     images: DataOptions,
+    about: TaskOptions,
     built: BuildOptions,
     training: TrainingOptions,
     network: Annotated[
@@ -168,7 +173,7 @@ def train_command(
     """
     with bad_input(), joined(check_device(device)) as ranks:
         use_threads(threads)
-        chosen, settings = training.chosen(images.data), built.settings
+        chosen, settings, task = training.chosen(images.data), built.settings, about.chosen()
         # what can be refused without the data is refused before a large data set is read
         before = None if start is None else build_from(network, start, settings)
         label = label_of(spec_of(qx.networks.build(network, **settings) if before is None else before))
@@ -180,10 +185,10 @@ def train_command(
                 "another --out starts anew"
             )
         check_folder(folder)
-        data = images.read(quiet=as_json)
+        data = about.read(task, images, seed=seed, quiet=as_json)
         torch.manual_seed(seed)
         if before is None:
-            model = qx.networks.build(network, len(data.classes), data.in_channels, **settings)
+            model = qx.networks.build(network, len(data.classes) or None, data.in_channels, **settings)
         else:
             # a network goes on with the normalisation that it was trained with
             model, data = before, with_training_normalisation(data, start)
@@ -201,21 +206,27 @@ def train_command(
                 ranks=ranks,
                 teacher=guide,
                 workers=images.workers,
+                task=task,
             )
     if not ranks.first:
         return
     if as_json:
         show(result)
         return
+    scale = task.scale
+    of = "of" if task.classifies else "on"
     say(
-        f"{label_of(result['network'])} on {data.name}: test error {100 * result['test_error']:.2f}% "
-        f"of {len(data.test)} images, {result['cost']['macs'] / 1e6:.2f} M MACs, "
+        f"{label_of(result['network'])} on {data.name}: test {scale.name} "
+        f"{scale.shown(result[f'test_{scale.key}'])} {of} {len(data.test)} images, "
+        f"{result['cost']['macs'] / 1e6:.2f} M MACs, "
         f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}"
     )
     given = images.data if " " not in images.data else repr(images.data)
+    more = about.given()
     say(
-        f"next: quincunx accelerate {folder} --data {given} makes it faster; quincunx evaluate {folder} "
-        f"--data {given} judges it again"
+        f"next: quincunx accelerate {folder} --data {given}{more} makes it faster; quincunx evaluate "
+        f"{folder} "
+        f"--data {given}{more} judges it again"
     )
 
 

@@ -1,4 +1,4 @@
-"""Labelled images: small sets as bytes in memory, large ones streamed from files.
+"""Images with labels or other targets: small sets as bytes in memory, large ones streamed from files.
 
 Small sets (digits, CIFAR, folders and archives that fit) are kept as bytes [N, H, W, C] and are
 normalised, cropped and flipped a whole batch at a time, so that loading never starves a small network.
@@ -6,7 +6,9 @@ Larger ones, such as ImageNet, are decoded and augmented in worker processes.
 """
 
 from quincunx.data.epoch import AUGMENTATIONS, batches, normalised
+from quincunx.data.items import Items
 from quincunx.data.load import load_data
+from quincunx.data.pairs import degraded, load_function, load_pairs
 from quincunx.data.resident import Pass, Resident, can_reside
 from quincunx.data.sets import ImageData, Part, Split, Stream
 from quincunx.data.stream import WorkerFailed
@@ -14,6 +16,7 @@ from quincunx.data.stream import WorkerFailed
 __all__ = [
     "AUGMENTATIONS",
     "ImageData",
+    "Items",
     "Part",
     "Pass",
     "Resident",
@@ -22,6 +25,9 @@ __all__ = [
     "WorkerFailed",
     "batches",
     "can_reside",
+    "degraded",
     "load_data",
+    "load_function",
+    "load_pairs",
     "normalised",
 ]

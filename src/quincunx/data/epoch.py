@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quincunx.data.augment import crop_and_flip, photographs
-from quincunx.data.sets import ImageData, Part, Split
+from quincunx.data.items import Items, item_batches
+from quincunx.data.sets import ImageData, Part, Split, Stream
 from quincunx.data.stream import crops, default_workers
 
-AUGMENTATIONS = ("none", "cifar", "imagenet")
+AUGMENTATIONS = ("none", "cifar", "imagenet", "patches")
 
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -48,8 +50,8 @@ def batches(
     rank: int = 0,
     world: int = 1,
     workers: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of normalised images [B, C, H, W] and labels [B].
+) -> Iterator[tuple[Tensor, Any]]:
+    """Yield batches of normalised images [B, C, H, W] and labels [B], or the targets of items.
 
     Args:
         split: the images; ``data`` has their mean and deviation.
@@ -60,13 +62,14 @@ def batches(
             colour, crop at a random place, flip at random (He et al. 2016; Peng et al.,
             arXiv:1809.02601, section 4.1); "imagenet": a random part of the image at full size, flipped
             at random, its colours changed (:mod:`quincunx.data.augment` has the constants). For a
-            streamed image it depends only on a number drawn once per epoch and on the image.
+            streamed image it depends only on a number drawn once per epoch and on the image; "patches", of
+            items: a random part of input and target, turned and mirrored, and noise drawn anew.
         channels_last: whether batches use the channels_last memory format.
         rank: this process.
         world: number of processes. All draw the same numbers; of each batch of b images
             a process takes those from rank b / world to (rank + 1) b / world, which may be none.
         workers: processes that decode streamed images, 0 for this one; by default one per core, at most
-            eight. Images in memory need none.
+            eight. Images in memory need none, and of items this process reads them by default.
 
     Raises:
         ValueError: a value out of its range, a part without images; while reading, a streamed image that
@@ -89,13 +92,41 @@ def batches(
         raise ValueError(f"rank={rank}, world={world}: expected a rank from 0 to world - 1")
     if workers is not None and workers < 0:
         raise ValueError(f"workers={workers}: expected at least 0")
+    if isinstance(split, Items):
+        found = _items(split, data, batch_size, generator, augment, rank, world, workers or 0)
+        return ((_laid_out(images, channels_last), targets) for images, targets in found)
+    if augment == "patches":
+        raise ValueError("augment='patches': only images with targets, such as pairs, are cut into patches")
     count = default_workers() if workers is None else workers
     found = _epoch(split, data, batch_size, generator, augment, rank, world, count)
     return ((images if channels_last else images.contiguous(), labels) for images, labels in found)
 
 
+def _laid_out(images: Tensor, channels_last: bool) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _items(
+    split: Items,
+    data: ImageData,
+    batch_size: int,
+    generator: torch.Generator | None,
+    augment: str,
+    rank: int,
+    world: int,
+    workers: int,
+) -> Iterator[tuple[Tensor, Any]]:
+    order = [whole[ours].tolist() for whole, ours in shares(len(split), batch_size, rank, world, generator)]
+    key = None
+    if generator is not None and augment != "none":
+        key = int(torch.randint(0, 2**62, (1,), generator=generator))
+    plain = not any(data.mean) and all(value == 1 for value in data.std)
+    for images, targets in item_batches(split, order, key, workers):
+        yield images if plain else _normalised_planes(images, data), targets
+
+
 def _epoch(
-    split: Part,
+    split: Split | Stream,
     data: ImageData,
     batch_size: int,
     generator: torch.Generator | None,

@@ -21,7 +21,7 @@ from quincunx.data import memory
 from quincunx.data.archives import Member, TooLarge, members, plain, resolved
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif",
@@ -340,8 +340,8 @@ def _rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def centre(image: Image, shorter: int, side: int) -> Pixels:
-    """Resize the shorter side to ``shorter`` pixels, then crop the central square of ``side``."""
+def centre(image: Image, shorter: int, side: int, resample: Resampling | None = None) -> Pixels:
+    """Resize the shorter side to ``shorter`` pixels, bicubic by default, then crop the central square."""
     from PIL import Image as pillow
 
     width, height = image.size
@@ -354,7 +354,8 @@ def centre(image: Image, shorter: int, side: int) -> Pixels:
         width, height = image.size
     scale = shorter / min(width, height)
     resized = image.resize(
-        (max(shorter, round(width * scale)), max(shorter, round(height * scale))), pillow.Resampling.BICUBIC
+        (max(shorter, round(width * scale)), max(shorter, round(height * scale))),
+        pillow.Resampling.BICUBIC if resample is None else resample,
     )
     left, top = (resized.width - side) // 2, (resized.height - side) // 2
     return np.asarray(resized.crop((left, top, left + side, top + side)))

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quincunx.data.items import Items
+
 # of ImageNet's training images in [0, 1], the commonly used values
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -70,7 +72,7 @@ class Stream:
         return os.fsdecode(bytes(self.files[index]))
 
 
-Part = Split | Stream
+Part = Split | Stream | Items
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class ImageData:
     Attributes:
         name: the source that it was loaded from.
         train: the training part.
-        test: the test part; both parts are in memory or both are streamed.
+        test: the test part; both parts are of one kind: in memory, streamed, or items with targets.
         classes: class names, by number.
         mean: per channel, of the training images in [0, 1]; for a streamed set ImageNet's usual values.
         std: as ``mean``, the standard deviation.
@@ -114,8 +116,13 @@ class ImageData:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return (H, W) of every image."""
-        return self.train.size
+        """Return (H, W) of every image as it is evaluated."""
+        return self.test.size
+
+    def step_size(self, augment: str) -> tuple[int, int]:
+        """Return (H, W) of the images of a training step."""
+        patch = self.train.patch if isinstance(self.train, Items) and augment == "patches" else None
+        return self.train.size if patch is None else (patch, patch)
 
     def describe(self) -> dict[str, object]:
         """Return JSON-ready facts that distinguish data sets."""
@@ -133,6 +140,8 @@ class ImageData:
             facts["labelled"] = False
         if not self.exif:
             facts["exif"] = False
+        if isinstance(self.train, Items):
+            facts["items"] = dict(self.train.facts)
         # crops of whole photographs differ from the same photographs cropped once
         return facts | ({"streamed": True} if isinstance(self.train, Stream) else {})
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Case:
         ours: name -> (maker of a function, MACs of the dense network over ours).
         baselines: names of the dense candidates of which the fastest is the baseline; the others are timed
             beside it.
+        dtype: format in which the machine's own matrix product is timed in each round.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Case:
     ours: dict[str, tuple[Callable[[int], Run], float]]
     facts: Callable[[], dict[str, Any]] = dict
     baselines: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 # ---------------------------------------------------------------- the blocks
@@ -225,7 +228,9 @@ def low_blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case
                 ours["rSB 2/4 in float32"] = (_fused(block, x), ratio)
         beside = ("torch eager", "OpenVINO", "OpenVINO int8")
         peers = {name: _peer(name, dense, x) for name in (*LOW_PEERS, *beside)}
-        yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, baselines=LOW_PEERS)
+        facts = partial(_peaks, {"rRB": dense, "rSB 2/4": Regular(channels, CHESSBOARD).eval()}, half)
+        name = f"rRB {channels} x {side}^2"
+        yield Case(name, batch, peers, ours, facts, baselines=LOW_PEERS, dtype=torch.bfloat16)
 
 
 def low_networks() -> Iterator[Case]:
@@ -248,7 +253,9 @@ def low_networks() -> Iterator[Case]:
             }
             ours = {second: (_fused(sampled, x, torch.bfloat16), _ratio(dense, sampled, x))}
             baselines = ("ours, dense bfloat16", *low)
-            yield Case(f"{second} / {first}", batch, peers, ours, baselines=baselines)
+            facts = partial(_peaks_of_networks, {first: dense, second: sampled}, x, torch.bfloat16)
+            name = f"{second} / {first}"
+            yield Case(name, batch, peers, ours, facts, baselines, torch.bfloat16)
 
 
 def training(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
@@ -310,7 +317,8 @@ def whole(pairs: Sequence[tuple[str, str, int, Sequence[int]]] = PAIRS) -> Itera
                 # what anybody can have without any method
                 f"{first} at {small}^2": (_fused(dense, less), whole_macs / cost(dense, less[:1]).macs),
             }
-            yield Case(f"{second} / {first}", batch, peers, ours)
+            facts = partial(_peaks_of_networks, {first: dense, second: sampled}, x, None)
+            yield Case(f"{second} / {first}", batch, peers, ours, facts)
 
 
 def _side_of_equal_cost(dense: nn.Module, sampled: nn.Module, side: int) -> int:
@@ -410,6 +418,7 @@ def _kept(keep: Path | None, made_by: dict[str, Any]) -> dict[tuple[str, int, in
 def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> dict[str, Any]:
     makers = {**case.dense, **{name: make for name, (make, _) in case.ours.items()}}
     runs = {name: make(threads) for name, make in makers.items()}
+    runs[_REFERENCE] = _matrix_product(case.dtype)
     found = measure(runs, threads=threads, rounds=rounds, round_seconds=round_seconds)
     full = case.baselines or [name for name in case.dense if "bfloat16" not in name]
     best = min(full, key=lambda name: found[name].median)
@@ -433,8 +442,25 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
         "best_dense": best,
         "candidates": candidates,
         "timings": {name: timing.to_dict() for name, timing in found.items()},
+        "slow_rounds": _slow_rounds(found[_REFERENCE].seconds),
         **case.facts(),
     }
+
+
+# timed beside the candidates, and no candidate: where it is slow, the machine is
+_REFERENCE = "reference"
+_SLOW = 1.25
+
+
+def _matrix_product(dtype: torch.dtype) -> Run:
+    a = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return lambda: a @ a
+
+
+def _slow_rounds(seconds: Sequence[float]) -> list[int]:
+    """The rounds, from 0, in which the reference took a quarter longer than in half of them."""
+    usual = median(seconds)
+    return [number for number, taken in enumerate(seconds) if taken > _SLOW * usual]
 
 
 def summary(rows: Sequence[dict[str, Any]], by: str = "threads") -> list[dict[str, Any]]:
@@ -472,7 +498,17 @@ def summary(rows: Sequence[dict[str, Any]], by: str = "threads") -> list[dict[st
 
 
 def _peaks(models: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
-    return {"peak_memory": {name: peak_memory(_fused(model, x)(1)) for name, model in models.items()}}
+    """Of fused blocks in the format of their map."""
+    own = {name: copy.deepcopy(model).to(x.dtype) for name, model in models.items()}
+    return {"peak_memory": {name: peak_memory(_fused(model, x)(1)) for name, model in own.items()}}
+
+
+def _peaks_of_networks(models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Of networks in torch in a format, and fused in it."""
+    eager = "torch eager" if dtype is None else "torch eager bfloat16"
+    found = {name: peak_memory(_peer(eager, model, x)(1)) for name, model in models.items()}
+    fused = {f"{name}, fused": peak_memory(_fused(m, x, dtype)(1)) for name, m in models.items()}
+    return {"peak_memory": found | fused}
 
 
 def peak_memory(run: Run) -> int:

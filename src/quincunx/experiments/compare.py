@@ -29,6 +29,8 @@ from quincunx.networks.artifact import load, save
 from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
 from quincunx.report.figures import Mark, Picture, draw_tradeoff
+from quincunx.tasks import Task, classification
+from quincunx.tasks.scale import ERROR, Scale, scale_in
 from quincunx.train.evaluation import label_with
 from quincunx.train.recipes import Recipe
 from quincunx.writing import write_json
@@ -53,8 +55,8 @@ class Compared:
         series: of the point.
         label: of the point.
         draw: of the point.
-        drop: test error after minus before, in points.
-        top5_drop: the same for the top-5 error.
+        drop: test error after minus before, in points; in another task the score lost, in its unit.
+        top5_drop: the same for the top-5 error; None in another task.
         untuned_drop: the drop without fine-tuning, None if there was no fine-tuning.
         p: McNemar's p value for the difference in accuracy.
         tested: number of test images.
@@ -76,7 +78,7 @@ class Compared:
     label: str
     draw: str
     drop: float
-    top5_drop: float
+    top5_drop: float | None
     untuned_drop: float | None
     p: float
     tested: int
@@ -195,7 +197,8 @@ def compare_methods(
         RunFailed: fine-tuning could not continue for another reason than divergence.
     """
     # once for all points
-    data = label_with(model, data, options.get("workers"))
+    task: Task = options.get("task") or classification()
+    data = label_with(model, data, options.get("workers"), task)
     out, found = Path(out), []
     refused: dict[str, str] = {}
     how = None if recipe is None else recipe.to_dict()
@@ -249,7 +252,8 @@ def compare_methods(
             for point, folder, result in found
         ]
     )
-    shared = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
+    shared: tuple[str, ...] = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
+    shared += ("task",) if "task" in found[0][2] else ()
     content = {
         "schema": 2,
         "kind": "comparison",
@@ -264,8 +268,16 @@ def compare_methods(
     return rows
 
 
-def _drop(result: dict[str, Any], stage: int, key: str) -> float:
-    after, first = (float(result["stages"][i][key]) for i in (stage, 0))
+def _drop(result: dict[str, Any], stage: int) -> float:
+    scale = scale_in(result)
+    after, first = (float(result["stages"][i][scale.key]) for i in (stage, 0))
+    return scale.lost(first, after)
+
+
+def _top5_drop(result: dict[str, Any]) -> float | None:
+    if "task" in result:
+        return None
+    after, first = (float(result["stages"][i]["top5_error"]) for i in (-1, 0))
     return 100 * (after - first)
 
 
@@ -278,9 +290,9 @@ def _row(point: Point, folder: Path, result: dict[str, Any], before: int, times:
         point.series,
         point.label,
         point.draw,
-        _drop(result, -1, "error"),
-        _drop(result, -1, "top5_error"),
-        None if result["recipe"] is None else _drop(result, untuned, "error"),
+        _drop(result, -1),
+        _top5_drop(result),
+        None if result["recipe"] is None else _drop(result, untuned),
         last["p"],
         result["data"]["test"],
         times["seconds_before"],
@@ -311,7 +323,9 @@ def with_fronts(rows: Sequence[Compared]) -> list[Compared]:
     return [replace(row, fronts=tuple(fronts[row.series, row.label])) for row in rows]
 
 
-def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str, Picture]:
+def draw_comparison(
+    rows: Sequence[Compared], *, top5: bool = False, scale: Scale = ERROR
+) -> dict[str, Picture]:
     """Draw accuracy lost against measured speed-up, fewer MACs, and bytes on disk, one line per series.
 
     With ``top5`` the speed-up is also drawn against the top-5 error. Hollow points are printed in the
@@ -329,14 +343,15 @@ def draw_comparison(rows: Sequence[Compared], *, top5: bool = False) -> dict[str
     found = {
         f"drop-{what.lower()}": draw_tradeoff(
             [Mark(row.series, row.setting, gain(row), row.drop, what in row.fronts) for row in rows],
-            (same or printed) if what == "speed" and not top5 else [],
+            (same or (printed if scale == ERROR else [])) if what == "speed" and not top5 else [],
             label,
+            f"{scale.of_what()} lost ({scale.unit})",
         )
         for what, (label, gain) in _GAINS.items()
     }
     if top5:
         label, gain = _GAINS["speed"]
-        marks = [Mark(row.series, row.setting, gain(row), row.top5_drop) for row in rows]
+        marks = [Mark(row.series, row.setting, gain(row), row.top5_drop or 0.0) for row in rows]
         found["top5-drop-speed"] = draw_tradeoff(
             marks, same or printed, label, "top-5 accuracy lost (points)"
         )

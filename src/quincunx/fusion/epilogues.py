@@ -43,11 +43,23 @@ _FUNCTIONS: dict[int, Callable[[Tensor], Tensor]] = {
 }
 
 
-def apply(kind: int, out: Tensor, slope: Tensor | None = None) -> Tensor:
+# of a map that nobody else reads
+_IN_PLACE: dict[int, Callable[[Tensor], Tensor]] = {
+    Activation.RELU: torch.relu_,
+    Activation.RELU6: partial(F.relu6, inplace=True),
+    Activation.HARDSIGMOID: partial(F.hardsigmoid, inplace=True),
+    Activation.HARDSWISH: partial(F.hardswish, inplace=True),
+    Activation.SIGMOID: torch.sigmoid_,
+    Activation.SILU: partial(F.silu, inplace=True),
+}
+
+
+def apply(kind: int, out: Tensor, slope: Tensor | None = None, *, own: bool = False) -> Tensor:
     """An activation of a map [N, C, H, W].
 
     Args:
         slope: of ``LEAKY``, what negative values are multiplied by, [C].
+        own: whether nobody else reads the map, so that the result may take its place.
 
     Example:
         >>> apply(Activation.LEAKY, torch.tensor([[[[-2.0]], [[3.0]]]]), torch.tensor([0.5, 0.1])).flatten()
@@ -57,4 +69,4 @@ def apply(kind: int, out: Tensor, slope: Tensor | None = None) -> Tensor:
         return out
     if kind == Activation.LEAKY and slope is not None:
         return F.prelu(out, slope.to(out.dtype))
-    return _FUNCTIONS[kind](out)
+    return (_IN_PLACE if own and kind in _IN_PLACE else _FUNCTIONS)[kind](out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,19 @@ def _concatenated(*maps: Tensor) -> Tensor:
     return torch.cat(maps, 1)
 
 
-def follower(model: nn.Module, node: fx.Node, compact: Mapping[fx.Node, str]) -> tuple[Follower, str] | None:
-    """A node as a step between convolutions, and the fill of its result; None if it needs filled maps.
+def follower(
+    model: nn.Module, node: fx.Node, compact: Mapping[fx.Node, str], written: Container[fx.Node] = ()
+) -> tuple[Follower, str] | None:
+    """A node as a step between convolutions, and the fill of its result; None if torch may as well run it.
 
     Args:
         compact: the fill of each map that is stored in compact form.
+        written: maps that steps write.
     """
     maps = node.all_input_nodes
+    if len(maps) == 1 and maps[0] in written and (found := _max_pooling(model, node)) is not None:
+        # in torch it would also store indices, and convert maps of another format
+        return found, ""
     if not maps or not all(other in compact for other in maps):
         return None
     if (found := _max_pooling(model, node)) is not None or (found := _mean(model, node)) is not None:

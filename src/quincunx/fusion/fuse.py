@@ -572,17 +572,21 @@ def _lower(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any], dtype: torc
 
 
 def _follow(model: nn.Module, graph: fx.Graph, fused: dict[fx.Node, _Fused], barred: set[fx.Node]) -> None:
-    """Adds the nodes that can read compact maps as they are to the fused ones."""
+    """Adds the nodes that can read compact maps as they are, and max pooling, to the fused ones."""
     compact: dict[fx.Node, str] = {}
+    written: set[fx.Node] = set()
     for node in graph.nodes:
         owner = fused.get(node)
         if owner is not None and isinstance(owner.step, Step):
             fill = _fill(owner.step, {other.name: spec for other, spec in compact.items()})
+            values = [value for value in (owner.main, owner.second) if value is not None]
+            written.update(values)
             if fill:
-                compact.update({value: fill for value in (owner.main, owner.second) if value is not None})
-        elif node not in barred and (found := follower(model, node, compact)) is not None:
+                compact.update(dict.fromkeys(values, fill))
+        elif node not in barred and (found := follower(model, node, compact, written)) is not None:
             step, fill = found
             fused[node] = _Fused(step, node, None)
+            written.add(node)
             if fill:
                 compact[node] = fill
 

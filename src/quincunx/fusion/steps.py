@@ -44,6 +44,7 @@ __all__ = [
     "keeps_compact",
     "output",
     "parted",
+    "pool",
     "pool_window",
     "reference",
     "run_fitted",
@@ -364,7 +365,9 @@ def reference(step: Step, values: dict[str, Tensor], maps: dict[str, Map]) -> No
             out = _made_whole(step, step.filling, out, geometry.grid(*x.shape[2:]))
     if step.shortcut is not None:
         out = step.shortcut.add(out, values[step.shortcut.source])
-    out = apply(step.activation, out, step.slope)
+        out = apply(step.activation, out, step.slope)
+    else:
+        out = apply(step.activation, out, step.slope, own=True)
     if step.out is not None:
         values[step.out] = out
     if step.out2 is not None:
@@ -449,7 +452,10 @@ def followed(step: Follower, maps: dict[str, Map]) -> Map:
     if step.kind == "mean":
         return Map(channels[0], (1, 1))
     if step.kind == "maxpool":
-        return Map(channels[0], pool_window(step, size).grid(*size))
+        grid = pool_window(step, size).grid(*size)
+        if min(grid) < 1:
+            step.function(torch.empty(1, channels[0], *size))  # torch says what does not fit
+        return Map(channels[0], grid)
     if step.shortcut is not None:
         out, other = found
         stride, padded = step.shortcut.stride, step.shortcut.padded
@@ -467,8 +473,7 @@ def follow(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> N
     """Run a follower, on compact maps where the result is the same; adds its output to ``values``."""
     first = maps[step.sources[0]]
     if step.kind == "maxpool" and first.fill:
-        plan = window_plan(first.fill, pool_window(step, first.size), *first.size)
-        values[step.out] = native.window_max(values[step.sources[0]], plan)
+        pool(step, maps, values)
     elif step.kind == "mean" and first.fill:
         values[step.out] = _mean(values[step.sources[0]], first, step.keepdim)
     else:
@@ -476,6 +481,13 @@ def follow(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> N
         if step.kind == "sum" or not _shared([maps[name] for name in step.sources]):
             fill_maps([(name, maps[name]) for name in local], local)
         values[step.out] = step.function(*(local[name] for name in step.sources))
+
+
+def pool(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
+    """Run a max pooling by the native kernel, of a compact map or a whole one; adds its output."""
+    first = maps[step.sources[0]]
+    plan = window_plan(first.fill, pool_window(step, first.size), *first.size)
+    values[step.out] = native.window_max(values[step.sources[0]], plan)
 
 
 def _mean(y: Tensor, shape: Map, keepdim: bool) -> Tensor:

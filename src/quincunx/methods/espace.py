@@ -56,8 +56,9 @@ class Espace(SeparableFit):
         pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
         resize_masks: whether impact masks may be resized to inputs of another size; otherwise such
             inputs are refused.
-        loss: for impact masks, of (output, target), summed over images; by default cross-entropy with
-            the targets, or with the network's own predictions where the data has none.
+        loss: for impact masks, of (output, target), summed over images; by default the task's, in
+            classification cross-entropy with the targets, or with the network's own predictions where the
+            data has none.
         seed: of the positions that a fit draws, and of random masks unless ``mask_seed`` is given.
         data: fit both halves to the layer's responses on the calibration data; False truncates the SVD of
             the weight; None does the first where there is calibration data.
@@ -208,10 +209,12 @@ class Espace(SeparableFit):
         modules = {layer.name: context.original.get_submodule(layer.name) for layer in layers}
 
         def find() -> set[str]:
-            return without_gradient(context.original, modules, context.data.first(), self.loss)
+            return without_gradient(
+                context.original, modules, context.data.first(), self.loss or context.loss
+            )
 
         # not "while no layer is changed": it is the original that is asked
-        return context.once(("without gradient", self.loss, tuple(modules)), find)
+        return context.once(("without gradient", self.loss or context.loss, tuple(modules)), find)
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,8 @@ class _EspaceWork:
         if self.method.mask in ESTIMATED and done:
             places = {place: half for name in done for place, half in _halves(name, done[name].module)}
             residual = self.method.mask == "residual"
-            found = impacts(
-                self.context.network, places, self.context.data, self.method.loss, residual=residual
-            )
+            loss = self.method.loss or self.context.loss
+            found = impacts(self.context.network, places, self.context.data, loss, residual=residual)
         made: dict[str, Replacement | str] = {}
         for name, replacement in done.items():
             seen = [found[place] for place, _ in _halves(name, replacement.module) if place in found]

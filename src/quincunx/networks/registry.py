@@ -13,6 +13,7 @@ from torch import nn
 from quincunx.networks import (
     alexnet,
     cifar_resnet,
+    dense,
     densenet,
     googlenet,
     preresnet,
@@ -44,6 +45,12 @@ _NETWORKS: list[tuple[str, str, Factory]] = [
     (r"sb-pyramidnet(\d+)-a(\d+)", "sb-pyramidnet{depth}-a{alpha}", pyramidnet.sb_pyramidnet),
     (r"cifar-resnet(\d+)", "cifar-resnet{6n+2}", cifar_resnet.cifar_resnet),
     (r"sb-cifar-resnet(\d+)", "sb-cifar-resnet{6n+2}", cifar_resnet.sb_cifar_resnet),
+    (r"dncnn(\d+)", "dncnn{depth}", dense.dncnn),
+    (r"sb-dncnn(\d+)", "sb-dncnn{depth}", dense.sb_dncnn),
+    ("unet", "unet", dense.unet),
+    ("sb-unet", "sb-unet", dense.sb_unet),
+    (r"fcn-resnet(\d+)", "fcn-resnet{18,34,50,101}", dense.fcn_resnet),
+    (r"sb-fcn-resnet(\d+)", "sb-fcn-resnet{18,34,50,101}", dense.sb_fcn_resnet),
     ("alexnet", "alexnet", alexnet.alexnet),
     ("googlenet", "googlenet", googlenet.googlenet),
     ("squeezenet1_1", "squeezenet1_1", squeezenet.squeezenet1_1),
@@ -65,7 +72,10 @@ _EXAMPLES = [
     "alexnet",
     "googlenet",
     "squeezenet1_1",
+    *("dncnn17", "sb-dncnn17", "unet", "sb-unet", "fcn-resnet18", "sb-fcn-resnet18"),
 ]
+# the networks that give an image of as many channels as they take
+_IMAGES = (dense.dncnn, dense.sb_dncnn)
 
 
 def names() -> list[str]:
@@ -74,16 +84,18 @@ def names() -> list[str]:
     return list(_EXAMPLES)
 
 
-def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: Any) -> nn.Module:
+def build(name: str, num_classes: int | None = None, in_channels: int = 3, **settings: Any) -> nn.Module:
     """Return a network by name, with fresh weights from torch's global generator.
 
     Args:
         name: such as "rrn20" or "rsbn20"; :func:`names` lists those of the papers.
-        num_classes: outputs of the last layer.
+        num_classes: outputs of the last layer, 10 by default; of a network from images to images (DnCNN) the
+            channels of its input.
         in_channels: channels of the input image.
         settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
-            "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, ``reduction`` for SE-ResNets,
-            ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet, ``aux`` for GoogLeNet,
+            "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, DnCNN and U-Net,
+            ``reduction`` for SE-ResNets, ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet,
+            ``aux`` for GoogLeNet,
             ``dropout`` for AlexNet, GoogLeNet and SqueezeNet.
 
     Returns:
@@ -100,6 +112,8 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
     if not isinstance(name, str):
         raise TypeError(f"name={name!r}: expected the name of a network")
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value is None and key == "num_classes":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}={value!r}: expected a positive integer")
     for pattern, _, factory in _NETWORKS:
@@ -115,6 +129,8 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **settings: An
             if key not in known:
                 has = ", ".join(known) or "none"
                 raise ValueError(f"{key}={settings[key]!r}: {name} has no such setting; it has {has}")
+        if num_classes is None:
+            num_classes = in_channels if factory in _IMAGES else 10
         network = factory(*(int(g) for g in match.groups()), num_classes, in_channels, **settings)
         # quincunx.save stores it and rebuilds the network from it
         network.quincunx_spec = network_spec(name, num_classes, in_channels, settings)  # type: ignore[assignment]

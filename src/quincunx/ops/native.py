@@ -76,6 +76,11 @@ def level2_bytes() -> int:
     return int(torch.ops.quincunx_native.level2_bytes())
 
 
+def tiles_refused() -> str:
+    """Return why this process cannot multiply on AMX tiles; empty if it can."""
+    return str(torch.ops.quincunx_native.tiles_refused())
+
+
 def build() -> str:
     """Return a hash of the extension's file, which identifies measured kernels; empty without it."""
     if load() is not None:

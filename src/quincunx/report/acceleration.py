@@ -24,6 +24,7 @@ from quincunx.report.verdict import (
     worse,
 )
 from quincunx.sampling import from_spec
+from quincunx.tasks.scale import ERROR, scale_in
 from quincunx.writing import write_text
 
 __all__ = [
@@ -54,12 +55,23 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     if result.get("search"):
         sentences += search_sentences(result["search"])
     tested = result["data"]["test"]
+    scale = scale_in(result)
     for stage in result["stages"]:
-        own = "" if result["data"].get("labelled", True) else "the original network's answers to "
-        text = f"Test error {stage['name']}: {100 * stage['error']:.2f}% of {own}{tested:,} images"
+        own = (
+            ""
+            if result["data"].get("labelled", True) or "task" in result
+            else "the original network's answers to "
+        )
+        of = "of" if scale == ERROR else "on"
+        text = (
+            f"Test {scale.name} {stage['name']}: {scale.shown(stage[scale.key])} {of} {own}{tested:,} images"
+        )
         if "lost" in stage:
-            text += f" ({stage['lost']} lost, {stage['won']} won; McNemar p = {stage['p']:.2g})"
+            test = stage.get("test", "McNemar")
+            counts = ("lost", "won") if test == "McNemar" else ("worse", "better")
+            text += f" ({stage['lost']} {counts[0]}, {stage['won']} {counts[1]}; {test} p = {stage['p']:.2g})"
         sentences.append(f"{text}.")
+    sentences += _further(result)
     sentences += _ended(result)
     slower = [row for row in result["layers"] if row["speedup"]["median"] < 1]
     gained = [row for row in slower if row.get("gain", 0.0) > 1]
@@ -73,6 +85,13 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     if result.get("unfused"):
         sentences.append(f"The whole network is timed, and to be used, without qx.fuse: {result['unfused']}.")
     return sentences
+
+
+def _further(result: dict[str, Any]) -> list[str]:
+    """Describe the further figures of a task, before and after."""
+    first, last = (result["stages"][i].get("further", {}) for i in (0, -1))
+    told = [f"{name.replace('_', ' ')} {first[name]:.4g} before, {last[name]:.4g} after" for name in first]
+    return [f"Beside it: {'; '.join(told)}."] if told else []
 
 
 def _ended(result: dict[str, Any]) -> list[str]:
@@ -107,7 +126,7 @@ def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
     """
     usable = sum(row["why_not"] is None for row in record["candidates"])
     last = record["attempts"][-1] if record["attempts"] else None
-    asked = asked_in_words(record["target"])
+    asked = asked_in_words(record["target"], scale_in(record))
     sentences = [] if judged else [_prediction(record)]
     sentences.append(
         f"{'Asked' if judged else 'Target'}: {asked}. {len(record['candidates'])} candidates, {usable} of "
@@ -126,22 +145,22 @@ def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
 
 def _prediction(record: dict[str, Any]) -> str:
     """Describe what a dry run expects, and on which images."""
-    attempts, target = record["attempts"], record["target"]
+    attempts, target, scale = record["attempts"], record["target"], scale_in(record)
     speed = float(attempts[-1]["speedup"]) if attempts and record["chosen"] else 1.0
     sentences = [f"{speed:.2f}x faster"]
     if "macs" in target:
         sentences.append(f"{record['macs'] / 1e6:.1f} M MACs")
     on = f"{record.get('images', 0):,} calibration images, before fine-tuning"
     sentences.append(
-        f"{record['drop']:.2f} points of accuracy lost on {on}"
+        f"{scale.amount(record['drop'], 2)} of {scale.of_what()} lost on {on}"
         if "drop" in record
-        else "what accuracy is lost is not predicted without --max-drop"
+        else f"what {scale.of_what()} is lost is not predicted without --max-drop"
     )
     verdict = "would be met" if record["met"] else "would be missed"
     missed = shortcoming(record)
     why = f" ({'; '.join(missed)})" if missed and not record["met"] else ""
     lost = record.get("drop", 0.0) > target.get("max_drop", 0.0)
-    fit = "; fine-tuning, such as --finetune-epochs 5, may win accuracy back" if lost else ""
+    fit = f"; fine-tuning, such as --finetune-epochs 5, may win {scale.of_what()} back" if lost else ""
     return f"Prediction, nothing is kept: {'; '.join(sentences)}. The target {verdict}{why}{fit}."
 
 

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from quincunx.sampling import Sampling
+from quincunx.tasks.scale import ERROR, Scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,8 +197,8 @@ def _legend(figure: Figure, columns: int) -> None:
 
 
 @_styled
-def draw_learning_curves(curves: Sequence[Curve]) -> Picture:
-    """Draw test error by epoch on a logarithmic axis."""
+def draw_learning_curves(curves: Sequence[Curve], scale: Scale = ERROR) -> Picture:
+    """Draw test error by epoch on a logarithmic axis, or another score on a linear one."""
     from matplotlib.ticker import MaxNLocator
 
     labels = [_shorten(curve.label) for curve in curves]
@@ -215,17 +216,29 @@ def draw_learning_curves(curves: Sequence[Curve]) -> Picture:
             markevery=max(1, len(curve.epochs) // 25),
             linewidth=1.3,
         )
-    axes.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
+    logarithmic = scale == ERROR
+    axes.set(xlabel="epoch", ylabel=_score_label(scale), yscale="log" if logarithmic else "linear")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _log_labels(axes, (1, 2, 5))
+    if logarithmic:
+        _log_labels(axes, (1, 2, 5))
     _legend(figure, columns)
-    ends = "; ".join(f"{c.label} ends at {c.errors[-1]:.2f}%" for c in curves if c.errors)
-    return _picture(figure, "Learning curves", f"Test error by epoch, logarithmic scale. {ends}.")
+    ends = "; ".join(
+        f"{c.label} ends at {scale.shown(c.errors[-1] / scale.factor)}" for c in curves if c.errors
+    )
+    how = ", logarithmic scale" if logarithmic else ""
+    return _picture(figure, "Learning curves", f"Test {scale.name} by epoch{how}. {ends}.")
+
+
+def _score_label(scale: Scale) -> str:
+    unit = "%" if scale.unit == "points" else scale.unit
+    return f"test {scale.name} ({unit})" if unit else f"test {scale.name}"
 
 
 @_styled
-def draw_scatter(points: Sequence[PlottedPoint], xlabel: str, title: str, unit: str) -> Picture:
-    """Draw test error against a cost, both axes starting at zero."""
+def draw_scatter(
+    points: Sequence[PlottedPoint], xlabel: str, title: str, unit: str, scale: Scale = ERROR
+) -> Picture:
+    """Draw test error against a cost, both axes starting at zero; of another score only the cost's axis."""
     labels = [_shorten(point.label) for point in points]
     figure, axes, columns = _axes(labels)
     for point, label in zip(points, labels, strict=True):
@@ -233,13 +246,16 @@ def draw_scatter(points: Sequence[PlottedPoint], xlabel: str, title: str, unit: 
         axes.hlines(point.error, point.low, point.high, color=colour, linewidth=1.4)
         axes.vlines(point.x, *(point.errors or (point.error, point.error)), color=colour, linewidth=1.4)
         axes.scatter(point.x, point.error, s=55, label=label, color=colour, marker=marker, zorder=3)
-    axes.set(xlabel=xlabel, ylabel="test error (%)")
+    axes.set(xlabel=xlabel, ylabel=_score_label(scale))
     axes.set_xlim(0, 1.1 * max(max(p.x, p.high) for p in points))
-    top = max(1.25 * max(p.error for p in points), 0.1)
-    # leave room for a mark on the axis
-    axes.set_ylim(-0.03 * top, top)
+    if scale == ERROR:
+        top = max(1.25 * max(p.error for p in points), 0.1)
+        # leave room for a mark on the axis
+        axes.set_ylim(-0.03 * top, top)
     _legend(figure, columns)
-    described = "; ".join(f"{p.label}: {p.error:.2f}% at {p.x:.3g} {unit}" for p in points)
+    described = "; ".join(
+        f"{p.label}: {scale.shown(p.error / scale.factor)} at {p.x:.3g} {unit}" for p in points
+    )
     return _picture(figure, title, f"{title}. {described}.")
 
 

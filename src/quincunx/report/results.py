@@ -14,6 +14,7 @@ from typing import Any
 from quincunx.networks.spec import name_of
 from quincunx.reading import read_json
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Random, Sampling, Uniform, parse
+from quincunx.tasks.scale import ERROR, Scale, scale_in
 
 __all__ = ["Line", "Network", "Results", "collect", "label_of", "result_lines", "speed_words", "verdicts"]
 
@@ -113,6 +114,9 @@ def collect(folder: str | Path) -> Results:
     if not runs:
         raise FileNotFoundError(f"{folder}: no results of a training run (run.json) below it")
     sets = {json.dumps(run["data"], sort_keys=True): run["data"]["name"] for run in runs.values()}
+    tasks = {json.dumps(run.get("task"), sort_keys=True) for run in runs.values()}
+    if len(tasks) > 1:
+        raise ValueError(f"{folder}: runs of different tasks, whose scores cannot be compared")
     if len(sets) > 1:
         raise ValueError(
             f"{folder}: runs on different data ({', '.join(sorted(sets.values()))}); networks are compared "
@@ -135,7 +139,7 @@ _ENVIRONMENT = ("time", "command", "commit", "cpu", "cores", "capability", "thre
 
 def _numbers(*values: Any, least: float = 0.0) -> None:
     for value in values:
-        if not isinstance(value, (int, float)) or not least <= value < math.inf:
+        if not isinstance(value, (int, float)) or not least <= value < math.inf or value == -math.inf:
             raise ValueError(f"{value!r} where a number from {least:g} up belongs")
 
 
@@ -143,9 +147,12 @@ def _check_run(run: dict[str, Any]) -> None:
     """Read every field that the page uses, so that an error can name the file."""
     label_of(run["network"])
     _numbers(run["cost"]["macs"], run["cost"]["params"], run["data"]["test"], least=1)
-    _numbers(run["test_error"], run["seed"], run["data"]["train"], *run["data"]["size"])
-    _numbers(*(entry[key] for entry in run["history"] for key in ("epoch", "test_error")))
-    if not isinstance(run["data"]["name"], str) or not run["history"] or run["test_error"] > 1:
+    key = f"test_{scale_in(run).key}"
+    least = 0.0 if scale_in(run) == ERROR else -math.inf
+    _numbers(run["seed"], run["data"]["train"], *run["data"]["size"])
+    _numbers(run[key], *(entry[key] for entry in run["history"]), least=least)
+    _numbers(*(entry["epoch"] for entry in run["history"]))
+    if not isinstance(run["data"]["name"], str) or not run["history"] or (not least and run[key] > 1):
         raise ValueError("no name of the data, no epoch, or an error above 1")
     for part, keys in (
         (run["data"], ("classes",)),
@@ -224,9 +231,9 @@ class Line:
         label: the network.
         macs: multiply-adds for one image.
         params: number of parameters.
-        error: share of wrong predictions in [0, 1], the mean over ``seeds`` runs.
+        error: share of wrong predictions in [0, 1], the mean over ``seeds`` runs; in another task the score.
         deviation: of the error between seeds; None for a single run.
-        wrong: number of wrong predictions, the mean over seeds.
+        wrong: number of wrong predictions, the mean over seeds; None in another task.
         tested: number of test images.
         mac_ratio: the baseline's MACs over this network's.
         times: setting -> (median, first, third quartile) in seconds.
@@ -239,11 +246,12 @@ class Line:
     error: float
     deviation: float | None
     seeds: int
-    wrong: float
+    wrong: float | None
     tested: int
     mac_ratio: float
     times: dict[str, tuple[float, float, float]]
     speedups: dict[str, tuple[float, float, float]]
+    scale: Scale = ERROR
 
     def efficiency(self, setting: str) -> float:
         """Return the speed-up over the MAC ratio: 1 if time falls as MACs fall."""
@@ -263,7 +271,8 @@ def result_lines(results: Results) -> list[Line]:
                 times[timing["setting"]] = (entry["median_s"], entry["q1_s"], entry["q3_s"])
                 ratio = entry["speedup"]
                 speedups[timing["setting"]] = (ratio["median"], ratio["q1"], ratio["q3"])
-        errors = [r["test_error"] for r in network.runs]
+        scale = scale_in(run)
+        errors = [r[f"test_{scale.key}"] for r in network.runs]
         tested = run["data"]["test"]
         rows.append(
             Line(
@@ -273,7 +282,8 @@ def result_lines(results: Results) -> list[Line]:
                 error=statistics.fmean(errors),
                 deviation=statistics.stdev(errors) if len(errors) > 1 else None,
                 seeds=len(errors),
-                wrong=statistics.fmean(round(error * tested) for error in errors),
+                wrong=statistics.fmean(round(e * tested) for e in errors) if scale == ERROR else None,
+                scale=scale,
                 tested=tested,
                 mac_ratio=base / run["cost"]["macs"],
                 times=times,
@@ -308,15 +318,24 @@ def _mac_words(ratio: float, baseline: str) -> str:
     return f"{ratio:.2f}x fewer MACs than {baseline}" if ratio > 1 else f"{1 / ratio:.2f}x its MACs"
 
 
+def _difference(row: Line, base: Line) -> str:
+    """Describe how much better or worse a network's answers are than the baseline's."""
+    if row.wrong is None or base.wrong is None:
+        lost, scale = row.scale.lost(base.error, row.error), row.scale
+        shown = scale.shown(row.error)
+        return f"{scale.name} {shown}, {scale.amount(abs(lost), 2)} {'worse' if lost > 0 else 'better'}"
+    more = row.wrong - base.wrong
+    much = f"{abs(more):.3g} {'more' if more > 0 else 'fewer'}" if more else "as many"
+    answers = "answer" if abs(more) == 1 else "answers"
+    return f"{much} wrong {answers} of {row.tested}"
+
+
 def verdicts(rows: list[Line]) -> list[str]:
     """Return a sentence on gains and losses for each network except the baseline."""
     base, sentences = rows[0], []
     for row in rows[1:]:
-        more = row.wrong - base.wrong
-        much = f"{abs(more):.3g} {'more' if more > 0 else 'fewer'}" if more else "as many"
         mean = " (means over seeds)" if max(row.seeds, base.seeds) > 1 else ""
-        answers = "answer" if abs(more) == 1 else "answers"
-        parts = [f"{_mac_words(row.mac_ratio, base.label)}, {much} wrong {answers} of {row.tested}{mean}"]
+        parts = [f"{_mac_words(row.mac_ratio, base.label)}, {_difference(row, base)}{mean}"]
         parts += [f"{setting}: {speed_words(*speedup)}" for setting, speedup in row.speedups.items()]
         sentences.append(f"{row.label}: {'; '.join(parts)}.")
     return sentences

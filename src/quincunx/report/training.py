@@ -28,6 +28,7 @@ from quincunx.report.results import (
     sampling_of,
     verdicts,
 )
+from quincunx.tasks.scale import ERROR, scale_in
 from quincunx.writing import write_text
 
 __all__ = [
@@ -48,13 +49,14 @@ __all__ = [
 
 
 def curve_of(look: int, label: str, runs: Sequence[dict[str, Any]]) -> Curve:
-    """Return test error by epoch; with several seeds, the mean over those that have the epoch."""
+    """Return test error, or another score, by epoch; of several seeds the mean over those with the epoch."""
+    scale = scale_in(runs[0])
     found: dict[int, list[float]] = {}
     for run in runs:
         for entry in run["history"]:
-            found.setdefault(entry["epoch"], []).append(100 * entry["test_error"])
+            found.setdefault(entry["epoch"], []).append(scale.factor * entry[f"test_{scale.key}"])
     # half an image
-    floor = 50 / runs[0]["data"]["test"]
+    floor = 50 / runs[0]["data"]["test"] if scale == ERROR else -math.inf
     return Curve(
         look, label, sorted(found), [statistics.fmean(found[epoch]) for epoch in sorted(found)], floor
     )
@@ -64,22 +66,27 @@ def draw_pictures(results: Results, rows: list[Line]) -> list[Picture]:
     """Draw learning curves, and error against MACs and against each measured time."""
     curves = [curve_of(i, network.label, network.runs) for i, network in enumerate(results.networks)]
     macs = [
-        PlottedPoint(i, row.label, row.macs / 1e6, 100 * row.error, row.macs / 1e6, row.macs / 1e6)
+        PlottedPoint(
+            i, row.label, row.macs / 1e6, row.scale.factor * row.error, row.macs / 1e6, row.macs / 1e6
+        )
         for i, row in enumerate(rows)
     ]
+    scale = rows[0].scale
+    word = "Error" if scale == ERROR else scale.name
     draw_pictures = [
-        draw_learning_curves(curves),
-        draw_scatter(macs, "million MACs an image", "Error against MACs", "M"),
+        draw_learning_curves(curves, scale),
+        draw_scatter(macs, "million MACs an image", f"{word} against MACs", "M", scale),
     ]
     for setting in (timing["setting"] for timing in results.timings):
         times = []
         for i, row in enumerate(rows):
             if setting in row.times:
                 median, low, high = (1e3 * seconds for seconds in row.times[setting])
-                times.append(PlottedPoint(i, row.label, median, 100 * row.error, low, high))
+                times.append(PlottedPoint(i, row.label, median, scale.factor * row.error, low, high))
         if times:
-            title = f"Error against measured time, {setting}"
-            draw_pictures.append(draw_scatter(times, f"ms, median and quartiles ({setting})", title, "ms"))
+            title = f"{word} against measured time, {setting}"
+            xlabel = f"ms, median and quartiles ({setting})"
+            draw_pictures.append(draw_scatter(times, xlabel, title, "ms", scale))
     return draw_pictures
 
 
@@ -117,7 +124,11 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         seeds=sorted({run["seed"] for run in results.runs}),
         epochs=sorted({run["recipe"]["epochs"] for run in results.runs}),
         timings=results.timings,
-        standard_error=math.sqrt(rows[0].error * (1 - rows[0].error) / rows[0].tested),
+        standard_error=(
+            math.sqrt(rows[0].error * (1 - rows[0].error) / rows[0].tested)
+            if rows[0].scale == ERROR
+            else None
+        ),
     )
     write_text(page, html)
     return page

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quincunx.tasks.scale import ERROR, Scale, scale_in
+
 __all__ = [
     "asked_in_words",
     "judge",
@@ -22,9 +24,15 @@ _DIGITS = 2
 _ELSE = "a larger --batch, or other --method candidates, may save more time"
 
 
-def points_lost(stages: Sequence[Mapping[str, Any]]) -> float:
-    """Return the points of accuracy lost on the test images, first stage to last."""
-    return 100 * (float(stages[-1]["error"]) - float(stages[0]["error"]))
+def points_lost(result: Mapping[str, Any]) -> float:
+    """Return the score lost on the test images, first stage to last: points of accuracy, or the task's unit.
+
+    Example:
+        >>> round(points_lost({"stages": [{"error": 0.1}, {"error": 0.125}]}), 6)
+        2.5
+    """
+    scale = scale_in(result)
+    return scale.lost(float(result["stages"][0][scale.key]), float(result["stages"][-1][scale.key]))
 
 
 def macs_allowed(asked: str | float, before: int) -> float:
@@ -33,8 +41,8 @@ def macs_allowed(asked: str | float, before: int) -> float:
     return float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
 
 
-def asked_in_words(target: Mapping[str, Any]) -> str:
-    """Describe a target in words.
+def asked_in_words(target: Mapping[str, Any], scale: Scale = ERROR) -> str:
+    """Describe a target in words, a loss on the task's scale.
 
     Example:
         >>> asked_in_words({"speedup": 1.5, "max_drop": 1.0})
@@ -44,7 +52,7 @@ def asked_in_words(target: Mapping[str, Any]) -> str:
         "speedup": lambda v: f"at least {v:g}x faster",
         "latency_ms": lambda v: f"at most {v:g} ms",
         "macs": lambda v: f"at most {_macs_in_words(v)}",
-        "max_drop": lambda v: f"at most {_points(v)} of accuracy lost",
+        "max_drop": lambda v: f"at most {scale.amount(v)} of {scale.of_what()} lost",
     }
     return ", ".join(words[key](value) for key, value in target.items())
 
@@ -52,10 +60,6 @@ def asked_in_words(target: Mapping[str, Any]) -> str:
 def _macs_in_words(asked: str | float) -> str:
     text = str(asked)
     return f"{text} of the MACs" if text.endswith("%") else f"{float(text) / 1e6:g} M MACs"
-
-
-def _points(value: float) -> str:
-    return f"{value:g} point{'' if value == 1 else 's'}"
 
 
 def judge(result: Mapping[str, Any], alternatives: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
@@ -99,7 +103,7 @@ def _part(what: str, asked: Any, result: Mapping[str, Any]) -> dict[str, Any]:
         share = 100 * found / cost["before"]["macs"]
         words = f"{found / 1e6:.1f} M MACs, {share:.1f}% (asked: at most {_macs_in_words(asked)})"
     else:
-        found = points_lost(result["stages"])
+        found = points_lost(result)
         met = round(found, _DIGITS) <= asked
         words = f"{_lost(found, result)} (asked: at most {asked:g})"
     return {"what": what, "asked": asked, "found": found, "met": bool(met), "words": words}
@@ -108,13 +112,14 @@ def _part(what: str, asked: Any, result: Mapping[str, Any]) -> dict[str, Any]:
 def _lost(points: float, result: Mapping[str, Any]) -> str:
     """Describe the loss of accuracy, on which images, and whether after fine-tuning."""
     tested = result["images"]["test"] if "images" in result else result["data"]["test"]
-    own = result["data"].get("labelled", True)
+    own = result["data"].get("labelled", True) or "task" in result
     on = f"{tested:,} test images" if own else f"the network's own answers to {tested:,} test images"
     tuned = result.get("recipe") and result.get("put_back") is None
     when = "after fine-tuning" if tuned else "without fine-tuning"
+    scale = scale_in(result)
     if points <= 0:
-        return f"no accuracy lost on {on}, {when}"
-    return f"{points:.2f} points of accuracy lost on {on}, {when}"
+        return f"no {scale.of_what()} lost on {on}, {when}"
+    return f"{scale.amount(points, 2)} of {scale.of_what()} lost on {on}, {when}"
 
 
 def _next(
@@ -125,15 +130,16 @@ def _next(
     advice: list[str] = []
     if "max_drop" in failed:
         advice.append(_finetune(result))
-        advice += [f"{other['speedup']:.2g}x {_costs(other['drop'])}" for other in alternatives]
+        scale = scale_in(result)
+        advice += [f"{other['speedup']:.2g}x {_costs(other['drop'], scale)}" for other in alternatives]
     for what in ("speedup", "latency_ms", "macs"):
         if what in failed:
             advice += _less(what, failed[what], result)
     return "; ".join(advice)
 
 
-def _costs(drop: float) -> str:
-    return f"costs {drop:.1f} points before fine-tuning" if drop > 0 else "costs nothing"
+def _costs(drop: float, scale: Scale) -> str:
+    return f"costs {scale.amount(drop, 1)} before fine-tuning" if drop > 0 else "costs nothing"
 
 
 def _finetune(result: Mapping[str, Any]) -> str:
@@ -166,10 +172,10 @@ def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list
 
 def worse(result: Mapping[str, Any]) -> str | None:
     """Return a sentence if a network became much worse than before, with the next step; else None."""
-    stages = result["stages"]
-    lost, last = points_lost(stages), stages[-1]
+    stages, scale = result["stages"], scale_in(result)
+    lost, last = points_lost(result), stages[-1]
     allowed = ((result.get("search") or {}).get("target") or {}).get("max_drop")
-    if lost <= max(_MUCH, allowed or 0.0) or last.get("p", 0.0) > _SURE:
+    if lost <= max(_much(stages[0], scale), allowed or 0.0) or last.get("p", 0.0) > _SURE:
         return None
     tested = result["images"]["test"] if "images" in result else result["data"]["test"]
     own = "wrong" if result["data"].get("labelled", True) else "answered otherwise"
@@ -178,10 +184,17 @@ def worse(result: Mapping[str, Any]) -> str | None:
         less = "ask for less" if "max_drop" in target else "ask for less, or add --max-drop 1"
     else:
         less = "let a search choose what loses little: --max-drop 1 in place of --method"
-    return (
-        f"Much worse than before: {100 * stages[0]['error']:.2f}% became {100 * last['error']:.2f}% {own} of "
-        f"{tested:,} test images; {_finetune(result)}, or {less}."
-    )
+    if scale == ERROR:
+        became = f"{100 * stages[0]['error']:.2f}% became {100 * last['error']:.2f}% {own} of {tested:,}"
+    else:
+        first, final = (scale.shown(stage["score"]) for stage in (stages[0], last))
+        became = f"a {scale.name} of {first} became {final} on {tested:,}"
+    return f"Much worse than before: {became} test images; {_finetune(result)}, or {less}."
+
+
+def _much(before: Mapping[str, Any], scale: Scale) -> float:
+    """Return how much lost score is reported first: two points, or a fiftieth of the score before."""
+    return _MUCH if scale.unit == "points" else abs(float(before[scale.key])) * _MUCH / 100
 
 
 def restored_in_words(result: Mapping[str, Any]) -> str | None:
@@ -207,7 +220,8 @@ def shortcoming(record: Mapping[str, Any]) -> list[str]:
         missed.append(f"{1e3 * attempts[-1]['after']:.2f} ms, where {target['latency_ms']:g} ms are asked")
     if "max_drop" in target and record.get("drop", 0.0) > target["max_drop"]:
         missed.append(
-            f"{record['drop']:.1f} points lost on {record.get('images', 0):,} calibration images, before "
+            f"{scale_in(record).amount(record['drop'], 1)} lost on {record.get('images', 0):,} "
+            "calibration images, before "
             f"fine-tuning, where {target['max_drop']:g} are allowed"
         )
     return missed

@@ -584,11 +584,14 @@ class Context:
         pairs: convolutions with only a norm and an activation between them, on one grid.
         kept: the values that :meth:`once` keeps; None to keep nothing.
         shortcut: provides layers' inputs; None if networks run from their own inputs.
+        loss: of (output, target), the scalar whose gradient says which positions matter; None for the
+            cross-entropy with labels or the network's own predictions.
     """
 
     pairs: tuple[tuple[Layer, Layer], ...] = ()
     kept: dict[Any, Any] | None = None
     shortcut: Shortcut | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     def __init__(self, original: nn.Module, network: nn.Module, calibration: Calibration | None) -> None:
         self.original, self.network, self.calibration = original, network, calibration

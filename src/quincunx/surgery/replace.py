@@ -61,6 +61,7 @@ def replace_layers(
     example_input: Tensor | tuple[Any, ...] | None = None,
     calibration: Iterable[Any] | None = None,
     journal: Journal | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Accelerated:
     """Return a copy of a network in which a method has replaced the layers that it supports.
 
@@ -83,6 +84,8 @@ def replace_layers(
             is a tensor, (input, target), several inputs with or without a target, or a dictionary with
             keys such as "pixel_values" and "labels"; see :class:`quincunx.surgery.calibration.Calibration`.
         journal: stores each layer when it is finished and returns it to a later call.
+        loss: (output, target) -> a scalar, whose gradient says which positions matter, for methods that ask
+            (impact masks); by default the cross-entropy with labels or the network's own predictions.
 
     Returns:
         An :class:`Accelerated`. A warning says if nothing was replaced.
@@ -106,6 +109,7 @@ def replace_layers(
     _checked(model, method)
     with undisturbed(model), evaluation(network := copied(model)):
         context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
+        context.loss = loss
         accepted = []
         for layer in layers:
             if (reason := reason_of(layer, ran) or method.refuse(layer, context)) is not None:
@@ -138,6 +142,7 @@ def prepare(
     where: Where | None = None,
     example_input: Tensor | tuple[Any, ...] | None = None,
     calibration: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> tuple[Context, list[Layer], dict[str, str]]:
     """Return a copy of a network to try methods on, its layers of a method's classes, and skipped layers.
 
@@ -146,6 +151,7 @@ def prepare(
     """
     network = copied(_checked(model, method)).eval()
     context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
+    context.loss = loss
     fit = [layer for layer in layers if reason_of(layer, ran) is None]
     skipped |= {layer.name: str(reason_of(layer, ran)) for layer in layers if layer not in fit}
     return context, fit, skipped

@@ -1,39 +1,73 @@
-"""Loss and error of a network on part of a data set."""
+"""Loss and score of a network on part of a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.data import ImageData, Part, Resident, batches
+from quincunx.data import ImageData, Items, Part, Resident, batches
 from quincunx.modules import inference_mode_of
+from quincunx.tasks import BadTask, Task, classification
+from quincunx.tasks.structure import mapped
 from quincunx.train.processes import ALONE, Ranks
 
 __all__ = [
     "Evaluation",
+    "Scored",
     "check_channels",
     "check_finite",
     "check_scores",
     "device_of",
     "evaluate",
+    "images_at_once",
     "label_with",
     "score_images",
 ]
 
 _AT_ONCE = 256
+# pixels of the images that a dense network computes at a time: 64 maps of them take half a gigabyte
+_PIXELS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy and share of wrong predictions (top-1 error, in [0, 1]) over ``images`` images."""
+    """Figures of a network on a part of a data set.
+
+    Attributes:
+        loss: mean loss of an image.
+        score: the task's score, a mean over images; in classification the share of wrong predictions.
+        images: their number.
+        further: the task's further figures, by name.
+    """
 
     loss: float
-    error: float
+    score: float
     images: int
+    further: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """Return the score of a classification: the share of wrong predictions (top-1 error), in [0, 1]."""
+        return self.score
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Figures of each image of a part, in its order.
+
+    Attributes:
+        losses: [N], float64.
+        scores: [N], float64.
+        sums: of each further figure the sum over the images, [...], float64.
+    """
+
+    losses: Tensor
+    scores: Tensor
+    sums: dict[str, Tensor]
 
 
 def evaluate(
@@ -41,20 +75,35 @@ def evaluate(
     split: Part,
     data: ImageData,
     *,
-    batch_size: int = _AT_ONCE,
+    batch_size: int | None = None,
     ranks: Ranks = ALONE,
     workers: int | None = None,
     held: Resident | None = None,
+    task: Task | None = None,
+    original: nn.Module | None = None,
 ) -> Evaluation:
-    """Return the loss and top-1 error of a network on one part of a data set.
+    """Return the loss, the score and the further figures of a network on one part of a data set.
 
-    Several processes each evaluate a share of the images, and all get the result for all of them. ``held``
-    are the part's images if they are on the network's device already.
+    Several processes each evaluate a share of the images, and all get the result for all of them.
+
+    Args:
+        model: the network.
+        split: the part.
+        data: its data set.
+        batch_size: images at a time; by default 256, and fewer of large images in other tasks than
+            classification.
+        ranks: this process's place among several.
+        workers: processes that read streamed images.
+        held: the part's images if they are on the network's device already.
+        task: by default classification.
+        original: the network that a task such as agreement compares with.
 
     Raises:
-        ValueError: the network's outputs do not match the data set's classes, or its inputs the images.
+        ValueError: the network's outputs do not match the data set's classes, or its inputs the images; what
+            the task refuses; a score that is not finite.
     """
-    losses, right, _ = score_images(
+    task = task or classification()
+    found = score_images(
         model,
         split,
         data,
@@ -63,9 +112,19 @@ def evaluate(
         world=ranks.world,
         workers=workers,
         held=held,
+        task=task,
+        original=original,
     )
-    loss, errors = ranks.total([float(losses.sum()), float((~right).sum())])
-    return Evaluation(loss / len(split), errors / len(split), len(split))
+    names = list(found.sums)
+    values = [float(found.losses.sum()), float(found.scores.sum())]
+    values += [float(v) for name in names for v in found.sums[name].flatten()]
+    loss, score, *rest = ranks.total(values)
+    further = {}
+    for name in names:
+        count = found.sums[name].numel()
+        total = torch.tensor(rest[:count], dtype=torch.float64).view(found.sums[name].shape)
+        further[name], rest = task.further[name].total(total, len(split)), rest[count:]
+    return Evaluation(loss / len(split), score / len(split), len(split), further)
 
 
 def score_images(
@@ -73,70 +132,119 @@ def score_images(
     split: Part,
     data: ImageData,
     *,
-    batch_size: int = _AT_ONCE,
+    batch_size: int | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int | None = None,
     held: Resident | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each image, in the part's order: cross-entropy (float64), whether the top-1 prediction was
-    right, and whether the right class was among the top 5. ``held`` as for :func:`evaluate`.
+    task: Task | None = None,
+    original: nn.Module | None = None,
+) -> Scored:
+    """Return loss and score of each image, in the part's order; arguments as for :func:`evaluate`.
 
     Raises:
-        ValueError: the network's outputs do not match the data set's classes, or its inputs the images.
+        ValueError: as :func:`evaluate`.
     """
+    task = task or classification()
     losses: list[Tensor] = []
-    right: list[Tensor] = []
-    among: list[Tensor] = []
+    scores: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+    at_once = images_at_once(split, task) if batch_size is None else batch_size
     if held is None:
-        source = batches(split, data, batch_size, rank=rank, world=world, workers=workers)
+        source = batches(split, data, at_once, rank=rank, world=world, workers=workers)
     else:
-        source = held.batches(held.drawn(batch_size, rank=rank, world=world).to(held.device))
+        source = held.batches(held.drawn(at_once, rank=rank, world=world).to(held.device))
     with inference_mode_of(model):
-        for scores, answers in _scored(model, data, source):
-            losses.append(F.cross_entropy(scores.float(), answers, reduction="none").double())
-            right.append(scores.argmax(1) == answers)
-            first = scores.topk(min(5, scores.shape[1])).indices
-            among.append((first == answers[:, None]).any(1))
-    return _fetched(losses, torch.float64), _fetched(right, torch.bool), _fetched(among, torch.bool)
+        for output, target in _answered(model, data, source, task, original):
+            losses.append(task.losses(output, target).double())
+            scores.append(task.scores(output, target))
+            for name, figure in task.further.items():
+                total = figure.of(output, target).double().sum(0)
+                sums[name] = sums[name] + total if name in sums else total
+    if not losses:
+        # a process without images adds nothing; the shape of its sums is that of no figure
+        one = torch.zeros(0, dtype=torch.float64)
+        return Scored(
+            one, one, {name: _nothing(model, data, split, task, name, original) for name in task.further}
+        )
+    # fetched at the end: waiting for a GPU after each batch would leave it idle
+    found = torch.cat(scores).cpu()
+    wrong = int((~found.isfinite()).sum())
+    if wrong:
+        first = int((~found.isfinite()).nonzero()[0])
+        raise BadTask(
+            f"task {task.name!r}: the score of {wrong:,} of {len(found):,} images is not finite; the "
+            "first is "
+            f"number {first} of {data.name}, {float(found[first])}"
+        )
+    return Scored(torch.cat(losses).cpu(), found, {name: total.cpu() for name, total in sums.items()})
 
 
-def _fetched(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Fetch all parts at the end: waiting for a GPU after each batch would leave it idle."""
-    return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=dtype)
+def _nothing(
+    model: nn.Module, data: ImageData, split: Part, task: Task, name: str, original: nn.Module | None
+) -> Tensor:
+    """Return zeros of the shape of a further figure's sum."""
+    source = batches(split, data, 1)
+    with inference_mode_of(model):
+        for output, target in _answered(model, data, [next(source)], task, original):
+            return torch.zeros_like(task.further[name].of(output, target).double().sum(0)).cpu()
+    raise AssertionError("a part without images is refused")
 
 
-def _scored(
-    model: nn.Module, data: ImageData, source: Iterable[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (scores, labels) of each batch, on the model's device."""
+def images_at_once(split: Part, task: Task, most: int = _AT_ONCE) -> int:
+    """Return how many images are computed at a time: of maps that stay large, so many pixels together."""
+    height, width = split.size
+    return most if task.classifies else max(1, min(most, _PIXELS_AT_ONCE // (height * width)))
+
+
+def _answered(
+    model: nn.Module,
+    data: ImageData,
+    source: Iterable[tuple[Tensor, Any]],
+    task: Task,
+    original: nn.Module | None,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (output, target) of each batch, on the model's device."""
     check_channels(model, data)
+    if task.needs_original and original is None:
+        raise ValueError(f"original=None: task {task.name!r} compares with the original network's outputs")
     device = device_of(model)
-    for images, labels in source:
-        scores = model(images.to(device))
-        check_scores(scores, data)
-        yield scores, labels.to(device)
+    for images, targets in source:
+        images = images.to(device)
+        output = model(images)
+        if task.classifies:
+            check_scores(output, data)
+        if task.needs_original and original is not None:
+            with inference_mode_of(original):
+                yield output, task.taught_by(original(images))
+        else:
+            yield output, mapped(lambda tensor: tensor.to(device), targets)
 
 
-def label_with(model: nn.Module, data: ImageData, workers: int | None = None) -> ImageData:
+def label_with(
+    model: nn.Module, data: ImageData, workers: int | None = None, task: Task | None = None
+) -> ImageData:
     """Label images with the network's own predictions; later disagreement counts as an error.
 
-    Images that already have labels keep them.
+    Images that already have labels keep them; in other tasks than classification nothing changes.
 
     Raises:
         ValueError: as :func:`score_images`.
     """
-    if data.classes:
+    if data.classes or not (task or classification()).classifies:
         return data
+    if isinstance(data.train, Items):
+        raise ValueError(f"{data.name}: its items have no classes; without labels, task agreement needs none")
     parts: dict[str, Part] = {}
     outputs = 0
     with inference_mode_of(model):
         for key, split in (("train", data.train), ("test", data.test)):
             answers = []
-            for scores, _ in _scored(model, data, batches(split, data, _AT_ONCE, workers=workers)):
+            source = batches(split, data, _AT_ONCE, workers=workers)
+            for scores, _ in _answered(model, data, source, classification(), None):
                 answers.append(scores.argmax(1).cpu())
                 outputs = scores.shape[1]
-            parts[key] = replace(split, labels=torch.cat(answers))
+            parts[key] = replace(split, labels=torch.cat(answers))  # type: ignore[arg-type]
     return replace(data, classes=tuple(map(str, range(outputs))), **parts)  # type: ignore[arg-type]
 
 

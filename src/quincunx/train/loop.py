@@ -25,12 +25,15 @@ from quincunx.data import ImageData, Part, Pass, Resident, Split, WorkerFailed, 
 from quincunx.layers.binary import PackedConv2d, PackedLinear
 from quincunx.measure.cost import Cost, cost
 from quincunx.measure.environment import environment
-from quincunx.modules import inference_mode_of
+from quincunx.modules import evaluation, inference_mode_of
 from quincunx.networks.artifact import check_replaceable, save
 from quincunx.networks.spec import name_of, spec_of
 from quincunx.ops.cuda_graphs import ONE_AT_A_TIME
 from quincunx.progress import progress_bar
 from quincunx.reading import differing_fields, one_line
+from quincunx.tasks import BadTask, Task, classification
+from quincunx.tasks.scale import ERROR, Scale
+from quincunx.tasks.structure import mapped, part_of
 from quincunx.train.checkpoint import (
     check_disk,
     only_writer,
@@ -43,6 +46,7 @@ from quincunx.train.evaluation import (
     check_scores,
     device_of,
     evaluate,
+    images_at_once,
 )
 from quincunx.train.loss import Loss
 from quincunx.train.processes import ALONE, Ranks, batch_norm_across
@@ -59,8 +63,6 @@ from quincunx.writing import write_json, write_text
 
 __all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "other_part", "run_identity"]
 
-# the weight of an auxiliary classifier's loss in training (Szegedy et al. 2015, section 5)
-_AUXILIARY = 0.3
 CHECKPOINT, LOG, RESULT, ARTIFACT = "checkpoint.pt", "log.jsonl", "run.json", "model"
 # on a GPU: steps between readings of the losses if steps are not replayed; the range of a test batch's
 # size, within a limit of pixels
@@ -85,8 +87,10 @@ class StopRule:
     """Says when a run ends before its last epoch.
 
     Attributes:
-        error: the run ends once the test error is at most this; None for never.
-        patience: the run ends after this many epochs without a lower test error; None for never.
+        error: the run ends once the test error is at most this, or in another task than classification once
+            the test score is at least as good; None for never.
+        patience: the run ends after this many epochs without a better score; None for never.
+        scale: the score's, by default that of classification.
 
     Example:
         >>> StopRule(patience=2).reason([{"test_error": e} for e in (0.3, 0.2, 0.25, 0.2)])
@@ -95,16 +99,20 @@ class StopRule:
 
     error: float | None = None
     patience: int | None = None
+    scale: Scale = ERROR
 
     def reason(self, history: Sequence[Mapping[str, float]]) -> str | None:
         """Return why a run with this history ends; None if it continues."""
-        errors = [entry["test_error"] for entry in history]
-        if not errors:
+        scale = self.scale
+        scores = [entry[f"test_{scale.key}"] for entry in history]
+        if not scores:
             return None
-        if self.error is not None and errors[-1] <= self.error:
-            return f"the test error is within {100 * self.error:.2f}%"
-        if self.patience is not None and len(errors) - 1 - errors.index(min(errors)) >= self.patience:
-            return f"no lower test error in {self.patience} epochs"
+        if self.error is not None and scale.reached(scores[-1], self.error):
+            return f"the test {scale.name} is within {scale.shown(self.error)}"
+        costs = [scale.cost(score) for score in scores]
+        if self.patience is not None and len(costs) - 1 - costs.index(min(costs)) >= self.patience:
+            better = "lower" if scale.better == "lower" else "higher"
+            return f"no {better} test {scale.name} in {self.patience} epochs"
         return None
 
 
@@ -122,6 +130,7 @@ def fit(
     workers: int | None = None,
     stop: StopRule | None = None,
     keep_best: bool = False,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Train a network and write the run's folder.
 
@@ -160,8 +169,10 @@ def fit(
             ``distill_features``; it is evaluated and not changed.
         workers: processes that decode streamed images; by default one per core, at most eight.
         stop: ends the run early; "stopped" in the result then says why.
-        keep_best: the network ends with the weights of the epoch of least test error, "best_epoch" in the
+        keep_best: the network ends with the weights of the epoch of the best test score, "best_epoch" in the
             result, instead of those of the last.
+        task: the loss and the score; by default classification. In a task against the original's outputs the
+            teacher is the original.
 
     Returns:
         The content of ``run.json``.
@@ -176,21 +187,43 @@ def fit(
             or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
-    rule = stop or StopRule()
+    rule = stop or StopRule(scale=(task or classification()).scale)
     with ONE_AT_A_TIME:
-        run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best)
+        run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best, task)
     return run.go(resume, progress)
 
 
-def _check_memory(cost_of_one: Cost, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-    """Refuse a step whose maps, one per layer, do not fit in the free memory."""
+def _check_memory(
+    cost_of_one: Cost, share: float, recipe: Recipe, ranks: Ranks, device: torch.device
+) -> None:
+    """Refuse a step whose maps, one per layer, do not fit in the free memory.
+
+    ``share`` is the size of training images relative to those of the cost.
+    """
     images = math.ceil(recipe.batch_size / ranks.world / recipe.accumulate)
     values = sum(math.prod(row.output) for row in cost_of_one.rows)
     memory.check(
         f"a step of {images} images",
-        images * values * (4 if recipe.precision == "float32" else 2),
+        int(images * values * share * (4 if recipe.precision == "float32" else 2)),
         "a smaller --batch-size or a larger --accumulate needs less",
         _free_on(device) if device.type == "cuda" else None,
+    )
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.lr,
+            betas=(recipe.momentum, 0.999),
+            weight_decay=recipe.weight_decay,
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
     )
 
 
@@ -205,9 +238,12 @@ def _runs_apart(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def run_identity(network: dict[str, Any], recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
+def run_identity(
+    network: dict[str, Any], recipe: Recipe, data: ImageData, seed: int, task: Task | None = None
+) -> dict[str, Any]:
     """Return everything that two runs must share to be the same run, JSON-ready."""
-    return {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
+    facts = {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
+    return facts if task is None or task.classifies else {**facts, "task": task.to_dict()}
 
 
 def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
@@ -226,15 +262,16 @@ def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     return None
 
 
-def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:
-    """Return the number of the first epoch of least test error; ties go to the least test loss."""
-    best = min(history, key=lambda entry: (entry["test_error"], entry["test_loss"]))
+def _best_epoch(history: Sequence[Mapping[str, float]], scale: Scale = ERROR) -> int:
+    """Return the number of the first epoch of the best test score; ties go to the least test loss."""
+    name = f"test_{scale.key}"
+    best = min(history, key=lambda entry: (scale.cost(entry[name]), entry["test_loss"]))
     return int(best["epoch"])
 
 
-def _is_entry(value: object) -> bool:
+def _is_entry(value: object, key: str) -> bool:
     """Return whether a value is a valid epoch of a checkpoint's history."""
-    names = ("epoch", "train_error", "test_loss", "test_error", "seconds")
+    names = ("epoch", f"train_{key}", "test_loss", f"test_{key}", "seconds")
     return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in names)
 
 
@@ -253,7 +290,10 @@ class _Run:
         workers: int | None,
         stop: StopRule,
         keep_best: bool = False,
+        task: Task | None = None,
     ) -> None:
+        self.task = task or classification()
+        self.scale, self.teacher = self.task.scale, teacher
         self.stop, self.keep_best = stop, keep_best
         # the weights after the best epoch, if asked for
         self.best: dict[str, Tensor] | None = None
@@ -270,15 +310,16 @@ class _Run:
         check_channels(model, data)
         height, width = data.size
         example = torch.zeros(1, data.in_channels, height, width, device=self.device)
-        with inference_mode_of(model):
-            check_scores(model(example), data)
-        self.loss = Loss(recipe, model, teacher, example)
-        if not data.labelled and recipe.distill < 1:
+        if self.task.classifies:
+            with inference_mode_of(model):
+                check_scores(model(example), data)
+        self.loss = Loss(recipe, model, teacher, example, self.task)
+        if not data.labelled and recipe.distill < 1 and not self.task.needs_original:
             raise ValueError(
                 f"distill={recipe.distill:g}: the images of {data.name} have no labels; 1 learns from "
                 "the teacher alone"
             )
-        if teacher is not None:
+        if teacher is not None and self.task.classifies:
             with inference_mode_of(teacher):
                 check_scores(teacher(example), data)
         self.cost = cost(model, example)
@@ -287,16 +328,11 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov and recipe.momentum > 0,
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizer = _optimizer(model, recipe)
         # the module that a step calls: torch averages the gradients of several processes
         self.stepped: nn.Module = model
         self.history: list[dict[str, float]] = []
+        self.tested: Evaluation | None = None
         self.saved = 0
         self.apart: _Apart | None = None
 
@@ -355,10 +391,34 @@ class _Run:
         state = sum(t.nbytes for t in self.model.state_dict().values())
         # a checkpoint has weights and momentum, and the old one stays until the new one is written
         self.ranks.from_first(lambda: check_disk(self.folder, (7 if self.keep_best else 5) * state))
-        _check_memory(self.cost, self.recipe, self.ranks, self.device)
+        share = math.prod(self.data.step_size(self.augment)) / math.prod(self.data.size)
+        _check_memory(self.cost, share, self.recipe, self.ranks, self.device)
+        if not self.task.classifies:
+            self._try_loss()
         if not self.history:
             self._save()
         self._write_log()
+
+    def _try_loss(self) -> None:
+        """Check on one image that the loss has a gradient to the weights, before a run begins.
+
+        Raises:
+            ValueError: it has none, or is not finite.
+        """
+        images, target = next(batches(self.data.train, self.data, 1, workers=0))
+        images, target = images.to(self.device), mapped(lambda t: t.to(self.device), target)
+        with evaluation(self.model), torch.enable_grad():
+            loss = self.loss.of_outputs(self.model(images), target, self.loss.asked(images))
+            named = [p for p in self.model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(loss, named, allow_unused=True) if loss.requires_grad else ()
+        name = self.task.name
+        if not any(gradient is not None for gradient in found):
+            raise BadTask(
+                f"task {name!r}: its loss has no gradient to the network's weights; it must be computed from "
+                "the output by torch, without detach(), item(), argmax or torch.no_grad()"
+            )
+        if not bool(loss.isfinite()):
+            raise BadTask(f"task {name!r}: the loss of the first training image is {float(loss)}")
 
     def _found(self, resume: bool) -> dict[str, Any] | None:
         if not self.checkpoint.exists():
@@ -387,7 +447,7 @@ class _Run:
                     lambda state, done=1: bar.update(task, advance=done, state=state),
                 )
                 self.history.append(entry)
-                if self.keep_best and _best_epoch(self.history) == len(self.history):
+                if self.keep_best and _best_epoch(self.history, self.scale) == len(self.history):
                     self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
                 self._save()
                 self._write_log()
@@ -405,14 +465,19 @@ class _Run:
         began = time.perf_counter()
         count = len(self.data.train)
         rates = [self._rate(number * steps + step, steps) for step in range(steps)]
-        total, wrong, done = 0.0, 0.0, 0
+        total, scored, done = 0.0, 0.0, 0
         work = self._steps(number, rates) if self.apart is None else self.apart.steps(number, rates)
-        for so_far, total, wrong in work:  # noqa: B007 - the last values are used
+        for so_far, total, scored in work:  # noqa: B007 - the last values are used
             seen = min(count, so_far * self.recipe.batch_size)
             advance(f"epoch {number + 1} loss {total / seen:.3f}", so_far - done)
             done = so_far
         seconds = time.perf_counter() - began
-        tested = self._tested()
+        try:
+            tested = self.tested = self._tested()
+        except BadTask as error:
+            raise RunFailed(
+                f"{error}; the checkpoint after epoch {number} is kept in {self.checkpoint}"
+            ) from error
         if not math.isfinite(tested.loss):
             # the last step may have broken the weights: they must not replace good ones
             raise self.diverged("test loss", tested.loss, number, f"step {steps}", rates[-1])
@@ -420,9 +485,9 @@ class _Run:
             "epoch": number + 1,
             "lr": rates[-1],
             "train_loss": total / count,
-            "train_error": wrong / count,
+            f"train_{self.scale.key}": scored / count,
             "test_loss": tested.loss,
-            "test_error": tested.error,
+            f"test_{self.scale.key}": tested.score,
             "seconds": seconds,
             "images_per_second": count / seconds,
         }
@@ -432,28 +497,37 @@ class _Run:
         return self.recipe.lr_at(taken / (self.recipe.epochs * steps), taken)
 
     def _steps(self, number: int, rates: Sequence[float]) -> Iterator[tuple[int, float, float]]:
-        """Run the steps of an epoch; after each yield their number, summed losses and wrong predictions."""
-        total, wrong, count = 0.0, 0.0, len(self.data.train)
+        """Run the steps of an epoch; after each yield their number, summed losses and summed scores."""
+        total, scored, count = 0.0, 0.0, len(self.data.train)
         for step, (images, labels) in enumerate(self.read(number)):
             for group in self.optimizer.param_groups:
                 group["lr"] = rates[step]
             self.optimizer.zero_grad(set_to_none=True)
             whole = min(self.recipe.batch_size, count - step * self.recipe.batch_size)
-            share, errors = self.derive(images, labels, whole)
-            loss, all_errors = self.ranks.total([float(share), int(errors)])
+            share, scores = self.derive(images, labels, whole)
+            loss, all_scores = self.ranks.total([float(share), float(scores)])
             if not math.isfinite(loss):
                 raise self.diverged("loss", loss, number, f"step {step + 1}", rates[step])
             self.scaler.step(self.optimizer)
             self.scaler.update()
             total += loss * whole
-            wrong += all_errors
-            yield step + 1, total, wrong
+            scored += all_scores
+            yield step + 1, total, scored
 
     def _tested(self) -> Evaluation:
         if self.apart is None:
-            return evaluate(self.model, self.data.test, self.data, ranks=self.ranks, workers=self.workers)
+            return evaluate(
+                self.model,
+                self.data.test,
+                self.data,
+                ranks=self.ranks,
+                workers=self.workers,
+                task=self.task,
+                original=self.teacher,
+            )
         fewest, most = _TESTED_AT_ONCE
         most = max(fewest, min(most, _TESTED_PIXELS // math.prod(self.data.size)))
+        most = images_at_once(self.data.test, self.task, most)
         count = len(self.data.test)
         return evaluate(
             self.model,
@@ -464,9 +538,11 @@ class _Run:
             ranks=self.ranks,
             workers=self.workers,
             held=self.apart.tests,
+            task=self.task,
+            original=self.teacher,
         )
 
-    def read(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, number: int) -> Iterator[tuple[Tensor, Any]]:
         """Yield an epoch's batches on the device; an unreadable image or a dead worker ends the run
         with the reason."""
         source = batches(
@@ -489,36 +565,35 @@ class _Run:
                 raise RunFailed(
                     f"{error}; the checkpoint after epoch {self.saved} is kept in {self.checkpoint}"
                 ) from error
-            yield images.to(self.device), labels.to(self.device)
+            yield images.to(self.device), mapped(lambda tensor: tensor.to(self.device), labels)
 
-    def derive(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """Return mean loss and wrong predictions of a batch of ``whole`` images; leave its gradients.
+    def derive(self, images: Tensor, labels: Any, whole: int) -> tuple[Tensor, Tensor]:
+        """Return mean loss and summed scores of a batch of ``whole`` images; leave its gradients.
 
         ``images`` are this process's share of the batch; the results are for this share, on the device.
         """
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        wrong = torch.zeros((), dtype=torch.long, device=self.device)
-        parts = self.recipe.accumulate
-        for i, (part, answers) in enumerate(
-            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-        ):
+        scored = torch.zeros((), dtype=torch.float64, device=self.device)
+        parts, start = self.recipe.accumulate, 0
+        for i, part in enumerate(images.tensor_split(parts)):
             # every process must take part in each exchange, even without images
-            if not len(answers) and self.ranks.world == 1:
+            if not len(part) and self.ranks.world == 1:
                 continue
+            target = part_of(labels, slice(start, start + len(part)))
+            start += len(part)
             with self._exchange(last=i == parts - 1):
                 with self._autocast(), self.loss.following():
-                    outputs, wanted = self.stepped(part), self.loss.asked(part)
+                    output, wanted = self.stepped(part), self.loss.asked(part)
                     maps = self.loss.of_maps()
-                scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-                check_scores(scores, self.data)
-                share = (self.loss.of_scores(scores, answers, wanted) + maps) / whole
-                for other in auxiliary:
-                    share = share + _AUXILIARY * self.loss.of_scores(other, answers, wanted) / whole
+                if self.task.classifies:
+                    check_scores(output[0] if isinstance(output, tuple) else output, self.data)
+                share = (self.loss.of_outputs(output, target, wanted) + maps) / whole
                 # torch averages the processes' gradients, but we want their sum
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss = loss + share.detach()
-            wrong = wrong + (scores.detach().argmax(1) != answers).sum()
-        return loss, wrong
+            truth = wanted if self.task.needs_original else target
+            scored = scored + self.task.scores(output, truth).sum()
+        return loss, scored
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
         """Exchange gradients once per step, with its last part."""
@@ -538,7 +613,7 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """Return everything that a checkpoint must share with the run that resumes it."""
-        return run_identity(self.spec, self.recipe, self.data, self.seed)
+        return run_identity(self.spec, self.recipe, self.data, self.seed, self.task)
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -567,7 +642,9 @@ class _Run:
             other = other_part({**json.loads(content["identity"])}, ours)
             state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
             history = json.loads(content["history"])
-            if not isinstance(history, list) or not all(_is_entry(entry) for entry in history):
+            if not isinstance(history, list) or not all(
+                _is_entry(entry, self.scale.key) for entry in history
+            ):
                 raise ValueError("no history of epochs")
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.checkpoint}: incomplete or altered ({error!r})") from error
@@ -594,7 +671,7 @@ class _Run:
         last = self.history[-1]
         if self.best is not None:
             self.model.load_state_dict(self.best)
-            last = self.history[_best_epoch(self.history) - 1]
+            last = self.history[_best_epoch(self.history, self.scale) - 1]
         result = {
             "schema": 1,
             "kind": "train",
@@ -603,19 +680,25 @@ class _Run:
             "device": self.device.type,
             "processes": self.ranks.world,
             "cost": {"macs": self.cost.macs, "params": self.cost.params},
-            "test_error": last["test_error"],
+            f"test_{self.scale.key}": last[f"test_{self.scale.key}"],
             "test_loss": last["test_loss"],
             "seconds": sum(entry["seconds"] for entry in self.history),
             "history": self.history,
             "environment": environment(),
         }
+        if not self.task.classifies and self.task.further:
+            # of the network as it is now, which a resumed run that was finished has not tested
+            known = self.tested if self.best is None and self.tested is not None else self._tested()
+            result["further"] = known.further
         if self.best is not None:
             result["best_epoch"] = last["epoch"]
         if self.apart is not None:
             result |= self.apart.facts()
         if len(self.history) < self.recipe.epochs:
             result["stopped"] = self.stop.reason(self.history)
-        info = {"data": self.data.describe(), "test_error": last["test_error"]}
+        info = {"data": self.data.describe(), f"test_{self.scale.key}": result[f"test_{self.scale.key}"]}
+        if "task" in result:
+            info["task"] = result["task"]
         if self.ranks.first:
             save(self.model, self.folder / ARTIFACT, info=info)
             write_json(self.folder / RESULT, result)
@@ -629,7 +712,7 @@ class _Apart:
         self.run = run
         self.held, self.tests = self._held(run.data.train, run.augment), self._held(run.data.test, "none")
         self.total = torch.zeros((), dtype=torch.float64, device=run.device)
-        self.wrong = torch.zeros((), dtype=torch.long, device=run.device)
+        self.scored = torch.zeros((), dtype=torch.float64, device=run.device)
         self.rate = torch.zeros(1, device=run.device)
         # the step of a whole batch, and that of the smaller one at an epoch's end
         self.replayed: Replayed | None = None
@@ -653,6 +736,7 @@ class _Apart:
         run = self.run
         for holds, why in (
             (run.ranks.world == 1, "several processes exchange at each step"),
+            (run.recipe.optimizer == "sgd", "steps of Adam are not recorded"),
             (run.recipe.accumulate == 1, "batches pass in parts"),
             (run.loss.teacher is None, "a teacher is asked at each step"),
             (not run.scaler.is_enabled(), "in float16 the scale of the losses may change at each step"),
@@ -678,7 +762,7 @@ class _Apart:
     def _record(self, held: Resident) -> None:
         run, size = self.run, self.run.recipe.batch_size
         run.model.train()
-        state = [*run.model.parameters(), *run.model.buffers(), self.total, self.wrong]
+        state = [*run.model.parameters(), *run.model.buffers(), self.total, self.scored]
         for group in run.optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
                 # torch creates them at the first step as a copy of the gradient, which zeros lead to as well
@@ -704,9 +788,9 @@ class _Apart:
     def _derive(self, images: Tensor, labels: Tensor, whole: int) -> None:
         run = self.run
         run.optimizer.zero_grad(set_to_none=True)
-        loss, wrong = run.derive(images if run.recipe.channels_last else images.contiguous(), labels, whole)
+        loss, scored = run.derive(images if run.recipe.channels_last else images.contiguous(), labels, whole)
         self.total.add_(loss * whole)
-        self.wrong.add_(wrong)
+        self.scored.add_(scored)
 
     def _update(self) -> None:
         """Take an optimiser step with the rate on the device, which a graph can contain."""
@@ -737,7 +821,7 @@ class _Apart:
         """Run the steps like :meth:`_Run._steps`, but yield after several steps at a time."""
         run, size, count = self.run, self.run.recipe.batch_size, len(self.run.data.train)
         self.total.zero_()
-        self.wrong.zero_()
+        self.scored.zero_()
         if self.held is None:
             source = run.read(number)
         else:
@@ -778,15 +862,15 @@ class _Apart:
             group["lr"] = rate
 
     def _so_far(self, number: int, done: int, rates: Sequence[float]) -> tuple[int, float, float]:
-        """Return steps, summed losses and wrong predictions; waits for the device."""
+        """Return steps, summed losses and summed scores; waits for the device."""
         run = self.run
         if done == len(rates) and self.held is not None and number + 1 < run.recipe.epochs:
             # the device is busy meanwhile
             self._next = number + 1, self._drawn(number + 1)
-        total, wrong = run.ranks.total([float(self.total), float(self.wrong)])
+        total, scored = run.ranks.total([float(self.total), float(self.scored)])
         if not math.isfinite(total):
             raise run.diverged("loss", total, number, f"by step {done}", rates[done - 1])
-        return done, total, wrong
+        return done, total, scored
 
     def _taken(self, number: int) -> Pass:
         if self._next is not None and self._next[0] == number:

@@ -1,4 +1,4 @@
-"""Training losses: labels, another network's outputs, and its maps."""
+"""Training losses: a task's loss, the distance from another network's outputs, and from its maps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.modules import inference_mode_of
+from quincunx.tasks import Task, classification
 from quincunx.train.recipes import Recipe
 
 __all__ = ["Loss", "shared_maps"]
@@ -21,25 +21,39 @@ Hook = Callable[[nn.Module, object, Any], None]
 class Loss:
     r"""The loss of a recipe, summed over images.
 
-    .. math:: (1 - a) \, CE(z, y) + a \, T^2 \, KL(\sigma(z'/T) \| \sigma(z/T))
+    .. math:: (1 - a) \, \ell(z, y) + a \, d(z, z')
         + b \, \frac{1}{L} \sum_l \lVert F_l - F'_l \rVert^2 / \lVert F'_l \rVert^2
 
-    with scores z, labels y and maps F; primes mark the teacher's (Hinton et al.,
-    arXiv:1503.02531; maps as hints: Romero et al., arXiv:1412.6550, here of equal shapes and therefore
-    compared directly). a, T and b are the recipe's ``distill``, ``temperature`` and ``distill_features``.
+    with outputs z, targets y and maps F; primes mark the teacher's. The loss l and the distance d are the
+    task's: in classification the cross-entropy and T^2 KL(softmax(z'/T) || softmax(z/T)) (Hinton et al.,
+    arXiv:1503.02531). Maps are hints (Romero et al., arXiv:1412.6550), here of equal shapes and therefore
+    compared directly. a, T and b are the recipe's ``distill``, ``temperature`` and ``distill_features``.
 
     Args:
         recipe: the shares.
         model: the network that learns.
         teacher: evaluated and not changed; None for none.
         example: an input batch, used to find shared maps.
+        task: by default classification.
 
     Raises:
         ValueError: the teacher is missing, or not used; no map in common.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
-        if (teacher is not None) != recipe.taught:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        example: Tensor,
+        task: Task | None = None,
+    ) -> None:
+        self.task = task or classification()
+        if self.task.needs_original and teacher is None:
+            raise ValueError(
+                f"teacher: task {self.task.name!r} learns the outputs of another network; give a teacher"
+            )
+        if (teacher is not None) != (recipe.taught or self.task.needs_original):
             need = "needs a teacher" if teacher is None else "makes no use of the teacher"
             raise ValueError(
                 f"teacher: the recipe's distill={recipe.distill:g}, distill_features="
@@ -75,26 +89,25 @@ class Loss:
             self._ours.clear()
             self._theirs.clear()
 
-    def asked(self, images: Tensor) -> Tensor | None:
-        """Return the teacher's scores; None without a teacher."""
+    def asked(self, images: Tensor) -> Any:
+        """Return the teacher's output; None without a teacher."""
         if self.teacher is None:
             return None
         with inference_mode_of(self.teacher):
-            scores: Tensor = self.teacher(images)
-        return scores.float()
+            return self.task.taught_by(self.teacher(images))
 
-    def of_scores(self, scores: Tensor, answers: Tensor, wanted: Tensor | None) -> Tensor:
-        """Return cross-entropy with the labels, or its mixture with the teacher's outputs."""
-        heat, share = self.recipe.temperature, self.recipe.distill
-        scores = scores.float()
-        # labels with no share in the loss are not read: there may be none
-        plain = F.cross_entropy(scores, answers, reduction="sum") if share < 1 else scores.new_zeros(())
-        if wanted is None or not share:
-            return plain
-        soft = F.kl_div(
-            F.log_softmax(scores / heat, 1), F.log_softmax(wanted / heat, 1), reduction="sum", log_target=True
-        )
-        return (1 - share) * plain + share * heat**2 * soft
+    def of_outputs(self, output: Any, target: Any, wanted: Any) -> Tensor:
+        """Return the task's loss, or its mixture with the distance from the teacher's output."""
+        share = self.recipe.distill
+        total: Tensor | float = 0.0
+        # targets with no share in the loss are not read: there may be none
+        if share < 1:
+            total = (1 - share) * self.task.losses(
+                output, wanted if self.task.needs_original else target
+            ).sum()
+        if wanted is not None and share:
+            total = total + share * self.task.distances(output, wanted, self.recipe.temperature).sum()
+        return torch.as_tensor(total)
 
     def of_maps(self) -> Tensor | float:
         """Return the relative squared distance between the maps of both networks' last passes."""

@@ -13,12 +13,13 @@ from quincunx.data import AUGMENTATIONS
 
 __all__ = ["RECIPES", "Recipe", "by_name", "from_dict", "recipe_with"]
 
+_OPTIMIZERS = ("sgd", "adam")
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training settings: SGD with momentum and a step schedule.
+    """Training settings: SGD with momentum, or Adam, and a step schedule.
 
     Attributes:
         name: of the recipe.
@@ -30,8 +31,8 @@ class Recipe:
         every: the rate is also multiplied by ``gamma`` each time this many steps have passed; 0 for never.
         warmup: share of the epochs in which the rate rises linearly from zero.
         weight_decay: on every parameter.
-        momentum: of SGD.
-        nesterov: whether to use Nesterov's form.
+        momentum: of SGD; of Adam the decay of the gradients' mean.
+        nesterov: whether SGD uses Nesterov's form.
         distill: share of the loss for a teacher's outputs instead of the labels (Hinton et
             al., arXiv:1503.02531): temperature^2 times the Kullback-Leibler divergence of the softened
             distributions.
@@ -44,6 +45,8 @@ class Recipe:
             "bfloat16" or, with scaled losses, "float16"; weights, batch statistics and loss in float32.
         accumulate: parts in which a batch passes through the network before the weights change;
             batch norm then normalises each part separately.
+        optimizer: "sgd", or "adam" with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101),
+            which suits losses of images, whose gradients are small.
         channels_last: whether to use the channels_last memory format.
 
     Raises:
@@ -68,6 +71,7 @@ class Recipe:
     precision: str = "float32"
     accumulate: int = 1
     channels_last: bool = True
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -90,6 +94,7 @@ class Recipe:
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("augment", self.augment in (None, *AUGMENTATIONS), f"one of {', '.join(AUGMENTATIONS)}"),
             ("precision", self.precision in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
+            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
             ("accumulate", 1 <= self.accumulate <= self.batch_size, "from 1 to batch_size"),
         ):
             if not holds:
@@ -169,8 +174,22 @@ def digits() -> Recipe:
     return Recipe(name="digits", epochs=12, batch_size=32, lr=0.1, milestones=(0.6, 0.85), warmup=0.04)
 
 
+def denoising() -> Recipe:
+    """Return 50 epochs of Adam, rate 1e-3, a tenth at 30 and at 45 (Zhang et al., arXiv:1608.03981, use
+    SGD)."""
+    return Recipe(
+        name="denoising",
+        epochs=50,
+        batch_size=16,
+        lr=1e-3,
+        milestones=(0.6, 0.9),
+        weight_decay=0.0,
+        optimizer="adam",
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (cifar, pyramidnet, imagenet, short, finetune, digits)
+    recipe.__name__: recipe for recipe in (cifar, pyramidnet, imagenet, short, finetune, digits, denoising)
 }
 
 

@@ -1,0 +1,104 @@
+"""The test of an installation finds what is right, what is wrong, and what is missing."""
+
+import json
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import quincunx as qx
+from quincunx.cli import app
+from quincunx.experiments import selftest
+from quincunx.experiments.selftest import Finding, examine, report_line
+
+CHEAP = {"rounds": 3, "round_seconds": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    measure = selftest.measure
+    monkeypatch.setattr(selftest, "measure", lambda runs, **_: measure(runs, **CHEAP))
+
+
+def by_name():
+    return {finding.name: finding for finding in examine()}
+
+
+def test_an_installation_that_is_right_has_nothing_wrong():
+    found = by_name()
+    assert {finding.state for finding in found.values()} <= {"ok", "note"}
+    for name in (
+        "convolutions in float32",
+        "convolutions in bfloat16",
+        "gradients",
+        "a fused network in float32",
+    ):
+        assert found[name].state == "ok"
+    assert "speed in bfloat16" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("sampled_conv2d", "convolutions in float32"),
+        ("sampled_conv2d", "gradients"),
+        ("sampled_conv_transpose2d", "convolutions in bfloat16"),
+    ],
+)
+def test_a_kernel_that_answers_wrongly_is_found(monkeypatch, name, broken):
+    right = getattr(selftest, name)
+    monkeypatch.setattr(selftest, name, lambda *args, **settings: 1.05 * right(*args, **settings))
+    assert by_name()[broken].state == "wrong"
+
+
+def test_values_that_are_not_finite_are_wrong(monkeypatch):
+    right = selftest.sampled_conv2d
+    monkeypatch.setattr(
+        selftest, "sampled_conv2d", lambda *args, **settings: right(*args, **settings) * float("nan")
+    )
+    assert by_name()["convolutions in float32"].state == "wrong"
+
+
+def test_a_fused_network_that_answers_wrongly_is_found(monkeypatch):
+    monkeypatch.setattr(selftest, "fuse", lambda model, *_, **__: lambda x: model(x) + 1)
+    assert by_name()["a fused network in float32"].state == "wrong"
+
+
+def test_what_is_missing_or_in_the_way_is_noted(monkeypatch, tmp_path):
+    def version(package):
+        if package == "tensorly":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(selftest, "version", version)
+    monkeypatch.setattr(selftest, "_openmp", lambda: ["libgomp", "libiomp5"])
+    monkeypatch.setattr(
+        selftest, "backend", lambda: qx.ops.Backend("reference", "QUINCUNX_BACKEND=reference")
+    )
+    monkeypatch.setenv("QUINCUNX_CACHE", "")
+    found = by_name()
+    assert found["extra methods"] == Finding(
+        "extra methods", "note", "tensorly not installed: pip install 'quincunx[methods]'"
+    )
+    assert "libgomp and libiomp5" in found["threads"].said
+    assert "saves no time" in found["back end"].said
+    assert "measures anew" in found["cache"].said
+    line = report_line(list(found.values()))
+    assert line.startswith("quincunx ")
+    assert torch.__version__ in line
+    assert "note: extra methods" in line
+    assert "\n" not in line
+
+
+def test_the_command_says_it_and_ends_with_1_where_an_answer_is_wrong(monkeypatch):
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "ok    gradients: equal torch's" in result.output
+    assert "To report a problem, send this line:" in result.output
+    monkeypatch.setattr(selftest, "fuse", lambda model, *_, **__: lambda x: model(x) + 1)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    told = json.loads(result.output)
+    assert told["wrong"] is True
+    assert "wrong: a fused network in float32" in told["report"]

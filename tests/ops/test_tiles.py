@@ -1,0 +1,172 @@
+"""bfloat16 on tiles: emulated ones everywhere, AMX where the processor has it and the system permits it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quincunx as qx
+from quincunx.ops import native
+
+pytestmark = pytest.mark.skipif(native.load() is not None, reason="the native back end is not built")
+
+TESTS = Path(__file__).parents[1]
+# one set of kernels a process
+SETS = ["amx-emulated", *(["amx"] if native.load() is None and not native.tiles_refused() else [])]
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "QUINCUNX_BACKEND": "native", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+# a sampled, a transposed, a dense, a strided, a grouped and a 1 x 1 convolution; narrow, odd and wide maps
+NETWORK = """
+import torch, quincunx as qx
+from quincunx.ops import native
+def outputs(threads=1):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator).bfloat16()
+    x, all_ = normal(3, 33, 19, 17), []
+    w, v = normal(64, 33, 3, 3), normal(64, 64, 3, 3)
+    y = qx.sampled_conv2d(x, w, sampling=qx.CHESSBOARD, padding=1)
+    all_.append(y)
+    all_.append(qx.sampled_conv_transpose2d(y, v, sampling=qx.CHESSBOARD, size=(19, 17), padding=1))
+    def dense(x, weight, stride=1, padding=0, dilation=1):
+        return native.conv(x, weight, None, "", [stride] * 2, [padding] * 4, [dilation] * 2, 1)
+    all_.append(dense(all_[-1], normal(20, 64, 1, 1)))
+    all_.append(dense(normal(2, 64, 40, 40), normal(64, 64, 3, 3), padding=1))
+    all_.append(dense(normal(2, 32, 20, 20), normal(48, 32, 3, 3), stride=2, padding=2, dilation=2))
+    x, w = normal(2, 6, 20, 20), normal(8, 3, 7, 7)
+    all_.append(qx.sampled_conv2d(x, w, sampling=qx.QUARTER, padding=3, groups=2))
+    return all_
+"""
+
+
+def run_network(then, **environment):
+    run = python(NETWORK + then, **environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_fused_networks_equal_the_reference(isa):
+    """The fused networks' own tests, on these kernels."""
+    files = [TESTS / "fusion" / name for name in ("test_epilogues.py", "test_compact.py", "test_fuse.py")]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "bfloat16 or dtype or equal",
+            *files,
+        ],
+        env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_results_do_not_depend_on_the_threads_nor_on_the_cache(isa):
+    """The cache's size decides how much is copied at a time, and the threads where the work is cut."""
+    digest = """
+for o in outputs({}):
+    print(int((o.view(torch.int16).long() * torch.arange(o.numel()).view(o.shape)).sum()))
+"""
+    found = {
+        tuple(run_network(digest.format(threads), QUINCUNX_ISA=isa, QUINCUNX_L2=str(cache)))
+        for threads, cache in ((1, 1 << 20), (3, 1 << 20), (4, 1 << 18), (1, 1 << 22))
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_forked_and_spawned_processes_compute_the_same(isa, tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(
+        NETWORK
+        + """
+import multiprocessing
+def work(kind, pipe):
+    pipe.send([o.float().numpy() for o in outputs()])
+if __name__ == "__main__":
+    mine = outputs()
+    for kind in ("fork", "spawn"):
+        context = multiprocessing.get_context(kind)
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(kind, there))
+        process.start()
+        assert here.poll(120), kind
+        theirs = here.recv()
+        process.join()
+        assert process.exitcode == 0, kind
+        assert all((a.float() == torch.from_numpy(b)).all() for a, b in zip(mine, theirs, strict=True)), kind
+        print(kind)
+"""
+    )
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["fork", "spawn"]
+
+
+def test_beside_torch_which_uses_tiles_too():
+    """oneDNN configures the tiles for its own products; neither may find the other's configuration."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 30, 30).bfloat16(), torch.randn(64, 64, 3, 3).bfloat16()
+
+    def theirs():
+        return torch.nn.functional.conv2d(x, weight, padding=1), x.flatten(1) @ x.flatten(1).T
+
+    def ours():
+        return qx.sampled_conv2d(x, weight, sampling=qx.CHESSBOARD, padding=1)
+
+    first = (*theirs(), ours())
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, (*theirs(), ours()), strict=True))
+
+
+def test_without_permission_vectors_serve_and_info_says_why():
+    """A small stack for signals makes the system refuse: there would be no room to save tiles on it."""
+    refuse = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, 4096)
+ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
+import quincunx as qx
+from quincunx.ops import native
+print(qx.backend().isa)
+print(native.tiles_refused())
+"""
+    run = python(refuse)
+    assert run.returncode == 0, run.stderr
+    isa, reason = run.stdout.splitlines()
+    assert isa != "amx"
+    assert reason
+    if not native.tiles_refused():
+        assert "refused the permission" in reason
+    forced = python(refuse, QUINCUNX_ISA="amx")
+    assert forced.returncode != 0
+    assert f"QUINCUNX_ISA=amx is not available here: {reason}; available: " in forced.stderr
