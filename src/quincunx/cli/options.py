@@ -185,8 +185,13 @@ class FineTuningOptions:
     section: ClassVar[str] = "Fine-tuning"
 
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 skips it.", min=0)] = 0
-    recipe: Annotated[str, typer.Option(help="Recipe used for fine-tuning.")] = "finetune"
-    lr: Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")] = None
+    recipe: Annotated[
+        str, typer.Option(help="Recipe used for fine-tuning; finetune is the ESPACE paper's.")
+    ] = "recover"
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of fine-tuning; recover finds it by short runs on training images."),
+    ] = None
     precision: Annotated[
         str | None,
         typer.Option(help="float32 (the default), or mixed precision with bfloat16 or float16."),
@@ -226,6 +231,7 @@ class FineTuningOptions:
             precision=self.precision,
             distill=distill,
             distill_features=self.distill_features,
+            find_lr=None if self.lr is None else False,
         )
 
 
