@@ -204,7 +204,7 @@ class Task:
         found = self._called("loss", self.loss, output, target)
         if isinstance(found, Tensor) and found.dim() == 0:
             count = _images_in(output)
-            return found.expand(count) if count else found[None]
+            return found[None] if count is None else found.expand(count)
         return self._checked("loss", found, output)
 
     def scores(self, output: Any, target: Any) -> Tensor:

@@ -210,6 +210,9 @@ def _answered(
         raise ValueError(f"original=None: task {task.name!r} compares with the original network's outputs")
     device = device_of(model)
     for images, targets in source:
+        if not len(images):
+            # this process's share of a batch may be none
+            continue
         images = images.to(device)
         output = model(images)
         if task.classifies:
