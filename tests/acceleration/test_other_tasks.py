@@ -9,9 +9,10 @@ from helpers.acceleration import clock_of_macs
 from quincunx.acceleration import scores as scores_module
 from quincunx.acceleration.judge import loss_on, sample_batches
 from quincunx.acceleration.scores import Scores
-from quincunx.data import degraded, load_data
+from quincunx.data import Items, degraded, load_data
+from quincunx.data.items import Pictures
 from quincunx.methods.registry import candidates_named
-from quincunx.train.evaluation import evaluate, score_images
+from quincunx.train.evaluation import evaluate, images_at_once, score_images
 from quincunx.train.processes import Ranks
 
 pytestmark = [
@@ -153,6 +154,14 @@ def test_shares_of_two_ranks_make_the_whole():
     ]
     assert [len(found.scores) for found in few] == [0, 1]
     assert isinstance(Ranks(0, 1), Ranks)
+
+
+def test_large_images_are_computed_a_few_at_a_time():
+    task = qx.tasks.image_to_image()
+    pixels = torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8).expand(30, -1, -1, -1)
+    part = Items(Pictures(pixels, noise=25), (1024, 1024), 3)
+    assert images_at_once(part, task) == 2
+    assert images_at_once(degraded(load_data("digits"), noise=25).test, task) == 256
 
 
 def test_calibration_that_does_not_fit_in_memory_is_refused(monkeypatch):
