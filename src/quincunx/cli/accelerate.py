@@ -225,8 +225,8 @@ def accelerate_command(
         if by_default:
             if task.scale.unit != "points":
                 raise ValueError(
-                    f"max_drop: task {task.name!r} scores by {task.scale.name}; say what may be lost, such as "
-                    "--max-drop 0.1, or give --speedup or --method"
+                    f"max_drop: task {task.name!r} scores by {task.scale.name}; say what may be lost, such "
+                    "as --max-drop 0.1, or give --speedup or --method"
                 )
             asked["max_drop"] = _LITTLE
         if any(value is not None for value in asked.values()):
