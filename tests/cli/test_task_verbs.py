@@ -296,6 +296,8 @@ TRAIN = ("train", "--network", "dncnn5", "--width", "8", "--epochs", "1", "--lr"
         (("--data", "small", "--task", "segmentation"), "no pairs of images, expected input/NAME"),
         (("--data", "masked", "--pairs", "masks", "--noise", "25"), "says the targets by itself"),
         (("--data", "{here}:nothing"), "has no nothing"),
+        (("--data", "masked", "--pairs", "images", "--stream"), "stream: pairs cannot be read so"),
+        (("--data", "{here}:data", "--size", "8"), "size: a data set of your function cannot be read so"),
         ((*NOISY, "--task", "agreement"), "task 'agreement' learns the outputs of another network"),
         (
             ("--data", "masked", "--task", "image-to-image", "--pairs", "masks"),

@@ -226,6 +226,16 @@ class Task:
         found = self._called("distance", self.distance, output, original, **more)
         return self._checked("distance", found, output)
 
+    def figure(self, name: str, output: Any, target: Any) -> Tensor:
+        """Return what each image of a batch contributes to a further figure, [N, ...], in float64.
+
+        Raises:
+            BadTask: the figure's function fails.
+        """
+        with torch.no_grad():
+            found: Tensor = self._called(f"figure {name!r}", self.further[name].of, output, target)
+            return found.double()
+
     def impact_loss(self, output: Any, target: Any) -> Tensor:
         r"""Return the scalar whose gradient says which positions matter.
 
@@ -257,6 +267,7 @@ class Task:
         return {"name": self.name, "score": self.scale.to_dict(), "against": self.against}
 
     def _called(self, what: str, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        """Return what a function gives; its failure is bad input, and names task and function."""
         try:
             return function(*given, **more)
         except BadTask as error:
