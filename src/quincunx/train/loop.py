@@ -594,7 +594,8 @@ class _Run:
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss = loss + share.detach()
             truth = wanted if self.task.needs_original else target
-            scored = scored + self.task.scores(output, truth).sum()
+            if len(part):
+                scored = scored + self.task.scores(output, truth).sum()
         return loss, scored
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
