@@ -21,11 +21,17 @@ from quincunx.ops import backend
 from quincunx.ops.libraries import DOMAIN, OPERATOR, OPSET, library_path
 
 pytestmark = pytest.mark.skipif(backend().name != "native", reason="programs run in native kernels")
-onnx = pytest.importorskip("onnx")
 ONE_PIECE = ["mean", "pooled", "compact", "fitted", "bottleneck", "two", "preactivation"]
 
 
+def node_of(*arguments):
+    onnx = pytest.importorskip("onnx")
+    return onnx.helper.make_node(OPERATOR, *arguments, domain=DOMAIN)
+
+
 def model_of(inputs, outputs, nodes, constants=()):
+    onnx = pytest.importorskip("onnx")
+
     def info(name, shape):
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *shape])
 
@@ -44,7 +50,7 @@ def model_of(inputs, outputs, nodes, constants=()):
 
 
 def of_piece(piece, data=None):
-    node = onnx.helper.make_node(OPERATOR, ["bytes", *piece.inputs], list(piece.outputs), domain=DOMAIN)
+    node = node_of(["bytes", *piece.inputs], list(piece.outputs))
     inputs = zip(piece.inputs, piece.input_shapes, strict=True)
     outputs = zip(piece.outputs, piece.output_shapes, strict=True)
     return model_of(inputs, outputs, [node], [("bytes", piece.data if data is None else data)])
@@ -99,11 +105,11 @@ def test_onnxruntime_says_what_is_wrong_with_a_graph():
     inputs = list(zip(piece.inputs, piece.input_shapes, strict=True))
     outputs = list(zip(piece.outputs, piece.output_shapes, strict=True))
     names = ["bytes", *piece.inputs, piece.inputs[0]]
-    more = onnx.helper.make_node(OPERATOR, names, list(piece.outputs), domain=DOMAIN)
+    more = node_of(names, list(piece.outputs))
     with pytest.raises(Exception, match=r"quincunx: the program has \d maps and \d outputs, the node"):
         session(model_of(inputs, outputs, [more], [("bytes", piece.data)]))
     free = [(name, ["h", "w", "c"]) for name, _ in inputs]
-    node = onnx.helper.make_node(OPERATOR, ["bytes", *piece.inputs], list(piece.outputs), domain=DOMAIN)
+    node = node_of(["bytes", *piece.inputs], list(piece.outputs))
     made = session(model_of(free, outputs, [node], [("bytes", piece.data)]))
     wrong = {name: x[:, :, 1:] for name, x in zip(piece.inputs, arguments, strict=True)}
     with pytest.raises(Exception, match=r"quincunx: map 0 must be float32 \[N, 6, 8, 10\] with one N"):
@@ -323,6 +329,18 @@ def test_a_host_of_openvino_in_cpp(extension, tmp_path):
     (tmp_path / "model.onnx").write_bytes(of_piece(piece))
     command = [tmp_path / "host", tmp_path / "model.onnx", extension, 2, *x.shape]
     close([answer_of(command, [x], result.shape)], [result])
+
+
+def test_the_page_on_plugins_runs():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(programs) == 3
+    names = {}
+    for program in programs:
+        exec(program, names)
+    torch.testing.assert_close(names["y"], names["fused"].program0(names["x"])[0])
 
 
 # ---------------------------------------------------------------- the interface's facts
