@@ -7,8 +7,8 @@
 DnCNN of 17 layers of 64 channels (dense), with spatial bottlenecks of 2/4 and 1/4 of the positions, trained
 from scratch and fitted from the trained dense network; and for each of the two densities a narrower and a
 shallower dense DnCNN that takes as long. Each part is kept as soon as it is finished, and the same command
-goes on where it was stopped. ``--width`` makes all of them narrower, for a machine with little time; each
-width has a folder and a result of its own. The data are the photographs of
+goes on where it was stopped. ``--width`` and ``--depth`` make all of them smaller, for a machine with little
+time; such networks have a folder and a result of their own. The data are the photographs of
 ../shared/data/clothing-small-128.tar.gz, or those that QUINCUNX_PHOTOGRAPHS names: one random patch of each
 training photograph a pass, noise drawn anew; whole validation photographs with fixed noise.
 """
@@ -68,22 +68,22 @@ def recipe_of(epochs: int) -> Recipe:
     return recipe_with(by_name("denoising"), epochs=epochs)
 
 
-def dense(width: int, depth: int = 17) -> nn.Module:
+def dense(width: int, depth: int) -> nn.Module:
     return qx.networks.build(f"dncnn{depth}", width=width)
 
 
-def sampled(density: str, width: int) -> nn.Module:
-    return qx.networks.build("sb-dncnn17", sampling=density, width=width)
+def sampled(density: str, width: int, depth: int) -> nn.Module:
+    return qx.networks.build(f"sb-dncnn{depth}", sampling=density, width=width)
 
 
 def networks(widths: dict[str, Any]) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield name and builder of each network that is trained from scratch."""
-    own = int(widths["width"])
-    yield "dncnn17", partial(dense, own)
+    width, depth = int(widths["width"]), int(widths["depth"])
+    yield "dense", partial(dense, width, depth)
     for density in DENSITIES:
-        yield f"sb-dncnn17 {density}", partial(sampled, density, own)
-        yield f"narrow {density}", partial(dense, widths[density]["width"])
-        yield f"shallow {density}", partial(dense, own, widths[density]["depth"])
+        yield f"bottleneck {density}", partial(sampled, density, width, depth)
+        yield f"narrow {density}", partial(dense, widths[density]["width"], depth)
+        yield f"shallow {density}", partial(dense, width, widths[density]["depth"])
 
 
 # ---------------------------------------------------------------- equal time
@@ -108,16 +108,17 @@ def nearest(candidates: list[int], build: Callable[[int], nn.Module], reference:
     return {"value": value, "time": known.get(value) or ratio(build(value), reference), "tried": known}
 
 
-def find_widths(out: Path, own: int) -> None:
+def find_widths(out: Path, own: int, depth: int) -> None:
     """Find the width and the depth whose dense network takes as long as each bottleneck network."""
-    found: dict[str, Any] = {"width": own, "environment": environment(), "input": [1, 3, TIMED, TIMED]}
+    found: dict[str, Any] = {"width": own, "depth": depth, "input": [1, 3, TIMED, TIMED]}
+    found["environment"] = environment()
     # vectors of the kernels have up to 16 channels
     step = 4 if own > 16 else 1
     for density in DENSITIES:
-        reference = sampled(density, own)
-        width = nearest(list(range(step, own + 1, step)), dense, reference)
-        depth = nearest(list(range(3, 18)), partial(dense, own), reference)
-        found[density] = {"width": width["value"], "depth": depth["value"], "timings": [width, depth]}
+        reference = sampled(density, own, depth)
+        narrow = nearest(list(range(step, own + 1, step)), lambda width: dense(width, depth), reference)
+        shallow = nearest(list(range(3, depth + 1)), partial(dense, own), reference)
+        found[density] = {"width": narrow["value"], "depth": shallow["value"], "timings": [narrow, shallow]}
         print(density, found[density], flush=True)
     write_json(out / "widths.json", found)
 
@@ -173,12 +174,12 @@ def train_all(
         return not only or any(part in name for part in only)
 
     for seed in seeds:
-        whole = out / f"dncnn17-seed{seed}"
+        whole = out / f"dense-seed{seed}"
         for name, build in networks(widths):
             if wanted(name):
                 trained(name, build, seed, out, data, epochs)
             density = name.rpartition(" ")[2]
-            if name.startswith("sb-") and wanted(f"fitted {density}") and (whole / RESULT).exists():
+            if name.startswith("bottleneck") and wanted(f"fitted {density}") and (whole / RESULT).exists():
                 fitted(density, seed, whole, out, data, tuned)
 
 
@@ -222,12 +223,12 @@ def collect(out: Path, place: Path, limit: int | None) -> None:
         before = out / f"{name}-seed{min(values)}" / "fitted.json"
         if before.exists():
             row["before_training"] = json.loads(before.read_text())["psnr"]
-        if "dncnn17" in timings:
-            row["speedup"] = timings[name].speedup_over(timings["dncnn17"])
+        if "dense" in timings:
+            row["speedup"] = timings[name].speedup_over(timings["dense"])
             seed = min(values)
-            if name != "dncnn17" and seed in scores["dncnn17"]:
+            if name != "dense" and seed in scores["dense"]:
                 row["against_dense"] = qx.tasks.compare_paired(
-                    scores["dncnn17"][seed].scores, scores[name][seed].scores
+                    scores["dense"][seed].scores, scores[name][seed].scores
                 )
         rows.append(row)
     widths = json.loads((out / "widths.json").read_text())
@@ -244,6 +245,7 @@ def collect(out: Path, place: Path, limit: int | None) -> None:
             "noisy": float(noisy.scores.mean()),
             "timed": {"input": [1, 3, TIMED, TIMED], "how": "qx.fuse, float32, channels_last, in turn"},
             "width": widths["width"],
+            "depth": widths["depth"],
             "equal_time": {density: widths[density] for density in DENSITIES},
             "rows": rows,
             "environment": environment(),
@@ -261,21 +263,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("widths", "train", "collect"))
-    parser.add_argument(
-        "--out", type=Path, help="folder of the runs; by default runs/denoising, or with -WIDTH"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the runs; by default in runs")
     parser.add_argument("--width", type=int, default=64, help="channels of the dense network")
+    parser.add_argument("--depth", type=int, default=17, help="its convolutions")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=50, help="passes of a network from scratch")
     parser.add_argument("--tuned", type=int, default=10, help="passes of a fitted network")
     parser.add_argument("--only", default="", help="parts of networks' names, with commas")
     parser.add_argument("--limit", type=int, help="at most so many photographs of each part")
     given = parser.parse_args()
-    name = "denoising" if given.width == 64 else f"denoising-width{given.width}"
+    whole = (given.depth, given.width) == (17, 64)
+    name = "denoising" if whole else f"denoising-{given.depth}x{given.width}"
     out: Path = given.out or Path("runs") / name
     out.mkdir(parents=True, exist_ok=True)
     if given.part == "widths":
-        find_widths(out, given.width)
+        find_widths(out, given.width, given.depth)
     elif given.part == "train":
         only = [part for part in given.only.split(",") if part]
         seeds = [int(seed) for seed in given.seeds.split(",")]

@@ -6,6 +6,7 @@
 //   QX_TILE_ROWS  {rows of the register tile for 1, 2, .. QX_MAX_NV vectors}
 //   QX_DOT_BF16   if the target has a bfloat16 dot product
 //   QX_NARROW_BF16(v)  the vector rounded to bfloat16, if the target has an instruction for it
+//   QX_WIDEN_BF16(h)   16-bit numbers as 32-bit ones, where the compiler takes several instructions for one
 // Nothing here may instantiate an inline function of the standard library: the linker could keep the
 // copy made for the newest target and an older processor would crash in unrelated code.
 #pragma once
@@ -60,7 +61,11 @@ QX_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p)
 QX_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_loose*>(p) = v; }
 QX_INLINE vf load(const uint16_t* p) {
   vh h = *reinterpret_cast<const vh_loose*>(p);
+#ifdef QX_WIDEN_BF16
+  return reinterpret_cast<vf>(QX_WIDEN_BF16(h) << 16);
+#else
   return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 // to nearest, ties to even; a NaN stays one
 QX_INLINE void store(uint16_t* p, vf v) {
@@ -276,12 +281,15 @@ struct Epilogue {  // of one tile of output channels; pointers are at its first 
   int32_t activation;
 };
 
-// in the registers of a tile, many times over: no code for what is long
-QX_INLINE vf rectified(vf value, int32_t activation) {
-  if (activation != kNone) value = at_least(value, 0.0f);
-  if (activation == kRelu6) value = at_most(value, 6.0f);
-  return value;
-}
+// no activation, ReLU or ReLU6 as two bounds, without a question for each vector
+struct Bounds {
+  float low, high;
+  QX_INLINE explicit Bounds(int32_t activation) {
+    low = activation == kNone ? -__builtin_inff() : 0.0f;
+    high = activation == kRelu6 ? 6.0f : __builtin_inff();
+  }
+  QX_INLINE vf of(vf value) const { return at_most(at_least(value, low), high); }
+};
 
 // where a tile is not full, or the activation takes longer than a loop
 template <class Op, class S>
@@ -298,6 +306,27 @@ void finish_partly(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, int64_
       value = activated(value, e.activation, slope);
       if (e.out) store_some(e.out + rows.place[q + r] + at, value, left);
       if (e.out2) store_some(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f), left);
+    }
+  }
+}
+
+// A full tile, in its registers, many times over: no code for what is long. ADDED: a residual; SECOND: a second output.
+template <class Op, class S, int ROWS, int NV, bool ADDED, bool SECOND>
+QX_INLINE void finish_whole(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, vf (&acc)[ROWS][NV]) {
+  const Bounds bounds(e.activation);
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    const int64_t at = v * kLanes;
+    const vf bias = e.bias ? load(e.bias + at) : vf{};
+    const vf scale = SECOND ? load(e.scale + at) : vf{};
+    const vf shift = SECOND ? load(e.shift + at) : vf{};
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; ++r) {
+      vf value = acc[r][v] + bias;
+      if (ADDED && (!SECOND || e.residual)) value += load(e.residual + rows.residual[q + r] + at);
+      value = bounds.of(value);
+      if (!SECOND || e.out) store(e.out + rows.place[q + r] + at, value);
+      if (SECOND) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
     }
   }
 }
@@ -325,7 +354,7 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = first ? vf{} : load(memory + (r * NV + v) * kLanes);
   }
-  int64_t block = s.num_taps ? s.first / s.num_taps : 0;
+  int64_t block = s.first ? s.first / s.num_taps : 0;
   int64_t t = s.first - block * s.num_taps;
   for (int64_t i = s.first; i < s.last; ++i) {
     const int64_t c0 = s.blocking.start(block), length = s.blocking.length(block);
@@ -387,21 +416,9 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
     }
   }
   if (last && full) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = v * kLanes;
-      const vf bias = e.bias ? load(e.bias + at) : vf{};
-      const vf scale = e.out2 ? load(e.scale + at) : vf{};
-      const vf shift = e.out2 ? load(e.shift + at) : vf{};
-#pragma GCC unroll 32
-      for (int r = 0; r < ROWS; ++r) {
-        vf value = acc[r][v] + bias;
-        if (e.residual) value += load(e.residual + rows.residual[q + r] + at);
-        value = rectified(value, e.activation);
-        if (e.out) store(e.out + rows.place[q + r] + at, value);
-        if (e.out2) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
-      }
-    }
+    if (e.out2) finish_whole<Op, S, ROWS, NV, true, true>(e, rows, q, acc);
+    else if (e.residual) finish_whole<Op, S, ROWS, NV, true, false>(e, rows, q, acc);
+    else finish_whole<Op, S, ROWS, NV, false, false>(e, rows, q, acc);
     return;
   }
 #pragma GCC unroll 32

@@ -19,6 +19,7 @@
 #define QX_BINARY_SPREAD
 // a mask with all lanes: without one GCC warns about undefined lanes
 #define QX_LOOK_UP(table, code) ((vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(code), (__m512)(table)))
+#define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #include "gather_gemm.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"

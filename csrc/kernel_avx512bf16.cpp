@@ -24,6 +24,8 @@ inline __attribute__((always_inline)) dot_vf dot_bf16(dot_vf acc, int32_t pair, 
 #define QX_TILE_ROWS 16, 14, 8, 6
 #define QX_GRAD_ROWS 16, 12
 #define QX_DOT_BF16
+#define QX_NARROW_BF16(v) ((vh)_mm512_cvtneps_pbh((__m512)(v)))
+#define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #include "gather_gemm.h"
 
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;

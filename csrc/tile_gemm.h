@@ -239,23 +239,28 @@ struct Unfinished {  // sums whose epilogue is still to come
   bool full;
 };
 
-QX_INLINE void finish_row(const Unfinished& u, int64_t r) {
+template <bool ADDED, bool SECOND>
+QX_INLINE void finish_full(const Unfinished& u, int64_t last) {
   const Epilogue<uint16_t>& e = u.e;
-  const float* sums = u.sums + r * u.width;
-  if (u.full) {
-    for (int64_t at = 0; at < u.width; at += kLanes) {
-      vf value = load(sums + at);
-      if (e.bias) value += load(e.bias + at);
-      if (e.residual) value += load(e.residual + u.residual[r] + at);
-      value = rectified(value, e.activation);
-      if (e.out) store(e.out + u.place[r] + at, value);
-      if (e.out2) store(e.out2 + u.place[r] + at, at_least(value * load(e.scale + at) + load(e.shift + at), 0.0f));
+  const Bounds bounds(e.activation);
+  for (int64_t at = 0; at < u.width; at += kLanes) {
+    const vf bias = e.bias ? load(e.bias + at) : vf{};
+    const vf scale = SECOND ? load(e.scale + at) : vf{}, shift = SECOND ? load(e.shift + at) : vf{};
+    for (int64_t r = u.done; r < last; ++r) {
+      vf value = load(u.sums + r * u.width + at) + bias;
+      if (ADDED && (!SECOND || e.residual)) value += load(e.residual + u.residual[r] + at);
+      value = bounds.of(value);
+      if (!SECOND || e.out) store(e.out + u.place[r] + at, value);
+      if (SECOND) store(e.out2 + u.place[r] + at, at_least(value * scale + shift, 0.0f));
     }
-    return;
   }
+}
+
+QX_INLINE void finish_some(const Unfinished& u, int64_t r) {
+  const Epilogue<uint16_t>& e = u.e;
   for (int64_t at = 0; at < e.count; at += kLanes) {
     const int64_t left = e.count - at, added = e.residual ? e.added - at : 0;
-    vf value = load(sums + at);
+    vf value = load(u.sums + r * u.width + at);
     if (e.bias) value += load_some(e.bias + at, left);
     if (added > 0) value += load_some(e.residual + u.residual[r] + at, added);
     value = activated(value, e.activation, e.slope ? load_some(e.slope + at, left) : vf{});
@@ -268,8 +273,18 @@ QX_INLINE void finish_row(const Unfinished& u, int64_t r) {
 }
 
 QX_INLINE void finish(Unfinished& u, int64_t upto) {
-  upto = least(upto, u.rows);
-  for (; u.done < upto; ++u.done) finish_row(u, u.done);
+  const int64_t last = least(upto, u.rows);
+  if (u.done >= last) return;
+  if (!u.full) {
+    for (int64_t r = u.done; r < last; ++r) finish_some(u, r);
+  } else if (u.e.out2) {
+    finish_full<true, true>(u, last);
+  } else if (u.e.residual) {
+    finish_full<true, false>(u, last);
+  } else {
+    finish_full<false, false>(u, last);
+  }
+  u.done = last;
 }
 
 // What a register tile reads; areas are for the emulation alone.

@@ -18,6 +18,7 @@ import quincunx as qx
 from quincunx.acceleration import scores
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate
+from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.scores import BUDGET, Scores, inference_form
 from quincunx.acceleration.search import _Builder, search, shortfall
@@ -25,6 +26,7 @@ from quincunx.acceleration.target import Target
 from quincunx.measure.latency import Timing
 from quincunx.methods.points import worded
 from quincunx.methods.registry import candidates_named
+from quincunx.report.acceleration import search_sentences
 from quincunx.surgery.replace import prepare, temporarily_replaced
 
 # ---------------------------------------------------------------- the choice
@@ -411,6 +413,99 @@ def test_a_speed_and_a_drop_together():
     assert strict.record["drop"] == loose.record["drop"] > 0
     assert (strict.met, strict.record["met"]) == (False, False)
     assert "and loses " in shortfall(strict.record)
+
+
+ALONE = {"a": 0.01, "b": 0.011, "c": 0.02}
+
+
+@pytest.fixture
+def misleading(monkeypatch):
+    """Two layers of which each makes up for the other, and a third that loses more than each alone."""
+    weighed = []
+
+    def distance(self, network):
+        changed = [name for name in ALONE if type(network.get_submodule(name)) is not nn.Conv2d]
+        weighed.append(changed)
+        return sum(ALONE[name] for name in changed) + (1.0 if {"a", "b"} <= set(changed) else 0.0)
+
+    monkeypatch.setattr(Scores, "_distance", distance)
+    return weighed
+
+
+SINGLES = {"candidates": [qx.LowRank(0.25, data=False)], "where": ["a", "b", "c"]}
+
+
+def allowed(layers):
+    """The MACs of the network with this many of its three layers replaced."""
+    every = run({"macs": 1}, **SINGLES)
+    before = qx.cost(net(), torch.zeros(1, 3, 8, 8)).macs
+    return before - layers / 3 * sum(row.macs_saved for row in every.chosen)
+
+
+def test_where_single_losses_mislead_layers_are_weighed_together(misleading, tmp_path):
+    macs = allowed(2)
+    misleading.clear()
+    found = run({"macs": macs}, table=tmp_path / "scores.json", **SINGLES)
+    assert sorted(row.layers for row in found.chosen) == [("a",), ("c",)]
+    assert found.met
+    first, second = found.record["together"]
+    assert (first["alone"], first["together"], first["taken"]) == (
+        pytest.approx(0.021),
+        pytest.approx(1.021),
+        False,
+    )
+    assert (second["together"], second["taken"]) == (pytest.approx(0.03), True)
+    # each alone; together; without one of them each; the second choice
+    assert misleading == [["a"], ["b"], ["c"], ["a", "b"], ["a"], ["b"], ["a", "c"]]
+    again = run({"macs": macs}, table=tmp_path / "scores.json", **SINGLES)
+    assert again.record["chosen"] == found.record["chosen"]
+    assert again.record["together"] == found.record["together"]
+    said = " ".join(search_sentences(found.record))
+    assert "change the answers 48.6 times what they change alone; 1 further choice" in said
+    assert "the best of them is 0.03 times as far" in said
+
+
+def test_where_every_choice_is_as_bad_the_first_one_stays(misleading):
+    found = run({"macs": allowed(3)}, **SINGLES)
+    assert len(found.chosen) == 3
+    (only,) = found.record["together"]
+    assert only["taken"]
+    assert only["together"] == pytest.approx(1.041)
+
+
+def test_a_plan_weighs_nothing(misleading):
+    macs = allowed(2)
+    misleading.clear()
+    found = run({"macs": macs}, dry_run=True, **SINGLES)
+    assert found.record["together"] == []
+    assert misleading == [["a"], ["b"], ["c"]]
+
+
+def test_each_choice_has_its_own_part_of_the_journal(misleading, tmp_path):
+    macs, folder = allowed(2), tmp_path / "layers"
+    found = run({"macs": macs}, journal=FolderJournal(folder, {"run": 1}), **SINGLES)
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert len(parts) == 2
+    held = [sorted(p.name[0] for p in part.glob("*.safetensors")) for part in parts]
+    assert sorted(held) == [["a", "b"], ["a", "c"]]
+    journal = FolderJournal(folder, {"run": 1})
+    again = run({"macs": macs}, journal=journal, **SINGLES)
+    assert sorted(journal.recalled) == ["a", "a", "b", "c"]
+    for one, other in zip(again.result.model.parameters(), found.result.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_within_a_drop_a_misleading_choice_is_made_again(misleading, monkeypatch):
+    """The drop follows the distance, so that the saving of two layers is within reach, but not by a and b."""
+
+    def drop(self, network):
+        return 100 * self.scores.loss_of(network)
+
+    monkeypatch.setattr(_Builder, "_drop", drop)
+    found = run({"max_drop": 5.0}, **SINGLES)
+    assert found.met
+    assert sorted(row.layers for row in found.chosen) in ([("a",), ("c",)], [("b",), ("c",)])
+    assert [one["taken"] for one in found.record["together"]].count(True) == 1
 
 
 def test_what_saves_no_time_is_never_used():

@@ -74,10 +74,10 @@ def test_a_loss_that_was_not_to_be_ends_with_1_and_says_so_first(small, monkeypa
     real = acceleration.score_images
 
     def worse(model, **options):
-        losses, right, among = real(model, **options)
+        found = real(model, **options)
         if any(isinstance(m, qx.SeparableConv2d) for m in model.modules()):
-            right = right & (torch.arange(len(right)) % 2 == 0)
-        return losses, right, among
+            found.scores[1::2] = 1
+        return found
 
     monkeypatch.setattr(acceleration, "score_images", worse)
     options = ("--macs", "90%", "--max-drop", "1", "--method", "lowrank")

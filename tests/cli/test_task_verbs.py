@@ -182,6 +182,29 @@ def test_a_target_in_decibels_is_searched_and_judged(here):
     assert "scores of another search: " in other
 
 
+def test_what_may_be_lost_of_another_score_has_no_default(here):
+    trained("run")
+    told = refused("accelerate", "run", *NOISY, *FEW)
+    assert "max_drop: task 'image-to-image' scores by PSNR; say what may be lost" in told
+
+
+def test_a_network_of_classes_agrees_with_itself_without_labels(here):
+    recipe = ("--epochs", "1", "--batch-size", "8", "--lr", "0.01")
+    for kind in ("a", "b"):
+        for part in ("train", "test"):
+            Path(f"kinds/{part}/{kind}").mkdir(parents=True)
+            for i in range(4):
+                Path(f"kinds/{part}/{kind}/{i}.png").write_bytes(Path(f"small/train/{i}.png").read_bytes())
+    done = call("train", "--network", "rrn8", "--width", "8", "--data", "kinds", *recipe, "--out", "run")
+    assert done.exit_code == 0, done.stderr
+    own = ("--data", "small", "--task", "agreement")
+    result = document("accelerate", "run", *own, *FEW, "--method", "lowrank", "--keep-slower")
+    assert result["stages"][0]["score"] == 0
+    assert result["stages"][1]["score"] > 0
+    judged = document("evaluate", "fast", *own, "--original", "run")
+    assert judged["score"] == pytest.approx(result["stages"][-1]["score"], rel=1e-4)
+
+
 def test_methods_are_compared_in_decibels(here):
     trained("run")
     found = document("compare", "run", *NOISY, *FEW, "--methods", "espace", "--points", "*-1of2*")
@@ -273,6 +296,8 @@ TRAIN = ("train", "--network", "dncnn5", "--width", "8", "--epochs", "1", "--lr"
         (("--data", "small", "--task", "segmentation"), "no pairs of images, expected input/NAME"),
         (("--data", "masked", "--pairs", "masks", "--noise", "25"), "says the targets by itself"),
         (("--data", "{here}:nothing"), "has no nothing"),
+        (("--data", "masked", "--pairs", "images", "--stream"), "stream: pairs cannot be read so"),
+        (("--data", "{here}:data", "--size", "8"), "size: a data set of your function cannot be read so"),
         ((*NOISY, "--task", "agreement"), "task 'agreement' learns the outputs of another network"),
         (
             ("--data", "masked", "--task", "image-to-image", "--pairs", "masks"),

@@ -182,6 +182,13 @@ def test_a_loss_that_is_none_is_named(loss, match):
         task.losses(torch.zeros(2, 3), torch.zeros(2, 3))
 
 
+def test_a_figure_that_fails_is_named():
+    pytest.importorskip("torchmetrics")
+    tiny = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(BadTask, match="task 'image-to-image': its figure 'ssim' raises "):
+        qx.tasks.image_to_image().figure("ssim", tiny, tiny)
+
+
 def test_a_mean_is_a_loss_of_every_image():
     task = qx.Task("mine", lambda y, t: F.mse_loss(y, t), _mean_error, SCALE)
     assert task.losses(torch.zeros(4, 3), torch.ones(4, 3)).tolist() == [1, 1, 1, 1]

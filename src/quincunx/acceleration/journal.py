@@ -55,9 +55,16 @@ class FolderJournal:
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
-        self.folder = Path(folder)
+        self.folder, self.identity = Path(folder), identity
         self.recalled: list[str] = []
         check_run(self.folder, identity, "finished layers")
+
+    def within(self, name: str) -> FolderJournal:
+        """Return a part of the journal with its own layers, in a folder of this name; what it recalls is
+        listed here too."""
+        part = FolderJournal(self.folder / name, self.identity)
+        part.recalled = self.recalled
+        return part
 
     def recall(self, layer: Layer) -> Replacement | None:
         """Return the stored replacement of a layer, or None."""

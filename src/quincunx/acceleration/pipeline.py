@@ -58,6 +58,7 @@ from quincunx.tasks import Task, classification
 from quincunx.train.checkpoint import only_writer
 from quincunx.train.evaluation import check_finite, label_with, score_images
 from quincunx.train.loop import Diverged, StopRule, fit
+from quincunx.train.rates import find_rate
 from quincunx.train.recipes import Recipe, recipe_with
 from quincunx.writing import write_json
 
@@ -234,6 +235,19 @@ def _accelerated(
         doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
         stages.append(judged(f"after re-estimating batch norm{doubt}", fast))
     diverged, epochs = None, None
+    rate = None
+    if recipe is not None and recipe.find_lr:
+        rate = find_rate(
+            fast,
+            data,
+            recipe,
+            out / "finetune" / "rate.json",
+            seed=seed,
+            teacher=original if recipe.taught or task.needs_original else None,
+            workers=workers,
+            task=task,
+        )
+        recipe = dataclasses.replace(recipe, lr=rate["lr"], find_lr=False)
     if recipe is not None:
         untuned = copied(fast) if keep_diverged or keep_best else None
         try:
@@ -288,6 +302,7 @@ def _accelerated(
         "network": spec_of(original),
         "doubts": doubts,
         "recipe": None if recipe is None else recipe.to_dict(),
+        **({} if rate is None else {"rate": {k: v for k, v in rate.items() if k != "of"}}),
         "images": {"train": len(data.train), "test": len(data.test)},
         "stages": [stage.against(stages[0]) for stage in stages],
         "epochs": epochs,

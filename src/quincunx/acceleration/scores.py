@@ -232,7 +232,16 @@ class Scores:
                 self.context.kept = None
                 self.write(table)
 
+    def loss_of(self, network: nn.Module) -> float:
+        """Return the mean distance of a changed network's outputs from the original's."""
+        with inference_mode_of(self.model):
+            self.tails.go_to(())
+        return self._distance(network)
+
     def _loss(self, network: nn.Module) -> float:
+        return self._distance(network)
+
+    def _distance(self, network: nn.Module) -> float:
         total, count = 0.0, 0
         with inference_mode_of(network):
             for given, answer in zip(self.tails.answers(network), self.answers, strict=True):
@@ -455,6 +464,10 @@ def _choice(entry: Entry) -> dict[str, Any]:
         chosen["method"].text()
         for layer in chosen["layers"].items():
             layer.text()
+    for tried in entry.get("together", []).items():
+        for name in ("layers", "alone", "together", "speedup"):
+            tried[name].number(0.0)
+        tried["taken"].boolean()
     return entry.object()
 
 

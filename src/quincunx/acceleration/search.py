@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate
+from quincunx.acceleration.gain import restore_layers
+from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.scores import BUDGET, Scores
 from quincunx.acceleration.target import Target
@@ -44,6 +47,11 @@ _MARGIN = 1.01
 _SURE = 1.02
 # how often to drop layers that gain nothing within a choice, and choose again
 _PRUNINGS = 3
+# Losses of single candidates mislead if together they lose this many times their sum. Then the most harmful
+# units are put back one by one, and another choice is made with what they lose within the whole.
+_MISLED, _HARMFUL, _RECHOICES = 1.5, 8, 2
+# the most that a loss is scaled by at once
+_MOST_SCALED = 8.0
 SLOWER = "no gain in the network that was chosen, stays dense"
 
 
@@ -95,6 +103,11 @@ def search(
     solved exactly as an integer program. The network of the choice is timed, and the wanted saving is
     corrected until the target is met or everything was chosen. Then the layers are fitted in forward order.
 
+    If the fitted network loses much more than the sum of what its candidates lose alone, the most harmful
+    layers are put back one by one. What the network regains is their loss within the whole: the losses of
+    all candidates are scaled by it and the choice is made again, up to twice. The network that meets the
+    target with the least loss is taken; ``record["together"]`` lists all that were tried.
+
     Args:
         model: any network that ``accelerate`` supports.
         target: what to reach.
@@ -107,7 +120,9 @@ def search(
         time_budget: seconds after which no further candidate is scored.
         dry_run: stop before the fit; the result holds only the choice and the estimate. Only a fit shows how
             much accuracy a choice loses, so a target with ``max_drop`` is fitted anyway.
-        journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`.
+        journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`. In a ``FolderJournal``
+            each choice has its own part; another journal holds one network's layers, so no second choice is
+            made with it.
         tell: called with the current action and the share of the scoring that is done.
         dtype: number format in which networks are timed, the original too; see :func:`quincunx.fuse`.
         task: how outputs are compared and scored; by default classification.
@@ -148,8 +163,8 @@ def search(
     among = [[list(row.layers), repr(row.method)] for row in scores.usable()]
     kept = scores.choices.get(key)
     found = builder.chosen() if kept is None or kept["among"] != among else builder.again(kept)
-    names = ("met", "attempts", "chosen")
-    scores.choices[key] = {"among": among, **{name: found.record[name] for name in names}}
+    names = ("met", "attempts", "chosen", "together")
+    scores.choices[key] = {"among": among, **{name: found.record.get(name, []) for name in names}}
     scores.write(place)
     found.record["seconds"] = {"scoring": scored, "all": time.perf_counter() - began}
     return found
@@ -185,11 +200,17 @@ class _Builder:
     dry_run: bool
     # names of layers that gain nothing within a choice -> how many times as long it takes without them
     slower: dict[tuple[str, ...], float] = field(default_factory=dict)
+    # losses of units within a whole network, over what they lose alone
+    scaled: dict[tuple[str, ...], float] = field(default_factory=dict)
+    # networks that were fitted and weighed, and what is recorded of each
+    weighed: list[Found] = field(default_factory=list)
+    together: list[dict[str, Any]] = field(default_factory=list)
 
     def again(self, kept: dict[str, Any]) -> Found:
         """Return the network of an earlier choice for this target."""
         wanted = [(tuple(entry["layers"]), entry["method"]) for entry in kept["chosen"]]
         rows = [row for row in self.scores.rows if (row.layers, repr(row.method)) in wanted]
+        self.together = kept.get("together", [])
         return self._built(rows, kept["met"], kept["attempts"])
 
     def chosen(self) -> Found:
@@ -197,6 +218,14 @@ class _Builder:
         usable = self.scores.usable()
         if self.target.max_drop is not None and len(self.target.to_dict()) == 1:
             return self._within_drop(usable)
+        first = self._built(*self._choice(usable))
+        if self.dry_run or not first.chosen or not isinstance(self.journal, (FolderJournal, type(None))):
+            return first
+        return self._rechosen(first, usable)
+
+    def _choice(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
+        """Return the choice for the target, whether it meets it, and every attempt; of what saves time in
+        the whole network only."""
         choice = self._by_macs if self.target.macs is not None else self._by_time
         attempts: list[dict[str, Any]] = []
         for _ in range(_PRUNINGS):
@@ -216,12 +245,83 @@ class _Builder:
             # a network that is no faster does not justify its loss
             chosen, met = [], False
             attempts.append(self.scores.attempt([]))
-        return self._built(chosen, met, attempts)
+        return chosen, met, attempts
+
+    # ------------------------------------------------------------ losses of a whole network
+
+    def _alone(self, row: Candidate) -> float:
+        """Return a candidate's loss, scaled by what its unit was found to lose within a network."""
+        return max(row.loss or 0.0, 0.0) * self.scaled.get(row.layers, 1.0)
+
+    def _least(self, rows: list[Candidate], gains: list[float], wanted: float) -> list[Candidate]:
+        return choose(rows, gains, wanted, [self._alone(row) for row in rows])
+
+    def _rechosen(self, first: Found, usable: list[Candidate]) -> Found:
+        """Return the best of the first choice and those made after measuring losses in fitted networks."""
+        tried = {_key(first.chosen)}
+        best, least, now = first, self._weighed(first), first
+        for _ in range(_RECHOICES):
+            if not self._misled(now):
+                break
+            self._rescale(now)
+            chosen, met, attempts = self._choice(usable)
+            if not chosen or _key(chosen) in tried:
+                break
+            tried.add(_key(chosen))
+            now = self._built(chosen, met, attempts)
+            loss = self._weighed(now)
+            if (now.met, -loss) > (best.met, -least):
+                best, least = now, loss
+        self._mark_taken(best)
+        return best
+
+    def _mark_taken(self, best: Found) -> None:
+        for entry, found in zip(self.together, self.weighed, strict=True):
+            entry["taken"] = found is best
+        best.record["together"] = self.together
+
+    def _weighed(self, found: Found) -> float:
+        """Return the loss of a fitted network, and note it beside what its candidates lose alone."""
+        loss = self.scores.loss_of(found.result.model)
+        self.weighed.append(found)
+        self.together.append(
+            {
+                "layers": sum(len(row.layers) for row in found.chosen),
+                "alone": sum(max(row.loss or 0.0, 0.0) for row in found.chosen),
+                "together": loss,
+                "speedup": float(found.record["attempts"][-1]["speedup"])
+                if found.record["attempts"]
+                else 1.0,
+                "taken": False,
+            }
+        )
+        return loss
+
+    def _misled(self, found: Found) -> bool:
+        """Return whether the network last weighed loses much more than was expected of its choice."""
+        expected = sum(self._alone(row) for row in found.chosen)
+        return len(found.chosen) > 1 and self.together[-1]["together"] > _MISLED * expected
+
+    def _rescale(self, found: Found) -> None:
+        """Scale the losses of units by what each of them loses within a fitted network."""
+        together = self.together[-1]["together"]
+        rows = sorted(found.chosen, key=lambda row: -self._alone(row))
+        harmful, rest = rows[:_HARMFUL], rows[_HARMFUL:]
+        harms = []
+        for row in harmful:
+            without = restore_layers(self.scores.model, found.result, dict.fromkeys(row.layers, "")).model
+            harms.append(max(together - self.scores.loss_of(without), 0.0))
+        left = max(together - sum(harms), 0.0)
+        share = _ratio(left, sum(self._alone(row) for row in rest))
+        for row, harm in zip(harmful, harms, strict=True):
+            self.scaled[row.layers] = self.scaled.get(row.layers, 1.0) * _ratio(harm, self._alone(row))
+        for row in rest:
+            self.scaled[row.layers] = self.scaled.get(row.layers, 1.0) * share
 
     def _by_macs(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
         """Return the choice of least loss that saves enough MACs, whether it does, and its times."""
         wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
-        chosen = choose(usable, [float(row.macs_saved) for row in usable], wanted)
+        chosen = self._least(usable, [float(row.macs_saved) for row in usable], wanted)
         attempt = self.scores.attempt(chosen)
         return chosen, self._meets(attempt, chosen), [attempt]
 
@@ -243,7 +343,7 @@ class _Builder:
         # network only roughly, so each choice narrows the next wanted saving
         low, high = 0.0, float("inf")
         for _ in range(_LOOKS):
-            chosen = choose(usable, saved, asked)
+            chosen = self._least(usable, saved, asked)
             if chosen in choices:
                 now = attempts[choices.index(chosen)]
             elif len(choices) > _CORRECTIONS:
@@ -266,7 +366,7 @@ class _Builder:
                 asked = (low + high) / 2
         surely = [i for i in range(1, len(choices)) if self._meets(attempts[i], sure=_SURE)]
         reached = surely or [i for i in range(1, len(choices)) if self._meets(attempts[i])]
-        best = min(reached, key=lambda i: _loss_of(choices[i]), default=None)
+        best = min(reached, key=lambda i: sum(map(self._alone, choices[i])), default=None)
         if best is None:
             best = max(range(1, len(choices)), key=lambda i: float(attempts[i]["speedup"]), default=0)
         # the one that was taken goes last
@@ -289,7 +389,7 @@ class _Builder:
         return sure * 1e3 * float(attempt["after"]) <= float(self.target.latency_ms or 0.0)
 
     def _built(self, chosen: list[Candidate], met: bool, attempts: list[dict[str, Any]]) -> Found:
-        record = {
+        record: dict[str, Any] = {
             "target": self.target.to_dict(),
             "met": met,
             "attempts": attempts,
@@ -300,6 +400,7 @@ class _Builder:
             "macs": self.scores.macs - sum(row.macs_saved for row in chosen),
             "images": sum(self.scores.counts),
             "dry_run": self.dry_run,
+            "together": self.together,
             **({} if self.scores.task.classifies else {"task": self.scores.task.to_dict()}),
         }
         # only a fitted network shows how much accuracy is lost
@@ -313,7 +414,7 @@ class _Builder:
                 Assigned({name: row.method for row in chosen for name in row.layers}),
                 where=self.where,
                 calibration=self.calibration,
-                journal=None if self.dry_run else self.journal,
+                journal=None if self.dry_run else self._part_of_journal(chosen),
                 loss=self.scores.task.impact_function,
             )
             if self.target.max_drop is not None:
@@ -324,6 +425,12 @@ class _Builder:
                 result = Accelerated(copied(self.scores.model), {}, dict(self.scores.skipped))
         result.skipped.update(self._reasons(chosen, met))
         return Found(result, self.scores.rows, chosen, met, record)
+
+    def _part_of_journal(self, chosen: Sequence[Candidate]) -> Journal | None:
+        """Return the journal of one choice: a layer's fit depends on all layers before it."""
+        if isinstance(self.journal, FolderJournal):
+            return self.journal.within(_digest(chosen))
+        return self.journal
 
     def _reasons(self, chosen: Sequence[Candidate], met: bool) -> dict[str, str]:
         """Return the reason for each layer that no chosen candidate replaces."""
@@ -343,30 +450,39 @@ class _Builder:
         """Return the fastest network whose accuracy falls by no more than allowed, by bisection."""
         saved = [row.seconds for row in usable]
         most = _sum(choose(usable, saved, float("inf")))
-        # each trial has its own fit, so a journal's layers belong to another network
-        trial = dataclasses.replace(self, journal=None, dry_run=False)
+        journal = self.journal if isinstance(self.journal, FolderJournal) else None
+        trial = dataclasses.replace(self, journal=journal, dry_run=False)
         fits: dict[tuple[tuple[tuple[str, ...], str], ...], Found] = {}
         low, high, share, best = 0.0, 1.0, 1.0, None
+        repeated = False
         attempts: list[dict[str, Any]] = []
         for _ in range(_BISECTIONS if usable else 0):
-            chosen = choose(usable, saved, share * most)
+            chosen = self._least(usable, saved, share * most)
             slower = self.scores.slower(chosen)
             self.slower |= slower
             chosen = [row for row in chosen if row.layers not in slower]
             attempt = self.scores.attempt(chosen)
             if chosen and attempt["speedup"] <= 1:
                 chosen, attempt = [], self.scores.attempt([])
-            key = tuple((row.layers, repr(row.method)) for row in chosen)
-            if key not in fits:
-                fits[key] = trial._built(chosen, True, [])
+            key = _key(chosen)
+            if fresh := key not in fits:
+                fits[key] = trial._built(chosen, True, [attempt])
             found = fits[key]
             attempts.append({**attempt, "drop": found.record["drop"]})
+            if fresh and chosen:
+                self._weighed(found)
             if found.met:
                 low, best = share, found
                 if share == 1.0:
                     break
+            elif fresh and not repeated and self._misled(found):
+                # another choice of the same saving may lose less
+                self._rescale(found)
+                repeated = True
+                continue
             else:
                 high = share
+            repeated = False
             share = (low + high) / 2
         if best is None:
             # the unchanged network: no loss, no gain
@@ -375,6 +491,7 @@ class _Builder:
             # the one that was taken goes last
             taken = max(i for i, one in enumerate(attempts) if one["drop"] == best.record["drop"])
             attempts.append(attempts.pop(taken))
+        self._mark_taken(best)
         best.record["attempts"], best.record["dry_run"] = attempts, self.dry_run
         if self.dry_run:
             kept = {n: r for n, r in best.result.skipped.items() if n not in best.result.replaced}
@@ -412,5 +529,16 @@ def _sum(rows: Sequence[Candidate]) -> float:
     return sum(row.seconds for row in rows)
 
 
-def _loss_of(rows: Sequence[Candidate]) -> float:
-    return sum(row.loss or 0.0 for row in rows)
+def _key(rows: Sequence[Candidate]) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Return what tells a choice from others."""
+    return tuple((row.layers, repr(row.method)) for row in rows)
+
+
+def _digest(rows: Sequence[Candidate]) -> str:
+    return hashlib.sha256(repr(sorted(_key(rows))).encode()).hexdigest()[:12]
+
+
+def _ratio(found: float, expected: float) -> float:
+    """Return by what a loss is scaled; a single measurement is trusted within limits."""
+    ratio = found / expected if expected > 0 else _MOST_SCALED if found > 0 else 1.0
+    return min(max(ratio, 1 / _MOST_SCALED), _MOST_SCALED)

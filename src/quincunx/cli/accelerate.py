@@ -218,11 +218,16 @@ def accelerate_command(
     """
     with bad_input():
         use_threads(threads)
-        settings, asked = method.settings(), target.asked
+        settings, asked, task = method.settings(), target.asked, about.chosen()
         chosen: Method | Search
         bare = method.method is None and all(value is None for value in settings.values())
         by_default = bare and all(value is None for value in asked.values())
         if by_default:
+            if task.scale.unit != "points":
+                raise ValueError(
+                    f"max_drop: task {task.name!r} scores by {task.scale.name}; say what may be lost, such "
+                    "as --max-drop 0.1, or give --speedup or --method"
+                )
             asked["max_drop"] = _LITTLE
         if any(value is not None for value in asked.values()):
             if method.keep_slower:
@@ -232,7 +237,7 @@ def accelerate_command(
             target.check_needless()
             # methods that draw nothing have no seed
             chosen = _method(method.method or "espace", {**settings, "seed": seed or None})
-        further, dtype, task = finetuning.chosen(unlabelled), format_named(timing.dtype), about.chosen()
+        further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
         check_can_draw()
         check_folder(out)
         found = network.load(seed)

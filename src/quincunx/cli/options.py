@@ -185,8 +185,13 @@ class FineTuningOptions:
     section: ClassVar[str] = "Fine-tuning"
 
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 skips it.", min=0)] = 0
-    recipe: Annotated[str, typer.Option(help="Recipe used for fine-tuning.")] = "finetune"
-    lr: Annotated[float | None, typer.Option(help="Learning rate of fine-tuning.")] = None
+    recipe: Annotated[
+        str, typer.Option(help="Recipe used for fine-tuning; finetune is the ESPACE paper's.")
+    ] = "recover"
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of fine-tuning; recover finds it by short runs on training images."),
+    ] = None
     precision: Annotated[
         str | None,
         typer.Option(help="float32 (the default), or mixed precision with bfloat16 or float16."),
@@ -226,6 +231,7 @@ class FineTuningOptions:
             precision=self.precision,
             distill=distill,
             distill_features=self.distill_features,
+            find_lr=None if self.lr is None else False,
         )
 
 
@@ -427,7 +433,8 @@ def with_training_normalisation(images: ImageData, start: Path | None) -> ImageD
         mean, std = qx.networks.weights.normalisation(start)
         return replace(images, mean=mean, std=std)
     trained_on = read_spec(artifact_in(start)).get("info", {}).get("data", {})
-    if trained_on.get("classes", list(images.classes)) != list(images.classes):
+    # images without classes are compared with the network's own outputs
+    if images.classes and trained_on.get("classes", list(images.classes)) != list(images.classes):
         raise ValueError(f"data={images.name!r}: its classes are not those that {start} was trained on")
     if "mean" not in trained_on:
         return images

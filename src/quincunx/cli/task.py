@@ -132,6 +132,8 @@ class TaskOptions:
             raise ValueError(
                 "pairs, noise, downscale: --data says the targets by itself, or one of these does"
             )
+        if function or pairs:
+            _check_needless(images, function)
         if function:
             loaded = load_function(
                 images.data,
@@ -142,7 +144,12 @@ class TaskOptions:
             )
         elif pairs:
             loaded = load_pairs(
-                images.data, masks=pairs == "masks", size=images.size, patch=self.patch, seed=seed
+                images.data,
+                masks=pairs == "masks",
+                size=images.size,
+                patch=self.patch,
+                exif=not images.no_exif,
+                seed=seed,
             )
         else:
             bare = self.worsened or task.needs_original
@@ -161,6 +168,18 @@ class TaskOptions:
         for note in loaded.notes:
             Console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
         return loaded
+
+
+def _check_needless(images: DataOptions, function: bool) -> None:
+    """Refuse options of images by class, where pairs or a user's data set are read.
+
+    Raises:
+        ValueError: such an option was given.
+    """
+    for name in ("test_data", "skip_bad", "stream", *(("size", "no_exif") if function else ())):
+        if getattr(images, name):
+            kind = "a data set of your function" if function else "pairs"
+            raise ValueError(f"{name}: {kind} cannot be read so; leave it out")
 
 
 def is_function(text: str) -> bool:

@@ -43,6 +43,7 @@ from quincunx.train.loop import (
     fit,
 )
 from quincunx.train.processes import joined
+from quincunx.train.rates import find_rate
 from quincunx.writing import file_name
 
 
@@ -114,7 +115,9 @@ class TrainingOptions(RecipeOptions):
         changes = {**vars(self), "milestones": _parse_shares(self.milestones)}
         name = changes.pop("recipe") or ("digits" if data == "digits" else "short")
         first = changes.pop("channels_first")
-        return recipes.recipe_with(recipes.by_name(name), channels_last=False if first else None, **changes)
+        found = None if self.lr is None else False
+        last = False if first else None
+        return recipes.recipe_with(recipes.by_name(name), channels_last=last, find_lr=found, **changes)
 
 
 @verb(
@@ -194,7 +197,22 @@ def train_command(
             model, data = before, with_training_normalisation(data, start)
         guide = None if teacher is None else qx.load(teacher).to(device)
         make_folder(folder)
+        if chosen.find_lr and ranks.world > 1:
+            raise ValueError(f"recipe={chosen.name!r}: finds its rate in one process; give --lr with several")
         with running():
+            model.to(device)
+            if chosen.find_lr:
+                rate = find_rate(
+                    model,
+                    data,
+                    chosen,
+                    folder / "rate.json",
+                    seed=seed,
+                    teacher=guide,
+                    workers=images.workers,
+                    task=task,
+                )
+                chosen = recipes.recipe_with(chosen, lr=rate["lr"], find_lr=False)
             result = fit(
                 model.to(device),
                 data,

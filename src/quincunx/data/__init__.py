@@ -10,7 +10,7 @@ from quincunx.data.items import Items
 from quincunx.data.load import load_data
 from quincunx.data.pairs import degraded, load_function, load_pairs
 from quincunx.data.resident import Pass, Resident, can_reside
-from quincunx.data.sets import ImageData, Part, Split, Stream
+from quincunx.data.sets import ImageData, Part, Split, Stream, part_with
 from quincunx.data.stream import WorkerFailed
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "load_function",
     "load_pairs",
     "normalised",
+    "part_with",
 ]

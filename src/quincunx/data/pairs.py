@@ -40,6 +40,7 @@ def load_pairs(
     masks: bool = False,
     size: int | None = None,
     patch: int | None = None,
+    exif: bool = True,
     holdout: float = 0.1,
     seed: int = 0,
 ) -> ImageData:
@@ -54,6 +55,7 @@ def load_pairs(
             largest number says.
         size: resize the shorter side to this, then crop the centre; masks without interpolation.
         patch: side of the parts that training sees.
+        exif: whether to apply the EXIF orientation to inputs and targets that are photographs.
         holdout: share held out if there is no test part.
         seed: of that draw.
 
@@ -80,7 +82,7 @@ def load_pairs(
         notes.append(f"{held} of {len(found)} pairs were held out for the test")
     if all(test for *_, test in found):
         raise ValueError(f"{root}: all pairs are in the test part, none are left for training")
-    inputs, targets = _read(found, masks, size)
+    inputs, targets = _read(found, masks, size, exif)
     in_test = torch.tensor([test for *_, test in found])
     names: tuple[str, ...] = ()
     if masks:
@@ -96,7 +98,15 @@ def load_pairs(
     # an image is compared with an image in [0, 1]; a network of classes sees what networks of classes see
     mean, std = statistics(inputs[~in_test]) if masks else ((0.0,) * channels, (1.0,) * channels)
     return ImageData(
-        root.name, part(~in_test), part(in_test), names, mean, std, augment="patches", notes=tuple(notes)
+        root.name,
+        part(~in_test),
+        part(in_test),
+        names,
+        mean,
+        std,
+        augment="patches",
+        notes=tuple(notes),
+        exif=exif,
     )
 
 
@@ -131,11 +141,13 @@ def _found(root: Path) -> list[tuple[Path, Path, bool]]:
     return [(path, sides[1][key], any(part in _TEST for part in key[:-1])) for key, path in sides[0].items()]
 
 
-def _read(found: Sequence[tuple[Path, Path, bool]], masks: bool, size: int | None) -> tuple[Tensor, Tensor]:
+def _read(
+    found: Sequence[tuple[Path, Path, bool]], masks: bool, size: int | None, exif: bool
+) -> tuple[Tensor, Tensor]:
     inputs: list[Pixels] = []
     targets: list[Pixels] = []
     for one, other, _ in found:
-        image, target = _pixels(one, None), _mask(other) if masks else _pixels(other, None)
+        image, target = _pixels(one, exif), _mask(other) if masks else _pixels(other, exif)
         if image.shape[:2] != target.shape[:2]:
             what = "mask" if masks else "target"
             raise ValueError(
@@ -157,8 +169,8 @@ def _read(found: Sequence[tuple[Path, Path, bool]], masks: bool, size: int | Non
     return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
 
 
-def _pixels(path: Path, size: int | None) -> Pixels:
-    found = decoded(ImageEntry(str(path), "", None, str(path)), lambda image: np.asarray(image).copy())
+def _pixels(path: Path, exif: bool) -> Pixels:
+    found = decoded(ImageEntry(str(path), "", None, str(path)), lambda image: np.asarray(image).copy(), exif)
     if isinstance(found, str):
         raise ValueError(found)
     return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quincunx.data.items import Items
+from quincunx.data.items import Items, Source
 
 # of ImageNet's training images in [0, 1], the commonly used values
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,6 +74,36 @@ class Stream:
 
 
 Part = Split | Stream | Items
+
+
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """Some of the items of a source."""
+
+    source: Source
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: Sequence[int], key: int | None) -> tuple[Tensor, Any]:
+        return self.source.batch([int(self.indices[i]) for i in indices], key)
+
+
+def part_with(part: Part, indices: Tensor) -> Part:
+    """Return the images of a part with these numbers, in this order.
+
+    Example:
+        >>> part = Split(torch.zeros(5, 8, 8, 3, dtype=torch.uint8), torch.arange(5))
+        >>> part_with(part, torch.tensor([3, 1])).labels.tolist()
+        [3, 1]
+    """
+    if isinstance(part, Split):
+        return Split(part.images[indices], part.labels[indices])
+    if isinstance(part, Stream):
+        return replace(part, files=part.files[indices.numpy()], labels=part.labels[indices])
+    facts = {**part.facts, "some": len(indices)}
+    return replace(part, source=_Some(part.source, indices), facts=facts)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,14 @@ from quincunx.surgery.method import Replacement, Work, each
 
 __all__ = ["Perforate"]
 
-SAMPLINGS: tuple[tuple[Sampling, str], ...] = ((THREE_QUARTERS, "3/4"), (CHESSBOARD, "2/4"), (QUARTER, "1/4"))
+# every position lies beside a diagonal
+THIRD = Cosets(3, ((0, 0), (1, 1), (2, 2)))
+SAMPLINGS: tuple[tuple[Sampling, str], ...] = (
+    (THREE_QUARTERS, "3/4"),
+    (CHESSBOARD, "2/4"),
+    (THIRD, "1/3"),
+    (QUARTER, "1/4"),
+)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,27 @@ def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
             f"{times[1]:.2f} ms predicted, {times[2]:.2f} ms measured ({off:+.0f}%), "
             f"{last['speedup']:.2f}x faster."
         )
+    if len(record.get("together", [])) > 1:
+        sentences.append(_chosen_again(record["together"]))
     return sentences
+
+
+def _chosen_again(tried: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the choices that followed when the first one lost more than its layers lose alone."""
+    first, others = tried[0], tried[1:]
+    which = next((number for number, one in enumerate(tried) if one["taken"]), 0)
+    taken = tried[which]
+    times = f"{first['together'] / first['alone']:.1f} times " if first["alone"] > 0 else "more than "
+    many = f"{len(others)} further choice{'s' * (len(others) > 1)}"
+    end = (
+        f"the best of them is {taken['together'] / first['together']:.2f} times as far from the original"
+        if which and first["together"] > 0
+        else "none of them came closer, so the first stayed"
+    )
+    return (
+        f"Together the layers first chosen change the answers {times}what they change alone; {many} made "
+        f"from what layers lose within the network: {end}."
+    )
 
 
 def _prediction(record: dict[str, Any]) -> str:

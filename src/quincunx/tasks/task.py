@@ -204,7 +204,7 @@ class Task:
         found = self._called("loss", self.loss, output, target)
         if isinstance(found, Tensor) and found.dim() == 0:
             count = _images_in(output)
-            return found.expand(count) if count else found[None]
+            return found[None] if count is None else found.expand(count)
         return self._checked("loss", found, output)
 
     def scores(self, output: Any, target: Any) -> Tensor:
@@ -225,6 +225,16 @@ class Task:
         more = {"temperature": temperature} if self.tempered else {}
         found = self._called("distance", self.distance, output, original, **more)
         return self._checked("distance", found, output)
+
+    def figure(self, name: str, output: Any, target: Any) -> Tensor:
+        """Return what each image of a batch contributes to a further figure, [N, ...], in float64.
+
+        Raises:
+            BadTask: the figure's function fails.
+        """
+        with torch.no_grad():
+            found: Tensor = self._called(f"figure {name!r}", self.further[name].of, output, target)
+            return found.double()
 
     def impact_loss(self, output: Any, target: Any) -> Tensor:
         r"""Return the scalar whose gradient says which positions matter.
@@ -257,6 +267,7 @@ class Task:
         return {"name": self.name, "score": self.scale.to_dict(), "against": self.against}
 
     def _called(self, what: str, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        """Return what a function gives; its failure is bad input, and names task and function."""
         try:
             return function(*given, **more)
         except BadTask as error:

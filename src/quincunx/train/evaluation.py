@@ -158,8 +158,8 @@ def score_images(
         for output, target in _answered(model, data, source, task, original):
             losses.append(task.losses(output, target).double())
             scores.append(task.scores(output, target))
-            for name, figure in task.further.items():
-                total = figure.of(output, target).double().sum(0)
+            for name in task.further:
+                total = task.figure(name, output, target).sum(0)
                 sums[name] = sums[name] + total if name in sums else total
     if not losses:
         # a process without images adds nothing; the shape of its sums is that of no figure
@@ -187,7 +187,7 @@ def _nothing(
     source = batches(split, data, 1)
     with inference_mode_of(model):
         for output, target in _answered(model, data, [next(source)], task, original):
-            return torch.zeros_like(task.further[name].of(output, target).double().sum(0)).cpu()
+            return torch.zeros_like(task.figure(name, output, target).sum(0)).cpu()
     raise AssertionError("a part without images is refused")
 
 
@@ -210,6 +210,9 @@ def _answered(
         raise ValueError(f"original=None: task {task.name!r} compares with the original network's outputs")
     device = device_of(model)
     for images, targets in source:
+        if not len(images):
+            # this process's share of a batch may be none
+            continue
         images = images.to(device)
         output = model(images)
         if task.classifies:

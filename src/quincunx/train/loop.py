@@ -187,6 +187,8 @@ def fit(
             or another process writes to the folder; the last checkpoint is kept.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
+    if recipe.find_lr:
+        raise ValueError("recipe: find_lr=True: quincunx.train.rates.find_rate finds lr; then find_lr=False")
     rule = stop or StopRule(scale=(task or classification()).scale)
     with ONE_AT_A_TIME:
         run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best, task)
@@ -592,7 +594,8 @@ class _Run:
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss = loss + share.detach()
             truth = wanted if self.task.needs_original else target
-            scored = scored + self.task.scores(output, truth).sum()
+            if len(part):
+                scored = scored + self.task.scores(output, truth).sum()
         return loss, scored
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:

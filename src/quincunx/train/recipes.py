@@ -48,6 +48,8 @@ class Recipe:
         optimizer: "sgd", or "adam" with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101),
             which suits losses of images, whose gradients are small.
         channels_last: whether to use the channels_last memory format.
+        find_lr: whether fine-tuning first looks for the best of some rates around ``lr``, by short runs on
+            a part of the training images (:func:`quincunx.train.rates.find_rate`).
 
     Raises:
         ValueError: a value out of its range.
@@ -72,6 +74,7 @@ class Recipe:
     accumulate: int = 1
     channels_last: bool = True
     optimizer: str = "sgd"
+    find_lr: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -169,6 +172,22 @@ def finetune() -> Recipe:
     )
 
 
+def recover() -> Recipe:
+    """Return what regains accuracy after layers were replaced: rate found by short runs around 0.01, half of
+    the loss from the original's outputs, a tenth at 60% and 85%."""
+    return Recipe(
+        name="recover",
+        epochs=5,
+        batch_size=128,
+        lr=0.01,
+        milestones=(0.6, 0.85),
+        warmup=0.04,
+        weight_decay=5e-4,
+        distill=0.5,
+        find_lr=True,
+    )
+
+
 def digits() -> Recipe:
     """Return the recipe for the 1,437 training digits: small batches, twelve epochs."""
     return Recipe(name="digits", epochs=12, batch_size=32, lr=0.1, milestones=(0.6, 0.85), warmup=0.04)
@@ -189,7 +208,8 @@ def denoising() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (cifar, pyramidnet, imagenet, short, finetune, digits, denoising)
+    recipe.__name__: recipe
+    for recipe in (cifar, pyramidnet, imagenet, short, finetune, recover, digits, denoising)
 }
 
 
