@@ -6,7 +6,8 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 # set up again only when the installed files changed
 STAMP := $(VENV)/.quincunx-installed
 # what knows nothing of torch
-KERNELS := $(wildcard csrc/kernel_*.cpp) csrc/dispatch.cpp csrc/permission.cpp csrc/scratch.cpp csrc/tiles_emulated.cpp
+CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
+KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
 .PHONY: demo test lint format setup sanitize fuzz aarch64 amx clean
@@ -55,7 +56,6 @@ sanitize: build/asan/test_kernel fuzz-short
 	build/asan/test_kernel
 
 SANITIZED := -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-CORE := program_file $(patsubst csrc/%.cpp,%,$(KERNELS))
 
 # kept, as they take minutes
 .SECONDARY: $(CORE:%=build/asan/%.o)

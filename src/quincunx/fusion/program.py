@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -164,14 +164,28 @@ class _Segment:
         values.update(zip(self.outputs, found, strict=True))
 
 
-def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) -> dict[str, int]:
-    """First fit: an offset for each map inside the segment, none overlapping one that is still read."""
+class _Lines(Protocol):
+    """What an arena is planned for: something that reads maps and writes others."""
+
+    @property
+    def reads(self) -> list[str]: ...
+    @property
+    def writes(self) -> list[str]: ...
+
+
+def _arena(
+    steps: Sequence[_Lines], scratch: Sequence[str], maps: dict[str, Map], replaced: dict[str, str]
+) -> dict[str, int]:
+    """First fit: an offset for each map inside the segment, none overlapping one that is still read.
+
+    Args:
+        replaced: maps that lie where another one does, which comes before them in ``scratch``.
+    """
     # several steps may write one map
     first = {name: i for i, step in reversed(list(enumerate(steps))) for name in step.writes}
     last = {name: i for i, step in enumerate(steps) for name in step.reads}
     offsets: dict[str, int] = {}
     sizes = {name: -(-maps[name].numel // _ALIGN) * _ALIGN for name in scratch}
-    replaced = _replaced(steps, scratch, maps, last)
     for name in scratch:
         if name in replaced:
             offsets[name] = offsets[replaced[name]]
@@ -190,11 +204,10 @@ def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) 
     return offsets
 
 
-def _replaced(
-    steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map], last: dict[str, int]
-) -> dict[str, str]:
+def _replaced(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) -> dict[str, str]:
     """Sums that take the place of the shortcut they were made of: its last reader reads each value just
     before it writes the one that stands there then, so that a residual network needs a map less."""
+    last = {name: i for i, step in enumerate(steps) for name in step.reads}
     found: dict[str, str] = {}
     for number, step in enumerate(steps):
         shortcut, out = step.shortcut, step.out or step.out2
@@ -217,7 +230,8 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
     read = [name for step in steps for name in step.reads]
     inputs = list(dict.fromkeys(name for name in read if name not in written))
     outputs = [name for name in written if name in wanted]
-    offsets = _arena(steps, [name for name in written if name not in wanted], maps)
+    scratch = [name for name in written if name not in wanted]
+    offsets = _arena(steps, scratch, maps, _replaced(steps, scratch, maps))
     segment = _Segment(inputs, outputs)
     numbers: dict[str, int] = {}
     for name in (*inputs, *written):

@@ -439,10 +439,26 @@ class _Writer:
             )
         return result
 
+    def _replaced(self, lines: Sequence[_Line], scratch: Sequence[str]) -> dict[str, str]:
+        """Sums that take the place of what was added, as the fused network has them."""
+        last = {name: i for i, line in enumerate(lines) for name in line.reads}
+        found: dict[str, str] = {}
+        for number, line in enumerate(lines):
+            added, out = line.residual, line.out or line.out2
+            if added is None or out is None or added == line.x or "residual_rows" in line.tensors:
+                continue
+            same = (self.maps[added].channels, self.maps[added].stored) == (
+                self.maps[out].channels,
+                self.maps[out].stored,
+            )
+            if same and {out, added} <= set(scratch) and last[added] == number:
+                found[out] = added
+        return found
+
     def _bytes(self, lines: Sequence[_Line], inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
         written = dict.fromkeys(name for line in lines for name in line.writes)
         scratch = [name for name in written if name not in outputs]
-        offsets = _arena(lines, scratch, self.maps)  # type: ignore[arg-type]
+        offsets = _arena(lines, scratch, self.maps, self._replaced(lines, scratch))
         numbers = {name: number for number, name in enumerate((*inputs, *outputs, *scratch))}
         kinds = [_INPUT] * len(inputs) + [_OUTPUT] * len(outputs) + [_SCRATCH] * len(scratch)
         buffers: list[int] = []
