@@ -199,27 +199,30 @@ void locate(Copying& c, int64_t tile, const TileRows& rows, int64_t q, int64_t c
             int64_t group_bytes, Source* sources) {
   const Depth& depth = *c.depth;
   const Slice& slice = c.slice;
-  const bool whole = count == kTileHeight && depth.joined == 1 && depth.channels % kStepChannels == 0;
+  const bool whole = count == kTileHeight && depth.channels % kStepChannels == 0;
   for (int64_t t = 0; t < slice.count; ++t) {
     const char** from = c.rows[t] + tile * kTileHeight;
+    int64_t inside = 0;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = rows.index[q + r][slice.tap + t];
       from[r] = row < 0 ? outside() : rows.x[q + r] + row * row_bytes + group_bytes;
+      inside += row >= 0;
     }
     for (int64_t r = count; r < kTileHeight; ++r) from[r] = outside();
     if (depth.joined > 1) continue;
     const int64_t stride = from[1] - from[0];
-    int64_t differs = whole ? 0 : 1;
+    int64_t differs = 0;
     for (int64_t r = 2; r < kTileHeight; ++r) differs |= (from[r] - from[r - 1]) ^ stride;
     // rows lie in sets at multiples of the greatest power of two in the stride
     const int64_t lines_of_set = kTileHeight * least(stride & -stride, kSetBytes) / kSetBytes;
-    c.copied[tile][t] = differs != 0 || lines_of_set > kLinesOfSet;
-    if (c.copied[tile][t]) {
-      sources[t] = Source{c.tiles[tile] + t * kTileSize, kTileBytes, slice.inner * kTileSize};
-    } else if (from[0] == outside()) {
+    const bool in_place = whole && inside == kTileHeight && differs == 0 && lines_of_set <= kLinesOfSet;
+    c.copied[tile][t] = inside > 0 && !in_place;
+    if (inside == 0) {
       sources[t] = Source{outside(), 0, 0};
-    } else {
+    } else if (in_place) {
       sources[t] = Source{from[0] + slice.block * kTileBytes, stride, kTileBytes};
+    } else {
+      sources[t] = Source{c.tiles[tile] + t * kTileSize, kTileBytes, slice.inner * kTileSize};
     }
   }
   for (int64_t i = 0; depth.joined > 1 && i < slice.inner; ++i) {
