@@ -44,6 +44,12 @@ def _scores_of(output: Any) -> tuple[Tensor, ...]:
                 f"the network gives {got}, expected scores [images, classes, ...]; another task, such as "
                 "agreement, takes other outputs"
             )
+    if len({scores.shape for scores in found}) > 1:
+        shapes = ", ".join(str(tuple(scores.shape)) for scores in found)
+        raise BadTask(
+            f"the network gives tensors of {shapes}, expected scores of classes and of auxiliary "
+            "classifiers, all of one shape; another task, such as agreement, takes other outputs"
+        )
     return found
 
 
