@@ -292,7 +292,7 @@ def training(
     for dtype in formats:
         for channels, side, batch in shapes:
             x = _map(batch, channels, side)
-            models = {
+            models: dict[str, nn.Module] = {
                 "rRB": RegularBlock(channels, channels, 1),
                 "rSB 2/4": RegularSBBlock(channels, CHESSBOARD, "stride"),
             }
@@ -355,7 +355,7 @@ def _trained(
                 out = call(source)
             if not upstream:
                 upstream.append(torch.randn_like(out))
-            out.backward(upstream[0])
+            out.backward(upstream[0])  # type: ignore[no-untyped-call]
             return source.grad if inner else next(model.parameters()).grad
 
         if how == "torch.compile":
