@@ -111,6 +111,49 @@ def test_peaks_of_networks_are_in_torch_and_fused_in_one_format():
     assert all(0 < half[name] < full[name] for name in full)
 
 
+def test_a_training_step_has_a_case_in_each_format_and_both_compute_the_same():
+    found = list(bench.training(((16, 8, 2),), (("rrn8", "rsbn8", 32, 2),), formats=bench.FORMATS))
+    assert [(c.name, c.batch) for c in found] == [
+        ("rRB 16 x 8^2", 2), ("rRB 16 x 8^2 bfloat16", 2),
+        ("rsbn8 / rrn8, 32^2", 2), ("rsbn8 / rrn8, 32^2 bfloat16", 2),
+    ]  # fmt: skip
+    for case in found:
+        low = " bfloat16" if case.dtype == torch.bfloat16 else ""
+        assert case.baselines == tuple(case.dense) == (f"torch eager{low}",)
+        [(name, (make, ratio))] = case.ours.items()
+        assert name in (f"rSB 2/4{low}", f"rsbn8{low}")
+        assert ratio > 1.2
+        assert torch.isfinite(make(1)()).all()
+        # a step holds the gradients and what the backward pass needs
+        peaks = case.facts()["peak_memory"]
+        assert len(peaks) == 2
+        assert min(peaks.values()) > 0
+    full, low = (found[i].facts()["peak_memory"]["rrn8"] for i in (2, 3))
+    assert low < full  # maps are kept in bfloat16
+
+
+def test_the_whole_training_suite_has_every_row_of_both_formats():
+    settings = bench.SUITES["training"]
+    assert settings.args == (bench.SHAPES, bench.TRAINED)
+    assert settings.keywords == {"formats": bench.FORMATS, "trainers": ("torch eager", "torch.compile")}
+    assert {(a, side, batch) for a, _, side, batch in bench.TRAINED} == {
+        ("rrn20", 32, 64), ("rrn110", 32, 64), ("resnet18", 64, 32), ("resnet18", 128, 8)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", bench.FORMATS)
+def test_a_compiled_step_of_the_dense_network_is_the_eager_one(dtype):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    found = []
+    for how in bench.TRAINERS:
+        torch.manual_seed(1)  # of the gradient from above
+        found.append(bench._trained(block, x, dtype, how)(1)().clone())
+    close = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(*found, **close)
+
+
 def test_blocks_compare_equal_work():
     """Ratio of MACs: two convolutions against the same pair at half and a quarter of the positions."""
     first = next(bench.blocks(((16, 8, 2),)))

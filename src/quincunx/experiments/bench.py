@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx import networks
+from quincunx.acceleration.accelerate import accelerate
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import Step
 from quincunx.layers.sampled import SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
 from quincunx.measure.cost import cost
-from quincunx.measure.engines import PEERS, Run
+from quincunx.measure.engines import PEERS, Run, quiet
 from quincunx.measure.environment import environment
-from quincunx.measure.latency import measure
+from quincunx.measure.latency import measure, using_threads
+from quincunx.methods import Espace
 from quincunx.networks.preresnet import RegularBlock, RegularSBBlock
 from quincunx.ops import backend
 from quincunx.ops.geometry import Geometry
@@ -258,32 +260,107 @@ def low_networks() -> Iterator[Case]:
             yield Case(name, batch, peers, ours, facts, baselines, torch.bfloat16)
 
 
-def training(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
-    """Forward and backward of a pre-activation block with batch norm, as in training."""
-    for channels, side, batch in shapes:
-        x = _map(batch, channels, side)
-        dense = RegularBlock(channels, channels, 1)
-        sampled = RegularSBBlock(channels, CHESSBOARD, "stride")
-        yield Case(
-            f"rRB {channels} x {side}^2",
-            batch,
-            {"torch eager": _trained(dense, x)},
-            {"rSB 2/4": (_trained(sampled, x), _ratio(dense, sampled, x))},
-        )
+# dense network, spatial bottleneck network, side of the image, batch
+TRAINED = (
+    ("rrn20", "rsbn20", 32, 64),
+    ("rrn110", "rsbn110", 32, 64),
+    ("resnet18", "sb-resnet18", 64, 32),
+    ("resnet18", "sb-resnet18", 128, 8),
+)
+FORMATS = (torch.float32, torch.bfloat16)
+TRAINERS = ("torch eager", "torch.compile")
 
 
-def _trained(model: nn.Module, x: Tensor) -> Callable[[int], Run]:
-    def make(_: int) -> Run:
+def training(
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    pairs: Sequence[tuple[str, str, int, int]] = (),
+    *,
+    formats: Sequence[torch.dtype] = (torch.float32,),
+    trainers: Sequence[str] = ("torch eager",),
+) -> Iterator[Case]:
+    """Forward and backward in training: pre-activation blocks with batch norm, then whole networks.
+
+    In bfloat16 under autocast, with weights in float32, and the dense candidates too. A network's step has
+    no optimizer, whose time is that of the parameters, as many on both sides.
+
+    Args:
+        shapes: channels, side and batch of the blocks.
+        pairs: as ``TRAINED``; beside a resnet the same network accelerated by ESPACE at rate 1/2.
+        formats: torch.float32, torch.bfloat16 or both, a case for each.
+        trainers: of ``TRAINERS``, how the dense candidates run.
+    """
+    for dtype in formats:
+        for channels, side, batch in shapes:
+            x = _map(batch, channels, side)
+            models: dict[str, nn.Module] = {
+                "rRB": RegularBlock(channels, channels, 1),
+                "rSB 2/4": RegularSBBlock(channels, CHESSBOARD, "stride"),
+            }
+            # inside a network the input needs a gradient too
+            yield _trained_case(f"rRB {channels} x {side}^2", models, x, dtype, trainers, inner=True)
+    for dtype in formats:
+        for first, second, side, batch in pairs:
+            torch.manual_seed(0)
+            x = _map(batch, 3, side)
+            models = {name: networks.build(name) for name in (first, second)}
+            if first.startswith("resnet"):
+                # which positions a mask has is of no matter to the time, and random images have no impact
+                espace = Espace(rank=0.5, rate=0.5, mask="uniform")
+                models["ESPACE 1/2"] = accelerate(models[first], espace, example_input=x[:1]).model
+            yield _trained_case(f"{second} / {first}, {side}^2", models, x, dtype, trainers, inner=False)
+
+
+def _trained_case(
+    name: str,
+    models: dict[str, nn.Module],
+    x: Tensor,
+    dtype: torch.dtype,
+    trainers: Sequence[str],
+    *,
+    inner: bool,
+) -> Case:
+    """The first of the models is dense; facts are the most memory of each one's step."""
+    low = "" if dtype == torch.float32 else " bfloat16"
+    (_, dense), *others = models.items()
+    peers = {f"{how}{low}": _trained(dense, x, dtype, how, inner) for how in trainers}
+    ours = {f"{n}{low}": (_trained(m, x, dtype, inner=inner), _ratio(dense, m, x)) for n, m in others}
+
+    def facts() -> dict[str, Any]:
+        runs = {n: _trained(model, x, dtype, inner=inner)(1) for n, model in models.items()}
+        return {"peak_memory": {n: peak_memory(run) for n, run in runs.items()}}
+
+    return Case(f"{name}{low}", len(x), peers, ours, facts, tuple(peers), dtype)
+
+
+def _trained(
+    model: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype = torch.float32,
+    how: str = "torch eager",
+    inner: bool = True,
+) -> Callable[[int], Run]:
+    def make(threads: int) -> Run:
         model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # inside a network the input needs a gradient too
-        source, upstream = x.detach().requires_grad_(True), torch.randn_like(x)
+        call: Callable[[Tensor], Tensor] = model
+        if how == "torch.compile":
+            torch.compiler.reset()
+            call = torch.compile(model)
+        source = x.detach().requires_grad_(inner)
+        upstream: list[Tensor] = []
 
         def run() -> object:
-            for parameter in (source, *model.parameters()):
-                parameter.grad = None
-            model(source).backward(upstream)
-            return source.grad
+            source.grad = None
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = call(source)
+            if not upstream:
+                upstream.append(torch.randn_like(out))
+            out.backward(upstream[0])  # type: ignore[no-untyped-call]
+            return source.grad if inner else next(model.parameters()).grad
 
+        if how == "torch.compile":
+            with quiet(), using_threads(threads):
+                run()  # compiles both passes for this number of threads
         return run
 
     return make
@@ -333,7 +410,7 @@ def _side_of_equal_cost(dense: nn.Module, sampled: nn.Module, side: int) -> int:
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "ops": ops,
     "blocks": blocks,
-    "training": training,
+    "training": partial(training, SHAPES, TRAINED, formats=FORMATS, trainers=TRAINERS),
     "networks": whole,
     "blocks-bfloat16": low_blocks,
     "networks-bfloat16": low_networks,
