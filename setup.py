@@ -1,21 +1,33 @@
 """Builds the native CPU back end if possible; everything else is in pyproject.toml.
 
-The extension is optional: without torch, a compiler or a compiler that works the package is
-installed without it, and one warning says why. QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
+Three libraries share the objects of the kernels: the extension of torch, libquincunx with the C interface,
+and libquincunx_ort with the operator of ONNX Runtime. All are optional: without torch, a compiler or a
+compiler that works the package is installed without them, and one warning says why.
+QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 REQUIRED = os.environ.get("QUINCUNX_REQUIRE_NATIVE", "") not in ("", "0")
-SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
-HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
+HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h"))
+BINDINGS = sorted(str(p) for p in Path("csrc").glob("bindings*.cpp"))
+CORE = sorted(str(p) for p in Path("csrc").glob("*.cpp") if str(p) not in BINDINGS)
+# libraries without torch: name, sources besides the core's
+LIBRARIES = {
+    "libquincunx.so": "csrc/capi/quincunx.cpp",
+    "libquincunx_ort.so": "csrc/onnxruntime/plugin.cpp",
+}
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 
 
 def skip(reason: object) -> None:
@@ -25,24 +37,74 @@ def skip(reason: object) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def with_libraries(base: type[build_ext]) -> type[build_ext]:
+    """Return a build_ext that also builds what needs no torch, from the same objects."""
+
+    class Build(base):  # type: ignore[misc, valid-type]
+        def build_extensions(self) -> None:
+            try:
+                # before torch replaces the compiler's functions
+                core = self._objects(CORE)
+                for name, source in LIBRARIES.items():
+                    self._link(name, core + self._objects([source]))
+                for extension in self.extensions:
+                    extension.extra_objects = core
+                if self.extensions[0].sources:
+                    super().build_extensions()
+            except Exception as error:  # noqa: BLE001  # whatever a compiler can do wrong
+                skip(error)
+
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            for built, name in self._libraries().items():
+                self.copy_file(built, str(Path("src", "quincunx", name)))
+
+        def get_outputs(self) -> list[str]:
+            return [*super().get_outputs(), *([] if self.inplace else self._libraries())]
+
+        def get_output_mapping(self) -> dict[str, str]:
+            found = {built: str(Path("src", "quincunx", name)) for built, name in self._libraries().items()}
+            return {**super().get_output_mapping(), **(found if self.inplace else {})}
+
+        def _libraries(self) -> dict[str, str]:
+            """Return those that were built, by path."""
+            paths = {str(Path(self.build_lib, "quincunx", name)): name for name in LIBRARIES}
+            return {path: name for path, name in paths.items() if Path(path).is_file()}
+
+        def _objects(self, sources: list[str]) -> list[str]:
+            def compiled(source: str) -> str:
+                made = str(Path(self.build_temp, source).with_suffix(".o"))
+                if newer_group([source, *HEADERS], made, "newer"):
+                    self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=FLAGS)
+                return str(Path(made).resolve())
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(compiled, sources))
+
+        def _link(self, name: str, objects: list[str]) -> None:
+            # the process may hold other copies of the core: symbols inside are bound to this one
+            flags = ["-pthread", "-Wl,-Bsymbolic"]
+            target = Path(self.build_lib, "quincunx", name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(objects, str(target), extra_postargs=flags, target_lang="c++")
+
+    return Build
+
+
 def native() -> dict[str, Any]:
-    """Return the arguments of setup() for the extension; none without torch."""
+    """Return the arguments of setup() for what is compiled; without torch, for the libraries without it."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         skip(f"torch cannot be imported ({error}); install torch first and use --no-build-isolation")
-        return {}
-
-    class OptionalBuild(BuildExtension):  # type: ignore[misc]
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # noqa: BLE001  # whatever a compiler can do wrong
-                skip(error)
+        return {
+            "ext_modules": [Extension("quincunx._native", [])],
+            "cmdclass": {"build_ext": with_libraries(build_ext)},
+        }
 
     extension = CppExtension(
         "quincunx._native",
-        SOURCES,
+        BINDINGS,
         depends=HEADERS,
         # torch 2.10: the oldest that has all of the stable ABI that is used here
         define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
@@ -52,7 +114,7 @@ def native() -> dict[str, Any]:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": OptionalBuild},
+        "cmdclass": {"build_ext": with_libraries(BuildExtension)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -21,20 +21,19 @@
 #include "allocate.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "program.h"
 #include "schedule.h"
 
 namespace {
 
 using quincunx::FittedFill;
-using quincunx::Flow;
+using quincunx::Engine;
 using quincunx::ForwardKernels;
 using quincunx::GatherGemm;
 using quincunx::kInt32Max;
 using quincunx::Kernels;
+using quincunx::Layout;
 using quincunx::LookupConv;
-using quincunx::Place;
-using quincunx::Places;
-using quincunx::Step;
 using quincunx::Table;
 using quincunx::Weight;
 using quincunx::WeightGrad;
@@ -104,6 +103,8 @@ const ForwardKernels& forward_of(ScalarType type) {
   return type == ScalarType::Float ? quincunx::kernels().f32 : quincunx::kernels().bf16;
 }
 
+Engine engine_of(ScalarType type) { return Engine{quincunx::kernels(), type == ScalarType::BFloat16}; }
+
 // A tensor that is not a map: read at its first use, its values at the first request.
 class Operand {
  public:
@@ -158,21 +159,8 @@ void set_tables(GatherGemm& g, Tables tables) {
 
 void set_shape(GatherGemm& g, const Map& x, int64_t out_channels, int64_t rows_out, int64_t num_taps,
                int64_t channel_groups, int64_t activation) {
-  STD_TORCH_CHECK(num_taps >= 1 && num_taps <= kInt32Max, "num_taps must be at least 1, got ", num_taps);
-  STD_TORCH_CHECK(channel_groups >= 1 && x.channels >= 1 && x.channels % channel_groups == 0, "channel_groups = ",
-                  channel_groups, " must divide the channels ", x.channels);
-  quincunx::check_weight(out_channels, x.channels / channel_groups, num_taps, channel_groups);
-  STD_TORCH_CHECK(activation >= 0 && activation < quincunx::kActivations, "activation must be 0 (none) to ",
-                  quincunx::kActivations - 1, ", got ", activation);
+  quincunx::set_shape(g, x.batch, x.channels, x.rows(), out_channels, rows_out, num_taps, channel_groups, activation);
   g.x = x.data;
-  g.batch = x.batch;
-  g.rows_in = x.rows();
-  g.rows_out = rows_out;
-  g.in_channels = static_cast<int32_t>(x.channels);
-  g.out_channels = static_cast<int32_t>(out_channels);
-  g.channel_groups = static_cast<int32_t>(channel_groups);
-  g.num_taps = static_cast<int32_t>(num_taps);
-  g.activation = static_cast<int32_t>(activation);
 }
 
 int64_t packed_size(const ForwardKernels& kernels, const GatherGemm& g) {
@@ -215,7 +203,7 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
   const ForwardKernels& kernels = forward_of(type);
   const Map in = as_map(x, "x", type);
   const int64_t rows_out = quincunx::check_output(out_size, in.batch, out_channels);
-  std::vector<Step> steps(1);
+  std::vector<quincunx::Step> steps(1);
   GatherGemm& g = steps[0].problem;
   set_shape(g, in, out_channels, rows_out, num_taps, channel_groups, activation);
   STD_TORCH_CHECK(activation != quincunx::kLeaky, "activation ", activation, " has a slope, which this has not");
@@ -246,7 +234,7 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
     g.shift2 = Operand(*shift2).channels("shift2", out_channels);
     g.out2 = out2.data_ptr();
   }
-  quincunx::run_steps(steps, kernels);
+  quincunx::run_steps(steps, engine_of(type), quincunx::torch_host());
   return {out, out2};
 }
 
@@ -375,16 +363,11 @@ Tensor over_windows(Tensor x, const Tensor& index, const Tensor& starts, const s
   Table& index_table = index_operand.table("index");
   const Table& starts_table = starts_operand.table("starts");
   Windows g{};
-  const int64_t entries = index_table.count, count = starts_table.count;
+  const int64_t entries = index_table.count;
   g.index = index_table.data;
   g.starts = starts_table.data;
   g.positions = quincunx::check_output(out_size, in.batch, in.channels);
-  STD_TORCH_CHECK(count == g.positions + 1, "starts must have ", g.positions + 1, " entries, got ", count);
-  STD_TORCH_CHECK(g.starts[0] == 0 && g.starts[count - 1] == entries && std::is_sorted(g.starts, g.starts + count),
-                  "starts must ascend from 0 to the ", entries, " entries of index");
-  // an empty map has no row to refer to
-  STD_TORCH_CHECK(entries == 0 || in.rows() > 0, "x has no positions");
-  index_table.within("index", 0, std::max<int64_t>(in.rows(), 1));
+  quincunx::check_windows(in.rows(), g.positions, index_table, starts_table);
   g.x = in.data;
   g.batch = in.batch;
   g.rows_in = in.rows();
@@ -421,18 +404,9 @@ Tensor fitted_fill(Tensor x, const Tensor& weight, const std::optional<Tensor>& 
   g.weight = weight_operand.channels("weight", sizes[0] * sizes[1] * sizes[2]);
   Table& index_table = index_operand.table("index");
   Table& kinds_table = kinds_operand.table("kinds");
-  const int64_t stride = std::max<int64_t>(g.num_taps, 1);
-  STD_TORCH_CHECK(kinds_table.count == g.positions && index_table.count == g.positions * stride,
-                  "kinds and index must have ", g.positions, " and ", g.positions * stride, " entries, got ",
-                  kinds_table.count, " and ", index_table.count);
-  index_table.within("index", -1, std::max<int64_t>(in.rows(), 0));
-  kinds_table.within("kinds", -1, std::max<int64_t>(sizes[0], 1));
+  quincunx::check_fill(in.rows(), g.positions, g.num_taps, sizes[0], index_table, kinds_table);
   g.index = index_table.data;
   g.kinds = kinds_table.data;
-  for (int64_t p = 0; p < g.positions; ++p) {
-    STD_TORCH_CHECK(g.kinds[p] < sizes[0], "kinds must be below ", sizes[0], ", got ", g.kinds[p]);
-    STD_TORCH_CHECK(g.kinds[p] >= 0 || g.index[p * stride] >= 0, "index names no row for the computed position ", p);
-  }
   std::optional<Operand> bias_operand;
   if (bias.has_value()) g.bias = bias_operand.emplace(*bias).channels("bias", sizes[0] * in.channels);
   if (residual.has_value()) {
@@ -451,154 +425,76 @@ Tensor fitted_fill(Tensor x, const Tensor& weight, const std::optional<Tensor>& 
   g.out = out.data_ptr();
   const auto run = type == ScalarType::Float ? quincunx::kernels().fill.f32 : quincunx::kernels().fill.bf16;
   const int64_t least_work = 100000;
-  const int64_t parts = quincunx::parts_for(g.batch * g.positions * (stride + 1) * g.channels, least_work);
+  const int64_t parts = quincunx::parts_for(g.batch * g.positions * (std::max<int64_t>(g.num_taps, 1) + 1) * g.channels, least_work);
   quincunx::parallel(parts, [&](int64_t part) { run(&g, part, parts); });
   return out;
 }
 
-struct Buffers {
-  Flow flow;
-  std::vector<Map> maps;
-  std::vector<Tensor> outputs;
-  std::vector<Place> places;
-  int64_t arena = 0;  // bytes per image
-};
+// The tensors of a program; weights come packed.
+class Tensors final : public quincunx::Operands {
+ public:
+  Tensors(const std::vector<Tensor>& tensors, const ForwardKernels& kernels)
+      : kernels_(kernels), tensors_(tensors), operands_(tensors.begin(), tensors.end()) {}
 
-// What the integers of a program say, a record for each map and for each step. BufferCode and StepCode in
-// src/quincunx/fusion/program.py have the same names in the same order; a test compares them.
-enum BufferField : int64_t { kKind, kChannels, kHeight, kWidth, kOffset, kBufferFields };
-enum StepField : int64_t {
-  kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kTapIndex, kRows, kTaps,
-  kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kSlope, kStepFields
-};
+  Table& table(int64_t number, const char* name) override { return at(number).table(name); }
+  const float* floats(int64_t number, const char* name, int64_t count) override {
+    return at(number).channels(name, count);
+  }
+  int64_t first_size(int64_t number, const char* name) override {
+    at(number);
+    STD_TORCH_CHECK(tensors_[number].dim() > 0, name, " must have a size");
+    return tensors_[number].sizes()[0];
+  }
+  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups) override {
+    return at(number).weight(kernels_, kernels_.packed_size(outputs, channels, taps, groups));
+  }
 
-Buffers make_buffers(std::vector<Tensor>& inputs, const std::vector<int64_t>& sizes, ScalarType type) {
-  STD_TORCH_CHECK(sizes.size() % kBufferFields == 0, "buffers must have ", int64_t{kBufferFields}, " integers each");
-  Buffers buffers;
-  const int64_t count = sizes.size() / kBufferFields, batch = inputs[0].sizes()[0];
-  buffers.maps.resize(count);
-  int64_t arena = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t *f = &sizes[i * kBufferFields], kind = f[kKind], offset = f[kOffset];
-    const bool is_input = i < static_cast<int64_t>(inputs.size());
-    STD_TORCH_CHECK(is_input ? kind == Flow::kInput : kind == Flow::kScratch || kind == Flow::kOutput, "buffer ", i,
-                    " has the wrong kind ", kind, ": inputs come first, then scratch (1) and outputs (2)");
-    STD_TORCH_CHECK(f[kChannels] >= 1 && f[kHeight] >= 0 && f[kWidth] >= 0, "buffer ", i, " has an impossible size");
-    quincunx::check_map("a buffer", batch, f[kChannels], f[kHeight], f[kWidth]);
-    Map& map = buffers.maps[i];
-    map = Map{nullptr, batch, f[kChannels], f[kHeight], f[kWidth]};
-    if (kind == Flow::kInput) {
-      const Map given = as_map(inputs[i], "input", type);
-      const bool fits = given.channels == f[kChannels] && given.height == f[kHeight] && given.width == f[kWidth];
-      STD_TORCH_CHECK(fits && given.batch == batch,
-                      "input ", i, " must be [", batch, ", ", f[kChannels], ", ", f[kHeight], ", ", f[kWidth], "]");
-      map.data = given.data;
-    } else if (kind == Flow::kOutput) {
-      buffers.outputs.push_back(empty({batch, f[kChannels], f[kHeight], f[kWidth]}, type, MemoryFormat::ChannelsLast));
-      map.data = static_cast<char*>(buffers.outputs.back().data_ptr());
-    } else {
-      STD_TORCH_CHECK(offset >= 0 && offset % 32 == 0 && offset < (int64_t{1} << 40), "buffer ", i,
-                      ": the offset must be a multiple of 32");
-      STD_TORCH_CHECK(quincunx::countable({offset + map.channels * map.rows(), batch + 1}), "buffer ", i,
-                      " is too large");
-      arena = std::max(arena, offset + map.channels * map.rows());
-    }
-    buffers.flow.add(kind, offset, map.channels * map.rows());
+ private:
+  Operand& at(int64_t number) {
+    STD_TORCH_CHECK(number >= 0 && number < static_cast<int64_t>(operands_.size()), "code names a tensor ", number,
+                    " that does not exist");
+    return operands_[number];
   }
-  STD_TORCH_CHECK(count >= static_cast<int64_t>(inputs.size()), "every input must have a buffer");
-  // the next image's maps start on a cache line too
-  buffers.arena = (arena + 31) / 32 * 32 * size_of(type);
-  for (int64_t i = 0; i < count; ++i) {
-    const Map& map = buffers.maps[i];
-    const int64_t* f = &sizes[i * kBufferFields];
-    const int64_t offset = f[kKind] == Flow::kScratch ? f[kOffset] * size_of(type) : -1;
-    buffers.places.push_back(Place{map.data, map.channels * map.rows() * size_of(type), offset});
-  }
-  return buffers;
-}
+
+  const ForwardKernels& kernels_;
+  const std::vector<Tensor>& tensors_;
+  std::vector<Operand> operands_;
+};
 
 std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> tensors,
-                                std::vector<int64_t> buffer_sizes, std::vector<int64_t> code) {
+                                std::vector<int64_t> buffers, std::vector<int64_t> code) {
   STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "a program needs an input [N, C, H, W]");
-  STD_TORCH_CHECK(code.size() % kStepFields == 0, "code must have ", int64_t{kStepFields}, " integers for each step");
+  constexpr int64_t kBuffer = quincunx::kBufferFields, kStep = quincunx::kStepFields;
+  STD_TORCH_CHECK(buffers.size() % kBuffer == 0, "buffers must have ", kBuffer, " integers each");
+  STD_TORCH_CHECK(code.size() % kStep == 0, "code must have ", kStep, " integers for each step");
   const ScalarType type = map_type(inputs[0]);
-  const ForwardKernels& kernels = forward_of(type);
-  Buffers buffers = make_buffers(inputs, buffer_sizes, type);
-  std::vector<Operand> operands(tensors.begin(), tensors.end());
-  const auto map = [&](int64_t i) -> const Map& {
-    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(buffers.maps.size()), "code names a buffer ", i,
-                    " that does not exist");
-    return buffers.maps[i];
-  };
-  const auto operand = [&](int64_t i) -> Operand& {
-    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(operands.size()), "code names a tensor ", i,
-                    " that does not exist");
-    return operands[i];
-  };
-  std::vector<Step> steps(code.size() / kStepFields);
-  std::vector<Places> used;
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const int64_t* f = &code[i * kStepFields];
-    used.push_back(Places{f[kX], f[kResidual], f[kOut], f[kOut2]});
-    GatherGemm& g = steps[i].problem;
-    STD_TORCH_CHECK(f[kOut] >= 0 || f[kOut2] >= 0, "step ", i, " writes nothing");
-    const Map& out = map(f[kOut] >= 0 ? f[kOut] : f[kOut2]);
-    set_shape(g, map(f[kX]), out.channels, out.rows(), f[kNumTaps], f[kChannelGroups], f[kActivation]);
-    set_tables(g, {operand(f[kTapIndex]), operand(f[kRows]), operand(f[kTaps]), operand(f[kGroups])});
-    if (f[kWeight] < 0) {
-      const bool plain = f[kBias] < 0 && f[kSlope] < 0 && f[kResidual] < 0 && f[kOut2] < 0 && f[kActivation] == 0 && f[kOut] >= 0;
-      STD_TORCH_CHECK(plain && g.channel_groups == 1 && g.in_channels == g.out_channels, "step ", i,
-                      ": a mean has one output of as many channels and nothing else");
-      STD_TORCH_CHECK(g.num_groups == 1 && g.groups[1] == g.num_taps, "step ", i, ": a mean has one group of all taps");
-      buffers.flow.step(i, f[kX], -1, f[kOut], -1, true);
-      continue;
+  const Engine engine = engine_of(type);
+  const int64_t batch = inputs[0].sizes()[0], given = inputs.size();
+  Layout layout = quincunx::read_layout(buffers.data(), buffers.size() / kBuffer, given, batch);
+  std::vector<quincunx::Place> places = layout.places(size_of(type));
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < layout.maps.size(); ++i) {
+    const Layout::Size& size = layout.maps[i];
+    if (size.kind == quincunx::Flow::kInput) {
+      const Map map = as_map(inputs[i], "input", type);
+      STD_TORCH_CHECK(map.batch == batch && map.channels == size.channels && map.height == size.height &&
+                          map.width == size.width,
+                      "input ", i, " must be [", batch, ", ", size.channels, ", ", size.height, ", ", size.width, "]");
+      places[i].base = map.data;
+    } else if (size.kind == quincunx::Flow::kOutput) {
+      outputs.push_back(empty({batch, size.channels, size.height, size.width}, type, MemoryFormat::ChannelsLast));
+      places[i].base = static_cast<char*>(outputs.back().data_ptr());
     }
-    g.weight = operand(f[kWeight]).weight(kernels, packed_size(kernels, g));
-    if (f[kBias] >= 0) g.bias = operand(f[kBias]).channels("bias", out.channels);
-    STD_TORCH_CHECK((f[kActivation] == quincunx::kLeaky) == (f[kSlope] >= 0), "step ", i,
-                    ": activation ", int64_t{quincunx::kLeaky}, ", and no other, has a slope");
-    if (f[kSlope] >= 0) g.slope = operand(f[kSlope]).channels("slope", out.channels);
-    if (f[kOut2] >= 0) {
-      const Map& out2 = map(f[kOut2]);
-      STD_TORCH_CHECK(out2.channels == out.channels && out2.rows() == out.rows(), "step ", i,
-                      ": out and out2 must have one size");
-      g.scale2 = operand(f[kScale2]).channels("scale2", out.channels);
-      g.shift2 = operand(f[kShift2]).channels("shift2", out.channels);
-    }
-    if (f[kResidual] >= 0) {
-      const Map& residual = map(f[kResidual]);
-      STD_TORCH_CHECK(residual.channels == f[kResidualChannels] && residual.channels <= out.channels, "step ", i,
-                      ": residual_channels must be the residual's channels, at most ", out.channels);
-      g.residual_size = residual.rows();
-      g.residual_channels = static_cast<int32_t>(residual.channels);
-      if (f[kResidualRows] >= 0) {
-        Table& table = operand(f[kResidualRows]).table("residual_rows");
-        g.residual_rows = table.data;
-        STD_TORCH_CHECK(table.count == g.rows_out, "residual_rows must have ", g.rows_out, " entries, got ",
-                        table.count);
-        table.within("residual_rows", 0, g.residual_size);
-      } else {
-        STD_TORCH_CHECK(residual.rows() == out.rows(), "step ", i, ": the residual has ", residual.rows(),
-                        " positions, the output ", out.rows());
-      }
-    }
-    buffers.flow.step(i, f[kX], f[kResidual], f[kOut], f[kOut2], g.residual_rows == nullptr);
   }
-  buffers.flow.end();
-  const int64_t batch = inputs[0].sizes()[0];
-  const int64_t images = quincunx::images_at_a_time(steps, batch, size_of(type));
-  const int64_t places = images > 0 ? images * torch::stable::get_num_threads() : batch;
-  const Tensor arena = empty({buffers.arena * places / size_of(type)}, type);
-  char* base = static_cast<char*>(arena.data_ptr());
-  if (images > 0) {
-    quincunx::run_images(steps, used, buffers.places, base, buffers.arena, batch, images, kernels);
-  } else {
-    for (size_t i = 0; i < steps.size(); ++i) {
-      quincunx::set_maps(steps[i].problem, used[i], buffers.places, base, 0, batch);
-    }
-    quincunx::run_steps(steps, kernels);
-  }
-  return buffers.outputs;
+  Tensors operands(tensors, engine.forward());
+  const auto calls = quincunx::read_steps(code.data(), code.size() / kStep, layout, operands, batch);
+  std::optional<Tensor> arena;
+  quincunx::run_calls(calls, places, layout.arena * size_of(type), batch, engine, quincunx::torch_host(),
+                      [&](int64_t bytes) {
+                        arena = empty({bytes / size_of(type)}, type);
+                        return static_cast<char*>(arena->data_ptr());
+                      });
+  return outputs;
 }
 
 std::string isa() { return quincunx::isa(); }

@@ -138,6 +138,33 @@ inline void check_tables(GatherGemm& g, Table& index, Table& rows, Table& taps, 
   taps.within("taps", 0, g.num_taps);
 }
 
+// Checks the tables of a reduction over windows: positions + 1 ascending starts in a list of input rows.
+inline void check_windows(int64_t rows_in, int64_t positions, Table& index, const Table& starts) {
+  const int64_t entries = index.count, count = starts.count;
+  require(count == positions + 1, "starts must have ", positions + 1, " entries, got ", count);
+  require(starts.data[0] == 0 && starts.data[count - 1] == entries && std::is_sorted(starts.data, starts.data + count),
+          "starts must ascend from 0 to the ", entries, " entries of index");
+  // an empty map has no row to refer to
+  require(entries == 0 || rows_in > 0, "x has no positions");
+  index.within("index", 0, std::max<int64_t>(rows_in, 1));
+}
+
+// Checks the tables of a fitted fill: `kinds` rows of coefficients; a position without a kind is computed.
+inline void check_fill(int64_t rows_in, int64_t positions, int64_t num_taps, int64_t kinds, Table& index,
+                       Table& kind_table) {
+  const int64_t stride = std::max<int64_t>(num_taps, 1);
+  require(kind_table.count == positions && index.count / stride == positions && index.count % stride == 0,
+          "kinds and index must have ", positions, " and ", positions, " x ", stride, " entries, got ",
+          kind_table.count, " and ", index.count);
+  index.within("index", -1, std::max<int64_t>(rows_in, 0));
+  kind_table.within("kinds", -1, std::max<int64_t>(kinds, 1));
+  for (int64_t p = 0; p < positions; ++p) {
+    const int32_t kind = kind_table.data[p];
+    require(kind < kinds, "kinds must be below ", kinds, ", got ", kind);
+    require(kind >= 0 || index.data[p * stride] >= 0, "index names no row for the computed position ", p);
+  }
+}
+
 // Checks the maps of a program step by step: nothing is read before it is written, no
 // step writes where it reads other rows, no input is written, and every output is.
 class Flow {

@@ -175,6 +175,32 @@ struct FillKernels {
   void (*bf16)(const FittedFill*, int64_t part, int64_t parts);
 };
 
+// out[r, c] = act(x[r, c] scale[c] + shift[c] + residual[r, c])
+struct Pointwise {
+  const void* x;         // [rows, channels]
+  const float* scale;    // [channels] or null
+  const float* shift;    // [channels] or null
+  const float* slope;    // [channels], of kLeaky
+  const void* residual;  // [rows, residual_channels] or null; the channels beyond add nothing
+  void* out;             // [rows, channels]
+  int64_t rows, channels, residual_channels;
+  int32_t activation;
+};
+
+// Parts may run in any order and at the same time.
+struct PointwiseKernels {
+  void (*f32)(const Pointwise*, int64_t part, int64_t parts);
+  void (*bf16)(const Pointwise*, int64_t part, int64_t parts);
+};
+
+// A map that enters or leaves a program: each image [rows, columns], turned to [columns, rows] where asked for.
+struct Border {
+  const void* from;
+  void* to;
+  int64_t batch, rows, columns;
+  bool turn, from_bf16, to_bf16;  // else float32
+};
+
 struct Kernels {
   ForwardKernels f32;
   ForwardKernels bf16;
@@ -186,6 +212,8 @@ struct Kernels {
   WindowKernels max;
   WindowKernels sum;
   FillKernels fill;
+  PointwiseKernels pointwise;
+  void (*cross_border)(const Border*, int64_t part, int64_t parts);
 };
 
 }  // namespace quincunx

@@ -22,6 +22,7 @@
 #include "binary_gemm.h"
 #include "windows.h"
 #include "fitted_fill.h"
+#include "pointwise.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
@@ -34,6 +35,8 @@ const quincunx::Kernels qx_kernels_avx2 = {
     quincunx::avx2::kMax,
     quincunx::avx2::kSum,
     quincunx::avx2::kFill,
+    quincunx::avx2::kPointwiseKernels,
+    &quincunx::avx2::cross_border,
 };
 
 #if defined(__clang__)

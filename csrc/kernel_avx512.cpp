@@ -24,6 +24,7 @@
 #include "binary_gemm.h"
 #include "windows.h"
 #include "fitted_fill.h"
+#include "pointwise.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
@@ -36,6 +37,8 @@ const quincunx::Kernels qx_kernels_avx512 = {
     quincunx::avx512::kMax,
     quincunx::avx512::kSum,
     quincunx::avx512::kFill,
+    quincunx::avx512::kPointwiseKernels,
+    &quincunx::avx512::cross_border,
 };
 
 #if defined(__clang__)

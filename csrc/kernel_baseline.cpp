@@ -20,6 +20,7 @@
 #include "binary_gemm.h"
 #include "windows.h"
 #include "fitted_fill.h"
+#include "pointwise.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
@@ -32,4 +33,6 @@ const quincunx::Kernels qx_kernels_baseline = {
     quincunx::baseline::kMax,
     quincunx::baseline::kSum,
     quincunx::baseline::kFill,
+    quincunx::baseline::kPointwiseKernels,
+    &quincunx::baseline::cross_border,
 };

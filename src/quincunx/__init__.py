@@ -26,6 +26,7 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
         backend,
         fill_fitted,
         fill_nearest,
+        onnxruntime,
         sampled_conv2d,
         sampled_conv_transpose2d,
     )
@@ -89,6 +90,7 @@ __all__ = [
     "fuse",
     "load",
     "networks",
+    "onnxruntime",
     "sampled_conv2d",
     "sampled_conv_transpose2d",
     "save",

@@ -10,7 +10,7 @@ from quincunx.fusion.program import BufferCode, StepCode
 
 @pytest.mark.parametrize(("enum", "record"), [("BufferField", BufferCode), ("StepField", StepCode)])
 def test_both_sides_name_the_fields_alike(enum, record):
-    source = (ROOT / "csrc" / "bindings.cpp").read_text()
+    source = (ROOT / "csrc" / "program.h").read_text()
     body = re.search(rf"enum {enum} : int64_t \{{(.*?)\}}", source, re.S)[1]
     *names, count = (name.strip() for name in body.split(","))
     assert count == f"k{enum}s"

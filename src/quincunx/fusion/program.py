@@ -70,7 +70,7 @@ _MARGIN = 0.95
 
 
 class BufferCode(NamedTuple):
-    """A map as ``run_program`` reads it; ``BufferField`` in csrc/bindings.cpp has the same names.
+    """A map as ``run_program`` reads it; ``BufferField`` in csrc/program.h has the same names.
 
     ``kind`` is 0 for an input, 1 for scratch, 2 for an output; ``offset`` is that in the arena, in elements.
     """
@@ -83,10 +83,12 @@ class BufferCode(NamedTuple):
 
 
 class StepCode(NamedTuple):
-    """A step as ``run_program`` reads it; ``StepField`` in csrc/bindings.cpp has the same names.
+    """A step as ``run_program`` reads it; ``StepField`` in csrc/program.h has the same names.
 
     ``x``, ``residual``, ``out`` and ``out2`` are numbers of buffers, ``residual_channels``, ``num_taps``,
-    ``channel_groups`` and ``activation`` are values, all others are numbers of tensors; -1 is none.
+    ``channel_groups`` and ``activation`` are values, all others are numbers of tensors; -1 is none. ``work``
+    says what it computes (``Work`` in csrc/runner.h): 0 a convolution or mean, 1 the maximum of windows,
+    2 a fill, 3 a part of a concatenation, 4 a pointwise operation.
     """
 
     x: int
@@ -107,6 +109,7 @@ class StepCode(NamedTuple):
     channel_groups: int
     activation: int
     slope: int
+    work: int = 0
 
 
 def _in_records(kind: Callable[..., Any], numbers: Sequence[int], length: int) -> list[Any]:
@@ -122,6 +125,9 @@ def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, 
             continue  # means multiply nothing
         out = maps[step.out if step.out >= 0 else step.out2]
         reads = tensors[step.tap_index][0]
+        if step.work:
+            total += 2 * inputs[0][0] * out.height * out.width * step.num_taps * out.channels  # a fill
+            continue
         total += 2 * inputs[0][0] * reads * maps[step.x].channels * out.channels // step.channel_groups
     return total
 
@@ -160,7 +166,8 @@ class _Segment:
 
 def _arena(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) -> dict[str, int]:
     """First fit: an offset for each map inside the segment, none overlapping one that is still read."""
-    first = {name: i for i, step in enumerate(steps) for name in step.writes}
+    # several steps may write one map
+    first = {name: i for i, step in reversed(list(enumerate(steps))) for name in step.writes}
     last = {name: i for i, step in enumerate(steps) for name in step.reads}
     offsets: dict[str, int] = {}
     sizes = {name: -(-maps[name].numel // _ALIGN) * _ALIGN for name in scratch}
@@ -468,14 +475,22 @@ class Program(nn.Module):
             self._compiled[key] = stages
         return stages
 
-    def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
-        batch = shapes[0][0]
+    def settle(
+        self, shapes: Sequence[Sequence[int]], whole: bool = False
+    ) -> tuple[list[Step | Follower], dict[str, Map]]:
+        """The steps as they are for inputs of these shapes, and the maps between them.
+
+        Args:
+            shapes: of the inputs, [N, C, H, W] each.
+            whole: as the reference has maps, without compact ones.
+
+        Raises:
+            ValueError: a map whose channels or size a step cannot read.
+        """
         maps = {
             name: Map(shape[1], (shape[2], shape[3])) for name, shape in zip(self.inputs, shapes, strict=True)
         }
-        serving = self._serving()
         steps: list[Step | Follower] = []
-        by_torch: dict[int, bool] = {}
         todo = list(reversed(self.steps))
         while todo:
             step = todo.pop()
@@ -492,11 +507,21 @@ class Program(nn.Module):
             # outside a native segment there are no compact filled maps
             plain = Map(shape.channels, shape.size)
             for name in step.writes:
-                maps[name] = plain if serving == "reference" else shape
+                maps[name] = plain if whole else shape
+        return steps, maps
+
+    def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
+        batch, serving = shapes[0][0], self._serving()
+        steps, maps = self.settle(shapes, whole=serving == "reference")
+        by_torch: dict[int, bool] = {}
+        for number, step in enumerate(steps):
             if isinstance(step, Step):
-                dense = step.kind == "dense" and not maps[step.source].fill and not shape.fill
-                by_torch[len(steps) - 1] = serving == "reference" or (
-                    not self.native_only and dense and self._prefers_torch(step, maps, batch)
+                filled = maps[step.source].fill or output(step, maps).fill
+                by_torch[number] = serving == "reference" or (
+                    not self.native_only
+                    and step.kind == "dense"
+                    and not filled
+                    and self._prefers_torch(step, maps, batch)
                 )
         mixed = self._stages(steps, maps, {number for number, torchs in by_torch.items() if torchs})
         if serving != "native" or not any(by_torch.values()) or all(by_torch.values()):

@@ -1,0 +1,113 @@
+// A fused program as bytes, and the program that was read from them. Torch-free.
+//
+// The bytes, all numbers little-endian:
+//   header     64 bytes, Header below
+//   interface  an int64 for each output: its rank, 4 for [N, C, H, W], 2 for [N, C] of a map of one position
+//   maps       kBufferFields int64 each: first the inputs, then the others; outputs in their order
+//   steps      kStepFields int64 each
+//   tensors    Entry below each
+//   data       at multiples of 64; tables int32, float32, weights [groups, O / groups, C / groups, taps] in the
+//              program's type and unpacked, so that any processor packs them as its kernels want
+// Nothing in it depends on the batch, the number of threads or the instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "runner.h"
+
+namespace quincunx {
+
+constexpr char kMagic[8] = {'Q', 'U', 'I', 'N', 'C', 'U', 'N', 'X'};
+constexpr uint32_t kFileVersion = 1;
+
+struct Header {
+  char magic[8];
+  uint32_t version;
+  uint32_t dtype;  // of weights and maps: 0 float32, 1 bfloat16
+  uint32_t inputs, outputs, maps, steps, tensors;
+  uint32_t reserved;  // 0
+  uint64_t size;      // of all bytes
+  char zeros[12];
+  uint32_t checksum;  // CRC-32 as zlib has it, of all other bytes
+};
+static_assert(sizeof(Header) == 64, "no gaps");
+
+enum TensorKind : uint32_t { kTable, kFloats, kWeights, kTensorKinds };
+
+struct Entry {
+  uint32_t kind, reserved;  // 0
+  int64_t sizes[4];         // unused ones at the end are 1
+  int64_t offset;
+};
+static_assert(sizeof(Entry) == 48, "no gaps");
+
+// Memory for maps and weights, on large pages where there is much of it.
+class Memory {
+ public:
+  Memory() = default;
+  // Throws std::runtime_error, which says how much was requested.
+  explicit Memory(int64_t bytes);
+  Memory(Memory&& other) noexcept { *this = static_cast<Memory&&>(other); }
+  Memory& operator=(Memory&& other) noexcept;
+  ~Memory();
+  char* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// A map of the caller: [N, C, H, W] with the channels outside (planar) or inside, in float32 or bfloat16.
+struct BorderMap {
+  void* data = nullptr;
+  bool planar = true;
+  bool bf16 = false;
+};
+
+class ProgramFile {
+ public:
+  struct Shape {
+    int64_t channels, height, width, rank;
+  };
+
+  // Checks every byte that is used and packs the weights; the bytes are not needed afterwards.
+  // Throws std::runtime_error of one sentence.
+  ProgramFile(const void* bytes, size_t size);
+
+  bool bf16() const { return bf16_; }
+  const std::vector<Shape>& inputs() const { return inputs_; }
+  const std::vector<Shape>& outputs() const { return outputs_; }
+  // held for as long as the program, without the scratch memory of calls
+  int64_t memory() const;
+
+  // Any number of threads may call this at the same time. Outputs overlap neither each other nor inputs.
+  void run(const BorderMap* inputs, const BorderMap* outputs, int64_t batch, const Host& host) const;
+
+ private:
+  class FileOperands;
+  Memory take(int64_t bytes) const;
+  void give(Memory memory) const;
+
+  bool bf16_ = false;
+  std::vector<Call> calls_;
+  std::vector<Place> places_;
+  std::vector<int64_t> rows_, channels_;  // of the maps
+  std::vector<size_t> output_maps_;
+  int64_t arena_ = 0;   // bytes per image
+  int64_t largest_ = 0;  // values per image of the largest map, and of the arena
+  Memory tables_;
+  std::vector<Memory> packed_;
+  std::vector<Shape> inputs_, outputs_;
+  mutable std::mutex lock_;
+  mutable std::vector<Memory> spare_;  // of earlier calls
+};
+
+// As zlib's crc32, so that Python writes it with its own.
+uint32_t crc32(uint32_t before, const void* data, size_t size);
+
+}  // namespace quincunx
