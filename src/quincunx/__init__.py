@@ -27,6 +27,7 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
         fill_fitted,
         fill_nearest,
         onnxruntime,
+        openvino,
         sampled_conv2d,
         sampled_conv_transpose2d,
     )
@@ -91,6 +92,7 @@ __all__ = [
     "load",
     "networks",
     "onnxruntime",
+    "openvino",
     "sampled_conv2d",
     "sampled_conv_transpose2d",
     "save",

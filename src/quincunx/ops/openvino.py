@@ -1,0 +1,130 @@
+"""OpenVINO with our kernels: reads ONNX files that hold programs, and runs these on its CPU device.
+
+With ``core = openvino.Core()``, ``qx.openvino.register(core)`` before ``core.read_model(path)``. The operation is
+written in Python over the C interface of libquincunx, so that it does not depend on the release of OpenVINO;
+``csrc/openvino`` has the same as a library in C++, to be built for one release.
+
+Example:
+    >>> qx.openvino.register("core")
+    Traceback (most recent call last):
+    ...
+    TypeError: core='core': expected an openvino.Core
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from quincunx.ops.libraries import DOMAIN, OPERATOR, LoadedProgram
+
+__all__ = ["register"]
+
+
+def register(core: Any, threads: int | None = None) -> None:
+    """Let a core read models with programs, from ONNX files and from OpenVINO's own.
+
+    Maps arrive in float32 whatever precision the device was asked for; a program that was made in bfloat16 computes
+    in it. A second request at the same time runs its programs in its own thread alone.
+
+    Args:
+        core: an ``openvino.Core``.
+        threads: that work on a program; None for ``INFERENCE_NUM_THREADS`` of the CPU device, or if that is not
+            set, the processors that this process may use.
+
+    Raises:
+        TypeError: ``core`` is something else.
+        ValueError: ``threads`` below 1.
+        FileNotFoundError: libquincunx was not built.
+
+    Example:
+        >>> register(None)
+        Traceback (most recent call last):
+        ...
+        TypeError: core=None: expected an openvino.Core
+    """
+    if not hasattr(core, "add_extension"):
+        raise TypeError(f"core={core!r}: expected an openvino.Core")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads={threads!r}: expected an integer of at least 1")
+    from openvino.frontend.onnx import ConversionExtension
+
+    count = threads or int(core.get_property("CPU", "INFERENCE_NUM_THREADS")) or _processors()
+    operation = _operation(count)
+
+    def convert(node: Any) -> Any:
+        inputs = [node.get_input(number) for number in range(node.get_input_size())]
+        return operation(inputs).outputs()
+
+    core.add_extension(operation)
+    core.add_extension(ConversionExtension(OPERATOR, DOMAIN, convert))
+
+
+def _processors() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=8)
+def _operation(threads: int) -> Any:
+    """The operation as a class of OpenVINO's; importing OpenVINO takes long."""
+    from openvino import Dimension, Op, PartialShape, Type
+
+    class Program(Op):  # type: ignore[misc]
+        """Input 0 is the program as a constant, the others are maps."""
+
+        def __init__(self, inputs: Sequence[Any] | None = None, program: LoadedProgram | None = None) -> None:
+            super().__init__(self)
+            self.program = program
+            if inputs is not None:
+                self.set_arguments(inputs)
+                self.constructor_validate_and_infer_types()
+
+        def validate_and_infer_types(self) -> None:
+            if self.program is None:
+                node = self.input_value(0).get_node()
+                if node.get_type_name() != "Constant":
+                    raise ValueError("quincunx: the program, input 0, must be a constant of the model")
+                self.program = LoadedProgram(np.asarray(node.data))
+            shapes = self.program.input_shapes
+            if self.get_input_size() != len(shapes) + 1:
+                raise ValueError(
+                    f"quincunx: the program has {len(shapes)} maps, the node {self.get_input_size() - 1}"
+                )
+            batch = Dimension.dynamic()
+            for number, shape in enumerate(shapes):
+                given = self.get_input_partial_shape(number + 1)
+                wanted = PartialShape([Dimension.dynamic(), *shape])
+                if not given.compatible(wanted):
+                    raise ValueError(f"quincunx: map {number} must be {wanted}, got {given}")
+                if given.rank.is_static and given[0].is_static:
+                    batch = given[0]
+                if self.get_input_element_type(number + 1) not in (Type.f32, Type.dynamic):
+                    raise ValueError(
+                        f"quincunx: map {number} must be float32, got {self.get_input_element_type(number + 1)}"
+                    )
+            self.set_output_size(len(self.program.output_shapes))
+            for number, shape in enumerate(self.program.output_shapes):
+                self.set_output_type(number, Type.f32, PartialShape([batch, *shape]))
+
+        def clone_with_new_inputs(self, new_inputs: Sequence[Any]) -> Program:
+            return Program(new_inputs, self.program)
+
+        def has_evaluate(self) -> bool:
+            return True
+
+        def evaluate(self, outputs: Any, inputs: Any) -> bool:
+            maps = [tensor.data for tensor in inputs[1:]]
+            for tensor, shape in zip(outputs, self.program.output_shapes, strict=True):
+                tensor.shape = [maps[0].shape[0], *shape]
+            self.program.run(maps, [tensor.data for tensor in outputs], threads)
+            return True
+
+        def visit_attributes(self, visitor: Any) -> bool:
+            return True
+
+    return Program

@@ -1,0 +1,133 @@
+"""Small networks whose programs have every kind of step, and what their programs were called with."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import quincunx as qx
+from quincunx.fusion.program import Program
+
+
+class Net(nn.Module):
+    """A network from a function of its modules, with batch norms that do something."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+        self.eval()
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+class TwoMaps(Net):
+    def forward(self, x, z):
+        return self.run(self, x, z)
+
+
+def sampled(inner=6, outer=6, fill="nearest", sampling=qx.CHESSBOARD, **settings):
+    return qx.PerforatedConv2d(inner, outer, 3, sampling=sampling, padding=1, fill=fill, **settings)
+
+
+def conv(inner=6, outer=6, size=1, **settings):
+    return nn.Conv2d(inner, outer, size, padding=size // 2, **settings)
+
+
+def _compact(m, x):
+    y = F.relu(m.first(x))
+    y = torch.cat([y, m.one(y)], 1)
+    return m.last(F.max_pool2d(m.norm(y), 3, 2, 1))
+
+
+def _mean(m, x):
+    return torch.mean(m.first(x), (2, 3))
+
+
+def _pooled(m, x):
+    return F.adaptive_avg_pool2d(m.first(x), 1)
+
+
+def _pointwise(m, x):
+    y = m.first(x)
+    return m.last(torch.sigmoid(m.one(y)) * y)
+
+
+def _added(m, x):
+    y = m.first(x)
+    return m.last(torch.relu(y + y))
+
+
+def _preactivation(m, x):
+    y = m.first(x)
+    return m.last(m.one(F.relu(m.norm(y))) + y)
+
+
+def _fitted(m, x):
+    y = F.relu(m.second(F.relu(m.first(x))) + m.short(x))
+    return m.last(F.relu(m.norm(m.third(y) + y)))
+
+
+def _two(m, x, z):
+    y = m.first(x) + z
+    return F.relu(y), m.second(F.leaky_relu(y, 0.1))
+
+
+def examples():
+    """(network, inputs) by name."""
+    torch.manual_seed(5)
+    # on 0..1, so that results are of the size of the inputs
+    x, odd = torch.rand(2, 6, 8, 10), torch.rand(3, 6, 7, 9)
+    spots = qx.Random(0.4, 3)
+    return {
+        "compact": (
+            Net(_compact, first=sampled(), one=conv(6, 4), norm=nn.BatchNorm2d(10), last=conv(10, 5)),
+            (x,),
+        ),
+        "mean": (Net(_mean, first=sampled(sampling=spots)), (odd,)),
+        "pooled": (Net(_pooled, first=sampled(sampling=spots)), (odd,)),
+        "pointwise": (Net(_pointwise, first=sampled(), one=conv(), last=conv(6, 3, 3)), (odd,)),
+        "added": (Net(_added, first=sampled(), last=conv(6, 3, 3)), (x,)),
+        "preactivation": (
+            Net(_preactivation, first=conv(6, 6, 3), norm=nn.BatchNorm2d(6), one=sampled(), last=conv()),
+            (odd,),
+        ),
+        "fitted": (
+            Net(
+                _fitted,
+                first=sampled(fill="fitted"),
+                second=sampled(fill="zero"),
+                short=conv(),
+                third=sampled(fill="fitted", sampling=qx.QUARTER),
+                norm=nn.BatchNorm2d(6),
+                last=conv(6, 5, 3, groups=1),
+            ),
+            (x,),
+        ),
+        "two": (
+            TwoMaps(_two, first=conv(6, 6, 3), second=conv(6, 8, 3, groups=2, stride=2)),
+            (x, x[..., :8, :10]),
+        ),
+        "bottleneck": (qx.networks.build("rsbn8").eval(), (torch.rand(2, 3, 12, 12),)),
+        "strided": (qx.networks.build("cifar-resnet8").eval(), (torch.rand(2, 3, 13, 11),)),
+    }
+
+
+def called(fused, inputs):
+    """The programs of a fused network with the arguments and the results of one call each."""
+    found, hooks = [], []
+    for module in fused.modules():
+        if isinstance(module, Program):
+            hooks.append(module.register_forward_hook(lambda m, a, o: found.append((m, a, o))))
+    with torch.no_grad():
+        fused(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return found

@@ -1,0 +1,227 @@
+"""Programs as bytes: what reads them equals what wrote them, and nothing damaged is run."""
+
+import multiprocessing
+import os
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import quincunx as qx
+from helpers.programs import called, examples
+from quincunx.fusion.serialise import NativePiece, load_program, pieces, program_bytes
+from quincunx.ops import backend
+from quincunx.ops.libraries import LoadedProgram
+
+pytestmark = pytest.mark.skipif(backend().name != "native", reason="programs run in native kernels")
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+def fused(model, dtype=None):
+    return qx.fuse(model, dtype, force=True) if dtype else qx.fuse(model)
+
+
+def run_pieces(program, parts, arguments, run):
+    """A program's results from its pieces, in torch's names."""
+    values = dict(zip(program.inputs, arguments, strict=True))
+    for piece in parts:
+        maps = [values[name] for name in piece.inputs]
+        found = run(piece, maps) if isinstance(piece, NativePiece) else [piece.function(*maps)]
+        values.update(zip(piece.outputs, found, strict=True))
+    return [values[name] for name in program.outputs]
+
+
+def by_library(threads):
+    def run(piece, maps):
+        found = LoadedProgram(piece.data).run([m.contiguous().numpy() for m in maps], threads=threads)
+        return [torch.from_numpy(y) for y in found]
+
+    return run
+
+
+def by_torch(piece, maps):
+    return load_program(piece.data)(*maps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", examples())
+def test_bytes_give_what_the_fused_network_gives(name, dtype):
+    model, x = examples()[name]
+    for program, arguments, results in called(fused(model, DTYPES[dtype]), x):
+        parts = pieces(program, *(a.shape for a in arguments))
+        assert all(piece.data[:8] == b"QUINCUNX" for piece in parts if isinstance(piece, NativePiece))
+        # torch rounds between calls to bfloat16 where a piece keeps float32
+        close = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}
+        for run in (by_library(1), by_library(3), by_torch):
+            for got, wanted in zip(run_pieces(program, parts, arguments, run), results, strict=True):
+                assert got.shape == wanted.shape
+                torch.testing.assert_close(got, wanted, **close)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "strided", "two", "fitted"])
+def test_one_piece_has_the_same_bits_as_torch_for_every_batch(name):
+    model, x = examples()[name]
+    for program, arguments, _ in called(fused(model), x):
+        program.native_only = True
+        data = program_bytes(program, *(a.shape for a in arguments))
+        assert data == program_bytes(program, *((7, *a.shape[1:]) for a in arguments))
+        for batch in (1, 2, 5):
+            maps = [torch.randn(batch, *a.shape[1:]) for a in arguments]
+            for got, wanted in zip(
+                LoadedProgram(data).run([m.numpy() for m in maps]), program(*maps), strict=True
+            ):
+                assert torch.equal(torch.from_numpy(got), wanted)
+
+
+def test_followers_that_the_kernels_lack_stay_functions_between_pieces():
+    model, x = examples()["pointwise"]
+    [(program, arguments, _)] = called(fused(model), x)
+    parts = pieces(program, *(a.shape for a in arguments))
+    kinds = [type(piece).__name__ for piece in parts]
+    assert kinds[0] == kinds[-1] == "NativePiece"
+    assert "TorchPiece" in kinds
+    with pytest.raises(ValueError, match="not among the operations that the kernels have"):
+        program_bytes(program, *(a.shape for a in arguments))
+    with pytest.raises(ValueError, match="expected one"):
+        pieces(program)
+
+
+def small():
+    model, x = examples()["compact"]
+    [(program, arguments, results)] = called(fused(model), x)
+    return program_bytes(program, *(a.shape for a in arguments)), arguments, results
+
+
+def test_every_instruction_set_reads_the_same_bytes(tmp_path):
+    data, arguments, results = small()
+    (tmp_path / "program").write_bytes(data)
+    np.save(tmp_path / "x.npy", arguments[0].numpy())
+    code = (
+        "import sys, numpy as np; from quincunx.ops.libraries import LoadedProgram\n"
+        "program = LoadedProgram(open(sys.argv[1] + '/program', 'rb').read())\n"
+        "np.save(sys.argv[1] + '/y.npy', program.run([np.load(sys.argv[1] + '/x.npy')], threads=2)[0])"
+    )
+    for isa in torch.ops.quincunx_native.available_isas().split(","):
+        environment = {**os.environ, "QUINCUNX_ISA": isa}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_bad_calls_are_refused_in_a_sentence():
+    data, arguments, _ = small()
+    program, x = LoadedProgram(data), arguments[0].numpy()
+    assert program.input_shapes == [(6, 8, 10)]
+    assert 0 < program.memory < 4 * len(data)
+    for maps, message in (
+        ([x[:, :, :-1]], "input 0: expected"),
+        ([x.astype(np.float64)], "expected float32"),
+        ([x, x], "the program has 1 inputs and 1 outputs, got 2 and 1"),
+        ([], "the program has 1 inputs and 1 outputs, got 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            program.run(maps)
+    with pytest.raises(ValueError, match=r"output 0 must have \d+ bytes"):
+        program.run([x], [np.empty((1, 2), np.float32)])
+    with pytest.raises(ValueError, match="threads must be 1 to 1024"):
+        program.run([x], threads=5000)
+    run = load_program(data)
+    with pytest.raises(RuntimeError, match="input 0 must be"):
+        run(arguments[0][:, :, :-1])
+    assert run(arguments[0][:0])[0].shape[0] == 0
+    assert program.run([x[:0]])[0].shape[0] == 0
+
+
+def repaired(data):
+    """With the checksum and the size that the bytes have now."""
+    data = bytearray(data)
+    data[40:48] = struct.pack("<Q", len(data))
+    data[60:64] = struct.pack("<I", zlib.crc32(bytes(data[64:]), zlib.crc32(bytes(data[:60]))))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: b"", "no program of quincunx"),
+        (lambda d: d[:63], "no program of quincunx"),
+        (lambda d: b"QUINCUNY" + d[8:], "no program of quincunx"),
+        (lambda d: d[:8] + struct.pack("<I", 2) + d[12:], "has version 2; this library reads version 1"),
+        (lambda d: d[:-1], "is incomplete"),
+        (lambda d: d[:-1] + b"?", "its checksum is wrong"),
+        (lambda d: repaired(d[:12] + struct.pack("<I", 7) + d[16:]), "type or a field that is unknown"),
+        (lambda d: repaired(d[:32] + struct.pack("<I", 2**32 - 1) + d[36:]), "end behind its"),
+        (lambda d: repaired(d[:200]), "end behind its"),
+        (lambda d: repaired(d[:16] + struct.pack("<I", 0) + d[20:]), "needs an input and an output"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_bytes_are_refused_in_a_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        LoadedProgram(change(small()[0]))
+
+
+def test_mutated_bytes_are_refused_or_run():
+    """The short form of ``make fuzz``, which also watches memory: with and without a right checksum."""
+    data, arguments, _ = small()
+    generator = np.random.default_rng(3)
+    refused = 0
+    front = 64 + 8 * 200
+    for turn in range(600):
+        changed = bytearray(data)
+        at = int(generator.integers(64, front))
+        changed[at] ^= 1 << int(generator.integers(8))
+        with pytest.raises(ValueError, match="checksum"):
+            LoadedProgram(bytes(changed))
+        try:
+            program = LoadedProgram(repaired(changed))
+            if program.input_shapes == [(6, 8, 10)] and turn % 4 == 0:
+                program.run([arguments[0].numpy()])
+        except ValueError as error:
+            assert len(str(error)) > 10
+            refused += 1
+    assert refused > 100
+
+
+def test_threads_share_a_program():
+    data, arguments, results = small()
+    program, run, failures = LoadedProgram(data), load_program(data), []
+
+    def work(number):
+        for _ in range(50):
+            first = program.run([arguments[0].numpy()], threads=1 + number % 3)[0]
+            second = run(arguments[0])[0]
+            if not (
+                np.allclose(first, results[0], atol=1e-5) and torch.allclose(second, results[0], atol=1e-5)
+            ):
+                failures.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def _in_child(program, x, y, pipe):
+    pipe.send(all(np.array_equal(program.run([x], threads=3)[0], y) for _ in range(3)))
+
+
+def test_a_forked_worker_has_threads_of_its_own():
+    data, arguments, _ = small()
+    program, x = LoadedProgram(data), arguments[0].numpy()
+    y = program.run([x], threads=3)[0]
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    worker = context.Process(target=_in_child, args=(program, x, y, theirs))
+    worker.start()
+    assert mine.poll(60)
+    assert mine.recv() is True
+    worker.join()
+    assert worker.exitcode == 0
+    np.testing.assert_array_equal(program.run([x], threads=3)[0], y)
