@@ -197,7 +197,8 @@ def _replaced(
     before it writes the one that stands there then, so that a residual network needs a map less."""
     found: dict[str, str] = {}
     for number, step in enumerate(steps):
-        shortcut, out = step.shortcut, step.out or step.out2
+        # lines of a file say nothing about shortcuts
+        shortcut, out = getattr(step, "shortcut", None), step.out or step.out2
         if shortcut is None or out is None or shortcut.stride > 1 or shortcut.source == step.source:
             continue
         source, made = maps[shortcut.source], output(step, maps)
