@@ -29,8 +29,8 @@ class _Sized(nn.Conv2d):
 
 
 def dense_twin(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a network with a dense layer in place of each layer of this package, weights at random;
-    None if it has none.
+    """Return a copy of a network with a dense layer in place of each layer of this package, weights at
+    random; None if it has none.
 
     Example:
         >>> twin = dense_twin(qx.networks.build("rsbn8"))

@@ -1,4 +1,4 @@
-"""``qx.export``: a network as a file for an engine, compared with the network and timed beside the dense one."""
+"""``qx.export``: a network as a file for an engine, compared with the network and timed there."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from quincunx.ops.libraries import library_path
 
 __all__ = ["ExportFailed", "Exported", "export"]
 
-_NODES: dict[str, type[Node]] = {"onnx": OnnxNode, "torch": TorchNode, "aoti": TorchNode}
+_NODES: dict[str, Node] = {"onnx": OnnxNode, "torch": TorchNode, "aoti": TorchNode}
 _BATCHES = (1, 2, 7)
 
 
 class ExportFailed(RuntimeError):
-    """A file that answers otherwise than the network, or is not faster than the dense network; none was written.
+    """A file answers otherwise than the network or is not faster than the dense one; nothing was written.
 
     Example:
         >>> raise ExportFailed("fast.onnx: not faster")
@@ -54,7 +54,8 @@ class Exported:
         dynamic_batch: whether the batch is free.
         size: bytes of all files.
         macs: multiply-adds of one image, and "dense" those of the dense network.
-        difference: the largest deviation from the network, relative to the largest value of an output, by batch.
+        difference: the largest deviation from the network, relative to the largest value of an
+            output, by batch.
         times: median milliseconds by candidate: "ours", "dense", and others that run here.
         speedup: time of the dense network over ours in the same engine, median of the rounds; None if nothing
             was timed, since the network has no layer of this package and the file no kernel of it.
@@ -122,13 +123,13 @@ def export(
     """Write a network as a file for another engine, checked and timed in that engine.
 
     The network is fused and then written in one of two ways. As plain operators any engine reads it: sampled
-    convolutions at cosets become convolutions of larger stride, those at masks gathered rows times a matrix. With
-    ``plugin`` each of its programs is one operator that our kernels run inside the engine, which needs our
-    library there. Sizes of maps are those of the example; the batch is free.
+    convolutions at cosets become convolutions of larger stride, those at masks gathered rows times a matrix.
+    With ``plugin`` each of its programs is one operator that our kernels run inside the engine, which needs
+    our library there. Sizes of maps are those of the example; the batch is free.
 
-    The file is then loaded by its engine in a new process, with all of the engine's optimisations, and compared
-    with the network on random inputs in batches of 1, 2 and 7. It is timed there beside the dense network in the
-    same format, in turn. A file that is not faster is not written unless forced.
+    The file is then loaded by its engine in a new process, with all of the engine's optimisations, and
+    compared with the network on random inputs in batches of 1, 2 and 7. It is timed there beside the dense
+    network in the same format, in turn. A file that is not faster is not written unless forced.
 
     Args:
         model: a network on the CPU that :func:`quincunx.fuse` takes, with float32 weights.
@@ -137,17 +138,17 @@ def export(
         example_input: its input [N, C, H, W], or a tuple of inputs.
         format: "onnx", "openvino", "torch" or "aoti".
         plugin: whether our kernels compute inside the engine.
-        dtype: with ``plugin``, the number format of our kernels, such as ``torch.bfloat16``; inputs and outputs
-            stay float32.
-        baseline: the dense network to be timed beside it; by default the network with a dense layer of the same
-            settings in place of each layer of this package.
-        input_names: by default those of the ONNX file that the network was read from, or of the forward's
-            arguments.
-        output_names: likewise; else "output", or "output0" and so on.
+        dtype: with ``plugin``, the number format of our kernels, such as ``torch.bfloat16``; inputs
+            and outputs stay float32.
+        baseline: the dense network to be timed beside it; by default the network with a dense layer of
+            the same settings in place of each layer of this package.
+        input_names: by default those of the ONNX file that the network was read from; else "input", or
+            "input0" and so on.
+        output_names: likewise, "output" or "output0" and so on.
         dynamic_batch: whether the batch is free.
         opset: of ONNX, 18 to 23; ONNX Runtime optimises less from 22 on.
-        tolerance: largest accepted deviation, relative to the largest value of an output; by default 1e-4, and
-            0.05 with ``dtype``.
+        tolerance: largest accepted deviation, relative to the largest value of an output; by default
+            1e-4, and 0.05 with ``dtype``.
         force: write a file that is not faster, too.
         threads: of the engine; by default torch's number.
         rounds: of timing; 0 times nothing, and then nothing is known of its speed.
@@ -156,8 +157,8 @@ def export(
         ValueError: a path, format, name, opset or type that does not fit; a package that is not installed; a
             network that torch.export cannot trace.
         TypeError: not a network, or one that cannot be fused; inputs that are not float32 tensors.
-        ExportFailed: the engine refuses the file, or its answers differ, or it is not faster. An older file of
-            that name stays.
+        ExportFailed: the engine refuses the file, or its answers differ, or it is not faster. An older
+            file of that name stays.
 
     Example:
         >>> export(networks.build("rsbn8"), "model.tflite", torch.randn(1, 3, 32, 32))
@@ -205,16 +206,14 @@ def export(
             candidates += _dense_candidates(kind, dense, examples, folder, dynamic_batch, opset)
         sets = _inputs(examples, dynamic_batch)
         try:
-            found = run_apart(
-                candidates, sets, examples, threads=workers, rounds=rounds if compared else 0
-            )
+            found = run_apart(candidates, sets, examples, threads=workers, rounds=rounds if compared else 0)
             gaps = _gaps(own, sets, found)
         except (RuntimeError, ValueError) as error:
             raise ExportFailed(f"{path}: {error}; nothing was written") from error
         if max(gaps.values()) > limit:
             raise ExportFailed(
-                f"{path}: answers differ from the network's by {max(gaps.values()):.1e} of the largest value, "
-                f"more than {limit:g}; nothing was written"
+                f"{path}: answers differ from the network's by {max(gaps.values()):.1e} of the largest "
+                f"value, more than {limit:g}; nothing was written"
             )
         speedup = found.ratio("dense", "ours") if compared and found.times.get("dense") else None
         faster = _faster(found)
@@ -268,13 +267,13 @@ def _checked_examples(given: Any) -> tuple[Tensor, ...]:
 def _check_settings(kind: Format, plugin: bool, dtype: torch.dtype | None, rounds: int) -> None:
     if plugin and not kind.plugin:
         raise ValueError(
-            f"plugin=True: format {kind.name} has no file for it; OpenVINO reads the .onnx file of format onnx "
-            "with plugin=True after qx.openvino.register(core)"
+            f"plugin=True: format {kind.name} has no file for it; OpenVINO reads the .onnx file of format "
+            "onnx with plugin=True after qx.openvino.register(core)"
         )
     if dtype not in (None, torch.float32) and not plugin:
         raise ValueError(
-            f"dtype={dtype}: plain operators are written in float32; the engine's own setting makes them faster, "
-            "or plugin=True"
+            f"dtype={dtype}: plain operators are written in float32; the engine's own setting makes them "
+            "faster, or plugin=True"
         )
     if rounds and rounds < 3:
         raise ValueError(f"rounds={rounds}: expected 0, or at least 3")

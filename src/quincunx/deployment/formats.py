@@ -69,7 +69,9 @@ FORMATS = {
             True,
             "OpenVINO only",
         ),
-        Format("torch", "torch.export", ".pt2", (), "torch", True, True, "PyTorch of this or a later release"),
+        Format(
+            "torch", "torch.export", ".pt2", (), "torch", True, True, "PyTorch of this or a later release"
+        ),
         Format(
             "aoti",
             "AOTInductor",

@@ -1,9 +1,10 @@
-"""A fused network as a module that exporters can trace: plain operators, or one node for each native piece."""
+"""A fused network as a module that exporters can trace: plain operators, or one node for each native
+piece."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -122,8 +123,7 @@ class PluginProgram(nn.Module):
         values = dict(zip(self.inputs, maps, strict=True))
         for call, (sources, outs) in zip(self.calls, self.names, strict=True):
             found = call(*[values[name] for name in sources])
-            for name, value in zip(outs, found, strict=True):
-                values[name] = value
+            values.update(zip(outs, found, strict=True))
         return tuple(values[name] for name in self.outputs)
 
 
@@ -134,6 +134,12 @@ class _Function(nn.Module):
 
     def forward(self, *maps: Tensor) -> tuple[Tensor]:
         return (self.function(*maps),)
+
+
+def _note(
+    shapes: dict[str, list[tuple[int, ...]]], name: str, _: nn.Module, given: tuple[Tensor, ...]
+) -> None:
+    shapes[name] = [tuple(t.shape) for t in given]
 
 
 _PASSED_ON = (match_layout, tensor_argument, copied_argument)
@@ -161,11 +167,7 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
     handles = []
     for name, module in fused.named_modules():
         if isinstance(module, Program):
-
-            def note(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
-                shapes[name] = [tuple(t.shape) for t in given]
-
-            handles.append(module.register_forward_pre_hook(note))
+            handles.append(module.register_forward_pre_hook(partial(_note, shapes, name)))
     try:
         with torch.no_grad():
             fused(*arguments)
@@ -182,10 +184,8 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
             root.add_module(name, made or PluginProgram(module, shapes[name], node))  # type: ignore[arg-type]
         else:
             root.add_module(name, _decoded(module))
-    for name, parameter in fused._parameters.items():
-        root.register_parameter(name, parameter)
-    for name, buffer in fused._buffers.items():
-        root.register_buffer(name, buffer)
+    root._parameters |= fused._parameters
+    root._buffers |= fused._buffers
     _check_plain(root)
     return fx.GraphModule(root, graph).eval().requires_grad_(False)
 

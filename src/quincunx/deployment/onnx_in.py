@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
         example_input: inputs for the comparison; needed if the file leaves sizes other than the batch free.
 
     Returns:
-        A module in evaluation mode that maps float32 tensors in the order of the file's inputs to what the file
-        computes, a tensor or a list of them. Frozen sizes of the file, such as a batch of 1 in a reshape, stay.
+        A module in evaluation mode that maps float32 tensors in the order of the file's inputs to what the
+        file computes, a tensor or a list of them. Frozen sizes of the file, such as a batch of 1 in a
+        reshape, stay.
 
     Raises:
         FileNotFoundError: no such file, or a file of weights is missing.
@@ -126,9 +128,13 @@ def _read(path: Path) -> Any:
             continue
         outside = (path.parent / location).resolve()
         if not outside.is_relative_to(path.parent.resolve()):
-            raise ValueError(f"{path}: weight {tensor.name!r} lies outside the file's folder, in {location!r}")
+            raise ValueError(
+                f"{path}: weight {tensor.name!r} lies outside the file's folder, in {location!r}"
+            )
         if not outside.is_file():
-            raise FileNotFoundError(f"{path}: weight {tensor.name!r} is in {location!r}, which is not beside it")
+            raise FileNotFoundError(
+                f"{path}: weight {tensor.name!r} is in {location!r}, which is not beside it"
+            )
         end = int(places.get("offset", 0)) + int(places.get("length", 0))
         if outside.stat().st_size < end:
             raise ValueError(f"{path}: {location!r} is shorter than weight {tensor.name!r} needs")
@@ -173,12 +179,14 @@ def _examples(path: Path, inputs: Sequence[Any], given: Any) -> tuple[Tensor, ..
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """While the converter is imported: it imports torchvision for two operators of detectors alone, which many
-    installations do not have, or have for another build of torch."""
+    """While the converter is imported: it imports torchvision for two operators of detectors alone, which
+    many installations do not have, or have for another build of torch."""
     made = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops")}
     made["torchvision"].ops = made["torchvision.ops"]  # type: ignore[attr-defined]
     made["torchvision.ops"].roi_align = None  # type: ignore[attr-defined]
-    before = {name: sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] == "torchvision"}
+    before = {
+        name: sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] == "torchvision"
+    }
     for name in before:
         del sys.modules[name]
     sys.modules.update(made)
@@ -193,7 +201,7 @@ def _stand_ins() -> Iterator[None]:
 def _converter() -> tuple[Callable[[Any], fx.GraphModule], Callable[..., Any]]:
     if "onnx2torch" not in sys.modules:
         with quiet(), _stand_ins():
-            import onnx2torch
+            import_module("onnx2torch")
     from onnx2torch.converter import convert
     from onnx2torch.node_converters import get_converter
 
@@ -211,7 +219,9 @@ def _convert(path: Path, proto: Any) -> fx.GraphModule:
             proto, refused = in_opset_17(proto)
     # an optimizer may raise anything
     except Exception as error:
-        raise ValueError(f"{path}: onnxscript cannot read it: {type(error).__name__}: {error}"[:500]) from error
+        raise ValueError(
+            f"{path}: onnxscript cannot read it: {type(error).__name__}: {error}"[:500]
+        ) from error
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     unknown: dict[str, list[str]] = {}
     for name, operator, version in refused:

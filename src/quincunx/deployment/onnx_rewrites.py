@@ -1,11 +1,11 @@
-"""What onnx2torch does not read, rewritten so that it does: newer opsets, sizes that are constants of the file."""
+"""What onnx2torch does not read, rewritten so that it does: newer opsets, sizes that are constants of the
+file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -120,8 +120,8 @@ class _Cut(nn.Module):
 
 
 def fix_sizes(graph: fx.GraphModule) -> fx.GraphModule:
-    """Put sizes that are constants of the file into the code of a converted network: a tensor whose values are
-    sizes could not be traced. The network is changed and returned."""
+    """Put sizes that are constants of the file into the code of a converted network: a tensor whose values
+    are sizes could not be traced. The network is changed and returned."""
     for node in list(graph.graph.nodes):
         if node.op != "call_module" or len(node.args) < 2 or node.kwargs:
             continue

@@ -1,9 +1,10 @@
 """Programs of a fused network as plain operators, which every exporter and engine has.
 
-A map that is sampled at cosets is held as one small map for each coset, a *phase*. A sampled convolution is then
-one strided convolution for each coset, and a transposed one is a few small convolutions of the phases for each
-residue class, whose results are interleaved once (PyTorch's pixel shuffle). No zero is multiplied. A map that is
-sampled by a mask is held as rows [N, m, C]: its convolution gathers the rows behind each tap and multiplies matrices.
+A map that is sampled at cosets is held as one small map for each coset, a *phase*. A sampled convolution is
+then one strided convolution for each coset, and a transposed one is a few small convolutions of the phases
+for each residue class, whose results are interleaved once (PyTorch's pixel shuffle). No zero is multiplied.
+A map that is sampled by a mask is held as rows [N, m, C]: its convolution gathers the rows behind each tap
+and multiplies matrices.
 
 Sizes of maps are fixed, the batch is not. Everything that depends on sizes is computed before tracing.
 """
@@ -60,6 +61,7 @@ class PlainProgram(nn.Module):
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
         values: dict[str, Any] = dict(zip(self.inputs, maps, strict=True))
+        call: Any
         for call in self.calls:
             values[call.out] = call(*[values[name] for name in call.sources])
         return tuple(values[name] for name in self.outputs)
@@ -67,6 +69,17 @@ class PlainProgram(nn.Module):
 
 class _Call(nn.Module):
     """A function of values by name; its tensors are buffers, so that files hold them once."""
+
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor
+    matrix: Tensor
+    where: Tensor
+    gain: Tensor | None
+    shares: Tensor
+    slope: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, sources: Sequence[str], out: str) -> None:
         super().__init__()
@@ -91,7 +104,7 @@ class _Applied(_Call):
 
 
 def _order(spec: str, size: tuple[int, int]) -> Tensor:
-    """The row-major number of each computed position in the order in which rows are stored: phase by phase."""
+    """The row-major number of each computed position in the order of stored rows, phase by phase."""
     positions, sampling = position_index(spec, *size), from_spec(spec)
     if not isinstance(sampling, Cosets):
         return torch.arange(len(positions))
@@ -113,12 +126,17 @@ def _phase_sizes(sampling: Cosets, size: tuple[int, int]) -> list[tuple[int, int
     ]
 
 
+def _unflatten(x: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    found: Tensor = x.unflatten(axis, tuple(sizes))  # type: ignore[no-untyped-call]
+    return found
+
+
 def _rows_of(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
 def _map_of(rows: Tensor, size: tuple[int, int]) -> Tensor:
-    return rows.transpose(1, 2).unflatten(2, size)
+    return _unflatten(rows.transpose(1, 2), 2, size)
 
 
 class _Picked(_Call):
@@ -142,8 +160,8 @@ class _Split(_Call):
         self.sizes = list(sizes)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
-        parts = rows.transpose(1, 2).split([h * w for h, w in self.sizes], 2)
-        return tuple(part.unflatten(2, size) for part, size in zip(parts, self.sizes, strict=True))
+        parts = torch.split(rows.transpose(1, 2), [h * w for h, w in self.sizes], 2)
+        return tuple(_unflatten(part, 2, size) for part, size in zip(parts, self.sizes, strict=True))
 
 
 def _joined(phases: Sequence[Tensor]) -> Tensor:
@@ -250,8 +268,8 @@ class _Sampled(_Call):
 class _Transposed(_Call):
     """A transposed convolution of stride 1 from cosets.
 
-    At positions r + K u of a residue class r, tap i reads position (r + top - d i - b) / K + u of the phase of
-    the coset b, if that is an integer: an ordinary convolution of the phase with some of the taps.
+    At positions r + K u of a residue class r, tap i reads position (r + top - d i - b) / K + u of the phase
+    of the coset b, if that is an integer: an ordinary convolution of the phase with some of the taps.
     """
 
     def __init__(
@@ -266,7 +284,7 @@ class _Transposed(_Call):
         self.period, self.size, self.groups = sampling.period, size, step.groups
         self.channels = step.out_channels
         self.keep("bias", step.bias)
-        weight = step.weight.unflatten(0, (step.groups, -1)).transpose(1, 2).flatten(0, 1)
+        weight = _unflatten(step.weight, 0, (step.groups, -1)).transpose(1, 2).flatten(0, 1)
         grid = step.geometry.grid(*size)
         phases = _phase_sizes(sampling, grid)
         # for each residue class: (phase, name of its weight, sides, dilation), ..., and how far it is padded
@@ -332,8 +350,8 @@ class _Transposed(_Call):
 
 
 def _matrix(weight: Tensor, groups: int) -> Tensor:
-    """[O, C / groups, kh, kw] as [taps C, O], or with several groups [groups, taps C / groups, O / groups]."""
-    parts = weight.flatten(2).unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
+    """[O, C / g, kh, kw] as [taps C, O], or with several groups g as [g, taps C / g, O / g]."""
+    parts = _unflatten(weight.flatten(2), 0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
     return parts if groups > 1 else parts[0]
 
 
@@ -350,7 +368,7 @@ class _Product(_Call):
         if self.groups == 1:
             found = rows.reshape(rows.shape[0], -1, self.taps * rows.shape[2]) @ self.matrix
         else:
-            parts = rows.unflatten(2, (self.groups, -1)).unflatten(1, (-1, self.taps))
+            parts = _unflatten(_unflatten(rows, 2, (self.groups, -1)), 1, (-1, self.taps))
             found = (parts.permute(0, 3, 1, 2, 4).flatten(3) @ self.matrix).permute(0, 2, 1, 3).flatten(2)
         return found if self.bias is None else found + self.bias
 
@@ -368,15 +386,15 @@ class _Spread(_Call):
         table[reads[which, tap], tap] = which * self.taps + tap
         self.keep("index", table.flatten())
         # [C, O / groups, taps] to [groups, C / groups, taps O / groups]
-        weight = step.weight.flatten(2).unflatten(0, (step.groups, -1)).transpose(2, 3).flatten(2)
+        weight = _unflatten(step.weight.flatten(2), 0, (step.groups, -1)).transpose(2, 3).flatten(2)
         self.keep("matrix", weight)
         self.keep("bias", step.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        parts = rows.unflatten(2, (self.groups, -1)).transpose(1, 2) @ self.matrix
-        products = parts.unflatten(3, (self.taps, -1)).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
+        parts = _unflatten(rows, 2, (self.groups, -1)).transpose(1, 2) @ self.matrix
+        products = _unflatten(parts, 3, (self.taps, -1)).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
         read = F.pad(products, (0, 0, 0, 1)).index_select(1, self.index)
-        total = read.unflatten(1, (-1, self.taps)).sum(2)
+        total = _unflatten(read, 1, (-1, self.taps)).sum(2)
         total = total if self.bias is None else total + self.bias
         return _map_of(total, self.size)
 
@@ -390,9 +408,7 @@ class _Fitted(_Call):
         super().__init__([source], out)
         self.size = size
         plan, places = fill_plan(spec, *size, filling.reach), _places(spec, size)
-        plan.check(
-            filling.weight.shape, None if filling.bias is None else filling.bias.shape, (0, channels)
-        )
+        plan.check(filling.weight.shape, None if filling.bias is None else filling.bias.shape, (0, channels))
         kinds, m = plan.kinds[plan.skipped].long(), len(places)
         order = kinds.argsort(stable=True)
         skipped, kinds = plan.skipped[order], kinds[order]
@@ -411,9 +427,7 @@ class _Fitted(_Call):
             self._factor(few)
         where = torch.full((size[0] * size[1],), m)
         where[plan.computed] = places
-        where[skipped] = (
-            torch.arange(m, m + self.count) if self.taps else torch.full((self.count,), m)
-        )
+        where[skipped] = torch.arange(m, m + self.count) if self.taps else torch.full((self.count,), m)
         self.keep("where", where)
 
     def _factor(self, few: bool) -> None:
@@ -434,14 +448,14 @@ class _Fitted(_Call):
         zero = F.pad(rows, (0, 0, 0, 1))
         if not self.taps:
             return _map_of(zero.index_select(1, self.where), self.size)
-        read = zero.index_select(1, self.index).unflatten(1, (self.taps, self.count))
+        read = _unflatten(zero.index_select(1, self.index), 1, (self.taps, self.count))
         if self.lengths is None:
             total = (read * self.weight.transpose(0, 1)).sum(1)
             total = total if self.gain is None else total * self.gain
             total = total if self.bias is None else total + self.bias
         else:
             parts = []
-            for number, part in enumerate(read.split(self.lengths, 2)):
+            for number, part in enumerate(torch.split(read, self.lengths, 2)):
                 made = (part * self.weight[number].unsqueeze(1)).sum(1)
                 parts.append(made if self.bias is None else made + self.bias[number])
             total = torch.cat(parts, 1)

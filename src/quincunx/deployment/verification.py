@@ -85,9 +85,7 @@ def run_apart(
         numbered: list[list[str]] = []
         for number, inputs in enumerate([timed, *sets]):
             names = [f"{number}.{place}" for place in range(len(inputs))]
-            arrays |= {
-                key: x.detach().contiguous().numpy() for key, x in zip(names, inputs, strict=True)
-            }
+            arrays |= {key: x.detach().contiguous().numpy() for key, x in zip(names, inputs, strict=True)}
             numbered.append(names)
         np.savez(folder / "inputs.npz", **arrays)  # type: ignore[arg-type]
         job: dict[str, Any] = {
@@ -139,7 +137,9 @@ def difference(answers: Sequence[np.ndarray], wanted: Sequence[Tensor]) -> float
     for number, (answer, tensor) in enumerate(zip(answers, wanted, strict=True)):
         right = tensor.detach().numpy()
         if answer.shape != right.shape:
-            raise ValueError(f"output {number}: shape {list(answer.shape)}, the network's is {list(right.shape)}")
+            raise ValueError(
+                f"output {number}: shape {list(answer.shape)}, the network's is {list(right.shape)}"
+            )
         if not right.size:
             continue
         gap = np.abs(answer.astype(np.float64) - right.astype(np.float64))

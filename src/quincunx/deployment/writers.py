@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quincunx.measure.engines import quiet
 
-__all__ = ["EXTERNAL_ABOVE", "METADATA", "Traced", "WRITERS", "trace_for_export"]
+__all__ = ["EXTERNAL_ABOVE", "METADATA", "WRITERS", "Traced", "trace_for_export"]
 
 # the key of the metadata in files of every format
 METADATA = "quincunx"
@@ -99,7 +99,9 @@ def _onnx_proto(traced: Traced, opset: int) -> Any:
     proto = made.model_proto
     found = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if found != opset:
-        raise ValueError(f"opset={opset}: the exporter wrote opset {found}, since not every operator converts")
+        raise ValueError(
+            f"opset={opset}: the exporter wrote opset {found}, since not every operator converts"
+        )
     _forget(proto)
     return proto
 
