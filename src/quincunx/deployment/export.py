@@ -314,8 +314,9 @@ def _normalisation(model: nn.Module) -> dict[str, Any]:
 
 
 def _macs(model: nn.Module, examples: Sequence[Tensor]) -> int:
-    one = tuple(x[:1] for x in examples)
-    return cost(model, one if len(one) > 1 else one[0]).macs
+    # a network may fix its batch
+    whole = cost(model, tuple(examples) if len(examples) > 1 else examples[0]).macs
+    return whole // examples[0].shape[0]
 
 
 # ---------------------------------------------------------------- candidates and answers

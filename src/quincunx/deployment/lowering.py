@@ -4,20 +4,20 @@ piece."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from quincunx.deployment.plain import PlainProgram
+from quincunx.fusion.exported import TorchNode
 from quincunx.fusion.fused import Fused, copied_argument, match_layout, same_argument, tensor_argument
 from quincunx.fusion.program import Program
 from quincunx.fusion.serialise import NativePiece, TorchPiece, pieces
 from quincunx.layers.binary import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
 from quincunx.modules import copied, set_module
-from quincunx.ops import native
 
 __all__ = ["Node", "OnnxNode", "TorchNode", "lower"]
 
@@ -27,31 +27,6 @@ class Node(Protocol):
 
     def __call__(self, piece: NativePiece) -> nn.Module:
         """Return a module that maps the piece's inputs [N, C, H, W] to a sequence of its outputs."""
-
-
-class TorchNode(nn.Module):
-    """A piece as an operator of torch that is registered in C++; weights are packed where it is loaded.
-
-    Example:
-        >>> fused = qx.fuse(qx.networks.build("rsbn8", width=4).eval())
-        >>> [piece] = pieces(fused.program0, (1, 3, 8, 8))
-        >>> TorchNode(piece)(torch.randn(2, 3, 8, 8))[0].shape
-        torch.Size([2, 16, 2, 2])
-    """
-
-    program: Tensor
-
-    def __init__(self, piece: NativePiece) -> None:
-        super().__init__()
-        _register_fake()
-        self.register_buffer("program", torch.frombuffer(bytearray(piece.data), dtype=torch.uint8))
-        self.sizes = [n for shape in piece.output_shapes for n in (len(shape), *shape)]
-
-    def forward(self, *maps: Tensor) -> Sequence[Tensor]:
-        found: list[Tensor] = torch.ops.quincunx_native.run_program_sized(
-            list(maps), self.program, self.sizes
-        )
-        return found
 
 
 class OnnxNode(nn.Module):
@@ -74,28 +49,6 @@ class OnnxNode(nn.Module):
             version=1,
         )
         return found
-
-
-@lru_cache(maxsize=1)
-def _register_fake() -> None:
-    """Tell tracers the results' sizes.
-
-    Raises:
-        RuntimeError: the native back end was not built.
-    """
-    if (reason := native.load()) is not None:
-        raise RuntimeError(f"plugin: the native back end is not available: {reason}")
-
-    def fake(inputs: Sequence[Tensor], program: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        found, left = [], list(sizes)
-        while left:
-            rank, left = left[0], left[1:]
-            shape, left = (inputs[0].shape[0], *left[:rank]), left[rank:]
-            layout = torch.channels_last if rank == 3 else torch.contiguous_format
-            found.append(inputs[0].new_empty(shape).contiguous(memory_format=layout))
-        return found
-
-    torch.library.register_fake("quincunx_native::run_program_sized", fake)
 
 
 class PluginProgram(nn.Module):

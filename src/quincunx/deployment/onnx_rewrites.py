@@ -34,6 +34,7 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
     from onnxscript import optimizer
 
     made = optimizer.optimize(proto)
+    _drop_allowzero(made)
     declared = next((entry for entry in made.opset_import if entry.domain in ("", "ai.onnx")), None)
     if declared is None or declared.version <= _NEWEST:
         return made, []
@@ -47,6 +48,19 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
             refused.append((node.name or f"number {number}", node.op_type, declared.version))
     declared.version = _NEWEST
     return made, refused
+
+
+def _drop_allowzero(proto: Any) -> None:
+    """Where a reshape has no size of 0, what one would mean makes no difference."""
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        sizes = constants.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
+        if sizes is not None and onnx.numpy_helper.to_array(sizes).all():
+            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _made_older(node: Any, constants: dict[str, Any]) -> bool:

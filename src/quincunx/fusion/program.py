@@ -355,10 +355,10 @@ class Program(nn.Module):
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """The outputs; in torch's own operators where arguments are not maps of one batch and our dtype."""
         if torch.compiler.is_exporting():
-            raise TypeError(
-                "a fused network holds tables of this machine's kernels and cannot be exported; export the "
-                "network that was given to qx.fuse"
-            )
+            # its module imports this one
+            from quincunx.fusion.exported import exported_outputs
+
+            return exported_outputs(self, arguments)
         if is_tracing():
             return tuple(torch.ops.quincunx.run_fused(list(arguments), self._registered()))
         return self._answer(arguments)
