@@ -1,4 +1,4 @@
-"""qx.from_onnx: networks of files, as ONNX Runtime reads them; what cannot be read is named; and the way back."""
+"""qx.from_onnx: networks of files as ONNX Runtime reads them, what cannot be read, and the way back."""
 
 import numpy as np
 import onnx
@@ -43,7 +43,7 @@ def resnet(tmp_path_factory):
 def graph(nodes, path, weights=(), opset=13, shape=("n", 3, 8, 8), domain=None):
     """A file of nodes that lead from "x" to "y"."""
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)]
     made = helper.make_graph(nodes, "net", inputs, outputs, list(weights))
     opsets = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
     onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), str(path))
@@ -117,7 +117,7 @@ def test_several_inputs_and_outputs(tmp_path):
         helper.make_node("GlobalAveragePool", ["y"], ["mean"], name="pool"),
     ]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3, 8, 8]) for n in ("x", "z")]
-    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "mean")]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in ("y", "mean")]
     made = helper.make_graph(nodes, "net", inputs, outputs, [weight])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, str(tmp_path / "two.onnx"))
@@ -155,7 +155,7 @@ def test_operators_that_cannot_be_read_are_named_with_their_nodes(tmp_path):
 def test_weights_outside_the_file(resnet, tmp_path):
     proto = onnx.load(str(resnet[1]))
     path = tmp_path / "net.onnx"
-    onnx.save(proto, str(path), save_as_external_data=True, location="net.data", size_threshold=0)
+    onnx.save(proto, str(path), save_as_external_data=True, location="net.data", size_threshold=100)
     assert isinstance(qx.from_onnx(path), OnnxNetwork)
     data = tmp_path / "net.data"
     content = data.read_bytes()
