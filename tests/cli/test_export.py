@@ -99,23 +99,15 @@ def test_from_onnx_to_onnx(tmp_path, monkeypatch):
         assert "is in fast/model; export: " in said
     else:
         assert (tmp_path / "fast" / "fast.pt2").is_file()
-    assert (
-        'factory=lambda: qx.from_onnx("model.onnx")' in (tmp_path / "fast" / "report.html").read_text() + said
-    )
-    again = call(
-        "export", "fast", "--model", "model.onnx", "--weights", "fast", "--input", "1x1x8x8", "--force"
-    )
-    assert again.exit_code == 2
+    page = (tmp_path / "fast" / "report.html").read_text()
+    assert 'factory=lambda: qx.from_onnx("model.onnx")' in page + said
     last = call(
         *("export", "--model", "model.onnx", "--weights", "fast", "--input", "1x1x8x8", "--force"),
         *("--out", "faster.onnx", "--rounds", 3),
     )
     assert last.exit_code == 0, last.stderr
-    proto = onnx.load("faster.onnx")
-    assert ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output]) == (
-        ["image"],
-        ["scores"],
-    )
+    made = onnx.load("faster.onnx").graph
+    assert [value.name for value in (*made.input, *made.output)] == ["image", "scores"]
 
 
 def test_bad_onnx_files_and_formats_are_refused_before_any_work(tmp_path, monkeypatch):
