@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 # set up again only when the installed files changed
 STAMP := $(VENV)/.quincunx-installed
-BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test lint format setup sanitize aarch64 clean
+.PHONY: demo test lint format setup sanitize fuzz aarch64 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
+	@echo "make fuzz     let the reader of program files read 20,000 damaged ones, with sanitisers"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
@@ -46,14 +47,34 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# the kernels on arrays of exactly their size, under AddressSanitizer and UBSan
-sanitize: build/test_kernel
-	build/test_kernel
+# the kernels on arrays of exactly their size, and damaged program files, under AddressSanitizer and UBSan
+sanitize: build/asan/test_kernel fuzz-short
+	build/asan/test_kernel
 
-build/test_kernel: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
-	@mkdir -p build
-	$(CXX) -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
+SANITIZED := -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+CORE := dispatch program_file $(patsubst csrc/%.cpp,%,$(wildcard csrc/kernel_*.cpp))
+
+# kept, as they take minutes
+.SECONDARY: $(CORE:%=build/asan/%.o)
+
+build/asan/%.o: csrc/%.cpp $(wildcard csrc/*.h)
+	@mkdir -p build/asan
+	$(CXX) $(SANITIZED) -c $< -o $@
+
+build/asan/%: tests/csrc/%.cpp $(CORE:%=build/asan/%.o)
+	$(CXX) $(SANITIZED) $^ -pthread -o $@
+
+# each is refused by a sentence or runs; the seed is another one every day
+fuzz: build/asan/fuzz_program build/seeds
+	build/asan/fuzz_program 20000 $(shell date +%Y%m%d) build/seeds/*
+
+.PHONY: fuzz-short
+fuzz-short: build/asan/fuzz_program build/seeds
+	build/asan/fuzz_program 3000 1 build/seeds/*
+
+build/seeds: tests/csrc/write_seeds.py tests/helpers/programs.py $(wildcard src/quincunx/fusion/*.py csrc/*) | $(STAMP)
+	rm -rf $@
+	$(BIN)/python tests/csrc/write_seeds.py $@
 
 # the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
 aarch64: build/test_kernel_aarch64
@@ -65,4 +86,4 @@ build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 		tests/csrc/test_kernel.cpp csrc/dispatch.cpp $(wildcard csrc/kernel_*.cpp) -o $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so
+	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so src/quincunx/ops/lib

@@ -27,6 +27,8 @@ LIBRARIES = {
     "libquincunx.so": "csrc/capi/quincunx.cpp",
     "libquincunx_ort.so": "csrc/onnxruntime/plugin.cpp",
 }
+# inside, where Python does not take them for modules
+FOLDER = ("quincunx", "ops", "lib")
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 
 
@@ -57,18 +59,19 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
         def copy_extensions_to_source(self) -> None:
             super().copy_extensions_to_source()
             for built, name in self._libraries().items():
-                self.copy_file(built, str(Path("src", "quincunx", name)))
+                Path("src", *FOLDER).mkdir(exist_ok=True)
+                self.copy_file(built, str(Path("src", *FOLDER, name)))
 
         def get_outputs(self) -> list[str]:
             return [*super().get_outputs(), *([] if self.inplace else self._libraries())]
 
         def get_output_mapping(self) -> dict[str, str]:
-            found = {built: str(Path("src", "quincunx", name)) for built, name in self._libraries().items()}
+            found = {built: str(Path("src", *FOLDER, name)) for built, name in self._libraries().items()}
             return {**super().get_output_mapping(), **(found if self.inplace else {})}
 
         def _libraries(self) -> dict[str, str]:
             """Return those that were built, by path."""
-            paths = {str(Path(self.build_lib, "quincunx", name)): name for name in LIBRARIES}
+            paths = {str(Path(self.build_lib, *FOLDER, name)): name for name in LIBRARIES}
             return {path: name for path, name in paths.items() if Path(path).is_file()}
 
         def _objects(self, sources: list[str]) -> list[str]:
@@ -83,8 +86,8 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
 
         def _link(self, name: str, objects: list[str]) -> None:
             # the process may hold other copies of the core: symbols inside are bound to this one
-            flags = ["-pthread", "-Wl,-Bsymbolic"]
-            target = Path(self.build_lib, "quincunx", name)
+            flags = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
+            target = Path(self.build_lib, *FOLDER, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.compiler.link_shared_object(objects, str(target), extra_postargs=flags, target_lang="c++")
 
@@ -98,7 +101,7 @@ def native() -> dict[str, Any]:
     except ImportError as error:
         skip(f"torch cannot be imported ({error}); install torch first and use --no-build-isolation")
         return {
-            "ext_modules": [Extension("quincunx._native", [])],
+            "ext_modules": [Extension("quincunx._native", [], optional=True)],
             "cmdclass": {"build_ext": with_libraries(build_ext)},
         }
 

@@ -92,7 +92,7 @@ inline Layout read_layout(const int64_t* fields, int64_t count, int64_t inputs, 
       require(countable({offset + map.values(), batch + 1}), "buffer ", i, " is too large");
       arena = std::max(arena, offset + map.values());
     }
-    layout.flow.add(kind, offset, map.values());
+    layout.flow.add(kind, kind == Flow::kScratch ? offset : 0, map.values());
     layout.maps.push_back(map);
   }
   require(count >= inputs, "every input must have a buffer");

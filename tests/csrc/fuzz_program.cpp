@@ -51,12 +51,13 @@ void mutate(Bytes& bytes, size_t front) {
       if (from + width <= bytes.size()) std::memcpy(&value, bytes.data() + from, width);
       return value;
     };
+    const uint64_t old = static_cast<uint64_t>(get(8));  // its products wrap around
     switch (pick(8)) {
       case 0: bytes[at] ^= static_cast<char>(1 << pick(8)); break;
       case 1: bytes[at] = static_cast<char>(pick(256)); break;
       case 2: put(odd_number(), 8); break;
       case 3: put(odd_number(), 4); break;
-      case 4: put(get(8) + pick(5) - 2, 8); break;
+      case 4: put(static_cast<int64_t>(old + pick(5) - 2), 8); break;
       case 5: put(get(4) + pick(5) - 2, 4); break;
       case 6: {  // one record over another
         const size_t from = pick(part), count = 8 * (1 + pick(8));
@@ -65,7 +66,7 @@ void mutate(Bytes& bytes, size_t front) {
       }
       default:
         if (pick(4) == 0) bytes.resize(pick(bytes.size()));
-        else put(get(8) * (pick(2) ? 2 : -1), 8);
+        else put(static_cast<int64_t>(pick(2) ? 2 * old : 0 - old), 8);
     }
   }
 }

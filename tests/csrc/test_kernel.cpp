@@ -629,6 +629,58 @@ void check_flow() {
   }
 }
 
+// every second option missing at random; what has to be written holds NaN before
+void check_pointwise(const std::string& name, const PointwiseKernels& kernels, bool bf16) {
+  const int64_t rows = pick({0, 1, 5, 40}), channels = pick({1, 3, 15, 16, 17, 64, 100}), parts = pick({1, 2, 5});
+  const int64_t added = pick({0, 1, (channels + 1) / 2, channels});
+  Array x(rows * channels, bf16), residual(rows * added, bf16), result(rows * channels, bf16, false);
+  Array scale(channels, false), shift(channels, false), slope(channels, false);
+  Pointwise g{};
+  g.x = x.bytes.get();
+  g.scale = generator() % 2 ? scale.floats() : nullptr;
+  g.shift = generator() % 2 ? shift.floats() : nullptr;
+  g.residual = added > 0 ? residual.bytes.get() : nullptr;
+  g.out = result.bytes.get();
+  g.rows = rows;
+  g.channels = channels;
+  g.residual_channels = added;
+  g.activation = generator() % kActivations;
+  if (g.activation == kLeaky) g.slope = slope.floats();
+  for (int64_t part = parts; part-- > 0;) (bf16 ? kernels.bf16 : kernels.f32)(&g, part, parts);
+  for (int64_t i = 0; i < result.count; ++i) {
+    const int64_t c = i % channels, row = i / channels;
+    double sum = x[i];
+    if (g.scale) sum *= scale[c];
+    if (g.shift) sum += shift[c];
+    if (c < added) sum += residual[row * added + c];
+    const double want = activated(sum, g.activation, slope[c]);
+    compare(name, result[i], want, 1 + std::abs(sum), bf16 ? 0.02 : 2e-5);
+  }
+}
+
+void check_border(const std::string& name, const Kernels& kernels) {
+  const int64_t batch = pick({0, 1, 3}), rows = pick({1, 2, 15, 16, 17, 33}), columns = pick({1, 3, 16, 31, 48});
+  const int64_t parts = pick({1, 2, 5}), size = rows * columns;
+  Border g{};
+  g.turn = generator() % 2;
+  g.from_bf16 = generator() % 2;
+  g.to_bf16 = generator() % 2;
+  Array from(batch * size, g.from_bf16), to(batch * size, g.to_bf16, false);
+  if (from.count > 0) from.set(0, std::nanf("")), from.set(from.count - 1, -INFINITY);
+  g.from = from.bytes.get();
+  g.to = to.bytes.get();
+  g.batch = batch;
+  g.rows = rows;
+  g.columns = columns;
+  for (int64_t part = parts; part-- > 0;) kernels.cross_border(&g, part, parts);
+  for (int64_t i = 0; i < from.count; ++i) {
+    const int64_t image = i / size, row = i % size / columns, column = i % columns;
+    const int64_t place = g.turn ? image * size + column * rows + row : i;
+    const float want = g.to_bf16 ? widen(narrow(from[i])) : from[i], got = to[place];
+    if (got != want && !(std::isnan(got) && std::isnan(want))) compare(name, got, want, 0, -1);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -642,11 +694,13 @@ int main(int argc, char** argv) {
       check_forward(name + " bfloat16", kernels.bf16, true, c);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);
+      check_border(name + " border", kernels);
       for (bool bf16 : {false, true}) {
         check_grad(name, kernels.grad, bf16, c);
         check_windows(name + " max", kernels.max, bf16, false);
         check_windows(name + " sum", kernels.sum, bf16, true);
         check_fill(name + " fill", kernels.fill, bf16);
+        check_pointwise(name + " pointwise", kernels.pointwise, bf16);
         check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
         for (int n = 0; n < 5; ++n) check_spoilt(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
       }

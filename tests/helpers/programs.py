@@ -75,6 +75,27 @@ def _fitted(m, x):
     return m.last(F.relu(m.norm(m.third(y) + y)))
 
 
+def _widened(m, x):
+    """A shortcut of every second position and of fewer channels, as in the first residual networks."""
+    y = F.relu(m.first(x))
+    short = F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 0, 4))
+    return m.last(F.relu(m.second(y) + short))
+
+
+def _silu(m, x):
+    return m.last(F.silu(m.first(x)))
+
+
+def _constants(m, x):
+    return m.last(m.one(m.first(x)) * 2.0)
+
+
+def _broadcast(m, x):
+    """What is added has one position, so that it is no shortcut of the convolution."""
+    y = m.first(x) + m.short(F.adaptive_avg_pool2d(x, 1))
+    return m.last(m.one(F.relu(m.norm(y))) + y)
+
+
 def _two(m, x, z):
     y = m.first(x) + z
     return F.relu(y), m.second(F.leaky_relu(y, 0.1))
@@ -111,6 +132,28 @@ def examples():
             ),
             (x,),
         ),
+        "widened": (
+            Net(
+                _widened,
+                first=sampled(),
+                second=sampled(6, 10, "fitted", stride=2),
+                last=conv(10, 5),
+            ),
+            (odd,),
+        ),
+        "silu": (Net(_silu, first=sampled(fill="fitted"), last=conv()), (x,)),
+        "constants": (Net(_constants, first=sampled(), one=conv(), last=conv(6, 3, 3)), (x,)),
+        "broadcast": (
+            Net(
+                _broadcast,
+                first=conv(6, 6, 3),
+                short=conv(),
+                norm=nn.BatchNorm2d(6),
+                one=conv(),
+                last=conv(),
+            ),
+            (x,),
+        ),
         "two": (
             TwoMaps(_two, first=conv(6, 6, 3), second=conv(6, 8, 3, groups=2, stride=2)),
             (x, x[..., :8, :10]),
@@ -122,10 +165,12 @@ def examples():
 
 def called(fused, inputs):
     """The programs of a fused network with the arguments and the results of one call each."""
-    found, hooks = [], []
-    for module in fused.modules():
-        if isinstance(module, Program):
-            hooks.append(module.register_forward_hook(lambda m, a, o: found.append((m, a, o))))
+    found = []
+
+    def note(module, arguments, results):
+        found.append((module, arguments, results))
+
+    hooks = [m.register_forward_hook(note) for m in fused.modules() if isinstance(m, Program)]
     with torch.no_grad():
         fused(*inputs)
     for hook in hooks:

@@ -1,7 +1,7 @@
 """Programs as bytes, for engines that run them without PyTorch: libquincunx, ONNX Runtime, OpenVINO.
 
-The bytes hold steps, tables and unpacked weights for one size of map; any batch, number of threads and instruction
-set runs them. ``csrc/program_file.h`` describes the layout, ``csrc/program.h`` what a step may be.
+The bytes hold steps, tables and unpacked weights for one size of map; any batch, number of threads and
+instruction set runs them. ``csrc/program_file.h`` describes the layout, ``csrc/program.h`` the steps.
 A program whose followers are all among those that the kernels have becomes one such piece; other followers
 stay functions of torch between pieces, which an exporter writes as its engine's own operators.
 """

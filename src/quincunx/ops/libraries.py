@@ -34,7 +34,7 @@ def library_path(name: str) -> str:
         >>> Path(library_path("quincunx")).name
         'libquincunx.so'
     """
-    path = Path(__file__).resolve().parents[1] / f"lib{name}.so"
+    path = Path(__file__).resolve().parent / "lib" / f"lib{name}.so"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: not there; it is built when quincunx is installed on a machine with a C++ compiler"

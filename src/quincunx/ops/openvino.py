@@ -1,7 +1,7 @@
 """OpenVINO with our kernels: reads ONNX files that hold programs, and runs these on its CPU device.
 
-With ``core = openvino.Core()``, ``qx.openvino.register(core)`` before ``core.read_model(path)``. The operation is
-written in Python over the C interface of libquincunx, so that it does not depend on the release of OpenVINO;
+With ``core = openvino.Core()``, ``qx.openvino.register(core)`` before ``core.read_model(path)``. It is an
+operation written in Python over the C interface of libquincunx, so that OpenVINO's release does not matter;
 ``csrc/openvino`` has the same as a library in C++, to be built for one release.
 
 Example:
@@ -28,13 +28,13 @@ __all__ = ["register"]
 def register(core: Any, threads: int | None = None) -> None:
     """Let a core read models with programs, from ONNX files and from OpenVINO's own.
 
-    Maps arrive in float32 whatever precision the device was asked for; a program that was made in bfloat16 computes
-    in it. A second request at the same time runs its programs in its own thread alone.
+    Maps arrive in float32 whatever precision the device was asked for; a program that was made in bfloat16
+    computes in it. A second request at the same time runs its programs in its own thread alone.
 
     Args:
         core: an ``openvino.Core``.
-        threads: that work on a program; None for ``INFERENCE_NUM_THREADS`` of the CPU device, or if that is not
-            set, the processors that this process may use.
+        threads: that work on a program; None for ``INFERENCE_NUM_THREADS`` of the CPU device, or if that is
+            not set, the processors that this process may use.
 
     Raises:
         TypeError: ``core`` is something else.
@@ -79,7 +79,7 @@ def _operation(threads: int) -> Any:
 
         def __init__(self, inputs: Sequence[Any] | None = None, program: LoadedProgram | None = None) -> None:
             super().__init__(self)
-            self.program = program
+            self.program: Any = program
             if inputs is not None:
                 self.set_arguments(inputs)
                 self.constructor_validate_and_infer_types()
@@ -103,10 +103,9 @@ def _operation(threads: int) -> Any:
                     raise ValueError(f"quincunx: map {number} must be {wanted}, got {given}")
                 if given.rank.is_static and given[0].is_static:
                     batch = given[0]
-                if self.get_input_element_type(number + 1) not in (Type.f32, Type.dynamic):
-                    raise ValueError(
-                        f"quincunx: map {number} must be float32, got {self.get_input_element_type(number + 1)}"
-                    )
+                kind = self.get_input_element_type(number + 1)
+                if kind not in (Type.f32, Type.dynamic):
+                    raise ValueError(f"quincunx: map {number} must be float32, got {kind}")
             self.set_output_size(len(self.program.output_shapes))
             for number, shape in enumerate(self.program.output_shapes):
                 self.set_output_type(number, Type.f32, PartialShape([batch, *shape]))
