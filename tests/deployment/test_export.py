@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import quincunx as qx
+from helpers import ROOT
 from quincunx.deployment import export as exporting
 from quincunx.deployment import writers
 from quincunx.deployment.baseline import dense_twin
@@ -254,6 +255,11 @@ def test_bad_networks_and_inputs(tmp_path):
     with pytest.raises(TypeError, match="example_input: expected a tensor"):
         qx.export(network(), path, [X])
 
+    with pytest.raises(ValueError, match=r"the network refuses \[1, 4, 16, 16\]: RuntimeError"):
+        qx.export(network(), path, torch.randn(1, 4, 16, 16))
+    with pytest.raises(TypeError, match=r"export the network that was given to qx\.fuse"):
+        qx.export(qx.fuse(network()), path, X)
+
     class Words(nn.Module):
         def forward(self, x):
             return {"x": x}
@@ -288,3 +294,14 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"format='openvino': needs openvino, .* 'quincunx\[export\]'"):
         format_for("a.xml", None).check()
+
+
+def test_the_page_on_deploying_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace('"rsbn8"', '"rsbn8", width=8'), {})
+    assert "as fast as the dense network in ONNX Runtime" in capsys.readouterr().out
+    assert (tmp_path / "fast.onnx").is_file()
+    table = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert table == list(FORMATS)

@@ -18,11 +18,12 @@ from quincunx.deployment.formats import Format, format_for
 from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, lower
 from quincunx.deployment.usage import lines_to_use
 from quincunx.deployment.verification import Candidate, Found, difference, run_apart
-from quincunx.deployment.writers import WRITERS, check_names, trace_for_export
+from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, trace_for_export
 from quincunx.fusion.fuse import fuse
+from quincunx.fusion.fused import Fused
 from quincunx.measure.cost import cost
 from quincunx.measure.environment import environment
-from quincunx.modules import copied, inference_mode_of
+from quincunx.modules import copied
 from quincunx.ops.libraries import library_path
 
 __all__ = ["ExportFailed", "Exported", "export"]
@@ -168,6 +169,8 @@ def export(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, Fused):
+        raise TypeError("model: a fused network; export the network that was given to qx.fuse")
     kind = format_for(path, format)
     target = Path(path).resolve()
     if not target.parent.is_dir():
@@ -178,8 +181,7 @@ def export(
     limit = tolerance if tolerance is not None else 1e-4 if dtype in (None, torch.float32) else 0.05
     workers = torch.get_num_threads() if threads is None else threads
     own = copied(model).eval().requires_grad_(False)
-    with torch.no_grad(), inference_mode_of(own):
-        outputs = _tensors(own(*examples))
+    outputs = _answer(own, examples)
     inputs, results = _names(own, examples, len(outputs), input_names, output_names)
     fused = fuse(own, dtype, force=True) if dtype is not None else fuse(own)
     node = _NODES[kind.name] if plugin else None
@@ -199,8 +201,7 @@ def export(
         folder = Path(name)
         place = folder / target.name
         traced = trace_for_export(lower(fused, examples, node), examples, inputs, results, dynamic_batch)
-        write = WRITERS[kind.name](traced, opset)
-        write(place, facts)
+        write = _written(path, traced, kind, opset, place, facts)
         candidates = [Candidate("ours", str(place), kind.engine, _libraries(kind, plugin))]
         if compared:
             candidates += _dense_candidates(kind, dense, examples, folder, dynamic_batch, opset)
@@ -277,6 +278,47 @@ def _check_settings(kind: Format, plugin: bool, dtype: torch.dtype | None, round
         )
     if rounds and rounds < 3:
         raise ValueError(f"rounds={rounds}: expected 0, or at least 3")
+
+
+def _answer(model: nn.Module, examples: Sequence[Tensor]) -> list[Tensor]:
+    """
+    Raises:
+        ValueError: the network refuses the example.
+        TypeError: it returns anything but tensors.
+    """
+    try:
+        with torch.no_grad():
+            found = model(*examples)
+    # a network of the user may raise anything
+    except Exception as error:
+        shapes = ", ".join(str(list(x.shape)) for x in examples)
+        raise ValueError(
+            f"example_input: the network refuses {shapes}: {type(error).__name__}: {error}"[:500]
+        ) from error
+    return _tensors(found)
+
+
+def _written(
+    path: str | Path, traced: Traced, kind: Format, opset: int, place: Path, facts: dict[str, Any]
+) -> Write:
+    """Write a file, and return the function that does it again with other metadata.
+
+    Raises:
+        ValueError: an opset that there is not.
+        ExportFailed: the exporter fails.
+    """
+    try:
+        write = WRITERS[kind.name](traced, opset)
+        write(place, facts)
+    except ValueError:
+        raise
+    # exporters and compilers have exceptions of their own
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ExportFailed(
+            f"{path}: the exporter of format {kind.name} failed: {type(error).__name__}: {said}"[:500]
+        ) from error
+    return write
 
 
 def _tensors(found: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quincunx.measure.engines import quiet
 
-__all__ = ["EXTERNAL_ABOVE", "METADATA", "WRITERS", "Traced", "trace_for_export"]
+__all__ = ["EXTERNAL_ABOVE", "METADATA", "WRITERS", "Traced", "Write", "check_names", "trace_for_export"]
 
 # the key of the metadata in files of every format
 METADATA = "quincunx"
