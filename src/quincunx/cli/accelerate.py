@@ -35,6 +35,7 @@ from quincunx.cli.options import (
     verb,
 )
 from quincunx.cli.printing import (
+    complain,
     print_acceleration,
     print_search,
     say,
@@ -284,9 +285,12 @@ def accelerate_command(
                 **shared,
             )
             page = write_acceleration_report(out)
-            exported = (
-                None if written is None else _exported(network, found, data, out, written, plugin, seed)
-            )
+            exported, failed = None, ""
+            try:
+                if written is not None:
+                    exported = _exported(network, found, data, out, written, plugin, seed)
+            except RunFailed as error:
+                failed = str(error)
     if as_json:
         show(result if exported is None else {**result, "exported": exported.to_dict()})
     else:
@@ -296,6 +300,9 @@ def accelerate_command(
             say(f"  {line}")
         if exported is not None:
             print_export(exported)
+    if failed:
+        complain(failed)
+        raise typer.Exit(1)
     # nobody asked for what the search without a method or target looks for
     if result["verdict"] is not None and not result["verdict"]["met"] and not by_default:
         raise typer.Exit(1)

@@ -45,11 +45,18 @@ class OnnxNetwork(nn.Module):
         return self.network(x)
 
 
-class _Several(OnnxNetwork):
-    """With several inputs."""
+# tracers need each argument by name
+class _Two(OnnxNetwork):
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return self.network(x, y)
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.network(*inputs)
+
+class _Three(OnnxNetwork):
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:  # type: ignore[override]
+        return self.network(x, y, z)
+
+
+_KINDS = {1: OnnxNetwork, 2: _Two, 3: _Three}
 
 
 def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | None = None) -> nn.Module:
@@ -70,9 +77,9 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
 
     Raises:
         FileNotFoundError: no such file, or a file of weights is missing.
-        ValueError: not an ONNX model; an operator that cannot be read (node and operator are named); free
-            sizes without ``example_input``; an answer other than ONNX Runtime's by more than 1e-4 of the
-            output's largest value; a package that is not installed.
+        ValueError: not an ONNX model, or one of more than three inputs; an operator that cannot be read (node
+            and operator are named); free sizes without ``example_input``; an answer other than ONNX Runtime's
+            by more than 1e-4 of the output's largest value; a package that is not installed.
 
     Example:
         >>> from_onnx("missing.onnx")
@@ -92,10 +99,11 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
     known = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in known]
     outputs = [value.name for value in proto.graph.output]
+    if len(inputs) not in _KINDS:
+        raise ValueError(f"{path}: has {len(inputs)} inputs; 1 to {max(_KINDS)} can be read")
     examples = _examples(path, inputs, example_input)
     graph = _convert(path, proto)
-    kind = OnnxNetwork if len(inputs) == 1 else _Several
-    model = kind(graph, [value.name for value in inputs], outputs).eval().requires_grad_(False)
+    model = _KINDS[len(inputs)](graph, [value.name for value in inputs], outputs).eval().requires_grad_(False)
     _compare(path, model, examples)
     model.quincunx_spec = {  # type: ignore[assignment]
         "kind": "factory",
