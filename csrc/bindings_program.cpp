@@ -88,10 +88,27 @@ std::vector<Tensor> run_program_file(std::vector<Tensor> inputs, const Tensor& p
   return found;
 }
 
+// What an exported graph calls. A tracer has no bytes to read the results' sizes from, so the graph states them.
+std::vector<Tensor> run_program_sized(std::vector<Tensor> inputs, const Tensor& program, std::vector<int64_t> sizes) {
+  std::vector<Tensor> found = run_program_file(std::move(inputs), program);
+  std::vector<int64_t> made;
+  for (const Tensor& map : found) {
+    const auto shape = map.sizes();
+    made.push_back(static_cast<int64_t>(shape.size()) - 1);
+    made.insert(made.end(), shape.begin() + 1, shape.end());
+  }
+  STD_TORCH_CHECK(made == sizes, "the program's results have other sizes than the graph says");
+  return found;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(quincunx_native, m) {
   m.def("run_program_file(Tensor[] inputs, Tensor program) -> Tensor[]");
+  m.def("run_program_sized(Tensor[] inputs, Tensor program, int[] sizes) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) { m.impl("run_program_file", TORCH_BOX(&run_program_file)); }
+STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
+  m.impl("run_program_file", TORCH_BOX(&run_program_file));
+  m.impl("run_program_sized", TORCH_BOX(&run_program_sized));
+}

@@ -9,6 +9,8 @@ from importlib.metadata import version as _version
 if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quincunx", "__main__.py", "-m"):
     from quincunx import networks, tasks
     from quincunx.acceleration.accelerate import accelerate
+    from quincunx.deployment.export import Exported, export
+    from quincunx.deployment.onnx_in import from_onnx
     from quincunx.fusion.fuse import fuse
     from quincunx.layers.binary import BinaryConv2d, BinaryLinear
     from quincunx.layers.quantised import CodebookConv2d, CodebookLinear, QuantConv2d, QuantLinear
@@ -68,6 +70,7 @@ __all__ = [
     "Espace",
     "EspaceConv2d",
     "EvenGrid",
+    "Exported",
     "LowRank",
     "Method",
     "Perforate",
@@ -88,8 +91,10 @@ __all__ = [
     "accelerate",
     "backend",
     "cost",
+    "export",
     "fill_fitted",
     "fill_nearest",
+    "from_onnx",
     "fuse",
     "load",
     "networks",

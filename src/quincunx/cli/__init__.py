@@ -18,6 +18,7 @@ from quincunx.cli import (
     evaluate,
     accelerate,
     compare,
+    export,
     bench,
     cost,
     tune,

@@ -8,11 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import torch
 import typer
 
+import quincunx as qx
 from quincunx.acceleration.pipeline import accelerate_trained, plan_for_target
 from quincunx.acceleration.target import Search, Target
-from quincunx.cli.network import NetworkOptions
+from quincunx.cli.export import print_export
+from quincunx.cli.network import NetworkOptions, Trained, build_own_network, read_artifact
 from quincunx.cli.options import (
     DataOptions,
     FineTuningOptions,
@@ -32,6 +35,7 @@ from quincunx.cli.options import (
     verb,
 )
 from quincunx.cli.printing import (
+    complain,
     print_acceleration,
     print_search,
     say,
@@ -39,6 +43,9 @@ from quincunx.cli.printing import (
     warn,
 )
 from quincunx.cli.task import TaskOptions
+from quincunx.data import ImageData
+from quincunx.deployment.export import ExportFailed
+from quincunx.deployment.formats import FORMATS
 from quincunx.methods.fitting.settings import LayerRanks
 from quincunx.methods.registry import ALIASES, METHODS, candidates_named, method_named, with_candidates
 from quincunx.report.acceleration import usage, write_acceleration_report
@@ -200,6 +207,17 @@ def accelerate_command(
     out: Annotated[Path, typer.Option(help="Folder for the result.", rich_help_panel="Output")] = Path(
         "fast"
     ),
+    export_format: Annotated[
+        str | None,
+        typer.Option(
+            "--export",
+            help=f"Also write the result for another engine, as quincunx export does: {', '.join(FORMATS)}.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    plugin: Annotated[
+        bool, typer.Option("--plugin", help="With --export: as there.", rich_help_panel="Output")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Replace the convolutions of a trained network by faster ones; report speed gained and accuracy lost.
@@ -218,6 +236,7 @@ def accelerate_command(
     """
     with bad_input():
         use_threads(threads)
+        written = None if export_format is None else _export_file(out, export_format, plugin)
         settings, asked, task = method.settings(), target.asked, about.chosen()
         chosen: Method | Search
         bare = method.method is None and all(value is None for value in settings.values())
@@ -275,16 +294,58 @@ def accelerate_command(
                 **shared,
             )
             page = write_acceleration_report(out)
+            exported, failed = None, ""
+            try:
+                if written is not None:
+                    exported = _exported(network, found, data, out, written, plugin, seed)
+            except RunFailed as error:
+                failed = str(error)
     if as_json:
-        show(result)
+        show(result if exported is None else {**result, "exported": exported.to_dict()})
     else:
         print_acceleration(result)
         say(f"wrote {page} and the artifact {out / 'model'}; to use it:")
         for line in usage(result, out):
             say(f"  {line}")
+        if exported is not None:
+            print_export(exported)
+    if failed:
+        complain(failed)
+        raise typer.Exit(1)
     # nobody asked for what the search without a method or target looks for
     if result["verdict"] is not None and not result["verdict"]["met"] and not by_default:
         raise typer.Exit(1)
+
+
+def _export_file(out: Path, name: str, plugin: bool) -> Path:
+    """The file of an export, checked before the long work.
+
+    Raises:
+        ValueError: no such format, or one that cannot be written here.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"export={name!r}: expected one of {', '.join(FORMATS)}")
+    FORMATS[name].check()
+    if plugin and not FORMATS[name].plugin:
+        raise ValueError(f"plugin: format {name} has no file for our kernels; --export onnx has")
+    return out / f"fast{FORMATS[name].suffix}"
+
+
+def _exported(
+    network: NetworkOptions, found: Trained, data: ImageData, out: Path, path: Path, plugin: bool, seed: int
+) -> qx.Exported:
+    """The finished network for another engine, timed beside the one that it was made of.
+
+    Raises:
+        RunFailed: it is not faster there, or cannot be exported; the artifact is there all the same.
+    """
+    own = network.model or (network.network if str(network.network).endswith(".onnx") else None)
+    model = build_own_network(own, out, seed).model if own is not None else read_artifact(out)
+    image = torch.randn((1, data.in_channels, *data.size), generator=torch.Generator().manual_seed(seed))
+    try:
+        return qx.export(model, path, image, plugin=plugin, baseline=found.model)
+    except (ExportFailed, ValueError, TypeError) as error:
+        raise RunFailed(f"the artifact is in {out / 'model'}; export: {error}") from None
 
 
 def _method(name: str, settings: dict[str, Any]) -> Method:

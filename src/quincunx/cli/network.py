@@ -38,12 +38,15 @@ class NetworkOptions:
 
     network: Annotated[
         str | None,
-        typer.Argument(help="Folder of an artifact or of a run, or a network's name with --weights."),
+        typer.Argument(
+            help="Folder of an artifact or of a run, a network's name with --weights, or an ONNX file."
+        ),
     ] = None
     model: Annotated[
         str | None,
         typer.Option(
-            help="Your own network instead: a function that returns it, as package.module:function."
+            help="Your own network instead: a function that returns it, as package.module:function; of an "
+            "artifact that was made from an ONNX file, that file."
         ),
     ] = None
     weights: Annotated[
@@ -143,6 +146,8 @@ def load_trained(
             "--model package.module:function"
         )
     taken = None if shape is None else parse_input(shape)
+    if model is None and str(network).endswith(".onnx"):
+        model = network
     if model is not None:
         found = build_own_network(model, weights, seed)
     elif weights is not None:
@@ -196,7 +201,7 @@ def read_artifact(folder: Path) -> nn.Module:
     """
     described = read_spec(artifact_in(folder)).get("model")
     if isinstance(described, dict) and described.get("kind") == "factory":
-        named = described.get("factory")
+        named = described.get("onnx") or described.get("factory")
         raise ValueError(
             f"{folder}: holds a network made by {named!r}, and nothing that a file names is imported; "
             f"if you trust that module: --model {named} --weights {folder}"
@@ -220,7 +225,11 @@ def build_own_network(text: str, weights: Path | None, seed: int = 0) -> Trained
             state = read_weights(weights, known=model.state_dict())
             fill_parameters(model, state, f"{weights}: does not fit {text}")
     check_state(model)
-    return Trained(note_factory(model, text).eval(), start)
+    return Trained((model if _is_onnx(text) else note_factory(model, text)).eval(), start)
+
+
+def _is_onnx(text: str) -> bool:
+    return text.endswith(".onnx")
 
 
 def _maker(text: str) -> Callable[[], nn.Module]:
@@ -229,6 +238,8 @@ def _maker(text: str) -> Callable[[], nn.Module]:
     Raises:
         ValueError: it cannot be imported, or is none.
     """
+    if _is_onnx(text):
+        return lambda: qx.from_onnx(text)
     function = imported(text, "model")
     if isinstance(function, nn.Module):
         kind = type(function).__name__

@@ -130,7 +130,8 @@ def fuse(
         A :class:`Fused`, a ``torch.fx.GraphModule``, that maps the same arguments to the same results, up to
         rounding. It is frozen: in evaluation mode, without gradients, in the dtype the model had, with flags
         and other arguments that have a default, but for tensors and numbers, fixed to it. It does not change
-        its arguments. It may be pickled, copied, and called from several threads, but not exported.
+        its arguments. It may be pickled, copied, called from several threads, and exported by
+        ``torch.export`` with ``strict=False`` for maps of one size and any batch.
 
     Raises:
         TypeError: not a module; one that cannot be copied or whose forward cannot be traced; hooks on all

@@ -210,7 +210,8 @@ def _replaced(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map
     last = {name: i for i, step in enumerate(steps) for name in step.reads}
     found: dict[str, str] = {}
     for number, step in enumerate(steps):
-        shortcut, out = step.shortcut, step.out or step.out2
+        # lines of a file say nothing about shortcuts
+        shortcut, out = getattr(step, "shortcut", None), step.out or step.out2
         if shortcut is None or out is None or shortcut.stride > 1 or shortcut.source == step.source:
             continue
         source, made = maps[shortcut.source], output(step, maps)
@@ -368,10 +369,10 @@ class Program(nn.Module):
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """The outputs; in torch's own operators where arguments are not maps of one batch and our dtype."""
         if torch.compiler.is_exporting():
-            raise TypeError(
-                "a fused network holds tables of this machine's kernels and cannot be exported; export the "
-                "network that was given to qx.fuse"
-            )
+            # its module imports this one
+            from quincunx.fusion.exported import exported_outputs
+
+            return exported_outputs(self, arguments)
         if is_tracing():
             return tuple(torch.ops.quincunx.run_fused(list(arguments), self._registered()))
         return self._answer(arguments)

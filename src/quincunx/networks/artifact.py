@@ -263,7 +263,7 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
         state = _renamed(model, state)
         take_dtypes(model, state)
         fill_parameters(model, state, what)
-    if own is not None:
+    if own is not None and getattr(unwrapped(model), "quincunx_spec", {}).get("factory") != name:
         note_factory(unwrapped(model), name)
     seen = Preprocessing.of(spec.value.get("info"))
     if seen is not None and not hasattr(model, "preprocess"):

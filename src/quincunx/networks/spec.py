@@ -215,6 +215,9 @@ def lines_to_load(described: dict[str, Any], folder: str | Path) -> list[str]:
     place = json.dumps(Path(folder).as_posix(), ensure_ascii=False)
     if described["kind"] != "factory":
         return [f"qx.load({place})"]
+    if "onnx" in described:
+        file = json.dumps(described["onnx"], ensure_ascii=False)
+        return [f"qx.load({place}, factory=lambda: qx.from_onnx({file}))"]
     module, _, function = described["factory"].partition(":")
     return [
         f"from {module} import {function.partition('.')[0]}",

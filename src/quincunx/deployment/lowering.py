@@ -1,0 +1,215 @@
+"""A fused network as a module that exporters can trace: plain operators, or one node for each native
+piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from quincunx.deployment.plain import PlainProgram
+from quincunx.fusion.exported import TorchNode
+from quincunx.fusion.fused import Fused, copied_argument, match_layout, same_argument, tensor_argument
+from quincunx.fusion.program import Program
+from quincunx.fusion.serialise import NativePiece, TorchPiece, pieces
+from quincunx.layers.binary import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
+from quincunx.layers.quantised import QuantConv2d, QuantLinear
+from quincunx.modules import copied, set_module
+
+__all__ = ["Node", "OnnxNode", "TorchNode", "lower"]
+
+
+class Node(Protocol):
+    """Makes a module of a native piece: one operator of an engine that has our kernels as a plug-in."""
+
+    def __call__(self, piece: NativePiece) -> nn.Module:
+        """Return a module that maps the piece's inputs [N, C, H, W] to a sequence of its outputs."""
+
+
+class OnnxNode(nn.Module):
+    """A piece as the operator quincunx::Program of an ONNX file; only an exporter can run it."""
+
+    program: Tensor
+
+    def __init__(self, piece: NativePiece) -> None:
+        super().__init__()
+        self.register_buffer("program", torch.frombuffer(bytearray(piece.data), dtype=torch.uint8))
+        self.shapes = [tuple(shape) for shape in piece.output_shapes]
+
+    def forward(self, *maps: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
+            "quincunx::Program",
+            (self.program, *maps),
+            {},
+            dtypes=[torch.float32] * len(self.shapes),
+            shapes=[(maps[0].shape[0], *shape) for shape in self.shapes],
+            version=1,
+        )
+        return found
+
+
+class PluginProgram(nn.Module):
+    """A program as nodes of an engine, with torch's functions between them where the kernels have none.
+
+    Args:
+        program: of a fused network.
+        shapes: of its inputs, [N, C, H, W] each.
+        node: makes the module of a native piece.
+
+    Raises:
+        ValueError: shapes that the program cannot read.
+    """
+
+    def __init__(self, program: Program, shapes: Sequence[Sequence[int]], node: Node) -> None:
+        super().__init__()
+        self.inputs, self.outputs = list(program.inputs), list(program.outputs)
+        self.calls = nn.ModuleList()
+        self.names: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+        for piece in pieces(program, *shapes):
+            self.calls.append(_Function(piece) if isinstance(piece, TorchPiece) else node(piece))
+            self.names.append((piece.inputs, piece.outputs))
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(self.inputs, maps, strict=True))
+        for call, (sources, outs) in zip(self.calls, self.names, strict=True):
+            found = call(*[values[name] for name in sources])
+            values.update(zip(outs, found, strict=True))
+        return tuple(values[name] for name in self.outputs)
+
+
+class _Function(nn.Module):
+    def __init__(self, piece: TorchPiece) -> None:
+        super().__init__()
+        self.function = piece.function
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor]:
+        return (self.function(*maps),)
+
+
+def _note(
+    shapes: dict[str, list[tuple[int, ...]]], name: str, _: nn.Module, given: tuple[Tensor, ...]
+) -> None:
+    shapes[name] = [tuple(t.shape) for t in given]
+
+
+_PASSED_ON = (match_layout, tensor_argument, copied_argument)
+
+
+def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> nn.Module:
+    """Return a fused network without operators of this package, for inputs of one size and any batch.
+
+    Args:
+        fused: from :func:`quincunx.fuse`; it stays as it is.
+        arguments: an example of its arguments.
+        node: makes nodes of an engine with our kernels; None for plain operators.
+
+    Raises:
+        TypeError: a module with operators of this package that was not fused.
+        ValueError: a program that cannot be lowered.
+
+    Example:
+        >>> model, x = qx.networks.build("rsbn8", width=4).eval(), torch.randn(2, 3, 12, 12)
+        >>> plain = lower(qx.fuse(model), (x,))
+        >>> torch.allclose(plain(x), model(x), atol=1e-4)
+        True
+    """
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    handles = []
+    for name, module in fused.named_modules():
+        if isinstance(module, Program):
+            handles.append(module.register_forward_pre_hook(partial(_note, shapes, name)))
+    try:
+        with torch.no_grad():
+            fused(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(fused.graph, {}))
+    _simplify(graph)
+    root = nn.Module()
+    for name, module in fused.named_children():
+        if isinstance(module, Program):
+            made = PlainProgram(module, shapes[name]) if node is None else None
+            root.add_module(name, made or PluginProgram(module, shapes[name], node))  # type: ignore[arg-type]
+        else:
+            root.add_module(name, _decoded(module))
+    root._parameters |= fused._parameters
+    root._buffers |= fused._buffers
+    _check_plain(root)
+    return fx.GraphModule(root, graph).eval().requires_grad_(False)
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Leave out what only a caller in Python needs: memory formats and checks of arguments."""
+    for value in list(graph.nodes):
+        if value.op != "call_function":
+            continue
+        if value.target in _PASSED_ON:
+            value.replace_all_uses_with(value.args[0])
+            graph.erase_node(value)
+        elif value.target is same_argument:
+            graph.erase_node(value)
+    graph.lint()
+
+
+def _decoded(module: nn.Module) -> nn.Module:
+    """A module with dense layers instead of quantised ones, which no engine has."""
+    kinds = (QuantConv2d, BinaryConv2d, PackedConv2d, QuantLinear, BinaryLinear, PackedLinear)
+    if any(isinstance(layer, kinds) for layer in module.modules()):
+        module = copied(module)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, kinds):
+            module = set_module(module, name, _dense(layer))
+    return module
+
+
+def _dense(layer: Any) -> nn.Module:
+    weight, bias = layer.weight.detach(), layer.bias
+    if isinstance(layer, (BinaryConv2d, BinaryLinear)):
+        return _dense(layer.pack())
+    if isinstance(layer, (QuantLinear, PackedLinear)):
+        made: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    else:
+        made = dense_convolution(layer)
+    inner: Any = made[-1] if isinstance(made, nn.Sequential) else made
+    inner.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        inner.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made.eval()
+
+
+def dense_convolution(layer: Any) -> nn.Module:
+    """Return the dense convolution with the settings of a layer that stands for one; fresh weights."""
+    padding, before = layer.padding, None
+    if not isinstance(padding, str) and len(padding) == 4:
+        top, bottom, left, right = padding
+        before, padding = nn.ZeroPad2d((left, right, top, bottom)), 0
+    made = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        padding,
+        layer.dilation,
+        layer.groups,
+        layer.bias is not None,
+    )
+    return made if before is None else nn.Sequential(before, made)
+
+
+def _check_plain(root: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: a layer of this package is left, inside a module that fuse could not look into.
+    """
+    own = "quincunx.layers."
+    for name, module in root.named_modules():
+        if type(module).__module__.startswith(own) and "Activation" not in type(module).__name__:
+            raise TypeError(
+                f"model: layer {name!r} ({type(module).__name__}) is inside a module that torch.fx cannot "
+                "trace, so that it cannot be exported; make that module traceable"
+            )

@@ -1,0 +1,309 @@
+"""ONNX files as networks: read by onnx2torch, compared with ONNX Runtime before anything else."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from quincunx.deployment.onnx_rewrites import fix_sizes, in_opset_17
+from quincunx.deployment.verification import difference
+from quincunx.measure.engines import quiet
+
+__all__ = ["OnnxNetwork", "from_onnx"]
+
+# of the converter's operators, those that need torchvision's own kernels
+_VISION = {"NonMaxSuppression", "RoiAlign"}
+_TOLERANCE = 1e-4
+
+
+class OnnxNetwork(nn.Module):
+    """A network that was read from an ONNX file.
+
+    Attributes:
+        network: what computes, a ``torch.fx.GraphModule`` whose layers are torch's.
+        onnx_names: names of the file's inputs and outputs, which :func:`quincunx.export` keeps.
+    """
+
+    network: fx.GraphModule
+
+    def __init__(self, network: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.onnx_names = {"inputs": list(inputs), "outputs": list(outputs)}
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x)
+
+
+# tracers need each argument by name
+class _Two(OnnxNetwork):
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return self.network(x, y)
+
+
+class _Three(OnnxNetwork):
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:  # type: ignore[override]
+        return self.network(x, y, z)
+
+
+_KINDS = {1: OnnxNetwork, 2: _Two, 3: _Three}
+
+
+def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | None = None) -> nn.Module:
+    """Return the network of an ONNX file, compared with ONNX Runtime on random inputs.
+
+    It is read by onnx2torch (``pip install 'quincunx[onnx]'``); convolutions, batch norm and activations
+    become torch's modules, which :func:`quincunx.accelerate` replaces like those of any network. Inputs and
+    outputs keep their names in files that :func:`quincunx.export` writes.
+
+    Args:
+        path: the file; weights in other files are found beside it.
+        example_input: inputs for the comparison; needed if the file leaves sizes other than the batch free.
+
+    Returns:
+        A module in evaluation mode that maps float32 tensors in the order of the file's inputs to what the
+        file computes, a tensor or a list of them. Frozen sizes of the file, such as a batch of 1 in a
+        reshape, stay.
+
+    Raises:
+        FileNotFoundError: no such file, or a file of weights is missing.
+        ValueError: not an ONNX model, or one of more than three inputs; an operator that cannot be read (node
+            and operator are named); free sizes without ``example_input``; an answer other than ONNX Runtime's
+            by more than 1e-4 of the output's largest value; a package that is not installed.
+
+    Example:
+        >>> from_onnx("missing.onnx")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: missing.onnx: no such file
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    missing = [name for name in ("onnx", "onnx2torch", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{path}: reading it needs {', '.join(missing)}, not installed here; pip install 'quincunx[onnx]'"
+        )
+    proto = _read(path)
+    known = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in known]
+    outputs = [value.name for value in proto.graph.output]
+    if len(inputs) not in _KINDS:
+        raise ValueError(f"{path}: has {len(inputs)} inputs; 1 to {max(_KINDS)} can be read")
+    examples = _examples(path, inputs, example_input)
+    graph = _convert(path, proto)
+    model = _KINDS[len(inputs)](graph, [value.name for value in inputs], outputs).eval().requires_grad_(False)
+    _compare(path, model, examples)
+    model.quincunx_spec = {  # type: ignore[assignment]
+        "kind": "factory",
+        "factory": "quincunx:from_onnx",
+        "onnx": path.name,
+    }
+    # layers can be trained further
+    return model.requires_grad_(True)
+
+
+def _read(path: Path) -> Any:
+    """
+    Raises:
+        FileNotFoundError: weights in another file that is not there.
+        ValueError: no ONNX model, or a damaged one.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        bare = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not an ONNX model") from error
+    if not bare.graph.node:
+        raise ValueError(f"{path}: not an ONNX model, or one without operators")
+    for tensor in bare.graph.initializer:
+        places = {entry.key: entry.value for entry in tensor.external_data}
+        location = places.get("location")
+        if location is None:
+            continue
+        outside = (path.parent / location).resolve()
+        if not outside.is_relative_to(path.parent.resolve()):
+            raise ValueError(
+                f"{path}: weight {tensor.name!r} lies outside the file's folder, in {location!r}"
+            )
+        if not outside.is_file():
+            raise FileNotFoundError(
+                f"{path}: weight {tensor.name!r} is in {location!r}, which is not beside it"
+            )
+        end = int(places.get("offset", 0)) + int(places.get("length", 0))
+        if outside.stat().st_size < end:
+            raise ValueError(f"{path}: {location!r} is shorter than weight {tensor.name!r} needs")
+    try:
+        onnx.checker.check_model(str(path))
+        return onnx.load(str(path))
+    except (onnx.checker.ValidationError, ValueError, RuntimeError, OSError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a valid ONNX model ({said[0][:300]})") from error
+
+
+def _examples(path: Path, inputs: Sequence[Any], given: Any) -> tuple[Tensor, ...]:
+    """
+    Raises:
+        ValueError: inputs that are not float32, free sizes, or examples of another number.
+    """
+    for value in inputs:
+        if value.type.tensor_type.elem_type != 1:
+            raise ValueError(f"{path}: input {value.name!r} is not float32")
+    if given is not None:
+        found = given if isinstance(given, tuple) else (given,)
+        if len(found) != len(inputs) or not all(isinstance(x, Tensor) for x in found):
+            raise ValueError(f"example_input: expected {len(inputs)} tensors, the inputs of {path}")
+        return found
+    made = []
+    source = torch.Generator().manual_seed(0)
+    for value in inputs:
+        sizes = []
+        for place, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.dim_value and place:
+                raise ValueError(
+                    f"example_input=None: input {value.name!r} of {path} leaves size {place} free "
+                    f"({dim.dim_param or '?'}); give an example"
+                )
+            sizes.append(dim.dim_value or 2)
+        made.append(torch.randn(sizes, generator=source))
+    return tuple(made)
+
+
+# ---------------------------------------------------------------- the converter
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """While the converter is imported: it imports torchvision for two operators of detectors alone, which
+    many installations do not have, or have for another build of torch."""
+    made = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops")}
+    made["torchvision"].ops = made["torchvision.ops"]  # type: ignore[attr-defined]
+    made["torchvision.ops"].roi_align = None  # type: ignore[attr-defined]
+    before = {
+        name: sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] == "torchvision"
+    }
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(made)
+    try:
+        yield
+    finally:
+        for name in made:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+
+
+def _converter() -> tuple[Callable[[Any], fx.GraphModule], Callable[..., Any]]:
+    if "onnx2torch" not in sys.modules:
+        with quiet(), _stand_ins():
+            import_module("onnx2torch")
+    from onnx2torch.converter import convert
+    from onnx2torch.node_converters import get_converter
+
+    return convert, get_converter
+
+
+def _convert(path: Path, proto: Any) -> fx.GraphModule:
+    """
+    Raises:
+        ValueError: operators that the converter does not have, or not with these settings.
+    """
+    convert, converter_of = _converter()
+    try:
+        with quiet():
+            proto, refused = in_opset_17(proto)
+    # an optimizer may raise anything
+    except Exception as error:
+        raise ValueError(
+            f"{path}: onnxscript cannot read it: {type(error).__name__}: {error}"[:500]
+        ) from error
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    unknown: dict[str, list[str]] = {}
+    for name, operator, version in refused:
+        unknown.setdefault(f"{operator} (opset {version})", []).append(name)
+    newer = {name for name, _, _ in refused}
+    for number, node in enumerate(proto.graph.node):
+        operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        version = opsets.get(node.domain, 1)
+        if (node.name or f"number {number}") in newer:
+            continue
+        try:
+            converter_of(domain=node.domain, operation_type=node.op_type, version=version)
+        # of an operator that no standard has, the converter's own search fails
+        except Exception:  # noqa: BLE001
+            known = False
+        else:
+            known = node.op_type not in _VISION
+        if not known:
+            named = f"{operator} (opset {version})"
+            unknown.setdefault(named, []).append(node.name or f"number {number}")
+    if unknown:
+        parts = [f"{named} in node {', '.join(map(repr, nodes[:3]))}" for named, nodes in unknown.items()]
+        raise ValueError(f"{path}: operators that cannot be read: {'; '.join(parts[:5])}")
+    try:
+        with quiet():
+            return fix_sizes(convert(proto))
+    # what a converter raises for settings that it does not have
+    except Exception as error:
+        named = _node_in(error)
+        raise ValueError(f"{path}: cannot read {named}: {type(error).__name__}: {error}"[:500]) from error
+
+
+def _node_in(error: BaseException) -> str:
+    """The node at which a conversion failed."""
+    trace, found = error.__traceback__, "the graph"
+    while trace is not None:
+        node = trace.tb_frame.f_locals.get("onnx_node")
+        if node is not None:
+            found = f"{node.operation_type} in node {node.name!r}"
+        trace = trace.tb_next
+    return found
+
+
+def _compare(path: Path, model: nn.Module, examples: Sequence[Tensor]) -> None:
+    """
+    Raises:
+        ValueError: the network cannot run, or answers otherwise than ONNX Runtime.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        feeds = dict(zip(names, (x.numpy() for x in examples), strict=True))
+        wanted = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+    # the runtime's exceptions are classes of their own
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: ONNX Runtime does not run it ({said[0][:300]})") from error
+    try:
+        with torch.no_grad():
+            found = model(*examples)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: read, but does not run in PyTorch ({type(error).__name__}: {error})"[:500]
+        ) from error
+    answers = list(found) if isinstance(found, (tuple, list)) else [found]
+    try:
+        gap = difference([answer.numpy() for answer in answers], wanted)
+    except ValueError as error:
+        raise ValueError(f"{path}: read, but not as ONNX Runtime reads it: {error}") from error
+    if gap > _TOLERANCE:
+        raise ValueError(
+            f"{path}: read, but answers otherwise than ONNX Runtime, by {gap:.1e} of the largest value"
+        )

@@ -1,0 +1,183 @@
+"""What onnx2torch does not read, rewritten so that it does: newer opsets, sizes that are constants of the
+file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+__all__ = ["fix_sizes", "in_opset_17"]
+
+_NEWEST = 17
+# changed after opset 17 in the types that they take alone, or by attributes that may be left out
+_UNCHANGED = {
+    *("Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Reshape", "Shape", "Squeeze"),
+    *("Unsqueeze", "Transpose", "Conv", "ConvTranspose", "MaxPool", "GlobalAveragePool", "GlobalMaxPool"),
+    *("Dropout", "Elu", "HardSigmoid", "HardSwish", "InstanceNormalization", "Selu", "Softplus", "Softsign"),
+    *("Round", "Sin", "Cos", "Tan", "Acos", "Asin", "Atan", "Det", "EyeLike", "ScatterND", "Clip", "Size"),
+}
+
+
+def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
+    """Return a model whose operators have the form of opset 17, constants folded by onnxscript's optimizer.
+
+    Args:
+        proto: an ``onnx.ModelProto``; it may be changed.
+
+    Returns:
+        The model, and the nodes that have no such form: name, operator, opset.
+    """
+    import onnx
+    from onnxscript import optimizer
+
+    made = optimizer.optimize(proto)
+    _drop_allowzero(made)
+    declared = next((entry for entry in made.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if declared is None or declared.version <= _NEWEST:
+        return made, []
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    refused = []
+    for number, node in enumerate(made.graph.node):
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        since = onnx.defs.get_schema(node.op_type, declared.version).since_version
+        if since > _NEWEST and not _made_older(node, constants):
+            refused.append((node.name or f"number {number}", node.op_type, declared.version))
+    declared.version = _NEWEST
+    return made, refused
+
+
+def _drop_allowzero(proto: Any) -> None:
+    """Where a reshape has no size of 0, what one would mean makes no difference."""
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        sizes = constants.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
+        if sizes is not None and onnx.numpy_helper.to_array(sizes).all():
+            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def _made_older(node: Any, constants: dict[str, Any]) -> bool:
+    import onnx
+
+    given = {attribute.name for attribute in node.attribute}
+    kind = node.op_type
+    if kind in _UNCHANGED:
+        return True
+    if kind == "Pad":
+        return len(node.input) <= 3
+    if kind == "Split":
+        return len(node.input) == 2
+    if kind == "AveragePool":
+        return "dilations" not in given
+    if kind.startswith("Reduce"):
+        # axes were an attribute, of ReduceSum already an input
+        if kind == "ReduceSum" or len(node.input) < 2:
+            return "noop_with_empty_axes" not in given or kind == "ReduceSum"
+        axes = constants.get(node.input[1])
+        if axes is None:
+            return False
+        del node.input[1:]
+        kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.attribute.append(onnx.helper.make_attribute("axes", onnx.numpy_helper.to_array(axes).tolist()))
+        return True
+    return False
+
+
+# ---------------------------------------------------------------- constants as numbers
+
+
+class _Reshaped(nn.Module):
+    """A 0 keeps the size of its place."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape([x.shape[place] if size == 0 else size for place, size in enumerate(self.sizes)])
+
+
+class _Padded(nn.Module):
+    def __init__(self, mode: str, sides: Sequence[int], value: float) -> None:
+        super().__init__()
+        half = len(sides) // 2
+        pairs = zip(reversed(sides[:half]), reversed(sides[half:]), strict=True)
+        self.sides = [side for pair in pairs for side in pair]
+        while len(self.sides) > 2 and self.sides[-2:] == [0, 0]:
+            del self.sides[-2:]
+        self.mode, self.value = mode, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.sides, self.mode, self.value if self.mode == "constant" else None)
+
+
+class _Cut(nn.Module):
+    def __init__(self, cuts: Sequence[tuple[int, int, int, int]]) -> None:
+        super().__init__()
+        self.cuts = list(cuts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, start, end, step in self.cuts:
+            places: list[Any] = [slice(None)] * x.dim()
+            places[axis] = slice(start, end if abs(end) < 2**31 - 1 else None, step)
+            x = x[tuple(places)]
+        return x
+
+
+def fix_sizes(graph: fx.GraphModule) -> fx.GraphModule:
+    """Put sizes that are constants of the file into the code of a converted network: a tensor whose values
+    are sizes could not be traced. The network is changed and returned."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_module" or len(node.args) < 2 or node.kwargs:
+            continue
+        constants = [_constant(graph, value) for value in node.args[1:]]
+        made = _with_constants(graph.get_submodule(node.target), constants)
+        if made is not None:
+            graph.set_submodule(node.target, made)
+            node.args = node.args[:1]
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.graph.erase_node(node)
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(graph.named_buffers()):
+        parent, _, last = name.rpartition(".")
+        if parent == "initializers" and name not in used:
+            delattr(graph.get_submodule(parent), last)
+    graph.recompile()
+    return graph
+
+
+def _constant(graph: fx.GraphModule, value: Any) -> Tensor | None:
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    parent, _, name = str(value.target).rpartition(".")
+    found = getattr(graph.get_submodule(parent), name)
+    return found if isinstance(found, Tensor) else None
+
+
+def _with_constants(module: nn.Module, constants: Sequence[Tensor | None]) -> nn.Module | None:
+    """A module of the converter with its constants in it, None for one that is left as it is."""
+    if any(value is None for value in constants):
+        return None
+    values = [value.flatten().tolist() for value in constants if value is not None]
+    kind = type(module).__name__
+    if kind == "OnnxReshape" and len(values) == 1:
+        return _Reshaped(values[0])
+    if kind == "OnnxPadDynamic" and all(isinstance(side, int) for side in values[0]):
+        return _Padded(str(module.mode), values[0], values[1][0] if len(values) > 1 else 0.0)
+    if kind == "OnnxSlice":
+        starts, ends = values[:2]
+        axes = values[2] if len(values) > 2 else list(range(len(starts)))
+        steps = values[3] if len(values) > 3 else [1] * len(starts)
+        if min(steps) > 0:
+            return _Cut(list(zip(axes, starts, ends, steps, strict=True)))
+    return None

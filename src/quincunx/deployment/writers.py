@@ -1,0 +1,233 @@
+"""Lowered networks as files: torch.export once, then each format's own exporter and its own passes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quincunx.measure.engines import quiet
+
+__all__ = ["EXTERNAL_ABOVE", "METADATA", "WRITERS", "Traced", "Write", "check_names", "trace_for_export"]
+
+# the key of the metadata in files of every format
+METADATA = "quincunx"
+# a protocol buffer holds at most 2 GiB; larger weights go to a second file
+EXTERNAL_ABOVE = 2**31 - 2**20
+_OPSETS = range(18, 24)
+
+Write = Callable[[Path, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A lowered network as a graph of torch's operators.
+
+    Attributes:
+        program: of torch.export.
+        inputs, outputs: names.
+        dynamic: whether the batch is free.
+    """
+
+    program: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: bool
+
+
+def trace_for_export(
+    module: nn.Module,
+    arguments: Sequence[Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: bool,
+) -> Traced:
+    """Return a module as a graph, with a free batch if asked.
+
+    Raises:
+        ValueError: the network fixes its batch, or torch.export cannot trace it.
+    """
+    shapes = None
+    if dynamic:
+        # a batch of 1 would become a constant
+        arguments = [torch.cat([x, x]) if x.shape[0] == 1 else x for x in arguments]
+        batch = torch.export.Dim("batch", min=1)
+        shapes = tuple({0: batch} for _ in arguments)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
+    # an exporter may raise anything
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        hint = "; dynamic_batch=False fixes the batch to the example's" if dynamic else ""
+        raise ValueError(
+            f"model: torch.export cannot trace it, {type(error).__name__}: {reason[:300]}{hint}"
+        ) from error
+    return Traced(program, tuple(inputs), tuple(outputs), dynamic)
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+def _onnx_proto(traced: Traced, opset: int) -> Any:
+    """A model in memory, optimised by the exporter's own passes, without traces of this machine's files.
+
+    Raises:
+        ValueError: an opset that the exporter does not write.
+    """
+    if opset not in _OPSETS:
+        raise ValueError(f"opset={opset}: expected {_OPSETS.start} to {_OPSETS.stop - 1}")
+    with quiet():
+        made = torch.onnx.export(
+            traced.program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(traced.inputs),
+            output_names=list(traced.outputs),
+            optimize=True,
+            verbose=False,
+        )
+    if made is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    proto = made.model_proto
+    found = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    if found != opset:
+        raise ValueError(
+            f"opset={opset}: the exporter wrote opset {found}, since not every operator converts"
+        )
+    _forget(proto)
+    return proto
+
+
+def _forget(proto: Any) -> None:
+    """Leave out documentation and metadata of the exporter, which name source files of this machine."""
+    proto.doc_string = ""
+    del proto.metadata_props[:]
+    graphs = [proto.graph, *proto.functions]
+    for graph in graphs:
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for part in (*graph.node, *getattr(graph, "value_info", ()), *getattr(graph, "initializer", ())):
+            part.doc_string = ""
+            if hasattr(part, "metadata_props"):
+                del part.metadata_props[:]
+    for part in (*proto.graph.input, *proto.graph.output):
+        part.doc_string = ""
+        if hasattr(part, "metadata_props"):
+            del part.metadata_props[:]
+
+
+def onnx_writer(traced: Traced, opset: int = 18) -> Write:
+    """Return a function that writes a graph as ONNX, weights beyond 2 GB in a second file ``<name>.data``.
+
+    Raises:
+        ValueError: an opset that the exporter does not write.
+    """
+    import onnx
+
+    proto = _onnx_proto(traced, opset)
+
+    def write(path: Path, metadata: Mapping[str, Any]) -> None:
+        import onnx.external_data_helper as external
+
+        proto.producer_name = "quincunx"
+        proto.producer_version = str(metadata.get("quincunx", ""))
+        onnx.helper.set_model_props(proto, {METADATA: json.dumps(metadata, sort_keys=True)})
+        size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+        outside = path.with_name(f"{path.name}.data")
+        outside.unlink(missing_ok=True)
+        if size <= EXTERNAL_ABOVE:
+            onnx.save_model(proto, str(path))
+            return
+        copied = onnx.ModelProto()
+        copied.CopyFrom(proto)
+        external.convert_model_to_external_data(copied, all_tensors_to_one_file=True, location=outside.name)
+        onnx.save_model(copied, str(path))
+
+    return write
+
+
+# ---------------------------------------------------------------- OpenVINO
+
+
+def openvino_writer(traced: Traced, opset: int = 18) -> Write:
+    """Return a function that writes a graph as OpenVINO's IR, an .xml and a .bin file, weights in float32."""
+    import openvino
+
+    proto = _onnx_proto(traced, opset)
+    model = openvino.Core().read_model(io.BytesIO(proto.SerializeToString()))
+
+    def write(path: Path, metadata: Mapping[str, Any]) -> None:
+        model.set_rt_info(json.dumps(metadata, sort_keys=True), [METADATA])
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+
+    return write
+
+
+# ---------------------------------------------------------------- torch
+
+
+def torch_writer(traced: Traced, opset: int = 0) -> Write:
+    """Return a function that writes what ``torch.export.load`` reads."""
+    _forget_torch(traced.program)
+
+    def write(path: Path, metadata: Mapping[str, Any]) -> None:
+        extra = {f"{METADATA}.json": json.dumps(metadata, sort_keys=True)}
+        with quiet():
+            torch.export.save(traced.program, str(path), extra_files=extra)
+
+    return write
+
+
+def _forget_torch(program: torch.export.ExportedProgram) -> None:
+    for graph in program.graph_module.modules():
+        for node in getattr(getattr(graph, "graph", None), "nodes", ()):
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
+                node.meta.pop(key, None)
+
+
+def aoti_writer(traced: Traced, opset: int = 0) -> Write:
+    """Return a function that compiles a graph and writes what ``torch._inductor.aoti_load_package`` reads.
+
+    It is compiled at each call; the package holds code for this machine's instruction set.
+    """
+    _forget_torch(traced.program)
+
+    def write(path: Path, metadata: Mapping[str, Any]) -> None:
+        import torch._inductor
+
+        config = {"aot_inductor.metadata": {METADATA: json.dumps(metadata, sort_keys=True)}}
+        with quiet(), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                traced.program, package_path=str(path), inductor_configs=config
+            )
+
+    return write
+
+
+WRITERS: dict[str, Callable[[Traced, int], Write]] = {
+    "onnx": onnx_writer,
+    "openvino": openvino_writer,
+    "torch": torch_writer,
+    "aoti": aoti_writer,
+}
+
+_PLAIN_NAME = re.compile(r"[^\x00-\x20]+")
+
+
+def check_names(what: str, names: Sequence[str], count: int) -> tuple[str, ...]:
+    """Return names of inputs or outputs.
+
+    Raises:
+        ValueError: too few or too many, one twice, or one with spaces.
+    """
+    if len(names) != count or len(set(names)) != count or not all(map(_PLAIN_NAME.fullmatch, names)):
+        raise ValueError(f"{what}={list(names)!r}: expected {count} different names without spaces")
+    return tuple(names)

@@ -1,0 +1,120 @@
+"""quincunx export, and accelerate from an ONNX file to an ONNX file."""
+
+import re
+
+import onnx
+import pytest
+import torch
+
+import quincunx as qx
+from helpers.commands import call, document, refused
+from quincunx.measure.engines import quiet
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("nets") / "rsbn"
+    data = {"mean": [0.5] * 3, "std": [0.25] * 3, "size": [16, 16], "classes": list("abcdefghij")}
+    qx.save(qx.networks.build("rsbn8", width=8), folder, info={"data": data})
+    return folder
+
+
+def test_an_artifact_becomes_a_file(artifact, tmp_path):
+    path = tmp_path / "net.onnx"
+    result = call("export", artifact, "--out", path, "--plugin", "--force", "--rounds", 3, "--threads", 1)
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert re.search(r"[\d.]+x as fast as the dense network in ONNX Runtime, with our kernels", said)
+    assert "checked in batches of 1, 2, 7: at most" in said
+    assert 'onnxruntime.InferenceSession("net.onnx", options)' in said
+    assert 'Ort::Session session(env, "net.onnx", options);' in said
+    [image] = onnx.load(str(path)).graph.input
+    assert [d.dim_value for d in image.type.tensor_type.shape.dim][1:] == [3, 16, 16]
+
+
+def test_json_names_and_other_sizes(artifact, tmp_path):
+    found = document(
+        *("export", artifact, "--out", tmp_path / "net.xml", "--input", "2x3x15x14", "--rounds", 0),
+        *("--input-names", "image", "--output-names", "scores", "--fixed-batch"),
+    )
+    assert (found["format"], found["inputs"], found["outputs"]) == ("openvino", ["image"], ["scores"])
+    assert list(found["difference"]) == ["2"]
+
+
+def test_a_file_that_is_not_faster_ends_with_1(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr("quincunx.deployment.verification.Found.ratio", lambda *_: 0.8)
+    said = refused("export", artifact, "--out", tmp_path / "net.onnx", "--rounds", 3, code=1)
+    assert "0.80x as fast" in said
+    assert "force=True" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "net.engine"], "expected a file that ends in one of"),
+        (["--format", "coreml"], "format='coreml': expected one of"),
+        (["--out", "net.xml", "--plugin"], "plugin=True: format openvino"),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--opset", "7"], "opset=7: expected 18 to 23"),
+        (["--input", "3x16"], "input='3x16': expected NxCxHxW"),
+    ],
+)
+def test_bad_input_is_one_sentence(artifact, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("export", artifact, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_a_size_needs_the_input(tmp_path):
+    qx.save(qx.networks.build("rsbn8", width=8), tmp_path / "net")
+    assert "--input 1x3x224x224" in refused("export", tmp_path / "net", "--out", tmp_path / "net.onnx")
+
+
+def test_from_onnx_to_onnx(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = qx.networks.build("cifar-resnet8", width=8, in_channels=1).eval()
+    with quiet(), torch.no_grad():
+        torch.onnx.export(
+            model,
+            (torch.randn(2, 1, 8, 8),),
+            "model.onnx",
+            verbose=False,
+            input_names=["image"],
+            output_names=["scores"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        )
+    result = call(
+        *("accelerate", "model.onnx", "--data", "digits", "--method", "spatialbottleneck", "--keep-slower"),
+        *("--calibration", 60, "--rounds", 3, "--export", "torch", "--plugin", "--mean", 0.3, "--std", 0.4),
+    )
+    said = result.stdout + result.stderr
+    assert (tmp_path / "fast" / "model" / "spec.json").is_file(), said
+    # how fast so small a network is depends on the machine
+    if result.exit_code:
+        assert "is in fast/model; export: " in said
+    else:
+        assert (tmp_path / "fast" / "fast.pt2").is_file()
+    assert 'qx.load("fast/model", factory=lambda: qx.from_onnx("model.onnx"))' in said
+    last = call(
+        *("export", "--model", "model.onnx", "--weights", "fast", "--input", "1x1x8x8", "--force"),
+        *("--out", "faster.onnx", "--rounds", 3),
+    )
+    assert last.exit_code == 0, last.stderr
+    made = onnx.load("faster.onnx").graph
+    assert [value.name for value in (*made.input, *made.output)] == ["image", "scores"]
+
+
+def test_bad_onnx_files_and_formats_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "missing.onnx: no such file" in refused("accelerate", "missing.onnx", "--data", "digits")
+    (tmp_path / "bad.onnx").write_bytes(b"nothing")
+    assert "not an ONNX model" in refused("accelerate", "bad.onnx", "--data", "digits")
+    said = refused("accelerate", "bad.onnx", "--data", "digits", "--export", "tflite")
+    assert "export='tflite': expected one of onnx" in said
+    said = refused("accelerate", "bad.onnx", "--export", "openvino", "--plugin")
+    assert "plugin: format openvino has no file" in said

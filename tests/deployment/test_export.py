@@ -1,0 +1,307 @@
+"""qx.export: files that engines load in a process of their own, what is in them, and what is refused."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import quincunx as qx
+from helpers import ROOT
+from quincunx.deployment import export as exporting
+from quincunx.deployment import writers
+from quincunx.deployment.baseline import dense_twin
+from quincunx.deployment.export import ExportFailed
+from quincunx.deployment.formats import FORMATS, format_for
+from quincunx.deployment.verification import Candidate, difference, run_apart
+
+FORMS = [("onnx", False), ("onnx", True), ("openvino", False), ("torch", False), ("torch", True)]
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    return qx.networks.build("rsbn8", width=8, **settings).eval()
+
+
+@pytest.mark.parametrize(("name", "plugin"), FORMS)
+@pytest.mark.parametrize("size", [(16, 16), (15, 13)])
+def test_each_format_is_checked_in_three_batches(tmp_path, name, plugin, size):
+    path = tmp_path / f"net{FORMATS[name].suffix}"
+    x = torch.randn(1, 3, *size)
+    made = qx.export(network(), path, x, plugin=plugin, force=True, rounds=3, threads=1)
+    assert set(made.difference) == {1, 2, 7}
+    assert max(made.difference.values()) < 1e-4
+    assert made.times["ours"] > 0
+    assert made.speedup > 0
+    assert made.macs["dense"] > made.macs["ours"]
+    written = list(tmp_path.iterdir())
+    assert path in written
+    assert made.size == sum(part.stat().st_size for part in written)
+    assert len(written) == (2 if name == "openvino" else 1)
+    content = b"".join(part.read_bytes() for part in written)
+    # of this machine there is nothing in it
+    for place in (str(Path.home()), str(tmp_path), str(Path(qx.__file__).parent), "site-packages"):
+        assert place.encode() not in content
+
+
+def test_an_onnx_file_says_what_it_is(tmp_path):
+    model = network()
+    model.preprocess = qx.networks.preprocessing.Preprocessing((0.5,) * 3, (0.25,) * 3, (16, 16))
+    path = tmp_path / "net.onnx"
+    made = qx.export(
+        model,
+        path,
+        torch.randn(1, 3, 16, 16),
+        input_names=["image"],
+        output_names=["scores"],
+        force=True,
+        rounds=3,
+    )
+    proto = onnx.load(str(path))
+    onnx.checker.check_model(proto, full_check=True)
+    assert [entry.version for entry in proto.opset_import if not entry.domain] == [18]
+    assert [value.name for value in proto.graph.input] == ["image"]
+    assert [value.name for value in proto.graph.output] == ["scores"]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert not any(node.domain for node in proto.graph.node)
+    facts = json.loads(next(p.value for p in proto.metadata_props if p.key == "quincunx"))
+    assert facts["samplings"] == ["cosets of period 2: (0, 0), (1, 1)"]
+    assert facts["layers"]["SampledConvTranspose2d"] == 1
+    assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert facts["macs"] == made.macs
+    assert facts["difference"] == max(made.difference.values())
+    assert facts["speedup"] == made.speedup
+
+
+def test_kernels_are_operators_of_our_domain(tmp_path):
+    path = tmp_path / "net.onnx"
+    qx.export(network(), path, torch.randn(1, 3, 16, 16), plugin=True, force=True, rounds=3)
+    proto = onnx.load(str(path))
+    nodes = [node for node in proto.graph.node if node.domain]
+    assert {(node.domain, node.op_type) for node in nodes} == {("quincunx", "Program")}
+    assert not [node for node in proto.graph.node if node.op_type == "Conv"]
+
+
+@pytest.mark.parametrize("opset", [18, 20, 22])
+def test_opsets(tmp_path, opset):
+    path = tmp_path / "net.onnx"
+    qx.export(network(), path, torch.randn(1, 3, 16, 16), opset=opset, rounds=0)
+    assert [entry.version for entry in onnx.load(str(path)).opset_import if not entry.domain] == [opset]
+
+
+def test_weights_beyond_the_limit_go_to_a_second_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "EXTERNAL_ABOVE", 1000)
+    path = tmp_path / "net.onnx"
+    made = qx.export(network(), path, torch.randn(1, 3, 16, 16), rounds=0)
+    data = tmp_path / "net.onnx.data"
+    assert path.stat().st_size < data.stat().st_size
+    assert made.size == path.stat().st_size + data.stat().st_size
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    x = torch.randn(3, 3, 16, 16)
+    found = run_apart([Candidate("a", str(path), "onnxruntime")], [[x]], [x], threads=1, rounds=0)
+    with torch.no_grad():
+        assert difference(found.answers[0], [network()(x)]) < 1e-4
+
+
+def test_several_inputs_and_outputs_and_a_fixed_batch(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = qx.SpatialBottleneck2d(3, 4), qx.SpatialBottleneck2d(3, 4)
+
+        def forward(self, x, y):
+            z = self.a(x) + self.b(y)
+            return z, z.mean((2, 3)).view(2, 4)
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 9, 9), torch.randn(2, 3, 9, 9)
+    path = tmp_path / "two.onnx"
+    with pytest.raises(ValueError, match="dynamic_batch=False"):
+        qx.export(Two().eval(), path, inputs, rounds=0)
+    made = qx.export(Two().eval(), path, inputs, rounds=0, dynamic_batch=False)
+    assert (made.inputs, made.outputs) == (("input0", "input1"), ("output0", "output1"))
+    assert list(made.difference) == [2]
+
+
+def test_a_file_that_is_not_faster_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting.Found, "ratio", lambda self, slower, faster: 0.5)
+    path = tmp_path / "net.onnx"
+    path.write_text("an older file")
+    with pytest.raises(ExportFailed, match=r"0\.50x as fast as .* plugin=True .* force=True"):
+        qx.export(network(), path, torch.randn(1, 3, 16, 16), rounds=3)
+    assert [part.name for part in tmp_path.iterdir()] == ["net.onnx"]
+    assert path.read_text() == "an older file"
+    made = qx.export(network(), path, torch.randn(1, 3, 16, 16), rounds=3, force=True)
+    assert made.speedup == 0.5
+    assert path.stat().st_size > 1000
+
+
+def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    def wrong(fused, arguments, node=None):
+        lowered = lower(fused, arguments, node)
+        with torch.no_grad():
+            for call in lowered.program0.calls:
+                if getattr(call, "weight", None) is not None:
+                    call.weight.mul_(1.01)
+        return lowered
+
+    lower = exporting.lower
+    monkeypatch.setattr(exporting, "lower", wrong)
+    with pytest.raises(ExportFailed, match=r"answers differ from the network's by .* nothing was written"):
+        qx.export(network(), tmp_path / "net.onnx", torch.randn(1, 3, 16, 16), rounds=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dense_network_is_written_without_a_ratio(tmp_path):
+    model = qx.networks.build("cifar-resnet8", width=8).eval()
+    made = qx.export(model, tmp_path / "net.onnx", torch.randn(1, 3, 16, 16))
+    assert made.speedup is None
+    assert made.sentence().endswith("dense operators for ONNX Runtime")
+
+
+@pytest.mark.parametrize("name", ["espace", "lowrank", "qcnn"])
+@pytest.mark.filterwarnings("ignore:calibration:UserWarning")
+def test_accelerated_networks_in_onnx_runtime(tmp_path, name):
+    method = {"espace": qx.Espace(rate=0.5), "lowrank": qx.LowRank(rank=0.5), "qcnn": qx.QCNN()}[name]
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 15, 16)
+    model = qx.networks.build("cifar-resnet8", width=8).eval()
+    result = qx.accelerate(model, method, calibration=[images], example_input=images[:2])
+    for plugin in (False, True):
+        made = qx.export(result.model, tmp_path / "net.onnx", images[:1], plugin=plugin, rounds=0)
+        assert max(made.difference.values()) < 1e-4
+
+
+def test_kernels_in_bfloat16(tmp_path):
+    x = torch.randn(1, 3, 16, 16)
+    made = qx.export(
+        network(), tmp_path / "n.onnx", x, plugin=True, dtype=torch.bfloat16, force=True, rounds=3
+    )
+    assert 1e-5 < max(made.difference.values()) < 0.05
+
+
+def test_the_lines_in_python_run(tmp_path):
+    for name, plugin in FORMS:
+        path = tmp_path / f"net{FORMATS[name].suffix}"
+        made = qx.export(network(), path, torch.randn(1, 3, 16, 16), plugin=plugin, rounds=0)
+        code = "\n".join([*made.lines["Python"], "print('ran')"])
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout == "ran\n", done.stderr
+
+
+def test_a_dense_twin_has_no_layer_of_the_package():
+    model = qx.networks.build("rsbn8", width=8).eval()
+    twin = dense_twin(model)
+    x = torch.randn(2, 3, 16, 16)
+    assert twin(x).shape == model(x).shape
+    assert not [m for m in twin.modules() if type(m).__module__.startswith("quincunx.layers")]
+    assert qx.cost(twin, x).macs == qx.cost(qx.networks.build("rrn8", width=8).eval(), x).macs
+    assert dense_twin(qx.networks.build("rrn8", width=8)) is None
+
+
+def test_aoti_packages(tmp_path):
+    path = tmp_path / "net.aoti.pt2"
+    torch.manual_seed(0)
+    model = nn.Sequential(qx.SpatialBottleneck2d(3, 8), nn.ReLU(), qx.SpatialBottleneck2d(8, 4)).eval()
+    made = qx.export(model, path, torch.randn(1, 3, 9, 8), plugin=True, rounds=0)
+    assert made.format == "aoti"
+    assert max(made.difference.values()) < 1e-4
+
+
+X = torch.randn(1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("net.tflite", {}, r"path='.*net.tflite': expected a file that ends in one of \.onnx"),
+        (
+            "net.onnx",
+            {"format": "tensorrt"},
+            "format='tensorrt': expected one of onnx, openvino",
+        ),
+        ("net.onnx", {"format": "openvino"}, r"a file in format openvino ends in \.xml"),
+        ("no/net.onnx", {}, "no folder"),
+        ("net.xml", {"plugin": True}, r"plugin=True: format openvino .* qx\.openvino\.register"),
+        (
+            "net.onnx",
+            {"dtype": torch.bfloat16},
+            r"dtype=torch\.bfloat16: plain operators",
+        ),
+        ("net.onnx", {"opset": 9}, "opset=9: expected 18 to 23"),
+        ("net.onnx", {"input_names": ["a", "b"]}, r"input_names=\['a', 'b'\]: expected 1 different names"),
+        ("net.onnx", {"output_names": ["a b"]}, r"output_names=\['a b'\]"),
+        ("net.onnx", {"rounds": 2}, "rounds=2: expected 0, or at least 3"),
+    ],
+)
+def test_bad_settings_are_one_sentence_and_write_nothing(tmp_path, path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        qx.export(network(), tmp_path / path, X, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_networks_and_inputs(tmp_path):
+    path = tmp_path / "net.onnx"
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        qx.export("net", path, X)
+    with pytest.raises(TypeError, match=r"example_input: expected float32 tensors .* got torch\.float64"):
+        qx.export(network(), path, X.double())
+    with pytest.raises(TypeError, match="example_input: expected a tensor"):
+        qx.export(network(), path, [X])
+
+    with pytest.raises(ValueError, match=r"the network refuses \[1, 4, 16, 16\]: RuntimeError"):
+        qx.export(network(), path, torch.randn(1, 4, 16, 16))
+    with pytest.raises(TypeError, match=r"export the network that was given to qx\.fuse"):
+        qx.export(qx.fuse(network()), path, X)
+
+    class Words(nn.Module):
+        def forward(self, x):
+            return {"x": x}
+
+    with pytest.raises(TypeError, match="returns dict"):
+        qx.export(Words(), path, X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_its_engine_refuses_is_its_sentence(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(RuntimeError, match=re.escape(f"onnxruntime does not run {path}: ")):
+        run_apart([Candidate("a", str(path), "onnxruntime")], [[X]], [X], threads=1, rounds=0)
+
+
+def test_differences_see_shapes_counts_and_nan():
+    wanted = [torch.ones(2, 3)]
+    assert difference([np.full((2, 3), 1.5)], wanted) == 0.5
+    for answers, message in (
+        ([], "0 outputs, the network has 1"),
+        ([np.ones((3, 2))], r"shape \[3, 2\]"),
+        ([np.full((2, 3), np.nan)], "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            difference(answers, wanted)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    from quincunx.deployment import formats
+
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"format='openvino': needs openvino, .* 'quincunx\[export\]'"):
+        format_for("a.xml", None).check()
+
+
+def test_the_page_on_deploying_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace('"rsbn8"', '"rsbn8", width=8'), {})
+    assert "as fast as the dense network in ONNX Runtime" in capsys.readouterr().out
+    assert (tmp_path / "fast.onnx").is_file()
+    table = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert table == list(FORMATS)

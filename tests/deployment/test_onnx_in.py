@@ -1,0 +1,219 @@
+"""qx.from_onnx: networks of files as ONNX Runtime reads them, what cannot be read, and the way back."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import quincunx as qx
+from quincunx.deployment import onnx_in
+from quincunx.deployment.onnx_in import OnnxNetwork
+from quincunx.measure.engines import quiet
+
+
+def write(model, path, x, opset=18, free=True, names=("image", "scores")):
+    """A file as PyTorch's exporter writes it."""
+    batch = torch.export.Dim("batch", min=1)
+    with quiet(), torch.no_grad():
+        torch.onnx.export(
+            model.eval(),
+            (x,),
+            str(path),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=[names[0]],
+            output_names=[names[1]],
+            dynamic_shapes=({0: batch},) if free else None,
+            external_data=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    torch.manual_seed(0)
+    model = qx.networks.build("cifar-resnet8", width=8).eval()
+    path = tmp_path_factory.mktemp("files") / "resnet.onnx"
+    write(model, path, torch.randn(2, 3, 16, 16))
+    return model, path
+
+
+def graph(nodes, path, weights=(), opset=13, shape=("n", 3, 8, 8), domain=None):
+    """A file of nodes that lead from "x" to "y"."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)]
+    made = helper.make_graph(nodes, "net", inputs, outputs, list(weights))
+    opsets = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), str(path))
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_networks_of_the_exporter(tmp_path, opset):
+    torch.manual_seed(0)
+    for name, size in (("cifar-resnet8", 16), ("squeezenet1_1", 64)):
+        model = qx.networks.build(name).eval()
+        x = torch.randn(2, 3, size, size)
+        write(model, tmp_path / "net.onnx", x, opset)
+        read = qx.from_onnx(tmp_path / "net.onnx")
+        assert not read.training
+        for batch in (1, 3):
+            other = torch.randn(batch, 3, size, size)
+            with torch.no_grad():
+                torch.testing.assert_close(read(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_those_of_torch_and_can_be_accelerated(resnet):
+    model, path = resnet
+    read = qx.from_onnx(path)
+    kinds = [type(module) for module in read.modules()]
+    assert kinds.count(nn.Conv2d) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert all(p.requires_grad for p in read.parameters())
+    x = torch.randn(2, 3, 16, 16)
+    result = qx.accelerate(read, qx.SpatialBottleneck(), example_input=x)
+    assert len(result.replaced) == 5
+    fused = qx.fuse(result.model, check=x)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), result.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_from_a_file_to_a_faster_file_with_the_same_names(resnet, tmp_path):
+    _, path = resnet
+    read = qx.from_onnx(path)
+    x = torch.randn(1, 3, 16, 16)
+    result = qx.accelerate(read, qx.SpatialBottleneck(), example_input=x)
+    for plugin in (False, True):
+        made = qx.export(result.model, tmp_path / "fast.onnx", x, plugin=plugin, baseline=read, force=True)
+        assert (made.inputs, made.outputs) == (("image",), ("scores",))
+        assert max(made.difference.values()) < 1e-4
+    again = qx.export(result.model, tmp_path / "plain.onnx", x, rounds=0)
+    assert again.inputs == ("image",)
+    second = qx.from_onnx(tmp_path / "plain.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(second(x), result.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_artifact_of_it_is_loaded_with_the_file(resnet, tmp_path):
+    _, path = resnet
+    x = torch.randn(2, 3, 16, 16)
+    model = qx.accelerate(qx.from_onnx(path), qx.SpatialBottleneck(), example_input=x).model
+    qx.save(model, tmp_path / "fast")
+    with pytest.raises(ValueError, match=r'factory=lambda: qx\.from_onnx\("resnet\.onnx"\)'):
+        qx.load(tmp_path / "fast")
+    again = qx.load(tmp_path / "fast", factory=lambda: qx.from_onnx(path))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model.eval()(x))
+    qx.save(again, tmp_path / "again")
+    assert qx.networks.artifact.read_spec_entry(tmp_path / "again")["model"]["onnx"].value == "resnet.onnx"
+
+
+def test_several_inputs_and_outputs(tmp_path):
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype("f4"), "w")
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="first", pads=[1] * 4),
+        helper.make_node("Conv", ["z", "w"], ["b"], name="second", pads=[1] * 4),
+        helper.make_node("Add", ["a", "b"], ["y"], name="sum"),
+        helper.make_node("GlobalAveragePool", ["y"], ["mean"], name="pool"),
+    ]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3, 8, 8]) for n in ("x", "z")]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in ("y", "mean")]
+    made = helper.make_graph(nodes, "net", inputs, outputs, [weight])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, str(tmp_path / "two.onnx"))
+    read = qx.from_onnx(tmp_path / "two.onnx")
+    assert read.onnx_names == {"inputs": ["x", "z"], "outputs": ["y", "mean"]}
+    y, mean = read(torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
+    assert (y.shape, mean.shape) == ((1, 4, 8, 8), (1, 4, 1, 1))
+    made = qx.export(read, tmp_path / "again.onnx", torch.randn(2, 1, 3, 8, 8).unbind(), rounds=0)
+    assert (made.inputs, made.outputs) == (("x", "z"), ("y", "mean"))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_operators_that_cannot_be_read_are_named_with_their_nodes(tmp_path):
+    path = tmp_path / "net.onnx"
+    graph([helper.make_node("Hardmax", ["x"], ["y"], name="choose")], path)
+    with pytest.raises(
+        ValueError, match=r"operators that cannot be read: Hardmax \(opset 13\) in node 'choose'"
+    ):
+        qx.from_onnx(path)
+    graph(
+        [helper.make_node("Program", ["x"], ["y"], name="ours", domain="quincunx")], path, domain="quincunx"
+    )
+    with pytest.raises(ValueError, match=r"quincunx::Program \(opset 1\) in node 'ours'"):
+        qx.from_onnx(path)
+    sides = numpy_helper.from_array(np.array([1, 1]), "sides")
+    axes = numpy_helper.from_array(np.array([2]), "axes")
+    node = helper.make_node("Pad", ["x", "sides", "", "axes"], ["y"], name="sides_of_an_axis")
+    graph([node], path, [sides, axes], opset=18)
+    with pytest.raises(ValueError, match=r"Pad \(opset 18\) in node 'sides_of_an_axis'"):
+        qx.from_onnx(path)
+
+
+def test_weights_outside_the_file(resnet, tmp_path):
+    proto = onnx.load(str(resnet[1]))
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, str(path), save_as_external_data=True, location="net.data", size_threshold=100)
+    assert isinstance(qx.from_onnx(path), OnnxNetwork)
+    data = tmp_path / "net.data"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"'net\.data' is shorter than weight '.*' needs"):
+        qx.from_onnx(path)
+    data.unlink()
+    with pytest.raises(FileNotFoundError, match=r"weight '.*' is in 'net\.data', which is not beside it"):
+        qx.from_onnx(path)
+    outside = onnx.load(str(path), load_external_data=False)
+    for tensor in outside.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../net.data"
+    path.write_bytes(outside.SerializeToString())
+    with pytest.raises(ValueError, match="lies outside the file's folder"):
+        qx.from_onnx(path)
+
+
+def test_files_that_are_no_model(tmp_path, resnet):
+    path = tmp_path / "net.onnx"
+    with pytest.raises(FileNotFoundError, match=r"net\.onnx: no such file"):
+        qx.from_onnx(path)
+    content = resnet[1].read_bytes()
+    for damaged in (b"", b"no model at all", content[:1000]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"net\.onnx: not an? (valid )?ONNX model"):
+            qx.from_onnx(path)
+
+
+def test_free_sizes_need_an_example(tmp_path):
+    path = tmp_path / "net.onnx"
+    graph([helper.make_node("Relu", ["x"], ["y"], name="r")], path, shape=("n", 3, "h", "w"))
+    with pytest.raises(ValueError, match=r"input 'x' of .* leaves size 2 free \(h\); give an example"):
+        qx.from_onnx(path)
+    read = qx.from_onnx(path, torch.randn(1, 3, 5, 6))
+    assert read(-torch.ones(2, 3, 4, 4)).abs().max() == 0
+    with pytest.raises(ValueError, match="example_input: expected 1 tensors"):
+        qx.from_onnx(path, (torch.zeros(1), torch.zeros(1)))
+
+
+def test_an_answer_other_than_onnx_runtimes_is_refused(resnet, monkeypatch):
+    convert = onnx_in._convert
+
+    def wrong(path, proto):
+        network = convert(path, proto)
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.1)
+        return network
+
+    monkeypatch.setattr(onnx_in, "_convert", wrong)
+    with pytest.raises(ValueError, match="answers otherwise than ONNX Runtime, by"):
+        qx.from_onnx(resnet[1])
+
+
+def test_missing_packages_are_named(resnet, monkeypatch):
+    monkeypatch.setattr(onnx_in, "find_spec", lambda name: None if name == "onnx2torch" else name)
+    with pytest.raises(
+        ValueError, match=r"needs onnx2torch, not installed here; pip install 'quincunx\[onnx\]'"
+    ):
+        qx.from_onnx(resnet[1])
