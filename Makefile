@@ -32,6 +32,8 @@ $(STAMP): $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@# it names torchvision as a requirement, which nothing here needs
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt onnx2torch
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -7,7 +7,7 @@ from importlib.metadata import version as _version
 
 # printing only the version needs nothing that takes seconds to import, such as torch
 if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quincunx", "__main__.py", "-m"):
-    from quincunx import networks, tasks
+    from quincunx import networks
     from quincunx.acceleration.accelerate import accelerate
     from quincunx.deployment.export import Exported, export
     from quincunx.deployment.onnx_in import from_onnx
@@ -21,7 +21,9 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
         SpatialBottleneck2d,
     )
     from quincunx.layers.separable import CPConv2d, EspaceConv2d, SeparableConv2d
+    from quincunx.measure import tasks
     from quincunx.measure.cost import Cost, cost
+    from quincunx.measure.tasks.task import Task
     from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, Perforate, SpatialBottleneck
     from quincunx.networks.artifact import load, save
     from quincunx.ops import (
@@ -45,7 +47,6 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
         Uniform,
     )
     from quincunx.surgery.method import Accelerated, Method, Replacement
-    from quincunx.tasks.task import Task
 
 try:
     __version__ = _version("quincunx")

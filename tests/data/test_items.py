@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from quincunx.data import batches, degraded, load_data, load_function, load_pairs
 from quincunx.data.items import Pictures
-from quincunx.tasks import read_pair
+from quincunx.measure.tasks import read_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

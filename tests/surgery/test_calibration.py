@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import quincunx as qx
 from quincunx.acceleration import search
+from quincunx.measure.tasks.classes import class_labels
 from quincunx.surgery.calibration import Calibration
-from quincunx.tasks.classes import class_labels
 
 Pair = collections.namedtuple("Pair", "picture kind")
 

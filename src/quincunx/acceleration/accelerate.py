@@ -16,11 +16,11 @@ from quincunx.acceleration.search import (
     shortfall,
 )
 from quincunx.acceleration.target import Target
+from quincunx.measure.tasks import Task, read_pair
 from quincunx.methods.registry import candidates_named
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Accelerated, Journal, Method
 from quincunx.surgery.replace import replace_layers as replace_by
-from quincunx.tasks import Task, read_pair
 
 __all__ = ["accelerate"]
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.target import Search
 from quincunx.data import ImageData
+from quincunx.measure.tasks import Task
 from quincunx.networks.spec import spec_of
 from quincunx.surgery.method import (
     Method,
 )
-from quincunx.tasks import Task
 
 __all__ = ["shared_fits", "trained_identity", "where_named"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from quincunx.data import ImageData, batches, memory
+from quincunx.measure.tasks import Task, classification, compare_paired, mcnemar
+from quincunx.measure.tasks.structure import part_of, tensors_in
 from quincunx.modules import inference_mode_of
-from quincunx.tasks import Task, classification, compare_paired, mcnemar
-from quincunx.tasks.structure import part_of, tensors_in
 from quincunx.train.evaluation import Scored, images_at_once
 
 __all__ = ["loss_on", "mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches"]

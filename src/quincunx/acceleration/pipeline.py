@@ -39,6 +39,7 @@ from quincunx.acceleration.timing import (
 from quincunx.data import ImageData
 from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
+from quincunx.measure.tasks import Task, classification
 from quincunx.methods import BinaryConnect
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied
@@ -54,7 +55,6 @@ from quincunx.surgery.method import (
     Replacement,
 )
 from quincunx.surgery.replace import replace_layers
-from quincunx.tasks import Task, classification
 from quincunx.train.checkpoint import only_writer
 from quincunx.train.evaluation import check_finite, label_with, score_images
 from quincunx.train.loop import Diverged, StopRule, fit

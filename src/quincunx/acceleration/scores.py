@@ -24,6 +24,8 @@ from quincunx.fusion.fuse import fuse
 from quincunx.layers.build import build_module
 from quincunx.measure.cost import cost
 from quincunx.measure.latency import Timing, measure_models
+from quincunx.measure.tasks import Task, classification
+from quincunx.measure.tasks.structure import tensors_in
 from quincunx.methods.points import worded
 from quincunx.modules import Attached, inference_mode_of, set_module
 from quincunx.networks.artifact import build_measured
@@ -32,8 +34,6 @@ from quincunx.surgery.calibration import MOST_KEPT, Batch, Calibration, Layer
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Method, Replacement
 from quincunx.surgery.replace import layer_macs, prepare, temporarily_replaced
-from quincunx.tasks import Task, classification
-from quincunx.tasks.structure import tensors_in
 from quincunx.writing import write_json
 
 __all__ = ["BUDGET", "Scores", "eager_form", "inference_form", "timed_clearly"]

@@ -21,14 +21,14 @@ from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.scores import BUDGET, Scores
 from quincunx.acceleration.target import Target
+from quincunx.measure.tasks import Task
+from quincunx.measure.tasks.scale import scale_in
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied, inference_mode_of
 from quincunx.report.verdict import shortcoming
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Accelerated, Journal, Method
 from quincunx.surgery.replace import replace_layers as replace_by
-from quincunx.tasks import Task
-from quincunx.tasks.scale import scale_in
 
 __all__ = [
     "Found",

@@ -42,10 +42,10 @@ from quincunx.experiments.compare import (
     draw_comparison,
     points_named,
 )
+from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.methods.registry import METHODS
 from quincunx.reading import read_json
 from quincunx.report.figures import check_can_draw
-from quincunx.tasks.scale import ERROR, Scale
 
 __all__ = ["compare_command", "draw_compared", "narrator"]
 

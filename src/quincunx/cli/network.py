@@ -21,12 +21,12 @@ from quincunx.cli.options import (
 )
 from quincunx.cli.task import error_words, imported
 from quincunx.data import ImageData
+from quincunx.measure.tasks import Task, classification
 from quincunx.modules import inference_mode_of
 from quincunx.networks.artifact import check_state
 from quincunx.networks.checkpoints import read_weights
 from quincunx.networks.spec import note_factory, read_spec
 from quincunx.networks.weights import fill_parameters
-from quincunx.tasks import Task, classification
 from quincunx.train.evaluation import check_channels, check_finite, check_scores
 
 

@@ -21,9 +21,9 @@ from quincunx.experiments.printed import Error
 from quincunx.experiments.reproduce import AgainstPaper, Planned
 from quincunx.experiments.selftest import Finding
 from quincunx.measure.cost import Cost
+from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
-from quincunx.tasks.scale import ERROR, Scale
 
 __all__ = [
     "complain",

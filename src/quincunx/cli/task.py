@@ -16,8 +16,8 @@ from rich.console import Console
 
 from quincunx.cli.options import DataOptions
 from quincunx.data import ImageData, degraded, load_function, load_pairs
+from quincunx.measure.tasks import READY, Task, classification, named
 from quincunx.networks.spec import check_factory
-from quincunx.tasks import READY, Task, classification, named
 
 __all__ = ["TaskOptions", "imported", "is_function"]
 

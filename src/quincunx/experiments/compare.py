@@ -21,6 +21,8 @@ from quincunx.acceleration.timing import time_together
 from quincunx.data import ImageData
 from quincunx.experiments.printed import ESPACE
 from quincunx.measure.environment import environment
+from quincunx.measure.tasks import Task, classification
+from quincunx.measure.tasks.scale import ERROR, Scale, scale_in
 from quincunx.methods import Espace
 from quincunx.methods.espace import RATES
 from quincunx.methods.points import Point
@@ -29,8 +31,6 @@ from quincunx.networks.artifact import load, save
 from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
 from quincunx.report.figures import Mark, Picture, draw_tradeoff
-from quincunx.tasks import Task, classification
-from quincunx.tasks.scale import ERROR, Scale, scale_in
 from quincunx.train.evaluation import label_with
 from quincunx.train.recipes import Recipe
 from quincunx.writing import write_json

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quincunx.measure.tasks.scale import ERROR, scale_in
 from quincunx.networks.spec import lines_to_load, read_spec
 from quincunx.reading import read_json
 from quincunx.report.figures import (
@@ -25,7 +26,6 @@ from quincunx.report.verdict import (
     worse,
 )
 from quincunx.sampling import from_spec
-from quincunx.tasks.scale import ERROR, scale_in
 from quincunx.writing import write_text
 
 __all__ = [

@@ -14,8 +14,8 @@ from functools import wraps
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.sampling import Sampling
-from quincunx.tasks.scale import ERROR, Scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

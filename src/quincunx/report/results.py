@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quincunx.measure.tasks.scale import ERROR, Scale, scale_in
 from quincunx.networks.spec import name_of
 from quincunx.reading import read_json
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Random, Sampling, Uniform, parse
-from quincunx.tasks.scale import ERROR, Scale, scale_in
 
 __all__ = ["Line", "Network", "Results", "collect", "label_of", "result_lines", "speed_words", "verdicts"]
 

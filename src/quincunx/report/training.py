@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quincunx.measure.tasks.scale import ERROR, scale_in
 from quincunx.report.figures import (
     Curve,
     Picture,
@@ -28,7 +29,6 @@ from quincunx.report.results import (
     sampling_of,
     verdicts,
 )
-from quincunx.tasks.scale import ERROR, scale_in
 from quincunx.writing import write_text
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quincunx.tasks.scale import ERROR, Scale, scale_in
+from quincunx.measure.tasks.scale import ERROR, Scale, scale_in
 
 __all__ = [
     "asked_in_words",

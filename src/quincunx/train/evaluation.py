@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.data import ImageData, Items, Part, Resident, batches
+from quincunx.measure.tasks import BadTask, Task, classification
+from quincunx.measure.tasks.structure import mapped
 from quincunx.modules import inference_mode_of
-from quincunx.tasks import BadTask, Task, classification
-from quincunx.tasks.structure import mapped
 from quincunx.train.processes import ALONE, Ranks
 
 __all__ = [

@@ -25,15 +25,15 @@ from quincunx.data import ImageData, Part, Pass, Resident, Split, WorkerFailed, 
 from quincunx.layers.binary import PackedConv2d, PackedLinear
 from quincunx.measure.cost import Cost, cost
 from quincunx.measure.environment import environment
+from quincunx.measure.tasks import BadTask, Task, classification
+from quincunx.measure.tasks.scale import ERROR, Scale
+from quincunx.measure.tasks.structure import mapped, part_of
 from quincunx.modules import evaluation, inference_mode_of
 from quincunx.networks.artifact import check_replaceable, save
 from quincunx.networks.spec import name_of, spec_of
 from quincunx.ops.cuda_graphs import ONE_AT_A_TIME
 from quincunx.progress import progress_bar
 from quincunx.reading import differing_fields, one_line
-from quincunx.tasks import BadTask, Task, classification
-from quincunx.tasks.scale import ERROR, Scale
-from quincunx.tasks.structure import mapped, part_of
 from quincunx.train.checkpoint import (
     check_disk,
     only_writer,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quincunx.measure.tasks import Task, classification
 from quincunx.modules import inference_mode_of
-from quincunx.tasks import Task, classification
 from quincunx.train.recipes import Recipe
 
 __all__ = ["Loss", "shared_maps"]

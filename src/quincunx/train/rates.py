@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from quincunx.data import ImageData, part_with
+from quincunx.measure.tasks.task import Task
 from quincunx.modules import copied
 from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
-from quincunx.tasks.task import Task
 from quincunx.train.loop import Diverged, fit, other_part, run_identity
 from quincunx.train.recipes import Recipe
 from quincunx.writing import write_json

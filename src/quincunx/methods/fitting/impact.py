@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.measure.tasks.classes import IGNORED, class_labels
 from quincunx.modules import evaluation, first_line
 from quincunx.sampling import Positions, Random, Sampling, Uniform
 from quincunx.surgery.calibration import Batch
-from quincunx.tasks.classes import IGNORED, class_labels
 
 __all__ = [
     "ESTIMATED",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quincunx.tasks.scale import ERROR, Scale
-from quincunx.tasks.structure import mapped, tensors_in
+from quincunx.measure.tasks.scale import ERROR, Scale
+from quincunx.measure.tasks.structure import mapped, tensors_in
 
 __all__ = ["BadTask", "Figure", "Task", "read_pair", "relative_distance"]
 
@@ -136,9 +136,9 @@ class Task:
         scale: the score's name, unit and direction, such as ``qx.tasks.Scale("PSNR", "dB", "higher")``.
         distance: (output, original's output) -> distances of the images, [N], 0 where both are equal and with
             a gradient: of searches and of learning from a teacher; by default
-            :func:`quincunx.tasks.relative_distance`.
+            :func:`quincunx.measure.tasks.relative_distance`.
         tempered: whether ``distance`` takes ``temperature=``, as the divergence of softened distributions.
-        read: a batch of the data -> (input, target); by default :func:`quincunx.tasks.read_pair`.
+        read: a batch of the data -> (input, target); by default :func:`quincunx.measure.tasks.read_pair`.
         further: more figures that are reported, by name.
         against: what ``loss`` and ``score`` get as the target: "targets" of the data, or "original", the
             original network's output; then no labels are needed.

@@ -1,13 +1,13 @@
 """Tasks: what a network is for, in one interface that calibration, searches, training and judging share.
 
 Example:
-    >>> from quincunx import tasks
+    >>> from quincunx.measure import tasks
     >>> tasks.image_to_image().scale
     Scale(name='PSNR', unit='dB', better='higher')
 """
 
-from quincunx.tasks.paired import compare_paired, mcnemar
-from quincunx.tasks.ready import (
+from quincunx.measure.tasks.paired import compare_paired, mcnemar
+from quincunx.measure.tasks.ready import (
     READY,
     agreement,
     classification,
@@ -16,8 +16,8 @@ from quincunx.tasks.ready import (
     named,
     segmentation,
 )
-from quincunx.tasks.scale import Scale
-from quincunx.tasks.task import BadTask, Figure, Task, read_pair, relative_distance
+from quincunx.measure.tasks.scale import Scale
+from quincunx.measure.tasks.task import BadTask, Figure, Task, read_pair, relative_distance
 
 __all__ = [
     "READY",

@@ -11,9 +11,9 @@ from scipy import stats
 from torch import nn
 
 import quincunx as qx
-from quincunx.tasks import BadTask, Scale, compare_paired, relative_distance
-from quincunx.tasks.scale import ERROR, scale_in
-from quincunx.tasks.structure import tensors_in
+from quincunx.measure.tasks import BadTask, Scale, compare_paired, relative_distance
+from quincunx.measure.tasks.scale import ERROR, scale_in
+from quincunx.measure.tasks.structure import tensors_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

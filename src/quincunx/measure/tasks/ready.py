@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quincunx.tasks.classes import IGNORED, class_labels
-from quincunx.tasks.scale import ERROR, Scale
-from quincunx.tasks.task import BadTask, Figure, Task, relative_distance
+from quincunx.measure.tasks.classes import IGNORED, class_labels
+from quincunx.measure.tasks.scale import ERROR, Scale
+from quincunx.measure.tasks.task import BadTask, Figure, Task, relative_distance
 
 __all__ = [
     "READY",
@@ -348,8 +348,8 @@ def agreement(distance: Callable[[Any, Any], Tensor] = relative_distance) -> Tas
     """Return the task of giving the original network's outputs, of any structure; no labels are needed.
 
     Loss, score and distance are one: the squared distance to the original's output relative to its own
-    squares (:func:`quincunx.tasks.relative_distance`), in percent; lower is better. The original itself
-    has 0%.
+    squares (:func:`quincunx.measure.tasks.relative_distance`), in percent; lower is better. The original
+    itself has 0%.
 
     Args:
         distance: another one: (output, original's output) -> [N].
