@@ -14,6 +14,7 @@
 #define QX_X86
 extern const quincunx::ForwardKernels qx_bf16_amx;
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
+extern const quincunx::GradKernels qx_grad_avx512bf16;
 extern const quincunx::Kernels qx_kernels_avx512;
 extern const quincunx::Kernels qx_kernels_avx2;
 #endif
@@ -45,8 +46,10 @@ std::vector<Choice> find_available() {
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                     __builtin_cpu_supports("popcnt");
   if (avx512 && avx2 && __builtin_cpu_supports("avx512bf16")) {
-    if (tiles_refused().empty()) found.push_back({"amx", with_bf16(qx_kernels_avx512, qx_bf16_amx)});
-    found.push_back({"avx512bf16", with_bf16(qx_kernels_avx512, qx_bf16_avx512bf16)});
+    Kernels with_grad = qx_kernels_avx512;
+    with_grad.grad = qx_grad_avx512bf16;
+    if (tiles_refused().empty()) found.push_back({"amx", with_bf16(with_grad, qx_bf16_amx)});
+    found.push_back({"avx512bf16", with_bf16(with_grad, qx_bf16_avx512bf16)});
   }
   if (avx512 && avx2) found.push_back({"avx512", qx_kernels_avx512});
   if (avx2) found.push_back({"avx2", qx_kernels_avx2});

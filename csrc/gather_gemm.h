@@ -659,13 +659,35 @@ constexpr ForwardKernels forward_kernels() {
 // For one tap: [C, O] = (gathered x)^T gy, a sum of outer products over the positions. A unit of work
 // is one tile of outputs, one block of channels and one tap; its sum is kept in `partial` as
 // [channel][lanes]. A part owns some units for some of the positions.
+// Positions are taken one by one as float32 or, where there is a dot product of bfloat16, in pairs: a float then
+// holds the same channel at both of them.
 
 constexpr int kGradNv = kMaxNv < 2 ? kMaxNv : 2;
 constexpr int kGradRows[3] = {1, QX_GRAD_ROWS};
 constexpr int64_t kGradChannels = 96;  // of a block
 constexpr int64_t kGradChunk = 256;    // positions at a time
 
-template <int ROWS, int NV>
+struct Singly {
+  static constexpr int64_t kPositions = 1;
+  static QX_INLINE vf add(vf acc, const float* a, vf b) { return acc + *a * b; }
+};
+
+#ifdef QX_DOT_BF16
+struct InPairs {
+  static constexpr int64_t kPositions = 2;
+  static QX_INLINE vf add(vf acc, const float* a, vf b) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, 4);
+    return dot_bf16(acc, pair, b);
+  }
+};
+
+QX_INLINE vf paired(vf first, vf second) {
+  return reinterpret_cast<vf>((reinterpret_cast<vu>(first) >> 16) | reinterpret_cast<vu>(second));
+}
+#endif
+
+template <class By, int ROWS, int NV>
 void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, float* out, bool first) {
   vf acc[ROWS][NV];
 #pragma GCC unroll 32
@@ -681,7 +703,7 @@ void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, fl
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] += a[r] * b[v];
+      for (int v = 0; v < NV; ++v) acc[r][v] = By::add(acc[r][v], a + r, b[v]);
     }
     gy += NV * kLanes;
   }
@@ -710,11 +732,12 @@ QX_INLINE const float* widened(const uint16_t* row, int64_t channels, float* scr
 
 typedef void (*OuterFunction)(const float* const*, int64_t, const float*, int64_t, float*, bool);
 
+template <class By>
 struct Outers {
   OuterFunction at[kGradNv + 1][kMaxRows + 1];
   template <int NV, int ROWS>
   constexpr void fill() {
-    at[NV][ROWS] = &outer<ROWS, NV>;
+    at[NV][ROWS] = &outer<By, ROWS, NV>;
     if constexpr (ROWS > 1) {
       fill<NV, ROWS - 1>();
     } else if constexpr (NV > 1) {
@@ -723,7 +746,8 @@ struct Outers {
   }
   constexpr Outers() : at{} { fill<kGradNv, kGradRows[kGradNv]>(); }
 };
-constexpr Outers kOuters{};
+template <class By>
+constexpr Outers<By> kOuters{};
 
 struct GradLayout {
   int64_t channels, blocks, taps, units, size;  // size: floats of one set of partial sums
@@ -768,7 +792,7 @@ int64_t grad_partial(const WeightGrad* g, int64_t parts) {
   return layout.size * split_grad(*g, layout, parts).positions;
 }
 
-template <class S>
+template <class S, class By>
 void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
   alignas(64) float gy[kGradChunk * kGradNv * kLanes];
   alignas(64) float wide[sizeof(S) == 2 ? kGradChunk * kGradChannels : 1];
@@ -799,34 +823,64 @@ void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
         const int64_t count = least(width, layout.tiling.per_group - o_local);
         const S* from = static_cast<const S*>(g.gy) + q0 * g.out_channels + group * layout.tiling.per_group + o_local;
         float* to = gy;
-        for (int64_t q = q0; q < q1; ++q, from += g.out_channels, to += width) {
-          for (int64_t v = 0; v < nv; ++v) store(to + v * kLanes, load_some(from + v * kLanes, count - v * kLanes));
+        for (int64_t q = q0; q < q1; q += By::kPositions, from += By::kPositions * g.out_channels, to += width) {
+          for (int64_t v = 0; v < nv; ++v) {
+            const int64_t left = count - v * kLanes;
+            vf value = load_some(from + v * kLanes, left);
+#ifdef QX_DOT_BF16
+            if constexpr (By::kPositions == 2) {
+              value = paired(value, q + 1 < q1 ? load_some(from + g.out_channels + v * kLanes, left) : vf{});
+            }
+#endif
+            store(to + v * kLanes, value);
+          }
         }
       }
       const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
       const S* base = static_cast<const S*>(g.x) + group * layout.channels + c0;
       int64_t p = q0 % most(1, g.positions);
       const S* image = base + q0 / most(1, g.positions) * g.rows_in * g.in_channels;
-      for (int64_t q = q0; q < q1; ++q) {
+      const auto next = [&] {
         const S* row = gathered(image, g.index[p * g.num_taps + tap], g.in_channels);
-        x[q - q0] = widened(row, c1 - c0, wide + (sizeof(S) == 2 ? (q - q0) * kGradChannels : 0));
         if (++p == g.positions) {
           p = 0;
           image += g.rows_in * g.in_channels;
         }
+        return row;
+      };
+      for (int64_t q = q0, i = 0; q < q1; q += By::kPositions, ++i) {
+        const S* row = next();
+        float* scratch = wide + (sizeof(S) == 2 ? i * kGradChannels : 0);
+#ifdef QX_DOT_BF16
+        if constexpr (By::kPositions == 2) {
+          const S* second = q + 1 < q1 ? next() : reinterpret_cast<const S*>(kZeros);
+          for (int64_t c = 0; c < c1 - c0; c += kLanes) {
+            const int64_t left = c1 - c0 - c;
+            store(scratch + c, paired(load_some(row + c, left), load_some(second + c, left)));
+          }
+          x[i] = scratch;
+          continue;
+        }
+#endif
+        x[i] = widened(row, c1 - c0, scratch);
       }
       float* out = partial + layout.place(group, v0, nv, c0, c1, tap);
       const int64_t pieces = ceil_div(c1 - c0, kGradRows[nv]);
       for (int64_t i = 0; i < pieces; ++i) {
         const int64_t from = (c1 - c0) * i / pieces, to = (c1 - c0) * (i + 1) / pieces;
-        kOuters.at[nv][to - from](x, from, gy, q1 - q0, out + from * width, chunk == 0);
+        kOuters<By>.at[nv][to - from](x, from, gy, ceil_div(q1 - q0, By::kPositions), out + from * width, chunk == 0);
       }
     }
   }
 }
 
 void grad_run(const WeightGrad* g, int64_t part, int64_t parts) {
-  (g->bf16 ? &grad_run_of<uint16_t> : &grad_run_of<float>)(g, part, parts);
+#ifdef QX_DOT_BF16
+  typedef InPairs Half;
+#else
+  typedef Singly Half;
+#endif
+  (g->bf16 ? &grad_run_of<uint16_t, Half> : &grad_run_of<float, Singly>)(g, part, parts);
 }
 
 void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t run_parts) {

@@ -29,8 +29,10 @@ inline __attribute__((always_inline)) dot_vf dot_bf16(dot_vf acc, int32_t pair, 
 #include "gather_gemm.h"
 
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
+extern const quincunx::GradKernels qx_grad_avx512bf16;
 const quincunx::ForwardKernels qx_bf16_avx512bf16 =
     quincunx::avx512bf16::forward_kernels<quincunx::avx512bf16::DotBf16, uint16_t>();
+const quincunx::GradKernels qx_grad_avx512bf16 = quincunx::avx512bf16::kGrad;
 
 #if defined(__clang__)
 #pragma clang attribute pop
