@@ -302,6 +302,26 @@ void finish_partly(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, int64_
   }
 }
 
+// where every vector of a tile is full and its activation a bound or none
+template <class Op, class S, int ROWS, int NV>
+QX_INLINE void finish_whole(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, const vf (&acc)[ROWS][NV]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    const int64_t at = v * kLanes;
+    const vf bias = e.bias ? load(e.bias + at) : vf{};
+    const vf scale = e.out2 ? load(e.scale + at) : vf{};
+    const vf shift = e.out2 ? load(e.shift + at) : vf{};
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; ++r) {
+      vf value = acc[r][v] + bias;
+      if (e.residual) value += load(e.residual + rows.residual[q + r] + at);
+      value = rectified(value, e.activation);
+      if (e.out) store(e.out + rows.place[q + r] + at, value);
+      if (e.out2) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
+    }
+  }
+}
+
 // Rows [q, q + ROWS): acc (+)= gathered rows times NV vectors of weights, finished if it is the last K block.
 template <class Op, class S, int ROWS, int NV>
 void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, float* memory, bool first,
@@ -386,24 +406,7 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
       ++block;
     }
   }
-  if (last && full) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = v * kLanes;
-      const vf bias = e.bias ? load(e.bias + at) : vf{};
-      const vf scale = e.out2 ? load(e.scale + at) : vf{};
-      const vf shift = e.out2 ? load(e.shift + at) : vf{};
-#pragma GCC unroll 32
-      for (int r = 0; r < ROWS; ++r) {
-        vf value = acc[r][v] + bias;
-        if (e.residual) value += load(e.residual + rows.residual[q + r] + at);
-        value = rectified(value, e.activation);
-        if (e.out) store(e.out + rows.place[q + r] + at, value);
-        if (e.out2) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
-      }
-    }
-    return;
-  }
+  if (last && full) return finish_whole<Op, S, ROWS, NV>(e, rows, q, acc);
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -545,10 +548,26 @@ void mean_of_rows(const GatherGemm& g, Cut cut, int64_t part) {
   }
 }
 
+// The next rows of a walk through a group, whose tables are given.
+template <class Op>
+void take_rows(const GatherGemm& g, Walk& walk, int64_t count, const int32_t* index, int64_t num_taps,
+               const int32_t* out_rows, Rows<Op>& rows) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = out_rows[walk.position];
+    rows.x[r] = static_cast<const typename Op::Input*>(g.x) + walk.image * g.rows_in * g.in_channels;
+    rows.index[r] = index + walk.position * num_taps;
+    rows.place[r] = (walk.image * g.rows_out + row) * g.out_channels;
+    if (g.residual) {
+      const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
+      rows.residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
+    }
+    walk.step();
+  }
+}
+
 template <class Op, class S>
 void run(const GatherGemm* problem, Cut cut, int64_t part) {
   if (!problem->weight) return mean_of_rows<S>(*problem, cut, part);
-  typedef typename Op::Input Input;
   typedef typename Op::Packed Packed;
   alignas(64) float acc[kChunk * kMaxNv * kLanes];
   Rows<Op> rows;
@@ -557,7 +576,6 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
   const Tiling tiling(g.out_channels / g.channel_groups);
   const int64_t tiles = tiling.tiles * g.channel_groups;
   const int64_t column = g.num_taps * steps<Op>(channels) * Op::kStep * kLanes;
-  const int64_t image_size = g.rows_in * g.in_channels;
   const Blocking blocking(channels);
   const int32_t* index = g.index;
   const int32_t* out_rows = g.rows;
@@ -586,17 +604,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
       const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
       walk.go_to(q0);
-      for (int64_t r = 0; r < q1 - q0; ++r) {
-        const int64_t row = out_rows[walk.position];
-        rows.x[r] = static_cast<const Input*>(g.x) + walk.image * image_size;
-        rows.index[r] = index + walk.position * num_taps;
-        rows.place[r] = (walk.image * g.rows_out + row) * g.out_channels;
-        if (g.residual) {
-          const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
-          rows.residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
-        }
-        walk.step();
-      }
+      take_rows(g, walk, q1 - q0, index, num_taps, out_rows, rows);
       for (int64_t job = tile_first; job < tile_last; ++job) {
         const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
         const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;

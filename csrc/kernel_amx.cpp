@@ -18,9 +18,11 @@
 #define QX_NARROW_BF16(v) ((vh)_mm512_cvtneps_pbh((__m512)(v)))
 #define QX_HARDWARE_TILES
 #include "tile_gemm.h"
+#include "depthwise.h"
 
 extern const quincunx::ForwardKernels qx_bf16_amx;
-const quincunx::ForwardKernels qx_bf16_amx = quincunx::amx::kTileKernels;
+const quincunx::ForwardKernels qx_bf16_amx =
+    quincunx::amx::Depthwise<&quincunx::amx::kTileKernels, quincunx::amx::Plain<uint16_t>, uint16_t, uint16_t>::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

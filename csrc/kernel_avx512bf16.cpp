@@ -25,10 +25,11 @@ inline __attribute__((always_inline)) dot_vf dot_bf16(dot_vf acc, int32_t pair, 
 #define QX_GRAD_ROWS 16, 12
 #define QX_DOT_BF16
 #include "gather_gemm.h"
+#include "depthwise.h"
 
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
 const quincunx::ForwardKernels qx_bf16_avx512bf16 =
-    quincunx::avx512bf16::forward_kernels<quincunx::avx512bf16::DotBf16, uint16_t>();
+    quincunx::avx512bf16::all_kernels<quincunx::avx512bf16::DotBf16, uint16_t>();
 
 #if defined(__clang__)
 #pragma clang attribute pop
