@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from quincunx.modules import copied, forward_hooks, padding_of, surely
 __all__ = [
     "Pairs",
     "find_pairs",
+    "is_pair",
+    "keeps_grid",
 ]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -45,8 +48,9 @@ class Pairs:
 def find_pairs(network: nn.Module) -> Pairs:
     """Find each convolution whose result only one other reads, through at most a norm and an activation.
 
-    Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid.
-    In a chain of such convolutions the first two are a pair, then the next two.
+    Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid. The
+    first may be 1 x 1 if the second is depthwise, as in an inverted residual: there the 1 x 1 has most of
+    the pair's multiply-adds. In a chain of such convolutions the first two are a pair, then the next two.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
@@ -61,13 +65,33 @@ def find_pairs(network: nn.Module) -> Pairs:
     return Pairs(tuple(found.items()), within, untraced)
 
 
-def keeps_grid(module: nn.Module) -> bool:
+def keeps_grid(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether a module is a convolution larger than 1 x 1 that keeps the map's size."""
+    return _keeps_size(module) and max(module.kernel_size) > 1
+
+
+def is_pair(first: nn.Module, second: nn.Module) -> bool:
+    """Return whether two convolutions on one grid can be the halves of a spatial bottleneck.
+
+    Example:
+        >>> is_pair(nn.Conv2d(8, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48))
+        True
+        >>> is_pair(nn.Conv2d(8, 48, 1), nn.Conv2d(48, 48, 3, padding=1))
+        False
+    """
+    if not keeps_grid(second):
+        return False
+    depthwise = second.groups == second.in_channels > 1
+    return keeps_grid(first) or (depthwise and _keeps_size(first))
+
+
+def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a convolution of odd size that keeps the map's size."""
     if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
         return False
     if module.padding_mode != "zeros" or set(module.stride) != {1}:
         return False
-    if max(module.kernel_size) == 1 or any(size % 2 == 0 for size in module.kernel_size):
+    if any(size % 2 == 0 for size in module.kernel_size):
         return False
     half = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     return padding_of(module) == (half[0], half[0], half[1], half[1])
@@ -103,7 +127,7 @@ class _Tracer(fx.Tracer):
 def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
-        if _is_conv(module, node) and (second := _next_conv(module, node)) is not None:
+        if _is_conv(module, node) and (second := _second_of(module, node)) is not None:
             names = str(node.target), str(second.target)
             if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
                 yield names
@@ -116,7 +140,13 @@ def _hooked(module: nn.Module, first: str, second: str) -> bool:
 
 
 def _is_conv(module: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and keeps_grid(module.get_submodule(str(node.target)))
+    return node.op == "call_module" and _keeps_size(module.get_submodule(str(node.target)))
+
+
+def _second_of(module: nn.Module, node: fx.Node) -> fx.Node | None:
+    second = _next_conv(module, node)
+    ends = [module.get_submodule(str(end.target)) for end in (node, second) if end is not None]
+    return second if len(ends) == 2 and is_pair(*ends) else None
 
 
 def _next_conv(module: nn.Module, node: fx.Node) -> fx.Node | None:
