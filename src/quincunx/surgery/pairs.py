@@ -26,6 +26,8 @@ _FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
     *(F.relu_, torch.relu_, F.dropout, "relu", "relu_", "sigmoid", "tanh"),
 }
+# attributes that a sampled map has in common with the whole one
+_SAME_OF_BOTH = ("ndim", "dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -150,19 +152,31 @@ def _second_of(module: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def _next_conv(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    users = node.users
+    users = _readers(node)
     while len(users) == 1:
         (node,) = users
         if _is_conv(module, node):
             return node
         if not _passes(module, node):
             return None
-        users = node.users
+        users = _readers(node)
     return None
 
 
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read a map's values; a sampled map answers the others as the whole map does."""
+    return [
+        user
+        for user in node.users
+        if not (user.op == "call_function" and user.target is getattr and user.args[1] in _SAME_OF_BOTH)
+    ]
+
+
 def _passes(module: nn.Module, node: fx.Node) -> bool:
-    if len(node.all_input_nodes) != 1:
+    first, *others = node.all_input_nodes
+    if node.target is F.batch_norm and node.args[:1] == (first,):  # of a norm whose forward was traced
+        return all(other.op == "get_attr" for other in others)
+    if others:
         return False
     if node.op == "call_module":
         between = module.get_submodule(str(node.target))
