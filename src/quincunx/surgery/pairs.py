@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -16,6 +16,7 @@ from quincunx.modules import copied, forward_hooks, padding_of, surely
 __all__ = [
     "Pairs",
     "find_pairs",
+    "find_pointwise",
     "is_pair",
     "keeps_grid",
 ]
@@ -63,8 +64,26 @@ def find_pairs(network: nn.Module) -> Pairs:
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
     # on a copy, since a forward may store its results, and a tracer's proxies must not stay
-    _search(copied(network), "", found, within, untraced)
+    _search(copied(network), "", _paired, found, within, untraced)
     return Pairs(tuple(found.items()), within, untraced)
+
+
+def find_pointwise(network: nn.Module) -> dict[str, str]:
+    """Find each convolution whose result only a 1 x 1 convolution reads, through at most a norm and an activation.
+
+    Computed at the same positions, the second reads nothing that the first did not compute.
+
+    Returns:
+        the first's name -> the second's. Parts that torch.fx cannot trace are searched one by one.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+        >>> find_pointwise(net)
+        {'0': '2'}
+    """
+    found: dict[str, str] = {}
+    _search(copied(network), "", _followed, found, {}, {})
+    return found
 
 
 def keeps_grid(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -100,7 +119,12 @@ def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _search(
-    module: nn.Module, name: str, found: dict[str, str], within: dict[str, str], untraced: dict[str, str]
+    module: nn.Module,
+    name: str,
+    match: Callable[[nn.Module, fx.Graph], Iterator[tuple[str, str]]],
+    found: dict[str, str],
+    within: dict[str, str],
+    untraced: dict[str, str],
 ) -> None:
     if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return
@@ -110,9 +134,10 @@ def _search(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
-            _search(child, f"{name}.{child_name}" if name else child_name, found, within, untraced)
+            path = f"{name}.{child_name}" if name else child_name
+            _search(child, path, match, found, within, untraced)
         return
-    for first, second in _paired(module, graph):
+    for first, second in match(module, graph):
         ends = [f"{name}.{end}" if name else end for end in (first, second)]
         if not {*found, *found.values()} & set(ends):
             found[ends[0]] = ends[1]
@@ -133,6 +158,19 @@ def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
             names = str(node.target), str(second.target)
             if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
                 yield names
+
+
+def _followed(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        if node.op != "call_module" or not surely(module.get_submodule(str(node.target)), nn.Conv2d):
+            continue
+        second = _next_conv(module, node)
+        if second is None or keeps_grid(module.get_submodule(str(second.target))):
+            continue
+        names = str(node.target), str(second.target)
+        if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+            yield names
 
 
 def _hooked(module: nn.Module, first: str, second: str) -> bool:
