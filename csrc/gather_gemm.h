@@ -312,7 +312,7 @@ void finish_partly(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, int64_
 
 // A full tile, in its registers, many times over: no code for what is long. ADDED: a residual; SECOND: a second output.
 template <class Op, class S, int ROWS, int NV, bool ADDED, bool SECOND>
-QX_INLINE void finish_whole(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, vf (&acc)[ROWS][NV]) {
+QX_INLINE void finish_tile(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, const vf (&acc)[ROWS][NV]) {
   const Bounds bounds(e.activation);
 #pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
@@ -329,6 +329,14 @@ QX_INLINE void finish_whole(const Epilogue<S>& e, const Rows<Op>& rows, int64_t 
       if (SECOND) store(e.out2 + rows.place[q + r] + at, at_least(value * scale + shift, 0.0f));
     }
   }
+}
+
+// where every vector of a tile is full and its activation a bound or none
+template <class Op, class S, int ROWS, int NV>
+QX_INLINE void finish_whole(const Epilogue<S>& e, const Rows<Op>& rows, int64_t q, const vf (&acc)[ROWS][NV]) {
+  if (e.out2) return finish_tile<Op, S, ROWS, NV, true, true>(e, rows, q, acc);
+  if (e.residual) return finish_tile<Op, S, ROWS, NV, true, false>(e, rows, q, acc);
+  finish_tile<Op, S, ROWS, NV, false, false>(e, rows, q, acc);
 }
 
 // Rows [q, q + ROWS): acc (+)= gathered rows times NV vectors of weights, finished if it is the last K block.
@@ -415,12 +423,7 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
       ++block;
     }
   }
-  if (last && full) {
-    if (e.out2) finish_whole<Op, S, ROWS, NV, true, true>(e, rows, q, acc);
-    else if (e.residual) finish_whole<Op, S, ROWS, NV, true, false>(e, rows, q, acc);
-    else finish_whole<Op, S, ROWS, NV, false, false>(e, rows, q, acc);
-    return;
-  }
+  if (last && full) return finish_whole<Op, S, ROWS, NV>(e, rows, q, acc);
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -562,10 +565,26 @@ void mean_of_rows(const GatherGemm& g, Cut cut, int64_t part) {
   }
 }
 
+// The next rows of a walk through a group, whose tables are given.
+template <class Op>
+void take_rows(const GatherGemm& g, Walk& walk, int64_t count, const int32_t* index, int64_t num_taps,
+               const int32_t* out_rows, Rows<Op>& rows) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = out_rows[walk.position];
+    rows.x[r] = static_cast<const typename Op::Input*>(g.x) + walk.image * g.rows_in * g.in_channels;
+    rows.index[r] = index + walk.position * num_taps;
+    rows.place[r] = (walk.image * g.rows_out + row) * g.out_channels;
+    if (g.residual) {
+      const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
+      rows.residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
+    }
+    walk.step();
+  }
+}
+
 template <class Op, class S>
 void run(const GatherGemm* problem, Cut cut, int64_t part) {
   if (!problem->weight) return mean_of_rows<S>(*problem, cut, part);
-  typedef typename Op::Input Input;
   typedef typename Op::Packed Packed;
   alignas(64) float acc[kChunk * kMaxNv * kLanes];
   Rows<Op> rows;
@@ -574,7 +593,6 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
   const Tiling tiling(g.out_channels / g.channel_groups);
   const int64_t tiles = tiling.tiles * g.channel_groups;
   const int64_t column = g.num_taps * steps<Op>(channels) * Op::kStep * kLanes;
-  const int64_t image_size = g.rows_in * g.in_channels;
   const Blocking blocking(channels);
   const int32_t* index = g.index;
   const int32_t* out_rows = g.rows;
@@ -603,17 +621,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
       const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
       walk.go_to(q0);
-      for (int64_t r = 0; r < q1 - q0; ++r) {
-        const int64_t row = out_rows[walk.position];
-        rows.x[r] = static_cast<const Input*>(g.x) + walk.image * image_size;
-        rows.index[r] = index + walk.position * num_taps;
-        rows.place[r] = (walk.image * g.rows_out + row) * g.out_channels;
-        if (g.residual) {
-          const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
-          rows.residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
-        }
-        walk.step();
-      }
+      take_rows(g, walk, q1 - q0, index, num_taps, out_rows, rows);
       for (int64_t job = tile_first; job < tile_last; ++job) {
         const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
         const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;

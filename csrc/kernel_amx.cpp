@@ -19,9 +19,11 @@
 #define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #define QX_HARDWARE_TILES
 #include "tile_gemm.h"
+#include "depthwise.h"
 
 extern const quincunx::ForwardKernels qx_bf16_amx;
-const quincunx::ForwardKernels qx_bf16_amx = quincunx::amx::kTileKernels;
+const quincunx::ForwardKernels qx_bf16_amx =
+    quincunx::amx::Depthwise<&quincunx::amx::kTileKernels, quincunx::amx::Plain<uint16_t>, uint16_t, uint16_t>::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

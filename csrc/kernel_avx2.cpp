@@ -18,6 +18,7 @@
 #define QX_BINARY_ROWS 8, 4
 #define QX_LOOK_UP(table, code) ((vf)_mm256_permutevar8x32_ps((__m256)(table), (__m256i)(code)))
 #include "gather_gemm.h"
+#include "depthwise.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
 #include "windows.h"
@@ -26,8 +27,8 @@
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
-    quincunx::avx2::forward_kernels<quincunx::avx2::Float, float>(),
-    quincunx::avx2::forward_kernels<quincunx::avx2::WideBf16, uint16_t>(),
+    quincunx::avx2::all_kernels<quincunx::avx2::Float, float>(),
+    quincunx::avx2::all_kernels<quincunx::avx2::WideBf16, uint16_t>(),
     quincunx::avx2::kGrad,
     quincunx::avx2::kLookup,
     &quincunx::avx2::extremes,

@@ -21,6 +21,7 @@
 #define QX_LOOK_UP(table, code) ((vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(code), (__m512)(table)))
 #define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #include "gather_gemm.h"
+#include "depthwise.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
 #include "windows.h"
@@ -29,8 +30,8 @@
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
-    quincunx::avx512::forward_kernels<quincunx::avx512::Float, float>(),
-    quincunx::avx512::forward_kernels<quincunx::avx512::WideBf16, uint16_t>(),
+    quincunx::avx512::all_kernels<quincunx::avx512::Float, float>(),
+    quincunx::avx512::all_kernels<quincunx::avx512::WideBf16, uint16_t>(),
     quincunx::avx512::kGrad,
     quincunx::avx512::kLookup,
     &quincunx::avx512::extremes,

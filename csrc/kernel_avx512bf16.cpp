@@ -27,11 +27,12 @@ inline __attribute__((always_inline)) dot_vf dot_bf16(dot_vf acc, int32_t pair, 
 #define QX_NARROW_BF16(v) ((vh)_mm512_cvtneps_pbh((__m512)(v)))
 #define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #include "gather_gemm.h"
+#include "depthwise.h"
 
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
 extern const quincunx::GradKernels qx_grad_avx512bf16;
 const quincunx::ForwardKernels qx_bf16_avx512bf16 =
-    quincunx::avx512bf16::forward_kernels<quincunx::avx512bf16::DotBf16, uint16_t>();
+    quincunx::avx512bf16::all_kernels<quincunx::avx512bf16::DotBf16, uint16_t>();
 const quincunx::GradKernels qx_grad_avx512bf16 = quincunx::avx512bf16::kGrad;
 
 #if defined(__clang__)

@@ -16,6 +16,7 @@
 #define QX_BINARY_ROWS 6, 3
 #endif
 #include "gather_gemm.h"
+#include "depthwise.h"
 #include "lookup_conv.h"
 #include "binary_gemm.h"
 #include "windows.h"
@@ -24,8 +25,8 @@
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
-    quincunx::baseline::forward_kernels<quincunx::baseline::Float, float>(),
-    quincunx::baseline::forward_kernels<quincunx::baseline::WideBf16, uint16_t>(),
+    quincunx::baseline::all_kernels<quincunx::baseline::Float, float>(),
+    quincunx::baseline::all_kernels<quincunx::baseline::WideBf16, uint16_t>(),
     quincunx::baseline::kGrad,
     quincunx::baseline::kLookup,
     &quincunx::baseline::extremes,

@@ -236,6 +236,15 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   }
 }
 
+// groups of one channel, with one output or a few
+Case depthwise_case() {
+  Case c = random_case();
+  c.groups = pick({1, 3, 5, 16, 24, 64, 100, 161});
+  c.in_per = 1, c.out_per = pick({1, 1, 1, 2, 3, 20});
+  c.residual_channels = pick({0, c.out(), (c.out() + 1) / 2});
+  return c;
+}
+
 // more taps than tiles take at once, and inputs that fill no cache
 Case deep_case(int64_t kind) {
   Case c = random_case();
@@ -760,6 +769,9 @@ int main(int argc, char** argv) {
       const Case c = random_case();
       check_forward(name + " float32", kernels.f32, false, c);
       check_forward(name + " bfloat16", kernels.bf16, true, c);
+      const Case narrow = depthwise_case();
+      check_forward(name + " depthwise float32", kernels.f32, false, narrow);
+      check_forward(name + " depthwise bfloat16", kernels.bf16, true, narrow);
       if (i % 5 == 0) check_forward(name + " deep bfloat16", kernels.bf16, true, deep_case(i / 5));
       if (i % 10 == 5) {
         const int64_t before = std::exchange(scratch_limit, 0);
@@ -788,6 +800,7 @@ int main(int argc, char** argv) {
     const trap_tiles::Trap trap;
     for (int i = 0; i < rounds / 2; ++i) {
       check_forward("trapped amx", qx_bf16_amx, true, random_case());
+      check_forward("trapped amx depthwise", qx_bf16_amx, true, depthwise_case());
       if (i % 10 == 0) check_forward("trapped amx deep", qx_bf16_amx, true, deep_case(i / 10));
       check_mean("trapped amx", qx_bf16_amx, true);
       check_spoilt("trapped amx", qx_bf16_amx, true);

@@ -38,6 +38,14 @@ WIDE = {
     "70 -> 130": Case((6, 9), Random(0.4, 2), padding=(1, 1, 1, 1), depth=(70, 130)),
     "500 -> 72": Case((5, 5), CHESSBOARD, padding=(1, 1, 1, 1), depth=(500, 72), batch=3),
     "48 -> 20, grouped": Case((6, 6), CHESSBOARD, padding=(1, 1, 1, 1), groups=3, depth=(48, 20)),
+    "depthwise": Case((9, 8), CHESSBOARD, padding=(1, 1, 1, 1), groups=161, depth=(1, 1)),
+    "depthwise, 7 x 7": Case(
+        (15, 9), Random(0.3, 1), (7, 7), dilation=(2, 1), padding=(6, 6, 3, 3), groups=40, depth=(1, 1)
+    ),
+    "depthwise, strided": Case(
+        (9, 12), QUARTER, (5, 3), stride=(2, 2), padding=(2, 2, 1, 1), groups=64, depth=(1, 1)
+    ),
+    "depthwise, multiplied": Case((6, 7), CHESSBOARD, padding=(1, 1, 1, 1), groups=24, depth=(1, 3)),
     "801 -> 8, one tap": Case((4, 6), CHESSBOARD, (1, 1), depth=(801, 8)),
     "vertical, strided": Case(
         (13, 6), Random(0.5, 0), (5, 1), stride=(2, 1), padding=(2, 2, 0, 0), depth=(24, 40)
@@ -102,6 +110,22 @@ def test_equals_reference(case, dtype):
 )
 def test_equals_reference_at_any_channel_count(depth, size, batch, seed, dtype):
     check(Case(size, Random(0.5, seed), padding=(1, 1, 1, 1), depth=depth, batch=batch, seed=seed), dtype)
+
+
+@settings(max_examples=25)
+@given(
+    groups=st.integers(1, 150),
+    multiplier=st.integers(1, 4),
+    kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (7, 7)]),
+    size=st.tuples(st.integers(7, 12), st.integers(7, 12)),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_equals_reference_depthwise(groups, multiplier, kernel, size, batch, seed, dtype):
+    (top, left), depth = (k // 2 for k in kernel), (1, multiplier)
+    where = {"padding": (top, top, left, left), "groups": groups, "depth": depth, "batch": batch, "seed": seed}
+    check(Case(size, Random(0.5, seed), kernel, **where), dtype)
 
 
 @pytest.mark.parametrize("isa", RAW.available_isas().split(","))

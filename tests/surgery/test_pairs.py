@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import quincunx as qx
 from helpers.graphs import Graph, steps
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
-from quincunx.surgery.pairs import find_pairs
+from quincunx.surgery.pairs import find_pairs, find_pointwise
 
 ALL = qx.Cosets(2, [(0, 0), (0, 1), (1, 0), (1, 1)])
 # every position and no data: the weights themselves
@@ -616,3 +616,58 @@ def test_what_is_no_sampled_map_any_more_is_an_ordinary_tensor():
     assert type(y.sum()) is torch.Tensor
     other = halves()[0](torch.randn(2, 3, 5, 6))
     assert type(y + other) is torch.Tensor
+
+
+def inverted_residual(kernel=3, **change):
+    """An inverted residual in eval mode, with an expansion of 3."""
+    channels, padding = 12, kernel // 2
+    parts = [
+        *(nn.Conv2d(4, channels, 1), nn.BatchNorm2d(channels), nn.ReLU6()),
+        nn.Conv2d(channels, channels, kernel, **{"padding": padding, "groups": channels, **change}),
+        *(nn.BatchNorm2d(channels), nn.Hardswish(), nn.Conv2d(channels, 4, 1)),
+    ]
+    return nn.Sequential(*parts).eval()
+
+
+def test_finds_the_expansion_before_a_depthwise_convolution():
+    assert find_pairs(inverted_residual()).found == (("0", "3"),)
+    assert find_pairs(inverted_residual(stride=2)).found == ()
+    assert find_pairs(inverted_residual(groups=1)).found == ()  # there the second half has the work
+    for net in (inverted_residual(), inverted_residual(5, stride=2)):
+        assert find_pointwise(net) == {"3": "6"}
+
+
+def test_an_expansion_at_every_position_changes_nothing():
+    net, x = inverted_residual(), torch.randn(2, 4, 8, 6)
+    result = qx.accelerate(net, EXACT, example_input=x)
+    assert result.replaced["0"]["pair"] == result.replaced["3"]["pair"] == ["0", "3"]
+    assert "6" in result.skipped
+    torch.testing.assert_close(result.model(x), net(x))
+
+
+@pytest.mark.parametrize("sampling", [qx.CHESSBOARD, qx.QUARTER], ids=str)
+def test_an_inverted_residual_is_fitted_and_fused(sampling):
+    net, x = inverted_residual(5), torch.randn(4, 4, 12, 12)
+    result = qx.accelerate(net, qx.SpatialBottleneck(sampling), calibration=[torch.randn(32, 4, 12, 12)])
+    unfitted = qx.accelerate(net, qx.SpatialBottleneck(sampling, data=False), example_input=x)
+    with torch.no_grad():
+        wrong, worse = ((made.model(x) - net(x)).square().mean() for made in (result, unfitted))
+        assert wrong < worse
+        torch.testing.assert_close(qx.fuse(result.model, check=x)(x), result.model(x), rtol=1e-4, atol=1e-5)
+    assert qx.cost(result.model, x).macs < qx.cost(net, x).macs
+
+
+def test_a_norm_that_is_traced_joins_a_pair():
+    """As timm's, whose forward asserts on the map and calls the function."""
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x):
+            torch._assert(x.ndim == 4, "expected 4D")
+            return F.relu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias))
+
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), Norm(8), nn.Conv2d(8, 8, 3, padding=1, groups=8)).eval()
+    assert find_pairs(net).found == (("0", "2"),)
+    x = torch.randn(1, 4, 6, 6)
+    torch.testing.assert_close(qx.accelerate(net, EXACT, example_input=x).model(x), net(x))
+    shifted = Own(lambda self, x: self.b(F.batch_norm(self.a(x), None, x.mean((0, 2, 3)))), a=conv(), b=conv())
+    assert find_pairs(shifted).found == ()

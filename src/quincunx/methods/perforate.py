@@ -17,6 +17,7 @@ from quincunx.methods.points import Point
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Sampling
 from quincunx.surgery.calibration import Context, Layer
 from quincunx.surgery.method import Replacement, Work, each
+from quincunx.surgery.pairs import find_pointwise
 
 __all__ = ["Perforate"]
 
@@ -40,6 +41,11 @@ class Perforate:
     Convolutions of any kernel, stride and groups, depthwise and 1 x 1 among them. MACs: those of the
     convolution at the computed positions, and with a fitted fill one for each tap, channel and skipped
     position. Parameters: a fitted fill adds its coefficients.
+
+    A layer whose result only a 1 x 1 convolution reads, perforated by the same method, keeps its kernel and
+    has no fitted fill, since nothing is read between its computed positions: the depthwise and the projecting
+    convolution of an inverted residual are computed at the sampled positions, exactly, and the projection's
+    fill makes the map whole.
 
     Layers are fitted in forward order, each to the original layer's responses on the input that the layers
     before, already perforated, give it: first the fill, by least squares; then the kernel at the computed
@@ -154,17 +160,17 @@ class Perforate:
             return None
         return f"with its fill it takes {after / before:.2f} times as many multiply-adds"
 
-    def _layer(self, layer: Layer) -> PerforatedConv2d:
+    def _layer(self, layer: Layer, fill: str | None = None) -> PerforatedConv2d:
         """The layer with the convolution's weights, not fitted yet."""
-        conv = conv_of(layer)
+        conv, fill = conv_of(layer), fill or self.fill
         size = None
-        if self.fill == "fitted" and not isinstance(self.sampling, (Cosets, Positions)):
+        if fill == "fitted" and not isinstance(self.sampling, (Cosets, Positions)):
             size = layer.grid
         made = PerforatedConv2d(
             **conv_settings(conv),
             sampling=self.sampling,
-            fill=self.fill,
-            fill_reach=self.reach,
+            fill=fill,
+            fill_reach=self.reach if fill == "fitted" else None,
             fill_size=size,
         )
         made.to(conv.weight)
@@ -173,10 +179,19 @@ class Perforate:
 
     def begin(self, layers: Sequence[Layer], context: Context) -> Work:
         """Fit layer by layer."""
+        by_name = {name: layer for layer in layers for name in layer.names if layer.calls in (1, None)}
+        unread = {}
+        if self.fill == "fitted" and len(layers) > 1:
+            followers = find_pointwise(context.original).items()
+            unread = {by_name[a].name: b for a, b in followers if {a, b} <= set(by_name)}
 
         def replace(layer: Layer) -> Replacement:
+            if layer.name in unread:
+                module = self._layer(layer, "nearest")
+                record: dict[str, object] = {"fill": "nearest", "rate": self.sampling.density, "read_by": unread[layer.name]}
+                return Replacement(module, module.spec, record)
             module = self._layer(layer)
-            record: dict[str, object] = {"fill": self.fill, "rate": self.sampling.density}
+            record = {"fill": self.fill, "rate": self.sampling.density}
             if module.filling is not None:
                 record["reach"] = module.filling.reach
             if self._fits(context):

@@ -61,6 +61,10 @@ class SpatialBottleneck:
 
     .. math:: \min_{W_2, b} E\,|y - W_2^T * \uparrow a(W_1 * x)_{\text{sampling}} - b|^2
 
+    The first half may be 1 x 1 where the second is depthwise, as in MobileNet's inverted residual: then the
+    expansion is computed at the sampling's positions only. No fit helps positions that no tap of W_2 reaches
+    from a computed one, so its kernel has to be larger than the sampling's gaps.
+
     A *single* convolution D1 -> D2 (the paper's cSB) becomes a linear bottleneck D1 -> D_mid -> D2. Its
     first half is the D_mid directions of x that best predict the responses around a position (reduced
     rank regression); the second half is fitted as above.
@@ -156,11 +160,11 @@ class SpatialBottleneck:
         conv = conv_of(layer)
         if (reason := convolution_refusal(layer)) is not None:
             return reason
-        if max(conv.kernel_size) == 1:
+        if max(conv.kernel_size) == 1 and not self._starts(layer, context):
             return "1 x 1: it would leave the positions between the computed ones empty"
         if set(conv.stride) != {1}:
             return "strided: it changes the resolution, where the paper keeps the convolution"
-        if not keeps_grid(conv):
+        if max(conv.kernel_size) > 1 and not keeps_grid(conv):
             return "its result has another size than its input"
         if layer.output_shape is not None:
             try:
@@ -171,11 +175,16 @@ class SpatialBottleneck:
             return None
         return self.refuse_single(layer, context)
 
+    def _starts(self, layer: Layer, context: Context) -> bool:
+        return self.pairs and any(layer is first for first, _ in context.pairs)
+
     def refuse_single(self, layer: Layer, context: Context) -> str | None:
         """Return why a convolution outside pairs is not replaced, or None."""
         conv = conv_of(layer)
         if not self.singles:
             return "no other convolution on its grid makes a pair with it"
+        if max(conv.kernel_size) == 1:
+            return "1 x 1: it would leave the positions between the computed ones empty"
         if conv.groups == conv.in_channels:
             return "depthwise: a bottleneck of one channel saves nothing"
         if self.with_data(context) and layer.calls is not None and layer.calls > 1:

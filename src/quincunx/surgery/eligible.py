@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quincunx.modules import surely
 from quincunx.surgery.calibration import Layer
-from quincunx.surgery.pairs import find_pairs, keeps_grid
+from quincunx.surgery.pairs import find_pairs, is_pair, keeps_grid
 
 __all__ = ["Where", "chosen", "eligible", "in_order", "pairs_of", "reason_of"]
 
@@ -59,11 +59,14 @@ def pairs_of(
     by_name = {name: layer for layer in layers if layer.calls in (1, None) for name in layer.names}
     if named is not None:
         for first, second in named.items():
-            for name in (first, second):
-                if name not in by_name or not keeps_grid(by_name[name].module):
+            whole = second in by_name and keeps_grid(by_name[second].module)
+            both = whole and first in by_name and is_pair(by_name[first].module, by_name[second].module)
+            for name, fits in ((second, whole), (first, both)):
+                if not fits:
                     raise ValueError(
                         f"where: {first!r} and {second!r} are no pair: {name!r} has to be a convolution "
-                        "larger than 1 x 1 that keeps the map's size and is called once"
+                        "larger than 1 x 1, or before a depthwise one 1 x 1, that keeps the map's size and is "
+                        "called once"
                     )
             if (reason := _apart(by_name[first], by_name[second], layers)) is not None:
                 raise ValueError(f"where: {first!r} and {second!r} are no pair: {reason}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from quincunx.modules import copied, forward_hooks, padding_of, surely
 __all__ = [
     "Pairs",
     "find_pairs",
+    "find_pointwise",
+    "is_pair",
+    "keeps_grid",
 ]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -23,6 +27,8 @@ _FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
     *(F.relu_, torch.relu_, F.dropout, "relu", "relu_", "sigmoid", "tanh"),
 }
+# attributes that a sampled map has in common with the whole one
+_SAME_OF_BOTH = ("ndim", "dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,9 @@ class Pairs:
 def find_pairs(network: nn.Module) -> Pairs:
     """Find each convolution whose result only one other reads, through at most a norm and an activation.
 
-    Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid.
-    In a chain of such convolutions the first two are a pair, then the next two.
+    Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid. The
+    first may be 1 x 1 if the second is depthwise, as in an inverted residual: there the 1 x 1 has most of
+    the pair's multiply-adds. In a chain of such convolutions the first two are a pair, then the next two.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
@@ -57,24 +64,67 @@ def find_pairs(network: nn.Module) -> Pairs:
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
     # on a copy, since a forward may store its results, and a tracer's proxies must not stay
-    _search(copied(network), "", found, within, untraced)
+    _search(copied(network), "", _paired, found, within, untraced)
     return Pairs(tuple(found.items()), within, untraced)
 
 
-def keeps_grid(module: nn.Module) -> bool:
+def find_pointwise(network: nn.Module) -> dict[str, str]:
+    """Find each convolution whose result only a 1 x 1 convolution reads, through at most a norm and an activation.
+
+    Computed at the same positions, the second reads nothing that the first did not compute.
+
+    Returns:
+        the first's name -> the second's. Parts that torch.fx cannot trace are searched one by one.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+        >>> find_pointwise(net)
+        {'0': '2'}
+    """
+    found: dict[str, str] = {}
+    _search(copied(network), "", _followed, found, {}, {})
+    return found
+
+
+def keeps_grid(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether a module is a convolution larger than 1 x 1 that keeps the map's size."""
+    return _keeps_size(module) and max(module.kernel_size) > 1
+
+
+def is_pair(first: nn.Module, second: nn.Module) -> bool:
+    """Return whether two convolutions on one grid can be the halves of a spatial bottleneck.
+
+    Example:
+        >>> is_pair(nn.Conv2d(8, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48))
+        True
+        >>> is_pair(nn.Conv2d(8, 48, 1), nn.Conv2d(48, 48, 3, padding=1))
+        False
+    """
+    if not keeps_grid(second):
+        return False
+    depthwise = second.groups == second.in_channels > 1
+    return keeps_grid(first) or (depthwise and _keeps_size(first))
+
+
+def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a convolution of odd size that keeps the map's size."""
     if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
         return False
     if module.padding_mode != "zeros" or set(module.stride) != {1}:
         return False
-    if max(module.kernel_size) == 1 or any(size % 2 == 0 for size in module.kernel_size):
+    if any(size % 2 == 0 for size in module.kernel_size):
         return False
     half = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     return padding_of(module) == (half[0], half[0], half[1], half[1])
 
 
 def _search(
-    module: nn.Module, name: str, found: dict[str, str], within: dict[str, str], untraced: dict[str, str]
+    module: nn.Module,
+    name: str,
+    match: Callable[[nn.Module, fx.Graph], Iterator[tuple[str, str]]],
+    found: dict[str, str],
+    within: dict[str, str],
+    untraced: dict[str, str],
 ) -> None:
     if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return
@@ -84,9 +134,10 @@ def _search(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
-            _search(child, f"{name}.{child_name}" if name else child_name, found, within, untraced)
+            path = f"{name}.{child_name}" if name else child_name
+            _search(child, path, match, found, within, untraced)
         return
-    for first, second in _paired(module, graph):
+    for first, second in match(module, graph):
         ends = [f"{name}.{end}" if name else end for end in (first, second)]
         if not {*found, *found.values()} & set(ends):
             found[ends[0]] = ends[1]
@@ -103,10 +154,23 @@ class _Tracer(fx.Tracer):
 def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
-        if _is_conv(module, node) and (second := _next_conv(module, node)) is not None:
+        if _is_conv(module, node) and (second := _second_of(module, node)) is not None:
             names = str(node.target), str(second.target)
             if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
                 yield names
+
+
+def _followed(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        if node.op != "call_module" or not surely(module.get_submodule(str(node.target)), nn.Conv2d):
+            continue
+        second = _next_conv(module, node)
+        if second is None or keeps_grid(module.get_submodule(str(second.target))):
+            continue
+        names = str(node.target), str(second.target)
+        if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+            yield names
 
 
 def _hooked(module: nn.Module, first: str, second: str) -> bool:
@@ -116,23 +180,41 @@ def _hooked(module: nn.Module, first: str, second: str) -> bool:
 
 
 def _is_conv(module: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and keeps_grid(module.get_submodule(str(node.target)))
+    return node.op == "call_module" and _keeps_size(module.get_submodule(str(node.target)))
+
+
+def _second_of(module: nn.Module, node: fx.Node) -> fx.Node | None:
+    second = _next_conv(module, node)
+    ends = [module.get_submodule(str(end.target)) for end in (node, second) if end is not None]
+    return second if len(ends) == 2 and is_pair(*ends) else None
 
 
 def _next_conv(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    users = node.users
+    users = _readers(node)
     while len(users) == 1:
         (node,) = users
         if _is_conv(module, node):
             return node
         if not _passes(module, node):
             return None
-        users = node.users
+        users = _readers(node)
     return None
 
 
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read a map's values; a sampled map answers the others as the whole map does."""
+    return [
+        user
+        for user in node.users
+        if not (user.op == "call_function" and user.target is getattr and user.args[1] in _SAME_OF_BOTH)
+    ]
+
+
 def _passes(module: nn.Module, node: fx.Node) -> bool:
-    if len(node.all_input_nodes) != 1:
+    first, *others = node.all_input_nodes
+    if node.target is F.batch_norm and node.args[:1] == (first,):  # of a norm whose forward was traced
+        return all(other.op == "get_attr" for other in others)
+    if others:
         return False
     if node.op == "call_module":
         between = module.get_submodule(str(node.target))
