@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import zoo
 from PIL import Image
 from torch import Tensor, nn
 
 import quincunx as qx
+import zoo
 from quincunx.measure.environment import environment
 from quincunx.writing import write_json
 
@@ -85,7 +85,9 @@ def cropped(image: Image.Image) -> Tensor:
     left, top = ((length - side) // 2 for length in image.size)
     box = (left, top, left + side, top + side)
     small = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+    )
 
 
 def build(name: str, weights: dict[str, Path]) -> nn.Module:
@@ -150,7 +152,9 @@ def rows(name: str, model: nn.Module, options: argparse.Namespace) -> Iterator[d
         for density, sampling in SAMPLINGS:
             began = time.perf_counter()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that few layers were replaced: "layers" says so
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # that few layers were replaced: "layers" says so
                 found = qx.accelerate(
                     model, make(sampling), where=in_a_block, calibration=list(calibration.split(BATCH))
                 )
@@ -165,7 +169,9 @@ def rows(name: str, model: nn.Module, options: argparse.Namespace) -> Iterator[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="archive of photographs to judge on")
     parser.add_argument("--calibration", type=Path, required=True, help="archive of photographs to fit to")
     parser.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE")
