@@ -54,7 +54,9 @@ def test_the_half_that_failed_comes_first_with_the_next_step_and_what_less_costs
     assert found["words"].startswith(
         "Target missed: 4.00 points of accuracy lost on 1,000 test images, without"
     )
-    assert found["next"] == "add --finetune-epochs 5; 1.3x costs 0.8 points before fine-tuning"
+    assert (
+        found["next"] == "add --finetune-epochs 5; 1.3x costs 0.8 points before fine-tuning (--speedup 1.3)"
+    )
     tuned = judge({**lost, "recipe": {"epochs": 3, "distill": 0.0}})
     assert "--finetune-epochs 6 --distill 0.5" in tuned["next"]
 

@@ -20,6 +20,8 @@ __all__ = ["loss_on", "mcnemar", "reestimate_batch_norm", "response_errors", "sa
 
 # test accuracy within this many standard deviations of guessing suggests an untrained network
 _CHANCE_DEVIATIONS = 2.0
+# a loss of fewer images than this is no evidence
+_FEW = 5
 
 
 def sample_batches(
@@ -109,6 +111,43 @@ def doubts_about(before: JudgedStage, data: ImageData) -> list[str]:
         f"a guess among {classes} classes: are its weights the trained ones, the classes in the order of its "
         "training, and --mean and --std those of its training?"
     ]
+
+
+def doubts_about_drop(before: JudgedStage, calibration: int, max_drop: float | None) -> list[str]:
+    r"""Return doubts that images can show a loss as small as the one that is allowed.
+
+    Two networks that are equally good, with a share e of N images wrong, differ by chance by up to about
+    :math:`2 \sqrt{e / N}`: at the most as many images change sides as are wrong.
+
+    Args:
+        before: the original network on the test images.
+        calibration: number of calibration images.
+        max_drop: points of accuracy.
+    """
+    tested = len(before.scores)
+    if max_drop is None or not before.task.classifies or not tested:
+        return []
+    doubts: list[str] = []
+    shown = max_drop / 100 * calibration
+    if 0 < shown < _FEW:
+        doubts.append(
+            f"max_drop={max_drop:g} points are {shown:.1f} of the {calibration:,} calibration images, which "
+            f"the search looks at: too few to be sure; --calibration {round(100 * _FEW / max_drop)} has {_FEW}"
+        )
+    chance = 100 * 2 * (before.score / tested) ** 0.5
+    if 0 < max_drop < chance:
+        doubts.append(
+            f"max_drop={max_drop:g}: on {tested:,} test images, {100 * before.score:.1f}% of them wrong, "
+            f"two equally good networks differ by up to {chance:.1f} points by chance; a loss that small shows on "
+            f"{_rounded_up(before.score * (200 / max_drop) ** 2):,} images or more"
+        )
+    return doubts
+
+
+def _rounded_up(count: float) -> int:
+    """Return a number with one digit that is not zero, not below."""
+    unit = 10 ** max(0, len(str(int(count))) - 1)
+    return int(-(-count // unit) * unit)
 
 
 def renormalise(

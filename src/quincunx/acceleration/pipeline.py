@@ -26,6 +26,7 @@ from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.judge import (
     JudgedStage,
     doubts_about,
+    doubts_about_drop,
     renormalise,
     sample_batches,
 )
@@ -198,6 +199,9 @@ def _accelerated(
 
     stages = [judged("before", original)]
     doubts = doubts_about(stages[0], data)
+    if isinstance(method, Search):
+        seen = sum(len(x) for x, _ in images)
+        doubts += doubts_about_drop(stages[0], seen, method.target.max_drop)
     dtype, refused = format_served(original, torch.randn(batch, *one.shape[1:]), dtype)
     if refused:
         doubts.append(refused)

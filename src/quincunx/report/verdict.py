@@ -130,12 +130,21 @@ def _next(
     advice: list[str] = []
     if "max_drop" in failed:
         advice.append(_finetune(result))
-        scale = scale_in(result)
-        advice += [f"{other['speedup']:.2g}x {_costs(other['drop'], scale)}" for other in alternatives]
+        advice += [
+            _alternative(other, failed["max_drop"]["asked"], scale_in(result)) for other in alternatives
+        ]
     for what in ("speedup", "latency_ms", "macs"):
         if what in failed:
             advice += _less(what, failed[what], result)
     return "; ".join(advice)
+
+
+def _alternative(other: Mapping[str, Any], allowed: float, scale: Scale) -> str:
+    """Describe a slower choice, and how to ask for it if it loses no more than is allowed."""
+    told = f"{other['speedup']:.2g}x {_costs(other['drop'], scale)}"
+    # rounded down, so that it is surely within reach
+    asked = int(20 * other["speedup"]) / 20
+    return f"{told} (--speedup {asked:g})" if other["drop"] <= allowed and asked > 1 else told
 
 
 def _costs(drop: float, scale: Scale) -> str:
