@@ -130,16 +130,18 @@ def doubts_about_drop(before: JudgedStage, calibration: int, max_drop: float | N
     doubts: list[str] = []
     shown = max_drop / 100 * calibration
     if 0 < shown < _FEW:
+        enough = round(100 * _FEW / max_drop)
         doubts.append(
             f"max_drop={max_drop:g} points are {shown:.1f} of the {calibration:,} calibration images, which "
-            f"the search looks at: too few to be sure; --calibration {round(100 * _FEW / max_drop)} has {_FEW}"
+            f"the search looks at: too few to be sure; --calibration {enough} has {_FEW}"
         )
     chance = 100 * 2 * (before.score / tested) ** 0.5
     if 0 < max_drop < chance:
+        needed = _rounded_up(before.score * (200 / max_drop) ** 2)
         doubts.append(
             f"max_drop={max_drop:g}: on {tested:,} test images, {100 * before.score:.1f}% of them wrong, "
-            f"two equally good networks differ by up to {chance:.1f} points by chance; a loss that small shows on "
-            f"{_rounded_up(before.score * (200 / max_drop) ** 2):,} images or more"
+            f"two equally good networks differ by up to {chance:.1f} points by chance; a loss that small shows "
+            f"on {needed:,} images or more"
         )
     return doubts
 
