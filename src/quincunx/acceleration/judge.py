@@ -140,7 +140,7 @@ def doubts_about_drop(before: JudgedStage, calibration: int, max_drop: float | N
         needed = _rounded_up(before.score * (200 / max_drop) ** 2)
         doubts.append(
             f"max_drop={max_drop:g}: on {tested:,} test images, {100 * before.score:.1f}% of them wrong, "
-            f"two equally good networks differ by up to {chance:.1f} points by chance; a loss that small shows "
+            f"two equally good networks differ by up to {chance:.1f} points by chance; so small a loss shows "
             f"on {needed:,} images or more"
         )
     return doubts
