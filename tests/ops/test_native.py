@@ -124,7 +124,13 @@ def test_equals_reference_at_any_channel_count(depth, size, batch, seed, dtype):
 )
 def test_equals_reference_depthwise(groups, multiplier, kernel, size, batch, seed, dtype):
     (top, left), depth = (k // 2 for k in kernel), (1, multiplier)
-    where = {"padding": (top, top, left, left), "groups": groups, "depth": depth, "batch": batch, "seed": seed}
+    where = {
+        "padding": (top, top, left, left),
+        "groups": groups,
+        "depth": depth,
+        "batch": batch,
+        "seed": seed,
+    }
     check(Case(size, Random(0.5, seed), kernel, **where), dtype)
 
 

@@ -669,5 +669,7 @@ def test_a_norm_that_is_traced_joins_a_pair():
     assert find_pairs(net).found == (("0", "2"),)
     x = torch.randn(1, 4, 6, 6)
     torch.testing.assert_close(qx.accelerate(net, EXACT, example_input=x).model(x), net(x))
-    shifted = Own(lambda self, x: self.b(F.batch_norm(self.a(x), None, x.mean((0, 2, 3)))), a=conv(), b=conv())
+    shifted = Own(
+        lambda self, x: self.b(F.batch_norm(self.a(x), None, x.mean((0, 2, 3)))), a=conv(), b=conv()
+    )
     assert find_pairs(shifted).found == ()

@@ -181,7 +181,11 @@ class Perforate:
         def replace(layer: Layer) -> Replacement:
             if layer.name in unread:
                 module = self._layer(layer, "nearest")
-                record: dict[str, object] = {"fill": "nearest", "rate": self.sampling.density, "read_by": unread[layer.name]}
+                record: dict[str, object] = {
+                    "fill": "nearest",
+                    "rate": self.sampling.density,
+                    "read_by": unread[layer.name],
+                }
                 return Replacement(module, module.spec, record)
             module = self._layer(layer)
             record = {"fill": self.fill, "rate": self.sampling.density}

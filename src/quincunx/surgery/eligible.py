@@ -65,8 +65,8 @@ def pairs_of(
                 if not fits:
                     raise ValueError(
                         f"where: {first!r} and {second!r} are no pair: {name!r} has to be a convolution "
-                        "larger than 1 x 1, or before a depthwise one 1 x 1, that keeps the map's size and is "
-                        "called once"
+                        "larger than 1 x 1, or before a depthwise one 1 x 1, that keeps the map's size and "
+                        "is called once"
                     )
             if (reason := _apart(by_name[first], by_name[second], layers)) is not None:
                 raise ValueError(f"where: {first!r} and {second!r} are no pair: {reason}")
