@@ -1,4 +1,4 @@
-"""What spatial methods are worth in mobile networks: multiply-adds, time and agreement with the original.
+r"""What spatial methods are worth in mobile networks: multiply-adds, time, agreement with the network itself.
 
 MobileNetV2, EfficientNet-Lite0 and ConvNeXt-Tiny from timm, on photographs; nothing is fine-tuned. A row is a
 method at a density in every block where it applies, or the free alternative, a smaller input. Agreement is
@@ -60,7 +60,7 @@ METHODS: dict[str, Any] = {
 
 
 def load_images(path: Path, count: int, name: str) -> tuple[Tensor, list[int] | None]:
-    """Return images as a network reads them [N, 3, SIZE, SIZE], and classes where labels.csv has them."""
+    """Return images [N, 3, SIZE, SIZE] as a network reads them, and their classes if labels.csv has them."""
     with tarfile.open(path) as archive:
         members = {member.name: member for member in archive if member.isfile()}
         table = next((key for key in members if key.endswith("labels.csv")), None)

@@ -69,7 +69,7 @@ def find_pairs(network: nn.Module) -> Pairs:
 
 
 def find_pointwise(network: nn.Module) -> dict[str, str]:
-    """Find each convolution that only a 1 x 1 one reads, through at most a norm and an activation.
+    """Find each convolution whose result only a 1 x 1 one reads, through at most a norm and an activation.
 
     Computed at the same positions, the second reads nothing that the first did not compute.
 
