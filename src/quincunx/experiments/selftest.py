@@ -31,6 +31,10 @@ __all__ = ["Finding", "examine", "report_line"]
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
+# how a finding about optional packages is named
+_EXTRA = "extra "
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at.
@@ -85,10 +89,10 @@ def report_line(findings: list[Finding]) -> str:
         f"{here['cpu']}, {here['threads']} of {here['cores']} cores",
         f"{serving.name} {serving.isa or ''}".strip(),
     ]
-    odd = [
-        f"{finding.state}: {finding.name} ({finding.said})" for finding in findings if finding.state != "ok"
-    ]
-    return " | ".join([*parts, *odd])
+    odd = [finding for finding in findings if finding.state != "ok"]
+    missing = [f.name.removeprefix(_EXTRA) for f in odd if f.name.startswith(_EXTRA)]
+    told = [f"{f.state}: {f.name} ({f.said})" for f in odd if not f.name.startswith(_EXTRA)]
+    return " | ".join([*parts, *told, *([f"without {', '.join(missing)}"] if missing else [])])
 
 
 def _serving() -> Finding:
@@ -241,9 +245,9 @@ def _extras() -> Iterator[Finding]:
         missing = [package for package in packages if not _installed(package)]
         if missing:
             said = f"{', '.join(missing)} not installed: pip install 'quincunx[{extra}]'"
-            yield Finding(f"extra {extra}", "note", said)
+            yield Finding(f"{_EXTRA}{extra}", "note", said)
         else:
-            yield Finding(f"extra {extra}", "ok", "installed")
+            yield Finding(f"{_EXTRA}{extra}", "ok", "installed")
 
 
 def _installed(package: str) -> bool:
