@@ -465,6 +465,21 @@ def test_where_single_losses_mislead_layers_are_weighed_together(misleading, tmp
     assert "the best of them is 0.03 times as far" in said
 
 
+def test_a_pair_is_weighed_by_its_layers_and_they_by_the_pair():
+    def row(*layers):
+        return Candidate(layers, "one", qx.LowRank(), loss=0.5)
+
+    builder = _Builder(None, Target(speedup=2), [], None, None, True)
+    builder.scaled = {"a": 4.0, "c": 0.25}
+    assert [builder._alone(row(*layers)) for layers in ("a", "b", "ab", "bc", "c")] == [
+        2.0,
+        0.5,
+        2.0,
+        0.5,
+        0.125,
+    ]
+
+
 def test_where_every_choice_is_as_bad_the_first_one_stays(misleading):
     found = run({"macs": allowed(3)}, **SINGLES)
     assert len(found.chosen) == 3

@@ -57,6 +57,10 @@ def test_the_rate_with_the_lowest_loss_on_the_images_set_aside_is_taken(model, d
     assert seen == []
     find_rate(model, data, Recipe("tiny", batch_size=8, lr=0.01), tmp_path / "rate.json", steps=3)
     assert len(seen) == 4
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    find_rate(model, data, Recipe("tiny", batch_size=8, lr=0.01), tmp_path / "rate.json", steps=3)
+    assert len(seen) == 8
 
 
 def test_training_and_judging_images_are_apart_and_no_test_image_is_read(data):

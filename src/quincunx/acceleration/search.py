@@ -200,8 +200,8 @@ class _Builder:
     dry_run: bool
     # names of layers that gain nothing within a choice -> how many times as long it takes without them
     slower: dict[tuple[str, ...], float] = field(default_factory=dict)
-    # losses of units within a whole network, over what they lose alone
-    scaled: dict[tuple[str, ...], float] = field(default_factory=dict)
+    # of layers: what a unit with it loses within a whole network, over what it loses alone
+    scaled: dict[str, float] = field(default_factory=dict)
     # networks that were fitted and weighed, and what is recorded of each
     weighed: list[Found] = field(default_factory=list)
     together: list[dict[str, Any]] = field(default_factory=list)
@@ -250,8 +250,11 @@ class _Builder:
     # ------------------------------------------------------------ losses of a whole network
 
     def _alone(self, row: Candidate) -> float:
-        """Return a candidate's loss, scaled by what its unit was found to lose within a network."""
-        return max(row.loss or 0.0, 0.0) * self.scaled.get(row.layers, 1.0)
+        """Return a candidate's loss, scaled by what its layers were found to lose within a network."""
+        return max(row.loss or 0.0, 0.0) * self._scale(row)
+
+    def _scale(self, row: Candidate) -> float:
+        return max(self.scaled.get(layer, 1.0) for layer in row.layers)
 
     def _least(self, rows: list[Candidate], gains: list[float], wanted: float) -> list[Candidate]:
         return choose(rows, gains, wanted, [self._alone(row) for row in rows])
@@ -313,10 +316,10 @@ class _Builder:
             harms.append(max(together - self.scores.loss_of(without), 0.0))
         left = max(together - sum(harms), 0.0)
         share = _ratio(left, sum(self._alone(row) for row in rest))
-        for row, harm in zip(harmful, harms, strict=True):
-            self.scaled[row.layers] = self.scaled.get(row.layers, 1.0) * _ratio(harm, self._alone(row))
-        for row in rest:
-            self.scaled[row.layers] = self.scaled.get(row.layers, 1.0) * share
+        shares = [_ratio(harm, self._alone(row)) for row, harm in zip(harmful, harms, strict=True)]
+        for row, times in zip(rows, [*shares, *[share] * len(rest)], strict=True):
+            # also for a pair that holds a layer which was harmful alone, and the other way round
+            self.scaled |= dict.fromkeys(row.layers, self._scale(row) * times)
 
     def _by_macs(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
         """Return the choice of least loss that saves enough MACs, whether it does, and its times."""

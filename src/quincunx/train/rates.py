@@ -70,6 +70,7 @@ def find_rate(
         raise ValueError(f"data: {count} training images; a learning rate is found with at least 2")
     asked = {
         **run_identity(spec_of(model), recipe, data, seed, task),
+        "weights": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
         "factors": list(factors),
         "steps": steps,
     }
