@@ -1,5 +1,7 @@
 """Pairs of images, masks, images made worse on the fly, data sets of the user's own."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,10 @@ def test_values_out_of_range_are_refused(tmp_path):
         load_pairs(tmp_path)
     with pytest.raises(ValueError, match="augment='patches': only images with targets"):
         batches(digits.train, digits, 4, augment="patches")
+
+
+def test_workers_leave_the_signal_of_dead_children_alone():
+    part = Items(Pictures(torch.zeros(3, 8, 8, 3, dtype=torch.uint8)), (8, 8), 3)
+    before = signal.getsignal(signal.SIGCHLD)
+    assert len(list(item_batches(part, [[0], [1, 2]], None, 1))) == 2
+    assert signal.getsignal(signal.SIGCHLD) == before

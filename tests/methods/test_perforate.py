@@ -171,10 +171,11 @@ def test_it_is_published():
     assert [method.sampling for method in candidates_named("perforate")] == [
         THREE_QUARTERS,
         CHESSBOARD,
+        Cosets(3, ((0, 0), (1, 1), (2, 2))),
         QUARTER,
     ]
     assert Perforate().label() == "perforate, 2/4, fitted"
-    assert len(Perforate.sweep("nearest")) == 3
+    assert len(Perforate.sweep("nearest")) == 4
 
 
 @pytest.mark.parametrize("mask", ["impact", "uniform"])

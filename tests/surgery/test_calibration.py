@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import quincunx as qx
 from quincunx.acceleration import search
+from quincunx.measure.tasks import classification
 from quincunx.measure.tasks.classes import class_labels
 from quincunx.surgery.calibration import Calibration
 
@@ -306,7 +307,12 @@ def test_a_search_judges_labels_in_any_form():
         answer = network(x)
     changed = One().eval()
     for labels in (t, t[:, None].float(), F.one_hot(t), t.tolist()):
-        scores = SimpleNamespace(context=SimpleNamespace(data=read(network, (x, labels))), answers=[answer])
+        scores = SimpleNamespace(
+            context=SimpleNamespace(data=read(network, (x, labels))),
+            answers=[answer],
+            counts=[len(answer)],
+            task=classification(),
+        )
         drops.append(search._Builder._drop(SimpleNamespace(scores=scores), changed))
     before, after = ((out.argmax(1) == t).sum() for out in (answer, changed(x)))
     assert drops == [pytest.approx(100 * float(before - after) / 6)] * 4

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
+
+from quincunx.data.workers import read_batches
 
 __all__ = ["Items", "Own", "Pictures", "item_batches"]
 
@@ -188,10 +190,6 @@ def _first_none(targets: Any) -> Any:
     return type(targets)(map(_first_none, targets)) if isinstance(targets, (tuple, list)) else targets
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def item_batches(
     part: Items, order: Sequence[list[int]], key: int | None, workers: int
 ) -> Iterator[tuple[Tensor, Any]]:
@@ -205,6 +203,7 @@ def item_batches(
 
     Raises:
         ValueError: an item that cannot be read.
+        WorkerFailed: a worker died or failed.
 
     Example:
         >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
@@ -212,15 +211,7 @@ def item_batches(
         >>> [x.shape for x, _ in item_batches(part, [[0, 1]], None, 0)]
         [torch.Size([2, 3, 8, 8])]
     """
-    loader = DataLoader(
-        _Batches(part.source, key),
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        # the global generator is the network's
-        generator=torch.Generator(),
-    )
-    for found in loader:
+    for found in read_batches(_Batches(part.source, key), order, workers, "reads items"):
         if isinstance(found, str):
             raise ValueError(found)
         yield found

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from quincunx.data.augment import draws_of_image, photograph
 from quincunx.data.images import ImageEntry, Pixels, centre, decoded
 from quincunx.data.sets import Stream
+from quincunx.data.workers import WorkerFailed, read_batches
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["WorkerFailed", "crops", "default_workers", "readable"]
+
 # at test the shorter side has 256 pixels for a crop of 224
 _MARGIN = 256 / 224
-
-
-class WorkerFailed(RuntimeError):
-    """A process that decodes images died or failed."""
 
 
 def default_workers() -> int:
@@ -69,26 +65,6 @@ class _Photographs(Dataset[Tensor]):
         return decoded(ImageEntry(path, "", None, path), lambda image: photograph(image, side, draws), exif)
 
 
-def _as_it_is(batch: Any) -> Any:
-    """Return the batch: ``__getitems__`` returns whole batches already."""
-    return batch
-
-
-@contextmanager
-def _child_signal_kept() -> Iterator[None]:
-    """Undo a loader's handler for the death of a child process, which raises wherever this process is.
-
-    That could be in the middle of a checkpoint. Waiting for a batch checks the workers anyway.
-    """
-    in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    before = signal.getsignal(signal.SIGCHLD) if in_main else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGCHLD, before)
-
-
 def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: int) -> Iterator[Tensor]:
     """Yield byte images [B, side, side, 3] for each list of image numbers.
 
@@ -103,31 +79,7 @@ def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: i
         ValueError: an unreadable image; the message names it.
         WorkerFailed: a worker died, which is noticed within seconds, or failed.
     """
-    loader = DataLoader(
-        _Photographs(split, key),
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        # the global generator is the network's
-        generator=torch.Generator(),
-    )
-    with _child_signal_kept():
-        iterator = iter(loader)
-    try:
-        for _ in order:
-            found = _next(iterator)
-            if isinstance(found, str):
-                raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
-            yield found
-    finally:
-        # an error's traceback would keep the iterator alive, and with it the workers
-        stop = getattr(iterator, "_shutdown_workers", None)
-        if stop is not None:
-            stop()
-
-
-def _next(iterator: Iterator[Tensor | str]) -> Tensor | str:
-    try:
-        return next(iterator)
-    except RuntimeError as error:
-        raise WorkerFailed(f"a process that decodes images failed: {error}") from error
+    for found in read_batches(_Photographs(split, key), order, workers, "decodes images"):
+        if isinstance(found, str):
+            raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
+        yield found
