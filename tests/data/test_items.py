@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from quincunx.data import batches, degraded, load_data, load_function, load_pairs
-from quincunx.data.items import Pictures
+from quincunx.data.items import Items, Pictures, item_batches
 from quincunx.measure.tasks import read_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
