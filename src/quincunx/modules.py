@@ -28,6 +28,7 @@ __all__ = [
     "padding_of",
     "set_module",
     "surely",
+    "weight_of",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -203,6 +204,11 @@ class Attached(Protocol):
 
     def attach(self, network: nn.Module) -> None:
         """Find the other module; called whenever this module was put in a network."""
+
+
+def weight_of(model: nn.Module) -> float:
+    """Return the sum of a network's absolute weights, which tells it from others of the same structure."""
+    return sum(float(p.detach().double().abs().sum()) for p in model.parameters())
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:

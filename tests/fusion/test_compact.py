@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quincunx as qx
+from helpers.programs import Net
 from quincunx.fusion import program
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.program import Program
@@ -32,26 +33,6 @@ SAMPLINGS = {
     "one position": qx.Random(0.001, 2),
 }
 needs_native = pytest.mark.skipif(backend().name != "native", reason="the reference keeps filled maps")
-
-
-class Net(nn.Module):
-    """A network from a function of its modules, with batch norms that do something."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            self.add_module(name, module)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                nn.init.normal_(module.running_mean, std=0.3)
-                nn.init.uniform_(module.running_var, 0.5, 2)
-                nn.init.normal_(module.weight)
-                nn.init.normal_(module.bias)
-        self.eval()
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 class Called(TorchDispatchMode):

@@ -17,7 +17,7 @@ class Net(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
                 nn.init.normal_(module.running_mean, std=0.3)
                 nn.init.uniform_(module.running_var, 0.5, 2)
                 nn.init.normal_(module.weight)

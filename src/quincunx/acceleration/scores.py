@@ -27,7 +27,7 @@ from quincunx.measure.latency import Timing, measure_models
 from quincunx.measure.tasks import Task, classification
 from quincunx.measure.tasks.structure import tensors_in
 from quincunx.methods.points import worded
-from quincunx.modules import Attached, inference_mode_of, set_module
+from quincunx.modules import Attached, inference_mode_of, set_module, weight_of
 from quincunx.networks.artifact import build_measured
 from quincunx.reading import Entry, bounded, differing_fields, one_line, read_json
 from quincunx.surgery.calibration import MOST_KEPT, Batch, Calibration, Layer
@@ -323,10 +323,9 @@ class Scores:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         layers = [f"{x.name} {x.module} {tuple(x.input_shape or ())[1:]}" for x in self.layers.values()]
-        weights = sum(float(p.detach().double().abs().sum()) for p in self.model.parameters())
         return {
             "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16],
-            "weights": weights,
+            "weights": weight_of(self.model),
             "images": hashlib.sha256("".join(self.marks).encode()).hexdigest()[:16],
             "example": list(self.example.shape),
             **({} if self.dtype is None else {"dtype": str(self.dtype)}),

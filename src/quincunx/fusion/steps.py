@@ -365,9 +365,8 @@ def reference(step: Step, values: dict[str, Tensor], maps: dict[str, Map]) -> No
             out = _made_whole(step, step.filling, out, geometry.grid(*x.shape[2:]))
     if step.shortcut is not None:
         out = step.shortcut.add(out, values[step.shortcut.source])
-        out = apply(step.activation, out, step.slope)
-    else:
-        out = apply(step.activation, out, step.slope, own=True)
+    # what a sum in place returns may be the other map
+    out = apply(step.activation, out, step.slope, own=step.shortcut is None)
     if step.out is not None:
         values[step.out] = out
     if step.out2 is not None:

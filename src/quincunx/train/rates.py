@@ -14,7 +14,7 @@ from torch import nn
 
 from quincunx.data import ImageData, part_with
 from quincunx.measure.tasks.task import Task
-from quincunx.modules import copied
+from quincunx.modules import copied, weight_of
 from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
 from quincunx.train.loop import Diverged, fit, other_part, run_identity
@@ -70,7 +70,7 @@ def find_rate(
         raise ValueError(f"data: {count} training images; a learning rate is found with at least 2")
     asked = {
         **run_identity(spec_of(model), recipe, data, seed, task),
-        "weights": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
+        "weights": weight_of(model),
         "factors": list(factors),
         "steps": steps,
     }
