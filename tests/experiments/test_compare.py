@@ -16,7 +16,6 @@ from quincunx.experiments.compare import (
     Compared,
     compare_methods,
     draw_comparison,
-    on_front,
     with_fronts,
 )
 from quincunx.experiments.espace_paper import (
@@ -30,6 +29,7 @@ from quincunx.experiments.printed import ESPACE
 from quincunx.measure.latency import Timing
 from quincunx.methods.points import Point
 from quincunx.networks.spec import note_factory
+from quincunx.report.figures import on_front
 from quincunx.train.recipes import Recipe
 
 POINTS = [

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quincunx.acceleration.free import SmallerInput
 from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.target import Search
 from quincunx.data import ImageData
@@ -45,7 +46,9 @@ def shared_fits(
     )
 
 
-def fits_folder(folder: Path, method: Method | Search, identity: dict[str, Any]) -> FolderJournal:
+def fits_folder(
+    folder: Path, method: Method | Search | SmallerInput, identity: dict[str, Any]
+) -> FolderJournal:
     after = getattr(method, "after_fits", ())
     settings = {key: value for key, value in identity["method"].items() if key not in after}
     reduced = {**identity, "method": settings}
@@ -55,7 +58,7 @@ def fits_folder(folder: Path, method: Method | Search, identity: dict[str, Any])
 
 def acceleration_identity(
     model: nn.Module,
-    method: Method | Search,
+    method: Method | Search | SmallerInput,
     data: ImageData | None,
     layers: Sequence[str],
     calibration: int,

@@ -16,7 +16,7 @@ from quincunx.measure.tasks.structure import part_of, tensors_in
 from quincunx.modules import inference_mode_of
 from quincunx.train.evaluation import Scored, images_at_once
 
-__all__ = ["loss_on", "mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches"]
+__all__ = ["loss_on", "mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches", "score_on"]
 
 # test accuracy within this many standard deviations of guessing suggests an untrained network
 _CHANCE_DEVIATIONS = 2.0
@@ -63,6 +63,21 @@ def loss_on(
                     target = task.taught_by(original(x))
             total += float(task.losses(model(x), target).sum())
     return total
+
+
+def score_on(
+    model: nn.Module, images: Sequence[tuple[Tensor, Any]], task: Task, original: nn.Module | None
+) -> float:
+    """Return a network's mean score on batches; arguments as for :func:`loss_on`."""
+    total, count = 0.0, 0
+    with inference_mode_of(model):
+        for x, target in images:
+            if task.needs_original and original is not None:
+                with inference_mode_of(original):
+                    target = task.taught_by(original(x))
+            total += float(task.scores(model(x), target).sum())
+            count += len(x)
+    return total / count
 
 
 def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> int:

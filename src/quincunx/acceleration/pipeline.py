@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quincunx.acceleration.baselines import Baselines, Picked, pick
+from quincunx.acceleration.free import FreeChoice, SmallerInput, scaled_inputs, sizes_refused
 from quincunx.acceleration.gain import without_slower
 from quincunx.acceleration.identity import (
     acceleration_identity,
@@ -77,7 +79,7 @@ _ALTERNATIVES = (2 / 3, 1 / 3)
 
 def accelerate_trained(
     model: nn.Module,
-    method: Method | Search,
+    method: Method | Search | SmallerInput,
     data: ImageData,
     out: str | Path,
     *,
@@ -106,7 +108,7 @@ def accelerate_trained(
 
     Args:
         model: a trained network with a spec or a recorded factory; it is not changed.
-        method: such as ``qx.Espace()``, or a search for a target.
+        method: such as ``qx.Espace()``, a search for a target, or a smaller input.
         data: its training images are used to calibrate and fine-tune, its test images to judge. If they have
             no labels the network's own predictions replace them, and a recipe must train on the network's
             outputs only (``distill=1``).
@@ -162,7 +164,7 @@ def accelerate_trained(
 
 def _accelerated(
     original: nn.Module,
-    method: Method | Search,
+    method: Method | Search | SmallerInput,
     data: ImageData,
     out: Path,
     *,
@@ -194,8 +196,11 @@ def _accelerated(
     one = torch.zeros(1, data.in_channels, *data.size)
     judge = partial(score_images, split=data.test, data=data, workers=workers, task=task, original=original)
 
+    size: tuple[int, int] | None = None
+
     def judged(name: str, network: nn.Module) -> JudgedStage:
-        return JudgedStage(name, network, judge, task)
+        with scaled_inputs(network, size):
+            return JudgedStage(name, network, judge, task)
 
     stages = [judged("before", original)]
     doubts = doubts_about(stages[0], data)
@@ -209,10 +214,22 @@ def _accelerated(
         tell(doubt)
     where = where_named(original, layers)
     began = time.perf_counter()
+    picked = Picked()
     if isinstance(method, Search):
-        found = run_search(
-            original, method, images, out, where, one, batch, progress, journal, dtype=dtype, task=task
+        free = Baselines(original, images, one, judged, stages[0], task, batch, dtype)
+        run = partial(
+            run_search, original, images=images, out=out, where=where, one=one, batch=batch, task=task
         )
+        picked = pick(method, free, partial(run, progress=progress, journal=journal))
+        found, dtype, size = cast(Accelerated, picked.found), picked.dtype, picked.size
+    elif isinstance(method, SmallerInput):
+        found, size = (
+            Accelerated(copied(original).eval(), {}, {}),
+            method.size_for((one.shape[2], one.shape[3])),
+        )
+        for reason in sizes_refused(original, images[0][0][:1], [size]).values():
+            raise ValueError(f"{FreeChoice(size=size).name}: {reason}")
+        picked = Picked(found, dtype, size)
     else:
         meant = [n for n, m in original.named_modules() if isinstance(m, method.targets) and where(n, m)]
         with _watched(journal, len(meant), progress) as watched:
@@ -227,12 +244,13 @@ def _accelerated(
         if found.replaced and not keep_slower and not getattr(method, "saves_bytes", False):
             example = torch.randn(batch, *one.shape[1:])
             found = without_slower(original, found, example, rounds=rounds, dtype=dtype)
-    if not found.replaced and (isinstance(method, Search) or not keep_slower):
+    if not found.replaced and size is None and (isinstance(method, Search) or not keep_slower):
         # there is no loss to regain
         recipe = None
     fitting = {"seconds": time.perf_counter() - began, "peak_memory": _peak_resident_bytes()}
     fast = found.model.eval()
-    stages.append(judged("after replacing", fast))
+    what = "after replacing" if size is None else f"at {FreeChoice(size=size).name}"
+    stages.append(judged(what, fast))
     if found.replaced and any(isinstance(m, _BatchNorm) for m in fast.modules()):
         inputs = [x for x, _ in sample_batches(data, normalisation, seed + 1, 100, task)]
         kept = renormalise(fast, images, inputs, task, original)
@@ -241,34 +259,36 @@ def _accelerated(
     diverged, epochs = None, None
     rate = None
     if recipe is not None and recipe.find_lr:
-        rate = find_rate(
-            fast,
-            data,
-            recipe,
-            out / "finetune" / "rate.json",
-            seed=seed,
-            teacher=original if recipe.taught or task.needs_original else None,
-            workers=workers,
-            task=task,
-        )
+        with scaled_inputs(fast, size):
+            rate = find_rate(
+                fast,
+                data,
+                recipe,
+                out / "finetune" / "rate.json",
+                seed=seed,
+                teacher=original if recipe.taught or task.needs_original else None,
+                workers=workers,
+                task=task,
+            )
         recipe = dataclasses.replace(recipe, lr=rate["lr"], find_lr=False)
     if recipe is not None:
         untuned = copied(fast) if keep_diverged or keep_best else None
         try:
-            history = fit(
-                fast,
-                data,
-                recipe,
-                out / "finetune",
-                seed=seed,
-                resume=True,
-                progress="fine-tuning" if progress else False,
-                teacher=original if recipe.taught or task.needs_original else None,
-                workers=workers,
-                stop=_stop_rule(method, stages[0]),
-                keep_best=keep_best,
-                task=task,
-            )["history"]
+            with scaled_inputs(fast, size):
+                history = fit(
+                    fast,
+                    data,
+                    recipe,
+                    out / "finetune",
+                    seed=seed,
+                    resume=True,
+                    progress="fine-tuning" if progress else False,
+                    teacher=original if recipe.taught or task.needs_original else None,
+                    workers=workers,
+                    stop=_stop_rule(method, stages[0]),
+                    keep_best=keep_best,
+                    task=task,
+                )["history"]
             epochs = len(history)
         except Diverged as error:
             if untuned is None or not keep_diverged:
@@ -283,10 +303,22 @@ def _accelerated(
             tuned = judged(f"after fine-tuning (not kept: {shown} after its best epoch)", fast)
         stages.append(tuned)
     sure = isinstance(method, Search)
-    timed = time_record(original, found, one, batch, rounds, progress, sure=sure, dtype=dtype)
+    timed = time_record(
+        original,
+        found,
+        one,
+        batch,
+        rounds,
+        progress,
+        sure=sure,
+        dtype=dtype,
+        size=size,
+        from_float32=picked.gained is not None,
+    )
     put_back = None
     for_time = isinstance(method, Search) or not (keep_slower or getattr(method, "saves_bytes", False))
-    if for_time and found.replaced and (ratio := timed["whole"]["speedup"]["median"]) <= 1:
+    gained = picked.gained or 1.0
+    if for_time and found.replaced and (ratio := timed["whole"]["speedup"]["median"] / gained) <= 1:
         # a network that is no faster does not justify its loss
         put_back = ratio
         reason = f"no gain: the finished network was {ratio:.2f} times as fast as before"
@@ -294,11 +326,21 @@ def _accelerated(
         found = Accelerated(copied(original).eval(), {}, reasons, search=found.search)
         fast = found.model
         stages.append(judged("after putting everything back (it was no faster)", fast))
-        timed = time_record(original, found, one, batch, rounds, progress, dtype=dtype)
+        timed = time_record(
+            original,
+            found,
+            one,
+            batch,
+            rounds,
+            progress,
+            dtype=dtype,
+            from_float32=picked.gained is not None,
+        )
     if dtype is not None and timed["unfused"] is None:
         lower = fuse(fast, dtype, force=True)
         stages.append(judged(f"in {timed['dtype']}", lower))
     packed = BinaryConnect.pack(fast)
+    small = one if size is None else one.new_zeros(*one.shape[:2], *size)
     result = {
         "schema": 1,
         "kind": "accelerate",
@@ -314,24 +356,28 @@ def _accelerated(
         "put_back": put_back,
         "skipped": found.skipped,
         "search": found.search,
+        **picked.to_dict(),
         "recalled": journal.recalled,
         "fitting": fitting,
-        "cost": {key: cost_record(m, one) for key, m in (("before", original), ("after", fast))},
+        "cost": {"before": cost_record(original, one), "after": cost_record(fast, small)},
         "bytes": {key: _weight_bytes(m) for key, m in (("before", original), ("after", packed))},
         **timed,
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
         "environment": environment(),
     }
     others: list[dict[str, float]] = []
-    if isinstance(method, Search) and found.search is not None:
+    if isinstance(method, Search) and size is None and method.methods:
         inputs = [x for x, _ in sample_batches(data, normalisation, seed + 1, 100, task)]
-        again = partial(run_search, where=where, one=one, batch=batch, progress=False, dtype=dtype, task=task)
-        others = _alternatives(original, method, images, out, again, judged, task, result, inputs)
+        again = partial(run, progress=False, dtype=dtype)
+        others = _alternatives(original, method, images, again, judged, task, result, inputs, gained)
     result["verdict"] = judge_target(result, others)
+    result["alternatives"] = others
     key = task.scale.key
     info = {"data": data.describe(), f"test_{key}": result["stages"][-1][key]}
     if not task.classifies:
         info["task"] = task.to_dict()
+    if size is not None:
+        info["input"] = list(size)
     save(packed, out / "model", info=info)
     write_json(out / "accelerate.json", result)
     return result
@@ -341,16 +387,17 @@ def _alternatives(
     original: nn.Module,
     method: Search,
     images: list[tuple[Tensor, Any]],
-    out: Path,
     again: Callable[..., Accelerated],
     judged: Callable[[str, nn.Module], JudgedStage],
     task: Task,
     result: dict[str, Any],
     inputs: Sequence[Tensor],
+    gained: float,
 ) -> list[dict[str, float]]:
     """Return what less speed costs if a target's accuracy was missed: "speedup", and "drop" on test images.
 
-    The networks are fitted and judged without fine-tuning; the scores exist already.
+    The networks are fitted and judged without fine-tuning; the scores exist already. ``gained`` is what
+    the number format gains by itself.
     """
     verdict = judge_target(result) or {"parts": ()}
     if all(part["met"] for part in verdict["parts"] if part["what"] == "max_drop"):
@@ -359,20 +406,20 @@ def _alternatives(
     before = result["stages"][0][task.scale.key]
     reached = float(result["whole"]["speedup"]["median"])
     for share in _ALTERNATIVES:
-        wanted = round(1 + share * (reached - 1), 2)
+        wanted = round((1 + share * (reached - 1)) / gained, 2)
         if wanted <= 1:
             break
         less = dataclasses.replace(method, target=Target(speedup=wanted))
         with warnings.catch_warnings():
             # the warning about too few images was given before
             warnings.simplefilter("ignore", UserWarning)
-            other = again(original, less, images, out)
+            other = again(less)
         if not other.replaced or other.search is None:
             break
         if any(isinstance(m, _BatchNorm) for m in other.model.modules()):
             renormalise(other.model, images, inputs, task, original)
         drop = task.scale.lost(before, judged("at less speed", other.model).score)
-        found.append({"speedup": float(other.search["attempts"][-1]["speedup"]), "drop": drop})
+        found.append({"speedup": gained * float(other.search["attempts"][-1]["speedup"]), "drop": drop})
         if drop <= float(method.target.max_drop or 0.0):
             break
     return found
@@ -397,6 +444,7 @@ def _peak_resident_bytes() -> int | None:
 def run_search(
     model: nn.Module,
     method: Search,
+    *,
     images: list[tuple[Tensor, Any]],
     out: Path,
     where: Callable[[str, nn.Module], bool],
@@ -404,7 +452,6 @@ def run_search(
     batch: int,
     progress: bool,
     journal: Journal | None = None,
-    *,
     dry_run: bool = False,
     dtype: torch.dtype | None = None,
     task: Task | None = None,
@@ -456,31 +503,32 @@ def plan_for_target(
         task = task or classification()
         data = label_with(model.eval(), data, task=task)
         judge = partial(score_images, split=data.test, data=data, task=task, original=model)
-        for doubt in doubts_about(JudgedStage("before", model, judge, task), data):
+        before = JudgedStage("before", model, judge, task)
+        for doubt in doubts_about(before, data):
             tell(doubt)
         images = sample_batches(data, calibration, seed, task=task)
         one = torch.zeros(1, data.in_channels, *data.size)
         dtype, refused = format_served(model, torch.randn(batch, *one.shape[1:]), dtype)
         if refused:
             tell(refused)
-        where = where_named(model, layers)
-        found = run_search(
+        free = Baselines(
             model,
-            method,
             images,
-            Path(out),
-            where,
             one,
+            lambda name, network: JudgedStage(name, network, judge, task),
+            before,
+            task,
             batch,
-            progress,
-            dry_run=True,
-            dtype=dtype,
-            task=task,
+            dtype,
         )
-    return found.search or {}
+        run = partial(run_search, model, images=images, out=Path(out), where=where_named(model, layers))
+        picked = pick(
+            method, free, partial(run, one=one, batch=batch, task=task, progress=progress, dry_run=True)
+        )
+    return {**(cast(Accelerated, picked.found).search or {}), **picked.to_dict()}
 
 
-def _stop_rule(method: Method | Search, before: JudgedStage) -> StopRule | None:
+def _stop_rule(method: Method | Search | SmallerInput, before: JudgedStage) -> StopRule | None:
     """Return the rule that stops fine-tuning at an accuracy; None if none was asked for."""
     if not isinstance(method, Search) or method.target.max_drop is None:
         return None

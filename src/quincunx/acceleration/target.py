@@ -13,7 +13,10 @@ from torch import nn
 from quincunx.acceleration.assigned import Assigned
 from quincunx.methods.registry import candidates_named
 
-__all__ = ["Search", "Target"]
+__all__ = ["FREE", "Search", "Target"]
+
+# what a search may be allowed besides methods; neither needs a fit
+FREE = ("format", "size")
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,30 @@ class Search:
         methods: names of methods, or "auto".
         time_budget: seconds of scoring.
         scores: file of the score table; by default ``scores.json`` in the result's folder.
+        free: what it may choose besides methods, and tries first: "format", another number format, and
+            "size", a smaller input.
+
+    Raises:
+        ValueError: nothing to choose from, or something else in ``free``.
     """
 
     target: Target
     methods: tuple[str, ...] = ("auto",)
     time_budget: float | None = None
     scores: Path | None = None
+    free: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.free:
+            if name not in FREE:
+                raise ValueError(f"free={name!r}: expected some of {', '.join(FREE)}")
+        if not (self.methods or self.free):
+            raise ValueError("methods=(): nothing to choose from")
 
     @property
     def name(self) -> str:
         """Return its name in records and messages."""
-        return "+".join(self.methods)
+        return "+".join((*self.free, *self.methods))
 
     @property
     def targets(self) -> tuple[type[nn.Module], ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.acceleration.candidates import pair_name
+from quincunx.acceleration.free import FreeChoice
 from quincunx.acceleration.scores import eager_form
 from quincunx.fusion.fuse import fuse
 from quincunx.measure.cost import cost
@@ -22,7 +23,7 @@ from quincunx.surgery.method import (
     Accelerated,
 )
 
-__all__ = ["time_accelerated", "time_layers", "time_together"]
+__all__ = ["time_accelerated", "time_free", "time_layers", "time_together"]
 
 # approximate duration of a round for a layer: there are many layers, each called some hundred times in all
 _LAYER_SECONDS = 0.01
@@ -111,11 +112,14 @@ def time_record(
     *,
     sure: bool = False,
     dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
+    from_float32: bool = False,
 ) -> dict[str, Any]:
     """Return milliseconds of each replaced layer and of the whole network, before and after, both fused.
 
     If nothing was replaced there is only one network. The whole network is timed for longer if ``sure``,
-    or if it is not clear whether it is faster.
+    or if it is not clear whether it is faster. With ``size`` the network after gets images of that size;
+    with ``from_float32`` the network before is in float32 whatever the format of the one after.
     """
     models = {"before": original, "after": found.model}
     rows = time_layers(
@@ -133,23 +137,29 @@ def time_record(
     if dtype is not None and unfused is None:
         # what the format gains by itself
         forms[_FLOAT32] = fuse(original)
+        if from_float32:
+            forms["before"] = forms.pop(_FLOAT32)
     beside_whole = dict.fromkeys(peers, original)
     shape = (batch, *one.shape[1:])
-    if not found.replaced:
+    same = not found.replaced and size is None and not from_float32
+    if same:
         # a single network, whose two times would differ by chance
         del forms["after"]
-    timings = _measured(forms, shape, rounds, beside_whole)
-    if not found.replaced:
+    timings = _measured(forms, shape, rounds, beside_whole, size)
+    if same:
         timings["after"] = timings["before"]
-    if found.replaced and (sure or not timings["after"].clearly_faster_than(timings["before"])):
-        more = _measured(forms, shape, _MORE_ROUNDS, beside_whole)
+    elif sure or not timings["after"].clearly_faster_than(timings["before"]):
+        more = _measured(forms, shape, _MORE_ROUNDS, beside_whole, size)
         timings = {name: timing.and_more(more[name]) for name, timing in timings.items()}
     whole = _ratio(timings)
     engine = "qx.fuse" if unfused is None else "each layer by qx.fuse, the whole network without it,"
     threads = torch.get_num_threads()
     many = "s" if threads > 1 else ""
     format_name = str(dtype or torch.float32).removeprefix("torch.")
-    how = f"{engine} before and after, {format_name}, channels_last, {threads} thread{many}, batch {batch}"
+    formats = f"float32 before, {format_name} after" if from_float32 else format_name
+    if size is not None:
+        formats += f", input {size[0]} x {size[1]} after"
+    how = f"{engine} before and after, {formats}, channels_last, {threads} thread{many}, batch {batch}"
     found_times = {"layers": rows, "whole": whole, "batch": batch, "how": how, "unfused": unfused}
     return {**found_times, "dtype": format_name}
 
@@ -193,7 +203,7 @@ def time_layers(
                 chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
                 layers = {key: fuse(chain, dtype, force=True) for key, chain in chains.items()}
                 beside = dict.fromkeys(peers, chains["before"])
-                timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside, **options)
+                timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside, None, **options)
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
             bar.update(task, advance=1)
     return rows
@@ -208,6 +218,7 @@ def time_together(
     rounds: int = 11,
     progress: bool = False,
     dtype: torch.dtype | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return seconds of whole networks and each one's speed-up over the original, all timed in turn.
 
@@ -220,6 +231,7 @@ def time_together(
         rounds: how often each network is timed.
         progress: show bars.
         dtype: number format in which networks are timed; see :func:`quincunx.fuse`.
+        sizes: height and width of the images of some, where they are not those of the shape.
     """
     names, found = list(fast), {}
     with progress_bar(progress) as bar:
@@ -228,11 +240,57 @@ def time_together(
             some = names[start : start + _TOGETHER]
             whole = {_ORIGINAL: original, **{name: fast[name]() for name in some}}
             forms, _ = _forms(whole, torch.randn(1, *shape), dtype)
-            timings = _measured(forms, (batch, *shape), rounds, {})
+            inputs = {name: _example(batch, shape, (sizes or {}).get(name)) for name in forms}
+            timings = measure_models(forms, inputs, rounds=rounds)
             for name in some:
                 found[name] = _ratio({"before": timings[_ORIGINAL], "after": timings[name]})
             bar.update(task, advance=len(some))
     return found
+
+
+def time_free(
+    model: nn.Module,
+    choices: Sequence[FreeChoice],
+    shape: Sequence[int],
+    *,
+    batch: int = 8,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[FreeChoice, dict[str, Any]]:
+    """Return seconds of a network in other formats and at other sizes, and its speed-up, all timed in turn.
+
+    Images that are scaled count as decoded at their size: scaling takes no time here.
+
+    Args:
+        model: the network.
+        choices: formats and sizes.
+        shape: (C, H, W) of an image.
+        batch: images of the timed inputs.
+        dtype: number format of the network that they are compared with.
+        options: of :func:`quincunx.measure.latency.measure`, such as ``rounds``.
+
+    Example:
+        >>> net, small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), FreeChoice(size=(24, 24))
+        >>> time_free(net, [small], (3, 32, 32), rounds=3)[small]["speedup"]["median"] > 0
+        True
+    """
+    one = torch.randn(1, *shape)
+    formats = dict.fromkeys([dtype, *(choice.dtype for choice in choices)])
+    forms = {each: _forms({_ORIGINAL: model}, one, each)[0][_ORIGINAL] for each in formats}
+    named = {_ORIGINAL: FreeChoice(dtype), **{choice.name: choice for choice in choices}}
+    timings = measure_models(
+        {name: forms[choice.dtype] for name, choice in named.items()},
+        {name: _example(batch, shape, choice.size) for name, choice in named.items()},
+        **options,
+    )
+    return {
+        choice: _ratio({"before": timings[_ORIGINAL], "after": timings[choice.name]}) for choice in choices
+    }
+
+
+def _example(batch: int, shape: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+    x = torch.randn(batch, shape[0], *(size or shape[1:]))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _chain(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -266,13 +324,15 @@ def _measured(
     shape: tuple[int, ...],
     rounds: int,
     peers: Mapping[str, nn.Module],
+    size: tuple[int, int] | None = None,
     **options: Any,
 ) -> dict[str, Timing]:
-    """Time models, and others run by the named engines, in turn."""
+    """Time models, and others run by the named engines, in turn; the one called "after" at its own size."""
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     others = {name: PEERS[name](model, x, torch.get_num_threads()) for name, model in peers.items()}
-    return measure_models(models, x, others=others, rounds=rounds, **options)
+    inputs = x if size is None else {**dict.fromkeys(models, x), "after": _example(shape[0], shape[1:], size)}
+    return measure_models(models, inputs, others=others, rounds=rounds, **options)
 
 
 def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typer
 
 import quincunx as qx
 from quincunx.acceleration.pipeline import accelerate_trained, plan_for_target
-from quincunx.acceleration.target import Search, Target
+from quincunx.acceleration.target import FREE, Search, Target
 from quincunx.cli.export import print_export
 from quincunx.cli.network import NetworkOptions, Trained, build_own_network, read_artifact
 from quincunx.cli.options import (
@@ -127,6 +127,13 @@ class MethodOptions:
             f"{_LITTLE:g} point of accuracy (--max-drop {_LITTLE:g})."
         ),
     ] = None
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            help=f"With a target, in place of --method: what the search may choose, with commas: "
+            f"{', '.join(FREE)} (a smaller input), which are tried first, and methods."
+        ),
+    ] = None
     sampling: Annotated[
         str | None,
         typer.Option(
@@ -166,6 +173,17 @@ class MethodOptions:
             "--keep-slower", help="Keep replacements that save no time; by default their layers are restored."
         ),
     ] = False
+
+    def allowed(self) -> tuple[str, ...]:
+        """What --allow or --method names, methods by their present names; "auto" where neither is given.
+
+        Raises:
+            ValueError: both are given.
+        """
+        if self.allow is not None and self.method is not None:
+            raise ValueError(f"allow={self.allow!r}: --method names what may be chosen too; leave one out")
+        text = self.allow if self.allow is not None else self.method or "auto"
+        return tuple(name.strip() for name in text.split(","))
 
     def settings(self) -> dict[str, Any]:
         """The method's settings, None where not given.
@@ -239,7 +257,11 @@ def accelerate_command(
         written = None if export_format is None else _export_file(out, export_format, plugin)
         settings, asked, task = method.settings(), target.asked, about.chosen()
         chosen: Method | Search
-        bare = method.method is None and all(value is None for value in settings.values())
+        bare = (
+            method.method is None
+            and method.allow is None
+            and all(value is None for value in settings.values())
+        )
         by_default = bare and all(value is None for value in asked.values())
         if by_default:
             if task.scale.unit != "points":
@@ -251,9 +273,13 @@ def accelerate_command(
         if any(value is not None for value in asked.values()):
             if method.keep_slower:
                 raise ValueError("keep_slower: a search never takes what gains no time; leave it out")
-            chosen = _search(method.method, asked, settings, target.time_budget, target.scores)
+            if "format" in method.allowed() and timing.dtype not in (None, "float32"):
+                raise ValueError(f"dtype={timing.dtype!r}: --allow format chooses it; leave one of them out")
+            chosen = _search(method, asked, settings, target.time_budget, target.scores)
         else:
             target.check_needless()
+            if method.allow is not None:
+                raise ValueError(f"allow={method.allow!r}: needs a target, such as --speedup 2")
             # methods that draw nothing have no seed
             chosen = _method(method.method or "espace", {**settings, "seed": seed or None})
         further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
@@ -390,7 +416,7 @@ def _going_on(out: Path) -> Iterator[None]:
 
 
 def _search(
-    methods: str | None,
+    method: MethodOptions,
     asked: dict[str, Any],
     settings: dict[str, Any],
     time_budget: str | None,
@@ -404,11 +430,20 @@ def _search(
     for key, value in settings.items():
         if value is not None:
             raise ValueError(f"{_OPTIONS.get(key, key)}: a search for a target chooses it; leave it out")
-    names = tuple(name.strip() for name in (methods or "auto").split(","))
-    candidates_named([_noted(name) for name in names])
+    names = method.allowed()
+    free = tuple(name for name in FREE if name in names and method.allow is not None)
+    names = tuple(name for name in names if name not in free)
+    try:
+        candidates_named([_noted(name) for name in names])
+    except ValueError as error:
+        if method.allow is None:
+            raise
+        known = ", ".join((*FREE, "auto", *with_candidates()))
+        raise ValueError(f"allow={method.allow!r}: expected some of {known}, with commas") from error
     if scores is not None and not scores.is_file():
         raise ValueError(f"scores={str(scores)!r}: no such file")
-    return Search(Target(**asked), names, None if time_budget is None else _duration(time_budget), scores)
+    limit = None if time_budget is None else _duration(time_budget)
+    return Search(Target(**asked), names, limit, scores, free)
 
 
 def _duration(text: str) -> float:

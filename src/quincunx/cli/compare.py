@@ -66,9 +66,13 @@ def compare_command(
     finetuning: FineTuningOptions,
     timing: TimingOptions,
     methods: Annotated[
-        str,
-        typer.Option(help=f"Some of {', '.join(SWEEPS)}, separated by commas.", rich_help_panel="Method"),
-    ] = ",".join(METHODS),
+        str | None,
+        typer.Option(
+            help=f"Some of {', '.join(SWEEPS)}, separated by commas; input is a smaller input, masks are "
+            "ESPACE's three kinds. By default all but masks, and input where the task classifies.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     points: Annotated[
         str | None,
         typer.Option(
@@ -94,8 +98,9 @@ def compare_command(
     """
     with bad_input():
         use_threads(threads)
-        chosen = points_named(parse_patterns(methods), parse_patterns(points))
         further, dtype, task = finetuning.chosen(unlabelled), format_named(timing.dtype), about.chosen()
+        every = [*METHODS, *(["input"] if task.classifies else [])]
+        chosen = points_named(parse_patterns(methods) or every, parse_patterns(points))
         check_can_draw()
         check_folder(out)
         found = network.load(seed)

@@ -274,7 +274,8 @@ def print_acceleration(result: dict[str, Any]) -> None:
     for sentence in first:
         say(sentence)
     if not result["layers"] and result.get("put_back") is None:
-        say("Nothing was replaced: the network is as it was.")
+        free = result.get("input") or result.get("format_gain")
+        say("No layer was replaced." if free else "Nothing was replaced: the network is as it was.")
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("layer")
     for column in ("rank", "rates", "response\nerror", "MAC\nratio", "ms\nbefore", "ms\nafter", "speed-up"):

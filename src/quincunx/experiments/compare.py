@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from quincunx.acceleration.free import SmallerInput
 from quincunx.acceleration.identity import trained_identity
 from quincunx.acceleration.journal import check_run
 from quincunx.acceleration.pipeline import accelerate_trained
@@ -30,7 +31,7 @@ from quincunx.methods.registry import ALIASES, METHODS
 from quincunx.networks.artifact import load, save
 from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
-from quincunx.report.figures import Mark, Picture, draw_tradeoff
+from quincunx.report.figures import Mark, Picture, draw_tradeoff, on_front
 from quincunx.train.evaluation import label_with
 from quincunx.train.recipes import Recipe
 from quincunx.writing import write_json
@@ -41,7 +42,6 @@ __all__ = [
     "Point",
     "compare_methods",
     "draw_comparison",
-    "on_front",
     "points_named",
     "with_fronts",
 ]
@@ -134,10 +134,11 @@ def _masks() -> list[Point]:
     return [*Espace.sweep(), *Espace.sweep("uniform"), *drawn]
 
 
-# name -> the points of a method's curve; "masks" are ESPACE's three kinds of masks
+# name -> the points of a method's curve; "masks" are ESPACE's three kinds, "input" smaller images
 SWEEPS: dict[str, Callable[[], list[Point]]] = {
     **{name: method.sweep for name, method in METHODS.items()},
     "masks": _masks,
+    "input": SmallerInput.sweep,
 }
 
 
@@ -239,11 +240,13 @@ def compare_methods(
         raise ValueError("; ".join(dict.fromkeys(refused.values())) or "points: there are none")
     own = spec_of(model)["kind"] == "factory"
     factory = partial(copy.deepcopy, model) if own else None
+    sizes = {folder.name: tuple(result["input"]) for _, folder, result in found if result.get("input")}
     timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress", "dtype")}
     times = time_together(
         model,
         {folder.name: partial(load, folder / "model", factory=factory) for _, folder, _ in found},
         (data.in_channels, *data.size),
+        sizes=sizes,
         **timing,
     )
     rows = with_fronts(
@@ -356,16 +359,3 @@ def draw_comparison(
             marks, same or printed, label, "top-5 accuracy lost (points)"
         )
     return found
-
-
-def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Return which (drop, speed-up) are on the Pareto front: no other is as good in both and better in one.
-
-    Example:
-        >>> on_front([(0.0, 1.5), (1.0, 2.0), (1.0, 1.2)])
-        [True, True, False]
-    """
-    return [
-        not any(d <= drop and s >= speed and (d, s) != (drop, speed) for d, s in points)
-        for drop, speed in points
-    ]

@@ -157,16 +157,18 @@ def measure(
 
 def measure_models(
     models: Mapping[str, nn.Module],
-    example: Tensor,
+    example: Tensor | Mapping[str, Tensor],
     others: Mapping[str, Callable[[], object]] | None = None,
     **options: Any,
 ) -> dict[str, Timing]:
-    """Time networks on one input in evaluation mode without gradients; options as in :func:`measure`.
+    """Time networks on an input in evaluation mode without gradients; options as in :func:`measure`.
 
-    ``others`` are functions to time in turn with them.
+    ``example`` is one input for all, or the input of each by name. ``others`` are functions to time in turn
+    with them.
     """
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(inference_mode_of(model))
-        runs = {name: partial(model, example) for name, model in models.items()}
+        inputs = dict.fromkeys(models, example) if isinstance(example, Tensor) else example
+        runs = {name: partial(model, inputs[name]) for name, model in models.items()}
         return measure({**runs, **(others or {})}, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from quincunx.surgery.method import Method
 from quincunx.writing import file_name
@@ -17,14 +18,14 @@ class Point:
     Attributes:
         series: the line that the point belongs to, such as "espace, impact masks".
         label: of this point on the line, such as "rate 1/4".
-        method: its settings.
+        method: its settings; or what takes the place of a method, such as a smaller input.
         paper: figures that the paper prints for it: "speedup", "drop" (points of error); empty if unknown.
         draw: distinguishes points of one series and label, such as "seed 1"; a figure shows their range.
     """
 
     series: str
     label: str
-    method: Method
+    method: Any
     paper: tuple[tuple[str, float], ...] = ()
     draw: str = ""
 

@@ -11,16 +11,22 @@ from quincunx.networks.spec import lines_to_load, read_spec
 from quincunx.reading import read_json
 from quincunx.report.figures import (
     Dot,
+    Mark,
     Picture,
     draw_candidate_scores,
     draw_layer_times,
     draw_map,
     draw_sampling,
+    draw_tradeoff,
+    on_front,
 )
 from quincunx.report.page import render
 from quincunx.report.results import label_of, speed_words
 from quincunx.report.verdict import (
     asked_in_words,
+    better_for_free,
+    free_in_words,
+    points_lost,
     restored_in_words,
     shortcoming,
     worse,
@@ -55,6 +61,17 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         sentences.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
     if result.get("search"):
         sentences += search_sentences(result["search"])
+    if result.get("format_gain"):
+        sentences.append(
+            f"The search chose {result['dtype']}, by itself {result['format_gain']:.2f} times as fast as "
+            "float32; the times before are those in float32."
+        )
+    if result.get("input"):
+        height, width = result["input"]
+        sentences.append(
+            "The search chose a smaller input: the network is the same, give it images of "
+            f"{height} x {width}."
+        )
     tested = result["data"]["test"]
     scale = scale_in(result)
     for stage in result["stages"]:
@@ -74,6 +91,7 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
         sentences.append(f"{text}.")
     sentences += _further(result)
     sentences += _ended(result)
+    sentences += free_in_words(result)
     slower = [row for row in result["layers"] if row["speedup"]["median"] < 1]
     gained = [row for row in slower if row.get("gain", 0.0) > 1]
     if gained:
@@ -115,6 +133,8 @@ def first_sentences(result: dict[str, Any]) -> list[str]:
         sentences.append(verdict["words"])
         if verdict["next"]:
             sentences.append(f"Next: {verdict['next']}.")
+    free = better_for_free(result)
+    sentences += [free] if free else []
     return sentences + [f"Doubtful: {doubt}" for doubt in result.get("doubts", ())]
 
 
@@ -129,10 +149,9 @@ def search_sentences(record: dict[str, Any], judged: bool = True) -> list[str]:
     last = record["attempts"][-1] if record["attempts"] else None
     asked = asked_in_words(record["target"], scale_in(record))
     sentences = [] if judged else [_prediction(record)]
-    sentences.append(
-        f"{'Asked' if judged else 'Target'}: {asked}. {len(record['candidates'])} candidates, {usable} of "
-        "them faster than what they would replace."
-    )
+    many = len(record["candidates"])
+    tried = f" {many} candidates, {usable} of them faster than what they would replace." if many else ""
+    sentences.append(f"{'Asked' if judged else 'Target'}: {asked}.{tried}")
     if last is not None and last["layers"] and record.get("chosen", True):
         times = [1e3 * last[key] for key in ("before", "predicted", "after")]
         off = 100 * (times[1] / times[2] - 1)
@@ -196,11 +215,13 @@ def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
         model = qx.fuse(qx.load("fast/model", factory=make))
     """
     *imports, loaded = lines_to_load(result["network"], Path(folder) / "model")
+    size = result.get("input")
+    note = f"  # give it images of {size[0]} x {size[1]}" if size else ""
     dtype = result.get("dtype", "float32")
     lower = "" if dtype == "float32" else f", torch.{dtype}"
     fused = loaded if result.get("unfused") else f"qx.fuse({loaded}{lower})"
     first = ["import torch"] if lower and fused != loaded else []
-    return [*first, "import quincunx as qx", *imports, f"model = {fused}"]
+    return [*first, "import quincunx as qx", *imports, f"model = {fused}{note}"]
 
 
 def write_acceleration_report(folder: str | Path) -> Path:
@@ -230,6 +251,7 @@ def write_acceleration_report(folder: str | Path) -> Path:
         sentences=[s for s in acceleration_sentences(result) if s not in first_sentences(result)],
         usage=usage(result, folder),
         times=draw_layer_times(times, f"Time of each layer, batch {result['batch']}"),
+        front=_front(result),
         scores=_scores(result.get("search")),
         masks=_masks(result, read_spec(folder / "model")),
     )
@@ -254,6 +276,28 @@ def _scores(record: dict[str, Any] | None) -> Picture | None:
         if row["why_not"] is None and row["loss"] is not None
     ]
     return draw_candidate_scores(dots) if dots else None
+
+
+def _front(result: dict[str, Any]) -> Picture | None:
+    """Draw the score lost against the speed-up: the result beside what costs nothing, and slower choices."""
+    rows = (result.get("free") or {"rows": ()})["rows"]
+    if not rows:
+        return None
+    scale, stages = scale_in(result), result["stages"]
+    speed = float(result["whole"]["speedup"]["median"])
+    found = [("the network before", "", 1.0, 0.0)]
+    for row in rows:
+        kinds = [] if row["dtype"] == "float32" else [row["dtype"]]
+        series = ", ".join(kinds + ["smaller input"] * (row["size"] is not None))
+        found.append((series, row["name"], float(row["speedup"]["median"]), float(row["drop"])))
+    found += [
+        ("less speed asked, no fine-tuning", f"{other['speedup']:.2f}x", other["speedup"], other["drop"])
+        for other in result.get("alternatives", ())
+    ]
+    found.append(("this network", stages[-1]["name"], speed, points_lost(result)))
+    best = on_front([(drop, gain) for _, _, gain, drop in found])
+    marks = [Mark(*one, front) for one, front in zip(found, best, strict=True)]
+    return draw_tradeoff(marks, [], "speed-up", f"{scale.of_what()} lost ({scale.unit})")
 
 
 def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:

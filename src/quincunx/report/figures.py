@@ -32,6 +32,7 @@ __all__ = [
     "draw_scatter",
     "draw_speedups",
     "draw_tradeoff",
+    "on_front",
 ]
 
 # Okabe and Ito's palette, which colour-blind people can distinguish
@@ -419,6 +420,19 @@ def draw_tradeoff(
         told = ", ".join(f"{gain:g} ({label})" for label, gain in lines)
         note += f" Dotted lines are speed-ups that the paper prints: {told}."
     return _picture(figure, f"{ylabel.capitalize()} against {xlabel}", f"{described}.{note}")
+
+
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Return which (drop, speed-up) are on the Pareto front: no other is as good in both and better in one.
+
+    Example:
+        >>> on_front([(0.0, 1.5), (1.0, 2.0), (1.0, 1.2)])
+        [True, True, False]
+    """
+    return [
+        not any(d <= drop and s >= speed and (d, s) != (drop, speed) for d, s in points)
+        for drop, speed in points
+    ]
 
 
 @_styled

@@ -9,6 +9,8 @@ from quincunx.measure.tasks.scale import ERROR, Scale, scale_in
 
 __all__ = [
     "asked_in_words",
+    "better_for_free",
+    "free_in_words",
     "judge",
     "macs_allowed",
     "points_lost",
@@ -167,7 +169,8 @@ def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list
     record = result["search"]
     left = sum("time budget" in (row["why_not"] or "") for row in record["candidates"])
     advice = [f"a longer --time-budget: {left} candidates were not tried"] if left else []
-    if not record["chosen"] or result.get("put_back") is not None:
+    free = result.get("input") is not None or result.get("format_gain") is not None
+    if not (record["chosen"] or free) or result.get("put_back") is not None:
         return [*advice, f"nothing here saves time; {_ELSE}"]
     if what == "speedup":
         reached = int(20 * part["found"]) / 20
@@ -177,6 +180,47 @@ def _less(what: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> list
     else:
         advice.append(f"--macs {part['found']:.0f} is within reach")
     return advice
+
+
+def better_for_free(result: Mapping[str, Any]) -> str | None:
+    """Return a sentence if a format or a smaller input is as fast as the result and loses no more; else None.
+
+    Example:
+        >>> row = {"name": "input 24 x 24", "size": [24, 24], "speedup": {"median": 1.7}, "drop": 0.5}
+        >>> result = {"free": {"rows": [row]}, "whole": {"speedup": {"median": 1.5}}}
+        >>> better_for_free({**result, "stages": [{"error": 0.1}, {"error": 0.12}]})[:67]
+        'A smaller input is the better answer here: input 24 x 24 is 1.70x a'
+    """
+    scale = scale_in(result)
+    speed, lost = float(result["whole"]["speedup"]["median"]), points_lost(result)
+    better = [row for row in _free_rows(result) if row["speedup"]["median"] >= speed and row["drop"] <= lost]
+    if not better:
+        return None
+    row = max(better, key=lambda row: float(row["speedup"]["median"]))
+    what, allow = ("A smaller input", "size") if row["size"] else ("Another number format", "format")
+    return (
+        f"{what} is the better answer here: {_row_in_words(row, scale)}, this network {speed:.2f}x and "
+        f"{scale.amount(lost, 2)}; --allow {allow} takes it."
+    )
+
+
+def free_in_words(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on what costs nothing to make, beside the result; none where nothing was tried."""
+    told = [_row_in_words(row, scale_in(result)) for row in _free_rows(result)]
+    return [f"Free beside it: {'; '.join(told)}."] if told else []
+
+
+def _free_rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the formats and sizes that were tried and are not the result's own."""
+    rows = (result.get("free") or {"rows": ()})["rows"]
+    own = (result.get("dtype"), result.get("input"))
+    return [row for row in rows if (row.get("dtype"), row["size"]) != own]
+
+
+def _row_in_words(row: Mapping[str, Any], scale: Scale) -> str:
+    speed, lost = float(row["speedup"]["median"]), float(row["drop"])
+    loses = f"loses {scale.amount(lost, 2)}" if lost > 0 else "loses nothing"
+    return f"{row['name']} is {speed:.2f}x as fast and {loses}"
 
 
 def worse(result: Mapping[str, Any]) -> str | None:
