@@ -10,7 +10,7 @@ CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
 KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test lint format setup sanitize fuzz aarch64 amx wheel clean
+.PHONY: demo test lint format setup sanitize fuzz soak aarch64 amx wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
 	@echo "make fuzz     let the reader of program files read 20,000 damaged ones, with sanitisers"
+	@echo "make soak     kill commands at random moments and fill their disk; they must end as if undisturbed"
 	@echo "make amx      run the tests of kernels and fused networks on AMX tiles; fails without them"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
 	@echo "make wheel    build dist/quincunx-*.whl with all kernels, for any Python from 3.10 and no compiler"
@@ -73,6 +74,9 @@ build/asan/%: tests/csrc/%.cpp $(CORE:%=build/asan/%.o)
 # each is refused by a sentence or runs; the seed is another one every day
 fuzz: build/asan/fuzz_program build/seeds
 	build/asan/fuzz_program 20000 $(shell date +%Y%m%d) build/seeds/*
+
+soak: $(STAMP)
+	$(BIN)/python tests/soak/interruptions.py --kills 50 --full-disks 20
 
 .PHONY: fuzz-short
 fuzz-short: build/asan/fuzz_program build/seeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ __all__ = [
     "usage",
     "write_acceleration_report",
 ]
+
+
+# losses that the front shows: so many times the result's own, or so many points
+_SHOWN_LOSS, _SHOWN_POINTS = 3.0, 20.0
 
 
 def acceleration_sentences(result: dict[str, Any]) -> list[str]:
@@ -286,7 +291,9 @@ def _front(result: dict[str, Any]) -> Picture | None:
     scale, stages = scale_in(result), result["stages"]
     speed = float(result["whole"]["speedup"]["median"])
     found = [("the network before", "", 1.0, 0.0)]
-    for row in rows:
+    # a choice that ruins the network would flatten all others
+    most = max(_SHOWN_LOSS * points_lost(result), _SHOWN_POINTS) if scale.unit == "points" else math.inf
+    for row in (row for row in rows if row["drop"] <= most):
         kinds = [] if row["dtype"] == "float32" else [row["dtype"]]
         series = ", ".join(kinds + ["smaller input"] * (row["size"] is not None))
         found.append((series, row["name"], float(row["speedup"]["median"]), float(row["drop"])))
