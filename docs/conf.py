@@ -6,6 +6,7 @@ place on GitHub and on the site.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from docutils.nodes import SkipNode, math, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
+from typer.testing import CliRunner
 
 import quincunx as qx
+from quincunx.cli import app
 
+# lines of help as wide as a phone shows them
+os.environ["COLUMNS"] = "80"
 ROOT = Path(__file__).resolve().parent.parent
 
 project = "quincunx"
@@ -40,7 +45,7 @@ CONTENTS = {
     "Guide": (
         "guide",
         "training-from-scratch",
-        "training",
+        *(["training"] if (ROOT / "docs" / "training.md").exists() else []),
         "tasks",
         "deploying",
         "plugins",
@@ -112,11 +117,15 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-def _add_contents(app: Sphinx, name: str, source: list[str]) -> None:
-    """The navigation belongs to the site alone: GitHub would show it as a block of code."""
+def _add_contents(_: Sphinx, name: str, source: list[str]) -> None:
+    """Add what the site alone has: the navigation, which GitHub would show as code, and texts of help."""
     if name == "docs/api/index":
         below = sorted(path.stem for path in (ROOT / "docs" / "api").glob("*.md") if path.stem != "index")
         source[0] += _navigation(below)
+    if name == "docs/commands":
+        for command in app.registered_commands:
+            said = CliRunner().invoke(app, [str(command.name), "--help"], prog_name="quincunx").stdout
+            source[0] += f"\n## {command.name}\n\n```text\n{said.strip()}\n```\n"
     if name == root_doc:
         for caption, pages in CONTENTS.items():
             source[0] += _navigation([p if p.isupper() else f"docs/{p}" for p in pages], caption)
@@ -127,9 +136,9 @@ def _navigation(pages: list[str], caption: str = "") -> str:
     return f"\n```{{toctree}}\n{options}\n" + "\n".join(pages) + "\n```\n"
 
 
-def _unlink_folders(app: Sphinx, name: str, source: list[str]) -> None:
+def _unlink_folders(sphinx: Sphinx, name: str, source: list[str]) -> None:
     """GitHub shows a folder; a site has no page for it, so that only the words of the link stay."""
-    here = Path(app.env.doc2path(name)).parent
+    here = Path(sphinx.env.doc2path(name)).parent
 
     def kept(link: re.Match[str]) -> str:
         return link[1] if (here / link[2]).is_dir() else link[0]
@@ -144,8 +153,8 @@ def _show_formula(translator: HTML5Translator, node: math | math_block) -> None:
     raise SkipNode
 
 
-def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_html_math_renderer("mathml", (_show_formula, None), (_show_formula, None))
-    app.connect("source-read", _add_contents)
-    app.connect("source-read", _unlink_folders)
+def setup(sphinx: Sphinx) -> dict[str, Any]:
+    sphinx.add_html_math_renderer("mathml", (_show_formula, None), (_show_formula, None))
+    sphinx.connect("source-read", _add_contents)
+    sphinx.connect("source-read", _unlink_folders)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

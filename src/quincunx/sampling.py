@@ -226,7 +226,7 @@ class Uniform(Sampling):
 
     ``"eq8"`` is the paper's rule, with m = max(1, round(rate H W)) and positions counted from 1:
 
-    .. math:: \{a, 2 a, \dots, s a\} \times \{b, 2 b, \dots, s b\}, \quad
+    .. math:: \{a, 2 a, \ldots, s a\} \times \{b, 2 b, \ldots, s b\}, \quad
               s = \lfloor \sqrt m \rfloor,\; a = \lfloor H / \sqrt m \rfloor,\;
               b = \lfloor W / \sqrt m \rfloor
 

@@ -1,9 +1,7 @@
 """``--quiet``, ``--version`` and what the shell completes."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 import quincunx as qx
 from helpers import ROOT
 from helpers.commands import call
+from quincunx.cli import app
 from quincunx.measure import version
 from quincunx.progress import is_silenced, progress_bar, silenced
 
@@ -86,7 +85,8 @@ def test_the_commit_of_a_package_without_a_checkout(monkeypatch, tmp_path):
 
 def test_a_build_says_its_commit(tmp_path):
     """What setup.py writes into wheels, without building one."""
-    code = f"import setuptools; setuptools.setup = lambda **_: None; import setup; setup.write_commit({str(tmp_path)!r})"
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; "
+    code += f"setup.write_commit({str(tmp_path)!r})"
     (tmp_path / "measure").mkdir()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     known = (version.commit() or "").rstrip("+")
@@ -105,30 +105,22 @@ def test_a_build_says_its_commit(tmp_path):
         ("quincunx evaluate x --dtype bf", ["bfloat16"]),
     ],
 )
-def test_the_shell_completes(typed, offered):
-    words = typed.split()
-    environment = {
-        **os.environ,
+def test_the_shell_completes(typed, offered, monkeypatch, capsys):
+    for name, value in {
         "_QUINCUNX_COMPLETE": "complete_bash",
         "COMP_WORDS": typed,
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "quincunx"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.stdout.split() == offered, run.stderr
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        app(prog_name="quincunx")
+    assert capsys.readouterr().out.split() == offered
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_installed_in_the_users_shell(shell, tmp_path):
-    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "quincunx", "--install-completion", shell],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    written = "".join(p.read_text() for p in Path(tmp_path).rglob("*") if p.is_file())
+def test_completion_is_installed_in_the_users_shell(shell, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert call("--install-completion", shell).exit_code == 0
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "_QUINCUNX_COMPLETE" in written

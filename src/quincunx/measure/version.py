@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,10 +50,8 @@ def commit() -> str | None:
 def installed_back_ends() -> list[str]:
     """Return the back ends that are installed; whether one serves a device is what ``qx.backend`` says."""
     found = ["native"] if find_spec("quincunx._native") is not None else []
-    try:
+    with suppress(PackageNotFoundError):
         found.append(f"triton {version('triton')}")
-    except PackageNotFoundError:
-        pass
     return [*found, "reference"]
 
 
