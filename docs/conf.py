@@ -34,7 +34,6 @@ exclude_patterns = [".*", "build", "dist", "results", "runs", "tests"]
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -93,21 +92,19 @@ pygments_dark_style = "monokai"
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_links_external_new_tab = False
-suppress_warnings = ["mystnb.unknown_mime_type"]
 
 # the site works without a network: formulas are MathML, which browsers show by themselves
 html_math_renderer = "mathml"
 
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(ROOT / "build" / "notebooks")
+# what a cache keeps knows only the notebooks, and not the code that they run
+nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
-autosummary_generate = False
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
@@ -153,8 +150,18 @@ def _show_formula(translator: HTML5Translator, node: math | math_block) -> None:
     raise SkipNode
 
 
+def _open_at_readme(sphinx: Sphinx, error: Exception | None) -> None:
+    """A folder of pages is opened at index.html."""
+    if error is None:
+        to = f"{root_doc}.html"
+        text = f'<!doctype html><title>{project}</title><meta http-equiv="refresh" content="0; url={to}">'
+        text += f'<a href="{to}">{to}</a>'
+        Path(sphinx.outdir, "index.html").write_text(text + "\n", encoding="utf-8")
+
+
 def setup(sphinx: Sphinx) -> dict[str, Any]:
     sphinx.add_html_math_renderer("mathml", (_show_formula, None), (_show_formula, None))
     sphinx.connect("source-read", _add_contents)
     sphinx.connect("source-read", _unlink_folders)
+    sphinx.connect("build-finished", _open_at_readme)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

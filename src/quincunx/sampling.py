@@ -63,7 +63,7 @@ class Sampling(ABC):
     @property
     @abstractmethod
     def density(self) -> float:
-        """m / (H W), in (0, 1]: exact for positions, the limit for large grids for rules."""
+        """Return m / (H W), in (0, 1]; exact for positions, the limit for large grids for rules."""
 
     def _describe(self, **fields: Any) -> None:
         """Store the JSON form: operators pass it at every call, so it is made once."""
