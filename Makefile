@@ -47,7 +47,7 @@ test: $(STAMP)
 
 # a warning is an error: a link that leads nowhere, a docstring that is no reStructuredText, a cell that fails
 docs: $(STAMP)
-	$(BIN)/python -m sphinx -W --keep-going -q -c docs -b html . build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -a -E -c docs -b html . build/docs
 	@echo "wrote build/docs/index.html"
 
 lint: $(STAMP)
