@@ -7,6 +7,7 @@ import textwrap
 import warnings
 
 import pytest
+from typer.main import get_command
 
 import quincunx as qx
 from helpers import ROOT
@@ -117,6 +118,37 @@ def test_the_reference_has_every_public_name():
 def test_the_page_of_commands_has_every_verb():
     text = (DOCS / "commands.md").read_text(encoding="utf-8")
     assert [c.name for c in app.registered_commands if f"| `{c.name}` |" not in text] == []
+
+
+def commands(text):
+    """The calls of quincunx in a page's blocks of code: verb and options."""
+    for block in re.findall(r"```(?:\w*)\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            call = re.match(r"(?:torchrun .* -m )?quincunx (\w+)(.*?)(?:#.*)?$", line.strip())
+            if call:
+                yield call[1], re.findall(r"(?<=\s)--?[a-z][\w-]*", call[2])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_commands_have_the_verbs_and_options_that_there_are(path):
+    known = {
+        name: {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, verb in get_command(app).commands.items()
+    }
+    unknown = [
+        (verb, option)
+        for verb, options in commands(path.read_text(encoding="utf-8"))
+        for option in [None, *options]
+        if verb not in known or (option is not None and option not in known[verb])
+    ]
+    assert unknown == []
+
+
+def test_commands_are_found():
+    text = (
+        "```\nquincunx cost rrn20 --sampling 1/4  # --no\ntorchrun x -m quincunx train --a \\\n    --b 1\n```"
+    )
+    assert list(commands(text)) == [("cost", ["--sampling"]), ("train", ["--a", "--b"])]
 
 
 def literals():
