@@ -37,6 +37,8 @@ def test_quiet_leaves_results_alone(photographs, tmp_path):
     assert (loud.exit_code, quiet.exit_code) == (0, 0)
     assert quiet.stderr == ""
     assert "test error" in quiet.stdout
+    before = call("-q", "train", *TINY, "--data", photographs, "--out", tmp_path / "before")
+    assert (before.exit_code, before.stderr) == (0, "")
     # the next call in this process is heard again
     assert not is_silenced()
 

@@ -27,9 +27,10 @@ from quincunx.cli import (
 )
 
 # isort: on
-from quincunx.cli.options import app
+from quincunx.cli.options import Quiet, app
 from quincunx.cli.printing import say, warn_in_one_line
 from quincunx.measure.version import version_line
+from quincunx.progress import silenced
 
 __all__ = ["app", "main"]
 
@@ -42,6 +43,8 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _every_verb(
+    context: typer.Context,
+    quiet: Quiet = False,
     version: Annotated[
         bool,
         typer.Option(
@@ -52,7 +55,7 @@ def _every_verb(
         ),
     ] = False,
 ) -> None:
-    pass
+    context.with_resource(silenced(quiet))
 
 
 def main() -> None:

@@ -329,7 +329,8 @@ def _flat(function: Callable[..., None]) -> Callable[..., None]:
             name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
         }
-        with silenced(quiet):
+        # before the verb or behind it
+        with silenced(quiet or is_silenced()):
             function(**made, **given)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
