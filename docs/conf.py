@@ -83,7 +83,9 @@ html_title = f"quincunx {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
+# of blocks without one; Python would colour the options of commands
+highlight_language = "text"
 html_theme_options = {"navigation_with_keys": False, "top_of_page_buttons": []}
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
