@@ -10,12 +10,13 @@ CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
 KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test lint format setup sanitize fuzz soak aarch64 amx wheel clean
+.PHONY: demo test docs lint format setup sanitize fuzz soak aarch64 amx wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
+	@echo "make docs     make the site of the guide in build/docs, notebooks run; no network is used"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
 	@echo "make fuzz     let the reader of program files read 20,000 damaged ones, with sanitisers"
 	@echo "make soak     kill commands at random moments and fill their disk; they must end as if undisturbed"
@@ -44,6 +45,11 @@ demo: $(STAMP)
 # one process per core; tests that depend on the number of threads set it themselves
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# a warning is an error: a link that leads nowhere, a docstring that is no reStructuredText, a cell that fails
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -a -E -c docs -b html . build/docs
+	@echo "wrote build/docs/index.html"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

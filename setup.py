@@ -9,6 +9,8 @@ QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.modified import newer_group
 
 REQUIRED = os.environ.get("QUINCUNX_REQUIRE_NATIVE", "") not in ("", "0")
@@ -37,6 +41,28 @@ def skip(reason: object) -> None:
     if REQUIRED:
         raise RuntimeError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def write_commit(package: str) -> None:
+    """Write the checkout's commit beside what ``quincunx --version`` reads; without a checkout, nothing."""
+    # unpacked inside of another project's checkout, that project's commit would be found
+    if Path(".git").exists() and shutil.which("git"):
+        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        if done.returncode == 0:
+            Path(package, "measure", "commit.txt").write_text(done.stdout, encoding="utf-8")
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            write_commit(str(Path(self.build_lib, "quincunx")))
+
+
+class SourceDistribution(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        write_commit(str(Path(base_dir, "src", "quincunx")))
 
 
 def with_libraries(base: type[build_ext]) -> type[build_ext]:
@@ -122,4 +148,5 @@ def native() -> dict[str, Any]:
     }
 
 
-setup(**native())
+found = native()
+setup(**{**found, "cmdclass": {**found["cmdclass"], "build_py": BuildPython, "sdist": SourceDistribution}})

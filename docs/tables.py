@@ -259,6 +259,95 @@ def compared(name: str, figure: str = "drop-speed") -> str:
     return f"{table(header, cells)}\n\n{picture}"
 
 
+# networks of the comparisons: the folders with their points, what is counted as lost
+CHOSEN = {
+    "ResNet-20, 32 x 32, one epoch of fine-tuning": (("compared-cifar-resnet20",), "drop"),
+    "resnet18, 128 x 128, two epochs": (
+        ("compared-clothing-resnet18", "compared-clothing-resnet18-sb"),
+        "drop",
+    ),
+    "SqueezeNet, 227 x 227, two epochs, top-5": (("compared-squeezenet",), "top5_drop"),
+}
+
+
+def choose_methods() -> str:
+    """The fastest and the smallest of all settings within a loss, for each network of the comparisons."""
+    cells = []
+    for name, (folders, lost) in CHOSEN.items():
+        rows = [row for folder in folders for row in read(folder, "comparison.json")["rows"]]
+        for allowed in (1, 5):
+            within = [row for row in rows if row[lost] <= allowed]
+            fastest = max(within, key=lambda row: row["speedup"], default=None)
+            smallest = min(within, key=lambda row: row["bytes"], default=None)
+            faster = fastest is not None and fastest["speedup"] > 1
+            small = smallest is not None and smallest["bytes"] < smallest["bytes_before"]
+            cells.append(
+                [
+                    name,
+                    str(allowed),
+                    *((f"{fastest['speedup']:.2f}x", *told(fastest, lost)) if faster else ("none", "", "")),
+                    *(
+                        (f"{smallest['bytes_before'] / smallest['bytes']:.1f}x", *told(smallest, lost))
+                        if small
+                        else ("none", "", "")
+                    ),
+                ]
+            )
+    header = ["network", "points allowed", "fastest", "by", "points lost", "smallest", "by", "points lost"]
+    return table(header, cells)
+
+
+def told(row: dict[str, Any], lost: str) -> tuple[str, str]:
+    return f"{row['series'].partition(',')[0]}, {row['label']}", f"{row[lost]:+.2f}"
+
+
+def choose_formats() -> str:
+    """Blocks in other number formats, dense and at some positions, over the dense one in float32."""
+    dense = ("torch eager", "OpenVINO")
+    shown = {
+        "dense, bfloat16": (
+            "torch eager bfloat16",
+            "torch.compile bfloat16",
+            "OpenVINO bfloat16",
+            "OpenVINO bfloat16, NHWC bfloat16 maps",
+            "rRB",
+        ),
+        "dense, int8 (OpenVINO)": ("OpenVINO int8",),
+        "2/4, float32": ("rSB 2/4 in float32",),
+        "2/4, bfloat16": ("rSB 2/4",),
+        "1/4, bfloat16": ("rSB 1/4",),
+    }
+    cells = []
+    for row in read("bench-blocks-bfloat16.json")["rows"]:
+        if row["threads"] == 1 and row["case"].startswith("rRB"):
+            times = {name: timing["median_s"] for name, timing in row["timings"].items()}
+            base = min(times[name] for name in dense)
+            best = [min(times[name] for name in names) for names in shown.values()]
+            block = row["case"].replace("rRB ", "")
+            cells.append([block, str(row["batch"]), f"{1e3 * base:.2f}", *(f"{base / s:.2f}x" for s in best)])
+    return table(["block", "batch", "dense, float32, ms", *shown], cells)
+
+
+def choose_smaller() -> str:
+    """Networks with bottlenecks against the dense network on smaller images with as many MACs."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in read("bench-networks.json")["rows"]:
+        (candidate, _), *rest = row["candidates"].items()
+        times = {name: timing["median_s"] for name, timing in row["timings"].items()}
+        for name, _ in rest:
+            side = "224 x 224" if row["case"].startswith("sb-resnet") else "32 x 32"
+            gains = (times["ours, dense"] / times[candidate], times["ours, dense"] / times[name])
+            groups.setdefault(side, []).append(gains)
+    cells = []
+    for side, gains in groups.items():
+        own, other = zip(*gains, strict=True)
+        wins = sum(a > b for a, b in gains)
+        spans = [f"{median(v):.2f}x ({min(v):.2f} to {max(v):.2f})" for v in (own, other)]
+        cells.append([side, str(len(gains)), *spans, f"{wins} of {len(gains)}"])
+    header = ["images", "cases", "bottlenecks over dense", "smaller images over dense"]
+    return table([*header, "bottlenecks faster"], cells)
+
+
 def layers(method: str, result: str = "bench-methods.json") -> str:
     """Return one method on single layers: speed-ups over the fastest dense layer, and MAC ratios."""
     cases = []
@@ -594,6 +683,9 @@ def left_by_reason(rows: list[dict[str, Any]]) -> str:
 
 MADE = {
     "demo": demo,
+    "choose-methods": choose_methods,
+    "choose-formats": choose_formats,
+    "choose-smaller": choose_smaller,
     "blocks": lambda: bench("blocks"),
     "perforate-speed": lambda: layers("perforate", "bench-methods-zen5.json"),
     "blocks-bfloat16": lambda: bench("blocks-bfloat16"),

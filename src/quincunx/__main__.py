@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 
 __all__ = ["main"]
 
@@ -18,8 +17,9 @@ _EXTRAS = {
 def main() -> None:
     """Run the console script. Exit code 0; 2 for bad input or a missing extra; 1 for a run that failed."""
     if sys.argv[1:] == ["--version"]:
-        # torch takes seconds to import, and its version is available without
-        sys.stdout.write(f"quincunx {version('quincunx')}, torch {version('torch')}\n")
+        from quincunx.measure.version import version_line
+
+        sys.stdout.write(f"{version_line()}\n")
         return
     try:
         from quincunx.cli import main as run

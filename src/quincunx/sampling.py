@@ -63,7 +63,7 @@ class Sampling(ABC):
     @property
     @abstractmethod
     def density(self) -> float:
-        """m / (H W), in (0, 1]: exact for positions, the limit for large grids for rules."""
+        """Return m / (H W), in (0, 1]; exact for positions, the limit for large grids for rules."""
 
     def _describe(self, **fields: Any) -> None:
         """Store the JSON form: operators pass it at every call, so it is made once."""
@@ -226,7 +226,7 @@ class Uniform(Sampling):
 
     ``"eq8"`` is the paper's rule, with m = max(1, round(rate H W)) and positions counted from 1:
 
-    .. math:: \{a, 2 a, \dots, s a\} \times \{b, 2 b, \dots, s b\}, \quad
+    .. math:: \{a, 2 a, \ldots, s a\} \times \{b, 2 b, \ldots, s b\}, \quad
               s = \lfloor \sqrt m \rfloor,\; a = \lfloor H / \sqrt m \rfloor,\;
               b = \lfloor W / \sqrt m \rfloor
 

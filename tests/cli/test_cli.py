@@ -54,7 +54,7 @@ def test_the_first_help_lists_every_verb_whole():
     for verb in VERBS:
         assert f"\n  {verb} " in text
     assert "..." not in text.partition("Commands:")[2]
-    assert call("--version").stdout.startswith(f"quincunx {qx.__version__}, torch ")
+    assert call("--version").stdout.startswith(f"quincunx {qx.__version__} (commit ")
 
 
 def test_train_evaluate_report(tmp_path):

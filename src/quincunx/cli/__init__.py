@@ -5,10 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Annotated
 
-import torch
 import typer
-
-import quincunx as qx
 
 # the verbs register themselves; help lists them in this order
 # isort: off
@@ -30,25 +27,35 @@ from quincunx.cli import (
 )
 
 # isort: on
-from quincunx.cli.options import app
+from quincunx.cli.options import Quiet, app
 from quincunx.cli.printing import say, warn_in_one_line
+from quincunx.measure.version import version_line
+from quincunx.progress import silenced
 
 __all__ = ["app", "main"]
 
 
 def _version(asked: bool) -> None:
     if asked:
-        say(f"quincunx {qx.__version__}, torch {torch.__version__}")
+        say(version_line())
         raise typer.Exit
 
 
 @app.callback()
 def _every_verb(
+    context: typer.Context,
+    quiet: Quiet = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print version, commit and back ends, and stop.",
+            callback=_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
-    pass
+    context.with_resource(silenced(quiet))
 
 
 def main() -> None:

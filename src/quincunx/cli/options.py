@@ -18,9 +18,11 @@ from torch import nn
 from typer.core import TyperCommand
 
 import quincunx as qx
-from quincunx.cli.printing import complain
+from quincunx.cli.completion import complete_values
+from quincunx.cli.printing import complain, note
 from quincunx.data import ImageData, load_data
 from quincunx.networks.spec import read_spec
+from quincunx.progress import is_silenced, silenced
 from quincunx.train import recipes
 from quincunx.train.loop import ARTIFACT, RunFailed
 
@@ -32,7 +34,7 @@ app = typer.Typer(
     # the mark keeps click from filling the lines up
     epilog="\b\nStart with:\n  quincunx demo\n  quincunx train --help",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,6 +44,15 @@ app = typer.Typer(
 # options of one verb or of several that belong to no group
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Output")
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="No progress and no notes: results, warnings and errors alone.",
+        rich_help_panel="Output",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of initial weights, data order and augmentation.", min=0)]
 Threads = Annotated[int | None, typer.Option(help="Number of threads; by default torch decides.", min=1)]
@@ -96,7 +107,7 @@ class DataOptions:
 
     def read(self, *, unlabelled: bool = False, test_alone: bool = False, quiet: bool = False) -> ImageData:
         """The data set, with a sign of life while it is read; its notes go to standard error."""
-        console = Console(stderr=True, quiet=quiet)
+        console = Console(stderr=True, quiet=quiet or is_silenced())
         with console.status(f"reading {self.data}") as status:
 
             def downloading(done: int, whole: int | None) -> None:
@@ -114,8 +125,8 @@ class DataOptions:
                 test_alone=test_alone,
                 progress=downloading,
             )
-        for note in loaded.notes:
-            Console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
+        for text in loaded.notes:
+            note(text)
         return loaded
 
 
@@ -306,13 +317,21 @@ def _flat(function: Callable[..., None]) -> Callable[..., None]:
             parameters += _options_in(kind)
         else:
             parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+    for parameter in parameters:
+        for option in getattr(parameter.annotation, "__metadata__", ()):
+            complete_values(parameter.name, option)
+    parameters.append(
+        inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    )
 
-    def call(**given: Any) -> None:
+    def call(*, quiet: bool, **given: Any) -> None:
         made = {
             name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
         }
-        function(**made, **given)
+        # before the verb or behind it
+        with silenced(quiet or is_silenced()):
+            function(**made, **given)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

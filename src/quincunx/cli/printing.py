@@ -22,11 +22,13 @@ from quincunx.experiments.reproduce import AgainstPaper, Planned
 from quincunx.experiments.selftest import Finding
 from quincunx.measure.cost import Cost
 from quincunx.measure.tasks.scale import ERROR, Scale
+from quincunx.progress import is_silenced
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
 
 __all__ = [
     "complain",
+    "note",
     "print_acceleration",
     "print_bench",
     "print_compared",
@@ -58,6 +60,11 @@ def complain(message: object) -> None:
 def warn(message: object) -> None:
     """A doubt in one sentence on standard error."""
     Console(stderr=True, soft_wrap=True).print(f"warning: {message}", markup=False, highlight=False)
+
+
+def note(text: str) -> None:
+    """What was done with the input, on standard error; ``--quiet`` leaves it out."""
+    Console(stderr=True, quiet=is_silenced()).print(f"note: {text}", markup=False, highlight=False)
 
 
 def warn_in_one_line(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
-from rich.console import Console
 
 from quincunx.cli.options import DataOptions
+from quincunx.cli.printing import note
 from quincunx.data import ImageData, degraded, load_function, load_pairs
 from quincunx.measure.tasks import READY, Task, classification, named
 from quincunx.networks.spec import check_factory
@@ -165,8 +165,8 @@ class TaskOptions:
                     seed=seed,
                 )
             return loaded
-        for note in loaded.notes:
-            Console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
+        for text in loaded.notes:
+            note(text)
         return loaded
 
 

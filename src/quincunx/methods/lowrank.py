@@ -23,7 +23,7 @@ class LowRank(SeparableFit):
 
     A full fit to data takes n* = max(8 u, 2 C dh dw) samples, positions of images, with
     u = max(K dw, K dh C / O) + 1. With fewer samples n, the minimised error includes
-    (n* / n - 1) s |W - V T|^2, s being the mean variance of an input: the fewer samples, the nearer the
+    (n* / n - 1) s ``||W - V T||^2``, s being the mean variance of an input: the fewer samples, the nearer the
     result is to the weights' own solution. One warning then says how many images all layers would need.
 
     Args:

@@ -258,9 +258,9 @@ def multilabel() -> Task:
     r"""Return the task of several classes at once: outputs and targets [N, classes], a logit and 0 or 1.
 
     The loss is the binary cross-entropy summed over classes; the score of an image is the Jaccard index
-    |A and B| / |A or B| of the classes with a positive logit and those of the target (1 if both are empty),
-    with the share of images whose classes are all right beside it; the distance is the Kullback-Leibler
-    divergence of the classes' probabilities.
+    ``|A and B| / |A or B|`` of the classes with a positive logit and those of the target (1 if both are
+    empty), with the share of images whose classes are all right beside it; the distance is the
+    Kullback-Leibler divergence of the classes' probabilities.
 
     Example:
         >>> multilabel().scores(torch.tensor([[1.0, 2.0, -1.0]]), torch.tensor([[1, 0, 0]])).tolist()
