@@ -94,18 +94,30 @@ MASKS = {
     "residual, fitted": ("fitted", "residual"),
     "uniform, nearest": ("nearest", "uniform"),
     "uniform, fitted": ("fitted", "uniform"),
+    "lattice, fitted": ("fitted", "lattice"),
 }
+# half of the multiply-adds by low rank of two thirds, then masks on both halves or on the second alone
+RATES: tuple[tuple[str, Any], ...] = (("rate 3/4", 0.75), ("rates 1 and 1/2", (1.0, 0.5)))
+
+
+def mask_methods() -> dict[str, Any]:
+    """Low rank and masks at about half of the multiply-adds."""
+    found: dict[str, Any] = {"low rank alone, ranks by layer": qx.LowRank(budget=0.5)}
+    for name, (fill, mask) in MASKS.items():
+        found[f"rank 1/2, rate 1/2: {name}"] = qx.Espace(rank=0.5, rate=0.5, mask=mask, fill=fill)
+    for mask in ("lattice", "residual"):
+        for text, rate in RATES:
+            settings: dict[str, Any] = {"rate": rate, "mask": mask, "fill": "fitted"}
+            found[f"rank 1/3, {text}: {mask}, fitted"] = qx.Espace(rank=1 / 3, **settings)
+            found[f"ranks by layer, {text}: {mask}, fitted"] = qx.Espace(budget=2 / 3, **settings)
+    return found
 
 
 def mask_rows(model: nn.Module, data: ImageData, images: list[Tensor]) -> Iterator[dict[str, Any]]:
-    """All layers of stride 1 at half of their rank, and then at half of their positions."""
+    """All layers of stride 1 with low rank, and then with masks."""
     x = images[0][:1]
     macs = qx.cost(model, x).macs
-    low = {"low rank alone": qx.LowRank(rank=0.5)}
-    methods = {
-        name: qx.Espace(rank=0.5, rate=0.5, mask=mask, fill=fill) for name, (fill, mask) in MASKS.items()
-    }
-    for name, method in {**low, **methods}.items():
+    for name, method in mask_methods().items():
         found = qx.accelerate(model, method, where=stride_one, calibration=images)
         score = evaluate(found.model, data.test, data)
         yield {
@@ -206,7 +218,7 @@ def main() -> None:
     if "masks" in parts:
         for row in mask_rows(model, data, images):
             result["masks"].append(row)
-            print(f"{row['method']:32} {row['wrong']:7.1%} wrong", flush=True)
+            print(f"{row['method']:44} {row['wrong']:7.1%} wrong", flush=True)
             write_json(options.out, result)
     if "layers" in parts:
         for row in layer_rows(model, data, images[: max(1, options.layers // BATCH)], options.layers):
