@@ -328,3 +328,18 @@ def test_espace_on_lattices():
 def test_fills_of_halves_that_do_not_go_together(given):
     with pytest.raises(ValueError, match="fill="):
         EspaceConv2d(4, 6, 3, rank=5, padding=1, masks=(CHESSBOARD, CHESSBOARD), **given)
+
+
+def test_the_curves_of_a_comparison_have_fitted_fills():
+    points = qx.Espace.sweep()
+    assert {point.series for point in points} == {
+        "espace, impact",
+        "espace, residual, fitted",
+        "espace, lattice, fitted",
+    }
+    assert len({point.folder for point in points}) == len(points)
+    assert all((point.method.fill == "fitted") == ("fitted" in point.series) for point in points)
+    assert {point.series for point in qx.Espace.sweep("uniform")} == {"espace, uniform"}
+    # a search's own must serve any size of input
+    assert {method.mask for method in candidates_named("espace")} == {"lattice"}
+    assert candidates_named("espace")[0].label() == "espace, rank 0.333, rate 1 and 0.5, lattice, fitted fill"

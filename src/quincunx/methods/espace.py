@@ -36,12 +36,15 @@ __all__ = ["Espace"]
 RATES = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
 
 
-# with fitted fills: budgets of low rank, rates of both halves, and both in words. Ranks by PCA energies lose
-# far less than equal shares, and one fill less than two
-FITTED: tuple[tuple[float, tuple[float, float], str], ...] = (
-    (2 / 3, (1.0, 0.5), "budget 2/3, rates 1 and 1/2"),
-    (0.5, (1.0, 0.5), "budget 1/2, rates 1 and 1/2"),
-    (0.5, (0.5, 0.5), "budget 1/2, rate 1/2"),
+# with fitted fills: mask, budget of low rank, rates of both halves, and these in words. Ranks by PCA energies
+# lose far less than equal shares. On lattices one fill of half of a map loses less than two of a quarter;
+# masks by impact lose much at half and little at three quarters
+FITTED: tuple[tuple[str, float, tuple[float, float], str], ...] = (
+    ("residual", 2 / 3, (0.75, 0.75), "budget 2/3, rate 3/4"),
+    ("residual", 0.5, (0.75, 0.75), "budget 1/2, rate 3/4"),
+    ("lattice", 2 / 3, (1.0, 0.5), "budget 2/3, rates 1 and 1/2"),
+    ("lattice", 0.5, (1.0, 0.5), "budget 1/2, rates 1 and 1/2"),
+    ("lattice", 0.5, (0.5, 0.5), "budget 1/2, rate 1/2"),
 )
 
 
@@ -180,8 +183,7 @@ class Espace(SeparableFit):
                 text,
                 cls(budget=budget, rate=rates, mask=kind, fill="fitted"),
             )
-            for kind in ("residual", "lattice")
-            for budget, rates, text in FITTED
+            for kind, budget, rates, text in FITTED
         ]
 
     def label(self, pair: bool = False) -> str:
