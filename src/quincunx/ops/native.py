@@ -25,6 +25,7 @@ from quincunx.ops.plan import (
     WindowPlan,
     adjoint_plan,
     collect_plan,
+    fill_adjoint_plan,
     fill_plan,
     forward_plan,
     shift_plan,
@@ -35,11 +36,13 @@ __all__ = [
     "binary_conv",
     "binary_unavailable",
     "collect",
+    "collect_fitted",
     "conv",
     "conv_filled",
     "conv_transpose",
     "conv_weight",
     "fill_fitted",
+    "fill_fitted_weight",
     "filled_by",
     "isa",
     "load",
@@ -303,6 +306,45 @@ def filled_by(
         activation,
     )
     return result
+
+
+def collect_fitted(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tensor:
+    """The kernel that fills, with the tables read backwards; sums are float32 and rounded once."""
+    plan = fill_plan(sampling, z.shape[2], z.shape[3], reach)
+    plan.check(weight.shape, None, z.shape[:2])
+    back = fill_adjoint_plan(sampling, z.shape[2], z.shape[3], reach)
+    wide = weight.detach().float()
+    # without taps no row of coefficients is read, however many there are
+    wide = wide.reshape(plan.count * plan.taps, z.shape[1])
+    wide = torch.cat([wide, wide.new_ones(1, z.shape[1])])
+    result: Tensor = torch.ops.quincunx_native.fitted_fill(
+        z, wide[back.rows], None, None, back.index, back.kinds, (len(plan.computed), 1), 0
+    )
+    return result
+
+
+def fill_fitted_weight(y: Tensor, z: Tensor, sampling: str, reach: int, shape: Sequence[int]) -> Tensor:
+    """A depthwise convolution's gradient for each residue class; sums are float32."""
+    plan = fill_plan(sampling, z.shape[2], z.shape[3], reach)
+    plan.check(shape, None, y.shape)
+    back = fill_adjoint_plan(sampling, z.shape[2], z.shape[3], reach)
+    channels, gradient = y.shape[1], y.new_zeros(tuple(shape), dtype=torch.float32)
+    rows = z.permute(0, 2, 3, 1).flatten(1, 2)
+    if back.classes:
+        y = y.contiguous(memory_format=CHANNELS_LAST)
+    for kind, (members, index) in enumerate(back.classes):
+        here = rows.index_select(1, members).transpose(1, 2).unsqueeze(3)
+        found = torch.ops.quincunx_native.weight_grad(
+            y, here.contiguous(memory_format=CHANNELS_LAST), index, plan.taps, channels
+        )
+        gradient[kind] = found.view(channels, plan.taps).T
+    if not back.classes and plan.taps:
+        # each position has coefficients of its own: nothing is summed but images
+        read, here = y.squeeze(3).transpose(1, 2), rows.index_select(1, plan.skipped).float()
+        for tap, index in enumerate(plan.index[plan.skipped].T):
+            values = read.index_select(1, index.clamp_min(0)).float()
+            gradient[:, tap] = (values * here).sum(0) * (index >= 0)[:, None]
+    return gradient.to(y.dtype)
 
 
 def lookup(
