@@ -174,38 +174,27 @@ def test_the_kernel_is_the_reference(sampling, size, reach, channels):
 @pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
 @cases
 @pytest.mark.parametrize("channels", [1, 17, 64])
-def test_the_adjoints_are_the_references(sampling, size, reach, channels):
+def test_the_adjoint_is_the_references(sampling, size, reach, channels):
     for dtype, eps in ((torch.float32, 2**-19), (torch.bfloat16, 2**-7)):
-        _, y, weight, _ = values(sampling, size, reach, channels, dtype)
-        for z in (
-            torch.randn(2, channels, *size).to(dtype),
-            torch.randn(2, *size, channels).to(dtype).movedim(3, 1),
-        ):
+        _, _, weight, _ = values(sampling, size, reach, channels, dtype)
+        planar = torch.randn(2, channels, *size).to(dtype)
+        for z in (planar, planar.contiguous(memory_format=torch.channels_last)):
             want = reference.collect_fitted(z, weight, sampling.spec, reach)
             got = native.collect_fitted(z, weight, sampling.spec, reach)
             assert got.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(got, want, rtol=eps, atol=8 * eps)
-            want = reference.fill_fitted_weight(y, z, sampling.spec, reach, weight.shape)
-            got = native.fill_fitted_weight(y, z, sampling.spec, reach, weight.shape)
-            torch.testing.assert_close(got, want, rtol=eps, atol=16 * eps)
 
 
 @pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
-def test_training_calls_the_kernels(monkeypatch):
-    """No derivative of a fill in float32 is left to the reference."""
-    for name in ("fill_fitted", "collect_fitted", "fill_fitted_weight"):
-        monkeypatch.setattr(reference, name, None)
-    _, y, weight, bias = (
-        t.requires_grad_() if isinstance(t, torch.Tensor) else t
-        for t in values(*CASES[1], dtype=torch.float32)
-    )
+def test_training_calls_the_kernel(monkeypatch):
+    """The derivative by the sampled map is not left to the reference."""
     sampling, size, reach = CASES[1]
-    calls = []
-    for name in ("collect_fitted", "fill_fitted_weight"):
-        real = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    _, y, weight, bias = values(*CASES[1], dtype=torch.float32)
+    y.requires_grad_()
+    real, calls = native.collect_fitted, []
+    monkeypatch.setattr(native, "collect_fitted", lambda *a: calls.append(a) or real(*a))
     fill_fitted(y, weight, bias, sampling=sampling, size=size, reach=reach).square().sum().backward()
-    assert set(calls) == {"collect_fitted", "fill_fitted_weight"}
+    assert len(calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's remarks on tracing

@@ -42,7 +42,6 @@ __all__ = [
     "conv_transpose",
     "conv_weight",
     "fill_fitted",
-    "fill_fitted_weight",
     "filled_by",
     "isa",
     "load",
@@ -321,30 +320,6 @@ def collect_fitted(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tens
         z, wide[back.rows], None, None, back.index, back.kinds, (len(plan.computed), 1), 0
     )
     return result
-
-
-def fill_fitted_weight(y: Tensor, z: Tensor, sampling: str, reach: int, shape: Sequence[int]) -> Tensor:
-    """A depthwise convolution's gradient for each residue class; sums are float32."""
-    plan = fill_plan(sampling, z.shape[2], z.shape[3], reach)
-    plan.check(shape, None, y.shape)
-    back = fill_adjoint_plan(sampling, z.shape[2], z.shape[3], reach)
-    channels, gradient = y.shape[1], y.new_zeros(tuple(shape), dtype=torch.float32)
-    rows = z.permute(0, 2, 3, 1).flatten(1, 2)
-    if back.classes:
-        y = y.contiguous(memory_format=CHANNELS_LAST)
-    for kind, (members, index) in enumerate(back.classes):
-        here = rows.index_select(1, members).transpose(1, 2).unsqueeze(3)
-        found = torch.ops.quincunx_native.weight_grad(
-            y, here.contiguous(memory_format=CHANNELS_LAST), index, plan.taps, channels
-        )
-        gradient[kind] = found.view(channels, plan.taps).T
-    if not back.classes and plan.taps:
-        # each position has coefficients of its own: nothing is summed but images
-        read, here = y.squeeze(3).transpose(1, 2), rows.index_select(1, plan.skipped).float()
-        for tap, index in enumerate(plan.index[plan.skipped].T):
-            values = read.index_select(1, index.clamp_min(0)).float()
-            gradient[:, tap] = (values * here).sum(0) * (index >= 0)[:, None]
-    return gradient.to(y.dtype)
 
 
 def lookup(

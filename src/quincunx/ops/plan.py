@@ -456,14 +456,11 @@ class FillAdjoint:
         kinds: [m]; the row of ``rows`` that a computed position uses.
         rows: LongTensor [K, T']; for each list of coefficients that computed positions have, rows of the
             coefficients [R T, C] followed by one row of ones, which is the own position's.
-        classes: of cosets, for each row of coefficients its skipped positions (LongTensor) and what they read
-            [n, T]; empty for other samplings, of which each position is a class.
     """
 
     index: Tensor
     kinds: Tensor
     rows: Tensor
-    classes: tuple[tuple[Tensor, Tensor], ...]
 
 
 @_kept
@@ -488,16 +485,10 @@ def fill_adjoint_plan(spec: str, height: int, width: int, reach: int) -> FillAdj
     which = [numbers.setdefault(tuple(row for _, row in found), len(numbers)) for found in readers]
     rows = [[*found, *[own] * (longest - len(found))] for found in numbers]
     places = [[p for p, _ in found] + [-1] * (longest - len(found)) for found in readers]
-    classes: list[tuple[Tensor, Tensor]] = []
-    if isinstance(from_spec(spec), Cosets) and plan.taps:
-        for kind in range(plan.count):
-            members = (plan.kinds == kind).nonzero().flatten()
-            classes.append((members, plan.index[members]))
     return FillAdjoint(
         index=torch.tensor(places, dtype=torch.int32),
         kinds=torch.tensor(which, dtype=torch.int32),
         rows=torch.tensor(rows),
-        classes=tuple(classes),
     )
 
 
