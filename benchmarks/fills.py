@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from quincunx.surgery.replace import prepare, temporarily_replaced
 from quincunx.train.evaluation import evaluate
 from quincunx.writing import write_json
 
-BATCH = 100
 # name of a row: settings
 FILLS: dict[str, dict[str, Any]] = {
     "zero": {"fill": "zero"},
@@ -40,13 +40,13 @@ FILLS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn(data: ImageData, images: int, seed: int) -> list[Tensor]:
+def drawn(data: ImageData, images: int, seed: int, batch_size: int = 100) -> list[Tensor]:
     """Training images as they are, in batches."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for batch, _ in batches(data.train, data, BATCH, generator=generator, augment="none"):
+    for batch, _ in batches(data.train, data, batch_size, generator=generator, augment="none"):
         found.append(batch)
-        if BATCH * len(found) >= images:
+        if batch_size * len(found) >= images:
             break
     return found
 
@@ -146,7 +146,8 @@ def layer_rows(
     model: nn.Module, data: ImageData, images: list[Tensor], seen: int
 ) -> Iterator[dict[str, Any]]:
     """Each convolution alone, fitted on training images and judged on test images."""
-    test = [x for x, _ in batches(data.test, data, BATCH)][: max(1, seen // BATCH)]
+    size = len(images[0])
+    test = [x for x, _ in islice(batches(data.test, data, size), max(1, seen // size))]
     context, layers, _ = prepare(model, Perforate(), calibration=images)
     for depth, layer in enumerate(layers):
         conv = layer.module
@@ -186,6 +187,8 @@ def main() -> None:
     parser.add_argument("--network", default="cifar-resnet20")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--size", type=int, help="pixels of the images' sides, where they differ")
+    parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--images", type=int, default=500, help="calibration images")
     parser.add_argument("--layers", type=int, default=200, help="images for each layer alone")
     parser.add_argument("--parts", default="networks,masks,layers", help="which of these to measure")
@@ -197,14 +200,16 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = weights.load(options.network, options.weights).eval()
     mean, std = weights.normalisation(options.weights)
-    data = replace(load_data(options.data), mean=mean, std=std)
-    images = drawn(data, options.images, options.seed)
+    data = replace(load_data(options.data, size=options.size), mean=mean, std=std)
+    images = drawn(data, options.images, options.seed, options.batch)
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "fills",
         "environment": environment(),
         "network": options.network,
-        "calibration": BATCH * len(images),
+        "calibration": options.batch * len(images),
+        "layers_fitted_on": min(options.layers, options.batch * len(images)),
+        "size": list(images[0].shape[2:]),
         "rows": [],
         "masks": [],
         "layers": [],
@@ -221,7 +226,7 @@ def main() -> None:
             print(f"{row['method']:44} {row['wrong']:7.1%} wrong", flush=True)
             write_json(options.out, result)
     if "layers" in parts:
-        for row in layer_rows(model, data, images[: max(1, options.layers // BATCH)], options.layers):
+        for row in layer_rows(model, data, images[: max(1, options.layers // options.batch)], options.layers):
             result["layers"].append(row)
             print(row["layer"], row["nearest 2/4"], row["fitted 2/4"], flush=True)
             write_json(options.out, result)
