@@ -187,7 +187,6 @@ def main() -> None:
     parser.add_argument("--network", default="cifar-resnet20")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--test-data", type=Path, help="of images to judge on, where data has no test part")
     parser.add_argument("--size", type=int, help="pixels of the images' sides, where they differ")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--images", type=int, default=500, help="calibration images")
@@ -201,9 +200,10 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = weights.load(options.network, options.weights).eval()
     mean, std = weights.normalisation(options.weights)
-    data = replace(
-        load_data(options.data, test_source=options.test_data, size=options.size), mean=mean, std=std
-    )
+    parts = options.parts.split(",")
+    # layers alone are judged on their responses: images need no classes
+    found = load_data(options.data, size=options.size, labelled=parts != ["layers"])
+    data = replace(found, mean=mean, std=std)
     images = drawn(data, options.images, options.seed, options.batch)
     result: dict[str, Any] = {
         "schema": 1,
@@ -217,7 +217,6 @@ def main() -> None:
         "masks": [],
         "layers": [],
     }
-    parts = options.parts.split(",")
     if "networks" in parts:
         for row in network_rows(model, data, images):
             result["rows"].append(row)
