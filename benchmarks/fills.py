@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from quincunx.surgery.replace import prepare, temporarily_replaced
 from quincunx.train.evaluation import evaluate
 from quincunx.writing import write_json
 
-BATCH = 100
 # name of a row: settings
 FILLS: dict[str, dict[str, Any]] = {
     "zero": {"fill": "zero"},
@@ -40,13 +40,13 @@ FILLS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn(data: ImageData, images: int, seed: int) -> list[Tensor]:
+def drawn(data: ImageData, images: int, seed: int, batch_size: int = 100) -> list[Tensor]:
     """Training images as they are, in batches."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for batch, _ in batches(data.train, data, BATCH, generator=generator, augment="none"):
+    for batch, _ in batches(data.train, data, batch_size, generator=generator, augment="none"):
         found.append(batch)
-        if BATCH * len(found) >= images:
+        if batch_size * len(found) >= images:
             break
     return found
 
@@ -94,18 +94,30 @@ MASKS = {
     "residual, fitted": ("fitted", "residual"),
     "uniform, nearest": ("nearest", "uniform"),
     "uniform, fitted": ("fitted", "uniform"),
+    "lattice, fitted": ("fitted", "lattice"),
 }
+# half of the multiply-adds by low rank of two thirds, then masks on both halves or on the second alone
+RATES: tuple[tuple[str, Any], ...] = (("rate 3/4", 0.75), ("rates 1 and 1/2", (1.0, 0.5)))
+
+
+def mask_methods() -> dict[str, Any]:
+    """Low rank and masks at about half of the multiply-adds."""
+    found: dict[str, Any] = {"low rank alone, ranks by layer": qx.LowRank(budget=0.5)}
+    for name, (fill, mask) in MASKS.items():
+        found[f"rank 1/2, rate 1/2: {name}"] = qx.Espace(rank=0.5, rate=0.5, mask=mask, fill=fill)
+    for mask in ("lattice", "residual"):
+        for text, rate in RATES:
+            settings: dict[str, Any] = {"rate": rate, "mask": mask, "fill": "fitted"}
+            found[f"rank 1/3, {text}: {mask}, fitted"] = qx.Espace(rank=1 / 3, **settings)
+            found[f"ranks by layer, {text}: {mask}, fitted"] = qx.Espace(budget=2 / 3, **settings)
+    return found
 
 
 def mask_rows(model: nn.Module, data: ImageData, images: list[Tensor]) -> Iterator[dict[str, Any]]:
-    """All layers of stride 1 at half of their rank, and then at half of their positions."""
+    """All layers of stride 1 with low rank, and then with masks."""
     x = images[0][:1]
     macs = qx.cost(model, x).macs
-    low = {"low rank alone": qx.LowRank(rank=0.5)}
-    methods = {
-        name: qx.Espace(rank=0.5, rate=0.5, mask=mask, fill=fill) for name, (fill, mask) in MASKS.items()
-    }
-    for name, method in {**low, **methods}.items():
+    for name, method in mask_methods().items():
         found = qx.accelerate(model, method, where=stride_one, calibration=images)
         score = evaluate(found.model, data.test, data)
         yield {
@@ -134,7 +146,8 @@ def layer_rows(
     model: nn.Module, data: ImageData, images: list[Tensor], seen: int
 ) -> Iterator[dict[str, Any]]:
     """Each convolution alone, fitted on training images and judged on test images."""
-    test = [x for x, _ in batches(data.test, data, BATCH)][: max(1, seen // BATCH)]
+    size = len(images[0])
+    test = [x for x, _ in islice(batches(data.test, data, size), max(1, seen // size))]
     context, layers, _ = prepare(model, Perforate(), calibration=images)
     for depth, layer in enumerate(layers):
         conv = layer.module
@@ -174,6 +187,8 @@ def main() -> None:
     parser.add_argument("--network", default="cifar-resnet20")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--size", type=int, help="pixels of the images' sides, where they differ")
+    parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--images", type=int, default=500, help="calibration images")
     parser.add_argument("--layers", type=int, default=200, help="images for each layer alone")
     parser.add_argument("--parts", default="networks,masks,layers", help="which of these to measure")
@@ -185,19 +200,23 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = weights.load(options.network, options.weights).eval()
     mean, std = weights.normalisation(options.weights)
-    data = replace(load_data(options.data), mean=mean, std=std)
-    images = drawn(data, options.images, options.seed)
+    parts = options.parts.split(",")
+    # layers alone are judged on their responses: images need no classes
+    found = load_data(options.data, size=options.size, labelled=parts != ["layers"])
+    data = replace(found, mean=mean, std=std)
+    images = drawn(data, options.images, options.seed, options.batch)
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "fills",
         "environment": environment(),
         "network": options.network,
-        "calibration": BATCH * len(images),
+        "calibration": options.batch * len(images),
+        "layers_fitted_on": min(options.layers, options.batch * len(images)),
+        "size": list(images[0].shape[2:]),
         "rows": [],
         "masks": [],
         "layers": [],
     }
-    parts = options.parts.split(",")
     if "networks" in parts:
         for row in network_rows(model, data, images):
             result["rows"].append(row)
@@ -206,10 +225,10 @@ def main() -> None:
     if "masks" in parts:
         for row in mask_rows(model, data, images):
             result["masks"].append(row)
-            print(f"{row['method']:32} {row['wrong']:7.1%} wrong", flush=True)
+            print(f"{row['method']:44} {row['wrong']:7.1%} wrong", flush=True)
             write_json(options.out, result)
     if "layers" in parts:
-        for row in layer_rows(model, data, images[: max(1, options.layers // BATCH)], options.layers):
+        for row in layer_rows(model, data, images[: max(1, options.layers // options.batch)], options.layers):
             result["layers"].append(row)
             print(row["layer"], row["nearest 2/4"], row["fitted 2/4"], flush=True)
             write_json(options.out, result)

@@ -3,8 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import quincunx as qx
+from helpers.programs import examples
+from quincunx.fusion.steps import Step
+from quincunx.ops import backend
 from quincunx.sampling import CHESSBOARD, QUARTER, Positions, Uniform
 
 MASK = Positions(torch.tensor([[(3 * r + 5 * c) % 7 < 3 for c in range(8)] for r in range(8)]))
@@ -78,6 +82,39 @@ def test_one_step_takes_norm_activation_and_shortcut_along():
     assert [step.kind for step in steps] == ["fitted", "fitted", "dense"]
     assert [step.activation for step in steps] == [1, 1, 0]
     assert steps[1].shortcut is not None
+
+
+@pytest.mark.skipif(backend().name != "native", reason="the native back end was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["fitted", "widened", "silu"])
+def test_a_network_with_fitted_fills_is_one_native_call(name, dtype):
+    """Also shortcuts of every second position and of fewer channels, other activations, second outputs."""
+    model, (x,) = examples()[name]
+    with torch.no_grad():
+        want = model(x)
+        fused = qx.fuse(model, dtype, force=True)
+        program = fused.program0
+        program.native_only = True
+        got = fused(x)
+        stages = program._stages_for([x.to(dtype)])
+    assert any(step.filling is not None for step in program.steps)
+    assert all(isinstance(step, Step) for step in program.steps)
+    assert [stage.run.__self__.code[-1] for stage in stages] == [0]  # ends with a convolution
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.skipif(backend().name != "native", reason="the native back end was not built")
+def test_multiply_adds_of_fills_are_counted_in_the_call():
+    model, (x,) = examples()["widened"]
+    fused = qx.fuse(model)
+    fused.program0.native_only = True
+    counts = []
+    for network in (model, fused):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
 
 
 def test_a_compact_map_is_read_through_its_fill():

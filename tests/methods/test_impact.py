@@ -203,9 +203,8 @@ def test_masks_by_eq_8_are_laid_where_the_formula_has_positions():
     even = qx.accelerate(net, qx.Espace(rank=4, rate=(0.25, 0.5), mask="uniform"), example_input=x)
     assert not even.skipped
     assert even.replaced["0"]["mask"] == "uniform"
-    with pytest.raises(
-        ValueError, match="mask='uniform-eq9': expected one of impact, residual, uniform, uniform-eq8"
-    ):
+    expected = "mask='uniform-eq9': expected one of impact, residual, lattice, uniform, uniform-eq8"
+    with pytest.raises(ValueError, match=expected):
         qx.Espace(mask="uniform-eq9")
 
 

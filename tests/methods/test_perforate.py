@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 import quincunx as qx
-from quincunx.methods.fitting.fills import FillMoments, Held, fit_perforated
+from quincunx.layers.build import build_module
+from quincunx.layers.separable import EspaceConv2d, SeparableConv2d
+from quincunx.methods.fitting.fills import FillMoments, Held, conditioner, fit_perforated, refit_kernel
+from quincunx.methods.fitting.halves import fit_halves
+from quincunx.methods.fitting.lattices import LATTICES, lattice_of
 from quincunx.methods.perforate import Perforate
 from quincunx.methods.registry import candidates_named, method_named
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Random, Uniform
@@ -221,3 +225,121 @@ def test_what_only_a_pointwise_convolution_reads_stays_exact():
         torch.testing.assert_close(qx.fuse(found.model, check=x)(x), got, rtol=1e-4, atol=1e-5)
     alone = qx.accelerate(net, qx.Perforate(refits=0), calibration=[x], where=["0"])
     assert alone.replaced["0"]["fill"] == "fitted"
+
+
+def separable_layer(masks, fill="fitted"):
+    """A layer of low rank, the same masked, and pairs whose inputs are not those of the responses."""
+    torch.manual_seed(5)
+    conv, x = nn.Conv2d(4, 6, 3, padding=1), smooth(8, 4, 8, 8)
+    dense = SeparableConv2d(4, 6, 3, rank=5, padding=1)
+    with torch.no_grad():
+        for half in (dense.vertical, dense.horizontal):
+            half.weight.copy_(torch.randn(half.weight.shape) * 0.3)
+    made = EspaceConv2d(4, 6, 3, rank=5, padding=1, masks=masks, fill=fill)
+    made.load_state_dict(dense.state_dict(), strict=False)
+    return dense, made, [(x + 0.3 * smooth(8, 4, 8, 8, seed=1), conv(x).detach())]
+
+
+EVERY = lattice_of(1)
+
+
+@pytest.mark.parametrize(
+    ("masks", "fill"),
+    [
+        ((CHESSBOARD, CHESSBOARD), "fitted"),
+        ((MASK, MASK), "fitted"),
+        ((EVERY, CHESSBOARD), ("nearest", "fitted")),
+        ((THREE_QUARTERS, EVERY), ("fitted", "nearest")),
+    ],
+    ids=["lattices", "masks", "second", "first"],
+)
+def test_the_stages_of_both_halves_never_raise_the_error(masks, fill):
+    dense, made, pairs = separable_layer(masks, fill)
+    record = fit_halves(made, dense, pairs, refits=2)
+    with torch.no_grad():
+        (x, r) = pairs[0]
+        power = (r - r.mean((0, 2, 3), keepdim=True)).square().sum()
+        errors = [float((layer(x) - r).square().sum() / power) for layer in (dense, made)]
+    assert record["stages"][0] == ["low rank", pytest.approx(errors[0], rel=1e-3)]
+    assert record["response_error"] == pytest.approx(errors[1], rel=1e-3)
+    masked = [error for _, error in record["stages"][1:]]
+    assert all(after <= before for before, after in pairwise(masked))
+    # the turns of the first half are what the second half's own fit cannot do
+    assert "first half" in [name for name, _ in record["stages"]]
+    assert masked[-1] < 0.9 * masked[0]
+    assert ("first_half" in record) == (made.vertical.filling is not None)
+
+
+def test_a_step_on_the_first_half_is_least_squares():
+    """Conjugate gradients on as many directions as there are unknowns reach the minimum over that kernel."""
+    dense, made, pairs = separable_layer((CHESSBOARD, CHESSBOARD))
+    made.double()
+    pairs = [(x.double(), r.double()) for x, r in pairs]
+    first, second = made.vertical, made.horizontal
+    vertical = dense.vertical.double()
+    factor = conditioner(first, vertical, [(x, vertical(x)) for x, _ in pairs], 256, 0)
+    refit_kernel(first, pairs, factor, 2 * first.weight.numel(), second)
+    (x, r) = pairs[0]
+    first.weight.grad = None
+    ((second(first(x)) - r).square().sum() / r.square().sum()).backward()
+    assert float(first.weight.grad.abs().max()) < 1e-6
+
+
+def test_lattices_have_their_rates():
+    for text, sampling in LATTICES.items():
+        top, bottom = map(int, text.split("/"))
+        assert sampling.density == top / bottom
+        assert lattice_of(round(top / bottom, 3)) == sampling
+        assert int(sampling.mask(60, 60).sum()) == 3600 * top // bottom
+    assert int(lattice_of(1).mask(5, 5).sum()) == 25
+    with pytest.raises(ValueError, match=r"rate=0.4: mask='lattice' has the rates 1, 3/4, 2/3"):
+        qx.Espace(rate=0.4, mask="lattice")
+
+
+def test_espace_on_lattices():
+    """Each half has the lattice of its rate; one of which nothing is skipped has no fill."""
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
+    images = [smooth(16, 4, 8, 8, seed=s) for s in range(2)]
+    method = qx.Espace(rank=6, rate=(1.0, 0.5), mask="lattice", fill="fitted", reach=2)
+    result = qx.accelerate(network, method, calibration=images)
+    layer = result.model[2]
+    assert layer.masks == (EVERY, CHESSBOARD)
+    assert layer.vertical.filling is None
+    assert layer.horizontal.filling.reach == 2
+    assert layer.spec["fill"] == ["nearest", "fitted"]
+    again = build_module(layer.spec)
+    again.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        want = result.model(images[0])
+        torch.testing.assert_close(again(result.model[:2](images[0])), want)
+        torch.testing.assert_close(qx.fuse(result.model)(images[0]), want, rtol=1e-4, atol=1e-5)
+    whole = qx.Espace(rank=6, rate=1, mask="lattice", fill="fitted")
+    with torch.no_grad():
+        got = qx.accelerate(network, whole, calibration=images).model(images[0])
+        low = qx.accelerate(network, qx.LowRank(rank=6), calibration=images).model(images[0])
+        torch.testing.assert_close(got, low, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"fill": ("nearest",)}, {"fill_reach": 1}, {"fill": ("zero", "nearest"), "fill_sizes": ((8, 8), None)}],
+)
+def test_fills_of_halves_that_do_not_go_together(given):
+    with pytest.raises(ValueError, match="fill="):
+        EspaceConv2d(4, 6, 3, rank=5, padding=1, masks=(CHESSBOARD, CHESSBOARD), **given)
+
+
+def test_the_curves_of_a_comparison_have_fitted_fills():
+    points = qx.Espace.sweep()
+    assert {point.series for point in points} == {
+        "espace, impact",
+        "espace, residual, fitted",
+        "espace, lattice, fitted",
+    }
+    assert len({point.folder for point in points}) == len(points)
+    assert all((point.method.fill == "fitted") == ("fitted" in point.series) for point in points)
+    assert {point.series for point in qx.Espace.sweep("uniform")} == {"espace, uniform"}
+    # a search's own must serve any size of input
+    assert {method.mask for method in candidates_named("espace")} == {"lattice"}
+    assert candidates_named("espace")[0].label() == "espace, rank 0.333, rate 1 and 0.5, lattice, fitted fill"

@@ -171,6 +171,32 @@ def test_the_kernel_is_the_reference(sampling, size, reach, channels):
             torch.testing.assert_close(got, want, rtol=eps, atol=8 * eps)
 
 
+@pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
+@cases
+@pytest.mark.parametrize("channels", [1, 17, 64])
+def test_the_adjoint_is_the_references(sampling, size, reach, channels):
+    for dtype, eps in ((torch.float32, 2**-19), (torch.bfloat16, 2**-7)):
+        _, _, weight, _ = values(sampling, size, reach, channels, dtype)
+        planar = torch.randn(2, channels, *size).to(dtype)
+        for z in (planar, planar.contiguous(memory_format=torch.channels_last)):
+            want = reference.collect_fitted(z, weight, sampling.spec, reach)
+            got = native.collect_fitted(z, weight, sampling.spec, reach)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(got, want, rtol=eps, atol=8 * eps)
+
+
+@pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
+def test_training_calls_the_kernel(monkeypatch):
+    """The derivative by the sampled map is not left to the reference."""
+    sampling, size, reach = CASES[1]
+    _, y, weight, bias = values(*CASES[1], dtype=torch.float32)
+    y.requires_grad_()
+    real, calls = native.collect_fitted, []
+    monkeypatch.setattr(native, "collect_fitted", lambda *a: calls.append(a) or real(*a))
+    fill_fitted(y, weight, bias, sampling=sampling, size=size, reach=reach).square().sum().backward()
+    assert len(calls) == 1
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's remarks on tracing
 def test_compiled_and_traced():
     layer = qx.PerforatedConv2d(3, 4, 3, sampling=CHESSBOARD, padding=1, fill="fitted")

@@ -158,7 +158,8 @@ class MethodOptions:
     mask: Annotated[
         str | None,
         typer.Option(
-            help="espace: which positions to compute: impact, residual, uniform, uniform-eq8 or random."
+            help="espace: which positions to compute: impact, residual, lattice, uniform, uniform-eq8 "
+            "or random."
         ),
     ] = None
     fill: Annotated[

@@ -219,6 +219,10 @@ class FineTuningOptions:
             help="Weight of the squared distance to the original network's last map of each resolution."
         ),
     ] = None
+    first: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps, at the beginning, in which only replaced layers train."),
+    ] = None
 
     def chosen(self, unlabelled: bool = False) -> recipes.Recipe | None:
         """The recipe for so many epochs; None for none.
@@ -242,6 +246,7 @@ class FineTuningOptions:
             precision=self.precision,
             distill=distill,
             distill_features=self.distill_features,
+            first=self.first,
             find_lr=None if self.lr is None else False,
         )
 

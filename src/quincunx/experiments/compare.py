@@ -131,7 +131,7 @@ def _masks() -> list[Point]:
         for rate, text in RATES
         for seed in range(_SEEDS)
     ]
-    return [*Espace.sweep(), *Espace.sweep("uniform"), *drawn]
+    return [*Espace.sweep("impact"), *Espace.sweep("uniform"), *drawn]
 
 
 # name -> the points of a method's curve; "masks" are ESPACE's three kinds, "input" smaller images

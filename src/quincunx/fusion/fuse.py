@@ -470,9 +470,8 @@ class _Absorber:
     def _activated(self, step: Step, node: fx.Node) -> Step | None:
         """A step with the activation that a node is."""
         kind, slope = activation(self.model, node), None
-        # the kernels for GPUs and those that fill have the first ones only
-        simple = step.weight.is_cuda or step.filling is not None
-        if kind == Activation.NONE or (kind > Activation.RELU6 and simple):
+        # the kernels for GPUs have the first ones only
+        if kind == Activation.NONE or (kind > Activation.RELU6 and step.weight.is_cuda):
             return None
         if kind == Activation.LEAKY:
             slope = slope_of(self.model, node, step.weight, step.out_channels)

@@ -10,10 +10,10 @@ between them stay compact in one arena. Between convolutions there may be what e
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quincunx.fusion import launches
 from quincunx.fusion.decisions import decision
 from quincunx.fusion.faster import speed_ratio
+from quincunx.fusion.lines import FLOATS, TABLE, WEIGHTS, Line, Lines, arena, replaced, unwritten
 from quincunx.fusion.steps import (
     Follower,
     Map,
@@ -33,11 +34,8 @@ from quincunx.fusion.steps import (
     parted,
     pool,
     reference,
-    run_fitted,
     settled,
     shape_key,
-    shortcut_rows,
-    tables,
 )
 from quincunx.ops import backend, native, serving
 from quincunx.ops.flops import counted_by
@@ -61,8 +59,6 @@ class Stage:
     spent: frozenset[str] = frozenset()
 
 
-# elements; keeps every map of the arena on its own cache lines
-_ALIGN = 32
 # shapes of inputs that are kept as CUDA graphs
 _MOST_GRAPHS = 16
 # one native call less is worth this much time of a step
@@ -112,6 +108,13 @@ class StepCode(NamedTuple):
     work: int = 0
 
 
+def coded(line: Line, numbers: Mapping[str, int]) -> StepCode:
+    """A line as numbers; ``numbers`` are those of its maps and tensors."""
+    fields = dict.fromkeys(StepCode._fields, -1)
+    fields |= {"residual_channels": 0, "num_taps": 1, "channel_groups": 1, "activation": 0}
+    return StepCode(**(fields | line.values | {"work": line.work} | dict(numbers)))
+
+
 def _in_records(kind: Callable[..., Any], numbers: Sequence[int], length: int) -> list[Any]:
     return [kind(*numbers[at : at + length]) for at in range(0, len(numbers), length)]
 
@@ -126,7 +129,9 @@ def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, 
         out = maps[step.out if step.out >= 0 else step.out2]
         reads = tensors[step.tap_index][0]
         if step.work:
-            total += 2 * inputs[0][0] * out.height * out.width * step.num_taps * out.channels  # a fill
+            # a fill; a class with fewer taps than another counts as many
+            skipped = out.height * out.width - maps[step.x].height * maps[step.x].width
+            total += 2 * inputs[0][0] * skipped * step.num_taps * out.channels
             continue
         total += 2 * inputs[0][0] * reads * maps[step.x].channels * out.channels // step.channel_groups
     return total
@@ -164,126 +169,46 @@ class _Segment:
         values.update(zip(self.outputs, found, strict=True))
 
 
-class _Lines(Protocol):
-    """What an arena is planned for: something that reads maps and writes others."""
+class _Packed(Lines):
+    """With weights as the kernels of this processor read them."""
 
-    @property
-    def reads(self) -> list[str]: ...
-    @property
-    def writes(self) -> list[str]: ...
-
-
-def _arena(
-    steps: Sequence[_Lines], scratch: Sequence[str], maps: dict[str, Map], replaced: dict[str, str]
-) -> dict[str, int]:
-    """First fit: an offset for each map inside the segment, none overlapping one that is still read.
-
-    Args:
-        replaced: maps that lie where another one does, which comes before them in ``scratch``.
-    """
-    # several steps may write one map
-    first = {name: i for i, step in reversed(list(enumerate(steps))) for name in step.writes}
-    last = {name: i for i, step in enumerate(steps) for name in step.reads}
-    offsets: dict[str, int] = {}
-    sizes = {name: -(-maps[name].numel // _ALIGN) * _ALIGN for name in scratch}
-    for name in scratch:
-        if name in replaced:
-            offsets[name] = offsets[replaced[name]]
-            continue
-        busy = sorted(
-            (offsets[other], offsets[other] + sizes[other])
-            for other in offsets
-            if first[other] <= last.get(name, first[name]) and first[name] <= last.get(other, first[other])
-        )
-        at = 0
-        for begin, end in busy:
-            if at + sizes[name] <= begin:
-                break
-            at = max(at, end)
-        offsets[name] = at
-    return offsets
-
-
-def _replaced(steps: Sequence[Step], scratch: Sequence[str], maps: dict[str, Map]) -> dict[str, str]:
-    """Sums that take the place of the shortcut they were made of: its last reader reads each value just
-    before it writes the one that stands there then, so that a residual network needs a map less."""
-    last = {name: i for i, step in enumerate(steps) for name in step.reads}
-    found: dict[str, str] = {}
-    for number, step in enumerate(steps):
-        # lines of a file say nothing about shortcuts
-        shortcut, out = getattr(step, "shortcut", None), step.out or step.out2
-        if shortcut is None or out is None or shortcut.stride > 1 or shortcut.source == step.source:
-            continue
-        source, made = maps[shortcut.source], output(step, maps)
-        same = (source.channels, source.stored, source.fill) == (
-            made.channels,
-            made.stored,
-            "",
-        ) and not made.fill
-        if same and {out, shortcut.source} <= set(scratch) and last[shortcut.source] == number:
-            found[out] = shortcut.source
-    return found
+    def weight_of(self, step: Step) -> Tensor:
+        return native.pack(step.weight, step.groups, step.kind == "transposed")
 
 
 def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _Segment:
     """Tables, packed weights, buffers and code of consecutive steps."""
-    written = [name for step in steps for name in step.writes]
-    read = [name for step in steps for name in step.reads]
-    inputs = list(dict.fromkeys(name for name in read if name not in written))
+    packed = _Packed(maps)
+    for step in steps:
+        packed.step(step)
+    lines, maps = packed.done, packed.maps
+    written = list(dict.fromkeys(name for line in lines for name in line.writes))
     outputs = [name for name in written if name in wanted]
     scratch = [name for name in written if name not in wanted]
-    offsets = _arena(steps, scratch, maps, _replaced(steps, scratch, maps))
-    segment = _Segment(inputs, outputs)
+    offsets = arena(lines, scratch, maps, replaced(lines, scratch, maps))
+    segment = _Segment(unwritten(lines), outputs)
     numbers: dict[str, int] = {}
-    for name in (*inputs, *written):
-        kind = 0 if name in inputs else 2 if name in wanted else 1
+    for name in (*segment.inputs, *written):
+        kind = 0 if name in segment.inputs else 2 if name in wanted else 1
         numbers[name] = len(numbers)
-        height, width = maps[name].stored
-        segment.buffers += BufferCode(kind, maps[name].channels, height, width, offsets.get(name, 0))
+        segment.buffers += BufferCode(kind, maps[name].channels, *maps[name].stored, offsets.get(name, 0))
 
-    known: dict[int, int] = {}
+    known: dict[int, tuple[int, Tensor]] = {}
 
-    def number(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return -1
+    def number(kind: int, tensor: Tensor) -> int:
         if id(tensor) not in known:
-            known[id(tensor)] = len(segment.tensors)
-            segment.tensors.append(tensor)
-        return known[id(tensor)]
+            # held, so that its id stays its own
+            known[id(tensor)] = len(segment.tensors), tensor
+            dtype = {TABLE: torch.int32, FLOATS: torch.float32, WEIGHTS: tensor.dtype}[kind]
+            segment.tensors.append(tensor.detach().to(dtype).contiguous())
+        return known[id(tensor)][0]
 
-    for step in steps:
-        plan, out = tables(step, maps), output(step, maps)
-        residual, rows, channels = -1, None, 0
-        if step.shortcut is not None:
-            source = maps[step.shortcut.source]
-            residual, channels = numbers[step.shortcut.source], source.channels
-            if step.shortcut.stride > 1 or source.fill or out.fill:
-                rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
-        segment.code += StepCode(
-            x=numbers[step.source],
-            weight=number(None if step.kind == "mean" else _packed(step)),
-            bias=number(step.bias),
-            residual=residual,
-            residual_rows=number(rows),
-            residual_channels=channels,
-            scale2=number(step.scale2),
-            shift2=number(step.shift2),
-            tap_index=number(plan.index),
-            rows=number(plan.rows),
-            taps=number(plan.taps),
-            groups=number(plan.groups),
-            out=numbers[step.out] if step.out is not None else -1,
-            out2=numbers[step.out2] if step.out2 is not None else -1,
-            num_taps=step.taps,
-            channel_groups=step.groups,
-            activation=int(step.activation),
-            slope=number(step.slope),
-        )
+    for line in lines:
+        named = {name: getattr(line, name) for name in ("x", "residual", "out", "out2")}
+        maps_of = {name: -1 if other is None else numbers[other] for name, other in named.items()}
+        tensors = {name: number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
+        segment.code += coded(line, maps_of | tensors)
     return segment
-
-
-def _packed(step: Step) -> Tensor:
-    return native.pack(step.weight, step.groups, step.kind == "transposed")
 
 
 # ---------------------------------------------------------------- which back end for a dense step
@@ -574,9 +499,8 @@ class Program(nn.Module):
         segment: list[Step] = []
         for number, step in enumerate(steps):
             alone: Stage | None = None
-            if isinstance(step, Step) and step.filling is not None:
-                run = run_fitted if self._serving() == "native" else _reference_stage
-                alone = Stage(partial(run, step, maps), frozenset(step.reads))
+            if isinstance(step, Step) and step.filling is not None and self._serving() != "native":
+                alone = Stage(partial(_reference_stage, step, maps), frozenset(step.reads))
             elif self._serving() == "triton":
                 alone = Stage(self._launched(step, maps, number in by_torch), frozenset(step.reads))
             elif isinstance(step, Follower):

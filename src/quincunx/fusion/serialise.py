@@ -12,29 +12,37 @@ import operator
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quincunx.fusion.epilogues import Activation
-from quincunx.fusion.program import BufferCode, Program, StepCode, _arena
+from quincunx.fusion.lines import (
+    COPY,
+    FLOATS,
+    TABLE,
+    WEIGHTS,
+    WINDOW_MAX,
+    Line,
+    Lines,
+    arena,
+    replaced,
+    unwritten,
+)
+from quincunx.fusion.program import BufferCode, Program, coded
 from quincunx.fusion.steps import (
     Follower,
     Map,
     Step,
     _second,
     _shared,
-    output,
     pool_window,
-    shortcut_rows,
-    tables,
 )
 from quincunx.modules import surely
 from quincunx.ops import native
-from quincunx.ops.plan import fill_plan, nearest_index, window_plan
+from quincunx.ops.plan import nearest_index, window_plan
 
 __all__ = ["NativePiece", "TorchPiece", "load_program", "pieces", "program_bytes", "programs"]
 
@@ -42,8 +50,6 @@ _MAGIC, _VERSION = b"QUINCUNX", 1
 _HEADER = struct.Struct("<8s2I5II Q12sI")
 _ENTRY = struct.Struct("<2I4qq")
 _LINE = 64
-_TABLE, _FLOATS, _WEIGHTS = 0, 1, 2
-_CONVOLVE, _WINDOW_MAX, _FILL, _COPY, _POINTWISE = range(5)
 _INPUT, _SCRATCH, _OUTPUT = range(3)
 
 
@@ -176,112 +182,29 @@ def load_program(data: bytes | Tensor) -> Callable[..., list[Tensor]]:
 # ---------------------------------------------------------------- from steps to lines
 
 
-@dataclass
-class _Line:
-    """A step of the file: names of maps and tensors in the fields of StepCode."""
-
-    work: int
-    x: str
-    out: str | None = None
-    out2: str | None = None
-    residual: str | None = None
-    tensors: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
-    values: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def reads(self) -> list[str]:
-        return [self.x] + ([self.residual] if self.residual else [])
-
-    @property
-    def writes(self) -> list[str]:
-        return [name for name in (self.out, self.out2) if name is not None]
-
-
-class _Writer:
-    """Collects lines and the functions between them; knows all maps by name, also those that it adds."""
+class _Writer(Lines):
+    """Collects lines and the functions between them."""
 
     def __init__(self, program: Program, maps: Mapping[str, Map]) -> None:
+        super().__init__(maps)
         self.program = program
-        self.maps = dict(maps)
-        self.done: list[_Line | TorchPiece] = []
+        self.parts: list[Line | TorchPiece] = []
         self.flat: set[str] = set()  # maps [N, C, 1, 1] that torch has as [N, C]
         self.weights: dict[int, Tensor] = {}
 
     # ------------------------------------------------ what a program has
 
-    def step(self, step: Step) -> None:
-        if step.filling is not None:
-            return self._fitted(step)
-        plan, out = tables(step, self.maps), output(step, self.maps)
-        line = _Line(_CONVOLVE, step.source, step.out, step.out2)
-        line.tensors = _gather(plan.index, plan.rows, plan.taps, plan.groups)
-        line.values = {"num_taps": step.taps}
-        if step.kind != "mean":
-            line.tensors |= {"weight": (_WEIGHTS, self._plain(step))} | _floats(
-                bias=step.bias, scale2=step.scale2, shift2=step.shift2, slope=step.slope
-            )
-            line.values |= {"channel_groups": step.groups, "activation": int(step.activation)}
-        if step.shortcut is not None:
-            source = self.maps[step.shortcut.source]
-            line.residual = step.shortcut.source
-            line.values["residual_channels"] = source.channels
-            if step.shortcut.stride > 1 or source.fill or out.fill:
-                rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
-                line.tensors["residual_rows"] = (_TABLE, rows)
-        self.done.append(line)
-
-    def _fitted(self, step: Step) -> None:
-        """The sampled convolution, one pass that fills, adds and activates, and a second output."""
-        filling = step.filling
-        assert filling is not None  # noqa: S101  # the caller asked
-        name = step.out or f"{step.out2}.first"
-        size = step.geometry.grid(*self.maps[step.source].size)
-        bias = None if step.bias is None else step.bias.to(step.weight.dtype)
-        bare: dict[str, Any] = {
-            "filling": None,
-            "shortcut": None,
-            "activation": Activation.NONE,
-            "slope": None,
-        }
-        bare |= {"out2": None, "scale2": None, "shift2": None}
-        sampled = replace(step, kind="sampled", bias=bias, out=f"{name}.sampled", **bare)
-        self.maps[f"{name}.sampled"] = output(sampled, self.maps)
-        self.maps[name] = Map(step.out_channels, size)
-        self.step(sampled)
-        residual = None
-        if step.shortcut is not None:
-            residual = self._every(self._whole(step.shortcut.source), step.shortcut.stride)
-        # what the pass cannot take along is a pointwise step behind it
-        behind = step.activation > Activation.RELU6 or (
-            step.shortcut is not None and step.shortcut.padded > 0
-        )
-        filled = self._new(f"{name}.filled", self.maps[name]) if behind else name
-        plan = fill_plan(step.sampling, *size, filling.reach)
-        channels = (0, step.out_channels)
-        plan.check(filling.weight.shape, None if filling.bias is None else filling.bias.shape, channels)
-        line = _Line(_FILL, f"{name}.sampled", filled, residual=None if behind else residual)
-        line.tensors = {"tap_index": (_TABLE, plan.index), "rows": (_TABLE, plan.kinds)}
-        line.tensors |= _floats(weight=filling.weight if plan.taps else None, bias=filling.bias)
-        line.values = {"num_taps": max(1, plan.taps), "activation": 0 if behind else int(step.activation)}
-        self.done.append(line)
-        if behind:
-            self._pointwise(filled, name, residual, step.activation, slope=step.slope)
-        if step.out2 is not None:
-            scales = {"scale": step.scale2, "shift": step.shift2}
-            self.maps[step.out2] = self.maps[name]
-            self._pointwise(name, step.out2, None, Activation.RELU, **scales)
-
     def follower(self, step: Follower) -> None:
         first = self.maps[step.sources[0]]
         if step.kind == "maxpool":
             plan = window_plan(first.fill, pool_window(step, first.size), *first.size)
-            line = _Line(_WINDOW_MAX, step.sources[0], step.out)
-            line.tensors = {"tap_index": (_TABLE, plan.index), "rows": (_TABLE, plan.starts)}
-            self.done.append(line)
+            line = Line(WINDOW_MAX, step.sources[0], step.out)
+            line.tensors = {"tap_index": (TABLE, plan.index), "rows": (TABLE, plan.starts)}
+            self.add(line)
         elif step.kind == "mean":
             height, width = first.size
             index = nearest_index(first.fill, height, width) if first.fill else torch.arange(height * width)
-            self._read(step.sources[0], step.out, index.view(1, -1))
+            self.read(step.sources[0], step.out, index.view(1, -1))
             if not step.keepdim:
                 self.flat.add(step.out)
         elif step.kind == "concat":
@@ -290,15 +213,15 @@ class _Writer:
             simple()
         else:
             shared = step.kind != "sum" and _shared([self.maps[name] for name in step.sources])
-            sources = step.sources if shared else tuple(self._whole(name) for name in step.sources)
-            self.done.append(TorchPiece(step.function, sources, (step.out,)))
+            sources = step.sources if shared else tuple(self.whole(name) for name in step.sources)
+            self.add(TorchPiece(step.function, sources, (step.out,)))
 
     def _concatenate(self, step: Follower) -> None:
         compact = _shared([self.maps[name] for name in step.sources])
         at = 0
-        for name in step.sources if compact else [self._whole(name) for name in step.sources]:
-            line = _Line(_COPY, name, step.out, values={"residual_channels": at})
-            self.done.append(line)
+        for name in step.sources if compact else [self.whole(name) for name in step.sources]:
+            line = Line(COPY, name, step.out, values={"residual_channels": at})
+            self.add(line)
             at += self.maps[name].channels
 
     def _simple(self, step: Follower) -> Callable[[], None] | None:
@@ -312,70 +235,16 @@ class _Writer:
         if len(maps) == 1:
             if isinstance(function, partial) and function.func is _second:
                 scales = {"scale": function.args[0].scale2, "shift": function.args[0].shift2}
-                return partial(self._pointwise, x, out, None, Activation.RELU, **scales)
+                return partial(self.pointwise, x, out, None, Activation.RELU, **scales)
             if target in _RELUS or (isinstance(target, nn.Module) and surely(target, nn.ReLU)):
-                return partial(self._pointwise, x, out, None, Activation.RELU)
+                return partial(self.pointwise, x, out, None, Activation.RELU)
             if isinstance(target, nn.BatchNorm2d) and (found := _affine(target)) is not None:
-                return partial(self._pointwise, x, out, None, 0, scale=found[0], shift=found[1])
+                return partial(self.pointwise, x, out, None, 0, scale=found[0], shift=found[1])
         elif len(maps) == 2 and target in _ADDS:
-            return partial(self._pointwise, x, out, step.sources[1], 0)
+            return partial(self.pointwise, x, out, step.sources[1], 0)
         return None
 
-    # ------------------------------------------------ lines
-
-    def _new(self, name: str, shape: Map) -> str:
-        self.maps[name] = shape
-        return name
-
-    def _pointwise(
-        self,
-        x: str,
-        out: str,
-        residual: str | None,
-        activation: int,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        slope: Tensor | None = None,
-    ) -> None:
-        line = _Line(_POINTWISE, x, out, residual=residual)
-        line.tensors = _floats(scale2=scale, shift2=shift, slope=slope)
-        line.values = {"activation": int(activation)}
-        if residual is not None:
-            line.values["residual_channels"] = self.maps[residual].channels
-        self.done.append(line)
-
-    def _read(self, x: str, out: str, index: Tensor) -> None:
-        """Means of rows of a map; of one row, copies of it."""
-        count, taps = index.shape
-        groups = torch.tensor([[count, taps]])
-        line = _Line(_CONVOLVE, x, out, values={"num_taps": taps})
-        line.tensors = _gather(index, torch.arange(count), torch.arange(taps), groups)
-        self.done.append(line)
-
-    def _whole(self, name: str) -> str:
-        """A map that is stored in compact form, made whole."""
-        shape = self.maps[name]
-        whole = f"{name}.whole"
-        if not shape.fill:
-            return name
-        if whole not in self.maps:
-            self._new(whole, Map(shape.channels, shape.size))
-            self._read(name, whole, nearest_index(shape.fill, *shape.size).view(-1, 1))
-        return whole
-
-    def _every(self, name: str, stride: int) -> str:
-        """Each so many-th position of a whole map, in both directions."""
-        shape, fewer = self.maps[name], f"{name}.every{stride}"
-        if stride == 1:
-            return name
-        if fewer not in self.maps:
-            height, width = shape.size
-            rows = torch.arange(height * width).view(height, width)[::stride, ::stride]
-            self._new(fewer, Map(shape.channels, (rows.shape[0], rows.shape[1])))
-            self._read(name, fewer, rows.reshape(-1, 1))
-        return fewer
-
-    def _plain(self, step: Step) -> Tensor:
+    def weight_of(self, step: Step) -> Tensor:
         """A weight [groups, O / groups, C / groups, taps], the same one for each step that has it."""
         key = id(step.weight)
         if key not in self.weights:
@@ -384,21 +253,24 @@ class _Writer:
             self.weights[key] = (weight.transpose(1, 2) if step.kind == "transposed" else weight).contiguous()
         return self.weights[key]
 
+    def add(self, line: Line | TorchPiece) -> None:
+        self.parts.append(line)
+
     # ------------------------------------------------ pieces
 
     def finished(self) -> list[NativePiece | TorchPiece]:
         wanted: list[str] = []
         for name in self.program.outputs:
-            whole = self._whole(name)
+            whole = self.whole(name)
             if whole in wanted or whole in self.program.inputs:
                 # a result has memory of its own
-                copied = self._new(f"{name}.copy{len(wanted)}", self.maps[whole])
-                self.done.append(_Line(_COPY, whole, copied, values={"residual_channels": 0}))
+                copied = self.new(f"{name}.copy{len(wanted)}", self.maps[whole])
+                self.add(Line(COPY, whole, copied, values={"residual_channels": 0}))
                 whole = copied
             wanted.append(whole)
         renamed = dict(zip(wanted, self.program.outputs, strict=True))
-        runs: list[list[_Line] | TorchPiece] = []
-        for line in self.done:
+        runs: list[list[Line] | TorchPiece] = []
+        for line in self.parts:
             if isinstance(line, TorchPiece):
                 runs.append(line)
             elif runs and isinstance(runs[-1], list):
@@ -419,7 +291,7 @@ class _Writer:
                     if isinstance(other, TorchPiece)
                     else {name for line in other for name in line.reads}
                 )
-            inputs = _unwritten(run) if len(runs) > 1 else list(self.program.inputs)
+            inputs = unwritten(run) if len(runs) > 1 else list(self.program.inputs)
             written = list(dict.fromkeys(name for line in run for name in line.writes))
             outputs = [name for name in written if name in later] if len(runs) > 1 else wanted
             data = self._bytes(run, inputs, outputs)
@@ -439,26 +311,10 @@ class _Writer:
             )
         return result
 
-    def _replaced(self, lines: Sequence[_Line], scratch: Sequence[str]) -> dict[str, str]:
-        """Sums that take the place of what was added, as the fused network has them."""
-        last = {name: i for i, line in enumerate(lines) for name in line.reads}
-        found: dict[str, str] = {}
-        for number, line in enumerate(lines):
-            added, out = line.residual, line.out or line.out2
-            if added is None or out is None or added == line.x or "residual_rows" in line.tensors:
-                continue
-            same = (self.maps[added].channels, self.maps[added].stored) == (
-                self.maps[out].channels,
-                self.maps[out].stored,
-            )
-            if same and {out, added} <= set(scratch) and last[added] == number:
-                found[out] = added
-        return found
-
-    def _bytes(self, lines: Sequence[_Line], inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    def _bytes(self, lines: Sequence[Line], inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
         written = dict.fromkeys(name for line in lines for name in line.writes)
         scratch = [name for name in written if name not in outputs]
-        offsets = _arena(lines, scratch, self.maps, self._replaced(lines, scratch))
+        offsets = arena(lines, scratch, self.maps, replaced(lines, scratch, self.maps))
         numbers = {name: number for number, name in enumerate((*inputs, *outputs, *scratch))}
         kinds = [_INPUT] * len(inputs) + [_OUTPUT] * len(outputs) + [_SCRATCH] * len(scratch)
         buffers: list[int] = []
@@ -468,14 +324,10 @@ class _Writer:
         found = _Tensors()
         code: list[int] = []
         for line in lines:
-            fields = dict.fromkeys(StepCode._fields, -1)
-            fields |= {"residual_channels": 0, "num_taps": 1, "channel_groups": 1, "activation": 0}
-            fields |= line.values | {"work": line.work, "x": numbers[line.x]}
-            for name in ("out", "out2", "residual"):
-                if (other := getattr(line, name)) is not None:
-                    fields[name] = numbers[other]
-            fields |= {name: found.number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
-            code += StepCode(**fields)
+            named = {name: getattr(line, name) for name in ("x", "residual", "out", "out2")}
+            maps_of = {name: -1 if other is None else numbers[other] for name, other in named.items()}
+            tensors = {name: found.number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
+            code += coded(line, maps_of | tensors)
         ranks = [2 if name in self.flat else 4 for name in outputs]
         counts = (len(inputs), len(outputs), len(kinds), len(lines), len(found.all))
         return _packed_file(self.program.dtype, counts, [*ranks, *buffers, *code], found.all)
@@ -494,24 +346,6 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
     mean = norm.running_mean if norm.running_mean is not None else torch.zeros_like(scale)
     shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
     return scale.float(), shift.float()
-
-
-def _gather(index: Tensor, rows: Tensor, taps: Tensor, groups: Tensor) -> dict[str, tuple[int, Tensor]]:
-    found = {"tap_index": index, "rows": rows, "taps": taps, "groups": groups}
-    return {name: (_TABLE, tensor) for name, tensor in found.items()}
-
-
-def _floats(**tensors: Tensor | None) -> dict[str, tuple[int, Tensor]]:
-    return {name: (_FLOATS, tensor) for name, tensor in tensors.items() if tensor is not None}
-
-
-def _unwritten(lines: Sequence[_Line]) -> list[str]:
-    written: set[str] = set()
-    found: list[str] = []
-    for line in lines:
-        found += [name for name in line.reads if name not in written and name not in found]
-        written |= set(line.writes)
-    return found
 
 
 def _named(names: Sequence[str], renamed: Mapping[str, str]) -> tuple[str, ...]:
@@ -537,7 +371,7 @@ class _Tensors:
 
 
 def _content(kind: int, tensor: Tensor) -> bytes:
-    dtype = {_TABLE: torch.int32, _FLOATS: torch.float32, _WEIGHTS: tensor.dtype}[kind]
+    dtype = {TABLE: torch.int32, FLOATS: torch.float32, WEIGHTS: tensor.dtype}[kind]
     plain = tensor.detach().to("cpu", dtype).contiguous()
     return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 

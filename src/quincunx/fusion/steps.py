@@ -47,7 +47,6 @@ __all__ = [
     "pool",
     "pool_window",
     "reference",
-    "run_fitted",
     "settled",
     "shape_key",
     "shortcut_rows",
@@ -377,36 +376,6 @@ def _made_whole(step: Step, filling: Filling, y: Tensor, size: tuple[int, int]) 
     weight, bias = filling.weight.to(y.dtype), None if filling.bias is None else filling.bias.to(y.dtype)
     whole: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, step.sampling, size, filling.reach)
     return whole
-
-
-def run_fitted(step: Step, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
-    """A "fitted" step by the native kernels: the sampled convolution, then all the rest in one pass.
-
-    Adds its outputs to ``values``.
-    """
-    filling, source, geometry = step.filling, maps[step.source], step.geometry
-    if filling is None:
-        raise ValueError(f"step {step.out or step.out2}: no filling")
-    bias = None if step.bias is None else step.bias.to(step.weight.dtype)
-    where = (step.sampling, geometry.stride, geometry.padding, geometry.dilation, step.groups)
-    x = values[step.source]
-    if source.fill:
-        y = torch.ops.quincunx.conv_filled(x, step.weight, bias, source.fill, source.size, *where)
-    else:
-        y = torch.ops.quincunx.conv(x, step.weight, bias, *where)
-    residual = None
-    if step.shortcut is not None:
-        local = {step.shortcut.source: values[step.shortcut.source]}
-        fill_maps([(step.shortcut.source, maps[step.shortcut.source])], local)
-        residual = step.shortcut.of(local[step.shortcut.source])
-    size = geometry.grid(*source.size)
-    out = native.filled_by(
-        y, filling.weight, filling.bias, step.sampling, size, filling.reach, residual, step.activation
-    )
-    if step.out is not None:
-        values[step.out] = out
-    if step.out2 is not None:
-        values[step.out2] = _second(step, out)
 
 
 def _second(step: Step, out: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class EspaceConv2d(ConvLike):
         resize_masks: whether explicit positions may be used on another grid, each of its positions
             taking the nearest one of the mask's grid. Otherwise such a grid is an error; random and
             uniform masks are drawn for any grid.
-        fill: of both maps, as :class:`PerforatedConv2d` has it.
+        fill: of both maps, as :class:`PerforatedConv2d` has it, or a pair for the two.
         fill_reach, fill_sizes: of a fitted fill, as there; the sizes of both grids.
 
     Raises:
@@ -216,7 +216,7 @@ class EspaceConv2d(ConvLike):
         groups: int = 1,
         bias: bool = True,
         resize_masks: bool = False,
-        fill: str = "nearest",
+        fill: str | Sequence[str] = "nearest",
         fill_reach: int | None = None,
         fill_sizes: Sequence[Sequence[int] | None] = (None, None),
     ) -> None:
@@ -231,20 +231,32 @@ class EspaceConv2d(ConvLike):
             "masks": [mask.spec for mask in masks],
             "resize_masks": resize_masks,
         }
-        shared: dict[str, Any] = {"resize_masks": resize_masks, "fill": fill, "fill_reach": fill_reach}
-        first, second = fill_sizes
-        self.vertical = MaskedConv2d(**settings.vertical, sampling=masks[0], fill_size=first, **shared)
-        self.horizontal = MaskedConv2d(**settings.horizontal, sampling=masks[1], fill_size=second, **shared)
+        fills = (fill, fill) if isinstance(fill, str) else tuple(fill)
+        if len(fills) != 2:
+            raise ValueError(f"fill={fill!r}: expected one, or a pair of the first and the second half")
+        if "fitted" not in fills and (fill_reach is not None or any(fill_sizes)):
+            raise ValueError(f"fill={fill!r}: fill_reach and fill_sizes are settings of fill='fitted'")
+        halves = []
+        for own, mask, name, size in zip(
+            (settings.vertical, settings.horizontal), masks, fills, fill_sizes, strict=True
+        ):
+            shared: dict[str, Any] = {"sampling": mask, "resize_masks": resize_masks, "fill": name}
+            if name == "fitted":
+                shared |= {"fill_reach": fill_reach, "fill_size": size}
+            halves.append(MaskedConv2d(**own, **shared))
+        self.vertical, self.horizontal = halves
 
     @property
     def spec(self) -> dict[str, Any]:
         """JSON-ready; what builds it again."""
-        halves = [self.vertical.spec, self.horizontal.spec]
-        found: dict[str, Any] = {
-            name: halves[0][name] for name in ("fill", "fill_reach") if name in halves[0]
-        }
-        if "fill_size" in halves[0]:
-            found["fill_sizes"] = [half["fill_size"] for half in halves]
+        fills = [half.fill for half in (self.vertical, self.horizontal)]
+        found: dict[str, Any] = {}
+        if fills != ["nearest", "nearest"]:
+            found["fill"] = fills[0] if fills[0] == fills[1] else fills
+        halves = [half.spec for half in (self.vertical, self.horizontal)]
+        if "fitted" in fills:
+            found["fill_reach"] = next(half["fill_reach"] for half in halves if "fill_reach" in half)
+            found["fill_sizes"] = [half.get("fill_size") for half in halves]
         return self._spec | found
 
     @property

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from quincunx.layers.fills import check_fill
 from quincunx.layers.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.methods.fitting.fills import Held, fit_perforated
+from quincunx.methods.fitting.halves import fit_halves
 from quincunx.methods.fitting.impact import ESTIMATED, MASKS, Loss, impacts, mask_of, without_gradient
+from quincunx.methods.fitting.lattices import lattice_of
 from quincunx.methods.fitting.separable import separable
 from quincunx.methods.fitting.settings import (
     SeparableFit,
@@ -35,6 +36,18 @@ __all__ = ["Espace"]
 RATES = ((2 / 3, "2/3"), (0.5, "1/2"), (0.25, "1/4"), (0.2, "1/5"), (0.125, "1/8"))
 
 
+# with fitted fills: mask, budget of low rank, rates of both halves, and these in words. Ranks by PCA energies
+# lose far less than equal shares. On lattices one fill of half of a map loses less than two of a quarter;
+# masks by impact lose much at half and little at three quarters
+FITTED: tuple[tuple[str, float, tuple[float, float], str], ...] = (
+    ("residual", 2 / 3, (0.75, 0.75), "budget 2/3, rate 3/4"),
+    ("residual", 0.5, (0.75, 0.75), "budget 1/2, rate 3/4"),
+    ("lattice", 2 / 3, (1.0, 0.5), "budget 2/3, rates 1 and 1/2"),
+    ("lattice", 0.5, (1.0, 0.5), "budget 1/2, rates 1 and 1/2"),
+    ("lattice", 0.5, (0.5, 0.5), "budget 1/2, rate 1/2"),
+)
+
+
 @dataclass(frozen=True)
 class Espace(SeparableFit):
     r"""A convolution as d x 1 then 1 x d of low rank, each computed at masked positions only.
@@ -52,7 +65,9 @@ class Espace(SeparableFit):
             own, the first that matches a name; layers without one stay.
         rate: share of the positions that are computed, in (0, 1], or a pair for the two halves.
         mask: "impact"; "residual", the impact of what a position's neighbours do not say of it, which is what
-            a fill leaves; "uniform" (an even grid), "uniform-eq8" (eq. 8 as the paper has it) or "random".
+            a fill leaves; "lattice" (cosets of rate 1, 3/4, 2/3, 1/2, 1/3, 1/4, 1/5 or 1/8; in their fitted
+            fills each channel has coefficients of its own); "uniform" (an even grid), "uniform-eq8" (eq. 8 as
+            the paper has it) or "random".
         pointwise: whether 1 x 1 convolutions get a mask too (they have no low rank here).
         resize_masks: whether impact masks may be resized to inputs of another size; otherwise such
             inputs are refused.
@@ -67,8 +82,9 @@ class Espace(SeparableFit):
         multiple: of ranks chosen for a budget.
         fill: what stands at the other positions: "nearest" as in the paper, "zero", or "fitted", which is
             fitted like :class:`Perforate`'s: after the masks, in forward order, the first half's fill to that
-            half's own responses, the second half on the filled output of the first to the layer's.
-            Without calibration data it is the mean of the nearest computed positions.
+            half's own responses, the second half on the filled output of the first to the layer's, and then
+            both halves in turn to the layer's. Without calibration data it is the mean of the nearest
+            computed positions.
         reach, refits: of a fitted fill, as :class:`Perforate` has them.
         iterations: at most so many of the alternating least squares.
         positions: most positions of an image that the fit sums over; of larger maps as many are drawn.
@@ -110,6 +126,9 @@ class Espace(SeparableFit):
             Random(rate)  # refuses what is no rate
         if self.mask not in MASKS:
             raise ValueError(f"mask={self.mask!r}: expected one of {', '.join(MASKS)}")
+        if self.mask == "lattice":
+            for rate in pair:
+                lattice_of(rate)  # refuses what none has
         if self.mask_seed is not None:
             check_integers(self, mask_seed=0)
         check_fill(self.fill)
@@ -136,22 +155,41 @@ class Espace(SeparableFit):
     @classmethod
     def candidates(cls) -> tuple[Espace, ...]:
         """What a search tries in each layer."""
+        # not "residual", which costs less: a network of its masks takes inputs of one size only
         return tuple(
-            cls(rank=rank, rate=rate, mask="uniform")
-            for rank, rate in ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25))
+            cls(rank=rank, rate=rate, mask="lattice", fill="fitted")
+            for rank, rate in ((1 / 3, (1.0, 0.5)), (0.25, (1.0, 0.5)), (0.25, 0.5))
         )
 
     @classmethod
-    def sweep(cls, mask: str = "impact") -> list[Point]:
-        """The settings that draw its curve of accuracy against speed, with one kind of mask."""
-        return [
-            Point(f"espace, {mask}", f"rate {text}", cls(rank=0.5, rate=rate, mask=mask))
+    def sweep(cls, mask: str | None = None) -> list[Point]:
+        """The settings that draw its curves of accuracy against speed.
+
+        Args:
+            mask: of the paper's curve, half of the rank at the paper's rates with the nearest fill; None for
+                the one with impact masks and for those of fitted fills.
+        """
+        points = [
+            Point(
+                f"espace, {mask or 'impact'}", f"rate {text}", cls(rank=0.5, rate=rate, mask=mask or "impact")
+            )
             for rate, text in RATES
+        ]
+        if mask is not None:
+            return points
+        return points + [
+            Point(
+                f"espace, {kind}, fitted",
+                text,
+                cls(budget=budget, rate=rates, mask=kind, fill="fitted"),
+            )
+            for kind, budget, rates, text in FITTED
         ]
 
     def label(self, pair: bool = False) -> str:
         """Its settings in a few words."""
-        words = [self.name, f"rank {self.rank}", f"rate {self.rate}", str(self.mask)]
+        share = f"rank {_short(self.rank)}" if self.budget is None else f"budget {_short(self.budget)}"
+        words = [self.name, share, f"rate {_short(self.rate)}", self.mask]
         return ", ".join(words if self.fill == "nearest" else [*words, f"{self.fill} fill"])
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
@@ -170,7 +208,7 @@ class Espace(SeparableFit):
     def _no_positions(self, layer: Layer) -> str | None:
         """Why masks made by a rule cannot be laid on a layer's grids, where these are known."""
         if layer.output_shape is None:
-            if self.fill == "fitted" and self.mask not in ESTIMATED:
+            if self.fill == "fitted" and self.mask not in (*ESTIMATED, "lattice"):
                 return "its grid, which coefficients belong to, is not known; give an example input"
             return None
         if self.mask in ESTIMATED:
@@ -280,7 +318,12 @@ class _EspaceWork:
         module: EspaceConv2d | MaskedConv2d
         if isinstance(dense, SeparableConv2d):
             if method.fill == "fitted" and grid is not None and layer is not None:
-                settings["fill_sizes"] = (grid[0], layer.input_size[1]), grid
+                # a half of which nothing is skipped needs no fill, and the second reads it as it is
+                settings["fill"] = ["nearest" if mask.density == 1 else "fitted" for mask in samplings]
+                if "fitted" in settings["fill"]:
+                    settings["fill_sizes"] = (grid[0], layer.input_size[1]), grid
+                else:
+                    del settings["fill_reach"]
             module = EspaceConv2d(**settings, masks=(samplings[0], samplings[1]))
         else:
             if method.fill == "fitted":
@@ -308,12 +351,9 @@ class _EspaceWork:
         }
         module.eval()
         if isinstance(module, EspaceConv2d) and isinstance(dense, SeparableConv2d):
-            vertical, first = dense.vertical, module.vertical
-            before = fit_perforated(first, vertical, _Read(pairs, lambda x, _: (x, vertical(x))), **how)
-            found = fit_perforated(
-                module.horizontal, dense.horizontal, _Read(pairs, lambda x, r: (first(x), r)), **how
-            )
-            found["first_half"] = before
+            if module.vertical.filling is None and module.horizontal.filling is None:
+                return {}  # nothing is skipped
+            found = fit_halves(module, dense, pairs, **how)
         elif isinstance(module, MaskedConv2d) and isinstance(dense, nn.Conv2d):
             found = fit_perforated(module, dense, pairs, **how)
         else:
@@ -325,17 +365,10 @@ class _EspaceWork:
         return found
 
 
-@dataclass(frozen=True)
-class _Read:
-    """Pairs made of other pairs, batch by batch, as often as they are read."""
-
-    pairs: Iterable[tuple[Tensor, Tensor]]
-    make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, response in self.pairs:
-            with torch.no_grad():
-                yield self.make(x, response)
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return " and ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _dense_spec(made: Replacement) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from quincunx.ops.plan import (
     WindowPlan,
     adjoint_plan,
     collect_plan,
+    fill_adjoint_plan,
     fill_plan,
     forward_plan,
     shift_plan,
@@ -35,6 +36,7 @@ __all__ = [
     "binary_conv",
     "binary_unavailable",
     "collect",
+    "collect_fitted",
     "conv",
     "conv_filled",
     "conv_transpose",
@@ -301,6 +303,21 @@ def filled_by(
         plan.kinds,
         plan.size,
         activation,
+    )
+    return result
+
+
+def collect_fitted(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tensor:
+    """The kernel that fills, with the tables read backwards; sums are float32 and rounded once."""
+    plan = fill_plan(sampling, z.shape[2], z.shape[3], reach)
+    plan.check(weight.shape, None, z.shape[:2])
+    back = fill_adjoint_plan(sampling, z.shape[2], z.shape[3], reach)
+    wide = weight.detach().float()
+    # without taps no row of coefficients is read, however many there are
+    wide = wide.reshape(plan.count * plan.taps, z.shape[1])
+    wide = torch.cat([wide, wide.new_ones(1, z.shape[1])])
+    result: Tensor = torch.ops.quincunx_native.fitted_fill(
+        z, wide[back.rows], None, None, back.index, back.kinds, (len(plan.computed), 1), 0
     )
     return result
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count as counter
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from quincunx.ops.geometry import Geometry
 from quincunx.sampling import Cosets, Sampling, from_spec
 
 __all__ = [
+    "FillAdjoint",
     "FillPlan",
     "Plan",
     "ShiftPlan",
@@ -30,6 +32,7 @@ __all__ = [
     "adjoint_plan",
     "collect_plan",
     "coset_taps",
+    "fill_adjoint_plan",
     "fill_plan",
     "fill_sizes",
     "forward_plan",
@@ -442,6 +445,51 @@ def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
     kinds = torch.full((height * width,), -1, dtype=torch.int32)
     kinds[skipped] = kind.int()
     return FillPlan(index, kinds, classes, taps, computed, skipped, distance, (height, width))
+
+
+@dataclass(frozen=True)
+class FillAdjoint:
+    """The fill read backwards, int32: which positions of the grid each computed position's value went to.
+
+    Attributes:
+        index: [m, T']; positions of the grid, its own first, -1 for none.
+        kinds: [m]; the row of ``rows`` that a computed position uses.
+        rows: LongTensor [K, T']; for each list of coefficients that computed positions have, rows of the
+            coefficients [R T, C] followed by one row of ones, which is the own position's.
+    """
+
+    index: Tensor
+    kinds: Tensor
+    rows: Tensor
+
+
+@_kept
+def fill_adjoint_plan(spec: str, height: int, width: int, reach: int) -> FillAdjoint:
+    """Tables of the adjoint of :func:`fill_plan`'s fill, which is a fill itself.
+
+    Computed positions of one residue class are read by the same taps, but for those near the border, so there
+    are few different lists of coefficients.
+    """
+    plan = fill_plan(spec, height, width, reach)
+    own = plan.count * plan.taps
+    readers: list[list[tuple[int, int]]] = [[(int(p), own)] for p in plan.computed]
+    kinds, index = plan.kinds.tolist(), plan.index.tolist()
+    for p in plan.skipped.tolist() if plan.taps else []:
+        for tap, number in enumerate(index[p]):
+            if number >= 0:
+                readers[number].append((p, kinds[p] * plan.taps + tap))
+    # in the order of coefficients, so that positions with the same ones share a list
+    readers = [[first, *sorted(rest, key=itemgetter(1))] for first, *rest in readers]
+    longest = max(map(len, readers))
+    numbers: dict[tuple[int, ...], int] = {}
+    which = [numbers.setdefault(tuple(row for _, row in found), len(numbers)) for found in readers]
+    rows = [[*found, *[own] * (longest - len(found))] for found in numbers]
+    places = [[p for p, _ in found] + [-1] * (longest - len(found)) for found in readers]
+    return FillAdjoint(
+        index=torch.tensor(places, dtype=torch.int32),
+        kinds=torch.tensor(which, dtype=torch.int32),
+        rows=torch.tensor(rows),
+    )
 
 
 Taps = tuple[tuple[tuple[int, int], ...], ...]

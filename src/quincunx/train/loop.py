@@ -229,6 +229,19 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
+def _others(model: nn.Module, spec: Mapping[str, Any]) -> list[nn.Parameter]:
+    """The parameters outside the layers that replaced others.
+
+    Raises:
+        ValueError: there are none of these.
+    """
+    replaced = spec.get("replaced", {})
+    if not replaced:
+        raise ValueError("first: no layer of this network replaced another; expected 0")
+    own = {id(p) for name in replaced for p in model.get_submodule(name).parameters()}
+    return [p for p in model.parameters() if id(p) not in own]
+
+
 def _free_on(device: torch.device) -> int:
     """Return the free bytes of a GPU, including those that torch caches."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -331,6 +344,8 @@ class _Run:
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = _optimizer(model, recipe)
+        # what waits while the layers that replaced others train alone
+        self.waiting = _others(model, self.spec) if recipe.first else []
         # the module that a step calls: torch averages the gradients of several processes
         self.stepped: nn.Module = model
         self.history: list[dict[str, float]] = []
@@ -510,11 +525,18 @@ class _Run:
             loss, all_scores = self.ranks.total([float(share), float(scores)])
             if not math.isfinite(loss):
                 raise self.diverged("loss", loss, number, f"step {step + 1}", rates[step])
+            self.hold_back(number, step, len(rates))
             self.scaler.step(self.optimizer)
             self.scaler.update()
             total += loss * whole
             scored += all_scores
             yield step + 1, total, scored
+
+    def hold_back(self, number: int, step: int, steps: int) -> None:
+        """Leave out of a step what waits for the layers that replaced others."""
+        if number * steps + step < self.recipe.first * self.recipe.epochs * steps:
+            for parameter in self.waiting:
+                parameter.grad = None  # neither moved nor decayed
 
     def _tested(self) -> Evaluation:
         if self.apart is None:
@@ -742,6 +764,7 @@ class _Apart:
             (run.recipe.optimizer == "sgd", "steps of Adam are not recorded"),
             (run.recipe.accumulate == 1, "batches pass in parts"),
             (run.loss.teacher is None, "a teacher is asked at each step"),
+            (not run.recipe.first, "some layers train before the others"),
             (not run.scaler.is_enabled(), "in float16 the scale of the losses may change at each step"),
             (self.held is not None, "the images come from the processor"),
             (len(run.data.train) >= run.recipe.batch_size, "there are fewer images than a batch has"),
@@ -836,6 +859,7 @@ class _Apart:
         for step, (images, labels) in enumerate(source):
             self._note_rate(rates[step])
             self._derive(images, labels, min(size, count - step * size))
+            run.hold_back(number, step, len(rates))
             run.scaler.step(run.optimizer)
             run.scaler.update()
             if (step + 1) % _READ_EVERY == 0 or step + 1 == len(rates):

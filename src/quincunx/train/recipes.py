@@ -50,6 +50,8 @@ class Recipe:
         channels_last: whether to use the channels_last memory format.
         find_lr: whether fine-tuning first looks for the best of some rates around ``lr``, by short runs on
             a part of the training images (:func:`quincunx.train.rates.find_rate`).
+        first: share of the steps, at the beginning, in which only the layers that replaced others train:
+            fills, halves of spatial bottlenecks, kernels; then everything does.
 
     Raises:
         ValueError: a value out of its range.
@@ -75,6 +77,7 @@ class Recipe:
     channels_last: bool = True
     optimizer: str = "sgd"
     find_lr: bool = False
+    first: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -93,6 +96,7 @@ class Recipe:
             ("temperature", 0 < self.temperature < math.inf, "a positive number"),
             ("distill_features", 0 <= self.distill_features < math.inf, "at least 0"),
             ("warmup", 0 <= self.warmup < 1, "a share of the epochs, in [0, 1)"),
+            ("first", 0 <= self.first <= 1, "a share of the steps, in [0, 1]"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("augment", self.augment in (None, *AUGMENTATIONS), f"one of {', '.join(AUGMENTATIONS)}"),

@@ -7,7 +7,7 @@ that are filled from them give the responses together. No step raises the error 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +17,21 @@ from torch import Tensor, nn
 
 from quincunx.layers.fills import FittedFill2d
 from quincunx.layers.sampled import PerforatedConv2d
-from quincunx.methods.fitting.moments import Accumulator, completed, of_noise, relative
+from quincunx.methods.fitting.moments import Accumulator, Moments, completed, of_noise, relative
 from quincunx.ops import sampled_conv2d
 from quincunx.ops.plan import FillPlan, fill_plan
 from quincunx.sampling import Cosets
 
-__all__ = ["Errors", "FillMoments", "Held", "fit_perforated"]
+__all__ = [
+    "Errors",
+    "FillMoments",
+    "Held",
+    "conditioner",
+    "fit_fill",
+    "fit_perforated",
+    "keep_better",
+    "refit_kernel",
+]
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 
@@ -30,6 +39,9 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 _RIDGE = {"cosets": 1e-4, "mask": 1e-2}
 # tried one after the other where a ridge leaves more error than the nearest fill
 _LESS = (1.0, 1e-2, 1e-4, 0.0)
+# share of the mean weight of a half's channels in the answers; rarely used channels take no long steps
+_WEIGHED = 1e-3
+_TINY = torch.finfo(torch.float64).tiny ** 0.5
 # bytes of inputs and responses that are kept instead of computed again
 _MOST_KEPT = 1 << 30
 # doubles of one block of taps; what stays in a near cache is added up fastest
@@ -181,7 +193,7 @@ class FillMoments:
         bias = torch.zeros_like(mean_response)
         lowest = self.errors(best, bias)
         # unknowns that no data speaks of, such as taps that a class has not, keep the start
-        silent = torch.finfo(torch.float64).tiny ** 0.5 + diagonal.amax(2) * 1e-12
+        silent = _TINY + diagonal.amax(2) * 1e-12
         done = torch.zeros_like(lowest, dtype=torch.bool)
         for less in _LESS:
             ridge = (scale * less + silent)[..., None, None] * torch.eye(gram.shape[2]).to(gram)
@@ -235,7 +247,7 @@ def _sampled(layer: PerforatedConv2d, x: Tensor, kernel: Tensor, bias: Tensor | 
 
 
 @torch.no_grad()
-def _fit_fill(layer: PerforatedConv2d, pairs: Pairs, start: Tensor) -> Errors:
+def fit_fill(layer: PerforatedConv2d, pairs: Pairs, start: Tensor) -> Errors:
     """The best fill for a layer's kernel, put in the layer."""
     fill = layer.filling
     if fill is None:
@@ -286,24 +298,48 @@ def _gains(layer: PerforatedConv2d, pairs: Pairs) -> tuple[Tensor, Tensor, float
     return gain, offset, float(left.clamp_min(0).sum())
 
 
-class _Kernel:
-    """A layer's kernel and bias as one unknown of a linear least squares problem, given its fill."""
+def _answered(
+    layer: PerforatedConv2d, x: Tensor, kernel: Tensor, bias: Tensor | None, affine: bool
+) -> Tensor:
+    """A layer's map with another kernel; without ``affine`` what is linear in kernel and bias alone."""
+    fill = layer.filling
+    y = _sampled(layer, x, kernel, bias)
+    size = layer.grid(x.shape[2], x.shape[3])
+    if fill is None:
+        return layer.made_whole(y, layer.sampling, size)
+    weight, offset = (t.detach() for t in fill.coefficients())
+    whole: Tensor = torch.ops.quincunx.fill_fitted(
+        y, weight, offset if affine else None, fill.sampling.spec, size, fill.reach
+    )
+    return whole
 
-    def __init__(self, layer: PerforatedConv2d, pairs: Pairs, conditioner: Tensor) -> None:
-        self.layer, self.pairs, self.conditioner = layer, pairs, conditioner
+
+class _Kernel:
+    """A layer's kernel and bias as one unknown of a linear least squares problem, given its fill.
+
+    Args:
+        layer: whose kernel it is.
+        pairs: inputs and the responses wanted.
+        conditioner: Cholesky factor of the moments of what the kernel reads, for each channel group.
+        behind: a layer that reads this one's map and gives the answers, if they are not its own.
+    """
+
+    def __init__(
+        self,
+        layer: PerforatedConv2d,
+        pairs: Pairs,
+        conditioner: Tensor,
+        behind: PerforatedConv2d | None = None,
+    ) -> None:
+        self.layer, self.pairs, self.conditioner, self.behind = layer, pairs, conditioner, behind
 
     def answer(self, x: Tensor, kernel: Tensor, bias: Tensor, affine: bool) -> Tensor:
-        """The layer's map of a batch; without ``affine`` what is linear in kernel and bias alone."""
-        fill = self.layer.filling
-        y = _sampled(self.layer, x, kernel, bias)
-        size = self.layer.grid(x.shape[2], x.shape[3])
-        if fill is None:
-            return self.layer.made_whole(y, self.layer.sampling, size)
-        weight, offset = (t.detach() for t in fill.coefficients())
-        whole: Tensor = torch.ops.quincunx.fill_fitted(
-            y, weight, offset if affine else None, fill.sampling.spec, size, fill.reach
-        )
-        return whole
+        """The map of a batch; without ``affine`` what is linear in kernel and bias alone."""
+        whole = _answered(self.layer, x, kernel, bias, affine)
+        if (behind := self.behind) is None:
+            return whole
+        added = behind.bias.detach() if affine and behind.bias is not None else None
+        return _answered(behind, whole, behind.weight.detach(), added, affine)
 
     def slope(self, kernel: Tensor, bias: Tensor, affine: bool) -> tuple[Tensor, Tensor, float]:
         """Of half the squared error, and the squared error: one pass over the data.
@@ -325,18 +361,33 @@ class _Kernel:
         return slopes[0], slopes[1], squares
 
     def conditioned(self, kernel: Tensor) -> Tensor:
-        """A slope by the inverse moments of what the kernel reads, for each channel group."""
+        """A slope by the inverse moments of what the kernel reads and of the kernel behind it."""
         groups = self.layer.groups
         flat = kernel.reshape(groups, kernel.shape[0] // groups, -1).transpose(1, 2)
-        return torch.cholesky_solve(flat, self.conditioner).transpose(1, 2).reshape(kernel.shape)
+        flat = torch.cholesky_solve(flat, self.conditioner)
+        if self.behind is not None:
+            # [g, outputs of the one behind, its inputs, taps]: how the answers weigh this layer's channels
+            read = self.behind.weight.detach().double()
+            read = read.reshape(groups, -1, *read.shape[1:]).transpose(1, 2).flatten(2)
+            weighed = read @ read.transpose(1, 2)
+            ridge = weighed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * _WEIGHED
+            unit = torch.eye(weighed.shape[1], dtype=weighed.dtype, device=weighed.device)
+            flat = torch.linalg.solve(weighed + (ridge + _TINY) * unit, flat.transpose(1, 2)).transpose(1, 2)
+        return flat.transpose(1, 2).reshape(kernel.shape)
 
 
-def _refit_kernel(layer: PerforatedConv2d, pairs: Pairs, conditioner: Tensor, steps: int) -> None:
+def refit_kernel(
+    layer: PerforatedConv2d,
+    pairs: Pairs,
+    conditioner: Tensor,
+    steps: int,
+    behind: PerforatedConv2d | None = None,
+) -> None:
     """Conjugate gradients on kernel and bias, given the fill; each step lowers the squared error.
 
     Few steps from where the kernel is: what the data says least about changes least.
     """
-    problem = _Kernel(layer, pairs, conditioner)
+    problem = _Kernel(layer, pairs, conditioner, behind)
     kernel = layer.weight.detach().clone()
     own = layer.bias is not None
     bias = layer.bias.detach().clone() if layer.bias is not None else kernel.new_zeros(layer.out_channels)
@@ -411,16 +462,18 @@ def fit_perforated(
     if layer.filling is None:
         raise TypeError(f"layer: expected a fitted fill, got fill={layer.fill!r}")
     pairs, start = Held(pairs), layer.filling.start
-    first = _fit_fill(layer, pairs, start)
+    first = fit_fill(layer, pairs, start)
     stages = [("fill", first.fill)]
+
+    def fitted() -> float:
+        return fit_fill(layer, pairs, start).fill
+
     if refits:
         moments = _read_moments(layer, conv, pairs, positions, seed)
         g, size, outputs = moments.cross.shape
         own = layer.weight.detach().reshape(g, outputs, size).transpose(1, 2).double()
         full = completed(moments, 8 * size, of_noise(own))
-        ridge = full.gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-5
-        unit = torch.eye(size, dtype=torch.float64, device=own.device)
-        factor = torch.linalg.cholesky(full.gram + (ridge + torch.finfo(torch.float64).tiny ** 0.5) * unit)
+        factor = _factor(full.gram, full.gram)
         rest = full.cross - full.gram @ own
 
         def kernel_alone() -> None:
@@ -430,19 +483,42 @@ def fit_perforated(
                 if layer.bias is not None:
                     layer.bias.copy_(moments.bias(found).flatten())
 
-        _stage("kernel", layer, pairs, start, stages, kernel_alone)
-        raw = full.gram + moments.mean_patch[:, :, None] * moments.mean_patch[:, None, :]
-        whole = torch.linalg.cholesky(raw + (ridge + torch.finfo(torch.float64).tiny ** 0.5) * unit)
+        keep_better("kernel", layer, fitted, stages, kernel_alone)
+        whole = _uncentred(full)
         for _ in range(refits):
-            if not _stage(
-                "together", layer, pairs, start, stages, lambda: _refit_kernel(layer, pairs, whole, steps)
-            ):
+            change = partial(refit_kernel, layer, pairs, whole, steps)
+            if not keep_better("together", layer, fitted, stages, change):
                 break
     record = {"response_error": stages[-1][1], "nearest_error": first.nearest}
     return record | {"stages": [list(stage) for stage in stages]}
 
 
-def _read_moments(layer: PerforatedConv2d, conv: nn.Conv2d, pairs: Pairs, positions: int, seed: int) -> Any:
+def _factor(gram: Tensor, centred: Tensor) -> Tensor:
+    """Cholesky factor of second moments with a small ridge, a share of the centred ones."""
+    ridge = centred.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-5
+    unit = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    found: Tensor = torch.linalg.cholesky(gram + (ridge + _TINY) * unit)
+    return found
+
+
+def _uncentred(found: Moments) -> Tensor:
+    """The same of moments as a kernel with a bias of its own reads them."""
+    mean = found.mean_patch
+    return _factor(found.gram + mean[:, :, None] * mean[:, None, :], found.gram)
+
+
+def conditioner(layer: PerforatedConv2d, conv: nn.Conv2d, pairs: Pairs, positions: int, seed: int) -> Tensor:
+    """Return the Cholesky factor [g, P, P] of the moments of what a layer's kernel reads at computed
+    positions, for :func:`refit_kernel`; arguments as :func:`fit_perforated` has them."""
+    moments = _read_moments(layer, conv, pairs, positions, seed)
+    g, size, outputs = moments.cross.shape
+    own = layer.weight.detach().reshape(g, outputs, size).transpose(1, 2).double()
+    return _uncentred(completed(moments, 8 * size, of_noise(own)))
+
+
+def _read_moments(
+    layer: PerforatedConv2d, conv: nn.Conv2d, pairs: Pairs, positions: int, seed: int
+) -> Moments:
     """Moments of what the kernel reads and of the responses at computed positions."""
     sums: Accumulator | None = None
     with torch.no_grad():
@@ -456,20 +532,30 @@ def _read_moments(layer: PerforatedConv2d, conv: nn.Conv2d, pairs: Pairs, positi
     return sums.finish()
 
 
-def _stage(
+def keep_better(
     name: str,
     layer: PerforatedConv2d,
-    pairs: Pairs,
-    start: Tensor,
+    fitted: Callable[[], float],
     stages: list[tuple[str, float]],
-    change: Any,
+    change: Callable[[], None],
 ) -> bool:
-    """Change a layer's kernel and fit its fill anew; taken back where the error rises. Whether it stays."""
+    """Change a layer's kernel and fit its fill anew; taken back where the error rises.
+
+    Args:
+        name: of the stage.
+        layer: whose kernel is changed.
+        fitted: fits the fill and returns the error.
+        stages: the last one's error is what it is compared with; one that stays is added.
+        change: changes the kernel.
+
+    Returns:
+        Whether it stays.
+    """
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     change()
-    found = _fit_fill(layer, pairs, start)
-    if found.fill > stages[-1][1]:
+    error = fitted()
+    if error > stages[-1][1]:
         layer.load_state_dict(before)
         return False
-    stages.append((name, found.fill))
+    stages.append((name, error))
     return True

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.measure.tasks.classes import IGNORED, class_labels
+from quincunx.methods.fitting.lattices import lattice_of
 from quincunx.modules import evaluation, first_line
 from quincunx.sampling import Positions, Random, Sampling, Uniform
 from quincunx.surgery.calibration import Batch
@@ -27,7 +28,7 @@ __all__ = [
     "without_gradient",
 ]
 
-MASKS = ("impact", "residual", "uniform", "uniform-eq8", "random")
+MASKS = ("impact", "residual", "lattice", "uniform", "uniform-eq8", "random")
 # those that are estimated on data
 ESTIMATED = ("impact", "residual")
 
@@ -250,16 +251,18 @@ def mask_of(kind: str, rate: float, *, seed: int, place: str, impact: Tensor | N
     """Return a mask by name.
 
     Args:
-        kind: "impact", "residual" (the same of other impacts), "uniform" (an even grid), "uniform-eq8" (the
-            paper's formula) or "random".
+        kind: "impact", "residual" (the same of other impacts), "lattice" (cosets), "uniform" (an even grid),
+            "uniform-eq8" (the paper's formula) or "random".
         rate: share of the positions that are computed.
         seed: of a random mask.
         place: name such as "conv2/1"; random masks of different places differ.
         impact: [H, W], for an impact mask.
 
     Raises:
-        ValueError: another kind, or an impact mask without impacts.
+        ValueError: another kind, an impact mask without impacts, or a rate that no lattice has.
     """
+    if kind == "lattice":
+        return lattice_of(rate)
     if kind == "uniform":
         return Uniform(rate)
     if kind == "uniform-eq8":
