@@ -157,6 +157,13 @@ class RecipeOptions:
         str | None,
         typer.Option(help="float32 (the default), or mixed precision with bfloat16 or float16."),
     ] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--eager",
+            help="Train through torch.compile, or as Python runs it (the default).",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,13 @@ class FineTuningOptions:
             help="Weight of the squared distance to the original network's last map of each resolution."
         ),
     ] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--eager",
+            help="Fine-tune through torch.compile, or as Python runs it (the default).",
+        ),
+    ] = None
 
     def chosen(self, unlabelled: bool = False) -> recipes.Recipe | None:
         """The recipe for so many epochs; None for none.
@@ -231,6 +245,7 @@ class FineTuningOptions:
             precision=self.precision,
             distill=distill,
             distill_features=self.distill_features,
+            compile=self.compile,
             find_lr=None if self.lr is None else False,
         )
 

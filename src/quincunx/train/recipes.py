@@ -50,6 +50,8 @@ class Recipe:
         channels_last: whether to use the channels_last memory format.
         find_lr: whether fine-tuning first looks for the best of some rates around ``lr``, by short runs on
             a part of the training images (:func:`quincunx.train.rates.find_rate`).
+        compile: whether forward and backward pass run through ``torch.compile``; the first step of each
+            batch size then takes up to minutes, and random draws in the network differ.
 
     Raises:
         ValueError: a value out of its range.
@@ -75,6 +77,7 @@ class Recipe:
     channels_last: bool = True
     optimizer: str = "sgd"
     find_lr: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
