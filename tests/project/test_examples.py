@@ -29,7 +29,8 @@ def run(folder, *arguments):
 
 def test_each_example_is_tested_here_and_told_of_in_the_readme():
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["own_method.py", "own_network.py", "package_network.py", "torchvision_timm.py"]
+    tuned = [f"finetune_{how}.py" for how in ("distilled", "lightning", "plain")]
+    assert names == [*tuned, "own_method.py", "own_network.py", "package_network.py", "torchvision_timm.py"]
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"examples/{name}" in readme for name in names)
 
@@ -44,6 +45,36 @@ def test_a_network_of_the_package(tmp_path):
     assert float(errors["after fine-tuning"]) < 60
     assert text.endswith("loaded and fused: (8, 10)\n")
     assert not list(tmp_path.iterdir())
+
+
+def errors_in(text):
+    return {name: float(e) for name, e in re.findall(r"^([\w-]+): test error ([\d.]+)%$", text, re.MULTILINE)}
+
+
+def test_fine_tuning_in_a_plain_loop(tmp_path):
+    errors = errors_in(run(tmp_path, EXAMPLES / "finetune_plain.py", 2, 1))
+    assert set(errors) == {"before", "replaced", "fine-tuned", "fused"}
+    # chance is 90%
+    assert errors["before"] < 40
+    assert errors["fine-tuned"] < 40
+    assert abs(errors["fine-tuned"] - errors["fused"]) < 0.6
+    assert not list(tmp_path.iterdir())
+
+
+def test_fine_tuning_by_distillation(tmp_path):
+    text = run(tmp_path, EXAMPLES / "finetune_distilled.py", 2, 1)
+    assert text.startswith("maps compared: layer1, layer2, layer3\n")
+    errors = errors_in(text)
+    assert set(errors) == {"before", "replaced", "fine-tuned"}
+    assert errors["fine-tuned"] < 50
+
+
+def test_fine_tuning_by_lightning_where_it_is_installed(tmp_path):
+    pytest.importorskip("lightning", reason="the extra 'lightning' is not installed")
+    errors = errors_in(run(tmp_path, EXAMPLES / "finetune_lightning.py", 2, 1))
+    assert set(errors) == {"before", "replaced", "fine-tuned"}
+    assert errors["before"] < 60
+    assert errors["fine-tuned"] < 60
 
 
 def test_a_method_of_the_user(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import ROOT
+from quincunx import networks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -66,6 +67,21 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     exec(second, scope)
     assert scope["result"].replaced["layer1.0.conv1"]["rates"] == [0.5, 0.5]
     assert scope["result"].model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_the_page_of_training_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope = {"original": networks.build("cifar-resnet8", 10, 3, width=4)}
+    batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 10) for _ in range(2)]
+    scope |= {"calibration": batches, "loader": batches, "epochs": 1, "x": batches[0][0]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="calibration")  # few images
+        for program in programs((ROOT / "docs" / "training.md").read_text(encoding="utf-8")):
+            exec(program, scope)
+    assert scope["fast"](scope["x"]).shape == (8, 10)
+    assert scope["step"] is not scope["net"]
+    assert type(scope["loss"]).__name__ == "Loss"
 
 
 def test_it_takes_two_minutes_to_read():

@@ -282,7 +282,7 @@ def _accelerated(
                     out / "finetune",
                     seed=seed,
                     resume=True,
-                    progress="fine-tuning" if progress else False,
+                    progress=f"fine-tuning{', compiled' * recipe.compile}" if progress else False,
                     teacher=original if recipe.taught or task.needs_original else None,
                     workers=workers,
                     stop=_stop_rule(method, stages[0]),

@@ -168,6 +168,13 @@ class RecipeOptions:
         str | None,
         typer.Option(help="float32 (the default), or mixed precision with bfloat16 or float16."),
     ] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--eager",
+            help="Train through torch.compile, or as Python runs it (the default).",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,13 @@ class FineTuningOptions:
         float | None,
         typer.Option(help="Share of the steps, at the beginning, in which only replaced layers train."),
     ] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--eager",
+            help="Fine-tune through torch.compile, or as Python runs it (the default).",
+        ),
+    ] = None
 
     def chosen(self, unlabelled: bool = False) -> recipes.Recipe | None:
         """The recipe for so many epochs; None for none.
@@ -247,6 +261,7 @@ class FineTuningOptions:
             distill=distill,
             distill_features=self.distill_features,
             first=self.first,
+            compile=self.compile,
             find_lr=None if self.lr is None else False,
         )
 

@@ -170,6 +170,8 @@ def train_command(
     With --device cuda, images that are in memory are copied to the GPU once, and training steps are replayed
     as a CUDA graph where that is possible ("graph" in run.json); --precision bfloat16 is the fastest there.
 
+    With --compile the first step of each batch size takes up to minutes; a long run makes up for it.
+
     On several processes or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m quincunx train ...;
     --batch-size is then that of all processes together, and a run whose process died continues from its last
     checkpoint.
@@ -237,7 +239,8 @@ def train_command(
         f"{label_of(result['network'])} on {data.name}: test {scale.name} "
         f"{scale.shown(result[f'test_{scale.key}'])} {of} {len(data.test)} images, "
         f"{result['cost']['macs'] / 1e6:.2f} M MACs, "
-        f"{result['seconds']:.0f} s of training; artifact in {folder / ARTIFACT}"
+        f"{result['seconds']:.0f} s of training{' compiled' * chosen.compile}; "
+        f"artifact in {folder / ARTIFACT}"
     )
     given = images.data if " " not in images.data else repr(images.data)
     more = about.given()

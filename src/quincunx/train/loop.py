@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from quincunx.train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from quincunx.train.compiled import NotCompiled, check_compiles, compiled, failing_as
 from quincunx.train.evaluation import (
     Evaluation,
     check_channels,
@@ -149,7 +150,8 @@ def fit(
     if they are in memory and not augmented as photographs. The loop checks that losses are finite several
     times per epoch, not at each step, and before writing a checkpoint. The steps of one process with
     networks of torch's and this package's modules are replayed as a CUDA graph unless the recipe
-    accumulates, has a teacher or uses float16; "graph" in the result says whether they were, and if not, why.
+    accumulates, has a teacher, uses float16 or is compiled; "graph" in the result says whether they were, and
+    if not, why.
 
     Several runs may share one process in threads, each with its own networks and folders, for example on a
     GPU that one small network does not fill. A network's random draws during training (dropout) then
@@ -181,7 +183,8 @@ def fit(
         ValueError: the network has packed one-bit weights; it or its teacher does not fit the data; a
             teacher is missing, or not used; a step needs more memory than is free; the checkpoint is
             corrupt, or belongs to another network, recipe, seed or data set; the folder holds something else
-            at the artifact's place.
+            at the artifact's place; the recipe compiles, and there are several processes, no compiler works
+            here or the network cannot be compiled whole.
         FileExistsError: the folder holds a run and ``resume`` is False.
         RunFailed: the loss is not finite, a streamed image cannot be read, the disk is full or too small,
             or another process writes to the folder; the last checkpoint is kept.
@@ -341,6 +344,11 @@ class _Run:
         self.augment = recipe.augment or data.augment
         # float16 has too few exponents for small gradients, so the loss is scaled before the backward pass
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        if recipe.compile and ranks.world > 1:
+            raise NotCompiled(
+                f"compile=True: {ranks.world} processes exchange batch statistics within the network, which "
+                "cannot be compiled whole then; leave it out, or train in one process"
+            )
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = _optimizer(model, recipe)
@@ -370,6 +378,8 @@ class _Run:
                     # DistributedDataParallel, if still alive, can keep the process from ending
                     stack.callback(self._part)
                 else:
+                    if self.recipe.compile:
+                        self.stepped = compiled(self.model)
                     stack.enter_context(own_stream(self.device))
                 if _runs_apart(self.device):
                     self.apart = _Apart(self)
@@ -412,6 +422,10 @@ class _Run:
         _check_memory(self.cost, share, self.recipe, self.ranks, self.device)
         if not self.task.classifies:
             self._try_loss()
+        if self.recipe.compile and len(self.history) < self.recipe.epochs:
+            shape = (2, self.data.in_channels, *self.data.step_size(self.augment))
+            with self._autocast():
+                check_compiles(self.model, torch.zeros(shape, device=self.device))
         if not self.history:
             self._save()
         self._write_log()
@@ -605,7 +619,7 @@ class _Run:
                 continue
             target = part_of(labels, slice(start, start + len(part)))
             start += len(part)
-            with self._exchange(last=i == parts - 1):
+            with self._exchange(last=i == parts - 1), self._compiling():
                 with self._autocast(), self.loss.following():
                     output, wanted = self.stepped(part), self.loss.asked(part)
                     maps = self.loss.of_maps()
@@ -625,6 +639,20 @@ class _Run:
         if isinstance(self.stepped, DistributedDataParallel) and not last:
             return self.stepped.no_sync()
         return nullcontext()
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Make what the compiler alone refuses at a step the end of the run."""
+        if not self.recipe.compile:
+            yield
+            return
+        try:
+            with failing_as("the compiler failed at a step"):
+                yield
+        except NotCompiled as error:
+            raise RunFailed(
+                f"{error}; the checkpoint after epoch {self.saved} is kept in {self.checkpoint}"
+            ) from error
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.recipe.precision)
@@ -765,6 +793,7 @@ class _Apart:
             (run.recipe.accumulate == 1, "batches pass in parts"),
             (run.loss.teacher is None, "a teacher is asked at each step"),
             (not run.recipe.first, "some layers train before the others"),
+            (not run.recipe.compile, "the network is compiled"),
             (not run.scaler.is_enabled(), "in float16 the scale of the losses may change at each step"),
             (self.held is not None, "the images come from the processor"),
             (len(run.data.train) >= run.recipe.batch_size, "there are fewer images than a batch has"),

@@ -52,6 +52,8 @@ class Recipe:
             a part of the training images (:func:`quincunx.train.rates.find_rate`).
         first: share of the steps, at the beginning, in which only the layers that replaced others train:
             fills, halves of spatial bottlenecks, kernels; then everything does.
+        compile: whether forward and backward pass run through ``torch.compile``; the first step of each
+            batch size then takes up to minutes, and random draws in the network differ.
 
     Raises:
         ValueError: a value out of its range.
@@ -78,6 +80,7 @@ class Recipe:
     optimizer: str = "sgd"
     find_lr: bool = False
     first: float = 0.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
