@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,30 @@ def test_several_inputs_and_outputs_and_a_fixed_batch(tmp_path):
     made = qx.export(Two().eval(), path, inputs, rounds=0, dynamic_batch=False)
     assert (made.inputs, made.outputs) == (("input0", "input1"), ("output0", "output1"))
     assert list(made.difference) == [2]
+
+
+class Named(nn.Module):
+    """As networks that segment return their maps; the second entry is two maps."""
+
+    def __init__(self, pairs):
+        super().__init__()
+        self.a, self.b, self.pairs = qx.SpatialBottleneck2d(3, 4), qx.SpatialBottleneck2d(4, 5), pairs
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        z = self.b(y)
+        return OrderedDict(out=z, aux=[y, y.mean((2, 3))] if self.pairs else y)
+
+
+@pytest.mark.parametrize(("name", "plugin"), FORMS)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_outputs_in_dictionaries_keep_their_names(tmp_path, name, plugin, pairs):
+    torch.manual_seed(0)
+    model = Named(pairs).eval()
+    path = tmp_path / f"net{FORMATS[name].suffix}"
+    made = qx.export(model, path, torch.randn(2, 3, 9, 8), plugin=plugin, rounds=0)
+    assert made.outputs == (("output0", "output1", "output2") if pairs else ("out", "aux"))
+    assert max(made.difference.values()) < 1e-4
 
 
 def test_a_file_that_is_not_faster_is_not_written(tmp_path, monkeypatch):
@@ -262,9 +287,9 @@ def test_bad_networks_and_inputs(tmp_path):
 
     class Words(nn.Module):
         def forward(self, x):
-            return {"x": x}
+            return {"x": x, "why": "because"}
 
-    with pytest.raises(TypeError, match="returns dict"):
+    with pytest.raises(TypeError, match="returns Tensor, str; an exported network returns tensors"):
         qx.export(Words(), path, X)
     assert not list(tmp_path.iterdir())
 

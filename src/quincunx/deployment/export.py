@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from quincunx.deployment.baseline import dense_twin, describe_layers
 from quincunx.deployment.formats import Format, format_for
@@ -145,7 +146,8 @@ def export(
             the same settings in place of each layer of this package.
         input_names: by default those of the ONNX file that the network was read from; else "input", or
             "input0" and so on.
-        output_names: likewise, "output" or "output0" and so on.
+        output_names: likewise, or the keys of a dictionary that the network returns; else "output", or
+            "output0" and so on. A file has a list of tensors: lists, tuples and dictionaries are taken apart.
         dynamic_batch: whether the batch is free.
         opset: of ONNX, 18 to 23; ONNX Runtime optimises less from 22 on.
         tolerance: largest accepted deviation, relative to the largest value of an output; by default
@@ -181,8 +183,8 @@ def export(
     limit = tolerance if tolerance is not None else 1e-4 if dtype in (None, torch.float32) else 0.05
     workers = torch.get_num_threads() if threads is None else threads
     own = copied(model).eval().requires_grad_(False)
-    outputs = _answer(own, examples)
-    inputs, results = _names(own, examples, len(outputs), input_names, output_names)
+    answer = _answer(own, examples)
+    inputs, results = _names(own, examples, answer, input_names, output_names)
     fused = fuse(own, dtype, force=True) if dtype is not None else fuse(own)
     node = _NODES[kind.name] if plugin else None
     twin = baseline if baseline is not None else dense_twin(own)
@@ -280,11 +282,10 @@ def _check_settings(kind: Format, plugin: bool, dtype: torch.dtype | None, round
         raise ValueError(f"rounds={rounds}: expected 0, or at least 3")
 
 
-def _answer(model: nn.Module, examples: Sequence[Tensor]) -> list[Tensor]:
+def _answer(model: nn.Module, examples: Sequence[Tensor]) -> Any:
     """
     Raises:
         ValueError: the network refuses the example.
-        TypeError: it returns anything but tensors.
     """
     try:
         with torch.no_grad():
@@ -295,7 +296,7 @@ def _answer(model: nn.Module, examples: Sequence[Tensor]) -> list[Tensor]:
         raise ValueError(
             f"example_input: the network refuses {shapes}: {type(error).__name__}: {error}"[:500]
         ) from error
-    return _tensors(found)
+    return found
 
 
 def _written(
@@ -322,9 +323,14 @@ def _written(
 
 
 def _tensors(found: Any) -> list[Tensor]:
-    values = list(found) if isinstance(found, (tuple, list)) else [found]
-    if not all(isinstance(value, Tensor) for value in values):
-        kinds = ", ".join(type(value).__name__ for value in values)
+    """The outputs in the order of the file's: a file has a list of tensors, whatever holds them here.
+
+    Raises:
+        TypeError: the network returns something else.
+    """
+    values = pytree.tree_leaves(found)
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        kinds = ", ".join(dict.fromkeys(type(value).__name__ for value in values)) or "nothing"
         raise TypeError(f"model: returns {kinds}; an exported network returns tensors")
     return values
 
@@ -332,11 +338,14 @@ def _tensors(found: Any) -> list[Tensor]:
 def _names(
     model: nn.Module,
     examples: Sequence[Tensor],
-    outputs: int,
+    answer: Any,
     given: Sequence[str] | None,
     results: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    kept = getattr(model, "onnx_names", {})
+    kept, outputs = getattr(model, "onnx_names", {}), len(_tensors(answer))
+    keys = list(answer) if isinstance(answer, Mapping) and len(answer) == outputs else []
+    if results is None and keys and all(isinstance(key, str) and key.isidentifier() for key in keys):
+        results = keys
     if given is None:
         given = kept.get("inputs") or (
             ["input"] if len(examples) == 1 else [f"input{number}" for number in range(len(examples))]

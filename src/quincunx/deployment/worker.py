@@ -75,11 +75,11 @@ def load_aoti(candidate: dict[str, Any], threads: int) -> Run:
 
 def _torch_run(model: Any) -> Run:
     import torch
+    from torch.utils import _pytree as pytree
 
     def run(inputs: Sequence[Any]) -> list[Any]:
         with torch.no_grad():
-            found = model(*map(torch.from_numpy, inputs))
-        return [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]
+            return [value.numpy() for value in pytree.tree_leaves(model(*map(torch.from_numpy, inputs)))]
 
     return run
 
