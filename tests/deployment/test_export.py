@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from quincunx.deployment.export import ExportFailed
 from quincunx.deployment.formats import FORMATS, format_for
 from quincunx.deployment.verification import Candidate, difference, run_apart
 
-FORMS = [("onnx", False), ("onnx", True), ("openvino", False), ("torch", False), ("torch", True)]
+FORMS = [(name, plugin) for name in ("onnx", "openvino", "torch") for plugin in (False, True)]
 
 
 def network(**settings):
@@ -96,16 +98,21 @@ def test_opsets(tmp_path, opset):
     assert [entry.version for entry in onnx.load(str(path)).opset_import if not entry.domain] == [opset]
 
 
-def test_weights_beyond_the_limit_go_to_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "EXTERNAL_ABOVE", 1000)
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_beyond_the_limit_or_if_asked_go_to_a_second_file(tmp_path, monkeypatch, asked, plugin):
+    if not asked:
+        monkeypatch.setattr(writers, "EXTERNAL_ABOVE", 1000)
     path = tmp_path / "net.onnx"
-    made = qx.export(network(), path, torch.randn(1, 3, 16, 16), rounds=0)
+    x = torch.randn(1, 3, 16, 16)
+    made = qx.export(network(), path, x, rounds=0, external_data=asked, plugin=plugin)
     data = tmp_path / "net.onnx.data"
     assert path.stat().st_size < data.stat().st_size
     assert made.size == path.stat().st_size + data.stat().st_size
     assert sorted(part.name for part in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     x = torch.randn(3, 3, 16, 16)
-    found = run_apart([Candidate("a", str(path), "onnxruntime")], [[x]], [x], threads=1, rounds=0)
+    library = (qx.onnxruntime.quincunx_library(),) if plugin else ()
+    found = run_apart([Candidate("a", str(path), "onnxruntime", library)], [[x]], [x], threads=1, rounds=0)
     with torch.no_grad():
         assert difference(found.answers[0], [network()(x)]) < 1e-4
 
@@ -230,13 +237,41 @@ def test_a_dense_twin_has_no_layer_of_the_package():
     assert dense_twin(qx.networks.build("rrn8", width=8)) is None
 
 
-def test_aoti_packages(tmp_path):
+@pytest.fixture(scope="module")
+def aoti_host(tmp_path_factory):
+    """examples/host_aotinductor.cpp, built as its first lines say."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs c++")
+    folder, place = tmp_path_factory.mktemp("host"), Path(torch.__file__).parent
+    libraries = [f"-L{place}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{place}/lib"]
+    source = [f"-I{place}/include", str(ROOT / "examples" / "host_aotinductor.cpp")]
+    command = ["c++", "-O1", "-std=c++20", *source, *libraries, "-o", str(folder / "host")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "host"
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_aoti_packages_in_python_and_cpp(tmp_path, plugin, aoti_host):
     path = tmp_path / "net.aoti.pt2"
     torch.manual_seed(0)
     model = nn.Sequential(qx.SpatialBottleneck2d(3, 8), nn.ReLU(), qx.SpatialBottleneck2d(8, 4)).eval()
-    made = qx.export(model, path, torch.randn(1, 3, 9, 8), plugin=True, rounds=0)
+    made = qx.export(model, path, torch.randn(1, 3, 9, 8), plugin=plugin, rounds=0)
     assert made.format == "aoti"
     assert max(made.difference.values()) < 1e-4
+    x = torch.randn(3, 3, 9, 8)
+    library = find_spec("quincunx._native").origin if plugin else "-"
+    command = [str(part) for part in (aoti_host, path, library, 1, *x.shape)]
+    done = subprocess.run(command, input=x.numpy().tobytes(), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert re.fullmatch(r"AOTInductor, 1 threads: [\d.]+ ms\n", done.stderr.decode())
+    answer = np.frombuffer(done.stdout, np.float32).reshape(3, 4, 9, 8)
+    with torch.no_grad():
+        assert difference([answer], [model(x)]) < 1e-4
+    if plugin:
+        done = subprocess.run([*command[:2], "-", *command[3:]], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "quincunx_native::run_program_sized" in done.stderr
 
 
 X = torch.randn(1, 3, 16, 16)
@@ -253,12 +288,12 @@ X = torch.randn(1, 3, 16, 16)
         ),
         ("net.onnx", {"format": "openvino"}, r"a file in format openvino ends in \.xml"),
         ("no/net.onnx", {}, "no folder"),
-        ("net.xml", {"plugin": True}, r"plugin=True: format openvino .* qx\.openvino\.register"),
         (
             "net.onnx",
             {"dtype": torch.bfloat16},
             r"dtype=torch\.bfloat16: plain operators",
         ),
+        ("net.pt2", {"external_data": True}, "external_data=True: files of format torch"),
         ("net.onnx", {"opset": 9}, "opset=9: expected 18 to 23"),
         ("net.onnx", {"input_names": ["a", "b"]}, r"input_names=\['a', 'b'\]: expected 1 different names"),
         ("net.onnx", {"output_names": ["a b"]}, r"output_names=\['a b'\]"),

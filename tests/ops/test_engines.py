@@ -182,7 +182,7 @@ def compiled(data, folder, register, hint="f32"):
     return core.compile_model(core.read_model(folder / "model.onnx"), "CPU", settings)
 
 
-@pytest.mark.parametrize("hint", ["f32", "bf16"])
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("name", ONE_PIECE)
 def test_openvino_answers_as_torch(name, hint, tmp_path):
     for batch in (1, 7):
@@ -192,10 +192,11 @@ def test_openvino_answers_as_torch(name, hint, tmp_path):
         close([found[name] for name in piece.outputs], results)
 
 
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("name", ["mean", "two"])
-def test_the_extension_in_cpp_answers_as_torch(name, extension, tmp_path):
+def test_the_extension_in_cpp_answers_as_torch(name, hint, extension, tmp_path):
     piece, arguments, results = single(name, 3)
-    made = compiled(of_piece(piece), tmp_path, lambda core: core.add_extension(str(extension)))
+    made = compiled(of_piece(piece), tmp_path, lambda core: core.add_extension(str(extension)), hint)
     found = made(dict(zip(piece.inputs, arguments, strict=True)))
     close([found[name] for name in piece.outputs], results)
     with pytest.raises(Exception, match="its checksum is wrong"):
@@ -216,6 +217,36 @@ def test_openvinos_own_format_and_parallel_requests(tmp_path):
     for request in requests:
         request.wait()
         close([request.get_output_tensor(0).data], results)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_its_own_format_from_cpp_and_python(dtype, extension, tmp_path):
+    """One .xml file, read by the extension, by the operation in Python and by a host in C++."""
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = qx.networks.build("rsbn8", width=8).eval()
+    x = torch.rand(3, 3, 13, 12)
+    fused = qx.fuse(model) if dtype is None else qx.fuse(model, dtype, force=True)
+    with torch.no_grad():
+        result = fused(x).numpy()
+    path = tmp_path / "net.xml"
+    made = qx.export(model, path, x, plugin=True, dtype=dtype, rounds=0)
+    assert "qx.openvino.register(core)" in made.lines["Python"]
+    assert "<layer" in path.read_text()
+    assert 'type="QuincunxProgram"' in path.read_text()
+    for register in (lambda core: core.add_extension(str(extension)), qx.openvino.register):
+        core = openvino.Core()
+        register(core)
+        for hint in ("f32", "bf16"):
+            answer = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})(x.numpy())[0]
+            # the classifier behind the program is OpenVINO's own
+            slack = 1e-5 if hint == "f32" else 2e-2
+            np.testing.assert_allclose(answer, result, rtol=1e-4, atol=slack)
+    with pytest.raises(Exception, match="QuincunxProgram"):
+        openvino.Core().read_model(path)
+    host = openvino_host(tmp_path)
+    answer = answer_of([host, path, extension, 2, *x.shape], [x.numpy()], result.shape)
+    np.testing.assert_allclose(answer, result, rtol=1e-4, atol=2e-2)  # by default in what the processor has
 
 
 def test_openvino_says_what_is_wrong(tmp_path):
@@ -319,15 +350,19 @@ def test_a_host_of_onnxruntime_in_c(tmp_path):
         close([answer_of(command, [x], result.shape)], [result])
 
 
-def test_a_host_of_openvino_in_cpp(extension, tmp_path):
+def openvino_host(folder):
     package = Path(find_spec("openvino").origin).parent
     [library] = (package / "libs").glob("libopenvino.so.*")
     source, libraries = ROOT / "examples" / "host_openvino.cpp", f"-Wl,-rpath,{package}/libs"
     flags = ["-O1", "-std=c++17", "-I", package / "include", libraries, f"-Wl,-rpath-link,{package}/libs"]
-    built("c++", *flags, source, library, "-o", tmp_path / "host")
+    built("c++", *flags, source, library, "-o", folder / "host")
+    return folder / "host"
+
+
+def test_a_host_of_openvino_in_cpp(extension, tmp_path):
     piece, [x], [result] = single("bottleneck", 3)
     (tmp_path / "model.onnx").write_bytes(of_piece(piece))
-    command = [tmp_path / "host", tmp_path / "model.onnx", extension, 2, *x.shape]
+    command = [openvino_host(tmp_path), tmp_path / "model.onnx", extension, 2, *x.shape]
     close([answer_of(command, [x], result.shape)], [result])
 
 
