@@ -199,10 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         earlier = json.loads(out.read_text(encoding="utf-8"))["rows"]
         rows = {row["name"]: row for row in earlier if is_right(row)}
     # the quickest first, so that an interrupted run has seen most kinds of networks
-    costs = known_costs()
+    costs, commit = known_costs(), environment()["commit"]
     left = sorted((e for e in entries if e.name not in rows), key=lambda e: costs.get(e.name, math.inf))
     for number, row in enumerate(zoo.rows_of(left, jobs=given.jobs, limit=given.limit, examiner=examine), 1):
-        rows[row["name"]] = row
+        # a result that was continued has rows of several commits
+        rows[row["name"]] = {**row, "commit": commit}
         print(f"[{number}/{len(left)}] {line_of(row)}", flush=True)
         write(out, [rows[entry.name] for entry in entries if entry.name in rows], len(entries))
     found = [fault for row in rows.values() for fault in faults(row)]

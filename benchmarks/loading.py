@@ -60,17 +60,17 @@ _COMMON = """
 import json, time
 def memory(word, file):
     return 1024 * sum(int(l.split()[1]) for l in open(f"/proc/self/{file}") if l.startswith(word))
-def private():
-    return memory("Private_Dirty:", "smaps_rollup")
+def anonymous():
+    return memory("Anonymous:", "smaps_rollup")
 """
 _MEASURED = """
-private_before, resident_before = private(), memory("VmRSS:", "status")
+anonymous_before, resident_before = anonymous(), memory("VmRSS:", "status")
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
 began, busy = time.perf_counter(), time.process_time()
 LOAD
 seconds, busy = time.perf_counter() - began, time.process_time() - busy
 CALL
-print(json.dumps({"seconds": seconds, "busy": busy, "held": private() - private_before,
+print(json.dumps({"seconds": seconds, "busy": busy, "held": anonymous() - anonymous_before,
                   "peak": memory("VmHWM:", "status") - resident_before}))
 """
 
@@ -81,9 +81,8 @@ def measure(engine: str, file: Path, library: str, size: int) -> dict[str, float
     tiny = file.with_name(f"tiny{file.suffix}")
     names = f"LIBRARY, FILE, TINY = {library!r}, {str(file)!r}, {str(tiny)!r}\n"
     names += f"SHAPE, TINY_SHAPE = {(1, 3, size, size)}, {(1, 3, TINY, TINY)}"
-    warm = (
-        (load + "\n" + call).replace("FILE", "TINY").replace("SHAPE", "TINY_SHAPE").replace("model", "first")
-    )
+    warm = (load + "\n" + call).replace("FILE", "TINY").replace("SHAPE", "TINY_SHAPE")
+    warm = re.sub(r"\bmodel\b", "first", warm)
     lines = [_COMMON, names, before, warm, _MEASURED.replace("LOAD", load).replace("CALL", call)]
     code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -108,6 +108,7 @@ def test_weights_beyond_the_limit_or_if_asked_go_to_a_second_file(tmp_path, monk
     made = qx.export(network(), path, x, rounds=0, external_data=asked, plugin=plugin)
     data = tmp_path / "net.onnx.data"
     assert path.stat().st_size < data.stat().st_size
+    assert path.stat().st_mode == data.stat().st_mode
     assert made.size == path.stat().st_size + data.stat().st_size
     assert sorted(part.name for part in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     x = torch.randn(3, 3, 16, 16)
@@ -135,6 +136,36 @@ def test_several_inputs_and_outputs_and_a_fixed_batch(tmp_path):
     made = qx.export(Two().eval(), path, inputs, rounds=0, dynamic_batch=False)
     assert (made.inputs, made.outputs) == (("input0", "input1"), ("output0", "output1"))
     assert list(made.difference) == [2]
+
+
+class Mixed(nn.Module):
+    """Masks, cosets, concatenation, max pooling, a shortcut; two inputs and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        spots = qx.Random(0.5, 1)
+        self.a = qx.PerforatedConv2d(3, 4, 3, sampling=spots, padding=1)
+        self.b = qx.PerforatedConv2d(2, 4, 3, sampling=spots, padding=1)
+        self.point, self.last = nn.Conv2d(8, 6, 1), qx.SpatialBottleneck2d(6, 6)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x, y):
+        both = self.point(torch.cat([torch.relu(self.a(x)), self.b(y)], 1))
+        pooled = nn.functional.max_pool2d(self.norm(both), 3, 2, 1)
+        return torch.relu(self.last(pooled) + pooled), both.mean((2, 3))
+
+
+@pytest.mark.parametrize(("name", "plugin"), FORMS)
+def test_mixed_networks_of_several_inputs(tmp_path, name, plugin):
+    torch.manual_seed(0)
+    path = tmp_path / f"net{FORMATS[name].suffix}"
+    inputs = torch.randn(2, 3, 13, 11), torch.randn(2, 2, 13, 11)
+    made = qx.export(Mixed().eval(), path, inputs, plugin=plugin, rounds=0)
+    assert set(made.difference) == {1, 2, 7}
+    assert max(made.difference.values()) < 1e-4
+    code = "\n".join([*made.lines["Python"], "print(len(outputs))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "2\n", done.stderr
 
 
 class Named(nn.Module):
@@ -197,10 +228,20 @@ def test_a_dense_network_is_written_without_a_ratio(tmp_path):
     assert made.sentence().endswith("dense operators for ONNX Runtime")
 
 
-@pytest.mark.parametrize("name", ["espace", "lowrank", "qcnn"])
+METHODS = {
+    "espace": qx.Espace(rate=0.5),
+    "lowrank": qx.LowRank(rank=0.5),
+    "cp": qx.CP(rank=0.3, iterations=5),
+    "fitted": qx.Perforate(),
+    "qcnn": qx.QCNN(),
+    "binaryconnect": qx.BinaryConnect(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings("ignore:calibration:UserWarning")
 def test_accelerated_networks_in_onnx_runtime(tmp_path, name):
-    method = {"espace": qx.Espace(rate=0.5), "lowrank": qx.LowRank(rank=0.5), "qcnn": qx.QCNN()}[name]
+    method = METHODS[name]
     torch.manual_seed(0)
     images = torch.randn(16, 3, 15, 16)
     model = qx.networks.build("cifar-resnet8", width=8).eval()

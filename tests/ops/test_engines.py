@@ -293,6 +293,51 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
+def test_forked_workers_have_sessions_of_their_own():
+    """After a parent that used all of them; an engine's own threads do not survive a fork, so a worker makes
+    its sessions."""
+    code = """
+import sys; sys.path.insert(0, "tests")
+import faulthandler, os, pathlib, tempfile, torch
+from ops.test_engines import compiled, close, of_piece, session, single
+from quincunx.fusion.serialise import load_program
+from quincunx.ops.libraries import LoadedProgram
+import quincunx as qx
+torch.set_num_threads(2)
+piece, arguments, results = single("bottleneck", 4)
+feed, tensors = dict(zip(piece.inputs, arguments)), [torch.from_numpy(a) for a in arguments]
+program, loaded = load_program(piece.data), LoadedProgram(piece.data)
+def engines():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    model = compiled(of_piece(piece), folder, lambda core: qx.openvino.register(core, 2))
+    return session(of_piece(piece), 2), model
+def work(ort, ov):
+    close(ort.run(None, feed), results)
+    close([ov(feed)[0]], results)
+    close(loaded.run(arguments, threads=2), results)
+    close([program(*tensors)[0].numpy()], results)
+own = engines()
+work(*own)
+children = []
+for number in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+        faulthandler.dump_traceback_later(120, exit=True)
+        torch.set_num_threads(1)
+        try: work(*engines())
+        except BaseException as error: print(error); os._exit(1)
+        os._exit(0)
+work(*own)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=250
+    )
+    assert done.stdout == "[0, 0]\n", done.stderr
+
+
 # ---------------------------------------------------------------- programs in C and C++
 
 

@@ -138,7 +138,7 @@ def onnx_writer(traced: Traced, opset: int = 18, external: bool = False) -> Writ
     proto = _onnx_proto(traced, opset)
 
     def write(path: Path, metadata: Mapping[str, Any]) -> None:
-        import onnx.external_data_helper as external
+        from onnx.external_data_helper import convert_model_to_external_data
 
         proto.producer_name = "quincunx"
         proto.producer_version = str(metadata.get("quincunx", ""))
@@ -151,8 +151,10 @@ def onnx_writer(traced: Traced, opset: int = 18, external: bool = False) -> Writ
             return
         copied = onnx.ModelProto()
         copied.CopyFrom(proto)
-        external.convert_model_to_external_data(copied, all_tensors_to_one_file=True, location=outside.name)
+        convert_model_to_external_data(copied, all_tensors_to_one_file=True, location=outside.name)
         onnx.save_model(copied, str(path))
+        # it is written for its owner alone
+        outside.chmod(path.stat().st_mode)
 
     return write
 
