@@ -44,9 +44,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "espace-resnet20": (made_by(qx.Espace(rate=0.5)), 32),
     "perforated-resnet20": (made_by(qx.Perforate()), 32),
 }
-FORMS = [
-    (kind.name, plugin) for kind in FORMATS.values() for plugin in (False, True) if kind.plugin or not plugin
-]
+FORMS = [(name, plugin) for name in FORMATS for plugin in (False, True)]
 
 
 def row(

@@ -1,5 +1,5 @@
 // Fused programs as an operation of OpenVINO, for hosts in C++: core.add_extension("libquincunx_openvino.so"), then
-// read_model of an ONNX file that holds them. OpenVINO's C++ interface changes with every release, so this is built
+// read_model of an .onnx or .xml file that holds them. OpenVINO's C++ interface changes with every release, so this is built
 // for the one that loads it, over the C interface of libquincunx (CMakeLists.txt beside this); from Python,
 // quincunx.openvino does the same without that.
 #include <openvino/core/extension.hpp>
@@ -45,7 +45,8 @@ void in_stream_threads(void*, int64_t count, void (*body)(void*, int64_t), void*
 
 class Program : public ov::op::Op {
  public:
-  OPENVINO_OP("Program", "quincunx");
+  // as OpenVINO names the operation that quincunx.openvino makes in Python: both read the same .xml files
+  OPENVINO_OP("QuincunxProgram", "extension");
   Program() = default;
   explicit Program(const ov::OutputVector& inputs) : Op(inputs) { constructor_validate_and_infer_types(); }
 

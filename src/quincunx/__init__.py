@@ -48,6 +48,9 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     )
     from quincunx.surgery.method import Accelerated, Method, Replacement
 
+    # these two modules have public names of their own: ``import quincunx.onnxruntime`` finds them too
+    sys.modules.update({f"quincunx.{made.__name__.split('.')[-1]}": made for made in (onnxruntime, openvino)})
+
 try:
     __version__ = _version("quincunx")
 except _PackageNotFoundError:  # a checkout that is on the path and not installed

@@ -57,7 +57,6 @@ def test_a_file_that_is_not_faster_ends_with_1(artifact, tmp_path, monkeypatch):
     [
         (["--out", "net.engine"], "expected a file that ends in one of"),
         (["--format", "coreml"], "format='coreml': expected one of"),
-        (["--out", "net.xml", "--plugin"], "plugin=True: format openvino"),
         (["--dtype", "int8"], "dtype='int8'"),
         (["--opset", "7"], "opset=7: expected 18 to 23"),
         (["--input", "3x16"], "input='3x16': expected NxCxHxW"),
@@ -116,5 +115,3 @@ def test_bad_onnx_files_and_formats_are_refused_before_any_work(tmp_path, monkey
     assert "not an ONNX model" in refused("accelerate", "bad.onnx", "--data", "digits")
     said = refused("accelerate", "bad.onnx", "--data", "digits", "--export", "tflite")
     assert "export='tflite': expected one of onnx" in said
-    said = refused("accelerate", "bad.onnx", "--export", "openvino", "--plugin")
-    assert "plugin: format openvino has no file" in said

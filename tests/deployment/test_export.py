@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from quincunx.deployment.export import ExportFailed
 from quincunx.deployment.formats import FORMATS, format_for
 from quincunx.deployment.verification import Candidate, difference, run_apart
 
-FORMS = [("onnx", False), ("onnx", True), ("openvino", False), ("torch", False), ("torch", True)]
+FORMS = [(name, plugin) for name in ("onnx", "openvino", "torch") for plugin in (False, True)]
 
 
 def network(**settings):
@@ -95,16 +98,22 @@ def test_opsets(tmp_path, opset):
     assert [entry.version for entry in onnx.load(str(path)).opset_import if not entry.domain] == [opset]
 
 
-def test_weights_beyond_the_limit_go_to_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "EXTERNAL_ABOVE", 1000)
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_beyond_the_limit_or_if_asked_go_to_a_second_file(tmp_path, monkeypatch, asked, plugin):
+    if not asked:
+        monkeypatch.setattr(writers, "EXTERNAL_ABOVE", 1000)
     path = tmp_path / "net.onnx"
-    made = qx.export(network(), path, torch.randn(1, 3, 16, 16), rounds=0)
+    x = torch.randn(1, 3, 16, 16)
+    made = qx.export(network(), path, x, rounds=0, external_data=asked, plugin=plugin)
     data = tmp_path / "net.onnx.data"
     assert path.stat().st_size < data.stat().st_size
+    assert path.stat().st_mode == data.stat().st_mode
     assert made.size == path.stat().st_size + data.stat().st_size
     assert sorted(part.name for part in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     x = torch.randn(3, 3, 16, 16)
-    found = run_apart([Candidate("a", str(path), "onnxruntime")], [[x]], [x], threads=1, rounds=0)
+    library = (qx.onnxruntime.quincunx_library(),) if plugin else ()
+    found = run_apart([Candidate("a", str(path), "onnxruntime", library)], [[x]], [x], threads=1, rounds=0)
     with torch.no_grad():
         assert difference(found.answers[0], [network()(x)]) < 1e-4
 
@@ -127,6 +136,60 @@ def test_several_inputs_and_outputs_and_a_fixed_batch(tmp_path):
     made = qx.export(Two().eval(), path, inputs, rounds=0, dynamic_batch=False)
     assert (made.inputs, made.outputs) == (("input0", "input1"), ("output0", "output1"))
     assert list(made.difference) == [2]
+
+
+class Mixed(nn.Module):
+    """Masks, cosets, concatenation, max pooling, a shortcut; two inputs and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        spots = qx.Random(0.5, 1)
+        self.a = qx.PerforatedConv2d(3, 4, 3, sampling=spots, padding=1)
+        self.b = qx.PerforatedConv2d(2, 4, 3, sampling=spots, padding=1)
+        self.point, self.last = nn.Conv2d(8, 6, 1), qx.SpatialBottleneck2d(6, 6)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x, y):
+        both = self.point(torch.cat([torch.relu(self.a(x)), self.b(y)], 1))
+        pooled = nn.functional.max_pool2d(self.norm(both), 3, 2, 1)
+        return torch.relu(self.last(pooled) + pooled), both.mean((2, 3))
+
+
+@pytest.mark.parametrize(("name", "plugin"), FORMS)
+def test_mixed_networks_of_several_inputs(tmp_path, name, plugin):
+    torch.manual_seed(0)
+    path = tmp_path / f"net{FORMATS[name].suffix}"
+    inputs = torch.randn(2, 3, 13, 11), torch.randn(2, 2, 13, 11)
+    made = qx.export(Mixed().eval(), path, inputs, plugin=plugin, rounds=0)
+    assert set(made.difference) == {1, 2, 7}
+    assert max(made.difference.values()) < 1e-4
+    code = "\n".join([*made.lines["Python"], "print(len(outputs))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "2\n", done.stderr
+
+
+class Named(nn.Module):
+    """As networks that segment return their maps; the second entry is two maps."""
+
+    def __init__(self, pairs):
+        super().__init__()
+        self.a, self.b, self.pairs = qx.SpatialBottleneck2d(3, 4), qx.SpatialBottleneck2d(4, 5), pairs
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        z = self.b(y)
+        return OrderedDict(out=z, aux=[y, y.mean((2, 3))] if self.pairs else y)
+
+
+@pytest.mark.parametrize(("name", "plugin"), FORMS)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_outputs_in_dictionaries_keep_their_names(tmp_path, name, plugin, pairs):
+    torch.manual_seed(0)
+    model = Named(pairs).eval()
+    path = tmp_path / f"net{FORMATS[name].suffix}"
+    made = qx.export(model, path, torch.randn(2, 3, 9, 8), plugin=plugin, rounds=0)
+    assert made.outputs == (("output0", "output1", "output2") if pairs else ("out", "aux"))
+    assert max(made.difference.values()) < 1e-4
 
 
 def test_a_file_that_is_not_faster_is_not_written(tmp_path, monkeypatch):
@@ -165,10 +228,20 @@ def test_a_dense_network_is_written_without_a_ratio(tmp_path):
     assert made.sentence().endswith("dense operators for ONNX Runtime")
 
 
-@pytest.mark.parametrize("name", ["espace", "lowrank", "qcnn"])
+METHODS = {
+    "espace": qx.Espace(rate=0.5),
+    "lowrank": qx.LowRank(rank=0.5),
+    "cp": qx.CP(rank=0.3, iterations=5),
+    "fitted": qx.Perforate(),
+    "qcnn": qx.QCNN(),
+    "binaryconnect": qx.BinaryConnect(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings("ignore:calibration:UserWarning")
 def test_accelerated_networks_in_onnx_runtime(tmp_path, name):
-    method = {"espace": qx.Espace(rate=0.5), "lowrank": qx.LowRank(rank=0.5), "qcnn": qx.QCNN()}[name]
+    method = METHODS[name]
     torch.manual_seed(0)
     images = torch.randn(16, 3, 15, 16)
     model = qx.networks.build("cifar-resnet8", width=8).eval()
@@ -205,13 +278,41 @@ def test_a_dense_twin_has_no_layer_of_the_package():
     assert dense_twin(qx.networks.build("rrn8", width=8)) is None
 
 
-def test_aoti_packages(tmp_path):
+@pytest.fixture(scope="module")
+def aoti_host(tmp_path_factory):
+    """examples/host_aotinductor.cpp, built as its first lines say."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs c++")
+    folder, place = tmp_path_factory.mktemp("host"), Path(torch.__file__).parent
+    libraries = [f"-L{place}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{place}/lib"]
+    source = [f"-I{place}/include", str(ROOT / "examples" / "host_aotinductor.cpp")]
+    command = ["c++", "-O1", "-std=c++20", *source, *libraries, "-o", str(folder / "host")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "host"
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_aoti_packages_in_python_and_cpp(tmp_path, plugin, aoti_host):
     path = tmp_path / "net.aoti.pt2"
     torch.manual_seed(0)
     model = nn.Sequential(qx.SpatialBottleneck2d(3, 8), nn.ReLU(), qx.SpatialBottleneck2d(8, 4)).eval()
-    made = qx.export(model, path, torch.randn(1, 3, 9, 8), plugin=True, rounds=0)
+    made = qx.export(model, path, torch.randn(1, 3, 9, 8), plugin=plugin, rounds=0)
     assert made.format == "aoti"
     assert max(made.difference.values()) < 1e-4
+    x = torch.randn(3, 3, 9, 8)
+    library = find_spec("quincunx._native").origin if plugin else "-"
+    command = [str(part) for part in (aoti_host, path, library, 1, *x.shape)]
+    done = subprocess.run(command, input=x.numpy().tobytes(), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert re.fullmatch(r"AOTInductor, 1 threads: [\d.]+ ms\n", done.stderr.decode())
+    answer = np.frombuffer(done.stdout, np.float32).reshape(3, 4, 9, 8)
+    with torch.no_grad():
+        assert difference([answer], [model(x)]) < 1e-4
+    if plugin:
+        done = subprocess.run([*command[:2], "-", *command[3:]], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "quincunx_native::run_program_sized" in done.stderr
 
 
 X = torch.randn(1, 3, 16, 16)
@@ -228,12 +329,12 @@ X = torch.randn(1, 3, 16, 16)
         ),
         ("net.onnx", {"format": "openvino"}, r"a file in format openvino ends in \.xml"),
         ("no/net.onnx", {}, "no folder"),
-        ("net.xml", {"plugin": True}, r"plugin=True: format openvino .* qx\.openvino\.register"),
         (
             "net.onnx",
             {"dtype": torch.bfloat16},
             r"dtype=torch\.bfloat16: plain operators",
         ),
+        ("net.pt2", {"external_data": True}, "external_data=True: files of format torch"),
         ("net.onnx", {"opset": 9}, "opset=9: expected 18 to 23"),
         ("net.onnx", {"input_names": ["a", "b"]}, r"input_names=\['a', 'b'\]: expected 1 different names"),
         ("net.onnx", {"output_names": ["a b"]}, r"output_names=\['a b'\]"),
@@ -262,9 +363,9 @@ def test_bad_networks_and_inputs(tmp_path):
 
     class Words(nn.Module):
         def forward(self, x):
-            return {"x": x}
+            return {"x": x, "why": "because"}
 
-    with pytest.raises(TypeError, match="returns dict"):
+    with pytest.raises(TypeError, match="returns Tensor, str; an exported network returns tensors"):
         qx.export(Words(), path, X)
     assert not list(tmp_path.iterdir())
 

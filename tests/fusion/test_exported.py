@@ -1,6 +1,8 @@
 """torch.export of fused networks: any batch, nothing of this machine, a library in place of the package."""
 
+import gc
 import os
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,8 +17,8 @@ from quincunx.fusion.serialise import load_program, pieces
 BATCH = torch.export.Dim("batch", min=1)
 
 
-def exported(model, x):
-    return torch.export.export(qx.fuse(model), (x,), dynamic_shapes=({0: BATCH},), strict=False)
+def exported(model, x, strict=False):
+    return torch.export.export(qx.fuse(model), (x,), dynamic_shapes=({0: BATCH},), strict=strict)
 
 
 NETWORKS = {
@@ -31,18 +33,78 @@ NETWORKS = {
 }
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", [(16, 16), (15, 18)])
-def test_any_batch(name, size):
+def test_any_batch(name, size, strict):
     torch.manual_seed(0)
     model = NETWORKS[name]().eval()
-    program = exported(model, torch.randn(2, 3, *size))
+    program = exported(model, torch.randn(2, 3, *size), strict)
     names = [str(n.target) for n in program.graph.nodes]
     assert any("run_program_sized" in text for text in names)
     for batch in (1, 2, 7):
         x = torch.randn(batch, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_that_are_not_fused_export_both_ways(name, strict):
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    x = torch.randn(2, 3, 15, 18)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: BATCH},), strict=strict)
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 15, 18)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
+class _Several(nn.Module):
+    """Two programs with an operation between them that the kernels do not have; two inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = qx.SpatialBottleneck2d(3, 4), qx.SpatialBottleneck2d(4, 4)
+        self.pool, self.last = nn.AvgPool2d(3, 1, 1), qx.SpatialBottleneck2d(4, 2)
+
+    def forward(self, x, y):
+        z = self.pool(self.first(x))
+        z = self.last(torch.cumsum(self.second(z), 1))
+        return z + y, z.mean((2, 3))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_several_programs_inputs_outputs_and_formats(strict, dtype):
+    torch.manual_seed(0)
+    model = _Several().eval()
+    fused = qx.fuse(model, dtype, force=True) if dtype else qx.fuse(model)
+    inputs = torch.randn(3, 3, 9, 10), torch.randn(3, 2, 9, 10)
+    program = torch.export.export(fused, inputs, dynamic_shapes=({0: BATCH}, {0: BATCH}), strict=strict)
+    assert sum("run_program_sized" in str(n.target) for n in program.graph.nodes) >= 2
+    for batch in (1, 5):
+        inputs = torch.randn(batch, 3, 9, 10), torch.randn(batch, 2, 9, 10)
+        with torch.no_grad():
+            for found, wanted in zip(program.module()(*inputs), fused(*inputs), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2 if dtype else 1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_a_copy_is_exported_as_itself(strict):
+    """A copy's programs have names of their own; of what was deleted nothing is found under another's."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12)
+    fused = qx.fuse(NETWORKS["rsbn8"]().eval())
+    copied = pickle.loads(pickle.dumps(fused))
+    with torch.no_grad():
+        wanted = fused(x)
+    assert copied.program0._key != fused.program0._key
+    del fused
+    gc.collect()
+    found = torch.export.export(copied, (x,), strict=strict).module()(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_saved_graph_needs_torch_and_the_library_alone(tmp_path):

@@ -182,7 +182,7 @@ def compiled(data, folder, register, hint="f32"):
     return core.compile_model(core.read_model(folder / "model.onnx"), "CPU", settings)
 
 
-@pytest.mark.parametrize("hint", ["f32", "bf16"])
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("name", ONE_PIECE)
 def test_openvino_answers_as_torch(name, hint, tmp_path):
     for batch in (1, 7):
@@ -192,10 +192,11 @@ def test_openvino_answers_as_torch(name, hint, tmp_path):
         close([found[name] for name in piece.outputs], results)
 
 
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("name", ["mean", "two"])
-def test_the_extension_in_cpp_answers_as_torch(name, extension, tmp_path):
+def test_the_extension_in_cpp_answers_as_torch(name, hint, extension, tmp_path):
     piece, arguments, results = single(name, 3)
-    made = compiled(of_piece(piece), tmp_path, lambda core: core.add_extension(str(extension)))
+    made = compiled(of_piece(piece), tmp_path, lambda core: core.add_extension(str(extension)), hint)
     found = made(dict(zip(piece.inputs, arguments, strict=True)))
     close([found[name] for name in piece.outputs], results)
     with pytest.raises(Exception, match="its checksum is wrong"):
@@ -216,6 +217,36 @@ def test_openvinos_own_format_and_parallel_requests(tmp_path):
     for request in requests:
         request.wait()
         close([request.get_output_tensor(0).data], results)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_its_own_format_from_cpp_and_python(dtype, extension, tmp_path):
+    """One .xml file, read by the extension, by the operation in Python and by a host in C++."""
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = qx.networks.build("rsbn8", width=8).eval()
+    x = torch.rand(3, 3, 13, 12)
+    fused = qx.fuse(model) if dtype is None else qx.fuse(model, dtype, force=True)
+    with torch.no_grad():
+        result = fused(x).numpy()
+    path = tmp_path / "net.xml"
+    made = qx.export(model, path, x, plugin=True, dtype=dtype, rounds=0)
+    assert "qx.openvino.register(core)" in made.lines["Python"]
+    assert "<layer" in path.read_text()
+    assert 'type="QuincunxProgram"' in path.read_text()
+    for register in (lambda core: core.add_extension(str(extension)), qx.openvino.register):
+        core = openvino.Core()
+        register(core)
+        for hint in ("f32", "bf16"):
+            answer = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})(x.numpy())[0]
+            # the classifier behind the program is OpenVINO's own
+            slack = 1e-5 if hint == "f32" else 2e-2
+            np.testing.assert_allclose(answer, result, rtol=1e-4, atol=slack)
+    with pytest.raises(Exception, match="QuincunxProgram"):
+        openvino.Core().read_model(path)
+    host = openvino_host(tmp_path)
+    answer = answer_of([host, path, extension, 2, *x.shape], [x.numpy()], result.shape)
+    np.testing.assert_allclose(answer, result, rtol=1e-4, atol=2e-2)  # by default in what the processor has
 
 
 def test_openvino_says_what_is_wrong(tmp_path):
@@ -260,6 +291,51 @@ print("fine")
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.stdout == "fine\n", done.stderr
+
+
+def test_forked_workers_have_sessions_of_their_own():
+    """After a parent that used all of them; an engine's own threads do not survive a fork, so a worker makes
+    its sessions."""
+    code = """
+import sys; sys.path.insert(0, "tests")
+import faulthandler, os, pathlib, tempfile, torch
+from ops.test_engines import compiled, close, of_piece, session, single
+from quincunx.fusion.serialise import load_program
+from quincunx.ops.libraries import LoadedProgram
+import quincunx as qx
+torch.set_num_threads(2)
+piece, arguments, results = single("bottleneck", 4)
+feed, tensors = dict(zip(piece.inputs, arguments)), [torch.from_numpy(a) for a in arguments]
+program, loaded = load_program(piece.data), LoadedProgram(piece.data)
+def engines():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    model = compiled(of_piece(piece), folder, lambda core: qx.openvino.register(core, 2))
+    return session(of_piece(piece), 2), model
+def work(ort, ov):
+    close(ort.run(None, feed), results)
+    close([ov(feed)[0]], results)
+    close(loaded.run(arguments, threads=2), results)
+    close([program(*tensors)[0].numpy()], results)
+own = engines()
+work(*own)
+children = []
+for number in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+        faulthandler.dump_traceback_later(120, exit=True)
+        torch.set_num_threads(1)
+        try: work(*engines())
+        except BaseException as error: print(error); os._exit(1)
+        os._exit(0)
+work(*own)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=250
+    )
+    assert done.stdout == "[0, 0]\n", done.stderr
 
 
 # ---------------------------------------------------------------- programs in C and C++
@@ -319,15 +395,19 @@ def test_a_host_of_onnxruntime_in_c(tmp_path):
         close([answer_of(command, [x], result.shape)], [result])
 
 
-def test_a_host_of_openvino_in_cpp(extension, tmp_path):
+def openvino_host(folder):
     package = Path(find_spec("openvino").origin).parent
     [library] = (package / "libs").glob("libopenvino.so.*")
     source, libraries = ROOT / "examples" / "host_openvino.cpp", f"-Wl,-rpath,{package}/libs"
     flags = ["-O1", "-std=c++17", "-I", package / "include", libraries, f"-Wl,-rpath-link,{package}/libs"]
-    built("c++", *flags, source, library, "-o", tmp_path / "host")
+    built("c++", *flags, source, library, "-o", folder / "host")
+    return folder / "host"
+
+
+def test_a_host_of_openvino_in_cpp(extension, tmp_path):
     piece, [x], [result] = single("bottleneck", 3)
     (tmp_path / "model.onnx").write_bytes(of_piece(piece))
-    command = [tmp_path / "host", tmp_path / "model.onnx", extension, 2, *x.shape]
+    command = [openvino_host(tmp_path), tmp_path / "model.onnx", extension, 2, *x.shape]
     close([answer_of(command, [x], result.shape)], [result])
 
 

@@ -120,6 +120,22 @@ def test_importing_is_light_and_silent():
     }
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_are_modules_of_their_public_names(name):
+    """Whichever is imported first, it is one module, and the engine's own package is another."""
+    lines = [
+        f"import quincunx.{name}",
+        f"from quincunx.{name} import register",
+        f"from quincunx import {name}",
+    ]
+    for first in lines:
+        code = "; ".join([first, *lines, "import quincunx, quincunx.ops", "import sys"])
+        code += f"\nassert quincunx.{name} is {name} is quincunx.ops.{name}, quincunx.{name}"
+        code += f"\nassert {name}.register is register and sys.modules.get({name!r}) is not {name}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_package_is_small_to_look_at():
     """At most 8 modules and 14 folders; each folder says in one line what it is for."""
     folders = [p for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"]

@@ -255,7 +255,7 @@ def accelerate_command(
     """
     with bad_input():
         use_threads(threads)
-        written = None if export_format is None else _export_file(out, export_format, plugin)
+        written = None if export_format is None else _export_file(out, export_format)
         settings, asked, task = method.settings(), target.asked, about.chosen()
         chosen: Method | Search
         bare = (
@@ -344,7 +344,7 @@ def accelerate_command(
         raise typer.Exit(1)
 
 
-def _export_file(out: Path, name: str, plugin: bool) -> Path:
+def _export_file(out: Path, name: str) -> Path:
     """The file of an export, checked before the long work.
 
     Raises:
@@ -353,8 +353,6 @@ def _export_file(out: Path, name: str, plugin: bool) -> Path:
     if name not in FORMATS:
         raise ValueError(f"export={name!r}: expected one of {', '.join(FORMATS)}")
     FORMATS[name].check()
-    if plugin and not FORMATS[name].plugin:
-        raise ValueError(f"plugin: format {name} has no file for our kernels; --export onnx has")
     return out / f"fast{FORMATS[name].suffix}"
 
 

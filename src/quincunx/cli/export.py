@@ -54,6 +54,9 @@ def export_command(
         bool, typer.Option("--fixed-batch", help="Only batches of the size in --input.")
     ] = False,
     opset: Annotated[int, typer.Option(help="Opset of ONNX, 18 to 23.")] = 18,
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="ONNX: weights in a second file, which engines map.")
+    ] = False,
     input_names: Annotated[str | None, typer.Option(help="Names of the inputs, with commas.")] = None,
     output_names: Annotated[str | None, typer.Option(help="Names of the outputs, with commas.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 times nothing.", min=0)] = 11,
@@ -91,6 +94,7 @@ def export_command(
                     dtype=chosen,
                     dynamic_batch=not fixed_batch,
                     opset=opset,
+                    external_data=external_data,
                     input_names=_names(input_names),
                     output_names=_names(output_names),
                     force=force,

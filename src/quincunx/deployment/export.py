@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from quincunx.deployment.baseline import dense_twin, describe_layers
 from quincunx.deployment.formats import Format, format_for
 from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, lower
 from quincunx.deployment.usage import lines_to_use
 from quincunx.deployment.verification import Candidate, Found, difference, run_apart
-from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, trace_for_export
+from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, onnx_writer, trace_for_export
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.fused import Fused
 from quincunx.measure.cost import cost
@@ -28,7 +29,7 @@ from quincunx.ops.libraries import library_path
 
 __all__ = ["ExportFailed", "Exported", "export"]
 
-_NODES: dict[str, Node] = {"onnx": OnnxNode, "torch": TorchNode, "aoti": TorchNode}
+_NODES: dict[str, Node] = {"onnx": OnnxNode, "openvino": OnnxNode, "torch": TorchNode, "aoti": TorchNode}
 _BATCHES = (1, 2, 7)
 
 
@@ -116,6 +117,7 @@ def export(
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = True,
     opset: int = 18,
+    external_data: bool = False,
     tolerance: float | None = None,
     force: bool = False,
     threads: int | None = None,
@@ -145,9 +147,12 @@ def export(
             the same settings in place of each layer of this package.
         input_names: by default those of the ONNX file that the network was read from; else "input", or
             "input0" and so on.
-        output_names: likewise, "output" or "output0" and so on.
+        output_names: likewise, or the keys of a dictionary that the network returns; else "output", or
+            "output0" and so on. A file has a list of tensors: lists, tuples and dictionaries are taken apart.
         dynamic_batch: whether the batch is free.
         opset: of ONNX, 18 to 23; ONNX Runtime optimises less from 22 on.
+        external_data: of ONNX, weights in a second file <name>.data, as always beyond 2 GB. ONNX Runtime maps
+            it instead of keeping a copy of programs beside their packed weights.
         tolerance: largest accepted deviation, relative to the largest value of an output; by default
             1e-4, and 0.05 with ``dtype``.
         force: write a file that is not faster, too.
@@ -176,13 +181,14 @@ def export(
     if not target.parent.is_dir():
         raise ValueError(f"path={str(path)!r}: no folder {str(target.parent)!r}")
     kind.check()
+    library = _library(kind) if plugin else None
     examples = _checked_examples(example_input)
-    _check_settings(kind, plugin, dtype, rounds)
+    _check_settings(kind, plugin, dtype, external_data, rounds)
     limit = tolerance if tolerance is not None else 1e-4 if dtype in (None, torch.float32) else 0.05
     workers = torch.get_num_threads() if threads is None else threads
     own = copied(model).eval().requires_grad_(False)
-    outputs = _answer(own, examples)
-    inputs, results = _names(own, examples, len(outputs), input_names, output_names)
+    answer = _answer(own, examples)
+    inputs, results = _names(own, examples, answer, input_names, output_names)
     fused = fuse(own, dtype, force=True) if dtype is not None else fuse(own)
     node = _NODES[kind.name] if plugin else None
     twin = baseline if baseline is not None else dense_twin(own)
@@ -201,8 +207,8 @@ def export(
         folder = Path(name)
         place = folder / target.name
         traced = trace_for_export(lower(fused, examples, node), examples, inputs, results, dynamic_batch)
-        write = _written(path, traced, kind, opset, place, facts)
-        candidates = [Candidate("ours", str(place), kind.engine, _libraries(kind, plugin))]
+        write = _written(path, traced, kind, opset, external_data, place, facts)
+        candidates = [Candidate("ours", str(place), kind.engine, _loads(kind, library))]
         if compared:
             candidates += _dense_candidates(kind, dense, examples, folder, dynamic_batch, opset)
         sets = _inputs(examples, dynamic_batch)
@@ -231,10 +237,16 @@ def export(
             times={name: sorted(times)[len(times) // 2] for name, times in found.times.items() if times},
             speedup=speedup,
             faster=faster,
-            lines=lines_to_use(kind.name, target.name, plugin, inputs, examples[0].shape),
+            lines=lines_to_use(
+                kind.name,
+                target.name,
+                dict(zip(inputs, (tuple(x.shape) for x in examples), strict=True)),
+                results,
+                library,
+            ),
         )
         if speedup is not None and speedup <= 1 and not force:
-            raise ExportFailed(f"{made.sentence()}; {_advice(kind, plugin)}")
+            raise ExportFailed(f"{made.sentence()}; {_advice(plugin)}")
         if kind.name != "aoti":
             # the same graph; a package of AOTInductor would have to be compiled again
             write(place, {**facts, "difference": max(gaps.values()), "speedup": speedup})
@@ -265,12 +277,11 @@ def _checked_examples(given: Any) -> tuple[Tensor, ...]:
     return examples
 
 
-def _check_settings(kind: Format, plugin: bool, dtype: torch.dtype | None, rounds: int) -> None:
-    if plugin and not kind.plugin:
-        raise ValueError(
-            f"plugin=True: format {kind.name} has no file for it; OpenVINO reads the .onnx file of format "
-            "onnx with plugin=True after qx.openvino.register(core)"
-        )
+def _check_settings(
+    kind: Format, plugin: bool, dtype: torch.dtype | None, external: bool, rounds: int
+) -> None:
+    if external and kind.name != "onnx":
+        raise ValueError(f"external_data=True: files of format {kind.name} have their own place for weights")
     if dtype not in (None, torch.float32) and not plugin:
         raise ValueError(
             f"dtype={dtype}: plain operators are written in float32; the engine's own setting makes them "
@@ -280,11 +291,10 @@ def _check_settings(kind: Format, plugin: bool, dtype: torch.dtype | None, round
         raise ValueError(f"rounds={rounds}: expected 0, or at least 3")
 
 
-def _answer(model: nn.Module, examples: Sequence[Tensor]) -> list[Tensor]:
+def _answer(model: nn.Module, examples: Sequence[Tensor]) -> Any:
     """
     Raises:
         ValueError: the network refuses the example.
-        TypeError: it returns anything but tensors.
     """
     try:
         with torch.no_grad():
@@ -295,11 +305,17 @@ def _answer(model: nn.Module, examples: Sequence[Tensor]) -> list[Tensor]:
         raise ValueError(
             f"example_input: the network refuses {shapes}: {type(error).__name__}: {error}"[:500]
         ) from error
-    return _tensors(found)
+    return found
 
 
 def _written(
-    path: str | Path, traced: Traced, kind: Format, opset: int, place: Path, facts: dict[str, Any]
+    path: str | Path,
+    traced: Traced,
+    kind: Format,
+    opset: int,
+    external: bool,
+    place: Path,
+    facts: dict[str, Any],
 ) -> Write:
     """Write a file, and return the function that does it again with other metadata.
 
@@ -308,7 +324,7 @@ def _written(
         ExportFailed: the exporter fails.
     """
     try:
-        write = WRITERS[kind.name](traced, opset)
+        write = onnx_writer(traced, opset, external) if external else WRITERS[kind.name](traced, opset)
         write(place, facts)
     except ValueError:
         raise
@@ -322,9 +338,14 @@ def _written(
 
 
 def _tensors(found: Any) -> list[Tensor]:
-    values = list(found) if isinstance(found, (tuple, list)) else [found]
-    if not all(isinstance(value, Tensor) for value in values):
-        kinds = ", ".join(type(value).__name__ for value in values)
+    """The outputs in the order of the file's: a file has a list of tensors, whatever holds them here.
+
+    Raises:
+        TypeError: the network returns something else.
+    """
+    values = pytree.tree_leaves(found)
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        kinds = ", ".join(dict.fromkeys(type(value).__name__ for value in values)) or "nothing"
         raise TypeError(f"model: returns {kinds}; an exported network returns tensors")
     return values
 
@@ -332,11 +353,14 @@ def _tensors(found: Any) -> list[Tensor]:
 def _names(
     model: nn.Module,
     examples: Sequence[Tensor],
-    outputs: int,
+    answer: Any,
     given: Sequence[str] | None,
     results: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    kept = getattr(model, "onnx_names", {})
+    kept, outputs = getattr(model, "onnx_names", {}), len(_tensors(answer))
+    keys = list(answer) if isinstance(answer, Mapping) and len(answer) == outputs else []
+    if results is None and keys and all(isinstance(key, str) and key.isidentifier() for key in keys):
+        results = keys
     if given is None:
         given = kept.get("inputs") or (
             ["input"] if len(examples) == 1 else [f"input{number}" for number in range(len(examples))]
@@ -364,15 +388,28 @@ def _macs(model: nn.Module, examples: Sequence[Tensor]) -> int:
 # ---------------------------------------------------------------- candidates and answers
 
 
-def _libraries(kind: Format, plugin: bool) -> tuple[str, ...]:
-    if not plugin:
-        return ()
-    if kind.name == "onnx":
-        return (library_path("quincunx_ort"),)
+def _library(kind: Format) -> str:
+    """The path of the library that has our kernels for an engine.
+
+    Raises:
+        ValueError: it was not built.
+    """
+    if kind.name in ("onnx", "openvino"):
+        try:
+            return library_path("quincunx_ort" if kind.name == "onnx" else "quincunx")
+        except FileNotFoundError as error:
+            raise ValueError(f"plugin=True: {error}") from None
     found = find_spec("quincunx._native")
     if found is None or found.origin is None:
         raise ValueError("plugin=True: the native back end was not built; see quincunx info")
-    return (found.origin,)
+    return found.origin
+
+
+def _loads(kind: Format, library: str | None) -> tuple[str, ...]:
+    """What the engine's process loads: OpenVINO's operation in Python is a module over the library."""
+    if library is None:
+        return ()
+    return ("quincunx.openvino",) if kind.name == "openvino" else (library,)
 
 
 def _dense_candidates(
@@ -430,7 +467,7 @@ def _faster(found: Found) -> dict[str, float]:
     return {name: ratio for name, ratio in ratios.items() if ratio > 1}
 
 
-def _advice(kind: Format, plugin: bool) -> str:
-    if kind.plugin and not plugin:
+def _advice(plugin: bool) -> str:
+    if not plugin:
         return "nothing was written; plugin=True runs our kernels in it, force=True writes it all the same"
     return "nothing was written; force=True writes it all the same"

@@ -19,7 +19,6 @@ class Format:
         suffix: how its files end.
         needs: packages that write, load and check it.
         engine: that loads it to be verified and timed.
-        plugin: whether it may hold nodes that run our kernels.
         dynamic: whether its batch may be free.
         loads: what reads such a file, besides ``engine``.
     """
@@ -29,7 +28,6 @@ class Format:
     suffix: str
     needs: tuple[str, ...]
     engine: str
-    plugin: bool
     dynamic: bool
     loads: str
 
@@ -56,7 +54,6 @@ FORMATS = {
             ("onnx", "onnxscript", "onnxruntime"),
             "onnxruntime",
             True,
-            True,
             "OpenVINO and other engines that read ONNX",
         ),
         Format(
@@ -65,20 +62,16 @@ FORMATS = {
             ".xml",
             ("openvino", "onnx", "onnxscript"),
             "openvino",
-            False,
             True,
             "OpenVINO only",
         ),
-        Format(
-            "torch", "torch.export", ".pt2", (), "torch", True, True, "PyTorch of this or a later release"
-        ),
+        Format("torch", "torch.export", ".pt2", (), "torch", True, "PyTorch of this or a later release"),
         Format(
             "aoti",
             "AOTInductor",
             ".aoti.pt2",
             (),
             "aoti",
-            True,
             True,
             "PyTorch of this release, in Python and C++, on a processor like this one",
         ),

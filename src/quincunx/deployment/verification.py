@@ -26,7 +26,7 @@ class Candidate:
         name: in results.
         file: its path.
         engine: "onnxruntime", "openvino", "torch" or "aoti".
-        libraries: of our operators, loaded before it.
+        libraries: of our operators, loaded before it; for OpenVINO modules with a function ``register``.
         precision: OpenVINO's hint.
     """
 

@@ -1,11 +1,13 @@
 """A program of its own that loads exported files by their engine, answers inputs and is timed.
 
-It imports nothing of quincunx: it stands for the process in which a file is deployed. It is started as
-``python worker.py job.json``; what it does is in the job, what it found goes to files that the job names.
+It imports nothing of quincunx but what a candidate names: it stands for the process in which a file is
+deployed. It is started as ``python worker.py job.json``; what it does is in the job, what it found goes to
+files that the job names.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -45,6 +47,9 @@ def load_openvino(candidate: dict[str, Any], threads: int) -> Run:
         "INFERENCE_PRECISION_HINT": candidate["precision"],
     }
     core = openvino.Core()
+    for library in candidate["libraries"]:
+        # the operation in Python is a module that a process of this engine needs besides
+        importlib.import_module(library).register(core, threads)
     request = core.compile_model(core.read_model(candidate["file"]), "CPU", settings).create_infer_request()
 
     def run(inputs: Sequence[Any]) -> list[Any]:
@@ -75,11 +80,11 @@ def load_aoti(candidate: dict[str, Any], threads: int) -> Run:
 
 def _torch_run(model: Any) -> Run:
     import torch
+    from torch.utils import _pytree as pytree
 
     def run(inputs: Sequence[Any]) -> list[Any]:
         with torch.no_grad():
-            found = model(*map(torch.from_numpy, inputs))
-        return [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]
+            return [value.numpy() for value in pytree.tree_leaves(model(*map(torch.from_numpy, inputs)))]
 
     return run
 

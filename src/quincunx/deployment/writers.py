@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.measure.engines import quiet
+from quincunx.ops.libraries import DOMAIN
+from quincunx.ops.openvino import register
 
 __all__ = ["EXTERNAL_ABOVE", "METADATA", "WRITERS", "Traced", "Write", "check_names", "trace_for_export"]
 
@@ -124,8 +126,9 @@ def _forget(proto: Any) -> None:
             del part.metadata_props[:]
 
 
-def onnx_writer(traced: Traced, opset: int = 18) -> Write:
-    """Return a function that writes a graph as ONNX, weights beyond 2 GB in a second file ``<name>.data``.
+def onnx_writer(traced: Traced, opset: int = 18, external: bool = False) -> Write:
+    """Return a function that writes a graph as ONNX, weights in a second file ``<name>.data`` if asked or
+    beyond 2 GB.
 
     Raises:
         ValueError: an opset that the exporter does not write.
@@ -135,7 +138,7 @@ def onnx_writer(traced: Traced, opset: int = 18) -> Write:
     proto = _onnx_proto(traced, opset)
 
     def write(path: Path, metadata: Mapping[str, Any]) -> None:
-        import onnx.external_data_helper as external
+        from onnx.external_data_helper import convert_model_to_external_data
 
         proto.producer_name = "quincunx"
         proto.producer_version = str(metadata.get("quincunx", ""))
@@ -143,13 +146,15 @@ def onnx_writer(traced: Traced, opset: int = 18) -> Write:
         size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
         outside = path.with_name(f"{path.name}.data")
         outside.unlink(missing_ok=True)
-        if size <= EXTERNAL_ABOVE:
+        if size <= EXTERNAL_ABOVE and not external:
             onnx.save_model(proto, str(path))
             return
         copied = onnx.ModelProto()
         copied.CopyFrom(proto)
-        external.convert_model_to_external_data(copied, all_tensors_to_one_file=True, location=outside.name)
+        convert_model_to_external_data(copied, all_tensors_to_one_file=True, location=outside.name)
         onnx.save_model(copied, str(path))
+        # it is written for its owner alone
+        outside.chmod(path.stat().st_mode)
 
     return write
 
@@ -162,7 +167,10 @@ def openvino_writer(traced: Traced, opset: int = 18) -> Write:
     import openvino
 
     proto = _onnx_proto(traced, opset)
-    model = openvino.Core().read_model(io.BytesIO(proto.SerializeToString()))
+    core = openvino.Core()
+    if any(node.domain == DOMAIN for node in proto.graph.node):
+        register(core)
+    model = core.read_model(io.BytesIO(proto.SerializeToString()))
 
     def write(path: Path, metadata: Mapping[str, Any]) -> None:
         model.set_rt_info(json.dumps(metadata, sort_keys=True), [METADATA])

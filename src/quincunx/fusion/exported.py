@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quincunx.fusion.program import Program
+from quincunx.fusion.program import _KNOWN, Program
 from quincunx.fusion.serialise import NativePiece, TorchPiece, pieces
 from quincunx.ops import native
 
@@ -74,13 +74,21 @@ _PIECES: WeakKeyDictionary[Program, dict[tuple[tuple[int, ...], ...], list[Torch
 _NAMES: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
 
 
-def exported_outputs(program: Program, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return a program's outputs while ``torch.export`` traces it, not strictly.
+def exported_outputs(key: str, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """Return a program's outputs while ``torch.export`` traces it.
+
+    A strict export first reads Python, then runs what it read: for the reader this is one call, which it does
+    not look into (``allow_in_graph``), for the run it is the operators.
+
+    Args:
+        key: of the program.
+        arguments: its inputs.
 
     Raises:
         ValueError: a free size other than the batch; tables belong to one size of map.
         RuntimeError: the native back end was not built.
     """
+    program = _KNOWN[key]
     shapes = tuple(tuple(x.shape[1:]) for x in arguments)
     if not all(type(n) is int for shape in shapes for n in shape):
         raise ValueError(

@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -267,7 +268,7 @@ class Program(nn.Module):
             _count_flops()  # a counter reads the formulas that are there when it is made
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
         self._graphs: dict[tuple[Any, ...], launches.Recorded] = {}
-        self._key: str | None = None
+        self._key = _new_key(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -285,10 +286,11 @@ class Program(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # what was compiled for shapes and threads seen here is made again where it is needed
-        return {**self.__dict__, "_compiled": {}, "_graphs": {}, "_key": None}
+        return {**self.__dict__, "_compiled": {}, "_graphs": {}, "_key": ""}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._key = _new_key(self)
         _hide_from_compilers()
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -297,9 +299,14 @@ class Program(nn.Module):
             # its module imports this one
             from quincunx.fusion.exported import exported_outputs
 
-            return exported_outputs(self, arguments)
+            return exported_outputs(self._key, *arguments)
+        return self._hidden(arguments)
+
+    def _hidden(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What compilers call and do not look into."""
         if is_tracing():
-            return tuple(torch.ops.quincunx.run_fused(list(arguments), self._registered()))
+            _TRACED[self._key] = self
+            return tuple(torch.ops.quincunx.run_fused(list(arguments), self._key))
         return self._answer(arguments)
 
     def _answer(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -347,13 +354,6 @@ class Program(nn.Module):
                     del self._graphs[next(iter(self._graphs))]
                 self._graphs[key] = recorded
             return recorded(arguments)
-
-    def _registered(self) -> str:
-        """A name by which a trace finds this program again, for as long as the process lives."""
-        if self._key is None:
-            self._key = uuid.uuid4().hex
-            _TRACED[self._key] = self
-        return self._key
 
     def _fits(self, arguments: Sequence[Tensor]) -> bool:
         batch = arguments[0].shape[:1]
@@ -532,11 +532,23 @@ class Program(nn.Module):
 @lru_cache(maxsize=1)
 def _hide_from_compilers() -> None:
     # here and not as a decorator: it imports the whole compiler, which takes longer than all of this package
-    Program.forward = torch.compiler.disable(Program.forward)  # type: ignore[method-assign, no-untyped-call]
+    Program._hidden = torch.compiler.disable(Program._hidden)  # type: ignore[method-assign, no-untyped-call]
+    # its module imports this one
+    from quincunx.fusion.exported import exported_outputs
+
+    torch.compiler.allow_in_graph(exported_outputs)  # type: ignore[no-untyped-call]
 
 
-# programs that torch.jit.trace has seen
+# programs by the names that graphs have for them
+_KNOWN: WeakValueDictionary[str, Program] = WeakValueDictionary()
+# those that torch.jit.trace has seen: its trace has no more than a name, so they live as long as the process
 _TRACED: dict[str, Program] = {}
+
+
+def _new_key(program: Program) -> str:
+    key = uuid.uuid4().hex
+    _KNOWN[key] = program
+    return key
 
 
 @torch.library.custom_op("quincunx::run_fused", mutates_args=())

@@ -1,4 +1,4 @@
-"""OpenVINO with our kernels: reads ONNX files that hold programs, and runs these on its CPU device.
+"""OpenVINO with our kernels: reads .onnx and .xml files that hold programs, and runs these on its CPU device.
 
 With ``core = openvino.Core()``, ``qx.openvino.register(core)`` before ``core.read_model(path)``. It is an
 operation written in Python over the C interface of libquincunx, so that OpenVINO's release does not matter;
@@ -74,8 +74,11 @@ def _operation(threads: int) -> Any:
     """The operation as a class of OpenVINO's; importing OpenVINO takes long."""
     from openvino import Dimension, Op, PartialShape, Type
 
-    class Program(Op):  # type: ignore[misc]
-        """Input 0 is the program as a constant, the others are maps."""
+    class QuincunxProgram(Op):  # type: ignore[misc]
+        """Input 0 is the program as a constant, the others are maps.
+
+        The type in .xml files has this name, as in ``csrc/openvino/extension.cpp``.
+        """
 
         def __init__(self, inputs: Sequence[Any] | None = None, program: LoadedProgram | None = None) -> None:
             super().__init__(self)
@@ -110,8 +113,8 @@ def _operation(threads: int) -> Any:
             for number, shape in enumerate(self.program.output_shapes):
                 self.set_output_type(number, Type.f32, PartialShape([batch, *shape]))
 
-        def clone_with_new_inputs(self, new_inputs: Sequence[Any]) -> Program:
-            return Program(new_inputs, self.program)
+        def clone_with_new_inputs(self, new_inputs: Sequence[Any]) -> QuincunxProgram:
+            return QuincunxProgram(new_inputs, self.program)
 
         def has_evaluate(self) -> bool:
             return True
@@ -126,4 +129,4 @@ def _operation(threads: int) -> Any:
         def visit_attributes(self, visitor: Any) -> bool:
             return True
 
-    return Program
+    return QuincunxProgram
