@@ -1,0 +1,136 @@
+"""Arithmetic in eight bits: grids, the reference against sums written out, and the kernels against the reference."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import oracle
+from quincunx.ops import int8
+from quincunx.ops.int8 import Grid, accumulate, dequantise, finish, grid_of_range, quantise, quantise_weight
+from quincunx.sampling import CHESSBOARD
+
+
+def integers(low, high, *shape, seed=0, dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+
+
+def rounded(value):
+    """To the nearest integer, ties to even, of an exact fraction."""
+    whole, rest = divmod(value, 1)
+    up = rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2)
+    return int(whole) + bool(up)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_quantise_rounds_ties_to_even_and_saturates(dtype):
+    low, high = (0, 255) if dtype == torch.uint8 else (-128, 127)
+    grid = Grid(0.25, low + 100, dtype)
+    x = torch.arange(-1000, 1000) / 16
+    expected = [min(high, max(low, rounded(Fraction(float(v)) * 4) + low + 100)) for v in x]
+    assert quantise(x, grid).tolist() == expected
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
+    assert quantise(special, grid).tolist() == [low, high, low, high, low]
+    whole = torch.arange(low, high + 1).to(dtype)
+    assert torch.equal(grid.encode(grid.decode(whole)), whole)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value"), [(0, 0, 0.0), (3, 3, 3.0), (-2, -2, -2.0), (-1, 3, 0.0), (0, 1e-30, 0.0)]
+)
+def test_a_grid_of_a_range_holds_zero_and_constant_maps(low, high, value):
+    grid = grid_of_range(low, high)
+    held = dequantise(quantise(torch.tensor([value, 0.0]), grid), grid)
+    assert held[0].item() == pytest.approx(value, rel=1e-6)
+    assert held[1] == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Grid(0.0),
+        lambda: Grid(float("nan")),
+        lambda: Grid(-1.0),
+        lambda: Grid(1.0, 256),
+        lambda: Grid(1.0, 128, torch.int8),
+        lambda: Grid(1.0, 0, torch.int16),
+        lambda: grid_of_range(0, float("inf")),
+        lambda: grid_of_range(2, 1),
+        lambda: quantise_weight(torch.tensor([[float("nan")]])),
+        lambda: int8.check_products((1 << 16) + 1),
+        lambda: int8.activate(11, torch.zeros(1, 1, 1, 1)),
+        lambda: int8.activate(1, torch.zeros(1, 1, 1, 1), torch.ones(1)),
+    ],
+)
+def test_bad_arguments_are_named(make):
+    with pytest.raises(ValueError, match=r"^(scale|zero|dtype|low|weight|activation)[=:]"):
+        make()
+
+
+def test_weights_by_output_channel():
+    weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    weight[2] = 0
+    weight[3] *= 1e-36
+    q, scale = quantise_weight(weight)
+    assert q.dtype == torch.int8
+    assert q[[0, 1, 4]].abs().amax((1, 2, 3)).tolist() == [127] * 3
+    assert scale[2] == 1
+    assert (q[2] == 0).all()
+    off = (q.float() * scale.view(-1, 1, 1, 1) - weight).abs()
+    assert (off <= scale.view(-1, 1, 1, 1) * 0.50001).all()
+    turned, other = quantise_weight(weight.transpose(0, 1), 1)
+    assert torch.equal(turned.transpose(0, 1), q)
+    assert torch.equal(other, scale)
+
+
+@pytest.mark.parametrize("zero", [0, 7, 255])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_sums_are_those_of_the_formula(zero, groups):
+    """What lies outside the map is a real 0, whatever the zero point is."""
+    x, w = (
+        integers(0, 255, 2, 6, 5, 7, seed=1),
+        integers(-128, 127, 9, 6 // groups, 3, 3, seed=2, dtype=torch.int8),
+    )
+    where = ((2, 1), (1, 1, 2, 0), (1, 2), groups)
+    mask = CHESSBOARD.mask(*oracle.grid_size((5, 7), (3, 3), *where[:2], where[2]))
+    real, factors = x.numpy().astype(np.float64) - zero, w.numpy().astype(np.float64)
+    expected = oracle.sampled_conv(real, factors, None, mask.numpy(), *where)
+    assert np.array_equal(accumulate("conv", x, zero, w, CHESSBOARD.spec, *where).numpy(), expected)
+    dense = accumulate("conv", x, zero, w, "", *where)
+    whole = oracle.sampled_conv(real, factors, None, np.ones(dense.shape[2:], bool), *where)
+    assert np.array_equal(dense.flatten(2).numpy(), whole[..., 0])
+    back = ((1, 1), (1, 1, 1, 1), (1, 1), groups)
+    m = int(CHESSBOARD.mask(5, 7).sum())
+    y, v = integers(0, 255, 2, 6, m, 1, seed=3), integers(-128, 127, 6, 4, 3, 3, seed=4, dtype=torch.int8)
+    found = accumulate("transposed", y, zero, v, CHESSBOARD.spec, *back, size=(5, 7))
+    real, factors = y.numpy().astype(np.float64) - zero, v.numpy().astype(np.float64)
+    expected = oracle.sampled_conv_transpose(
+        real, factors, None, CHESSBOARD.mask(5, 7).numpy(), (5, 7), *back
+    )
+    assert np.array_equal(found.numpy(), expected)
+
+
+def test_the_largest_sums_fit():
+    channels = int8.MOST_PRODUCTS
+    x, w = (
+        torch.full((1, channels, 1, 1), 255, dtype=torch.uint8),
+        torch.full((1, channels, 1, 1), -128).to(torch.int8),
+    )
+    where = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    assert accumulate("conv", x, 0, w, "", *where).item() == -255 * 128 * channels
+    with pytest.raises(ValueError, match="products"):
+        accumulate("conv", x, 0, w.expand(1, channels, 1, 2), "", *where)
+
+
+def test_the_end_of_a_step_is_rounded_operation_by_operation():
+    sums = torch.tensor([[[[16777217]], [[-5]]]], dtype=torch.int32)
+    multiplier, bias = torch.tensor([0.3, 0.1]), torch.tensor([-5033164.5, 0.25])
+    residual = torch.full((1, 1, 1, 1), 2.0)
+    products = np.float32(16777216) * np.float32(0.3), np.float32(-5) * np.float32(0.1)
+    expected = [
+        max(np.float32(0), np.float32(np.float32(products[0] + np.float32(-5033164.5)) + np.float32(2))),
+        max(np.float32(0), np.float32(products[1] + np.float32(0.25))),
+    ]
+    assert finish(sums, multiplier, bias, residual, activation=1).flatten().tolist() == expected
