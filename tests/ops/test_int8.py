@@ -1,15 +1,28 @@
-"""Arithmetic in eight bits: grids, the reference against sums written out, and the kernels against the reference."""
+"""Arithmetic in eight bits: grids, the reference against sums written out, kernels against the reference."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers import oracle
-from quincunx.ops import int8
-from quincunx.ops.int8 import Grid, accumulate, dequantise, finish, grid_of_range, quantise, quantise_weight
-from quincunx.sampling import CHESSBOARD
+from quincunx.ops import int8, native
+from quincunx.ops.geometry import Geometry
+from quincunx.ops.int8 import (
+    Grid,
+    accumulate,
+    convolve,
+    dequantise,
+    finish,
+    grid_of_range,
+    quantise,
+    quantise_weight,
+)
+from quincunx.ops.plan import position_index
+from quincunx.sampling import CHESSBOARD, QUARTER, Random
 
 
 def integers(low, high, *shape, seed=0, dtype=torch.uint8):
@@ -134,3 +147,100 @@ def test_the_end_of_a_step_is_rounded_operation_by_operation():
         max(np.float32(0), np.float32(products[1] + np.float32(0.25))),
     ]
     assert finish(sums, multiplier, bias, residual, activation=1).flatten().tolist() == expected
+
+
+# ---------------------------------------------------------------- kernels
+
+needs_native = pytest.mark.skipif(native.load() is not None, reason="the extension is not built")
+
+SAMPLINGS = ["", CHESSBOARD.spec, QUARTER.spec, Random(0.4, seed=3).spec]
+
+
+@st.composite
+def cases(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    return {
+        "kind": draw(st.sampled_from(["conv", "conv", "transposed"])),
+        "groups": groups,
+        "channels": groups * draw(st.sampled_from([1, 3, 4, 7, 16, 33])),
+        "outputs": groups * draw(st.sampled_from([1, 5, 16, 31, 64, 70])),
+        "batch": draw(st.sampled_from([1, 2, 9])),
+        "size": (draw(st.integers(6, 9)), draw(st.integers(6, 11))),
+        "kernel": draw(st.sampled_from([(1, 1), (3, 3), (2, 5)])),
+        "stride": draw(st.sampled_from([(1, 1), (2, 1), (2, 2)])),
+        "dilation": draw(st.sampled_from([(1, 1), (2, 1)])),
+        "sampling": draw(st.sampled_from(SAMPLINGS)),
+        "source": draw(st.sampled_from(["", "", CHESSBOARD.spec])),
+        "type": draw(st.sampled_from([torch.uint8, torch.int8])),
+        "out": draw(st.sampled_from([torch.uint8, torch.int8, torch.float32, torch.bfloat16])),
+        "residual": draw(st.sampled_from([None, torch.uint8, torch.int8, torch.float32, torch.bfloat16])),
+        "bias": draw(st.booleans()),
+        "zero": draw(st.sampled_from([0, 3, 128, 255])),
+        # sums that saturate at both ends, and ones that do not
+        "spread": draw(st.sampled_from([20.0, 300.0])),
+        "activation": draw(st.sampled_from([0, 1, 1, 2, 3, 4, 5])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def arguments(case):
+    """Of ``convolve``, for a drawn case."""
+    kind, groups, channels, outputs = (case[n] for n in ("kind", "groups", "channels", "outputs"))
+    kernel, stride, dilation, size = (case[n] for n in ("kernel", "stride", "dilation", "size"))
+    padding = tuple(min(1, k - 1) * d for k, d in zip(kernel, dilation, strict=True) for _ in (0, 1))
+    sampling, source = case["sampling"], case["source"]
+    grid_type = case["type"]
+    low = 0 if grid_type == torch.uint8 else -128
+    given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if kind == "transposed":
+        sampling = sampling or CHESSBOARD.spec
+        grid = Geometry.make(kernel, stride, padding, dilation).grid(*size)
+        x_size, given["size"] = (position_index(sampling, *grid).shape[0], 1), size
+        weight = integers(
+            -128, 127, channels, outputs // groups, *kernel, seed=case["seed"], dtype=torch.int8
+        )
+        out_size = size
+    else:
+        x_size = size
+        if source:
+            x_size, given["source"], given["size"] = (position_index(source, *size).shape[0], 1), source, size
+        weight = integers(
+            -128, 127, outputs, channels // groups, *kernel, seed=case["seed"], dtype=torch.int8
+        )
+        out_size = Geometry.make(kernel, stride, padding, dilation).grid(*size)
+        if sampling:
+            out_size = (position_index(sampling, *out_size).shape[0], 1)
+    given["sampling"] = sampling
+    x = integers(low, low + 255, case["batch"], channels, *x_size, seed=case["seed"] + 1, dtype=grid_type)
+    generator = torch.Generator().manual_seed(case["seed"])
+    products = channels // groups * kernel[0] * kernel[1]
+    multiplier = (torch.rand(outputs, generator=generator) + 0.5) * case["spread"] / (6000 * products**0.5)
+    if case["bias"]:
+        given["bias"] = torch.randn(outputs, generator=generator)
+    if case["residual"] is not None and min(out_size) > 0:
+        shape = (case["batch"], max(1, outputs - case["seed"] % 3), *out_size)
+        if case["residual"].is_floating_point:
+            given["residual"] = torch.randn(shape, generator=generator).to(case["residual"])
+        else:
+            start = 0 if case["residual"] == torch.uint8 else -128
+            given["residual"] = integers(start, start + 255, *shape, seed=7, dtype=case["residual"])
+            given["residual_grid"] = Grid(0.0371, start + 90, case["residual"])
+    given["activation"] = case["activation"]
+    if case["activation"] == 3:
+        given["slope"] = torch.randn(outputs, generator=generator)
+    given["out"] = case["out"]
+    if case["out"] in (torch.uint8, torch.int8):
+        start = 0 if case["out"] == torch.uint8 else -128
+        given["out"] = Grid(0.0523, start + case["zero"], case["out"])
+    return (kind, x, Grid(0.02, low + case["zero"], grid_type), weight, multiplier), given
+
+
+@needs_native
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_kernels_give_the_bits_of_the_reference(case):
+    placed, named = arguments(case)
+    expected = convolve(*placed, **named)
+    found = convolve(*placed, **named, back_end="native")
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)

@@ -1,14 +1,16 @@
-r"""Convolutions of eight-bit maps and weights: what the integers mean, and the specification of the arithmetic.
+r"""Convolutions of eight-bit maps and weights: what the integers mean, and what is computed with them.
 
-A map is stored as uint8 or int8 numbers q on a *grid*: they stand for the real numbers s (q - z) with a scale s and
-a zero point z for the whole map. Weights are int8 with one scale t for each output channel and no zero point. Then
+A map is stored as uint8 or int8 numbers q on a *grid*: they stand for the real numbers s (q - z) with a
+scale s and a zero point z for the whole map. Weights are int8 with one scale t for each output channel and
+no zero point. Then
 
 .. math:: y_o = s t_o \sum (q - z) w + b_o + r
 
-with the sum in integers, exact; everything behind it in float32, in this order: float32(sum) times float32(s t), plus
-the bias, plus the residual, the activation. The result is stored on a grid of its own, round(y / s') + z' with ties to even
-and saturation, where 1 / s' is rounded to float32 before; NaN becomes the lowest number. A tap that falls outside the
-map means a real 0, so it reads the zero point. No sum may have more than 65,536 products, so that it fits 32 bits.
+with the sum in integers, exact; everything behind it in float32, in this order: float32(sum) times
+float32(s t), plus the bias, plus the residual, the activation. The result is stored on a grid of its own,
+round(y / s') + z' with ties to even and saturation, where 1 / s' is rounded to float32 before; NaN becomes
+the lowest number. A tap that falls outside the map means a real 0, so it reads the zero point. No sum may
+have more than 65,536 products, so that it fits 32 bits.
 
 The reference sums in float64, which is exact here. The kernels (``csrc/int8_gemm.h``) give the same bits.
 """
@@ -29,6 +31,7 @@ __all__ = [
     "Grid",
     "accumulate",
     "activate",
+    "convolve",
     "dequantise",
     "finish",
     "grid_of_range",
@@ -120,7 +123,7 @@ def dequantise(q: Tensor, grid: Grid) -> Tensor:
 def grid_of_range(low: float, high: float, dtype: torch.dtype = torch.uint8) -> Grid:
     """Return the grid that holds 0 exactly and reaches from ``low`` to ``high``.
 
-    A range without width, such as that of a map that is 0 everywhere, gets one in which its value stands exactly.
+    A map that is 0 everywhere gets a scale of 1.
 
     Args:
         low, high: least and greatest value; 0 is always taken in.
@@ -194,7 +197,8 @@ def accumulate(
         sampling: spec of the computed positions; empty for every one, and the result of "conv" is then a map.
         stride, padding, dilation, groups: of the convolution, padding as (top, bottom, left, right).
         size: of "transposed", that of the result; of a compact map, that of the map it stands for.
-        source: spec of the sampling whose nearest computed positions x holds, [N, C, m', 1]; empty for a whole map.
+        source: spec of the sampling at whose positions alone x is stored, [N, C, m', 1], and the nearest one
+            is read; empty for a whole map.
 
     Raises:
         ValueError: more products in a sum than 32 bits surely hold.
@@ -281,7 +285,7 @@ def finish(
         sums: int32 [N, O, H, W].
         multiplier: float32 [O]: the map's scale times the weight's.
         bias: float32 [O] or None.
-        residual: float32 numbers of the result's shape or of fewer channels, which begin with its first; None.
+        residual: float32 numbers of the result's shape or of fewer channels, its first ones; None.
         activation, slope: of :func:`activate`.
 
     Example:
@@ -294,3 +298,60 @@ def finish(
     if residual is not None:
         y[:, : residual.shape[1]] += residual
     return activate(activation, y, slope)
+
+
+def convolve(
+    kind: str,
+    x: Tensor,
+    grid: Grid,
+    weight: Tensor,
+    multiplier: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sampling: str = "",
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    size: Sequence[int] = (),
+    source: str = "",
+    residual: Tensor | None = None,
+    residual_grid: Grid | None = None,
+    activation: int = 0,
+    slope: Tensor | None = None,
+    out: Grid | torch.dtype = torch.float32,
+    back_end: str = "reference",
+) -> Tensor:
+    """Return a convolution in eight bits with its epilogue, as this module's head defines it.
+
+    Args:
+        kind, x, weight, sampling, stride, padding, dilation, groups, size, source: as of :func:`accumulate`.
+        grid: of x.
+        multiplier: float32 [O], the scale of x times that of each channel's weights.
+        bias: float32 [O] or None.
+        residual: added before the activation; of the result's positions and at most its channels.
+        residual_grid: of a residual of integers; None for one of float32 or bfloat16.
+        activation, slope: as of :func:`activate`.
+        out: the grid that the result is stored on, or ``torch.float32`` or ``torch.bfloat16``.
+        back_end: "reference" or "native".
+
+    Raises:
+        ValueError: more products in a sum than 32 bits surely hold; an unknown activation.
+
+    Example:
+        >>> x, w = torch.tensor([[[[3]]]], dtype=torch.uint8), torch.tensor([[[[2]]]], dtype=torch.int8)
+        >>> convolve("conv", x, Grid(0.5, 1), w, torch.tensor([0.05])).item()  # 0.5 (3 - 1) times 0.1 2
+        0.20000000298023224
+    """
+    if back_end == "native":
+        # it imports this module
+        from quincunx.ops import native_int8
+
+        shape = (sampling, stride, padding, dilation, groups, size, source)
+        ends = (residual, residual_grid, activation, slope, out)
+        return native_int8.convolve(kind, x, grid, weight, multiplier, bias, *shape, *ends)
+    sums = accumulate(kind, x, grid.zero, weight, sampling, stride, padding, dilation, groups, size, source)
+    if residual is not None:
+        residual = residual.float() if residual_grid is None else dequantise(residual, residual_grid)
+    y = finish(sums, multiplier, bias, residual, activation, slope)
+    return quantise(y, out) if isinstance(out, Grid) else y.to(out)
