@@ -62,7 +62,7 @@ def pooled_bottleneck():
 
 def accelerated(method):
     model = qx.networks.build("cifar-resnet8", 10, 3).eval()
-    return qx.accelerate(model, method, calibration=[torch.randn(80, 3, 16, 16)]).model
+    return qx.accelerate(model, method, example_input=torch.randn(1, 3, 16, 16)).model
 
 
 NETWORKS = {
@@ -74,7 +74,7 @@ NETWORKS = {
     "perforated": (perforated, (16, 3, 12, 10)),
     "pooled": (pooled_bottleneck, (16, 3, 12, 12)),
     "lowrank": (lambda: accelerated(qx.LowRank()), (16, 3, 16, 16)),
-    "espace": (lambda: accelerated(qx.Espace()), (16, 3, 16, 16)),
+    "espace": (lambda: accelerated(qx.Espace(mask="random")), (16, 3, 16, 16)),
 }
 
 
