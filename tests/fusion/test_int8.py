@@ -169,6 +169,9 @@ def test_the_first_and_the_last_layer_stay_in_float32():
     model, x = built("resnet")  # its last layer is linear
     kept = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100).meta["int8"]["kept"]
     assert kept == {"conv1": "reads the network's input"}
+    part = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100, keep_ends=False)
+    assert (part.meta["int8"]["kept"], part.meta["int8"]["layers"]) == ({}, 7)
+    assert away(part(x), model(x)) < 0.08
 
 
 def test_layers_that_change_answers_too_much_are_kept():

@@ -73,7 +73,9 @@ def read_images(calibration: Any) -> list[Tensor]:
     return found
 
 
-def quantise_network(fused: Fused, images: list[Tensor], observer: str, max_drop: float) -> Fused:
+def quantise_network(
+    fused: Fused, images: list[Tensor], observer: str, max_drop: float, keep_ends: bool = True
+) -> Fused:
     """Return a copy of a fused network whose programs compute in eight bits.
 
     Args:
@@ -81,6 +83,7 @@ def quantise_network(fused: Fused, images: list[Tensor], observer: str, max_drop
         images: batches, from :func:`read_images`.
         observer: one of ``OBSERVERS``.
         max_drop: how many of 100 images may get another answer.
+        keep_ends: whether the first convolution and the last layer stay in float32.
 
     Returns:
         A copy; ``meta["int8"]`` has "layers" (how many compute in eight bits), "kept" (those that do not, by
@@ -94,7 +97,7 @@ def quantise_network(fused: Fused, images: list[Tensor], observer: str, max_drop
     if not 0 <= max_drop <= 100:
         raise ValueError(f"max_drop={max_drop}: expected 0 to 100")
     with torch.inference_mode(False), torch.no_grad():
-        kept = _kept_from_the_start(fused)
+        kept = _kept_from_the_start(fused, keep_ends)
         found = _observe(fused, images, observer)
         answers = [fused(batch) for batch in images]
         layers = [key for key in _layers(fused) if key not in kept]
@@ -143,7 +146,7 @@ def _names(fused: nn.Module) -> dict[_Key, str]:
     return found
 
 
-def _kept_from_the_start(fused: Fused) -> dict[_Key, str]:
+def _kept_from_the_start(fused: Fused, ends: bool) -> dict[_Key, str]:
     """Layers that are not tried in eight bits, and why."""
     programs, kept = _programs(fused), {}
     behind: set[fx.Node] = set()
@@ -154,7 +157,7 @@ def _kept_from_the_start(fused: Fused) -> dict[_Key, str]:
             given = zip(program.inputs, node.args, strict=True)
             first = {name for name, value in given if isinstance(value, fx.Node) and value not in behind}
             for number, step in enumerate(program.steps):
-                if isinstance(step, Step) and step.kind != "mean" and step.source in first:
+                if ends and isinstance(step, Step) and step.kind != "mean" and step.source in first:
                     kept[called, number] = "reads the network's input"
             behind.add(node)
         elif behind.intersection(node.all_input_nodes):
@@ -170,7 +173,7 @@ def _kept_from_the_start(fused: Fused) -> dict[_Key, str]:
             kept[key] = "has a fitted fill, which is not computed in eight bits"
         elif products > MOST_PRODUCTS:
             kept[key] = f"sums {products} products, more than fit 32 bits"
-    if layers and not any(isinstance(module, nn.Linear) for module in fused.modules()):
+    if ends and layers and not any(isinstance(module, nn.Linear) for module in fused.modules()):
         kept.setdefault(layers[-1], "is the last layer")
     return kept
 

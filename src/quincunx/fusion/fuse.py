@@ -101,6 +101,7 @@ def fuse(
     force: bool = False,
     observer: str = "histogram",
     max_drop: float = 1.0,
+    keep_ends: bool = True,
 ) -> Fused:
     r"""An inference copy of a network, as fast as this machine's back end makes it.
 
@@ -138,6 +139,8 @@ def fuse(
         max_drop: of ``torch.int8``, how many of 100 calibration images may get another answer than the
             model's; for networks that do not answer with a class, the relative error of outputs in percent.
             Layers are kept in float32, those that change answers most first, until it holds; 100 keeps none.
+        keep_ends: of ``torch.int8``, whether the first convolution and the last layer stay in float32; off for
+            a part of a network.
 
     Returns:
         A :class:`Fused`, a ``torch.fx.GraphModule``, that maps the same arguments to the same results, up to
@@ -172,7 +175,7 @@ def fuse(
         )
     if dtype is not None:
         if dtype == torch.int8:
-            return _fuse_int8(model, calibration, check, force, observer, max_drop)
+            return _fuse_int8(model, calibration, check, force, observer, max_drop, keep_ends)
         return _fuse_in(model, dtype, calibration, check, force)
     if calibration is not None:
         raise ValueError("calibration: float32 and bfloat16 need none; leave it out")
@@ -249,7 +252,13 @@ def _fuse_in(model: nn.Module, dtype: torch.dtype, calibration: Any, check: Any,
 
 
 def _fuse_int8(
-    model: nn.Module, calibration: Any, check: Any, force: bool, observer: str, max_drop: float
+    model: nn.Module,
+    calibration: Any,
+    check: Any,
+    force: bool,
+    observer: str,
+    max_drop: float,
+    keep_ends: bool,
 ) -> Fused:
     """The copy in eight bits where that is faster, the one in float32 elsewhere."""
     device = next((p.device.type for p in model.parameters()), "cpu")
@@ -257,7 +266,7 @@ def _fuse_int8(
         raise ValueError(f"dtype=torch.int8: expected a model on the CPU, got one on {device}")
     images = read_images(calibration)
     plain = _fuse(model, None, check, joins=True)
-    result = quantise_network(plain, images, observer, max_drop)
+    result = quantise_network(plain, images, observer, max_drop, keep_ends)
     used, ratio = torch.int8, None
     if not any(isinstance(module, Int8Program) for module in result.modules()):
         used = torch.float32
