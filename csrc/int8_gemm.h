@@ -6,6 +6,7 @@
 //   QX_MADD16(a, b)         the two products of signed 16-bit halves of a[i] and b[i], added
 //   QX_WIDEN_U8(p)          kLanes bytes as 32-bit numbers, where the compiler takes several instructions for it
 //   QX_NARROW_U8(p, v)      kLanes numbers of 0 to 255 stored as bytes, likewise
+//   QX_GREATER(a, b), QX_LESSER(a, b)  a > b ? a : b and a < b ? a : b, where the compiler takes several for it
 // AMX, when it comes, is another `run` with other packed weights; the epilogue below does not know who summed.
 #pragma once
 
@@ -180,6 +181,22 @@ QX_INLINE void narrow_some(uint8_t* p, vi v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
+// b where a is not a number
+QX_INLINE vf greater(vf a, vf b) {
+#ifdef QX_GREATER
+  return QX_GREATER(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+QX_INLINE vf lesser(vf a, vf b) {
+#ifdef QX_LESSER
+  return QX_LESSER(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // A grid to store on: the bounds first, so that rounding by a large addend is exact; a NaN becomes the lowest.
 struct Stored {
   float inverse, low, high;
@@ -191,9 +208,7 @@ struct Stored {
     shift = grid.zero - 0x4b400000;  // the bits of 1.5 2^23
   }
   QX_INLINE vi of(vf value) const {
-    value = value * inverse;
-    value = value > vf{} + low ? value : vf{} + low;
-    value = value < vf{} + high ? value : vf{} + high;
+    value = lesser(greater(value * inverse, vf{} + low), vf{} + high);
     return reinterpret_cast<vi>(value + 12582912.0f) + shift;
   }
 };

@@ -24,7 +24,8 @@
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)(v)), _mm256_extracti128_si256((__m256i)(v), 1)); \
     _mm_storel_epi64((__m128i*)(p), _mm_packus_epi16(words, words)); \
   } while (false)
-
+#define QX_GREATER(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define QX_LESSER(a, b) ((vf)_mm256_min_ps((__m256)(a), (__m256)(b)))
 #include "int8_gemm.h"
 
 extern const quincunx::Int8Kernels qx_int8_avx2;
