@@ -278,6 +278,20 @@ def test_bad_arguments_are_named(settings, error, message):
         qx.fuse(model, INT8, **settings)
 
 
+class TwoMaps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, other):
+        return self.conv(x) + other
+
+
+def test_a_network_of_two_maps_is_refused():
+    with pytest.raises(ValueError, match="expected a network of one argument.*got x, other"):
+        qx.fuse(TwoMaps(), INT8, calibration=torch.randn(16, 3, 8, 8))
+
+
 def test_a_network_that_overflows_is_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
     with torch.no_grad():

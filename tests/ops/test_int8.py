@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import oracle
-from quincunx.ops import int8, native
+from quincunx.ops import int8, native, native_int8
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.int8 import (
     Grid,
@@ -244,3 +244,95 @@ def test_kernels_give_the_bits_of_the_reference(case):
     found = convolve(*placed, **named, back_end="native")
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The arguments of the native call of one convolution, by name."""
+    found = {}
+    names = ("inputs", "tensors", "buffers", "code", "types", "zeros", "scales", "multipliers")
+    raw = torch.ops.quincunx_native.run_int8_program
+
+    class Watching:
+        def run_int8_program(self, *given):
+            found.update(zip(names, given, strict=True))
+            return raw(*given)
+
+        def __getattr__(self, name):
+            return getattr(torch.ops.quincunx_native, name)
+
+    class Operators:
+        quincunx_native = Watching()
+
+    class Torch:
+        ops = Operators()
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(native_int8, "torch", Torch())
+    x, w = integers(0, 255, 1, 5, 4, 4), integers(-128, 127, 6, 5, 3, 3, dtype=torch.int8)
+    multiplier, residual = torch.full((6,), 1e-4), integers(0, 255, 1, 6, 4, 4)
+    settings = {"padding": (1, 1, 1, 1), "residual": residual, "residual_grid": Grid(0.1, 3)}
+    convolve("conv", x, Grid(0.1), w, multiplier, None, **settings, out=Grid(0.1), back_end="native")
+    return found
+
+
+def _changed(values, at, value):
+    return [*values[:at], value, *values[at + 1 :]]
+
+
+SPOILT = {
+    "a zero point": (
+        lambda a: {"zeros": _changed(a["zeros"], 0, 256)},
+        "zero point must be 0 to 255, got 256",
+    ),
+    "no scale": (lambda a: {"scales": a["scales"] * 0}, "scale must be positive and finite, got 0"),
+    "NaN": (lambda a: {"scales": a["scales"] * float("nan")}, "scale must be positive and finite, got nan"),
+    "doubles": (lambda a: {"scales": a["scales"].double()}, "scales must be Float"),
+    "a type": (lambda a: {"types": _changed(a["types"], 0, 3)}, "type must be 0 to 2, got 3"),
+    "another type": (lambda a: {"types": _changed(a["types"], 0, 0)}, "input 0 must be a map"),
+    "too few": (lambda a: {"zeros": a["zeros"][1:]}, "must have 3 entries"),
+    "packed": (lambda a: {"tensors": [a["tensors"][0][1:], *a["tensors"][1:]]}, "packed weight must have"),
+    "no multiplier": (lambda a: {"multipliers": [-1]}, "a convolution, and nothing else, has multipliers"),
+    "a tensor": (lambda a: {"multipliers": [99]}, "code names a tensor 99"),
+    "its length": (lambda a: {"multipliers": [2]}, "multiplier must have 6 values"),
+    "a table": (
+        lambda a: {"tensors": _changed(a["tensors"], 2, a["tensors"][2] + 16)},
+        r"index must lie in \[-1, 16\)",
+    ),
+    "a fill": (lambda a: {"code": _changed(a["code"], 18, 2)}, "step 0"),
+    "an unknown work": (lambda a: {"code": _changed(a["code"], 18, 9)}, "work must be 0 to"),
+    "an overwritten residual": (
+        lambda a: {"code": _changed(a["code"], 12, 1)},
+        "writes to buffer 1, an input",
+    ),
+    "a residual": (
+        lambda a: {"inputs": [a["inputs"][0], a["inputs"][1][:, :5]]},
+        r"input 1 must be \[1, 6, 4, 4\]",
+    ),
+    "floats": (
+        lambda a: {"types": _changed(a["types"], 0, 0), "inputs": [a["inputs"][0].float(), a["inputs"][1]]},
+        "reads a map that is not uint8",
+    ),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_program_that_does_not_fit_is_refused(name, captured):
+    change, message = SPOILT[name]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.quincunx_native.run_int8_program(*{**captured, **change(captured)}.values())
+
+
+@needs_native
+def test_sums_that_do_not_fit_are_refused_by_the_kernels_too():
+    channels = int8.MOST_PRODUCTS + 4
+    x, w = torch.zeros(1, channels, 1, 1, dtype=torch.uint8), torch.zeros(1, channels, 1, 1, dtype=torch.int8)
+    packed, table = native_int8.pack(w, 1, False), torch.zeros(1, dtype=torch.int32)
+    tensors = [packed, torch.ones(1), table, torch.tensor([[1, 1]], dtype=torch.int32)]
+    code = [0, 0, -1, -1, -1, 0, -1, -1, 2, 2, 2, 3, 1, -1, 1, 1, 0, -1, 0]
+    buffers = [0, channels, 1, 1, 0, 2, 1, 1, 1, 0]
+    with pytest.raises(RuntimeError, match="sums of more than 65536 products do not fit 32 bits"):
+        native_int8.run([x], tensors, buffers, code, [Grid(1.0), torch.float32], [1])

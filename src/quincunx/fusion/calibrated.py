@@ -90,12 +90,19 @@ def quantise_network(
         name, and why), "drop" (how many of 100 answers changed), "images" and "observer".
 
     Raises:
-        ValueError: an unknown observer, a ``max_drop`` beyond its limits, or a map that is not finite.
+        ValueError: an unknown observer, a ``max_drop`` beyond its limits, a network of several arguments, or
+            a map that is not finite.
     """
     if observer not in OBSERVERS:
         raise ValueError(f"observer={observer!r}: expected one of {', '.join(OBSERVERS)}")
     if not 0 <= max_drop <= 100:
         raise ValueError(f"max_drop={max_drop}: expected 0 to 100")
+    arguments = [str(n.target) for n in fused.graph.nodes if n.op == "placeholder" and not n.args]
+    if len(arguments) != 1:
+        raise ValueError(
+            "model: expected a network of one argument, since calibration has one, got "
+            + (", ".join(arguments) or "none")
+        )
     with torch.inference_mode(False), torch.no_grad():
         kept = _kept_from_the_start(fused, keep_ends)
         found = _observe(fused, images, observer)
