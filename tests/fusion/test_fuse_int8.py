@@ -288,7 +288,7 @@ class TwoMaps(nn.Module):
 
 
 def test_a_network_of_two_maps_is_refused():
-    with pytest.raises(ValueError, match="expected a network of one argument.*got x, other"):
+    with pytest.raises(ValueError, match=r"expected a network of one argument.*got x, other"):
         qx.fuse(TwoMaps(), INT8, calibration=torch.randn(16, 3, 8, 8))
 
 
