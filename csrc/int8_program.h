@@ -52,7 +52,8 @@ inline std::vector<Quantised> quantise_steps(std::vector<Call>& calls, const std
     GatherGemm& g = call.problem;
     Quantised& maps = found[i];
     maps = Quantised{grid(call.maps.x), grid(call.maps.residual), grid(call.maps.out), grid(call.maps.out2), nullptr};
-    require(call.work != kFill, "step ", i, ": fitted fills are not computed in eight bits");
+    const bool known = call.work == kConvolve || call.work == kWindowMax || call.work == kCopy || call.work == kPointwise;
+    require(known, "step ", i, ": work ", int64_t{call.work}, " is not done in eight bits");
     require(call.work == kPointwise || maps.x.type == kUint8, "step ", i, " reads a map that is not uint8");
     const bool weighted = call.work == kConvolve && g.weight != nullptr;
     require(weighted == (multipliers[i] >= 0), "step ", i, ": a convolution, and nothing else, has multipliers");
