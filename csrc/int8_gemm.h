@@ -109,13 +109,30 @@ struct Depth {  // blocks of the channels of one group
 QX_INLINE int64_t quads(int64_t channels) { return ceil_div(channels, kQuad); }
 QX_INLINE int64_t column_bytes(int64_t taps, int64_t channels) { return taps * quads(channels) * kQuadBytes; }
 
+// A group of one channel would fill one lane of a tile. Lanes are channels there and weights float32, [tap][lanes]: all
+// products and sums are integers below 2^24, which float32 holds exactly.
+QX_INLINE bool by_lanes(int64_t outputs, int64_t channels, int64_t taps, int64_t groups) {
+  return channels == 1 && outputs == groups && groups > 1 && taps <= 512;
+}
+
 int64_t packed_bytes(int64_t outputs, int64_t channels, int64_t taps, int64_t groups) {
+  if (by_lanes(outputs, channels, taps, groups)) return taps * ceil_div(outputs, kLanes) * kLanes * 4;
   const int64_t vectors = groups * Tiling(outputs / groups).vectors;
   return vectors * column_bytes(taps, channels) + vectors * kLanes * taps * 4;
 }
 
 void pack_bytes(const Weight* weight, void* packed, int64_t part, int64_t parts) {
   const Weight& w = *weight;
+  if (by_lanes(w.groups * w.outputs, w.channels, w.taps, w.groups)) {
+    const int64_t lanes = ceil_div(w.groups, kLanes) * kLanes;
+    for (int64_t i = lanes * part / parts; i < lanes * (part + 1) / parts; ++i) {
+      const int8_t* from = static_cast<const int8_t*>(w.data) + i * w.group_stride;
+      for (int64_t t = 0; t < w.taps; ++t) {
+        static_cast<float*>(packed)[t * lanes + i] = i < w.groups ? float(from[t * w.tap_stride]) : 0.0f;
+      }
+    }
+    return;
+  }
   const Tiling tiling(w.outputs);
   const Depth depth(w.channels);
   const int64_t column = column_bytes(w.taps, w.channels), vectors = w.groups * tiling.vectors;
@@ -409,7 +426,52 @@ constexpr ByteTiles kByteTiles{};
 
 // ---------------------------------------------------------------- driver
 
+QX_INLINE bool by_lanes(const GatherGemm& g) {
+  return g.weight && by_lanes(g.out_channels, g.in_channels / g.channel_groups, g.num_taps, g.channel_groups);
+}
+
+// a few rows at a time, so that the vectors of a tile stay in registers over the taps
+void run_by_lanes(const GatherGemm& g, Cut cut, int64_t part) {
+  alignas(64) char acc[kChunk * kMaxNv * QX_BYTES];
+  Rows<Bytes> rows;
+  const int32_t zero = g.quantised->x.zero;
+  const int64_t channels = g.out_channels, lanes = ceil_div(channels, kLanes) * kLanes;
+  const float* weight = static_cast<const float*>(g.weight);
+  const int32_t *index = g.index, *out_rows = g.rows, *taps = g.taps;
+  for (int64_t group = 0; group < g.num_groups; ++group) {
+    const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1], total = positions * g.batch;
+    const int64_t q_first = total * part / cut.positions, q_last = total * (part + 1) / cut.positions;
+    Walk walk(g.batch, g.rows_in < kLargeMap ? kImages : kImages / 2, positions);
+    if (q_first < q_last) walk.go_to(q_first);
+    for (int64_t q0 = q_first; q0 < q_last; q0 += kChunk) {
+      const int64_t n = least(kChunk, q_last - q0);
+      take_rows(g, walk, n, index, num_taps, out_rows, rows);
+      for (int64_t c = 0; c < channels; c += kMaxNv * kLanes) {
+        const int64_t count = least(kMaxNv * kLanes, channels - c), nv = ceil_div(count, kLanes);
+        for (int64_t r = 0; r < n; ++r) {
+          for (int64_t v = 0; v < nv; ++v) {
+            const int64_t at = c + v * kLanes;
+            vf sum{};
+            for (int64_t t = 0; t < num_taps; ++t) {
+              const int64_t row = rows.index[r][t];
+              if (row < 0) continue;
+              const vi x = widen_some(rows.x[r] + row * channels + at, channels - at, zero) - zero;
+              sum += to_floats(x) * load(weight + taps[t] * lanes + at);
+            }
+            store_ints(acc + (r * nv + v) * QX_BYTES, reinterpret_cast<vu>(__builtin_convertvector(sum, vi)));
+          }
+        }
+        finish_bytes_partly(ByteEpilogue{&g, c, count, g.residual ? g.residual_channels - c : 0}, rows, 0, n, nv, acc);
+      }
+    }
+    index += positions * num_taps;
+    out_rows += positions;
+    taps += num_taps;
+  }
+}
+
 Cut cut_bytes(const GatherGemm* g, int64_t threads) {
+  if (by_lanes(*g)) return Cut{1, most(1, least(kPartsPerThread * threads, all_work(*g) * g->in_channels / kMinMeanValues))};
   if (g->weight) return cut_outputs(*g, threads, Tiling(g->out_channels / g->channel_groups).tiles, kByteCosts);
   return cut(g, threads);
 }
@@ -438,6 +500,10 @@ void mean_of_bytes(const GatherGemm& g, Cut cut, int64_t part) {
 
 void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
   if (!problem->weight) return mean_of_bytes(*problem, cut, part);
+  if (by_lanes(*problem)) {
+    // parts that differ in their outputs have nothing to do here but the first
+    return part % cut.outputs ? void() : run_by_lanes(*problem, Cut{1, cut.positions}, part / cut.outputs);
+  }
   alignas(64) char acc[kChunk * kMaxNv * QX_BYTES];
   alignas(64) char base[kMaxNv * QX_BYTES];
   alignas(64) uint8_t outside[kMostDepth];

@@ -72,6 +72,13 @@ NETWORKS = {
     "squeezenet1_1": (lambda: qx.networks.build("squeezenet1_1", 10, 3), (16, 3, 64, 64)),
     "joined": (Joined, (16, 3, 13, 10)),
     "perforated": (perforated, (16, 3, 12, 10)),
+    "depthwise": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 70, 1), nn.ReLU6(), nn.Conv2d(70, 70, 3, 2, padding=1, groups=70), nn.ReLU6()),
+            nn.Conv2d(70, 9, 1),
+        ),
+        (16, 3, 12, 11),
+    ),
     "pooled": (pooled_bottleneck, (16, 3, 12, 12)),
     "lowrank": (lambda: accelerated(qx.LowRank()), (16, 3, 16, 16)),
     "espace": (lambda: accelerated(qx.Espace(mask="random")), (16, 3, 16, 16)),
