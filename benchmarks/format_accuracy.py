@@ -20,7 +20,7 @@ from quincunx.measure.environment import environment
 from quincunx.writing import write_json
 
 _CIFAR = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
-FORMATS = ("float32", "bfloat16")
+FORMATS = ("float32", "bfloat16", "int8")
 
 
 def evaluated(arguments: list[str]) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def main() -> None:
         for form in FORMATS:
             found = evaluated([*arguments, "--dtype", form])
             row[form] = {"error": found["error"], "loss": found["loss"]}
+            if "int8" in found:
+                row[form]["int8"] = found["int8"]
         rows.append(row)
         print(row)
     write_json(

@@ -17,7 +17,12 @@ extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
 extern const quincunx::GradKernels qx_grad_avx512bf16;
 extern const quincunx::Kernels qx_kernels_avx512;
 extern const quincunx::Kernels qx_kernels_avx2;
+extern const quincunx::Int8Kernels qx_int8_avx512vnni;
+extern const quincunx::Int8Kernels qx_int8_avx512;
+extern const quincunx::Int8Kernels qx_int8_avxvnni;
+extern const quincunx::Int8Kernels qx_int8_avx2;
 #endif
+extern const quincunx::Int8Kernels qx_int8_baseline;
 extern const quincunx::Kernels qx_kernels_baseline;
 extern const quincunx::ForwardKernels qx_bf16_amx_emulated;
 
@@ -34,6 +39,11 @@ Kernels with_bf16(Kernels kernels, const ForwardKernels& bf16) {
   return kernels;
 }
 
+Kernels with_int8(Kernels kernels, const Int8Kernels& int8) {
+  kernels.int8 = int8;
+  return kernels;
+}
+
 // best first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::vector<Choice> find_available() {
   std::vector<Choice> found;
@@ -45,18 +55,25 @@ std::vector<Choice> find_available() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                     __builtin_cpu_supports("popcnt");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (avx512 && avx2 && __builtin_cpu_supports("avx512bf16")) {
-    Kernels with_grad = qx_kernels_avx512;
+    Kernels with_grad = with_int8(qx_kernels_avx512, vnni ? qx_int8_avx512vnni : qx_int8_avx512);
     with_grad.grad = qx_grad_avx512bf16;
     if (tiles_refused().empty()) found.push_back({"amx", with_bf16(with_grad, qx_bf16_amx)});
     found.push_back({"avx512bf16", with_bf16(with_grad, qx_bf16_avx512bf16)});
   }
-  if (avx512 && avx2) found.push_back({"avx512", qx_kernels_avx512});
-  if (avx2) found.push_back({"avx2", qx_kernels_avx2});
+  // the two with VNNI differ from the ones behind them in eight bits only
+  if (vnni && avx2) found.push_back({"avx512vnni", with_int8(qx_kernels_avx512, qx_int8_avx512vnni)});
+  if (avx512 && avx2) found.push_back({"avx512", with_int8(qx_kernels_avx512, qx_int8_avx512)});
+  if (avx2 && __builtin_cpu_supports("avxvnni")) {
+    found.push_back({"avxvnni", with_int8(qx_kernels_avx2, qx_int8_avxvnni)});
+  }
+  if (avx2) found.push_back({"avx2", with_int8(qx_kernels_avx2, qx_int8_avx2)});
 #endif
-  found.push_back({"baseline", qx_kernels_baseline});
+  const Kernels baseline = with_int8(qx_kernels_baseline, qx_int8_baseline);
+  found.push_back({"baseline", baseline});
   // to test the tables and loops of amx where there is none
-  found.push_back({"amx-emulated", with_bf16(qx_kernels_baseline, qx_bf16_amx_emulated)});
+  found.push_back({"amx-emulated", with_bf16(baseline, qx_bf16_amx_emulated)});
   return found;
 }
 

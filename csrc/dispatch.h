@@ -1,5 +1,5 @@
-// Chooses the kernels for this processor, once. QUINCUNX_ISA=amx|avx512bf16|avx512|avx2|baseline|amx-emulated forces
-// a choice.
+// Chooses the kernels for this processor, once.
+// QUINCUNX_ISA=amx|avx512bf16|avx512vnni|avx512|avxvnni|avx2|baseline|amx-emulated forces a choice.
 #pragma once
 
 #include <string>

@@ -12,6 +12,19 @@ enum Activation : int32_t {
   kNone, kRelu, kRelu6, kLeaky, kHardsigmoid, kHardswish, kSigmoid, kSilu, kGelu, kGeluTanh, kActivations
 };
 
+// What the numbers of a map are: uint8 q stands for scale (q - zero).
+enum MapType : int32_t { kFloat32, kBfloat16, kUint8, kMapTypes };
+struct MapGrid {
+  int32_t type, zero;
+  float scale;
+};
+
+// The maps of a step in eight bits. A convolution or mean, a maximum and a copy read uint8; the others may be of any type.
+struct Quantised {
+  MapGrid x, residual, out, out2;
+  const float* multiplier;  // [out_channels]: the scale of x times that of the channel's weights
+};
+
 // out[n, rows[p], o] = act(sum over t, c of x[n, index[p, t], c] W[o, c, taps[t]] + bias[o] + residual)
 // out2 = relu(out * scale2 + shift2)
 // Maps are rows of channels: [batch, rows, channels]. An index of -1 reads zeros. Either of out and
@@ -37,6 +50,7 @@ struct GatherGemm {
   int32_t in_channels, out_channels, channel_groups, num_taps, num_groups;
   int32_t residual_channels;  // at most out_channels; the channels beyond add nothing
   int32_t activation;
+  const Quantised* quantised;  // of the kernels in eight bits
 };
 
 // [groups, out_channels / groups, channels, taps] with any strides, counted in elements
@@ -94,6 +108,14 @@ struct ForwardKernels {
   void (*pack)(const Weight*, void* packed, int64_t part, int64_t parts);
   Cut (*cut)(const GatherGemm*, int64_t threads);
   void (*run)(const GatherGemm*, Cut, int64_t part);
+};
+
+// The same on maps in eight bits (int8_gemm.h): sizes of packed weights are bytes. A maximum is that of bytes.
+struct Windows;
+struct Int8Kernels {
+  ForwardKernels forward;
+  void (*max)(const Windows*, int64_t part, int64_t parts);
+  void (*pointwise)(const GatherGemm*, int64_t part, int64_t parts);  // x, scale2, shift2, residual, activation
 };
 
 // The gradient depends on the number of parts only in its rounding.
@@ -214,6 +236,7 @@ struct Kernels {
   FillKernels fill;
   PointwiseKernels pointwise;
   void (*cross_border)(const Border*, int64_t part, int64_t parts);
+  Int8Kernels int8;
 };
 
 }  // namespace quincunx

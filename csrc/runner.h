@@ -49,8 +49,9 @@ enum Work : int64_t {
 struct Engine {
   const Kernels& all;
   bool bf16;
-  const ForwardKernels& forward() const { return bf16 ? all.bf16 : all.f32; }
-  int64_t element_bytes() const { return bf16 ? 2 : 4; }
+  bool int8 = false;  // maps between steps are uint8
+  const ForwardKernels& forward() const { return int8 ? all.int8.forward : bf16 ? all.bf16 : all.f32; }
+  int64_t element_bytes() const { return int8 ? 1 : bf16 ? 2 : 4; }
 };
 
 // Neighbouring parts: their own thread takes them first, but idle threads take the rest.
@@ -109,6 +110,7 @@ inline void run_part(Work work, const GatherGemm& g, const Engine& engine, Cut c
   switch (work) {
     case kWindowMax: {
       const Windows windows = as_windows(g);
+      if (engine.int8) return engine.all.int8.max(&windows, part, cut.positions);
       return (engine.bf16 ? engine.all.max.bf16 : engine.all.max.f32)(&windows, part, cut.positions);
     }
     case kFill: {
@@ -118,6 +120,7 @@ inline void run_part(Work work, const GatherGemm& g, const Engine& engine, Cut c
     case kCopy:
       return copy_channels(g, engine.element_bytes(), part, cut.positions);
     case kPointwise: {
+      if (engine.int8) return engine.all.int8.pointwise(&g, part, cut.positions);
       const Pointwise pointwise = as_pointwise(g);
       return (engine.bf16 ? engine.all.pointwise.bf16 : engine.all.pointwise.f32)(&pointwise, part, cut.positions);
     }

@@ -71,6 +71,12 @@ def test_train_evaluate_report(tmp_path):
     # a run's folder stands for the artifact in it
     assert document("evaluate", folder)["artifact"] == str(folder / "model")
     assert "test error" in call("evaluate", folder).stdout
+    low = document("evaluate", folder, "--dtype", "int8", "--calibration", 64, "--max-drop", 100)
+    assert (low["dtype"], low["int8"]["images"], low["images"]) == ("int8", 64, 360)
+    assert low["error"] == pytest.approx(result["test_error"], abs=0.1)
+    said = call("evaluate", folder, "--dtype", "int8", "--max-drop", 100).stdout
+    assert f"fused in int8 ({', '.join(low['int8']['kept'])} in float32)" in " ".join(said.split())
+    assert "observer='best'" in refused("evaluate", folder, "--dtype", "int8", "--observer", "best")
     page = document("report", "runs")["report"]
     assert "rsbn8 2/4, width 4" in (tmp_path / page).read_text()
     assert call("report", "runs", "--out", "page.html").stdout == "wrote page.html\n"

@@ -755,6 +755,8 @@ void check_border(const std::string& name, const Kernels& kernels) {
   }
 }
 
+#include "check_int8.h"
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -778,6 +780,11 @@ int main(int argc, char** argv) {
         check_forward(name + " bfloat16 without scratch", kernels.bf16, true, i % 20 == 5 ? deep_case(i / 20) : c);
         scratch_limit = before;
       }
+      check_bytes(name + " int8", kernels.int8, c);
+      check_bytes(name + " int8 depthwise", kernels.int8, narrow);
+      if (i % 5 == 0) check_bytes(name + " int8 deep", kernels.int8, deep_case(i / 5));
+      check_bytes_mean(name + " int8", kernels.int8.forward);
+      check_bytes_around(name + " int8", kernels.int8);
       check_released(name);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);

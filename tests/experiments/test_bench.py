@@ -85,6 +85,23 @@ def test_an_interrupted_suite_goes_on_with_rows_of_the_same_code(monkeypatch, tm
     assert not (tmp_path / "kept.json").exists()
 
 
+def test_candidates_in_eight_bits_compute_the_block():
+    [case] = bench.int8_blocks(((16, 6, 2),))
+    assert case.baselines == bench.INT8_PEERS
+    x = bench._map(2, 16, 6)
+    makers = {"dense": case.ours["rRB"][0], "peer": case.dense["ONNX Runtime int8"]}
+    torch.manual_seed(0)
+    expected = bench.Dense(16).eval()(x).detach()
+    for name, make in makers.items():
+        found = make(1)()
+        found = torch.as_tensor(found[0] if isinstance(found, list) else found)
+        assert float((found - expected).norm() / expected.norm()) < 0.05, name
+    assert {"rSB 2/4", "rSB 1/4", "rSB 2/4 in bfloat16"} < set(case.ours)
+    with torch.inference_mode():
+        low, plain = (case.ours[name][0](1)() for name in ("rSB 2/4", "rSB 2/4 in bfloat16"))
+    assert float((low - plain).norm() / plain.norm()) < 0.05
+
+
 def test_rounds_in_which_the_machine_was_slow_are_marked(monkeypatch, capsys):
     assert bench._slow_rounds([1.0, 1.2, 1.3, 1.0, 5.0, 0.5]) == [4]
     assert bench._slow_rounds([2.0, 2.0, 2.4]) == []

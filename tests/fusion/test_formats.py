@@ -148,7 +148,7 @@ def test_a_format_that_is_faster_is_used_without_a_word(monkeypatch, recwarn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.int8}, r"dtype=torch.int8: expected torch.float32 or torch.bfloat16 on cpu"),
+        ({"dtype": torch.int16}, r"dtype=torch.int16: expected torch.float32 or torch.bfloat16 on cpu"),
         ({"dtype": torch.float16}, "expected torch.float32 or torch.bfloat16"),
         ({"dtype": BF16, "calibration": [1]}, "calibration: torch.bfloat16 needs none"),
         ({"calibration": [1]}, "calibration: float32 and bfloat16 need none"),

@@ -9,6 +9,7 @@ import torch
 import typer
 
 import quincunx as qx
+from quincunx.acceleration.judge import sample_batches
 from quincunx.cli.network import NetworkOptions
 from quincunx.cli.options import (
     DataOptions,
@@ -27,6 +28,7 @@ from quincunx.cli.printing import (
     show,
 )
 from quincunx.cli.task import TaskOptions
+from quincunx.fusion.calibrated import OBSERVERS
 from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
 from quincunx.train.evaluation import evaluate
@@ -52,10 +54,23 @@ def evaluate_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Evaluate the fused network in this number format, such as bfloat16, instead of the network "
-            "as it is.",
+            help="Evaluate the fused network in this number format, float32, bfloat16 or int8, not the "
+            "network as it is.",
         ),
     ] = None,
+    calibration: Annotated[
+        int, typer.Option(help="With --dtype int8: number of training images that ranges come from.", min=16)
+    ] = 128,
+    observer: Annotated[
+        str, typer.Option(help=f"With --dtype int8: where a map's range ends, {', '.join(OBSERVERS)}.")
+    ] = "histogram",
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            help="With --dtype int8: how many of 100 calibration images may get another answer before layers "
+            "stay in float32; 100 keeps none."
+        ),
+    ] = 1.0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -70,18 +85,28 @@ def evaluate_command(
         if task.needs_original and original is None:
             raise ValueError(f"original: task {task.name!r} compares with a network; give its artifact")
         other = None if original is None else qx.load(artifact_in(original))
-        read = about.read(task, images, test_alone=True, quiet=as_json)
+        low = dtype == "int8"
+        read = about.read(task, images, test_alone=not low, quiet=as_json)
         data = found.suited(read, network.mean, network.std, task)
         model = found.model
-        if dtype is not None:
+        said: dict[str, Any] = {}
+        if low:
+            found_images = [batch for batch, _ in sample_batches(data, calibration, seed=0, task=task)]
+            model = fuse(
+                model, torch.int8, calibration=found_images, force=True, observer=observer, max_drop=max_drop
+            )
+            said = {"int8": model.meta["int8"]}
+        elif dtype is not None:
             model = fuse(model, format_named(dtype) or torch.float32, force=True)
         with running():
             result = evaluate(model, data.test, data, workers=images.workers, task=task, original=other)
     place = None if found.start is None else str(artifact_in(found.start))
     form = "" if dtype is None else f", fused in {dtype}"
+    if said and said["int8"]["kept"]:
+        form += f" ({', '.join(said['int8']['kept'])} in float32)"
     if as_json:
         own: dict[str, Any] = {} if network.model is None else {"model": network.model}
-        own |= {} if dtype is None else {"dtype": dtype}
+        own |= {} if dtype is None else {"dtype": dtype, **said}
         own |= {} if task.classifies else {"task": task.to_dict()}
         scored = {"loss": result.loss, task.scale.key: result.score, "images": result.images}
         further = result.further if task.classifies else {"further": result.further}

@@ -260,6 +260,73 @@ def low_networks() -> Iterator[Case]:
             yield Case(name, batch, peers, ours, facts, baselines, torch.bfloat16)
 
 
+INT8_PEERS = ("OpenVINO int8", "ONNX Runtime int8")
+
+
+def _fused_int8(model: nn.Module, x: Tensor, keep_ends: bool) -> Callable[[int], Run]:
+    """In eight bits whatever it costs: random weights have no answers to lose."""
+
+    def make(_: int) -> Run:
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(16, *x.shape[1:], generator=generator)
+        settings: dict[str, Any] = {"observer": "minmax", "max_drop": 100, "keep_ends": keep_ends}
+        quick = fuse(model, torch.int8, calibration=images, check=x[:1], force=True, **settings)
+
+        def run() -> object:
+            with torch.inference_mode():
+                return quick(x)
+
+        return run
+
+    return make
+
+
+def int8_blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
+    """Residual blocks in inference in eight bits, float32 maps in front and behind; beside them bfloat16.
+
+    Every convolution is in eight bits, as in the middle of a network. All candidates turn their maps from and
+    to float32, which a network does at its ends alone.
+    """
+    for channels, side, batch in shapes:
+        torch.manual_seed(0)
+        x = _map(batch, channels, side)
+        dense = Dense(channels).eval()
+        ours = {"rRB": (_fused_int8(dense, x, False), 1.0)}
+        for name, sampling in {"rSB 2/4": CHESSBOARD, "rSB 1/4": QUARTER}.items():
+            block = Regular(channels, sampling).eval()
+            ratio = _ratio(dense, block, x)
+            ours[name] = (_fused_int8(block, x, False), ratio)
+            if name == "rSB 2/4":
+                ours["rSB 2/4 in bfloat16"] = (_fused(block, x, torch.bfloat16), ratio)
+        peers = {name: _peer(name, dense, x) for name in (*INT8_PEERS, "OpenVINO bfloat16", "OpenVINO")}
+        yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, baselines=INT8_PEERS)
+
+
+def int8_networks() -> Iterator[Case]:
+    """Whole networks in eight bits by ``qx.fuse(model, torch.int8)``, images and answers in float32."""
+    for first, second, side in (
+        ("rrn20", "rsbn20", 32),
+        *((f"resnet{depth}", f"sb-resnet{depth}", 224) for depth in (18, 50)),
+    ):
+        torch.manual_seed(0)
+        dense, sampled = networks.build(first).eval(), networks.build(second).eval()
+        for batch in (1, 8):
+            x = _map(batch, 3, side)
+            # OpenVINO does not compile a quantised shortcut that is padded with channels
+            engines = INT8_PEERS if first.startswith("resnet") else INT8_PEERS[1:]
+            peers = {
+                "ours, dense int8": _fused_int8(dense, x, True),
+                **{name: _peer(name, dense, x) for name in (*engines, "OpenVINO bfloat16")},
+            }
+            ratio = _ratio(dense, sampled, x)
+            ours = {
+                second: (_fused_int8(sampled, x, True), ratio),
+                f"{second} in bfloat16": (_fused(sampled, x, torch.bfloat16), ratio),
+            }
+            baselines = ("ours, dense int8", *engines)
+            yield Case(f"{second} / {first}", batch, peers, ours, baselines=baselines)
+
+
 # dense network, spatial bottleneck network, side of the image, batch
 TRAINED = (
     ("rrn20", "rsbn20", 32, 64),
@@ -414,6 +481,8 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "networks": whole,
     "blocks-bfloat16": low_blocks,
     "networks-bfloat16": low_networks,
+    "blocks-int8": int8_blocks,
+    "networks-int8": int8_networks,
 }
 
 

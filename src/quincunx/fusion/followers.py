@@ -65,15 +65,27 @@ def _concatenated(*maps: Tensor) -> Tensor:
 
 
 def follower(
-    model: nn.Module, node: fx.Node, compact: Mapping[fx.Node, str], written: Container[fx.Node] = ()
+    model: nn.Module,
+    node: fx.Node,
+    compact: Mapping[fx.Node, str],
+    written: Container[fx.Node] = (),
+    joins: bool = False,
 ) -> tuple[Follower, str] | None:
     """A node as a step between convolutions, and the fill of its result; None if torch may as well run it.
 
     Args:
         compact: the fill of each map that is stored in compact form.
         written: maps that steps write.
+        joins: whether concatenations of whole maps are wanted, too: in eight bits they are copies of bytes.
     """
     maps = node.all_input_nodes
+    if (
+        joins
+        and maps
+        and all(n in written and n not in compact for n in maps)
+        and (found := _concatenation(node))
+    ):
+        return found, ""
     if len(maps) == 1 and maps[0] in written and (found := _max_pooling(model, node)) is not None:
         # in torch it would also store indices, and convert maps of another format
         return found, ""

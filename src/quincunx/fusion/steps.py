@@ -133,6 +133,7 @@ class Step:
         resize_masks: whether explicit positions may be used on another grid than their own; None where
             the convolution has no such setting.
         filling: of "fitted".
+        layer: path of the module that it was made of; empty for none.
     """
 
     kind: str
@@ -152,6 +153,7 @@ class Step:
     shift2: Tensor | None = None
     resize_masks: bool | None = None
     filling: Filling | None = None
+    layer: str = ""
 
     @property
     def out_channels(self) -> int:

@@ -95,12 +95,21 @@ def _export(model: nn.Module, x: Tensor) -> bytes:
 
 
 def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
+    return _in_onnxruntime(onnx_bytes(model, x), x, threads)
+
+
+def _onnxruntime_int8(model: nn.Module, x: Tensor, threads: int) -> Run:
+    """Quantised statically, as for OpenVINO."""
+    return _in_onnxruntime(_quantised_onnx(model, x), x, threads)
+
+
+def _in_onnxruntime(content: bytes, x: Tensor, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(onnx_bytes(model, x), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
     return lambda: session.run(None, feed)
 
@@ -219,4 +228,5 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
     "torch eager bfloat16": _eager_bf16,
     "torch.compile bfloat16": _compiled_bf16,
     "OpenVINO int8": _openvino_int8,
+    "ONNX Runtime int8": _onnxruntime_int8,
 }

@@ -1,0 +1,409 @@
+"""A fused network in eight bits: ranges from calibration images, weights, biases, what stays in float32.
+
+Ranges come from torch's own observers. The bias of a channel is corrected by the mean, over the calibration
+images, of what rounding its weights changes (Nagel et al., "Data-free quantization through weight
+equalization and bias correction", ICCV 2019). Maps that are joined, or of which one is the maximum of windows
+of the other, share a grid, so that joining and pooling move bytes; what is only added keeps its own, since
+the epilogue takes both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from quincunx.fusion.epilogues import Activation
+from quincunx.fusion.fused import Fused
+from quincunx.fusion.int8 import Int8Program, Int8Step, in_eight_bits
+from quincunx.fusion.program import Program
+from quincunx.fusion.steps import Follower, Map, Step, reference, settled
+from quincunx.ops.int8 import MOST_PRODUCTS, Grid, grid_of_range, quantise_weight
+
+__all__ = ["OBSERVERS", "quantise_network", "read_images"]
+
+OBSERVERS = ("histogram", "minmax", "percentile")
+_LEAST_IMAGES = 16
+# what lies beyond a percentile range, on either side
+_BEYOND = 1e-4
+# images of one call while a network is calibrated, and that layers are compared on alone
+_BATCH, _COMPARED = 32, 64
+
+
+def read_images(calibration: Any) -> list[Tensor]:
+    """Return calibration images as batches of at most 32.
+
+    Args:
+        calibration: a tensor [N, C, H, W], or batches: tensors, or tuples and lists whose first entry is one.
+
+    Raises:
+        TypeError: something else.
+        ValueError: none, too few, or numbers that are not finite.
+
+    Example:
+        >>> [len(batch) for batch in read_images(torch.zeros(40, 3, 8, 8))]
+        [32, 8]
+    """
+    if calibration is None:
+        raise ValueError(
+            f"calibration=None: dtype=torch.int8 needs at least {_LEAST_IMAGES} images like the network's"
+        )
+    if not isinstance(calibration, (Tensor, Iterable)):
+        raise TypeError(
+            f"calibration: expected images or batches of images, got {type(calibration).__name__}"
+        )
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    found: list[Tensor] = []
+    for number, batch in enumerate(batches):
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            what = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"calibration: expected images [N, C, H, W] in batch {number}, got {what}")
+        if not bool(images.isfinite().all()):
+            raise ValueError(f"calibration: batch {number} has numbers that are not finite")
+        found += torch.split(images.detach(), _BATCH) if len(images) else []
+    count = sum(map(len, found))
+    if count < _LEAST_IMAGES:
+        raise ValueError(f"calibration: {count} images, expected at least {_LEAST_IMAGES}")
+    return found
+
+
+def quantise_network(
+    fused: Fused, images: list[Tensor], observer: str, max_drop: float, keep_ends: bool = True
+) -> Fused:
+    """Return a copy of a fused network whose programs compute in eight bits.
+
+    Args:
+        fused: in float32; it stays as it is.
+        images: batches, from :func:`read_images`.
+        observer: one of ``OBSERVERS``.
+        max_drop: how many of 100 images may get another answer.
+        keep_ends: whether the first convolution and the last layer stay in float32.
+
+    Returns:
+        A copy; ``meta["int8"]`` has "layers" (how many compute in eight bits), "kept" (those that do not, by
+        name, and why), "drop" (how many of 100 answers changed), "images" and "observer".
+
+    Raises:
+        ValueError: an unknown observer, a ``max_drop`` beyond its limits, a network of several arguments, or
+            a map that is not finite.
+    """
+    if observer not in OBSERVERS:
+        raise ValueError(f"observer={observer!r}: expected one of {', '.join(OBSERVERS)}")
+    if not 0 <= max_drop <= 100:
+        raise ValueError(f"max_drop={max_drop}: expected 0 to 100")
+    arguments = [str(n.target) for n in fused.graph.nodes if n.op == "placeholder" and not n.args]
+    if len(arguments) != 1:
+        raise ValueError(
+            "model: expected a network of one argument, since calibration has one, got "
+            + (", ".join(arguments) or "none")
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        kept = _kept_from_the_start(fused, keep_ends)
+        found = _observe(fused, images, observer)
+        answers = [fused(batch) for batch in images]
+        layers = [key for key in _layers(fused) if key not in kept]
+        result = _assembled(fused, found, kept)
+        drop = _changed([result(batch) for batch in images], answers)
+        if drop > max_drop and layers:
+            kept, result, drop = _search(fused, found, kept, layers, images, answers, max_drop)
+    names = _names(fused)
+    result.meta["int8"] = {
+        "layers": len(names) - len(kept),
+        "kept": {names[key]: why for key, why in kept.items()},
+        "drop": drop,
+        "images": sum(map(len, images)),
+        "observer": observer,
+    }
+    return result
+
+
+# ---------------------------------------------------------------- which layers
+
+# a program's name and the number of its step
+_Key = tuple[str, int]
+
+
+def _programs(fused: nn.Module) -> dict[str, Program]:
+    return {name: m for name, m in fused.named_modules() if isinstance(m, Program)}
+
+
+def _layers(fused: nn.Module) -> list[_Key]:
+    """Every convolution of the programs, in order."""
+    return [
+        (name, number)
+        for name, program in _programs(fused).items()
+        for number, step in enumerate(program.steps)
+        if isinstance(step, Step) and step.kind != "mean"
+    ]
+
+
+def _names(fused: nn.Module) -> dict[_Key, str]:
+    programs = _programs(fused)
+    found: dict[_Key, str] = {}
+    for name, number in _layers(fused):
+        step = programs[name].steps[number]
+        label = step.layer if isinstance(step, Step) and step.layer else step.writes[0]
+        found[name, number] = label if label not in found.values() else f"{label} ({name}, step {number})"
+    return found
+
+
+def _kept_from_the_start(fused: Fused, ends: bool) -> dict[_Key, str]:
+    """Layers that are not tried in eight bits, and why."""
+    programs, kept = _programs(fused), {}
+    behind: set[fx.Node] = set()
+    for node in fused.graph.nodes:
+        called = str(node.target) if node.op == "call_module" else ""
+        if called in programs:
+            program = programs[called]
+            given = zip(program.inputs, node.args, strict=True)
+            first = {name for name, value in given if isinstance(value, fx.Node) and value not in behind}
+            for number, step in enumerate(program.steps):
+                if ends and isinstance(step, Step) and step.kind != "mean" and step.source in first:
+                    kept[called, number] = "reads the network's input"
+            behind.add(node)
+        elif behind.intersection(node.all_input_nodes):
+            behind.add(node)
+    layers = _layers(fused)
+    for key in layers:
+        step = programs[key[0]].steps[key[1]]
+        assert isinstance(step, Step)  # noqa: S101  # layers are
+        products = step.weight[0].numel() if step.kind != "transposed" else step.weight[:, 0].numel()
+        if step.weight.dtype != torch.float32:
+            kept[key] = f"is in {step.weight.dtype}"
+        elif step.filling is not None:
+            kept[key] = "has a fitted fill, which is not computed in eight bits"
+        elif products > MOST_PRODUCTS:
+            kept[key] = f"sums {products} products, more than fit 32 bits"
+    if ends and layers and not any(isinstance(module, nn.Linear) for module in fused.modules()):
+        kept.setdefault(layers[-1], "is the last layer")
+    return kept
+
+
+# ---------------------------------------------------------------- what the images say
+
+
+@dataclass
+class _Observed:
+    """Of one program: the grid of each map, and for each convolution its weights and its bias."""
+
+    grids: dict[str, Grid]
+    weights: dict[int, tuple[Tensor, Tensor, Tensor]]
+
+
+class _Watched(nn.Module):
+    """A program that runs step by step on whole maps and keeps what it sees."""
+
+    def __init__(self, program: Program, observer: str) -> None:
+        super().__init__()
+        self.program = program
+        self.ranges: dict[str, Any] = {}
+        self.kind, self.count = observer, 0
+        self.steps: dict[int, tuple[Step, Tensor, Tensor]] = {}
+        self.shifts: dict[int, Tensor] = {}
+        for number, step in enumerate(program.steps):
+            if isinstance(step, Step) and step.kind != "mean" and step.weight.dtype == torch.float32:
+                self.steps[number] = (step, *_weights_of(step))
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        values = self.program._plain(dict(zip(self.program.inputs, arguments, strict=True)))
+        for name, value in values.items():
+            if value.dim() == 4:
+                if not bool(value.isfinite().all()):
+                    raise ValueError(
+                        f"calibration: map {name!r} of the network is not finite on these images"
+                    )
+                self.ranges.setdefault(name, _observer(self.kind))(value.float())
+        images = len(arguments[0])
+        for number, (step, integers, scales) in self.steps.items():
+            x = values[step.source]
+            off = step.weight - integers.float() * _by_output(scales, step)
+            bare = replace(step, weight=off, bias=None, shortcut=None, activation=Activation.NONE, slope=None)
+            bare = replace(bare, out="off", out2=None, scale2=None, shift2=None, filling=None)
+            bare = replace(bare, kind="sampled") if step.filling is not None else bare
+            maps = {step.source: Map(x.shape[1], (x.shape[2], x.shape[3]))}
+            if step.like is not None:
+                maps[step.like] = Map(0, (values[step.like].shape[2], values[step.like].shape[3]))
+            local = {step.source: x}
+            reference(settled(bare, maps), local, maps)
+            mean = local["off"].mean((0, 2, 3)) * images
+            self.shifts[number] = self.shifts.get(number, 0) + mean
+        self.count += images
+        return tuple(values[name] for name in self.program.outputs)
+
+    def observed(self) -> _Observed:
+        ranges = {name: _range_of(seen, self.kind) for name, seen in self.ranges.items()}
+        weights = {}
+        for number, (step, integers, scales) in self.steps.items():
+            shift = self.shifts[number] / max(self.count, 1)
+            weights[number] = integers, scales, shift if step.bias is None else step.bias + shift
+        return _Observed(_shared_grids(self.program, ranges), weights)
+
+
+def _weights_of(step: Step) -> tuple[Tensor, Tensor]:
+    """A step's weight in int8 and the scales of its outputs."""
+    if step.kind != "transposed":
+        return quantise_weight(step.weight)
+    # [C, O / groups, kh, kw]: an output channel is a group and a place in it
+    grouped = step.weight.view(step.groups, -1, *step.weight.shape[1:])
+    turned, scales = quantise_weight(grouped.transpose(1, 2).flatten(0, 1))
+    back = turned.view(step.groups, step.weight.shape[1], -1, *step.weight.shape[2:]).transpose(1, 2)
+    return back.reshape(step.weight.shape), scales
+
+
+def _by_output(scales: Tensor, step: Step) -> Tensor:
+    """Scales of the outputs in the shape of a step's weight."""
+    if step.kind != "transposed":
+        return scales.view(-1, 1, 1, 1)
+    each = step.weight.shape[0] // step.groups
+    return scales.view(step.groups, -1).repeat_interleave(each, 0)[:, :, None, None]
+
+
+def _observer(kind: str) -> Any:
+    # torch's quantisation package takes a moment to import
+    from torch.ao.quantization.observer import HistogramObserver, MinMaxObserver
+
+    made = MinMaxObserver if kind == "minmax" else HistogramObserver
+    return made(dtype=torch.quint8, qscheme=torch.per_tensor_affine)
+
+
+def _range_of(seen: Any, kind: str) -> tuple[float, float]:
+    low, high = float(seen.min_val), float(seen.max_val)
+    if kind == "minmax" or low == high:
+        return low, high
+    if kind == "percentile":
+        shares = seen.histogram.double().cumsum(0) / seen.histogram.double().sum()
+        width = (high - low) / len(shares)
+        first = int((shares <= _BEYOND).sum())
+        last = int((shares < 1 - _BEYOND).sum())
+        return low + first * width, low + (last + 1) * width
+    scale, zero = (float(value) for value in seen.calculate_qparams())
+    return max(low, -zero * scale), min(high, (255 - zero) * scale)
+
+
+def _shared_grids(program: Program, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Grid]:
+    """A grid for each map, and one for all that are joined or pooled."""
+    group = {name: name for name in ranges}
+
+    def root(name: str) -> str:
+        while group[name] != name:
+            name = group[name]
+        return name
+
+    for step in program.steps:
+        if isinstance(step, Follower) and step.kind in ("concat", "maxpool") and step.out in group:
+            for source in step.sources:
+                if source in group:
+                    group[root(source)] = root(step.out)
+    bounds: dict[str, tuple[float, float]] = {}
+    for name, (low, high) in ranges.items():
+        first, last = bounds.get(root(name), (low, high))
+        bounds[root(name)] = min(first, low), max(last, high)
+    return {name: grid_of_range(*bounds[root(name)]) for name in ranges}
+
+
+def _observe(fused: Fused, images: list[Tensor], observer: str) -> dict[str, _Observed]:
+    watching = _copied(fused)
+    watched = {name: _Watched(program, observer) for name, program in _programs(watching).items()}
+    for name, module in watched.items():
+        watching.set_submodule(name, module)
+    for batch in images:
+        watching(batch)
+    return {name: module.observed() for name, module in watched.items()}
+
+
+# ---------------------------------------------------------------- the copy
+
+
+def _assembled(fused: Fused, found: Mapping[str, _Observed], kept: Mapping[_Key, str]) -> Fused:
+    """A copy in which all layers but some compute in eight bits."""
+    programs = _programs(fused)
+    result = _copied(fused)
+    for name, program in programs.items():
+        steps: list[Step | Follower] = []
+        for number, step in enumerate(program.steps):
+            low = isinstance(step, Step) and (name, number) not in kept and step.weight.dtype == torch.float32
+            if not low or not isinstance(step, Step):
+                steps.append(step)
+            elif step.kind == "mean":
+                steps.append(in_eight_bits(step, None, None, None))
+            else:
+                steps.append(in_eight_bits(step, *found[name].weights[number]))
+        if any(isinstance(step, Int8Step) and step.integers is not None for step in steps):
+            result.set_submodule(name, Int8Program(steps, program.inputs, program.outputs, found[name].grids))
+    return result
+
+
+def _copied(fused: Fused) -> Fused:
+    """A network of the same modules, of which some may be exchanged."""
+    make, parts = fused.__reduce__()
+    found: Fused = make(*parts)
+    return found
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def _search(
+    fused: Fused,
+    found: Mapping[str, _Observed],
+    kept: Mapping[_Key, str],
+    layers: Sequence[_Key],
+    images: list[Tensor],
+    answers: list[Any],
+    max_drop: float,
+) -> tuple[dict[_Key, str], Fused, float]:
+    """Keep the fewest layers in float32, those first that alone change the answers most."""
+    some = images[: -(-_COMPARED // _BATCH)]
+    alone: dict[_Key, float] = {}
+    for key in layers:
+        others = {**kept, **{other: "" for other in layers if other != key}}
+        tried = _assembled(fused, found, others)
+        alone[key] = _error([tried(batch) for batch in some], answers[: len(some)])
+    order = sorted(layers, key=lambda key: -alone[key])
+
+    def keep(count: int) -> tuple[dict[_Key, str], Fused, float]:
+        more = {**kept, **dict.fromkeys(order[:count], "changes the answers too much")}
+        result = _assembled(fused, found, more)
+        return more, result, _changed([result(batch) for batch in images], answers)
+
+    # enough layers surely are enough; fewer are tried by halves, as if more were never worse
+    low, high, best = 0, len(order), keep(len(order))
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried_one = keep(middle)
+        if tried_one[2] <= max_drop:
+            high, best = middle, tried_one
+        else:
+            low = middle
+    return best
+
+
+def _changed(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """How many of 100 images get another answer; for other answers than classes, the relative error in %."""
+    shares = [(_classes(a), _classes(b)) for a, b in zip(found, expected, strict=True)]
+    if any(a is None or b is None for a, b in shares):
+        return 100 * _error(found, expected)
+    different = sum(int((a != b).sum()) for a, b in shares if a is not None and b is not None)
+    return 100 * different / sum(len(b) for _, b in shares if b is not None)
+
+
+def _classes(answer: Any) -> Tensor | None:
+    named = isinstance(answer, Tensor) and answer.dim() == 2 and answer.shape[1] > 1
+    return answer.argmax(1) if named else None
+
+
+def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The root of the summed squares of differences over that of the expected numbers."""
+    off = total = 0.0
+    leaves = zip(pytree.tree_leaves(list(found)), pytree.tree_leaves(list(expected)), strict=True)
+    for a, b in leaves:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            off += float((a.double() - b.double()).square().sum())
+            total += float(b.double().square().sum())
+    return math.sqrt(off / max(total, 1e-30))
