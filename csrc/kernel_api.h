@@ -193,6 +193,30 @@ struct PointwiseKernels {
   void (*bf16)(const Pointwise*, int64_t part, int64_t parts);
 };
 
+// Batch norm of a training step: y = act((x - mean) scale + shift + residual) for rows of channels, scale being
+// weight / sqrt(variance + eps), and its gradient, d being grad where the activation is not constant:
+// d scale + (x - mean) slope + offset. Sums are made chunk by chunk, so that they do not depend on the parts.
+struct NormAct {
+  const void* x;         // [rows, channels], as all maps here
+  const void* residual;  // of apply: the shortcut, or null; of return_grad: a gradient to be added, or null
+  const void* grad;      // of y
+  const void* y;         // where there is `joined`
+  void* joined;          // d, or null: then what the activation let pass is computed again from x
+  void* out;
+  const float *mean, *scale, *shift, *slope, *offset;  // [channels]
+  float* partial;        // [chunks, 2, channels]: see each kernel
+  int64_t rows, channels, chunk;  // chunk: rows of one
+  int32_t activation;    // none, ReLU or ReLU6
+};
+
+// Parts may run in any order and at the same time.
+struct NormKernels {
+  void (*sums)(const NormAct*, int64_t part, int64_t parts);    // partial: mean, sum of squares around it
+  void (*apply)(const NormAct*, int64_t part, int64_t parts);   // out: y
+  void (*reduce)(const NormAct*, int64_t part, int64_t parts);  // partial: sums of d and d (x - mean); joined: d
+  void (*return_grad)(const NormAct*, int64_t part, int64_t parts);  // out: the gradient of x
+};
+
 // A map that enters or leaves a program: each image [rows, columns], turned to [columns, rows] where asked for.
 struct Border {
   const void* from;
@@ -214,6 +238,8 @@ struct Kernels {
   FillKernels fill;
   PointwiseKernels pointwise;
   void (*cross_border)(const Border*, int64_t part, int64_t parts);
+  NormKernels norm_f32;
+  NormKernels norm_bf16;
 };
 
 }  // namespace quincunx

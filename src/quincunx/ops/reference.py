@@ -19,6 +19,8 @@ from quincunx.ops.bits import unpack_signs
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.lookup import decoded
+from quincunx.ops.norm import computed as norm_act
+from quincunx.ops.norm import returned as norm_act_backward
 from quincunx.ops.plan import FillPlan, fill_plan, nearest_index, position_index
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "fill_fitted",
     "fill_fitted_weight",
     "lookup",
+    "norm_act",
+    "norm_act_backward",
 ]
 
 
