@@ -189,7 +189,8 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
   return {out, out2};
 }
 
-Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, int64_t channel_groups) {
+Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, int64_t channel_groups,
+                   bool channels_last) {
   const ScalarType type = map_type(x);
   const Map in = as_map(x, "x", type), out = as_map(gy, "gy", type);
   STD_TORCH_CHECK(in.batch == out.batch, "x and gy must have the same batch size");
@@ -212,7 +213,10 @@ Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, i
   g.out_channels = shape.out_channels;
   g.channel_groups = shape.channel_groups;
   g.num_taps = shape.num_taps;
-  Tensor grad = empty({out.channels, in.channels / channel_groups, num_taps}, ScalarType::Float);
+  const int64_t per_group = in.channels / channel_groups;
+  g.channels_last = channels_last;
+  Tensor grad = empty({out.channels, channels_last ? num_taps : per_group, channels_last ? per_group : num_taps},
+                      ScalarType::Float);
   g.grad = static_cast<float*>(grad.data_ptr());
   const auto& kernels = quincunx::kernels().grad;
   const int64_t macs = g.batch * g.positions * grad.numel();
@@ -461,7 +465,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
       "gather_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? scale2, Tensor? shift2, "
       "Tensor index, Tensor rows, Tensor taps, Tensor groups, int[] out_size, int out_channels, int num_taps, "
       "int channel_groups, int activation) -> (Tensor, Tensor)");
-  m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups) -> Tensor");
+  m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups, bool channels_last) -> Tensor");
   m.def(
       "lookup_conv(Tensor x, Tensor codebooks, Tensor assignments, Tensor? bias, Tensor slots, "
       "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");

@@ -914,6 +914,14 @@ void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t
       const int64_t stop = least(c + 16, c1 - c0);
       for (int64_t lane = 0; lane < count; ++lane) {
         float* to = g.grad + ((group * layout.tiling.per_group + o_local + lane) * layout.channels + c0) * layout.taps;
+        if (g.channels_last) {
+          float* last = g.grad + (group * layout.tiling.per_group + o_local + lane) * layout.channels * layout.taps + c0;
+          for (int64_t t = 0; t < layout.taps; ++t) {
+            const float* from = sums + t * (c1 - c0) * width + lane;
+            for (int64_t i = c; i < stop; ++i) last[t * layout.channels + i] = from[i * width];
+          }
+          continue;
+        }
         for (int64_t i = c; i < stop; ++i) {
           const float* from = sums + i * width + lane;
           for (int64_t t = 0; t < layout.taps; ++t) to[i * layout.taps + t] = from[t * (c1 - c0) * width];

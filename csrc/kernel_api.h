@@ -51,11 +51,12 @@ struct WeightGrad {
   const void* x;   // [batch, rows_in, in_channels]
   const void* gy;  // [batch, positions, out_channels]
   const int32_t* index;  // [positions, num_taps]
-  float* grad;  // [out_channels, in_channels / channel_groups, num_taps]
+  float* grad;  // [out_channels, in_channels / channel_groups, num_taps], or with taps before channels
   float* partial;  // partial_floats() of them
   int64_t batch, rows_in, positions;
   int32_t in_channels, out_channels, channel_groups, num_taps;
   bool bf16;  // x and gy are bfloat16, else float32
+  bool channels_last;  // of grad
 };
 
 // out[n, rows[q], o] = bias[o] + sum over taps t and subspaces m of

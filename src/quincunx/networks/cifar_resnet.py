@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise
 from quincunx.networks.pieces import check_positive, he_start
 from quincunx.networks.resnet import BasicBlock, BasicSBBlock
 from quincunx.sampling import CHESSBOARD, Sampling, parse
@@ -46,7 +47,7 @@ class CifarResNet(nn.Module):
         he_start(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = self.layer3(self.layer2(self.layer1(normalise(self.conv1(x), self.bn1, "relu"))))
         scores: Tensor = self.linear(x.mean((2, 3)))
         return scores
 

@@ -255,6 +255,7 @@ def conv_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     geometry = Geometry.make(kernel, stride, padding, dilation)
     plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
@@ -264,8 +265,12 @@ def conv_weight(
         plan.index,
         kernel[0] * kernel[1],
         groups,
+        channels_last,
     )
-    return gradient.view(y.shape[1], x.shape[1] // groups, *kernel).to(x.dtype)
+    outputs, inputs = y.shape[1], x.shape[1] // groups
+    if channels_last:
+        gradient = gradient.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
+    return gradient.view(outputs, inputs, *kernel).to(x.dtype)
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:
@@ -363,7 +368,12 @@ def binary_conv(
 
 
 def norm_act(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, activation: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two passes over the map: sums, then the result; sums are float32 in a chunk and double over chunks."""
     check_norm(x, activation)

@@ -3,9 +3,9 @@ r"""Batch norm of a training step, a shortcut added and an activation: schema, s
 .. math:: y = \mathrm{act}\Big(w_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + b_c + r\Big)
 
 mu and sigma^2 are the mean and the variance of channel c over all images and positions of x, which may be a
-dense map [N, C, H, W] or a sampled one [N, C, m, 1]. Backward needs x, and y where a shortcut r was added; what
-the activation let pass is else computed again from x. With d = dL/dy where the activation is not constant and
-x^ = (x - mu) / sqrt(sigma^2 + eps), a mean being over images and positions:
+dense map [N, C, H, W] or a sampled one [N, C, m, 1]. Backward needs x, and y where a shortcut r was added;
+what the activation let pass is else computed again from x. With d = dL/dy where the activation is not
+constant and x^ = (x - mu) / sqrt(sigma^2 + eps), a mean being over images and positions:
 
 .. math:: \frac{dL}{dx} = \frac{w_c}{\sqrt{\sigma_c^2 + \epsilon}}
           \big(d - \overline{d} - \hat{x}\, \overline{d \hat{x}}\big), \quad
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "OPERATORS", "computed", "returned"]
+__all__ = ["ACTIVATIONS", "OPERATORS", "computed", "norm_act_and_input", "returned"]
 
 # the kernels have the same numbers (``Activation`` in csrc/kernel_api.h)
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
@@ -76,7 +76,12 @@ def _normalised(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor
 
 
 def computed(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, activation: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, mean and variance in torch's own operators."""
     check(x, activation)
@@ -190,8 +195,8 @@ def gradients(
 ) -> tuple[Tensor, Any, Any, Tensor]:
     """Return the gradients of x, weight, bias and residual from what ``norm_act`` saved.
 
-    Where they are to be differentiated again they come from torch's own operators, with the statistics computed
-    again from x, so that derivatives of any order are right.
+    Where they are to be differentiated again they come from torch's own operators, with the statistics
+    computed again from x, so that derivatives of any order are right.
     """
     x, y, mean, variance, weight, bias = saved
     if torch.is_grad_enabled():
@@ -210,3 +215,33 @@ def gradients(
 
 
 torch.library.register_autograd("quincunx::norm_act", _backward, setup_context=_keep, lib=_LIBRARY)
+
+
+class _WithInput(torch.autograd.Function):
+    """``norm_act`` that also returns its input: the gradients of both are added where one is written."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, mean, variance = torch.ops.quincunx.norm_act(x, weight, bias, None, eps, activation)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.activation = eps, activation
+        ctx.save_for_backward(x, None, mean, variance, weight, bias)
+        return x, y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, other: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        if grad is None:
+            return other, None, None, None, None
+        to_x, to_weight, to_bias, _ = gradients(ctx.saved_tensors, grad, other, ctx.eps, ctx.activation)
+        return to_x, to_weight, to_bias, None, None
+
+
+def norm_act_and_input(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x itself and ``norm_act`` of it, for a map that something else reads as well."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _WithInput.apply(x, weight, bias, eps, activation)  # type: ignore[no-untyped-call]
+    return found
