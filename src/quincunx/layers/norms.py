@@ -11,7 +11,7 @@ from quincunx.layers.paired import SampledMap, of_grid
 from quincunx.ops.norm import ACTIVATIONS, norm_act_and_input
 from quincunx.ops.select import serving
 
-__all__ = ["normalise", "normalise_apart"]
+__all__ = ["NormAct2d", "normalise", "normalise_apart"]
 
 
 def normalise(
@@ -146,3 +146,28 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, values: int) ->
                 share = norm.num_batches_tracked.to(so_far.dtype).reciprocal()
         so_far.lerp_(mean.to(so_far.dtype), share)
         spread.lerp_((variance * (values / (values - 1))).to(spread.dtype), share)
+
+
+class NormAct2d(nn.Module):
+    """A network's batch norm with the addition and the activation that follow it: :func:`normalise`.
+
+    It holds the network's own norm, so that weights, statistics and mode are those of the network.
+
+    Args:
+        norm: any batch norm of maps.
+        activation: "none", "relu" or "relu6".
+
+    Example:
+        >>> NormAct2d(nn.BatchNorm2d(3), "relu")(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, activation: str = "none") -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return normalise(x, self.norm, self.activation, shortcut)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
