@@ -50,8 +50,9 @@ def normalise(
     if not (_is_plain(norm) and _is_served(x, norm, shortcut)):
         return _composed(x, norm, activation, shortcut)
     size = None
-    if type(x) is SampledMap:
-        x, size = x.as_subclass(Tensor), x.grid_size
+    if isinstance(x, SampledMap):
+        size = x.grid_size
+        x = x.as_subclass(Tensor)
     y, mean, variance = torch.ops.quincunx.norm_act(
         x, norm.weight, norm.bias, shortcut, norm.eps, ACTIVATIONS[activation]
     )
@@ -108,6 +109,8 @@ def _is_plain(norm: nn.Module) -> bool:
 def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool:
     """Return whether the operator takes a map: stand-ins of tracers and other devices are not for it."""
     compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() if compiling else torch._C._get_tracing_state() is not None:
+        return False
     if type(x) is not Tensor and (type(x) is not SampledMap or compiling):
         return False
     if not _is_row_map(x) or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
@@ -118,9 +121,7 @@ def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool
         type(shortcut) is Tensor and shortcut.shape == x.shape and shortcut.dtype == x.dtype
     ):
         return False
-    if compiling:
-        return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None and serving(x.device, x.dtype) == "native"
+    return compiling or serving(x.device, x.dtype) == "native"
 
 
 def _is_row_map(x: Tensor) -> bool:

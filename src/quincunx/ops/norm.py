@@ -161,7 +161,7 @@ def _fake_backward(
 
 
 for _name, _function in (("norm_act", _fake), ("norm_act_backward", _fake_backward)):
-    torch.library.register_fake(f"quincunx::{_name}", _function, lib=_LIBRARY)  # type: ignore[arg-type]
+    torch.library.register_fake(f"quincunx::{_name}", _function, lib=_LIBRARY)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -199,6 +199,7 @@ def gradients(
     computed again from x, so that derivatives of any order are right.
     """
     x, y, mean, variance, weight, bias = saved
+    found: tuple[Tensor, Tensor, Tensor, Tensor]
     if torch.is_grad_enabled():
         found = returned(grad, x, y, *_moments(x), weight, bias, other, eps, activation)
     else:
@@ -221,7 +222,7 @@ class _WithInput(torch.autograd.Function):
     """``norm_act`` that also returns its input: the gradients of both are added where one is written."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, mean, variance = torch.ops.quincunx.norm_act(x, weight, bias, None, eps, activation)
@@ -232,7 +233,7 @@ class _WithInput(torch.autograd.Function):
         return x, y, mean, variance
 
     @staticmethod
-    def backward(ctx: Any, other: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, other: Tensor | None, grad: Tensor | None, *rest: Any) -> tuple[Any, ...]:
         if grad is None:
             return other, None, None, None, None
         to_x, to_weight, to_bias, _ = gradients(ctx.saved_tensors, grad, other, ctx.eps, ctx.activation)
