@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.layers.norms import normalise
+from quincunx.layers.subsample import subsample
 from quincunx.networks.pieces import check_positive, he_start
 from quincunx.networks.resnet import BasicBlock, BasicSBBlock
 from quincunx.sampling import CHESSBOARD, Sampling, parse
@@ -29,7 +30,7 @@ class ZeroPaddedShortcut(nn.Module):
         self.behind = outside - inside - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
+        return F.pad(subsample(x, 2), (0, 0, 0, 0, self.before, self.behind))
 
 
 class CifarResNet(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quincunx.layers.norms import normalise, normalise_apart
+from quincunx.layers.subsample import subsample
 from quincunx.networks.pieces import check_positive, he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
@@ -29,7 +30,7 @@ class _Block(nn.Module):
 
     def shortcut(self, x: Tensor) -> Tensor:
         if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
+            x = subsample(x, self.stride)
         return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels)) if self.extra_channels else x
 
 
