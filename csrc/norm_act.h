@@ -24,6 +24,10 @@ struct NormBounds {
   }
   // the gradient where the activation is not constant; of a NaN it passes
   QX_INLINE vf passed(vf z, vf grad) const {
+#if QX_BYTES == 64
+    // in a register: GCC would make a masked load of it, which waits for the stores before it
+    asm("" : "+v"(grad));
+#endif
     return (z <= low) | (z >= high) ? vf{} : grad;
   }
 };

@@ -766,7 +766,8 @@ void check_norm(const std::string& name, const NormKernels& kernels, bool bf16) 
     for (int64_t r = 0; r < rows; ++r) sum += x[r * channels + c];
     for (int64_t r = 0; r < rows; ++r) squares += std::pow(x[r * channels + c] - sum / rows, 2);
     compare(name + " mean", moments.first[c], sum / rows, far, 1e-6);
-    compare(name + " variance", moments.second[c], squares / rows, squares / rows, 1e-5);
+    // means of chunks are rounded to float32
+    compare(name + " variance", moments.second[c], squares / rows, squares / rows, far > 0 ? 3e-4 : 1e-5);
     mean.set(c, static_cast<float>(moments.first[c]));
     scale.set(c, static_cast<float>(normal() / std::sqrt(moments.second[c] + eps)));
   }
