@@ -7,10 +7,6 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <numeric>
 #include <optional>
@@ -18,15 +14,16 @@
 #include <tuple>
 #include <vector>
 
-#include "allocate.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "maps.h"
 #include "permission.h"
 #include "program.h"
 #include "schedule.h"
 
 namespace {
 
+using quincunx::as_map;
 using quincunx::FittedFill;
 using quincunx::Engine;
 using quincunx::ForwardKernels;
@@ -35,6 +32,9 @@ using quincunx::kInt32Max;
 using quincunx::Kernels;
 using quincunx::Layout;
 using quincunx::LookupConv;
+using quincunx::Map;
+using quincunx::map_type;
+using quincunx::size_of;
 using quincunx::Table;
 using quincunx::Weight;
 using quincunx::WeightGrad;
@@ -44,61 +44,11 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
-
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
-  Tensor fresh = quincunx::empty(sizes, type, format);
-#ifdef __linux__
-  // a large map consists of new pages, and small pages would cost a fault each
-  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
-  const int64_t bytes = fresh.numel() * size_of(type);
-  if (bytes >= kLarge) {
-    const uintptr_t from = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + kPage - 1) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(from), bytes - kPage, MADV_HUGEPAGE);
-  }
-#endif
-  return fresh;
+  return quincunx::empty_map(sizes, type, format);
 }
 
 // ---------------------------------------------------------------- arguments
-
-struct Map {  // [batch, channels, height, width] in channels_last
-  char* data = nullptr;
-  int64_t batch = 0, channels = 0, height = 0, width = 0;
-  int64_t rows() const { return height * width; }
-};
-
-bool is_channels_last(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t expected = 1;
-  for (int d : {1, 3, 2, 0}) {
-    if (sizes[d] == 0) return true;
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-// replaces the tensor by a channels_last copy if it has another format
-Map as_map(Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", t.dim());
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
-  // before it is copied
-  const auto claimed = t.sizes();
-  quincunx::check_map(name, claimed[0], claimed[1], claimed[2], claimed[3]);
-  if (!is_channels_last(t)) t = torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-  const auto sizes = t.sizes();
-  return Map{static_cast<char*>(t.data_ptr()), sizes[0], sizes[1], sizes[2], sizes[3]};
-}
-
-ScalarType map_type(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "maps must be float32 or bfloat16, got ", torch::headeronly::toString(type));
-  return type;
-}
 
 const ForwardKernels& forward_of(ScalarType type) {
   return type == ScalarType::Float ? quincunx::kernels().f32 : quincunx::kernels().bf16;
@@ -239,7 +189,8 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
   return {out, out2};
 }
 
-Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, int64_t channel_groups) {
+Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, int64_t channel_groups,
+                   bool channels_last) {
   const ScalarType type = map_type(x);
   const Map in = as_map(x, "x", type), out = as_map(gy, "gy", type);
   STD_TORCH_CHECK(in.batch == out.batch, "x and gy must have the same batch size");
@@ -262,7 +213,10 @@ Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, i
   g.out_channels = shape.out_channels;
   g.channel_groups = shape.channel_groups;
   g.num_taps = shape.num_taps;
-  Tensor grad = empty({out.channels, in.channels / channel_groups, num_taps}, ScalarType::Float);
+  const int64_t per_group = in.channels / channel_groups;
+  g.channels_last = channels_last;
+  Tensor grad = empty({out.channels, channels_last ? num_taps : per_group, channels_last ? per_group : num_taps},
+                      ScalarType::Float);
   g.grad = static_cast<float*>(grad.data_ptr());
   const auto& kernels = quincunx::kernels().grad;
   const int64_t macs = g.batch * g.positions * grad.numel();
@@ -511,7 +465,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
       "gather_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? scale2, Tensor? shift2, "
       "Tensor index, Tensor rows, Tensor taps, Tensor groups, int[] out_size, int out_channels, int num_taps, "
       "int channel_groups, int activation) -> (Tensor, Tensor)");
-  m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups) -> Tensor");
+  m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups, bool channels_last) -> Tensor");
   m.def(
       "lookup_conv(Tensor x, Tensor codebooks, Tensor assignments, Tensor? bias, Tensor slots, "
       "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");

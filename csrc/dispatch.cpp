@@ -15,6 +15,7 @@
 extern const quincunx::ForwardKernels qx_bf16_amx;
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
 extern const quincunx::GradKernels qx_grad_avx512bf16;
+extern const quincunx::NormKernels qx_norm_avx512bf16;
 extern const quincunx::Kernels qx_kernels_avx512;
 extern const quincunx::Kernels qx_kernels_avx2;
 extern const quincunx::Int8Kernels qx_int8_avx512vnni;
@@ -59,6 +60,7 @@ std::vector<Choice> find_available() {
   if (avx512 && avx2 && __builtin_cpu_supports("avx512bf16")) {
     Kernels with_grad = with_int8(qx_kernels_avx512, vnni ? qx_int8_avx512vnni : qx_int8_avx512);
     with_grad.grad = qx_grad_avx512bf16;
+    with_grad.norm_bf16 = qx_norm_avx512bf16;
     if (tiles_refused().empty()) found.push_back({"amx", with_bf16(with_grad, qx_bf16_amx)});
     found.push_back({"avx512bf16", with_bf16(with_grad, qx_bf16_avx512bf16)});
   }

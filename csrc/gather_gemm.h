@@ -705,6 +705,8 @@ void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, fl
   }
   for (int64_t q = 0; q < count; ++q) {
     const float* a = x[q] + c0;
+    // one register with constant offsets: else GCC makes one of each offset, and spills them
+    asm("" : "+r"(a));
     vf b[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) b[v] = load(gy + v * kLanes);
@@ -731,8 +733,7 @@ QX_INLINE const S* gathered(const S* first_row, int32_t row, int64_t channels) {
   return reinterpret_cast<const S*>(inside ^ ((inside ^ outside) & mask));
 }
 
-// Where a row can be read as float32: where it lies, or widened in a scratch of kGradChannels floats a row.
-QX_INLINE const float* widened(const float* row, int64_t, float*) { return row; }
+// A row as float32, in a scratch of kGradChannels floats a row.
 QX_INLINE const float* widened(const uint16_t* row, int64_t channels, float* scratch) {
   for (int64_t c = 0; c < channels; c += kLanes) store_some(scratch + c, load_some(row + c, channels - c), channels - c);
   return scratch;
@@ -804,7 +805,8 @@ template <class S, class By>
 void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
   alignas(64) float gy[kGradChunk * kGradNv * kLanes];
   alignas(64) float wide[sizeof(S) == 2 ? kGradChunk * kGradChannels : 1];
-  const float* x[kGradChunk];
+  const float* wide_rows[sizeof(S) == 2 ? kGradChunk : 1];
+  const S* rows[kGradChunk + 1];  // a pair's second may not be
   const WeightGrad& g = *problem;
   const GradLayout layout(g);
   const Cut cut = split_grad(g, layout, parts);
@@ -846,32 +848,34 @@ void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
       }
       const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
       const S* base = static_cast<const S*>(g.x) + group * layout.channels + c0;
-      int64_t p = q0 % most(1, g.positions);
-      const S* image = base + q0 / most(1, g.positions) * g.rows_in * g.in_channels;
-      const auto next = [&] {
-        const S* row = gathered(image, g.index[p * g.num_taps + tap], g.in_channels);
-        if (++p == g.positions) {
-          p = 0;
-          image += g.rows_in * g.in_channels;
-        }
-        return row;
-      };
-      for (int64_t q = q0, i = 0; q < q1; q += By::kPositions, ++i) {
-        const S* row = next();
-        float* scratch = wide + (sizeof(S) == 2 ? i * kGradChannels : 0);
-#ifdef QX_DOT_BF16
-        if constexpr (By::kPositions == 2) {
-          const S* second = q + 1 < q1 ? next() : reinterpret_cast<const S*>(kZeros);
-          for (int64_t c = 0; c < c1 - c0; c += kLanes) {
-            const int64_t left = c1 - c0 - c;
-            store(scratch + c, paired(load_some(row + c, left), load_some(second + c, left)));
-          }
-          x[i] = scratch;
-          continue;
-        }
-#endif
-        x[i] = widened(row, c1 - c0, scratch);
+      // image by image, so that the loop asks nothing
+      const int64_t positions = most(1, g.positions), channels = c1 - c0;
+      for (int64_t q = q0; q < q1;) {
+        const int64_t p = q % positions, count = least(q1 - q, positions - p);
+        const S* image = base + q / positions * g.rows_in * g.in_channels;
+        const int32_t* index = g.index + p * g.num_taps + tap;
+        for (int64_t i = 0; i < count; ++i) rows[q - q0 + i] = gathered(image, index[i * g.num_taps], g.in_channels);
+        q += count;
       }
+      const float* const* x = wide_rows;
+      if constexpr (sizeof(S) == 4) {
+        x = rows;
+      } else if constexpr (By::kPositions == 1) {
+        for (int64_t i = 0; i < q1 - q0; ++i) wide_rows[i] = widened(rows[i], channels, wide + i * kGradChannels);
+      }
+#ifdef QX_DOT_BF16
+      if constexpr (By::kPositions == 2) {
+        if ((q1 - q0) % 2) rows[q1 - q0] = reinterpret_cast<const S*>(kZeros);
+        for (int64_t i = 0; 2 * i < q1 - q0; ++i) {
+          const S *first = rows[2 * i], *second = rows[2 * i + 1];
+          float* scratch = wide + i * kGradChannels;
+          wide_rows[i] = scratch;
+          for (int64_t c = 0; c < channels; c += kLanes) {
+            store(scratch + c, paired(load_some(first + c, channels - c), load_some(second + c, channels - c)));
+          }
+        }
+      }
+#endif
       float* out = partial + layout.place(group, v0, nv, c0, c1, tap);
       const int64_t pieces = ceil_div(c1 - c0, kGradRows[nv]);
       for (int64_t i = 0; i < pieces; ++i) {
@@ -914,6 +918,14 @@ void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t
       const int64_t stop = least(c + 16, c1 - c0);
       for (int64_t lane = 0; lane < count; ++lane) {
         float* to = g.grad + ((group * layout.tiling.per_group + o_local + lane) * layout.channels + c0) * layout.taps;
+        if (g.channels_last) {
+          float* last = g.grad + (group * layout.tiling.per_group + o_local + lane) * layout.channels * layout.taps + c0;
+          for (int64_t t = 0; t < layout.taps; ++t) {
+            const float* from = sums + t * (c1 - c0) * width + lane;
+            for (int64_t i = c; i < stop; ++i) last[t * layout.channels + i] = from[i * width];
+          }
+          continue;
+        }
         for (int64_t i = c; i < stop; ++i) {
           const float* from = sums + i * width + lane;
           for (int64_t t = 0; t < layout.taps; ++t) to[i * layout.taps + t] = from[t * (c1 - c0) * width];

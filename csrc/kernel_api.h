@@ -65,11 +65,12 @@ struct WeightGrad {
   const void* x;   // [batch, rows_in, in_channels]
   const void* gy;  // [batch, positions, out_channels]
   const int32_t* index;  // [positions, num_taps]
-  float* grad;  // [out_channels, in_channels / channel_groups, num_taps]
+  float* grad;  // [out_channels, in_channels / channel_groups, num_taps], or with taps before channels
   float* partial;  // partial_floats() of them
   int64_t batch, rows_in, positions;
   int32_t in_channels, out_channels, channel_groups, num_taps;
   bool bf16;  // x and gy are bfloat16, else float32
+  bool channels_last;  // of grad
 };
 
 // out[n, rows[q], o] = bias[o] + sum over taps t and subspaces m of
@@ -215,6 +216,30 @@ struct PointwiseKernels {
   void (*bf16)(const Pointwise*, int64_t part, int64_t parts);
 };
 
+// Batch norm of a training step: y = act((x - mean) scale + shift + residual) for rows of channels, scale being
+// weight / sqrt(variance + eps), and its gradient, d being grad where the activation is not constant:
+// d scale + (x - mean) slope + offset. Sums are made chunk by chunk, so that they do not depend on the parts.
+struct NormAct {
+  const void* x;         // [rows, channels], as all maps here
+  const void* residual;  // of apply: the shortcut, or null; of return_grad: a gradient to be added, or null
+  const void* grad;      // of y
+  const void* y;         // where there is `joined`
+  void* joined;          // d, or null: then what the activation let pass is computed again from x
+  void* out;
+  const float *mean, *scale, *shift, *slope, *offset;  // [channels]
+  float* partial;        // [chunks, 2, channels]: see each kernel
+  int64_t rows, channels, chunk;  // chunk: rows of one
+  int32_t activation;    // none, ReLU or ReLU6
+};
+
+// Parts may run in any order and at the same time.
+struct NormKernels {
+  void (*sums)(const NormAct*, int64_t part, int64_t parts);    // partial: mean, sum of squares around it
+  void (*apply)(const NormAct*, int64_t part, int64_t parts);   // out: y
+  void (*reduce)(const NormAct*, int64_t part, int64_t parts);  // partial: sums of d and d (x - mean); joined: d
+  void (*return_grad)(const NormAct*, int64_t part, int64_t parts);  // out: the gradient of x
+};
+
 // A map that enters or leaves a program: each image [rows, columns], turned to [columns, rows] where asked for.
 struct Border {
   const void* from;
@@ -236,6 +261,9 @@ struct Kernels {
   FillKernels fill;
   PointwiseKernels pointwise;
   void (*cross_border)(const Border*, int64_t part, int64_t parts);
+  NormKernels norm_f32;
+  NormKernels norm_bf16;
+  // set by dispatch.cpp, from files of its own
   Int8Kernels int8;
 };
 

@@ -24,6 +24,7 @@
 #include "windows.h"
 #include "fitted_fill.h"
 #include "pointwise.h"
+#include "norm_act.h"
 
 extern const quincunx::Kernels qx_kernels_avx2;
 const quincunx::Kernels qx_kernels_avx2 = {
@@ -38,6 +39,8 @@ const quincunx::Kernels qx_kernels_avx2 = {
     quincunx::avx2::kFill,
     quincunx::avx2::kPointwiseKernels,
     &quincunx::avx2::cross_border,
+    quincunx::avx2::kNorm<float>,
+    quincunx::avx2::kNorm<uint16_t>,
 };
 
 #if defined(__clang__)

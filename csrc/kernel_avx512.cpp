@@ -27,6 +27,7 @@
 #include "windows.h"
 #include "fitted_fill.h"
 #include "pointwise.h"
+#include "norm_act.h"
 
 extern const quincunx::Kernels qx_kernels_avx512;
 const quincunx::Kernels qx_kernels_avx512 = {
@@ -41,6 +42,8 @@ const quincunx::Kernels qx_kernels_avx512 = {
     quincunx::avx512::kFill,
     quincunx::avx512::kPointwiseKernels,
     &quincunx::avx512::cross_border,
+    quincunx::avx512::kNorm<float>,
+    quincunx::avx512::kNorm<uint16_t>,
 };
 
 #if defined(__clang__)

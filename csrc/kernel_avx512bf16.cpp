@@ -28,12 +28,15 @@ inline __attribute__((always_inline)) dot_vf dot_bf16(dot_vf acc, int32_t pair, 
 #define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #include "gather_gemm.h"
 #include "depthwise.h"
+#include "norm_act.h"
 
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
 extern const quincunx::GradKernels qx_grad_avx512bf16;
+extern const quincunx::NormKernels qx_norm_avx512bf16;
 const quincunx::ForwardKernels qx_bf16_avx512bf16 =
     quincunx::avx512bf16::all_kernels<quincunx::avx512bf16::DotBf16, uint16_t>();
 const quincunx::GradKernels qx_grad_avx512bf16 = quincunx::avx512bf16::kGrad;
+const quincunx::NormKernels qx_norm_avx512bf16 = quincunx::avx512bf16::kNorm<uint16_t>;
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -22,6 +22,7 @@
 #include "windows.h"
 #include "fitted_fill.h"
 #include "pointwise.h"
+#include "norm_act.h"
 
 extern const quincunx::Kernels qx_kernels_baseline;
 const quincunx::Kernels qx_kernels_baseline = {
@@ -36,4 +37,6 @@ const quincunx::Kernels qx_kernels_baseline = {
     quincunx::baseline::kFill,
     quincunx::baseline::kPointwiseKernels,
     &quincunx::baseline::cross_border,
+    quincunx::baseline::kNorm<float>,
+    quincunx::baseline::kNorm<uint16_t>,
 };

@@ -19,6 +19,7 @@
 #include "check_tiles.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "norm_sums.h"
 #include "scratch.h"
 #include "trap_tiles.h"
 
@@ -288,7 +289,7 @@ void check_grad(const std::string& name, const GradKernels& kernels, bool bf16, 
   for (int64_t i = 0; i < positions * c.taps; ++i) index.push_back(int32_t(generator() % (c.rows_in + 1)) - 1);
   index = exact(index);
   WeightGrad g{x.bytes.get(), gy.bytes.get(), index.data(), grad.floats(), nullptr, c.batch, c.rows_in, positions,
-               int32_t(c.in()), int32_t(c.out()), int32_t(c.groups), int32_t(c.taps), bf16};
+               int32_t(c.in()), int32_t(c.out()), int32_t(c.groups), int32_t(c.taps), bf16, pick({0, 1}) == 1};
   Array partial(kernels.partial_floats(&g, parts), false, false);
   g.partial = partial.floats();
   for (int64_t part = parts; part-- > 0;) kernels.run(&g, part, parts);
@@ -306,7 +307,8 @@ void check_grad(const std::string& name, const GradKernels& kernels, bool bf16, 
           sum += term;
           size += std::abs(term);
         }
-        compare(name + " grad", grad[(o * c.in_per + i) * c.taps + t], sum, size, 2e-6);
+        const int64_t at = g.channels_last ? (o * c.taps + t) * c.in_per + i : (o * c.in_per + i) * c.taps + t;
+        compare(name + " grad", grad[at], sum, size, 2e-6);
       }
     }
   }
@@ -732,6 +734,79 @@ void check_pointwise(const std::string& name, const PointwiseKernels& kernels, b
   }
 }
 
+void check_norm(const std::string& name, const NormKernels& kernels, bool bf16) {
+  const int64_t rows = pick({2, 5, 40, 130}), channels = pick({1, 3, 15, 16, 17, 20, 48, 64, 100}), parts = pick({1, 2, 5});
+  const int64_t size = rows * channels;
+  const double tolerance = bf16 ? 1e-2 : 1e-5, eps = 1e-3, far = pick({0, 0, 1000});
+  const bool added = pick({0, 1}) == 1, from_output = pick({0, 1}) == 1;
+  Array x(size, bf16), residual(size, bf16), grad(size, bf16), y(size, bf16, false), joined(size, bf16, false);
+  Array out(size, bf16, false);
+  for (int64_t i = 0; i < size; ++i) x.set(i, static_cast<float>(x[i] + far));
+  Array mean(channels, false), scale(channels, false), shift(channels, false), slope(channels, false);
+  Array offset(channels, false);
+  NormAct g{};
+  g.x = x.bytes.get();
+  g.residual = added ? residual.bytes.get() : nullptr;
+  g.out = y.bytes.get();
+  g.rows = rows;
+  g.channels = channels;
+  g.chunk = pick({1, 7, 32});
+  g.activation = static_cast<int32_t>(pick({kNone, kRelu, kRelu6}));
+  Array partial(2 * norm_chunks(g) * channels, false, false);
+  g.partial = partial.floats();
+  g.mean = mean.floats(), g.scale = scale.floats(), g.shift = shift.floats();
+  g.slope = slope.floats(), g.offset = offset.floats();
+  const auto run = [&](auto kernel) {
+    for (int64_t part = parts; part-- > 0;) kernel(&g, part, parts);
+  };
+  run(kernels.sums);
+  const ChannelSums moments = join_moments(g);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0, squares = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += x[r * channels + c];
+    for (int64_t r = 0; r < rows; ++r) squares += std::pow(x[r * channels + c] - sum / rows, 2);
+    compare(name + " mean", moments.first[c], sum / rows, far, 1e-6);
+    // means of chunks are rounded to float32
+    compare(name + " variance", moments.second[c], squares / rows, squares / rows, far > 0 ? 3e-4 : 1e-5);
+    mean.set(c, static_cast<float>(moments.first[c]));
+    scale.set(c, static_cast<float>(normal() / std::sqrt(moments.second[c] + eps)));
+  }
+  run(kernels.apply);
+  const auto z_of = [&](int64_t i) { return (double{x[i]} - mean[i % channels]) * scale[i % channels] + shift[i % channels]; };
+  for (int64_t i = 0; i < size; ++i) {
+    const double z = z_of(i) + (added ? residual[i] : 0);
+    compare(name + " apply", y[i], activated(z, g.activation, 0), std::abs(z), tolerance);
+  }
+  // backward: from the output of the pass above, or from x, where that had no shortcut
+  if (from_output || added) {
+    g.y = y.bytes.get();
+    g.joined = joined.bytes.get();
+  }
+  g.grad = grad.bytes.get();
+  g.out = out.bytes.get();
+  run(kernels.reduce);
+  const ChannelSums sums = join_sums(g);
+  run(kernels.return_grad);
+  std::vector<double> first(channels), second(channels), size_of(channels);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t c = i % channels;
+    const double z = g.joined ? double{y[i]} : z_of(i), off = double{x[i]} - mean[c];
+    // where rounding decides, either is right
+    const bool near = !g.joined && g.activation != kNone && (std::abs(z) < 1e-4 || std::abs(z - 6) < 1e-4);
+    const bool passes = g.activation == kNone || (z > 0 && (g.activation == kRelu || z < 6));
+    const double d = passes ? double{grad[i]} : 0;
+    if (g.joined) compare(name + " joined", joined[i], d, 0, 0);
+    first[c] += d, second[c] += d * off, size_of[c] += std::abs(double{grad[i]}) * (1 + std::abs(off));
+    if (near) size_of[c] = std::numeric_limits<double>::infinity();
+    const double want = d * scale[c] + off * slope[c] + offset[c] + (added ? residual[i] : 0);
+    if (!near) compare(name + " return", out[i], want, std::abs(want) + std::abs(off * slope[c]), tolerance);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    compare(name + " sum", sums.first[c], first[c], size_of[c], 1e-5);
+    compare(name + " product", sums.second[c], second[c], size_of[c], 1e-5);
+  }
+}
+
 void check_border(const std::string& name, const Kernels& kernels) {
   const int64_t batch = pick({0, 1, 3}), rows = pick({1, 2, 15, 16, 17, 33}), columns = pick({1, 3, 16, 31, 48});
   const int64_t parts = pick({1, 2, 5}), size = rows * columns;
@@ -795,6 +870,7 @@ int main(int argc, char** argv) {
         check_windows(name + " sum", kernels.sum, bf16, true);
         check_fill(name + " fill", kernels.fill, bf16);
         check_pointwise(name + " pointwise", kernels.pointwise, bf16);
+        check_norm(name + " norm", bf16 ? kernels.norm_bf16 : kernels.norm_f32, bf16);
         check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
         for (int n = 0; n < 5; ++n) check_spoilt(name, bf16 ? kernels.bf16 : kernels.f32, bf16);
       }

@@ -21,7 +21,7 @@ from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_
 from quincunx.ops.geometry import two_integers
 from quincunx.sampling import Sampling
 
-__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap"]
+__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "of_grid"]
 
 _GETTER = type(Tensor.data.__get__)  # type: ignore[attr-defined, unused-ignore]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined, unused-ignore]
@@ -73,6 +73,12 @@ class SampledMap(Tensor):
             made: Tensor = _sized(copy.deepcopy(plain, memo), self.grid_size)
         memo[id(self)] = made
         return made
+
+
+def of_grid(y: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Return a sampled map that an operator has just made, with the size (H, W) of its grid."""
+    result: Tensor = _sized(y, size)
+    return result
 
 
 def _plain(value: Any) -> Any:

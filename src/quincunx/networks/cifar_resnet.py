@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise
+from quincunx.layers.subsample import subsample
 from quincunx.networks.pieces import check_positive, he_start
 from quincunx.networks.resnet import BasicBlock, BasicSBBlock
 from quincunx.sampling import CHESSBOARD, Sampling, parse
@@ -28,7 +30,7 @@ class ZeroPaddedShortcut(nn.Module):
         self.behind = outside - inside - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
+        return F.pad(subsample(x, 2), (0, 0, 0, 0, self.before, self.behind))
 
 
 class CifarResNet(nn.Module):
@@ -46,7 +48,7 @@ class CifarResNet(nn.Module):
         he_start(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = self.layer3(self.layer2(self.layer1(normalise(self.conv1(x), self.bn1, "relu"))))
         scores: Tensor = self.linear(x.mean((2, 3)))
         return scores
 

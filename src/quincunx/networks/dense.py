@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise
 from quincunx.layers.sampled import SpatialBottleneck2d
 from quincunx.networks.pieces import check_positive, he_start, sampled_pair, through_pair
 from quincunx.networks.resnet import ResNet, resnet, sb_resnet
@@ -33,7 +34,7 @@ class SampledPair(nn.Module):
         self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(through_pair(x, self.down, self.bn1, self.up)))
+        return normalise(through_pair(x, self.down, self.bn1, self.up), self.bn2, "relu")
 
 
 def _pair(inside: int, channels: int, sampling: Sampling | None, down: str) -> nn.Module:

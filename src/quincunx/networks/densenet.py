@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise, normalise_apart
 from quincunx.layers.sampled import SpatialBottleneck2d
 from quincunx.networks.pieces import he_start
 from quincunx.sampling import CHESSBOARD, Sampling, parse
@@ -56,8 +57,9 @@ class DenseLayer(nn.Module):
             self.conv2 = SpatialBottleneck2d(inner, growth, 3, sampling=sampling, down=down, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv1(F.relu(self.norm1(x)))
-        return torch.cat([x, self.conv2(F.relu(self.norm2(inner)))], 1)
+        inner, x = normalise_apart(x, self.norm1, "relu")
+        inner = self.conv1(inner)
+        return torch.cat([x, self.conv2(normalise(inner, self.norm2, "relu"))], 1)
 
 
 class Transition(nn.Module):
@@ -69,7 +71,7 @@ class Transition(nn.Module):
         self.conv = nn.Conv2d(inside, outside, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
+        return F.avg_pool2d(self.conv(normalise(x, self.norm, "relu")), 2)
 
 
 class DenseNet(nn.Module):

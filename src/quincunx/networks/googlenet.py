@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise
 from quincunx.networks.pieces import check_dropout, check_form, he_start, local_response_norm
 
 __all__ = ["GoogLeNet", "googlenet"]
@@ -43,7 +44,7 @@ class _Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return F.relu(x if self.bn is None else self.bn(x))
+        return F.relu(x) if self.bn is None else normalise(x, self.bn, "relu")
 
 
 class Inception(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise
 from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
 from quincunx.sampling import Sampling
 
@@ -53,7 +53,7 @@ def through_pair(x: Tensor, down: SampledDown2d, norm: nn.BatchNorm2d, up: Sampl
 
     Source: rSB of Peng et al., arXiv:1809.02601, section 3.2.
     """
-    out: Tensor = up(F.relu(norm(down(x))), x.shape[2:])
+    out: Tensor = up(normalise(down(x), norm, "relu"), x.shape[2:])
     return out
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise, normalise_apart
+from quincunx.layers.subsample import subsample
 from quincunx.networks.pieces import check_positive, he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
@@ -28,7 +30,7 @@ class _Block(nn.Module):
 
     def shortcut(self, x: Tensor) -> Tensor:
         if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
+            x = subsample(x, self.stride)
         return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels)) if self.extra_channels else x
 
 
@@ -43,8 +45,9 @@ class RegularBlock(_Block):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv1(F.relu(self.bn1(x)))
-        out: Tensor = self.conv2(F.relu(self.bn2(inner)))
+        inner, x = normalise_apart(x, self.bn1, "relu")
+        inner = self.conv1(inner)
+        out: Tensor = self.conv2(normalise(inner, self.bn2, "relu"))
         return out + self.shortcut(x)
 
 
@@ -60,7 +63,8 @@ class RegularSBBlock(_Block):
         self.up = second
 
     def forward(self, x: Tensor) -> Tensor:
-        return through_pair(F.relu(self.bn1(x)), self.down, self.bn2, self.up) + self.shortcut(x)
+        inner, x = normalise_apart(x, self.bn1, "relu")
+        return through_pair(inner, self.down, self.bn2, self.up) + self.shortcut(x)
 
 
 class BottleneckBlock(_Block):
@@ -84,9 +88,10 @@ class BottleneckBlock(_Block):
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv1(F.relu(self.bn1(x)))
-        inner = self.conv2(F.relu(self.bn2(inner)))
-        out: Tensor = self.conv3(F.relu(self.bn3(inner)))
+        inner, x = normalise_apart(x, self.bn1, "relu")
+        inner = self.conv1(inner)
+        inner = self.conv2(normalise(inner, self.bn2, "relu"))
+        out: Tensor = self.conv3(normalise(inner, self.bn3, "relu"))
         return out + self.shortcut(x)
 
 
@@ -107,7 +112,7 @@ class PreResNet(nn.Module):
         he_start(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stages(self.stem(x))))
+        x = normalise(self.stages(self.stem(x)), self.norm, "relu")
         scores: Tensor = self.classifier(x.mean((2, 3)))
         return scores
 

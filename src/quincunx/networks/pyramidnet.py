@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise, normalise_apart
 from quincunx.networks.pieces import he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
@@ -48,12 +49,13 @@ class RegularBlock(_Block):
             self.down, self.up = sampled_pair(inside, channels, sampling, down)
 
     def forward(self, x: Tensor) -> Tensor:
+        inner, x = normalise_apart(x, self.bn1)
         if self.sampled:
-            inner = through_pair(self.bn1(x), self.down, self.bn2, self.up)
+            inner = through_pair(inner, self.down, self.bn2, self.up)
         else:
-            inner = self.conv2(F.relu(self.bn2(self.conv1(self.bn1(x)))))
-        out: Tensor = self.bn3(inner) + self.shortcut(x)
-        return out
+            inner = self.conv1(inner)
+            inner = self.conv2(normalise(inner, self.bn2, "relu"))
+        return normalise(inner, self.bn3, shortcut=self.shortcut(x))
 
 
 class BottleneckBlock(_Block):
@@ -71,11 +73,11 @@ class BottleneckBlock(_Block):
         self.bn4 = nn.BatchNorm2d(outside)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv1(self.bn1(x))
-        inner = self.conv2(F.relu(self.bn2(inner)))
-        inner = self.bn4(self.conv3(F.relu(self.bn3(inner))))
-        out: Tensor = inner + self.shortcut(x)
-        return out
+        inner, x = normalise_apart(x, self.bn1)
+        inner = self.conv1(inner)
+        inner = self.conv2(normalise(inner, self.bn2, "relu"))
+        inner = self.conv3(normalise(inner, self.bn3, "relu"))
+        return normalise(inner, self.bn4, shortcut=self.shortcut(x))
 
 
 class PyramidNet(nn.Module):
@@ -92,7 +94,7 @@ class PyramidNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem_norm(self.stem(x)))
-        scores: Tensor = self.classifier(F.relu(self.norm(x)).mean((2, 3)))
+        scores: Tensor = self.classifier(normalise(x, self.norm, "relu").mean((2, 3)))
         return scores
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.norms import normalise
 from quincunx.networks.pieces import check_positive, he_start, middle, sampled_pair, through_pair
 from quincunx.sampling import CHESSBOARD, Sampling, parse
 
@@ -72,10 +73,12 @@ class _Block(nn.Module):
     se: nn.Module | None
     downsample: nn.Module | None
 
-    def joined(self, residual: Tensor, x: Tensor) -> Tensor:
+    def joined(self, residual: Tensor, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         if self.se is not None:
-            residual = self.se(residual)
-        return F.relu(residual + (x if self.downsample is None else self.downsample(x)))
+            residual = self.se(norm(residual))
+            return F.relu(residual + (x if self.downsample is None else self.downsample(x)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return normalise(residual, norm, "relu", shortcut)
 
 
 class BasicBlock(_Block):
@@ -99,8 +102,8 @@ class BasicBlock(_Block):
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(x)))
-        return self.joined(self.bn2(self.conv2(inner)), x)
+        inner = normalise(self.conv1(x), self.bn1, "relu")
+        return self.joined(self.conv2(inner), self.bn2, x)
 
 
 class BasicSBBlock(_Block):
@@ -118,7 +121,7 @@ class BasicSBBlock(_Block):
         self.downsample = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.joined(self.bn2(through_pair(x, self.down, self.bn1, self.up)), x)
+        return self.joined(through_pair(x, self.down, self.bn1, self.up), self.bn2, x)
 
 
 class Bottleneck(_Block):
@@ -138,9 +141,9 @@ class Bottleneck(_Block):
         self.downsample = _projection(inside, outside, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(x)))
-        inner = F.relu(self.bn2(self.conv2(inner)))
-        return self.joined(self.bn3(self.conv3(inner)), x)
+        inner = normalise(self.conv1(x), self.bn1, "relu")
+        inner = normalise(self.conv2(inner), self.bn2, "relu")
+        return self.joined(self.conv3(inner), self.bn3, x)
 
 
 class ResNet(nn.Module):
@@ -161,7 +164,7 @@ class ResNet(nn.Module):
         he_start(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.max_pool2d(normalise(self.conv1(x), self.bn1, "relu"), 3, 2, 1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         scores: Tensor = self.fc(x.mean((2, 3)))
         return scores

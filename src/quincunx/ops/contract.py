@@ -17,8 +17,8 @@ and has no derivatives.
 
 Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
 Every map that an operator returns is channels_last; a weight's gradient is channels_last on GPUs, and
-contiguous elsewhere. A sampling is passed as its ``spec`` text, which ``torch.export`` can store and which is
-the key of the plan caches.
+elsewhere where its weight is. A sampling is passed as its ``spec`` text, which ``torch.export`` can store and
+which is the key of the plan caches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int grou
 OPERATORS = {
     "conv": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_transpose": f"(Tensor y, Tensor weight, Tensor? bias, SymInt[] size, {_GEOMETRY}) -> Tensor",
-    "conv_weight": f"(Tensor x, Tensor y, int[] kernel, {_GEOMETRY}) -> Tensor",
+    "conv_weight": f"(Tensor x, Tensor y, int[] kernel, {_GEOMETRY}, bool channels_last=False) -> Tensor",
     "conv_filled": "(Tensor y, Tensor weight, Tensor? bias, str source, SymInt[] size, "
     f"{_GEOMETRY}) -> Tensor",
     "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
@@ -115,10 +115,11 @@ def _conv_weight_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     shape = (y.shape[1], x.shape[1] // groups, kernel[0], kernel[1])
     # in the layout in which each device's convolutions read weights, so that a gradient is not converted
-    return _empty_map(x, shape) if x.device.type == "cuda" else x.new_empty(shape)
+    return _empty_map(x, shape) if channels_last or x.device.type == "cuda" else x.new_empty(shape)
 
 
 def _conv_filled_fake(
@@ -195,6 +196,11 @@ for _name, _fake in (
 _OPS = torch.ops.quincunx
 
 
+def _by_position(weight: Tensor) -> bool:
+    """Whether a weight is in channels_last: its gradient then is too, or torch would copy it."""
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=CHANNELS_LAST)
+
+
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, *ctx.geometry = inputs
     ctx.save_for_backward(x, weight)
@@ -207,7 +213,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_x:
         to_x = _OPS.conv_transpose(grad, weight, None, x.shape[2:], *ctx.geometry)
     if need_weight:
-        to_weight = _OPS.conv_weight(x, grad, weight.shape[2:], *ctx.geometry)
+        to_weight = _OPS.conv_weight(x, grad, weight.shape[2:], *ctx.geometry, _by_position(weight))
     if need_bias:
         to_bias = grad.sum((0, 2, 3))
     return to_x, to_weight, to_bias, None, None, None, None, None
@@ -225,14 +231,14 @@ def _conv_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_y:
         to_y = _OPS.conv(grad, weight, None, *ctx.geometry)
     if need_weight:
-        to_weight = _OPS.conv_weight(grad, y, weight.shape[2:], *ctx.geometry)
+        to_weight = _OPS.conv_weight(grad, y, weight.shape[2:], *ctx.geometry, _by_position(weight))
     if need_bias:
         to_bias = grad.sum((0, 2, 3))
     return to_y, to_weight, to_bias, None, None, None, None, None, None
 
 
 def _keep_conv_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, _, *ctx.geometry = inputs
+    x, y, _, *ctx.geometry, _ = inputs
     ctx.save_for_backward(x, y)
 
 
@@ -243,7 +249,7 @@ def _conv_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         to_x = _OPS.conv_transpose(y, grad, None, x.shape[2:], *ctx.geometry)
     if ctx.needs_input_grad[1]:
         to_y = _OPS.conv(x, grad, None, *ctx.geometry)
-    return to_x, to_y, None, None, None, None, None, None
+    return to_x, to_y, None, None, None, None, None, None, None
 
 
 def _keep_conv_filled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,7 +266,7 @@ def _conv_filled_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         to_y = _OPS.collect(to_filled, ctx.source)
     if need_weight:
         filled = _OPS.fill(y, ctx.source, ctx.size)
-        to_weight = _OPS.conv_weight(filled, grad, weight.shape[2:], *ctx.geometry)
+        to_weight = _OPS.conv_weight(filled, grad, weight.shape[2:], *ctx.geometry, _by_position(weight))
     if need_bias:
         to_bias = grad.sum((0, 2, 3))
     return to_y, to_weight, to_bias, None, None, None, None, None, None, None

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.geometry import Geometry
+from quincunx.ops.norm import check as check_norm
 from quincunx.ops.plan import (
     Plan,
     WindowPlan,
@@ -46,6 +47,8 @@ __all__ = [
     "isa",
     "load",
     "lookup",
+    "norm_act",
+    "norm_act_backward",
     "pack",
     "unavailable",
     "window_max",
@@ -254,6 +257,7 @@ def conv_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     geometry = Geometry.make(kernel, stride, padding, dilation)
     plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
@@ -263,8 +267,12 @@ def conv_weight(
         plan.index,
         kernel[0] * kernel[1],
         groups,
+        channels_last,
     )
-    return gradient.view(y.shape[1], x.shape[1] // groups, *kernel).to(x.dtype)
+    outputs, inputs = y.shape[1], x.shape[1] // groups
+    if channels_last:
+        gradient = gradient.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
+    return gradient.view(outputs, inputs, *kernel).to(x.dtype)
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:
@@ -374,6 +382,45 @@ def binary_conv(
         groups,
     )
     return result
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two passes over the map: sums, then the result; sums are float32 in a chunk and double over chunks."""
+    check_norm(x, activation)
+    y, mean, variance = torch.ops.quincunx_native.norm_act(
+        x, _plain(weight), _plain(bias), residual, eps, activation
+    )
+    return y, mean, variance
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    eps: float,
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_norm(x, activation)
+    to_x, to_weight, to_bias, joined = torch.ops.quincunx_native.norm_act_backward(
+        grad, x, y, mean, variance, _plain(weight), _plain(bias), other, eps, activation
+    )
+    return to_x, to_weight, to_bias, joined
+
+
+def _plain(channels: Tensor | None) -> Tensor | None:
+    return None if channels is None else channels.detach().float().contiguous()
 
 
 def window_max(x: Tensor, plan: WindowPlan) -> Tensor:

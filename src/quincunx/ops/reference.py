@@ -19,6 +19,8 @@ from quincunx.ops.bits import unpack_signs
 from quincunx.ops.contract import CHANNELS_LAST
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.lookup import decoded
+from quincunx.ops.norm import computed as norm_act
+from quincunx.ops.norm import returned as norm_act_backward
 from quincunx.ops.plan import FillPlan, fill_plan, nearest_index, position_index
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "fill_fitted",
     "fill_fitted_weight",
     "lookup",
+    "norm_act",
+    "norm_act_backward",
 ]
 
 
@@ -105,11 +109,12 @@ def conv_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     grid = Geometry.make(kernel, stride, padding, dilation).grid(x.shape[2], x.shape[3])
     scattered = _scatter(y, position_index(sampling, *grid), grid)
     shape = torch.Size((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))
-    layout = CHANNELS_LAST if x.is_cuda else torch.contiguous_format
+    layout = CHANNELS_LAST if x.is_cuda or channels_last else torch.contiguous_format
     if x.shape[0] == 0:
         return x.new_zeros(shape).contiguous(memory_format=layout)
     padded = _pad(x, padding)

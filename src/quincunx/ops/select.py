@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quincunx.ops import contract, lookup, native, reference, triton
+from quincunx.ops import contract, lookup, native, norm, reference, triton
 
 __all__ = ["Backend", "backend", "register", "serving"]
 
@@ -156,7 +156,7 @@ def _on(device: str, name: str) -> Callable[..., Tensor]:
 
 def register() -> None:
     """Register the reference for every device, and on the CPU and on GPUs the choice of back end."""
-    for name in (*contract.OPERATORS, *lookup.OPERATORS):
+    for name in (*contract.OPERATORS, *lookup.OPERATORS, *norm.OPERATORS):
         contract.implement(name, getattr(reference, name), "CompositeExplicitAutograd")
         if hasattr(native, name):
             contract.implement(name, _on("cpu", name), "CPU")

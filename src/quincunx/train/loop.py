@@ -34,6 +34,7 @@ from quincunx.networks.spec import name_of, spec_of
 from quincunx.ops.cuda_graphs import ONE_AT_A_TIME
 from quincunx.progress import progress_bar
 from quincunx.reading import differing_fields, one_line
+from quincunx.surgery.norms import JoinedNorms, join_norms
 from quincunx.train.checkpoint import (
     check_disk,
     only_writer,
@@ -355,7 +356,7 @@ class _Run:
         # what waits while the layers that replaced others train alone
         self.waiting = _others(model, self.spec) if recipe.first else []
         # the module that a step calls: torch averages the gradients of several processes
-        self.stepped: nn.Module = model
+        self.stepped: nn.Module | JoinedNorms = model
         self.history: list[dict[str, float]] = []
         self.tested: Evaluation | None = None
         self.saved = 0
@@ -493,6 +494,8 @@ class _Run:
         # random operations inside the network use the global generator
         torch.manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
         self.model.train()
+        if self.stepped is self.model and self.device.type == "cpu":
+            self.stepped = join_norms(self.model)
         began = time.perf_counter()
         count = len(self.data.train)
         rates = [self._rate(number * steps + step, steps) for step in range(steps)]

@@ -73,7 +73,9 @@ def conv_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = True,
 ) -> Tensor:
+    """In channels_last whatever is asked for: convolutions on GPUs read weights so."""
     geometry = Geometry.make(kernel, stride, padding, dilation)
     table, points = weight_table(sampling, geometry, x.shape[2], x.shape[3], x.device)
     return launch.derive_weight(x, y, kernel, table, points, groups)

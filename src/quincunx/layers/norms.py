@@ -1,0 +1,174 @@
+"""Batch norm with the addition and the activation behind it, in two passes each way over maps in training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from quincunx.layers.paired import SampledMap, of_grid
+from quincunx.ops.norm import ACTIVATIONS, norm_act_and_input
+from quincunx.ops.select import serving
+
+__all__ = ["NormAct2d", "normalise", "normalise_apart"]
+
+
+def normalise(
+    x: Tensor, norm: nn.BatchNorm2d, activation: str = "none", shortcut: Tensor | None = None
+) -> Tensor:
+    r"""Apply a batch norm, add a map and apply an activation: act(norm(x) + shortcut).
+
+    .. math:: y = \mathrm{act}\Big(w_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + b_c + r\Big)
+
+    A training step on the CPU does it in two passes over the maps forward and two backward, and keeps for
+    the backward pass the norm's input and, with a shortcut, the result. It needs a map in channels_last of
+    float32 or bfloat16, and an ordinary ``nn.BatchNorm2d`` in training mode without hooks. Everything else
+    calls the norm, adds and activates: evaluation, other classes such as ``SyncBatchNorm``, tracing, export.
+
+    Args:
+        x: map [N, C, H, W], or a sampled map [N, C, m, 1].
+        norm: its running statistics are updated as its own forward does.
+        activation: "none", "relu" or "relu6".
+        shortcut: r, a map of the result's shape, or None.
+
+    Returns:
+        The map, of the shape and dtype of x.
+
+    Raises:
+        ValueError: an unknown activation, or one value per channel, as torch has it.
+
+    Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1 and the formulas after it.
+
+    Example:
+        >>> x, norm = torch.randn(2, 3, 4, 4), nn.BatchNorm2d(3)
+        >>> torch.allclose(normalise(x, norm, "relu"), torch.relu(norm(x)), atol=1e-6)
+        True
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    if not (_is_plain(norm) and _is_served(x, norm, shortcut)):
+        return _composed(x, norm, activation, shortcut)
+    size = None
+    if isinstance(x, SampledMap):
+        size = x.grid_size
+        x = x.as_subclass(Tensor)
+    y, mean, variance = torch.ops.quincunx.norm_act(
+        x, norm.weight, norm.bias, shortcut, norm.eps, ACTIVATIONS[activation]
+    )
+    _track(norm, mean, variance, x.numel() // x.shape[1])
+    return y if size is None else of_grid(y, size)
+
+
+def normalise_apart(x: Tensor, norm: nn.BatchNorm2d, activation: str = "none") -> tuple[Tensor, Tensor]:
+    """Return :func:`normalise` of a map and the map itself, for a network that also reads it elsewhere.
+
+    The gradients of both are added in the pass that writes the norm's own, and not in one of their own.
+
+    Args:
+        x, norm, activation: those of :func:`normalise`.
+
+    Returns:
+        act(norm(x)), and x: what else reads the map has to read this one.
+
+    Example:
+        >>> inner, x = normalise_apart(torch.randn(2, 3, 4, 4), nn.BatchNorm2d(3), "relu")
+        >>> inner.shape == x.shape
+        True
+    """
+    # compilers add gradients where they write them anyway, and transforms of functions need operators
+    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if apart or type(x) is not Tensor or not (_is_plain(norm) and _is_served(x, norm, None)):
+        return normalise(x, norm, activation), x
+    x, y, mean, variance = norm_act_and_input(x, norm.weight, norm.bias, norm.eps, ACTIVATIONS[activation])
+    _track(norm, mean, variance, x.numel() // x.shape[1])
+    return y, x
+
+
+def _composed(x: Tensor, norm: nn.Module, activation: str, shortcut: Tensor | None) -> Tensor:
+    z: Tensor = norm(x)
+    if shortcut is not None:
+        z = z + shortcut
+    if activation == "none":
+        return z
+    return F.relu(z) if activation == "relu" else F.relu6(z)
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Return whether a module is a batch norm in training whose call does what its class says and no more."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and "forward" not in norm.__dict__
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        and not (norm._backward_hooks or norm._backward_pre_hooks)
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool:
+    """Return whether the operator takes a map: stand-ins of tracers and other devices are not for it."""
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() if compiling else torch._C._get_tracing_state() is not None:
+        return False
+    if type(x) is not Tensor and (type(x) is not SampledMap or compiling):
+        return False
+    if not _is_row_map(x) or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
+        return False
+    if norm.weight is not None and norm.weight.dtype == torch.float64:
+        return False
+    if shortcut is not None and not (
+        type(shortcut) is Tensor and shortcut.shape == x.shape and shortcut.dtype == x.dtype
+    ):
+        return False
+    return compiling or serving(x.device, x.dtype) == "native"
+
+
+def _is_row_map(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 4
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, values: int) -> None:
+    """Update the running statistics; of the variance with values - 1, as torch does."""
+    so_far, spread = norm.running_mean, norm.running_var
+    if not norm.track_running_stats or so_far is None or spread is None:
+        return
+    with torch.no_grad():
+        share: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                # a tensor, since a number would make a compiler stop here
+                share = norm.num_batches_tracked.to(so_far.dtype).reciprocal()
+        so_far.lerp_(mean.to(so_far.dtype), share)
+        spread.lerp_((variance * (values / (values - 1))).to(spread.dtype), share)
+
+
+class NormAct2d(nn.Module):
+    """A network's batch norm with the addition and the activation that follow it: :func:`normalise`.
+
+    It holds the network's own norm, so that weights, statistics and mode are those of the network.
+
+    Args:
+        norm: any batch norm of maps.
+        activation: "none", "relu" or "relu6".
+
+    Example:
+        >>> NormAct2d(nn.BatchNorm2d(3), "relu")(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, activation: str = "none") -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return normalise(x, self.norm, self.activation, shortcut)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
