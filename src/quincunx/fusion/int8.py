@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quincunx.fusion.lines import arena
 from quincunx.fusion.program import (
     BufferCode,
     Program,
     Stage,
     StepCode,
-    _arena,
     _prefers_torch,
     _reference_stage,
     _segment,
@@ -36,7 +36,6 @@ from quincunx.fusion.steps import (
     output,
     pool,
     pool_window,
-    run_fitted,
     shortcut_rows,
     tables,
 )
@@ -252,7 +251,7 @@ def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid]) -> 
     inputs = list(dict.fromkeys(name for line in lines for name in line.reads if name not in written))
     shapes = {name: maps[name.removesuffix(":q")] for name in (*inputs, *written)}
     scratch = [name for name in written if name not in stage.wanted]
-    offsets = _arena(lines, scratch, shapes, {})
+    offsets = arena(lines, scratch, shapes, {})
     call = _Call(inputs, [name for name in written if name in stage.wanted])
     numbers: dict[str, int] = {}
     for name in (*inputs, *written):
@@ -475,8 +474,6 @@ class Int8Program(Program):
             return partial(pool if natively and step.kind == "maxpool" else follow, step, maps)
         if not natively:
             return partial(_reference_stage, step, maps)
-        if step.filling is not None:
-            return partial(run_fitted, step, maps)
         whole = step.kind == "dense" and not maps[step.source].fill and not output(step, maps).fill
         if whole and _prefers_torch(step, maps, batch):
             return partial(_reference_stage, step, maps)
