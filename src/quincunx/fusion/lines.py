@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "WINDOW_MAX",
     "Line",
     "Lines",
+    "ReadsAndWrites",
     "arena",
     "floats",
     "gathered",
@@ -217,8 +218,18 @@ def unwritten(lines: Sequence[Line]) -> list[str]:
     return list(found)
 
 
+class ReadsAndWrites(Protocol):
+    """What lines of any number format tell of themselves: names of maps."""
+
+    @property
+    def reads(self) -> Sequence[str]: ...
+
+    @property
+    def writes(self) -> Sequence[str]: ...
+
+
 def arena(
-    lines: Sequence[Line], scratch: Sequence[str], maps: Mapping[str, Map], replaced: dict[str, str]
+    lines: Sequence[ReadsAndWrites], scratch: Sequence[str], maps: Mapping[str, Map], replaced: dict[str, str]
 ) -> dict[str, int]:
     """First fit: an offset for each map inside the segment, none overlapping one that is still read.
 
