@@ -249,3 +249,17 @@ def test_three_epochs_lose_what_torchs_modules_lose(monkeypatch):
     torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
     assert ours[-4:].mean() < 0.8 * ours[:4].mean()
+
+
+def test_transforms_of_functions_take_the_composition():
+    """They take apart what is called, and the operator cannot be."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 4, 5, 5)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    apart = torch.func.vmap(lambda z: normalise(z, norm, "relu"))(x)
+    torch.testing.assert_close(apart, torch.stack([F.relu(norm(z)) for z in x]))
+    inner = x[0].to(memory_format=torch.channels_last)
+    found = torch.func.grad(lambda z: normalise(z, norm, "relu", z).square().sum())(inner)
+    own = inner.clone().requires_grad_()
+    F.relu(norm(own) + own).square().sum().backward()
+    torch.testing.assert_close(found, own.grad, rtol=1e-4, atol=1e-4)

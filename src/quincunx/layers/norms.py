@@ -111,6 +111,9 @@ def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool
     compiling = torch.compiler.is_compiling()
     if torch.compiler.is_exporting() if compiling else torch._C._get_tracing_state() is not None:
         return False
+    if not compiling and torch._C._are_functorch_transforms_active():
+        # vmap, grad and jvp take apart what is called, and need torch's own operators
+        return False
     if type(x) is not Tensor and (type(x) is not SampledMap or compiling):
         return False
     if not _is_row_map(x) or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
