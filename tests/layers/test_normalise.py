@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import quincunx as qx
 from quincunx.layers import norms
@@ -133,6 +134,21 @@ def test_hooks_see_the_norms_own_result(hook):
     normalise_apart(x, norm, "relu")[0].sum().backward()
     assert len(seen) == 2
     assert min(seen) < 0  # before the ReLU
+
+
+@native
+def test_hooks_of_all_modules_are_called_and_counters_change_no_bit():
+    norm, x, seen = nn.BatchNorm2d(8), _map(2, 8, 4, 4), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        normalise(x, norm, "relu")
+    finally:
+        handle.remove()
+    assert seen == [1]
+    wanted = normalise(x, norm, "relu")
+    with FlopCounterMode(display=False):
+        assert torch.equal(normalise(x, norm, "relu"), wanted)
+        assert _operators(lambda: normalise(x, norm, "relu")) == ["quincunx.norm_act.default"]
 
 
 def test_other_norms_and_forwards_stay_what_they_are():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torchs
+from torch.utils.module_tracker import ModuleTracker
 
 from quincunx.layers.paired import SampledMap, of_grid
 from quincunx.ops.norm import ACTIVATIONS, norm_act_and_input
 from quincunx.ops.select import serving
 
-__all__ = ["NormAct2d", "normalise", "normalise_apart"]
+__all__ = ["NormAct2d", "has_global_hooks", "normalise", "normalise_apart"]
 
 
 def normalise(
@@ -102,8 +103,22 @@ def _is_plain(norm: nn.Module) -> bool:
         and "forward" not in norm.__dict__
         and not (norm._forward_hooks or norm._forward_pre_hooks)
         and not (norm._backward_hooks or norm._backward_pre_hooks)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not has_global_hooks()
     )
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks of all modules see the maps between them, in whatever thread.
+
+    Those of torch's counters do not: they follow names. A count in one thread would else change what another
+    thread's training computes, by rounding.
+    """
+    if not torchs._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    forward = (torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
+    backward = (torchs._global_backward_pre_hooks, torchs._global_backward_hooks)
+    found = [hook for hooks in (*forward, *backward) for hook in list(hooks.values())]
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in found)
 
 
 def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from quincunx.layers.norms import NormAct2d
+from quincunx.layers.norms import NormAct2d, has_global_hooks
 from quincunx.layers.tracing import trace
 from quincunx.modules import first_line, surely
 
@@ -87,7 +86,7 @@ def join_norms(network: nn.Module) -> JoinedNorms:
 
 def _state_of(network: nn.Module) -> tuple[Any, ...] | None:
     """Return what a graph of a network depends on; None if hooks run between its modules."""
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if has_global_hooks():
         return None
     found: list[Any] = []
     for module in network.modules():
