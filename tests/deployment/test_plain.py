@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
-from quincunx.deployment.lowering import OnnxNode, TorchNode, lower
+from quincunx.deployment.lowering import OnnxNode, TorchNode, decoded, lower
 from quincunx.fusion.program import Program
 from quincunx.sampling import Cosets
 
@@ -27,8 +27,9 @@ def trained(model):
 
 def check(model, x, node=None):
     """The lowered network, for other batches than the one that it was lowered with."""
-    fused = qx.fuse(model)
+    fused = qx.fuse(decoded(model))
     lowered = lower(fused, (x,), node)
+    assert not [n for n in lowered.graph.nodes if "quincunx" in getattr(n.target, "__module__", "")]
     assert not [m for m in lowered.modules() if isinstance(m, Program)]
     for batch in (1, 2, 7):
         other = torch.randn(batch, *x.shape[1:])
@@ -173,8 +174,14 @@ def test_only_operators_of_torch_are_left():
     assert all(name.startswith("aten.") for name in names)
 
 
+def test_packed_layers_are_decoded_before_they_are_fused():
+    layer = qx.BinaryConv2d(3, 8, 3).eval().pack()
+    with pytest.raises(TypeError, match="packed layers of one bit; fuse what decoded"):
+        lower(qx.fuse(nn.Sequential(layer)), (torch.randn(1, 3, 9, 9),))
+
+
 def test_the_fused_network_stays_as_it_is():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), qx.BinaryConv2d(8, 8, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), qx.CodebookConv2d(8, 8, 3, subspace=4, codewords=8)).eval()
     x, fused = torch.randn(2, 3, 9, 9), qx.fuse(model)
     before = fused(x)
     lower(fused, (x,))

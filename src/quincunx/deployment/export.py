@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from quincunx.deployment.baseline import dense_twin, describe_layers
 from quincunx.deployment.formats import Format, format_for
-from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, lower
+from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, decoded, lower
 from quincunx.deployment.usage import lines_to_use
 from quincunx.deployment.verification import Candidate, Found, difference, run_apart
 from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, onnx_writer, trace_for_export
@@ -189,7 +189,8 @@ def export(
     own = copied(model).eval().requires_grad_(False)
     answer = _answer(own, examples)
     inputs, results = _names(own, examples, answer, input_names, output_names)
-    fused = fuse(own, dtype, force=True) if dtype is not None else fuse(own)
+    engines = decoded(own)
+    fused = fuse(engines, dtype, force=True) if dtype is not None else fuse(engines)
     node = _NODES[kind.name] if plugin else None
     twin = baseline if baseline is not None else dense_twin(own)
     compared = rounds > 0 and (twin is not None or plugin)

@@ -15,11 +15,18 @@ from quincunx.fusion.exported import TorchNode
 from quincunx.fusion.fused import Fused, copied_argument, match_layout, same_argument, tensor_argument
 from quincunx.fusion.program import Program
 from quincunx.fusion.serialise import NativePiece, TorchPiece, pieces
-from quincunx.layers.binary import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
+from quincunx.layers.binary import (
+    BinaryConv2d,
+    BinaryLinear,
+    PackedConv2d,
+    PackedLinear,
+    _packed_conv,
+    _packed_linear,
+)
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
 from quincunx.modules import copied, set_module
 
-__all__ = ["Node", "OnnxNode", "TorchNode", "lower"]
+__all__ = ["Node", "OnnxNode", "TorchNode", "decoded", "lower"]
 
 
 class Node(Protocol):
@@ -95,6 +102,7 @@ def _note(
     shapes[name] = [tuple(t.shape) for t in given]
 
 
+_PACKED = (_packed_conv, _packed_linear)
 _PASSED_ON = (match_layout, tensor_argument, copied_argument)
 
 
@@ -107,7 +115,7 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
         node: makes nodes of an engine with our kernels; None for plain operators.
 
     Raises:
-        TypeError: a module with operators of this package that was not fused.
+        TypeError: a module with operators of this package that was not fused, or packed layers of one bit.
         ValueError: a program that cannot be lowered.
 
     Example:
@@ -127,6 +135,8 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
     finally:
         for handle in handles:
             handle.remove()
+    if any(value.target in _PACKED for value in fused.graph.nodes):
+        raise TypeError("fused: has packed layers of one bit; fuse what decoded(model) returns")
     graph = fx.Graph()
     graph.output(graph.graph_copy(fused.graph, {}))
     _simplify(graph)
@@ -136,7 +146,7 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
             made = PlainProgram(module, shapes[name]) if node is None else None
             root.add_module(name, made or PluginProgram(module, shapes[name], node))  # type: ignore[arg-type]
         else:
-            root.add_module(name, _decoded(module))
+            root.add_module(name, decoded(module))
     root._parameters |= fused._parameters
     root._buffers |= fused._buffers
     _check_plain(root)
@@ -156,8 +166,17 @@ def _simplify(graph: fx.Graph) -> None:
     graph.lint()
 
 
-def _decoded(module: nn.Module) -> nn.Module:
-    """A module with dense layers instead of quantised ones, which no engine has."""
+def decoded(module: nn.Module) -> nn.Module:
+    """Return a network with dense layers instead of quantised and one-bit ones, which no engine has.
+
+    Of one-bit layers :func:`quincunx.fuse` leaves operators without the layers, so that this comes first.
+
+    Example:
+        >>> model = nn.Sequential(qx.BinaryConv2d(3, 4, 3)).eval()
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> torch.allclose(lower(qx.fuse(decoded(model)), (x,))(x), model(x), atol=1e-5)
+        True
+    """
     kinds = (QuantConv2d, BinaryConv2d, PackedConv2d, QuantLinear, BinaryLinear, PackedLinear)
     if any(isinstance(layer, kinds) for layer in module.modules()):
         module = copied(module)
