@@ -269,7 +269,7 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
     rows = compare_methods(model, points, DATA, tmp_path, recipe=recipe, **{**OPTIONS, "calibration": 60})
     assert [row.series for row in rows] == [
         *("spatial bottleneck", "perforate, fitted", "espace, impact", "LRD", "CPD"),
-        *("BinaryConnect", "Q-CNN"),
+        *("BinaryConnect", "Q-CNN", "smaller input"),
     ]
     assert all(row.speedup > 0 and row.bytes > 0 for row in rows)
     stages = json.loads((tmp_path / "LRD-rank-0.45" / "accelerate.json").read_text())["stages"]

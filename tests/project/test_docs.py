@@ -16,7 +16,7 @@ from quincunx.cli import app
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(p for p in DOCS.rglob("*.md"))]
 # the programs of these pages have a test of their own
-TESTED = ("README.md", "guide.md", "tasks.md", "deploying.md", "plugins.md")
+TESTED = ("README.md", "guide.md", "tasks.md", "deploying.md", "plugins.md", "training.md")
 PROGRAMS = [
     page
     for page in PAGES
