@@ -92,6 +92,7 @@ def test_a_loss_that_was_not_to_be_ends_with_1_and_says_so_first(small, monkeypa
     assert said[2].startswith("Next: add --finetune-epochs 5")
 
 
+@pytest.mark.filterwarnings("ignore:calibration. 120 images are few:UserWarning")
 def test_the_bare_command_looks_for_what_loses_little(small):
     done = call(*small)
     assert done.exit_code == 0, done.stderr
