@@ -82,7 +82,7 @@ fuzz: build/asan/fuzz_program build/seeds
 	build/asan/fuzz_program 20000 $(shell date +%Y%m%d) build/seeds/*
 
 soak: $(STAMP)
-	$(BIN)/python tests/soak/interruptions.py --kills 50 --full-disks 20
+	PYTHONPATH=tests $(BIN)/python -m soak.interruptions --kills 50 --full-disks 20
 
 .PHONY: fuzz-short
 fuzz-short: build/asan/fuzz_program build/seeds

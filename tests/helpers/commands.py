@@ -1,7 +1,11 @@
 """The command line, called in this process."""
 
 import json
+import os
+import subprocess
+import sys
 
+import pytest
 from typer.testing import CliRunner
 
 from quincunx.cli import app
@@ -34,3 +38,16 @@ def refused(*arguments, code=2):
     assert "Traceback" not in result.stderr
     assert "[Errno" not in result.stderr
     return errors[0]
+
+
+def check_under(isa, file, pattern):
+    """Run a file's tests of a name by the kernels of an instruction set: it is chosen once a process."""
+    if os.environ.get("QUINCUNX_ISA"):
+        pytest.skip("already inside such a process")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", pattern],
+        env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -1,8 +1,5 @@
 """Arithmetic in eight bits: grids, the reference against sums written out, kernels against the reference."""
 
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import oracle
+from helpers.commands import check_under
 from quincunx.ops import int8, native, native_int8
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.int8 import (
@@ -344,26 +342,6 @@ def test_sums_that_do_not_fit_are_refused_by_the_kernels_too():
 # a set that differs from another one in float32 or bfloat16 alone has the other's kernels of eight bits
 @pytest.mark.parametrize("isa", ["avx512vnni", "avx512", "avxvnni", "avx2", "baseline"])
 def test_every_instruction_set_gives_the_bits_of_the_reference(isa):
-    """The set is chosen once a process, so each has its own."""
-    if os.environ.get("QUINCUNX_ISA"):
-        pytest.skip("already inside such a process")
     if isa not in torch.ops.quincunx_native.available_isas().split(","):
         pytest.skip(f"this processor has no {isa}")
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "give_the_bits",
-        ],
-        env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    check_under(isa, __file__, "give_the_bits")

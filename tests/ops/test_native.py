@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quincunx as qx
+from helpers.commands import check_under
 from helpers.oracle import Case, assert_close, cases, lay_out
 from quincunx.ops import backend, native, reference, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.geometry import Geometry
@@ -140,27 +141,7 @@ _SAME_FLOATS = ("avx512vnni", "avxvnni")
 
 @pytest.mark.parametrize("isa", [i for i in RAW.available_isas().split(",") if i not in _SAME_FLOATS])
 def test_every_instruction_set_equals_reference(isa):
-    """The set is chosen once a process, so each has its own."""
-    if os.environ.get("QUINCUNX_ISA"):
-        pytest.skip("already inside such a process")
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "equals_reference",
-        ],
-        env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    check_under(isa, __file__, "equals_reference")
 
 
 def _python(code, **environment):

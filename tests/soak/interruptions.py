@@ -1,11 +1,11 @@
 """Commands killed at random moments, and on a full disk: the same command goes on and ends as if undisturbed.
 
-Run by hand for a long campaign: python tests/soak/interruptions.py --kills 50 --full-disks 20. Each command
-runs once undisturbed. Then it is killed with SIGKILL at a random moment, up to three times in one folder, and
-run again until it ends; and it meets a disk that is full at a random write, which has to be one sentence, and
-is run again. What it leaves must be what the undisturbed one left: weights to the bit, results but for times.
-The clock that searches read counts multiplications, so that a choice does not depend on how busy the machine
-is. What goes wrong is printed with the seed that repeats it.
+Run by hand for a long campaign: PYTHONPATH=tests python -m soak.interruptions --kills 50 --full-disks 20.
+Each command runs once undisturbed. Then it is killed with SIGKILL at a random moment, up to three times in
+one folder, and run again until it ends; and it meets a disk that is full at a random write, which has to be
+one sentence, and is run again. What it leaves must be what the undisturbed one left: weights to the bit,
+results but for times. The clock that searches read counts multiplications, so that a choice does not depend
+on how busy the machine is. What goes wrong is printed with the seed that repeats it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from typing import Any
 
 import torch
 
-import quincunx as qx
-from quincunx.acceleration import baselines, gain, scores, timing
+from helpers.acceleration import MACS_AS_TIME
 from quincunx.cli import app
-from quincunx.measure.latency import Timing
 
 FORK = multiprocessing.get_context("fork")
 TRAIN = [
@@ -83,22 +81,6 @@ VARYING = (
 )  # fmt: skip
 
 
-def count_macs_as_time() -> None:
-    """Let timings be multiplications: the same in every run."""
-
-    def measure(models: Any, example: Any, *, rounds: int = 3, **_: Any) -> dict[str, Timing]:
-        inputs = dict.fromkeys(models, example) if isinstance(example, torch.Tensor) else example
-        macs = {name: qx.cost(m, inputs[name][:1].contiguous()).macs for name, m in models.items()}
-        return {name: Timing(name, 1, (1e-9 * count,) * rounds) for name, count in macs.items()}
-
-    for module in (scores, timing):
-        module.measure_models = measure  # type: ignore[attr-defined]
-    for module in (scores, gain):
-        module.inference_form = lambda model, *_: model  # type: ignore[attr-defined]
-    timing.fuse = lambda model, *_, **__: model  # type: ignore[attr-defined]
-    baselines.format_served = lambda *_: (None, "not timed")  # type: ignore[attr-defined]
-
-
 def fill_disk_at(write: int) -> None:
     """Let the disk be full when a file is flushed for the n-th time, and from then on."""
     flush, calls = os.fsync, [0]
@@ -120,7 +102,8 @@ def run_command(folder: Path, arguments: list[str], prepare: Callable[[], None])
     # those of the parent may be a test runner's
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
     torch.set_num_threads(1)
-    count_macs_as_time()
+    for place in MACS_AS_TIME:
+        setattr(*place)
     prepare()
     try:
         app(arguments, prog_name="quincunx")

@@ -102,8 +102,13 @@ class Baselines:
             rounds=_ROUNDS,
             round_seconds=_SECONDS,
         )
+        # fused once for all sizes of a format
+        networks = {
+            dtype: self.original if dtype is None else fuse(self.original, dtype, force=True)
+            for dtype in dict.fromkeys(choice.dtype for choice in choices)
+        }
         for choice in choices:
-            network = self.original if choice.dtype is None else fuse(self.original, choice.dtype, force=True)
+            network = networks[choice.dtype]
             with scaled_inputs(network, choice.size):
                 lost = score_on(network, self.images, self.task, self.original)
                 stage = self.judged(choice.name, network)

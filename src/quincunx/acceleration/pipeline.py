@@ -302,19 +302,12 @@ def _accelerated(
             shown = task.scale.shown(tuned.score)
             tuned = judged(f"after fine-tuning (not kept: {shown} after its best epoch)", fast)
         stages.append(tuned)
-    sure = isinstance(method, Search)
-    timed = time_record(
-        original,
-        found,
-        one,
-        batch,
-        rounds,
-        progress,
-        sure=sure,
-        dtype=dtype,
-        size=size,
-        from_float32=picked.gained is not None,
-    )
+
+    def time_result(found: Accelerated, sure: bool = False) -> dict[str, Any]:
+        free: dict[str, Any] = {"dtype": dtype, "size": size, "from_float32": picked.gained is not None}
+        return time_record(original, found, one, batch, rounds, progress, sure=sure, **free)
+
+    timed = time_result(found, sure=isinstance(method, Search))
     put_back = None
     for_time = isinstance(method, Search) or not (keep_slower or getattr(method, "saves_bytes", False))
     gained = picked.gained or 1.0
@@ -326,16 +319,7 @@ def _accelerated(
         found = Accelerated(copied(original).eval(), {}, reasons, search=found.search)
         fast = found.model
         stages.append(judged("after putting everything back (it was no faster)", fast))
-        timed = time_record(
-            original,
-            found,
-            one,
-            batch,
-            rounds,
-            progress,
-            dtype=dtype,
-            from_float32=picked.gained is not None,
-        )
+        timed = time_result(found)
     if dtype is not None and timed["unfused"] is None:
         lower = fuse(fast, dtype, force=True)
         stages.append(judged(f"in {timed['dtype']}", lower))

@@ -77,9 +77,9 @@ def normalise_apart(x: Tensor, norm: nn.BatchNorm2d, activation: str = "none") -
         >>> inner.shape == x.shape
         True
     """
-    # compilers add gradients where they write them anyway, and transforms of functions need operators
-    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if apart or type(x) is not Tensor or not (_is_plain(norm) and _is_served(x, norm, None)):
+    # compilers add gradients where they write them anyway
+    apart = torch.compiler.is_compiling() or type(x) is not Tensor
+    if apart or not (_is_plain(norm) and _is_served(x, norm, None)):
         return normalise(x, norm, activation), x
     x, y, mean, variance = norm_act_and_input(x, norm.weight, norm.bias, norm.eps, ACTIVATIONS[activation])
     _track(norm, mean, variance, x.numel() // x.shape[1])
