@@ -207,15 +207,13 @@ def test_a_network_of_classes_agrees_with_itself_without_labels(here):
 
 def test_methods_are_compared_in_decibels(here):
     trained("run")
-    found = document("compare", "run", *NOISY, *FEW, "--methods", "espace", "--points", "*-impact-rate-1of2")
+    one = ("compare", "run", *NOISY, *FEW, "--methods", "espace", "--points", "*-impact-rate-1of2")
+    found = document(*one)
     [row] = found["rows"]
     assert row["top5_drop"] is None
     assert row["drop"] > -5
     assert "PSNR lost (dB)" in Path("compared/drop-speed.svg").read_text()
-    assert (
-        "PSNR lost"
-        in call("compare", "run", *NOISY, *FEW, "--methods", "espace", "--points", "*-impact-rate-1of2").stdout
-    )
+    assert "PSNR lost" in call(*one).stdout
 
 
 def test_masks_are_learned_and_accelerated(here):
