@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize
 
-from quincunx.fusion.calibrated import quantise_network, read_images
+from quincunx.fusion.calibrated import calibrate_network, quantise_network, read_images
 from quincunx.fusion.constants import fold_constants, make_modules
 from quincunx.fusion.effects import (
     Effects,
@@ -71,6 +71,7 @@ from quincunx.fusion.steps import (
 )
 from quincunx.fusion.verified import Comparison
 from quincunx.layers.binary import pack_binary
+from quincunx.layers.eightbits import quantisation_of, round_weights
 from quincunx.layers.graph import is_conv, is_leaf, trace
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.sampled import (
@@ -131,6 +132,8 @@ def fuse(
             convolution and the last layer stay in float32; ``.meta["int8"]`` says which others do, and why.
         calibration: for ``torch.int8``, and no other: at least 16 images like those that the network is for,
             as a tensor or as batches, each a tensor or a tuple that begins with one (the rest is not read).
+            Left out for a network that :func:`quincunx.calibrate` made, or that was loaded as one: what it
+            found there holds, and ``observer``, ``max_drop`` and ``keep_ends`` say nothing.
         check: an example input (a tensor, or a tuple of arguments) on which the copy is compared with the
             model. With ``dtype``, the copies in both formats are timed on it.
         force: use ``dtype`` where it is slower, too.
@@ -264,9 +267,18 @@ def _fuse_int8(
     device = next((p.device.type for p in model.parameters()), "cpu")
     if device != "cpu":
         raise ValueError(f"dtype=torch.int8: expected a model on the CPU, got one on {device}")
-    images = read_images(calibration)
-    plain = _fuse(model, None, check, joins=True)
-    result = quantise_network(plain, images, observer, max_drop, keep_ends)
+    if check is not None:
+        _fuse(model, None, check)
+    record = quantisation_of(model)
+    if record is None or calibration is not None:
+        own, record = calibrate_network(
+            model, _fuse_joined, read_images(calibration), observer, max_drop, keep_ends
+        )
+    else:
+        own = copied(model)
+        # they are rounded already, unless the network was trained since
+        round_weights(own, record.layers)
+    result = quantise_network(_fuse_joined(own), record)
     used, ratio = torch.int8, None
     if not any(isinstance(module, Int8Program) for module in result.modules()):
         used = torch.float32
@@ -277,7 +289,8 @@ def _fuse_int8(
             stacklevel=3,
         )
     elif not force:
-        arguments = (images[0][:8],) if check is None else check if isinstance(check, tuple) else (check,)
+        example = torch.zeros(8, *record.facts["input"]) if check is None else check
+        arguments = example if isinstance(example, tuple) else (example,)
         other = _fuse(model, None, None)
         with torch.no_grad():
             ratio = median(
@@ -293,6 +306,11 @@ def _fuse_int8(
             result, used = other, torch.float32
     result.meta["dtype"] = {"asked": "int8", "used": str(used).removeprefix("torch."), "ratio": ratio}
     return result
+
+
+def _fuse_joined(model: nn.Module) -> Fused:
+    """The copy in float32 that becomes one in eight bits, where joins are copies of bytes."""
+    return _fuse(model, None, None, joins=True)
 
 
 # ---------------------------------------------------------------- before

@@ -1,0 +1,63 @@
+"""A network that knows its form in eight bits: an ordinary one, to be saved, trained or fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from quincunx.fusion.calibrated import calibrate_network, read_images
+from quincunx.fusion.fuse import _fuse_joined
+from quincunx.layers.eightbits import note_quantisation
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    observer: str = "histogram",
+    max_drop: float = 1.0,
+    keep_ends: bool = True,
+) -> nn.Module:
+    r"""Return a copy of a network that knows how it computes in eight bits.
+
+    The copy is an ordinary network, in float32. Weights of the convolutions that will compute in eight bits
+    are rounded: to q s with q in int8, s = max \|w\| / 127 for each output channel. Then
+    ``qx.fuse(copy, torch.int8)`` needs no images and gives what :func:`quincunx.fuse` gives with them.
+    ``qx.save`` stores rounded weights as int8, a quarter of the bytes, with the maps' scales and zero points
+    and what corrects biases; the network that ``qx.load`` returns gives the same bits.
+
+    Args:
+        model: a network that :func:`quincunx.fuse` can fuse, of one argument, on the CPU; it stays as it is.
+        calibration: at least 16 images like those that the network is for, as a tensor or as batches, each a
+            tensor or a tuple that begins with one (the rest is not read).
+        observer: where a map's range ends: "minmax", "percentile" or "histogram"; see :func:`quincunx.fuse`.
+        max_drop: how many of 100 images may get another answer before layers stay in real numbers.
+        keep_ends: whether the first convolution and the last layer stay in real numbers.
+
+    Raises:
+        TypeError: not a module, or one that cannot be fused.
+        ValueError: ``calibration`` that is missing, too small or not finite; a network on another device than
+            the CPU or of several arguments.
+
+    Example:
+        >>> import tempfile
+        >>> from quincunx import networks
+        >>> images = torch.rand(16, 3, 16, 16)
+        >>> small = calibrate(networks.build("rrn8").eval(), images, max_drop=100)
+        >>> folder = qx.save(small, tempfile.mkdtemp() + "/small")
+        >>> loaded = [qx.fuse(m, torch.int8, force=True)(images) for m in (small, qx.load(folder))]
+        >>> torch.equal(*loaded)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if device != "cpu":
+        raise ValueError(f"model: expected one on the CPU, got one on {device}")
+    images = read_images(calibration)
+    result, record = calibrate_network(model, _fuse_joined, images, observer, max_drop, keep_ends)
+    note_quantisation(result, record)
+    return result
