@@ -27,7 +27,7 @@ from quincunx.layers.eightbits import Quantisation, round_weights, sole_weights
 from quincunx.modules import copied
 from quincunx.ops.int8 import MOST_PRODUCTS, Grid, grid_of_range, quantise_weight
 
-__all__ = ["OBSERVERS", "calibrate_network", "quantise_network", "read_images"]
+__all__ = ["OBSERVERS", "any_record", "calibrate_network", "quantise_network", "read_images"]
 
 OBSERVERS = ("histogram", "minmax", "percentile")
 _LEAST_IMAGES = 16
@@ -186,6 +186,23 @@ def quantise_network(fused: Fused, record: Quantisation) -> Fused:
         result = _assembled(fused, found, kept)
     result.meta["int8"] = dict(record.facts)
     return result
+
+
+def any_record(fused: Fused, keep_ends: bool = True) -> Quantisation:
+    """Return a record with ranges that nobody has seen, for a network that is only timed.
+
+    Args:
+        fused: in float32.
+        keep_ends: whether the first convolution and the last layer stay in real numbers.
+    """
+    kept, programs = _kept_from_the_start(fused, keep_ends), _programs(fused)
+    maps = {m for program in programs.values() for step in program.steps for m in (*step.reads, *step.writes)}
+    shifts: dict[str, Tensor | None] = {}
+    for name, number in _layers(fused):
+        step = programs[name].steps[number]
+        assert isinstance(step, Step)  # noqa: S101  # layers are
+        shifts[step.writes[0]] = None if (name, number) in kept else torch.zeros(step.out_channels)
+    return Quantisation(dict.fromkeys(maps, Grid(0.05)), shifts, ())
 
 
 def _paths(model: nn.Module, fused: Fused, kept: Mapping[_Key, str]) -> tuple[str, ...]:
