@@ -46,7 +46,7 @@ def test_times_judgement_and_artifact_are_in_eight_bits(method, tmp_path, served
     loaded = qx.load(tmp_path / "model")
     assert format_of(read_spec(tmp_path / "model")) == "int8"
     fused = qx.fuse(loaded, INT8, force=True)
-    assert fused.meta["int8"] == result["int8"]
+    assert {**fused.meta["int8"], "rest": fused.meta["dtype"]["rest"]} == result["int8"]
     assert evaluate(fused, DATA.test, DATA).score == result["stages"][-1]["error"]
     # both in the same format, as times are
     assert result["bytes"]["after"] < 1.2 * result["bytes"]["before"]

@@ -327,9 +327,11 @@ def _accelerated(
         fast = found.model
         stages.append(judged("after putting everything back (it was no faster)", fast))
         timed = time_result(found)
+    rest = None
     if dtype is not None and timed["unfused"] is None:
         fast = ready_for(fast, dtype, images, task)
         lower = fuse(fast, dtype, force=True)
+        rest = lower.meta["dtype"].get("rest")
         stages.append(judged(f"in {timed['dtype']}", lower))
     packed = BinaryConnect.pack(fast)
     record = quantisation_of(fast)
@@ -356,7 +358,7 @@ def _accelerated(
         "fitting": fitting,
         "cost": {"before": cost_record(original, one), "after": cost_record(fast, small)},
         "bytes": {key: _weight_bytes(m) for key, m in (("before", before), ("after", packed))},
-        **({} if record is None else {"int8": record.facts}),
+        **({} if rest is None or record is None else {"int8": {**record.facts, "rest": rest}}),
         **timed,
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
         "environment": environment(),

@@ -98,10 +98,10 @@ def evaluate_command(
             seen = None
             if record is None:
                 seen = [batch for batch, _ in sample_batches(data, calibration, seed=0, task=task)]
-            model = fuse(
+            model = low_model = fuse(
                 model, torch.int8, calibration=seen, force=True, observer=observer, max_drop=max_drop
             )
-            said = {"int8": model.meta["int8"]}
+            said = {"int8": {**low_model.meta["int8"], "rest": low_model.meta["dtype"]["rest"]}}
         elif dtype is not None:
             model = fuse(model, format_named(dtype) or torch.float32, force=True)
         with running():
@@ -109,7 +109,7 @@ def evaluate_command(
     place = None if found.start is None else str(artifact_in(found.start))
     form = "" if dtype is None else f", fused in {dtype}"
     if said and said["int8"]["kept"]:
-        form += f" ({', '.join(said['int8']['kept'])} in float32)"
+        form += f" ({', '.join(said['int8']['kept'])} in {said['int8']['rest']})"
     if as_json:
         own: dict[str, Any] = {} if network.model is None else {"model": network.model}
         own |= {} if dtype is None else {"dtype": dtype, **said}

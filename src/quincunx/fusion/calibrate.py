@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quincunx.fusion.calibrated import any_record, calibrate_network, quantise_network, read_images
+from quincunx.fusion.formats import type_beside_int8
 from quincunx.fusion.fuse import _fuse_joined, fuse
 from quincunx.fusion.fused import Fused
 from quincunx.layers.eightbits import note_quantisation, quantisation_of
@@ -89,4 +90,4 @@ def fuse_to_time(
         fuse(model, check=check)
     fused = _fuse_joined(model)
     with torch.no_grad():
-        return quantise_network(fused, any_record(fused, keep_ends))
+        return quantise_network(fused, any_record(fused, keep_ends), type_beside_int8())

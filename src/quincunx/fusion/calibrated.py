@@ -145,12 +145,13 @@ def calibrate_network(
         return _rounded_copy(model, paths), Quantisation(grids, shifts, paths, facts)
 
 
-def quantise_network(fused: Fused, record: Quantisation) -> Fused:
+def quantise_network(fused: Fused, record: Quantisation, real: torch.dtype = torch.float32) -> Fused:
     """Return a copy of a fused network in eight bits, as a record says.
 
     Args:
         fused: in float32, made of the network that has the record, with rounded weights; it stays as it is.
         record: of the network.
+        real: type of what is not in eight bits.
 
     Returns:
         A copy; ``meta["int8"]`` has the record's facts.
@@ -183,7 +184,7 @@ def quantise_network(fused: Fused, record: Quantisation) -> Fused:
                 )
             found[name].weights[number] = _weights_of(step)
             found[name].shifts[number] = shift
-        result = _assembled(fused, found, kept)
+        result = _assembled(fused, found, kept, real)
     result.meta["int8"] = dict(record.facts)
     return result
 
@@ -423,8 +424,13 @@ def _observe(
 # ---------------------------------------------------------------- the copy
 
 
-def _assembled(fused: Fused, found: Mapping[str, _Observed], kept: Mapping[_Key, str]) -> Fused:
-    """A copy in which all layers but some compute in eight bits."""
+def _assembled(
+    fused: Fused,
+    found: Mapping[str, _Observed],
+    kept: Mapping[_Key, str],
+    real: torch.dtype = torch.float32,
+) -> Fused:
+    """A copy in which all layers but some compute in eight bits, those in another type."""
     programs = _programs(fused)
     result = _copied(fused)
     for name, program in programs.items():
@@ -440,7 +446,10 @@ def _assembled(fused: Fused, found: Mapping[str, _Observed], kept: Mapping[_Key,
                 bias = shift if step.bias is None else step.bias + shift
                 steps.append(in_eight_bits(step, *found[name].weights[number], bias))
         if any(isinstance(step, Int8Step) and step.integers is not None for step in steps):
-            result.set_submodule(name, Int8Program(steps, program.inputs, program.outputs, found[name].grids))
+            names = program.inputs, program.outputs
+            result.set_submodule(name, Int8Program(steps, *names, found[name].grids, real))
+        elif program.dtype == torch.float32 != real:
+            result.set_submodule(name, Program(steps, program.inputs, program.outputs, dtype=real))
     return result
 
 

@@ -221,7 +221,7 @@ def _int8_in_words(facts: dict[str, Any]) -> str:
     if not kept:
         return f"{first}."
     shown = ", ".join(kept[:_SHOWN]) + (f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else "")
-    return f"{first}; {shown} in float32."
+    return f"{first}; {shown} in {facts.get('rest', 'float32')}."
 
 
 def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
