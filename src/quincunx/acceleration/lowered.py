@@ -13,7 +13,7 @@ from quincunx.layers.eightbits import note_quantisation, quantisation_of, round_
 from quincunx.measure.tasks import Task
 from quincunx.modules import copied
 
-__all__ = ["ready_for", "rounded_as_trained"]
+__all__ = ["ready_for", "rounded_as_trained", "to_train_rounded"]
 
 # of 100 calibration images, how many may get another answer before layers stay in float32; for other
 # outputs than classes the relative error in percent
@@ -37,6 +37,18 @@ def ready_for(
         return rounded_as_trained(model)
     most = _CHANGED if task.classifies else _AWAY
     return calibrate(model, [x for x, _ in images], max_drop=most)
+
+
+def to_train_rounded(model: nn.Module, images: Sequence[tuple[Tensor, Any]]) -> None:
+    """Let a network be trained as it will compute in eight bits, in all its layers but the ends.
+
+    Args:
+        model: gets a record, and keeps its weights.
+        images: calibration images and targets.
+    """
+    record = quantisation_of(calibrate(model, [x for x, _ in images], max_drop=100))
+    assert record is not None  # noqa: S101  # calibrated networks have one
+    note_quantisation(model, record)
 
 
 def rounded_as_trained(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ from quincunx.acceleration.judge import (
     renormalise,
     sample_batches,
 )
-from quincunx.acceleration.lowered import ready_for
+from quincunx.acceleration.lowered import ready_for, to_train_rounded
 from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.timing import (
@@ -65,6 +65,7 @@ from quincunx.train.evaluation import check_finite, label_with, score_images
 from quincunx.train.loop import Diverged, StopRule, fit
 from quincunx.train.rates import find_rate
 from quincunx.train.recipes import Recipe, recipe_with
+from quincunx.train.rounded import computing_rounded
 from quincunx.writing import write_json
 
 __all__ = [
@@ -138,8 +139,9 @@ def accelerate_trained(
             fine-tuning if every epoch was worse; False takes the last epoch.
         dtype: number format of inference, such as ``torch.bfloat16``: candidates, layers and both networks
             are timed in it, and the final network is judged in it. The artifact stays float32, but that of
-            ``torch.int8``, which takes its ranges from the calibration images. A format that is slower here
-            than float32 is not used, and ``tell`` is told so.
+            ``torch.int8``, which takes its ranges from the calibration images; fine-tuning then rounds
+            weights and maps as the network in eight bits will (:mod:`quincunx.train.rounded`). A format that
+            is slower here than float32 is not used, and ``tell`` is told so.
         task: loss, score and how outputs are compared; by default classification. In a task against the
             original's outputs fine-tuning learns them alone.
         tell: called before the work with each doubt about the input: one sentence.
@@ -276,6 +278,12 @@ def _accelerated(
         recipe = dataclasses.replace(recipe, lr=rate["lr"], find_lr=False)
     if recipe is not None:
         untuned = copied(fast) if keep_diverged or keep_best else None
+        if dtype == torch.int8:
+            # fine-tuning has to beat what rounding alone gives
+            with scaled_inputs(fast, size):
+                alone = fuse(ready_for(fast, dtype, images, task), dtype, force=True)
+                stages.append(judged("in int8, before fine-tuning", alone))
+                to_train_rounded(fast, images)
         try:
             with scaled_inputs(fast, size):
                 history = fit(
@@ -299,7 +307,8 @@ def _accelerated(
             fast, diverged = untuned, str(error)
             found = dataclasses.replace(found, model=fast)
         doubt = "" if diverged is None else " (it diverged: the network from before it)"
-        tuned = judged(f"after fine-tuning{doubt}", fast)
+        with computing_rounded(fast):
+            tuned = judged(f"after fine-tuning{doubt}", fast)
         if keep_best and untuned is not None and tuned.cost > stages[-1].cost:
             fast, found = untuned, dataclasses.replace(found, model=untuned)
             shown = task.scale.shown(tuned.score)

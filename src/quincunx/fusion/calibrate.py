@@ -11,9 +11,11 @@ from quincunx.fusion.calibrated import any_record, calibrate_network, quantise_n
 from quincunx.fusion.formats import type_beside_int8
 from quincunx.fusion.fuse import _fuse_joined, fuse
 from quincunx.fusion.fused import Fused
-from quincunx.layers.eightbits import note_quantisation, quantisation_of
+from quincunx.fusion.program import Program
+from quincunx.fusion.steps import Follower, Step
+from quincunx.layers.eightbits import Quantisation, note_quantisation, quantisation_of
 
-__all__ = ["calibrate", "fuse_to_time"]
+__all__ = ["calibrate", "fuse_to_time", "steps_of"]
 
 
 def calibrate(
@@ -31,6 +33,9 @@ def calibrate(
     ``qx.fuse(copy, torch.int8)`` needs no images and gives what :func:`quincunx.fuse` gives with them.
     ``qx.save`` stores rounded weights as int8, a quarter of the bytes, with the maps' scales and zero points
     and what corrects biases; the network that ``qx.load`` returns gives the same bits.
+
+    A copy that :func:`quincunx.train.loop.fit` trains computes in each step as it will in eight bits
+    (:func:`quincunx.train.rounded.computing_rounded`, for loops of your own).
 
     Args:
         model: a network that :func:`quincunx.fuse` can fuse, of one argument, on the CPU; it stays as it is.
@@ -91,3 +96,13 @@ def fuse_to_time(
     fused = _fuse_joined(model)
     with torch.no_grad():
         return quantise_network(fused, any_record(fused, keep_ends), type_beside_int8())
+
+
+def steps_of(model: nn.Module, record: Quantisation) -> list[Step | Follower]:
+    """Return the steps that a calibrated network consists of when it is fused, in order.
+
+    Raises:
+        ValueError: the record is of another network.
+    """
+    fused = quantise_network(_fuse_joined(model), record)
+    return [step for module in fused.modules() if isinstance(module, Program) for step in module.steps]

@@ -142,9 +142,10 @@ def fuse(
             either side) or "histogram" (least squares).
         max_drop: of ``torch.int8``, how many of 100 calibration images may get another answer than the
             model's; for networks that do not answer with a class, the relative error of outputs in percent.
-            Layers are kept in real numbers, those that change answers most first, until it holds; 100 keeps none.
-        keep_ends: of ``torch.int8``, whether the first convolution and the last layer stay in real numbers; False
-            suits a part of a network.
+            Layers are kept in real numbers, those that change answers most first, until it holds; 100 keeps
+            none.
+        keep_ends: of ``torch.int8``, whether the first convolution and the last layer stay in real numbers;
+            False suits a part of a network.
 
     Returns:
         A :class:`Fused`, a ``torch.fx.GraphModule``, that maps the same arguments to the same results, up to
