@@ -128,6 +128,7 @@ def test_info():
     assert found["networks"] == qx.networks.names()
     assert (found["backend"], found["backend_reason"]) == (qx.backend().name, qx.backend().reason)
     assert qx.backend().name in call("info").stdout
+    assert all(float(found[kind].split(" times as fast")[0]) > 0 for kind in ("bfloat16", "int8"))
     if qx.backend().name == "native":
         assert (found["AMX tiles"] == "used for bfloat16") == (qx.backend().isa == "amx")
         assert native.tiles_refused() in found["AMX tiles"]

@@ -27,7 +27,7 @@ from quincunx.layers.eightbits import Quantisation, round_weights, sole_weights
 from quincunx.modules import copied
 from quincunx.ops.int8 import MOST_PRODUCTS, Grid, grid_of_range, quantise_weight
 
-__all__ = ["OBSERVERS", "any_record", "calibrate_network", "quantise_network", "read_images"]
+__all__ = ["OBSERVERS", "any_record", "calibrate_network", "quantise_network", "read_images", "weights_of"]
 
 OBSERVERS = ("histogram", "minmax", "percentile")
 _LEAST_IMAGES = 16
@@ -182,7 +182,7 @@ def quantise_network(fused: Fused, record: Quantisation, real: torch.dtype = tor
                 raise ValueError(
                     f"model: its record of eight bits does not fit convolution {written!r}: {changed}"
                 )
-            found[name].weights[number] = _weights_of(step)
+            found[name].weights[number] = weights_of(step)
             found[name].shifts[number] = shift
         result = _assembled(fused, found, kept, real)
     result.meta["int8"] = dict(record.facts)
@@ -309,7 +309,7 @@ class _Watched(nn.Module):
             if isinstance(step, Step) and step.kind != "mean" and step.weight.dtype == torch.float32:
                 other = rounded.steps[number]
                 assert isinstance(other, Step)  # noqa: S101  # the same network
-                self.steps[number] = (step, *_weights_of(other))
+                self.steps[number] = (step, *weights_of(other))
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         values = self.program._plain(dict(zip(self.program.inputs, arguments, strict=True)))
@@ -344,7 +344,7 @@ class _Watched(nn.Module):
         return _Observed(_shared_grids(self.program, ranges), weights, shifts)
 
 
-def _weights_of(step: Step) -> tuple[Tensor, Tensor]:
+def weights_of(step: Step) -> tuple[Tensor, Tensor]:
     """A step's weight in int8 and the scales of its outputs."""
     if step.kind != "transposed":
         return quantise_weight(step.weight)

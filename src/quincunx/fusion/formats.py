@@ -7,11 +7,14 @@ from statistics import median
 
 import torch
 
+from quincunx.fusion.calibrated import weights_of
 from quincunx.fusion.decisions import decision
 from quincunx.fusion.faster import speed_ratio
+from quincunx.fusion.int8 import Int8Program, in_eight_bits
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import Step
 from quincunx.ops.geometry import Geometry
+from quincunx.ops.int8 import Grid
 from quincunx.ops.select import backend
 from quincunx.sampling import CHESSBOARD
 
@@ -49,7 +52,12 @@ def _measured(dtype: torch.dtype, device: torch.device) -> float:
         Step("sampled", "a", weight, None, window, 1, spec, activation=1, out="b"),
         Step("transposed", "b", weight, None, window, 1, spec, like="a", out="y"),
     ]
-    lower, plain = (Program(steps, ["x"], ["y"], dtype=kind) for kind in (dtype, None))
+    plain = Program(steps, ["x"], ["y"])
+    if dtype == torch.int8:
+        eight = [in_eight_bits(step, *weights_of(step), None) for step in steps]
+        lower: Program = Int8Program(eight, ["x"], ["y"], dict.fromkeys("xaby", Grid(0.05, 128)))
+    else:
+        lower = Program(steps, ["x"], ["y"], dtype=dtype)
     with torch.no_grad():
         # a process that has just begun, or a machine that is busy for a moment, must not decide
         return median(speed_ratio(partial(lower, x), partial(plain, x)) for _ in range(3))
