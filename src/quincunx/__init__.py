@@ -11,6 +11,7 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     from quincunx.acceleration.accelerate import accelerate
     from quincunx.deployment.export import Exported, export
     from quincunx.deployment.onnx_in import from_onnx
+    from quincunx.fusion.calibrate import calibrate
     from quincunx.fusion.fuse import fuse
     from quincunx.layers.binary import BinaryConv2d, BinaryLinear
     from quincunx.layers.quantised import CodebookConv2d, CodebookLinear, QuantConv2d, QuantLinear
@@ -94,6 +95,7 @@ __all__ = [
     "Uniform",
     "accelerate",
     "backend",
+    "calibrate",
     "cost",
     "export",
     "fill_fitted",

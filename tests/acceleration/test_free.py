@@ -151,7 +151,9 @@ def by_macs(monkeypatch):
 
     monkeypatch.setattr(timing, "measure_models", timed)
     monkeypatch.setattr(timing, "fuse", fuse)
-    monkeypatch.setattr(baselines, "format_served", lambda *_: (torch.bfloat16, None))
+    monkeypatch.setattr(timing, "fuse_to_time", fuse)
+    half = torch.bfloat16
+    monkeypatch.setattr(baselines, "format_served", lambda m, x, dtype: (half if dtype == half else None, ""))
 
 
 def accelerated(out, target, free=(), methods=("spatialbottleneck",), **options):

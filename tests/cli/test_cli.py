@@ -18,6 +18,7 @@ from helpers.commands import call, document, refused
 from quincunx.__main__ import main
 from quincunx.cli import printing as console
 from quincunx.cli.printing import _kept, warn_in_one_line
+from quincunx.networks.spec import read_spec
 from quincunx.ops import native
 
 SMALL = ("--network", "rsbn8", "--width", "4")
@@ -75,8 +76,15 @@ def test_train_evaluate_report(tmp_path):
     assert (low["dtype"], low["int8"]["images"], low["images"]) == ("int8", 64, 360)
     assert low["error"] == pytest.approx(result["test_error"], abs=0.1)
     said = call("evaluate", folder, "--dtype", "int8", "--max-drop", 100).stdout
-    assert f"fused in int8 ({', '.join(low['int8']['kept'])} in float32)" in " ".join(said.split())
+    kept = f"fused in int8 ({', '.join(low['int8']['kept'])} in "
+    assert any(f"{kept}{kind})" in " ".join(said.split()) for kind in ("bfloat16", "float32"))
     assert "observer='best'" in refused("evaluate", folder, "--dtype", "int8", "--observer", "best")
+    small = qx.calibrate(qx.load(folder / "model"), torch.rand(16, 1, 8, 8), max_drop=100)
+    qx.save(small, tmp_path / "small", info=read_spec(folder / "model")["info"])
+    own = document("evaluate", tmp_path / "small")
+    assert (own["dtype"], own["int8"]["images"]) == ("int8", 16)
+    assert "fused in int8" in " ".join(call("evaluate", tmp_path / "small").stdout.split())
+    assert document("evaluate", tmp_path / "small", "--dtype", "float32")["dtype"] == "float32"
     page = document("report", "runs")["report"]
     assert "rsbn8 2/4, width 4" in (tmp_path / page).read_text()
     assert call("report", "runs", "--out", "page.html").stdout == "wrote page.html\n"
@@ -120,6 +128,7 @@ def test_info():
     assert found["networks"] == qx.networks.names()
     assert (found["backend"], found["backend_reason"]) == (qx.backend().name, qx.backend().reason)
     assert qx.backend().name in call("info").stdout
+    assert all(float(found[kind].split(" times as fast")[0]) > 0 for kind in ("bfloat16", "int8"))
     if qx.backend().name == "native":
         assert (found["AMX tiles"] == "used for bfloat16") == (qx.backend().isa == "amx")
         assert native.tiles_refused() in found["AMX tiles"]

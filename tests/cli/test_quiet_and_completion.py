@@ -105,6 +105,7 @@ def test_a_build_says_its_commit(tmp_path):
         ("quincunx accelerate x --method low", ["lowrank"]),
         ("quincunx accelerate x --task seg", ["segmentation"]),
         ("quincunx evaluate x --dtype bf", ["bfloat16"]),
+        ("quincunx accelerate x --dtype in", ["int8"]),
     ],
 )
 def test_the_shell_completes(typed, offered, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from torch import nn
 import quincunx as qx
 from quincunx.fusion import calibrated, serialise
 from quincunx.fusion import fuse as fuse_module
+from quincunx.fusion.formats import type_beside_int8
 from quincunx.fusion.fuse import _fuse
 from quincunx.fusion.int8 import Int8Program, Int8Step
 
@@ -113,7 +114,8 @@ def test_answers_are_near_those_of_the_network(name):
     model, x = built(name)
     fused = qx.fuse(model, INT8, calibration=x, check=x, force=True, max_drop=100)
     assert programs(fused)
-    assert fused.meta["dtype"] == {"asked": "int8", "used": "int8", "ratio": None}
+    rest = str(type_beside_int8()).removeprefix("torch.")
+    assert fused.meta["dtype"] == {"asked": "int8", "used": "int8", "rest": rest, "ratio": None}
     said = fused.meta["int8"]
     assert said["images"] == 16
     assert said["layers"] >= 1
@@ -127,19 +129,42 @@ def test_answers_are_near_those_of_the_network(name):
 
 
 @needs_native
+@pytest.mark.parametrize("real", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_kernels_and_reference_give_the_same_bits(name, monkeypatch):
+def test_kernels_and_reference_give_the_same_bits(name, real, monkeypatch):
     """With every layer in eight bits; what is in float32 may be summed in another order."""
     model, x = built(name)
     plain = _fuse(model, None, None, joins=True)
     with torch.no_grad():
-        fused = calibrated._assembled(plain, calibrated._observe(plain, [x], "minmax"), {})
+        fused = calibrated._assembled(plain, calibrated._observe(plain, [x], "minmax"), {}, real)
         steps = [s for program in programs(fused) for s in program.steps if hasattr(s, "geometry")]
         assert all(isinstance(step, Int8Step) for step in steps)
         found = leaves(fused(x))
         monkeypatch.setenv("QUINCUNX_BACKEND", "reference")
         expected = leaves(copy.deepcopy(fused)(x))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_native
+def test_kept_layers_in_bfloat16_are_near_those_in_float32_and_on_every_back_end(monkeypatch):
+    model, x = built("joined")
+    plain = _fuse(model, None, None, joins=True)
+    with torch.no_grad():
+        seen = calibrated._observe(plain, [x], "minmax")
+        kept = dict.fromkeys(calibrated._layers(plain)[::2], "")
+        low, wide = (calibrated._assembled(plain, seen, kept, t) for t in (torch.bfloat16, torch.float32))
+        (program,) = programs(low)
+        assert program.dtype == torch.bfloat16
+        real = [s for s in program.steps if hasattr(s, "geometry") and not isinstance(s, Int8Step)]
+        assert real
+        assert all(step.weight.dtype == torch.bfloat16 for step in real)
+        found = low(x)
+        assert all(t.dtype == torch.float32 for t in found)
+        assert away(found, wide(x)) < 0.02
+        assert not torch.equal(found[1], wide(x)[1])
+        monkeypatch.setenv("QUINCUNX_BACKEND", "reference")
+        assert away(copy.deepcopy(low)(x), found) < 0.01
+        assert type_beside_int8() == torch.float32
 
 
 @needs_native
@@ -238,9 +263,7 @@ def test_bias_is_corrected_by_what_rounding_weights_changes():
         plain = _fuse(model, None, None, joins=True)
         seen = calibrated._observe(plain, [x], "minmax")
         with_it = calibrated._assembled(plain, seen, {("program0", 2): ""})
-        step = plain.program0.steps[1]
-        weights = seen["program0"].weights
-        weights[1] = (*weights[1][:2], step.bias)
+        seen["program0"].shifts[1].zero_()
         without = calibrated._assembled(plain, seen, {("program0", 2): ""})
         far = [(fused(x) - model(x)).mean((0, 2, 3)).abs().mean() for fused in (with_it, without)]
     assert far[0] < far[1] / 2
@@ -335,12 +358,13 @@ def test_eight_bits_are_used_only_where_they_are_faster(monkeypatch):
     monkeypatch.setattr(fuse_module, "speed_ratio", lambda *_: 0.5)
     with pytest.warns(UserWarning, match=r"eight bits are 0\.50 times as fast"):
         slow = qx.fuse(model, INT8, calibration=x)
-    assert slow.meta["dtype"] == {"asked": "int8", "used": "float32", "ratio": 0.5}
+    assert slow.meta["dtype"] == {"asked": "int8", "used": "float32", "rest": "float32", "ratio": 0.5}
     assert not programs(slow)
     monkeypatch.setattr(fuse_module, "speed_ratio", lambda *_: 2.0)
     assert qx.fuse(model, INT8, calibration=x).meta["dtype"] == {
         "asked": "int8",
         "used": "int8",
+        "rest": str(type_beside_int8()).removeprefix("torch."),
         "ratio": 2.0,
     }
 

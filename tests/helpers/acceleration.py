@@ -30,6 +30,7 @@ MACS_AS_TIME = (
     *((module, "measure_models", measure_macs) for module in (scores, timing)),
     *((module, "inference_form", lambda model, *_: model) for module in (scores, gain)),
     (timing, "fuse", lambda model, *_, **__: model),
+    (timing, "fuse_to_time", lambda model, *_, **__: model),
     # multiplications do not say how fast a format is
     (baselines, "format_served", lambda *_: (None, "not timed")),
 )

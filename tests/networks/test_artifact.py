@@ -198,7 +198,7 @@ def test_any_damage_to_the_weights_is_noticed(tmp_path_factory, data):
 
 SPEC_CHANGES = {
     "foreign": (lambda s: s.update(format="gguf"), "not the spec of a quincunx artifact"),
-    "newer": (lambda s: s.update(version=2), "version 2, but this program reads version 1"),
+    "newer": (lambda s: s.update(version=3), "version 3, but this program reads versions 1 and 2"),
     "no-version": (lambda s: s.pop("version"), "version None"),
     "no-model": (lambda s: s.pop("model"), "incomplete or altered"),
     "model-list": (lambda s: s.update(model=[]), "incomplete or altered"),

@@ -50,7 +50,7 @@ def test_the_first_program_runs_as_it_stands(tmp_path, monkeypatch, capsys):
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):
-    first, second, third = programs((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
+    first, second, third, fourth = programs((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(first, scope)
@@ -65,6 +65,10 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     assert scope["fast"].meta["dtype"]["asked"] == "bfloat16"
     scope["images"] = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 10) for _ in range(2)]
     exec(second, scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # where eight bits are slower
+        exec(fourth, scope)
+    assert scope["fast"].meta["dtype"]["asked"] == "int8"
     assert scope["result"].replaced["layer1.0.conv1"]["rates"] == [0.5, 0.5]
     assert scope["result"].model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
@@ -80,6 +84,7 @@ def test_the_page_of_training_runs(tmp_path, monkeypatch):
         for program in programs((ROOT / "docs" / "training.md").read_text(encoding="utf-8")):
             exec(program, scope)
     assert scope["fast"](scope["x"]).shape == (8, 10)
+    assert scope["fast"].meta["dtype"]["used"] == "int8"
     assert scope["step"] is not scope["net"]
     assert type(scope["loss"]).__name__ == "Loss"
 

@@ -85,6 +85,7 @@ def accelerate(model: nn.Module, images: list[tuple[Tensor, Tensor]], folder: Pa
         model, "auto", calibration=images, speedup=2.0, max_drop=1.0, scores=folder / "s.json"
     )
     fast = qx.fuse(found.model, torch.bfloat16, check=images[0][0])
+    assert_type(qx.calibrate(model, images, observer="minmax"), nn.Module)
     small = qx.BinaryConnect.pack(model)
     assert_type(qx.save(small, folder, factory="nets:make"), Path)
     assert_type(qx.load(folder, factory=Net), nn.Module)

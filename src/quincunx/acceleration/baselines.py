@@ -20,6 +20,7 @@ from quincunx.acceleration.free import (
     smaller_sizes,
 )
 from quincunx.acceleration.judge import JudgedStage, score_on
+from quincunx.acceleration.lowered import ready_for
 from quincunx.acceleration.target import Search
 from quincunx.acceleration.timing import cost_record, format_served, time_free
 from quincunx.fusion.fuse import fuse
@@ -31,7 +32,7 @@ __all__ = ["Baselines", "Picked", "pick"]
 
 # they are shown beside the result; what is chosen is timed again for longer
 _ROUNDS, _SECONDS = 7, 0.03
-_FORMATS = (torch.bfloat16,)
+_FORMATS = (torch.bfloat16, torch.int8)
 # asked of methods where the format alone is as fast as was asked, but loses too much
 _JUST_FASTER = 1.01
 
@@ -54,6 +55,7 @@ class Baselines:
         rows: a dictionary for each: "name", "dtype", "size", "seconds", "speedup", "macs", "macs_before",
             "calibration_drop" and "drop" (score lost on calibration and on test images), and the score.
         refused: name -> why it cannot be used.
+        made: format -> the network that is fused in it.
     """
 
     original: nn.Module
@@ -66,6 +68,7 @@ class Baselines:
     base: torch.dtype | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    made: dict[torch.dtype | None, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.score = score_on(self.original, self.images, self.task, self.original)
@@ -90,11 +93,17 @@ class Baselines:
         self.refused.update({FreeChoice(size=size).name: reason for size, reason in refused.items()})
         return self._added([FreeChoice(dtype, size) for size in sizes if size not in refused])
 
+    def _ready(self, dtype: torch.dtype | None) -> nn.Module:
+        """The network for a format; calibrated once."""
+        if dtype not in self.made:
+            self.made[dtype] = ready_for(self.original, dtype, self.images, self.task)
+        return self.made[dtype]
+
     def _added(self, choices: Sequence[FreeChoice]) -> list[dict[str, Any]]:
         if not choices:
             return self.rows
         times = time_free(
-            self.original,
+            self._ready,
             choices,
             self.one.shape[1:],
             batch=self.batch,
@@ -104,7 +113,7 @@ class Baselines:
         )
         # fused once for all sizes of a format
         networks = {
-            dtype: self.original if dtype is None else fuse(self.original, dtype, force=True)
+            dtype: self.original if dtype is None else fuse(self._ready(dtype), dtype, force=True)
             for dtype in dict.fromkeys(choice.dtype for choice in choices)
         }
         for choice in choices:

@@ -32,6 +32,7 @@ from quincunx.acceleration.judge import (
     renormalise,
     sample_batches,
 )
+from quincunx.acceleration.lowered import ready_for, to_train_rounded
 from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.timing import (
@@ -41,12 +42,13 @@ from quincunx.acceleration.timing import (
 )
 from quincunx.data import ImageData
 from quincunx.fusion.fuse import fuse
+from quincunx.layers.eightbits import note_quantisation, quantisation_of
 from quincunx.measure.environment import environment
 from quincunx.measure.tasks import Task, classification
 from quincunx.methods import BinaryConnect
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied
-from quincunx.networks.artifact import save
+from quincunx.networks.artifact import save, storable_state
 from quincunx.networks.spec import spec_of
 from quincunx.progress import progress_bar
 from quincunx.report.verdict import judge as judge_target
@@ -63,6 +65,7 @@ from quincunx.train.evaluation import check_finite, label_with, score_images
 from quincunx.train.loop import Diverged, StopRule, fit
 from quincunx.train.rates import find_rate
 from quincunx.train.recipes import Recipe, recipe_with
+from quincunx.train.rounded import computing_rounded
 from quincunx.writing import write_json
 
 __all__ = [
@@ -135,7 +138,9 @@ def accelerate_trained(
         keep_best: the result is the fine-tuning epoch of least test error, or the network from before
             fine-tuning if every epoch was worse; False takes the last epoch.
         dtype: number format of inference, such as ``torch.bfloat16``: candidates, layers and both networks
-            are timed in it, and the final network is judged in it. The artifact stays float32. A format that
+            are timed in it, and the final network is judged in it. The artifact stays float32, but that of
+            ``torch.int8``, which takes its ranges from the calibration images; fine-tuning then rounds
+            weights and maps as the network in eight bits will (:mod:`quincunx.train.rounded`). A format that
             is slower here than float32 is not used, and ``tell`` is told so.
         task: loss, score and how outputs are compared; by default classification. In a task against the
             original's outputs fine-tuning learns them alone.
@@ -273,6 +278,12 @@ def _accelerated(
         recipe = dataclasses.replace(recipe, lr=rate["lr"], find_lr=False)
     if recipe is not None:
         untuned = copied(fast) if keep_diverged or keep_best else None
+        if dtype == torch.int8:
+            # fine-tuning has to beat what rounding alone gives
+            with scaled_inputs(fast, size):
+                alone = fuse(ready_for(fast, dtype, images, task), dtype, force=True)
+                stages.append(judged("in int8, before fine-tuning", alone))
+                to_train_rounded(fast, images)
         try:
             with scaled_inputs(fast, size):
                 history = fit(
@@ -296,16 +307,21 @@ def _accelerated(
             fast, diverged = untuned, str(error)
             found = dataclasses.replace(found, model=fast)
         doubt = "" if diverged is None else " (it diverged: the network from before it)"
-        tuned = judged(f"after fine-tuning{doubt}", fast)
+        with computing_rounded(fast):
+            tuned = judged(f"after fine-tuning{doubt}", fast)
         if keep_best and untuned is not None and tuned.cost > stages[-1].cost:
             fast, found = untuned, dataclasses.replace(found, model=untuned)
             shown = task.scale.shown(tuned.score)
             tuned = judged(f"after fine-tuning (not kept: {shown} after its best epoch)", fast)
         stages.append(tuned)
 
+    # beside a format that a search chose stands the network in float32
+    before = original if picked.gained is not None else ready_for(original, dtype, images, task)
+
     def time_result(found: Accelerated, sure: bool = False) -> dict[str, Any]:
         free: dict[str, Any] = {"dtype": dtype, "size": size, "from_float32": picked.gained is not None}
-        return time_record(original, found, one, batch, rounds, progress, sure=sure, **free)
+        lower = dataclasses.replace(found, model=ready_for(found.model, dtype, images, task))
+        return time_record(before, lower, one, batch, rounds, progress, sure=sure, **free)
 
     timed = time_result(found, sure=isinstance(method, Search))
     put_back = None
@@ -320,10 +336,16 @@ def _accelerated(
         fast = found.model
         stages.append(judged("after putting everything back (it was no faster)", fast))
         timed = time_result(found)
+    rest = None
     if dtype is not None and timed["unfused"] is None:
+        fast = ready_for(fast, dtype, images, task)
         lower = fuse(fast, dtype, force=True)
+        rest = lower.meta["dtype"].get("rest")
         stages.append(judged(f"in {timed['dtype']}", lower))
     packed = BinaryConnect.pack(fast)
+    record = quantisation_of(fast)
+    if record is not None:
+        note_quantisation(packed, record)
     small = one if size is None else one.new_zeros(*one.shape[:2], *size)
     result = {
         "schema": 1,
@@ -344,7 +366,8 @@ def _accelerated(
         "recalled": journal.recalled,
         "fitting": fitting,
         "cost": {"before": cost_record(original, one), "after": cost_record(fast, small)},
-        "bytes": {key: _weight_bytes(m) for key, m in (("before", original), ("after", packed))},
+        "bytes": {key: _weight_bytes(m) for key, m in (("before", before), ("after", packed))},
+        **({} if rest is None or record is None else {"int8": {**record.facts, "rest": rest}}),
         **timed,
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
         "environment": environment(),
@@ -412,6 +435,8 @@ def _alternatives(
 def _weight_bytes(model: nn.Module) -> int:
     """Return the bytes of what an artifact stores, counting each tensor once."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    if (record := quantisation_of(model)) is not None:
+        return sum(tensor.nbytes for tensor in record.store(model, storable_state(model)).values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

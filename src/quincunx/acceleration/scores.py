@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate, pair_name
 from quincunx.acceleration.prefix import Tails
-from quincunx.fusion.fuse import fuse
+from quincunx.fusion.calibrate import fuse_to_time
 from quincunx.layers.build import build_module
 from quincunx.measure.cost import cost
 from quincunx.measure.latency import Timing, measure_models
@@ -51,7 +51,7 @@ def inference_form(
 ) -> nn.Module:
     """Return the fused copy, compared on ``check``; if it cannot be fused, a channels_last copy."""
     try:
-        return fuse(model, dtype, check=check, force=True)
+        return fuse_to_time(model, dtype, check=check)
     except TypeError:
         return eager_form(model)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 from quincunx.acceleration.candidates import pair_name
 from quincunx.acceleration.free import FreeChoice
 from quincunx.acceleration.scores import eager_form
+from quincunx.fusion.calibrate import fuse_to_time
+from quincunx.fusion.faster import speed_ratio
 from quincunx.fusion.fuse import fuse
+from quincunx.fusion.int8 import Int8Program
 from quincunx.measure.cost import cost
 from quincunx.measure.engines import PEERS
 from quincunx.measure.latency import Timing, measure_models
@@ -80,6 +85,8 @@ def format_served(
     """
     if dtype in (None, torch.float32):
         return None, None
+    if dtype == torch.int8:
+        return _int8_served(model, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
@@ -94,6 +101,21 @@ def format_served(
         f"this network is {found['ratio']:.2f} times as fast in {found['asked']} as in float32 here, so "
         "float32 is used"
     )
+
+
+def _int8_served(model: nn.Module, example: Tensor) -> tuple[torch.dtype | None, str | None]:
+    try:
+        low, plain = fuse_to_time(model, torch.int8, check=example), fuse(model)
+    except TypeError as error:
+        return None, f"torch.int8 is for fused networks, so float32 is used: {error}"
+    if not any(isinstance(module, Int8Program) for module in low.modules()):
+        return None, "nothing in this network can be computed in int8; float32 is used"
+    with torch.no_grad():
+        runs = partial(low, example), partial(plain, example)
+        ratio = median(speed_ratio(*runs) for _ in range(3))
+    if ratio > 1:
+        return torch.int8, None
+    return None, f"this network is {ratio:.2f} times as fast in int8 as in float32 here, so float32 is used"
 
 
 def cost_record(model: nn.Module, one: Tensor) -> dict[str, int]:
@@ -201,7 +223,7 @@ def time_layers(
             if name == names[0]:
                 # within a network, a layer that fx cannot trace stays one module
                 chains = {key: nn.Sequential(_chain(model, names)) for key, model in models.items()}
-                layers = {key: fuse(chain, dtype, force=True) for key, chain in chains.items()}
+                layers = {key: fuse_to_time(chain, dtype, keep_ends=False) for key, chain in chains.items()}
                 beside = dict.fromkeys(peers, chains["before"])
                 timings = _measured(layers, (batch, *order[name][1][1:]), rounds, beside, None, **options)
                 rows.append({**_joined([found.replaced[n] for n in names], names), **_ratio(timings)})
@@ -249,7 +271,7 @@ def time_together(
 
 
 def time_free(
-    model: nn.Module,
+    model: nn.Module | Callable[[torch.dtype | None], nn.Module],
     choices: Sequence[FreeChoice],
     shape: Sequence[int],
     *,
@@ -262,7 +284,7 @@ def time_free(
     Images that are scaled count as decoded at their size: scaling takes no time here.
 
     Args:
-        model: the network.
+        model: the network, or a function that returns it for a format.
         choices: formats and sizes.
         shape: (C, H, W) of an image.
         batch: images of the timed inputs.
@@ -276,7 +298,8 @@ def time_free(
     """
     one = torch.randn(1, *shape)
     formats = dict.fromkeys([dtype, *(choice.dtype for choice in choices)])
-    forms = {each: _forms({_ORIGINAL: model}, one, each)[0][_ORIGINAL] for each in formats}
+    made = {each: model if isinstance(model, nn.Module) else model(each) for each in formats}
+    forms = {each: _forms({_ORIGINAL: made[each]}, one, each)[0][_ORIGINAL] for each in formats}
     named = {_ORIGINAL: FreeChoice(dtype), **{choice.name: choice for choice in choices}}
     timings = measure_models(
         {name: forms[choice.dtype] for name, choice in named.items()},
@@ -314,7 +337,7 @@ def _forms(
         one: an input of one image, on which each fused network is compared with its original.
     """
     try:
-        return {key: fuse(model, dtype, check=one, force=True) for key, model in models.items()}, None
+        return {key: fuse_to_time(model, dtype, check=one) for key, model in models.items()}, None
     except TypeError as error:
         return {key: eager_form(model) for key, model in models.items()}, str(error)
 

@@ -17,7 +17,7 @@ _VALUES: dict[str, Callable[[], Sequence[str]]] = {
     "data": lambda: ("digits", "cifar10", "cifar100"),
     "device": lambda: ("cpu", "cuda"),
     "down": lambda: ("stride", "avgpool"),
-    "dtype": lambda: ("float32", "bfloat16"),
+    "dtype": lambda: ("float32", "bfloat16", "int8"),
     "fill": lambda: ("zero", "nearest", "fitted"),
     "mask": lambda: ("impact", "residual", "uniform", "uniform-eq8", "random"),
     "method": lambda: ("auto", *METHODS),

@@ -30,6 +30,7 @@ from quincunx.cli.printing import (
 from quincunx.cli.task import TaskOptions
 from quincunx.fusion.calibrated import OBSERVERS
 from quincunx.fusion.fuse import fuse
+from quincunx.layers.eightbits import quantisation_of
 from quincunx.measure.environment import environment
 from quincunx.train.evaluation import evaluate
 
@@ -55,7 +56,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             help="Evaluate the fused network in this number format, float32, bfloat16 or int8, not the "
-            "network as it is.",
+            "network as it is; by default the artifact's own, if it has one.",
         ),
     ] = None,
     calibration: Annotated[
@@ -77,7 +78,8 @@ def evaluate_command(
     """Loss and top-1 error, or the task's score, of a network on the test part of a data set.
 
     The network is an artifact, a network's name with --weights, or what your own function makes (--model),
-    with --weights or with its own. An artifact of your own network needs both, the folder and --model.
+    with --weights or with its own. An artifact of your own network needs both, the folder and --model. An
+    artifact in eight bits is evaluated as it was calibrated, unless --dtype says something else.
     """
     with bad_input():
         use_threads(threads)
@@ -85,17 +87,21 @@ def evaluate_command(
         if task.needs_original and original is None:
             raise ValueError(f"original: task {task.name!r} compares with a network; give its artifact")
         other = None if original is None else qx.load(artifact_in(original))
-        low = dtype == "int8"
-        read = about.read(task, images, test_alone=not low, quiet=as_json)
-        data = found.suited(read, network.mean, network.std, task)
         model = found.model
+        record = quantisation_of(model)
+        dtype = "int8" if dtype is None and record is not None else dtype
+        low = dtype == "int8"
+        read = about.read(task, images, test_alone=not low or record is not None, quiet=as_json)
+        data = found.suited(read, network.mean, network.std, task)
         said: dict[str, Any] = {}
         if low:
-            found_images = [batch for batch, _ in sample_batches(data, calibration, seed=0, task=task)]
-            model = fuse(
-                model, torch.int8, calibration=found_images, force=True, observer=observer, max_drop=max_drop
+            seen = None
+            if record is None:
+                seen = [batch for batch, _ in sample_batches(data, calibration, seed=0, task=task)]
+            model = low_model = fuse(
+                model, torch.int8, calibration=seen, force=True, observer=observer, max_drop=max_drop
             )
-            said = {"int8": model.meta["int8"]}
+            said = {"int8": {**low_model.meta["int8"], "rest": low_model.meta["dtype"]["rest"]}}
         elif dtype is not None:
             model = fuse(model, format_named(dtype) or torch.float32, force=True)
         with running():
@@ -103,7 +109,7 @@ def evaluate_command(
     place = None if found.start is None else str(artifact_in(found.start))
     form = "" if dtype is None else f", fused in {dtype}"
     if said and said["int8"]["kept"]:
-        form += f" ({', '.join(said['int8']['kept'])} in float32)"
+        form += f" ({', '.join(said['int8']['kept'])} in {said['int8']['rest']})"
     if as_json:
         own: dict[str, Any] = {} if network.model is None else {"model": network.model}
         own |= {} if dtype is None else {"dtype": dtype, **said}

@@ -81,6 +81,8 @@ def export_command(
         kind = format_for(out, format_name)
         kind.check()
         chosen = format_named(dtype)
+        if chosen == torch.int8:
+            raise ValueError("dtype='int8': expected float32 or bfloat16; eight bits are not exported")
         found = network.load(seed)
         shape = parse_input(network.input_shape) if network.input_shape else _shape(found.model)
         with running():

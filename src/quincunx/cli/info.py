@@ -38,6 +38,7 @@ def info(as_json: Json = False) -> None:
         "AMX tiles": _tiles(serving.isa) if serving.name == "native" else None,
         "level 2 cache": native.level2_bytes() if serving.name == "native" else None,
         "bfloat16": f"{gain_of(torch.bfloat16, 'cpu'):.2f} times as fast as float32 here",
+        "int8": f"{gain_of(torch.int8, 'cpu'):.2f} times as fast as float32 here",
         "decisions": None if (kept := decisions_file()) is None else str(kept),
         "networks": qx.networks.names(),
         "recipes": list(recipes.RECIPES),

@@ -12,11 +12,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
 from quincunx.acceleration.free import SmallerInput
 from quincunx.acceleration.identity import trained_identity
 from quincunx.acceleration.journal import check_run
+from quincunx.acceleration.judge import sample_batches
+from quincunx.acceleration.lowered import ready_for
 from quincunx.acceleration.pipeline import accelerate_trained
 from quincunx.acceleration.timing import time_together
 from quincunx.data import ImageData
@@ -204,7 +207,11 @@ def compare_methods(
     refused: dict[str, str] = {}
     how = None if recipe is None else recipe.to_dict()
     check_run(out, {**trained_identity(model, data, **options), "recipe": how}, "points")
-    before = save(model, out / "original") / "weights.safetensors"
+    original = model
+    if options.get("dtype") == torch.int8:
+        count, seed = options.get("calibration", 500), options.get("seed", 0)
+        original = ready_for(model, torch.int8, sample_batches(data, count, seed, task=task), task)
+    before = save(original, out / "original") / "weights.safetensors"
     names: set[str] = set()
     for point in points:
         if point.folder in names:
@@ -243,7 +250,7 @@ def compare_methods(
     sizes = {folder.name: tuple(result["input"]) for _, folder, result in found if result.get("input")}
     timing = {key: value for key, value in options.items() if key in ("batch", "rounds", "progress", "dtype")}
     times = time_together(
-        model,
+        original,
         {folder.name: partial(load, folder / "model", factory=factory) for _, folder, _ in found},
         (data.in_channels, *data.size),
         sizes=sizes,

@@ -1,4 +1,4 @@
-"""A fused network in eight bits: ranges from calibration images, weights, biases, what stays in float32.
+"""A network in eight bits: ranges from calibration images, weights, biases, what stays in real numbers.
 
 Ranges come from torch's own observers. The bias of a channel is corrected by the mean, over the calibration
 images, of what rounding its weights changes (Nagel et al., "Data-free quantization through weight
@@ -10,7 +10,7 @@ the epilogue takes both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,11 @@ from quincunx.fusion.fused import Fused
 from quincunx.fusion.int8 import Int8Program, Int8Step, in_eight_bits
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import Follower, Map, Step, reference, settled
+from quincunx.layers.eightbits import Quantisation, round_weights, sole_weights
+from quincunx.modules import copied
 from quincunx.ops.int8 import MOST_PRODUCTS, Grid, grid_of_range, quantise_weight
 
-__all__ = ["OBSERVERS", "quantise_network", "read_images"]
+__all__ = ["OBSERVERS", "any_record", "calibrate_network", "quantise_network", "read_images", "weights_of"]
 
 OBSERVERS = ("histogram", "minmax", "percentile")
 _LEAST_IMAGES = 16
@@ -33,6 +35,9 @@ _LEAST_IMAGES = 16
 _BEYOND = 1e-4
 # images of one call while a network is calibrated, and that layers are compared on alone
 _BATCH, _COMPARED = 32, 64
+
+# a program's name and the number of its step
+_Key = tuple[str, int]
 
 
 def read_images(calibration: Any) -> list[Tensor]:
@@ -73,21 +78,28 @@ def read_images(calibration: Any) -> list[Tensor]:
     return found
 
 
-def quantise_network(
-    fused: Fused, images: list[Tensor], observer: str, max_drop: float, keep_ends: bool = True
-) -> Fused:
-    """Return a copy of a fused network whose programs compute in eight bits.
+def calibrate_network(
+    model: nn.Module,
+    lower: Callable[[nn.Module], Fused],
+    images: list[Tensor],
+    observer: str,
+    max_drop: float,
+    keep_ends: bool = True,
+) -> tuple[nn.Module, Quantisation]:
+    """Return a copy of a network with rounded weights, and what makes eight bits of it.
 
     Args:
-        fused: in float32; it stays as it is.
+        model: it stays as it is.
+        lower: fuses in float32.
         images: batches, from :func:`read_images`.
         observer: one of ``OBSERVERS``.
         max_drop: how many of 100 images may get another answer.
-        keep_ends: whether the first convolution and the last layer stay in float32.
+        keep_ends: whether the first convolution and the last layer stay in real numbers.
 
     Returns:
-        A copy; ``meta["int8"]`` has "layers" (how many compute in eight bits), "kept" (those that do not, by
-        name, and why), "drop" (how many of 100 answers changed), "images" and "observer".
+        The copy, and a record whose facts are "layers" (how many compute in eight bits), "kept" (those that
+        do not, by name, and why), "drop" (how many of 100 answers changed), "images", "observer" and
+        "input", [C, H, W] of an image.
 
     Raises:
         ValueError: an unknown observer, a ``max_drop`` beyond its limits, a network of several arguments, or
@@ -97,6 +109,7 @@ def quantise_network(
         raise ValueError(f"observer={observer!r}: expected one of {', '.join(OBSERVERS)}")
     if not 0 <= max_drop <= 100:
         raise ValueError(f"max_drop={max_drop}: expected 0 to 100")
+    fused = lower(model)
     arguments = [str(n.target) for n in fused.graph.nodes if n.op == "placeholder" and not n.args]
     if len(arguments) != 1:
         raise ValueError(
@@ -105,28 +118,112 @@ def quantise_network(
         )
     with torch.inference_mode(False), torch.no_grad():
         kept = _kept_from_the_start(fused, keep_ends)
-        found = _observe(fused, images, observer)
-        answers = [fused(batch) for batch in images]
         layers = [key for key in _layers(fused) if key not in kept]
+        found = _observe(fused, images, observer, lower(_rounded_copy(model, _paths(model, fused, kept))))
+        answers = [fused(batch) for batch in images]
         result = _assembled(fused, found, kept)
         drop = _changed([result(batch) for batch in images], answers)
         if drop > max_drop and layers:
             kept, result, drop = _search(fused, found, kept, layers, images, answers, max_drop)
-    names = _names(fused)
-    result.meta["int8"] = {
-        "layers": len(names) - len(kept),
-        "kept": {names[key]: why for key, why in kept.items()},
-        "drop": drop,
-        "images": sum(map(len, images)),
-        "observer": observer,
-    }
+        names, programs = _names(fused), _programs(fused)
+        facts = {
+            "layers": len(names) - len(kept),
+            "kept": {names[key]: why for key, why in kept.items()},
+            "drop": drop,
+            "images": sum(map(len, images)),
+            "observer": observer,
+            "input": list(images[0].shape[1:]),
+        }
+        shifts = {
+            programs[name].steps[number].writes[0]: (
+                None if (name, number) in kept else found[name].shifts[number].contiguous()
+            )
+            for name, number in _layers(fused)
+        }
+        grids = {name: grid for part in found.values() for name, grid in part.grids.items()}
+        paths = _paths(model, fused, kept)
+        return _rounded_copy(model, paths), Quantisation(grids, shifts, paths, facts)
+
+
+def quantise_network(fused: Fused, record: Quantisation, real: torch.dtype = torch.float32) -> Fused:
+    """Return a copy of a fused network in eight bits, as a record says.
+
+    Args:
+        fused: in float32, made of the network that has the record, with rounded weights; it stays as it is.
+        record: of the network.
+        real: type of what is not in eight bits.
+
+    Returns:
+        A copy; ``meta["int8"]`` has the record's facts.
+
+    Raises:
+        ValueError: the record is of another network.
+    """
+    programs = _programs(fused)
+    found = {name: _Observed(dict(record.grids), {}, {}) for name in programs}
+    kept: dict[_Key, str] = {}
+    steps = {programs[name].steps[number].writes[0]: (name, number) for name, number in _layers(fused)}
+    changed = "it was changed since; calibrate it again, with calibration="
+    if steps.keys() != record.shifts.keys():
+        other = min(steps.keys() ^ record.shifts.keys())
+        raise ValueError(
+            f"model: its record of eight bits is of other convolutions (one is {other!r}): {changed}"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        for written, shift in record.shifts.items():
+            name, number = steps[written]
+            step = programs[name].steps[number]
+            assert isinstance(step, Step)  # noqa: S101  # layers are
+            if shift is None:
+                kept[name, number] = ""
+                continue
+            fits = step.weight.dtype == torch.float32 and step.filling is None
+            if not fits or step.source not in record.grids or shift.shape != (step.out_channels,):
+                raise ValueError(
+                    f"model: its record of eight bits does not fit convolution {written!r}: {changed}"
+                )
+            found[name].weights[number] = weights_of(step)
+            found[name].shifts[number] = shift
+        result = _assembled(fused, found, kept, real)
+    result.meta["int8"] = dict(record.facts)
+    return result
+
+
+def any_record(fused: Fused, keep_ends: bool = True) -> Quantisation:
+    """Return a record with ranges that nobody has seen, for a network that is only timed.
+
+    Args:
+        fused: in float32.
+        keep_ends: whether the first convolution and the last layer stay in real numbers.
+    """
+    kept, programs = _kept_from_the_start(fused, keep_ends), _programs(fused)
+    maps = {m for program in programs.values() for step in program.steps for m in (*step.reads, *step.writes)}
+    shifts: dict[str, Tensor | None] = {}
+    for name, number in _layers(fused):
+        step = programs[name].steps[number]
+        assert isinstance(step, Step)  # noqa: S101  # layers are
+        shifts[step.writes[0]] = None if (name, number) in kept else torch.zeros(step.out_channels)
+    return Quantisation(dict.fromkeys(maps, Grid(0.05)), shifts, ())
+
+
+def _paths(model: nn.Module, fused: Fused, kept: Mapping[_Key, str]) -> tuple[str, ...]:
+    """The layers of a network whose weights are in eight bits wherever they are used."""
+    programs = _programs(fused)
+    of = {key: getattr(programs[key[0]].steps[key[1]], "layer", "") for key in _layers(fused)}
+    real = {of[key] for key in kept}
+    paths = (path for key, path in of.items() if path and path not in real)
+    # the layer of a network that is one layer has a path that the network has not
+    there = dict(model.named_modules())
+    return sole_weights(model, [path for path in paths if path in there])
+
+
+def _rounded_copy(model: nn.Module, layers: tuple[str, ...]) -> nn.Module:
+    result = copied(model)
+    round_weights(result, layers)
     return result
 
 
 # ---------------------------------------------------------------- which layers
-
-# a program's name and the number of its step
-_Key = tuple[str, int]
 
 
 def _programs(fused: nn.Module) -> dict[str, Program]:
@@ -190,16 +287,18 @@ def _kept_from_the_start(fused: Fused, ends: bool) -> dict[_Key, str]:
 
 @dataclass
 class _Observed:
-    """Of one program: the grid of each map, and for each convolution its weights and its bias."""
+    """Of one program: the grid of each map, and for each convolution its integers, their scales and what is
+    added to its bias."""
 
     grids: dict[str, Grid]
-    weights: dict[int, tuple[Tensor, Tensor, Tensor]]
+    weights: dict[int, tuple[Tensor, Tensor]]
+    shifts: dict[int, Tensor]
 
 
 class _Watched(nn.Module):
     """A program that runs step by step on whole maps and keeps what it sees."""
 
-    def __init__(self, program: Program, observer: str) -> None:
+    def __init__(self, program: Program, observer: str, rounded: Program) -> None:
         super().__init__()
         self.program = program
         self.ranges: dict[str, Any] = {}
@@ -208,7 +307,9 @@ class _Watched(nn.Module):
         self.shifts: dict[int, Tensor] = {}
         for number, step in enumerate(program.steps):
             if isinstance(step, Step) and step.kind != "mean" and step.weight.dtype == torch.float32:
-                self.steps[number] = (step, *_weights_of(step))
+                other = rounded.steps[number]
+                assert isinstance(other, Step)  # noqa: S101  # the same network
+                self.steps[number] = (step, *weights_of(other))
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         values = self.program._plain(dict(zip(self.program.inputs, arguments, strict=True)))
@@ -238,14 +339,12 @@ class _Watched(nn.Module):
 
     def observed(self) -> _Observed:
         ranges = {name: _range_of(seen, self.kind) for name, seen in self.ranges.items()}
-        weights = {}
-        for number, (step, integers, scales) in self.steps.items():
-            shift = self.shifts[number] / max(self.count, 1)
-            weights[number] = integers, scales, shift if step.bias is None else step.bias + shift
-        return _Observed(_shared_grids(self.program, ranges), weights)
+        weights = {number: (integers, scales) for number, (_, integers, scales) in self.steps.items()}
+        shifts = {number: shift / max(self.count, 1) for number, shift in self.shifts.items()}
+        return _Observed(_shared_grids(self.program, ranges), weights, shifts)
 
 
-def _weights_of(step: Step) -> tuple[Tensor, Tensor]:
+def weights_of(step: Step) -> tuple[Tensor, Tensor]:
     """A step's weight in int8 and the scales of its outputs."""
     if step.kind != "transposed":
         return quantise_weight(step.weight)
@@ -307,9 +406,14 @@ def _shared_grids(program: Program, ranges: Mapping[str, tuple[float, float]]) -
     return {name: grid_of_range(*bounds[root(name)]) for name in ranges}
 
 
-def _observe(fused: Fused, images: list[Tensor], observer: str) -> dict[str, _Observed]:
-    watching = _copied(fused)
-    watched = {name: _Watched(program, observer) for name, program in _programs(watching).items()}
+def _observe(
+    fused: Fused, images: list[Tensor], observer: str, rounded: Fused | None = None
+) -> dict[str, _Observed]:
+    """Ranges of maps and shifts of biases; ``rounded`` is the network with rounded weights."""
+    watching, others = _copied(fused), _programs(rounded or fused)
+    watched = {
+        name: _Watched(program, observer, others[name]) for name, program in _programs(watching).items()
+    }
     for name, module in watched.items():
         watching.set_submodule(name, module)
     for batch in images:
@@ -320,8 +424,13 @@ def _observe(fused: Fused, images: list[Tensor], observer: str) -> dict[str, _Ob
 # ---------------------------------------------------------------- the copy
 
 
-def _assembled(fused: Fused, found: Mapping[str, _Observed], kept: Mapping[_Key, str]) -> Fused:
-    """A copy in which all layers but some compute in eight bits."""
+def _assembled(
+    fused: Fused,
+    found: Mapping[str, _Observed],
+    kept: Mapping[_Key, str],
+    real: torch.dtype = torch.float32,
+) -> Fused:
+    """A copy in which all layers but some compute in eight bits, those in another type."""
     programs = _programs(fused)
     result = _copied(fused)
     for name, program in programs.items():
@@ -333,9 +442,14 @@ def _assembled(fused: Fused, found: Mapping[str, _Observed], kept: Mapping[_Key,
             elif step.kind == "mean":
                 steps.append(in_eight_bits(step, None, None, None))
             else:
-                steps.append(in_eight_bits(step, *found[name].weights[number]))
+                shift = found[name].shifts[number]
+                bias = shift if step.bias is None else step.bias + shift
+                steps.append(in_eight_bits(step, *found[name].weights[number], bias))
         if any(isinstance(step, Int8Step) and step.integers is not None for step in steps):
-            result.set_submodule(name, Int8Program(steps, program.inputs, program.outputs, found[name].grids))
+            names = program.inputs, program.outputs
+            result.set_submodule(name, Int8Program(steps, *names, found[name].grids, real))
+        elif program.dtype == torch.float32 != real:
+            result.set_submodule(name, Program(steps, program.inputs, program.outputs, dtype=real))
     return result
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize
 
-from quincunx.fusion.calibrated import quantise_network, read_images
+from quincunx.fusion.calibrated import calibrate_network, quantise_network, read_images
 from quincunx.fusion.constants import fold_constants, make_modules
 from quincunx.fusion.effects import (
     Effects,
@@ -38,7 +38,7 @@ from quincunx.fusion.effects import (
 from quincunx.fusion.epilogues import Activation
 from quincunx.fusion.faster import speed_ratio
 from quincunx.fusion.followers import follower
-from quincunx.fusion.formats import gain_of
+from quincunx.fusion.formats import gain_of, type_beside_int8
 from quincunx.fusion.fused import (
     Fused,
     copied_argument,
@@ -71,6 +71,7 @@ from quincunx.fusion.steps import (
 )
 from quincunx.fusion.verified import Comparison
 from quincunx.layers.binary import pack_binary
+from quincunx.layers.eightbits import quantisation_of, round_weights
 from quincunx.layers.graph import is_conv, is_leaf, trace
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.sampled import (
@@ -127,10 +128,13 @@ def fuse(
             slower here than float32 is not used: a warning says so, and ``.meta["dtype"]`` of the result
             has the format used and the measured ratio.
             ``torch.int8`` computes in eight bits: weights in int8 with a scale for each output channel, maps
-            in uint8 with a scale and a zero point each, sums exact, the rest in float32. The first
-            convolution and the last layer stay in float32; ``.meta["int8"]`` says which others do, and why.
+            in uint8 with a scale and a zero point each, sums exact. The first convolution and the last layer
+            are not; ``.meta["int8"]`` says which others are not, and why. They compute in bfloat16 where
+            that is faster, else in float32 (``.meta["dtype"]["rest"]``).
         calibration: for ``torch.int8``, and no other: at least 16 images like those that the network is for,
             as a tensor or as batches, each a tensor or a tuple that begins with one (the rest is not read).
+            Left out for a network that :func:`quincunx.calibrate` made, or that was loaded as one: what it
+            found there holds, and ``observer``, ``max_drop`` and ``keep_ends`` say nothing.
         check: an example input (a tensor, or a tuple of arguments) on which the copy is compared with the
             model. With ``dtype``, the copies in both formats are timed on it.
         force: use ``dtype`` where it is slower, too.
@@ -138,9 +142,10 @@ def fuse(
             either side) or "histogram" (least squares).
         max_drop: of ``torch.int8``, how many of 100 calibration images may get another answer than the
             model's; for networks that do not answer with a class, the relative error of outputs in percent.
-            Layers are kept in float32, those that change answers most first, until it holds; 100 keeps none.
-        keep_ends: of ``torch.int8``, whether the first convolution and the last layer stay in float32; False
-            suits a part of a network.
+            Layers are kept in real numbers, those that change answers most first, until it holds; 100 keeps
+            none.
+        keep_ends: of ``torch.int8``, whether the first convolution and the last layer stay in real numbers;
+            False suits a part of a network.
 
     Returns:
         A :class:`Fused`, a ``torch.fx.GraphModule``, that maps the same arguments to the same results, up to
@@ -264,12 +269,22 @@ def _fuse_int8(
     device = next((p.device.type for p in model.parameters()), "cpu")
     if device != "cpu":
         raise ValueError(f"dtype=torch.int8: expected a model on the CPU, got one on {device}")
-    images = read_images(calibration)
-    plain = _fuse(model, None, check, joins=True)
-    result = quantise_network(plain, images, observer, max_drop, keep_ends)
+    if check is not None:
+        _fuse(model, None, check)
+    record = quantisation_of(model)
+    if record is None or calibration is not None:
+        own, record = calibrate_network(
+            model, _fuse_joined, read_images(calibration), observer, max_drop, keep_ends
+        )
+    else:
+        own = copied(model)
+        # they are rounded already, unless the network was trained since
+        round_weights(own, record.layers)
+    rest = type_beside_int8()
+    result = quantise_network(_fuse_joined(own), record, rest)
     used, ratio = torch.int8, None
     if not any(isinstance(module, Int8Program) for module in result.modules()):
-        used = torch.float32
+        result, used, rest = _carry(result, _fuse(model, None, None)), torch.float32, torch.float32
         warnings.warn(
             "fuse: no layer of this network runs in eight bits, so the copy computes in float32: "
             + "; ".join(f"{name}: {why}" for name, why in result.meta["int8"]["kept"].items()),
@@ -277,7 +292,8 @@ def _fuse_int8(
             stacklevel=3,
         )
     elif not force:
-        arguments = (images[0][:8],) if check is None else check if isinstance(check, tuple) else (check,)
+        example = torch.zeros(8, *record.facts["input"]) if check is None else check
+        arguments = example if isinstance(example, tuple) else (example,)
         other = _fuse(model, None, None)
         with torch.no_grad():
             ratio = median(
@@ -290,9 +306,20 @@ def _fuse_int8(
                 UserWarning,
                 stacklevel=3,
             )
-            result, used = other, torch.float32
-    result.meta["dtype"] = {"asked": "int8", "used": str(used).removeprefix("torch."), "ratio": ratio}
+            result, used, rest = other, torch.float32, torch.float32
+    names = {key: str(kind).removeprefix("torch.") for key, kind in (("used", used), ("rest", rest))}
+    result.meta["dtype"] = {"asked": "int8", **names, "ratio": ratio}
     return result
+
+
+def _carry(old: Fused, new: Fused) -> Fused:
+    new.meta["int8"] = old.meta["int8"]
+    return new
+
+
+def _fuse_joined(model: nn.Module) -> Fused:
+    """The copy in float32 that becomes one in eight bits, where joins are copies of bytes."""
+    return _fuse(model, None, None, joins=True)
 
 
 # ---------------------------------------------------------------- before

@@ -1,4 +1,4 @@
-"""Programs whose convolutions compute in eight bits; what is kept in float32 stands between them.
+"""Programs whose convolutions compute in eight bits; what is kept in real numbers stands between them.
 
 Every map may exist in two forms: real numbers, by its name, and uint8 numbers on the map's grid, by its name
 and ":q". A step in eight bits reads the latter and writes what its readers need; consecutive ones are one
@@ -245,7 +245,7 @@ class _Call:
         values.update(zip(self.outputs, found, strict=True))
 
 
-def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid]) -> _Call:
+def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], real: torch.dtype) -> _Call:
     lines = stage.lines
     written = list(dict.fromkeys(name for line in lines for name in line.writes))
     inputs = list(dict.fromkeys(name for line in lines for name in line.reads if name not in written))
@@ -258,7 +258,7 @@ def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid]) -> 
         kind = 0 if name in inputs else 2 if name in stage.wanted else 1
         numbers[name] = len(numbers)
         call.buffers += BufferCode(kind, shapes[name].channels, *shapes[name].stored, offsets.get(name, 0))
-        call.grids.append(grids[name.removesuffix(":q")] if name.endswith(":q") else torch.float32)
+        call.grids.append(grids[name.removesuffix(":q")] if name.endswith(":q") else real)
 
     def number(tensor: Tensor | None) -> int:
         if tensor is None:
@@ -344,12 +344,16 @@ def _multiplier(step: Int8Step, grid: Grid) -> Tensor | None:
 
 
 def _by_reference(
-    line: _Line, maps: dict[str, Map], grids: Mapping[str, Grid], values: dict[str, Tensor]
+    line: _Line,
+    maps: dict[str, Map],
+    grids: Mapping[str, Grid],
+    real: torch.dtype,
+    values: dict[str, Tensor],
 ) -> None:
     """A line by the specification of ``ops/int8.py``, on whole maps; adds its outputs to ``values``."""
     x = values[line.x]
     if isinstance(line.step, Int8Step):
-        return _step_by_reference(line, line.step, maps, grids, values)
+        return _step_by_reference(line, line.step, maps, grids, real, values)
     assert line.out is not None  # noqa: S101  # others write one map
     if line.work == _COPY:
         values[line.out] = torch.cat([x, *(values[name] for name in line.sources)], 1)
@@ -359,7 +363,7 @@ def _by_reference(
     elif line.out.endswith(":q"):
         values[line.out] = quantise(x, grids[line.x])
     else:
-        values[line.out] = dequantise(x, grids[line.out])
+        values[line.out] = dequantise(x, grids[line.out]).to(real)
 
 
 def _step_by_reference(
@@ -367,6 +371,7 @@ def _step_by_reference(
     step: Int8Step,
     maps: dict[str, Map],
     grids: Mapping[str, Grid],
+    real: torch.dtype,
     values: dict[str, Tensor],
 ) -> None:
     x, grid, geometry = values[line.x], grids[step.source], step.geometry
@@ -387,21 +392,21 @@ def _step_by_reference(
             residual = values[line.residual]
             if line.residual.endswith(":q"):
                 residual = dequantise(residual, grids[step.shortcut.source])
-            residual = step.shortcut.of(residual)
+            residual = step.shortcut.of(residual).float()
         multiplier = _multiplier(step, grid)
         assert multiplier is not None  # noqa: S101  # it has weights
         y = finish(sums, multiplier, step.bias, residual, int(step.activation), step.slope)
     if step.fills:
         y = torch.ops.quincunx.fill(y, step.sampling, geometry.grid(*x.shape[2:]))
     if line.out is not None:
-        values[line.out] = _in_form(y, line.out, grids)
+        values[line.out] = _in_form(y, line.out, grids, real)
     if line.out2 is not None and step.scale2 is not None and step.shift2 is not None:
         second = F.relu(y * step.scale2.view(-1, 1, 1) + step.shift2.view(-1, 1, 1))
-        values[line.out2] = _in_form(second, line.out2, grids)
+        values[line.out2] = _in_form(second, line.out2, grids, real)
 
 
-def _in_form(y: Tensor, name: str, grids: Mapping[str, Grid]) -> Tensor:
-    return quantise(y, grids[name.removesuffix(":q")]) if name.endswith(":q") else y
+def _in_form(y: Tensor, name: str, grids: Mapping[str, Grid], real: torch.dtype) -> Tensor:
+    return quantise(y, grids[name.removesuffix(":q")]) if name.endswith(":q") else y.to(real)
 
 
 # ---------------------------------------------------------------- the module
@@ -414,6 +419,7 @@ class Int8Program(Program):
         steps: in order; those in eight bits are of :class:`Int8Step`, the others float32.
         inputs, outputs: names of the arguments and of the results.
         grids: what the integers of each map stand for.
+        real: type of the other steps and of the maps between them and those in eight bits.
     """
 
     def __init__(
@@ -422,8 +428,11 @@ class Int8Program(Program):
         inputs: Sequence[str],
         outputs: Sequence[str],
         grids: Mapping[str, Grid],
+        real: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(steps, inputs, outputs)
+        super().__init__(steps, inputs, outputs, dtype=real)
+        # the weight of a step in eight bits has no values, and not this type
+        self._weight = torch.empty(0, dtype=real)
         self.grids = dict(grids)
 
     def extra_repr(self) -> str:
@@ -458,9 +467,9 @@ class Int8Program(Program):
             if isinstance(stage, _Alone):
                 run = self._alone(stage.step, maps, shapes[0][0], natively)
             elif natively:
-                run = _call(stage, maps, self.grids).run
+                run = _call(stage, maps, self.grids, self.dtype).run
             else:
-                run = partial(_run_lines, stage.lines, maps, self.grids)
+                run = partial(_run_lines, stage.lines, maps, self.grids, self.dtype)
             stages.append(Stage(run, frozenset(stage.reads)))
         if filled := [(name, maps[name]) for name in self.outputs if maps[name].fill]:
             stages.append(Stage(partial(fill_maps, filled), frozenset(name for name, _ in filled)))
@@ -481,7 +490,11 @@ class Int8Program(Program):
 
 
 def _run_lines(
-    lines: Sequence[_Line], maps: dict[str, Map], grids: Mapping[str, Grid], values: dict[str, Any]
+    lines: Sequence[_Line],
+    maps: dict[str, Map],
+    grids: Mapping[str, Grid],
+    real: torch.dtype,
+    values: dict[str, Any],
 ) -> None:
     for line in lines:
-        _by_reference(line, maps, grids, values)
+        _by_reference(line, maps, grids, real, values)

@@ -16,11 +16,11 @@ from quincunx.layers.sampled import (
 from quincunx.layers.separable import MaskedConv2d
 from quincunx.modules import surely
 
-__all__ = ["CONVS", "is_conv", "is_leaf", "trace"]
+__all__ = ["CONVS", "TRANSPOSED", "is_conv", "is_leaf", "trace"]
 
 _SAMPLED = (SampledConv2d, PerforatedConv2d, MaskedConv2d, SampledDown2d, PairedDown2d)
-_TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
-CONVS = (nn.Conv2d, *_SAMPLED, *_TRANSPOSED)
+TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
+CONVS = (nn.Conv2d, *_SAMPLED, *TRANSPOSED)
 # opaque leaves
 _WHOLE = (QuantConv2d, QuantLinear)
 

@@ -15,11 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from quincunx import networks
 from quincunx.layers.build import build_module
+from quincunx.layers.eightbits import Quantisation, decode_weight, note_quantisation, quantisation_of
+from quincunx.layers.graph import is_conv
 from quincunx.modules import Attached, set_module
 from quincunx.networks.preprocessing import Preprocessing
 from quincunx.networks.spec import (
     FORMAT,
     FORMAT_VERSION,
+    INT8_VERSION,
     SPEC_FILE,
     WEIGHTS_FILE,
     check_factory,
@@ -60,6 +63,8 @@ def save(
 ) -> Path:
     """Write a model as a folder of ``spec.json`` and ``weights.safetensors``.
 
+    Of a network by :func:`quincunx.calibrate`, weights that compute in eight bits are stored in int8.
+
     Args:
         model: a network made by :func:`quincunx.networks.build`, or any other with a ``factory``; its
             layers may have been replaced by :func:`quincunx.accelerate`. Wrappers by ``torch.compile``,
@@ -94,7 +99,9 @@ def save(
         spec = {"kind": "factory", "factory": factory, **({"replaced": replaced} if replaced else {})}
     else:
         spec = spec_of(model)
-    state = storable_state(model)
+    state, record = storable_state(model), quantisation_of(unwrapped(model))
+    if record is not None:
+        state = record.store(unwrapped(model), state)
     place = Path(folder).resolve()
     # before looking at it: a killed run may have moved it aside
     restore(place)
@@ -105,8 +112,9 @@ def save(
         write_tensors(weights, state)
         content = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": FORMAT_VERSION if record is None else INT8_VERSION,
             "model": spec,
+            **({} if record is None else {"int8": record.to_dict()}),
             "weights": {"file": WEIGHTS_FILE, "sha256": sha256_of(weights)},
             "info": info or {},
         }
@@ -243,6 +251,9 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
         raise ValueError(f"{weights}: corrupt, its SHA-256 is not the one in {SPEC_FILE}")
     what = f"{weights}: does not fit {name}"
     state = read_tensors(weights, what=what)
+    record, scales = None, dict[str, Tensor]()
+    if "int8" in spec:
+        record, scales = Quantisation.read(spec["int8"], state, what)
     # exceptions of the user's function go to the user
     own = None if factory is None else made_by(factory)
 
@@ -261,14 +272,32 @@ def load(folder: str | Path, *, factory: Factory | None = None) -> nn.Module:
             _measure_replaced(replaced, state, what)
             model = _rebuilt(own, replaced)
         state = _renamed(model, state)
+        for key, scale in scales.items():
+            state[key] = _decoded(model, key, state[key], scale, what)
         take_dtypes(model, state)
         fill_parameters(model, state, what)
+    if record is not None:
+        note_quantisation(unwrapped(model), record)
     if own is not None and getattr(unwrapped(model), "quincunx_spec", {}).get("factory") != name:
         note_factory(unwrapped(model), name)
     seen = Preprocessing.of(spec.value.get("info"))
     if seen is not None and not hasattr(model, "preprocess"):
         model.preprocess = seen  # type: ignore[assignment, unused-ignore]
     return model.eval()
+
+
+def _decoded(model: nn.Module, name: str, integers: Tensor, scales: Tensor, what: str) -> Tensor:
+    """The weight that int8 numbers stand for.
+
+    Raises:
+        ValueError: it is none of a convolution, or has other outputs.
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    if not is_conv(module) or integers.shape != getattr(module.weight, "shape", None):
+        raise ValueError(f"{what}: {name!r} in int8 is no weight of a convolution of this shape")
+    if len(scales) != module.out_channels:
+        raise ValueError(f"{what}: {name!r} has {len(scales)} scales for {module.out_channels} outputs")
+    return decode_weight(module, integers, scales)
 
 
 def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 from quincunx.reading import Entry, one_line, read_json
@@ -18,12 +18,22 @@ from quincunx.writing import (
     restore,
 )
 
-__all__ = ["check_factory", "lines_to_load", "name_of", "note_factory", "read_spec", "spec_of", "unwrapped"]
+__all__ = [
+    "check_factory",
+    "format_of",
+    "lines_to_load",
+    "name_of",
+    "note_factory",
+    "read_spec",
+    "spec_of",
+    "unwrapped",
+]
 
 FORMAT = "quincunx-artifact"
 
 
-FORMAT_VERSION = 1
+# the second version has weights in eight bits, and is written for these alone
+FORMAT_VERSION, INT8_VERSION = 1, 2
 
 
 SPEC_FILE, WEIGHTS_FILE = "spec.json", "weights.safetensors"
@@ -37,6 +47,11 @@ def spec_of(model: nn.Module) -> dict[str, Any]:
     """
     model = unwrapped(model)
     spec = getattr(model, "quincunx_spec", None)
+    if not isinstance(spec, dict) and isinstance(model, fx.GraphModule) and "int8" in model.meta:
+        raise ValueError(
+            "model: a fused network is made for this machine; save the network that it was made of: "
+            "small = qx.calibrate(model, images), qx.save(small, folder), qx.fuse(small, torch.int8)"
+        )
     if not isinstance(spec, dict):
         raise ValueError(
             f"model: {type(model).__name__} has no spec to build it from again; "
@@ -131,6 +146,16 @@ def check_factory(factory: object, what: str = "factory") -> None:
         raise ValueError(f"{what}={factory!r}: expected package.module:function, such as mynets.small:make")
 
 
+def format_of(spec: dict[str, Any]) -> str:
+    """Return the number format of an artifact's network, from its ``spec.json``: "float32" or "int8".
+
+    Example:
+        >>> format_of({"version": 1}), format_of({"version": 2, "int8": {}})
+        ('float32', 'int8')
+    """
+    return "int8" if "int8" in spec else "float32"
+
+
 def name_of(spec: dict[str, Any]) -> str:
     """Return the name in a network's spec, or its factory."""
     return str(spec["factory"] if spec.get("kind") == "factory" else spec["name"])
@@ -165,10 +190,11 @@ def read_spec_entry(folder: Path) -> Entry:
     if not isinstance(spec.value, dict) or spec.value.get("format") != FORMAT:
         raise ValueError(f"{path}: not the spec of a quincunx artifact")
     version = spec.get("version", None).value
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: version {version!r}, but this program reads version {FORMAT_VERSION}"[:500]
-        )
+    if type(version) is not int or version not in (FORMAT_VERSION, INT8_VERSION):
+        known = f"versions {FORMAT_VERSION} and {INT8_VERSION}"
+        raise ValueError(f"{path}: version {version!r}, but this program reads {known}"[:500])
+    if ("int8" in spec) != (version == INT8_VERSION):
+        raise ValueError(f"{path}: incomplete or altered, version {version} with or without 'int8'")
     return spec
 
 

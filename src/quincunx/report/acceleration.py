@@ -43,6 +43,9 @@ __all__ = [
     "write_acceleration_report",
 ]
 
+# layers that are named
+_SHOWN = 6
+
 
 # losses that the front shows: so many times the result's own, or so many points
 _SHOWN_LOSS, _SHOWN_POINTS = 3.0, 20.0
@@ -64,6 +67,8 @@ def acceleration_sentences(result: dict[str, Any]) -> list[str]:
     if "bytes" in result:
         kept = [f"{result['bytes'][key] / 1e6:.2f}" for key in ("before", "after")]
         sentences.append(f"Its weights take {kept[1]} MB on disk, {kept[0]} MB before.")
+    if "int8" in result:
+        sentences.append(_int8_in_words(result["int8"]))
     if result.get("search"):
         sentences += search_sentences(result["search"])
     if result.get("format_gain"):
@@ -207,6 +212,16 @@ def _prediction(record: dict[str, Any]) -> str:
     lost = record.get("drop", 0.0) > target.get("max_drop", 0.0)
     fit = f"; fine-tuning, such as --finetune-epochs 5, may win {scale.of_what()} back" if lost else ""
     return f"Prediction, nothing is kept: {'; '.join(sentences)}. The target {verdict}{why}{fit}."
+
+
+def _int8_in_words(facts: dict[str, Any]) -> str:
+    """Say what of a network is in eight bits."""
+    layers, kept = facts["layers"], list(facts["kept"])
+    first = f"{layers} {'convolution computes' if layers == 1 else 'convolutions compute'} in eight bits"
+    if not kept:
+        return f"{first}."
+    shown = ", ".join(kept[:_SHOWN]) + (f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else "")
+    return f"{first}; {shown} in {facts.get('rest', 'float32')}."
 
 
 def usage(result: dict[str, Any], folder: str | Path) -> list[str]:

@@ -45,6 +45,9 @@ class JoinedNorms:
         if type(network).__module__.startswith("quincunx.networks."):
             self.reason = "the networks of this package join their norms themselves"
             return
+        if "forward" in network.__dict__:
+            self.reason = "its forward is its own, not its class's"
+            return
         if self._state is None:
             self.reason = "hooks of its modules see the maps between them"
             return

@@ -6,6 +6,7 @@ occasionally, and replays the steps of a small network as a CUDA graph (:mod:`qu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from quincunx.data import ImageData, Part, Pass, Resident, Split, WorkerFailed, batches, can_reside, memory
 from quincunx.layers.binary import PackedConv2d, PackedLinear
+from quincunx.layers.eightbits import quantisation_of
 from quincunx.measure.cost import Cost, cost
 from quincunx.measure.environment import environment
 from quincunx.measure.tasks import BadTask, Task, classification
@@ -61,6 +63,7 @@ from quincunx.train.replay import (
     why_not,
     written,
 )
+from quincunx.train.rounded import computing_rounded
 from quincunx.writing import write_json, write_text
 
 __all__ = ["Diverged", "Interrupted", "RunFailed", "StopRule", "fit", "other_part", "run_identity"]
@@ -196,7 +199,8 @@ def fit(
     rule = stop or StopRule(scale=(task or classification()).scale)
     with ONE_AT_A_TIME:
         run = _Run(model, data, recipe, Path(folder), seed, ranks, teacher, workers, rule, keep_best, task)
-    return run.go(resume, progress)
+    with computing_rounded(model):
+        return run.go(resume, progress)
 
 
 def _check_memory(
@@ -214,6 +218,19 @@ def _check_memory(
         "a smaller --batch-size or a larger --accumulate needs less",
         _free_on(device) if device.type == "cuda" else None,
     )
+
+
+def _check_rounded(recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
+    """Refuse what does not go together with training in eight bits."""
+    if device.type != "cpu" or ranks.world > 1:
+        raise ValueError("model: one that was calibrated for eight bits trains on the CPU, in one process")
+    if recipe.compile:
+        raise ValueError("compile=True: training in eight bits is not compiled; leave it out")
+    if recipe.distill_features > 0:
+        raise ValueError(
+            f"distill_features={recipe.distill_features:g}: maps within a network in eight bits are rounded; "
+            "distill learns from the teacher's outputs"
+        )
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -318,7 +335,9 @@ class _Run:
         self.best: dict[str, Tensor] | None = None
         self.model, self.data, self.recipe, self.folder, self.seed = model, data, recipe, folder, seed
         self.ranks, self.workers = ranks, workers
-        self.spec = spec_of(model)
+        self.spec, self.rounded = spec_of(model), quantisation_of(model)
+        if self.rounded is not None:
+            _check_rounded(recipe, device_of(model), ranks)
         for name, module in model.named_modules():
             if isinstance(module, (PackedConv2d, PackedLinear)):
                 raise ValueError(
@@ -669,7 +688,11 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """Return everything that a checkpoint must share with the run that resumes it."""
-        return run_identity(self.spec, self.recipe, self.data, self.seed, self.task)
+        facts = run_identity(self.spec, self.recipe, self.data, self.seed, self.task)
+        if self.rounded is None:
+            return facts
+        record = json.dumps(self.rounded.to_dict(), sort_keys=True)
+        return {**facts, "int8": hashlib.sha256(record.encode()).hexdigest()}
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -693,7 +716,8 @@ class _Run:
         write_text(self.folder / LOG, lines)
 
     def _restore(self, content: dict[str, Any]) -> None:
-        ours = self._identity()
+        # a run in float32 is another than one in eight bits
+        ours = {"int8": None, **self._identity()}
         try:
             other = other_part({**json.loads(content["identity"])}, ours)
             state, momentum, scale = content["model"], content["optimizer"], content["scaler"]
