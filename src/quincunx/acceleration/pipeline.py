@@ -32,6 +32,7 @@ from quincunx.acceleration.judge import (
     renormalise,
     sample_batches,
 )
+from quincunx.acceleration.sample import sample_record
 from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.timing import (
@@ -347,6 +348,7 @@ def _accelerated(
         "bytes": {key: _weight_bytes(m) for key, m in (("before", original), ("after", packed))},
         **timed,
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
+        "sample": sample_record(original, found.replaced, images[0][0][:1], data.mean, data.std),
         "environment": environment(),
     }
     others: list[dict[str, float]] = []
