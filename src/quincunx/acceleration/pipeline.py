@@ -444,10 +444,15 @@ def run_search(
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
-        shown = bar.add_task("searching", total=1.0, state="")
+        shown = bar.add_task("searching", total=1.0, state="", limit=method.time_budget)
 
         def tell(what: str, share: float) -> None:
+            nonlocal shown
             bar.update(shown, state=what, completed=share if share >= 0 else None)
+            if share == 1.0:
+                # how many choices are timed and fitted shows only as it goes on
+                bar.update(shown, state="")
+                shown = bar.add_task("choosing", total=None, state=what)
 
         found = search(
             model,

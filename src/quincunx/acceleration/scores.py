@@ -466,6 +466,7 @@ def _choice(entry: Entry) -> dict[str, Any]:
     for attempt in entry["attempts"].items():
         for name in ("layers", "before", "predicted", "after", "speedup"):
             attempt[name].number(0.0)
+        attempt.get("loss", 0.0).number(0.0)
         for quartile in attempt.get("quartiles", []).items():
             quartile.number()
     for chosen in entry["chosen"].items():
