@@ -16,6 +16,8 @@ from quincunx.cli import (
     accelerate,
     compare,
     export,
+    fetch,
+    publish,
     bench,
     cost,
     tune,
