@@ -1,11 +1,14 @@
-"""A progress bar for long work, and whether anything of the kind is wanted."""
+"""A progress bar for long work, whether anything of the kind is wanted, and the log of a command."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.progress import (
@@ -21,9 +24,43 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-__all__ = ["is_silenced", "progress_bar", "seconds_left", "silenced"]
+__all__ = ["LOG", "is_silenced", "logged_to", "progress_bar", "seconds_left", "silenced"]
 
 _SILENCED = ContextVar("silenced", default=False)
+# What the command line says, which it shows by itself: nothing is written unless somebody adds a handler, such
+# as logged_to. Other modules warn through the logger above it.
+LOG = logging.getLogger("quincunx.command")
+LOG.addHandler(logging.NullHandler())
+LOG.propagate = False
+# a bar writes to the log this often at most, in seconds
+_LOGGED_EVERY = 10.0
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Within: what the command line says, and how long work gets on, is appended to a file, with times.
+
+    Raises:
+        OSError: it cannot be opened for writing.
+    """
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    # a logger without handlers shows its warnings; one with a file has to be told to
+    also = [one for one in (handler, logging.lastResort) if one is not None]
+    above = logging.getLogger("quincunx")
+    before = LOG.level
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    for one in also:
+        above.addHandler(one)
+    try:
+        yield
+    finally:
+        for one in also:
+            above.removeHandler(one)
+        LOG.removeHandler(handler)
+        LOG.setLevel(before)
+        handler.close()
 
 
 @contextmanager
@@ -81,11 +118,31 @@ class _Count(MofNCompleteColumn):
 
 
 class _Bar(Progress):
-    """Knows with how much done each task began."""
+    """Knows with how much done each task began, and writes to the log now and then."""
+
+    _logged_at = float("-inf")
 
     def add_task(self, description: str, *arguments: Any, **given: Any) -> TaskID:
         given.setdefault("begun", given.get("completed", 0))
         return super().add_task(description, *arguments, **given)
+
+    def update(self, task_id: TaskID, *arguments: Any, **given: Any) -> None:
+        super().update(task_id, *arguments, **given)
+        task = next((task for task in self.tasks if task.id == task_id), None)
+        now = time.monotonic()
+        if task is not None and (task.finished or now - self._logged_at >= _LOGGED_EVERY):
+            self._logged_at = now
+            LOG.info("%s", _in_words(task))
+
+
+def _in_words(task: Task) -> str:
+    """Describe how far a task is, on one line."""
+    left = seconds_left(task)
+    done = f"{task.completed:g}" if task.total is None else f"{task.completed:.4g} of {task.total:g}"
+    parts = [f"{task.description}: {done}"]
+    parts += [f"about {timedelta(seconds=round(left))} left"] if left else []
+    parts += [str(task.fields["state"])] if task.fields.get("state") else []
+    return ", ".join(parts)
 
 
 @contextmanager

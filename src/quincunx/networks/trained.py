@@ -227,8 +227,8 @@ def fetch(
         progress: called with the bytes so far and in all.
 
     Raises:
-        ValueError: no such name (the message lists the nearest), a download that differs from its checksum,
-            no address.
+        ValueError: no such name (the message lists those there are), a download that differs from its
+            checksum, no address.
         ConnectionError: the address cannot be reached.
         OSError: the cache cannot be written, or the disk is too small.
 
