@@ -27,7 +27,7 @@ from rich.text import Text
 __all__ = ["LOG", "is_silenced", "logged_to", "progress_bar", "seconds_left", "silenced"]
 
 _SILENCED = ContextVar("silenced", default=False)
-# What the command line says, which it shows by itself: nothing is written unless somebody adds a handler, such
+# What the command line says, which it shows by itself; nothing is written without a handler, such
 # as logged_to. Other modules warn through the logger above it.
 LOG = logging.getLogger("quincunx.command")
 LOG.addHandler(logging.NullHandler())
