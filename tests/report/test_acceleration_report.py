@@ -25,6 +25,8 @@ from quincunx.report.acceleration import write_acceleration_report
 from quincunx.report.compared import compared_sentences, read_runs, write_comparison
 from quincunx.report.positions import draw_on_sample
 from quincunx.report.verdict import next_in_words
+from quincunx.train.loop import fit
+from quincunx.train.recipes import Recipe
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -256,12 +258,67 @@ def test_the_verb_draws_compares_and_refuses(runs, tmp_path, monkeypatch):
     assert "accelerate.json: not a whole result" in refused("report", broken)
 
 
+DAMAGE = [
+    (("layers", 0, "name"), []),
+    (("layers", 0, "speedup", "q1"), None),
+    (("whole",), 3),
+    (("stages",), []),
+    (("bytes", "after"), {}),
+    (("network",), None),
+    (("environment", "commit"), ...),
+    (("search", "attempts", 0), {"layers": 1}),
+    (("sample", "maps"), {"layer1.0.conv1": [[10**9, 10**9], [10**9, 10**9]]}),
+    (("sample", "image"), "nothing"),
+    (("how",), ...),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), DAMAGE, ids=[".".join(map(str, path)) for path, _ in DAMAGE])
+def test_a_damaged_result_is_refused_by_name(runs, tmp_path, path, value):
+    folder = tmp_path / "damaged"
+    shutil.copytree(runs / "pairs", folder)
+    result = json.loads((folder / "accelerate.json").read_text())
+    result["search"] = json.loads((runs / "search" / "accelerate.json").read_text())["search"]
+    place = result
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    (folder / "accelerate.json").write_text(json.dumps(result))
+    assert f"{folder / 'accelerate.json'}: not a whole result" in refused("report", folder)
+
+
+def test_training_runs_of_several_folders_are_on_one_page(tmp_path):
+    made = {"kind": "network", "num_classes": 3, "in_channels": 3, "settings": {"width": 4}}
+    for name in ("rrn8", "rsbn8"):
+        torch.manual_seed(0)
+        model = qx.networks.build(name, 3, 3, width=4)
+        assert model.quincunx_spec == {**made, "name": name}
+        fit(model, DATA, Recipe("tiny", epochs=1, batch_size=20, lr=0.01, augment="none"), tmp_path / name)
+    done = call("report", tmp_path / "rrn8", tmp_path / "rsbn8")
+    assert done.stdout == f"wrote {tmp_path / 'comparison.html'}\n"
+    page = (tmp_path / "comparison.html").read_text()
+    assert "rrn8, width 4 and 1 other network on pictures" in page
+    assert '<th scope="row">rsbn8 2/4, width 4</th>' in page
+    # one folder in another, and one twice, are no further runs
+    call("report", tmp_path, tmp_path / "rrn8", "--out", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == page
+
+
 def test_open_shows_the_page_or_says_that_it_cannot(runs, monkeypatch):
     opened = []
     monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
     done = call("report", runs / "pairs", "--open")
     assert opened == [(runs / "pairs" / "report.html").as_uri()]
     assert done.stderr == ""
+
+    def none(address):
+        raise webbrowser.Error("could not locate runnable browser")
+
+    monkeypatch.setattr(webbrowser, "open", none)
+    assert "no web browser" in call("report", runs / "pairs", "--open").stderr
     monkeypatch.setattr(webbrowser, "open", lambda address: False)
     done = call("report", runs / "pairs", "--open")
     assert done.exit_code == 0

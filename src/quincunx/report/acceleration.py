@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "read_acceleration",
     "search_sentences",
     "usage",
+    "whole",
     "write_acceleration_report",
 ]
 
@@ -240,13 +242,24 @@ def read_acceleration(folder: str | Path) -> dict[str, Any]:
     result = read_json(place)
     if not isinstance(result, dict) or result.get("kind") != "accelerate" or result.get("schema") != 1:
         raise ValueError(f"{place}: not the result of an acceleration")
-    try:
+    with whole(place):
         _check(result)
-    except KeyError as error:
-        raise ValueError(f"{place}: not a whole result, {str(error)[:200]} is missing") from None
-    except (AttributeError, LookupError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not a whole result ({one_line(error)[:200]})") from None
     return result
+
+
+@contextmanager
+def whole(place: Path) -> Iterator[None]:
+    """Within: a result file is read; a value of it that is missing or of another kind is the file's fault.
+
+    Raises:
+        ValueError: in place of whatever such a value raised; names the file.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{place}: not a whole result, {str(error)[:200]} is missing") from error
+    except (AttributeError, LookupError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not a whole result ({one_line(error)[:200]})") from error
 
 
 def _check(result: dict[str, Any]) -> None:
@@ -268,8 +281,11 @@ def _check(result: dict[str, Any]) -> None:
             raise ValueError(f"{number!r} where a number belongs")
     if not result["stages"] or not cost["after"]["macs"]:
         raise ValueError("no stage, or no multiplication")
-    for row in result["layers"]:
-        row["name"]
+    for text in (result["data"]["name"], *(row["name"] for row in result["layers"])):
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} where a name belongs")
+    for size in result.get("bytes", {}).values():
+        float(size)
     for key in ("command", "commit", "time", "cpu", "cores", "capability", "quincunx", "torch", "python"):
         result["environment"][key]
 
@@ -291,29 +307,9 @@ def write_acceleration_report(folder: str | Path, out: str | Path | None = None)
     """
     folder = Path(folder)
     result = read_acceleration(folder)
-    rows = result["layers"]
     replaced = read_spec(folder / "model")["model"].get("replaced", {})
-    positions = draw_on_sample(result.get("sample"), replaced)
-    times = [(row["name"], 1e3 * row["seconds_before"], 1e3 * row["seconds_after"]) for row in rows]
-    tried = _tried(result)
-    html = render(
-        "acceleration.html.jinja",
-        title=f"{label_of(result['network'])} by {result['method']['name']}",
-        result=result,
-        rows=rows,
-        first=[s for s in first_sentences(result) if not s.startswith("Next: ")],
-        sentences=[s for s in acceleration_sentences(result) if s not in first_sentences(result)],
-        next=next_in_words(result, folder),
-        usage=usage(result, folder),
-        times=draw_layer_times(times, f"Time of each layer, batch {result['batch']}"),
-        front=_front(result),
-        dropped=bool(_dropped(result)),
-        tried=tried,
-        lost_name=_lost_name(result) if any(row["lost"] is not None for row in tried) else "",
-        scores=_scores(result.get("search")),
-        positions=positions,
-        masks=draw_plain(result, replaced, grids=not positions),
-    )
+    with whole(folder / "accelerate.json"):
+        html = _page(result, replaced, folder)
     page = folder if out is None else Path(out)
     if page.is_dir() or out is None:
         page = page / "report.html"
@@ -337,6 +333,31 @@ def _scores(record: dict[str, Any] | None) -> Picture | None:
         if row["why_not"] is None and row["loss"] is not None
     ]
     return draw_candidate_scores(dots) if dots else None
+
+
+def _page(result: dict[str, Any], replaced: dict[str, Any], folder: Path) -> str:
+    rows = result["layers"]
+    positions = draw_on_sample(result.get("sample"), replaced)
+    times = [(row["name"], 1e3 * row["seconds_before"], 1e3 * row["seconds_after"]) for row in rows]
+    tried = _tried(result)
+    return render(
+        "acceleration.html.jinja",
+        title=f"{label_of(result['network'])} by {result['method']['name']}",
+        result=result,
+        rows=rows,
+        first=[s for s in first_sentences(result) if not s.startswith("Next: ")],
+        sentences=[s for s in acceleration_sentences(result) if s not in first_sentences(result)],
+        next=next_in_words(result, folder),
+        usage=usage(result, folder),
+        times=draw_layer_times(times, f"Time of each layer, batch {result['batch']}"),
+        front=_front(result),
+        dropped=bool(_dropped(result)),
+        tried=tried,
+        lost_name=_lost_name(result) if any(row["lost"] is not None for row in tried) else "",
+        scores=_scores(result.get("search")),
+        positions=positions,
+        masks=draw_plain(result, replaced, grids=not positions),
+    )
 
 
 def _dropped(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:

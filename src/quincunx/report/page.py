@@ -16,8 +16,11 @@ def render(template: str, **values: Any) -> str:
     """Return a page rendered from one of the package's templates, with the script that sorts its tables.
 
     The page's security policy names the script by its SHA-256, so a browser runs no other.
+
+    Raises:
+        KeyError: the template asks for a value that is not there.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
     from markupsafe import Markup
 
     environment = Environment(
@@ -29,6 +32,10 @@ def render(template: str, **values: Any) -> str:
     )
     script = (_TEMPLATES / "sort.js.jinja").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return environment.get_template(template).render(
-        script=Markup(script), script_hash=Markup(f"sha256-{digest}"), **values
-    )
+    try:
+        return environment.get_template(template).render(
+            script=Markup(script), script_hash=Markup(f"sha256-{digest}"), **values
+        )
+    except UndefinedError as error:
+        # as a dictionary says it
+        raise KeyError(error.message) from error

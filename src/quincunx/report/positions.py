@@ -16,6 +16,8 @@ __all__ = ["draw_on_sample", "draw_plain"]
 
 # of a picture; cells of small maps are larger
 _SIDE = 256
+# a file may claim any size of a map, and a mask of that size would be made
+_LARGEST = 4096
 # a skipped position keeps this share of its brightness, the rest is a purple that photographs rarely have
 _LEFT, _SKIPPED = 0.3, (204, 121, 167)
 # names that a title holds before "and N more"
@@ -64,6 +66,8 @@ def _grid(
     if both is None:
         return None
     taken, given = both
+    if not all(type(side) is int and 0 < side <= _LARGEST for side in (*taken, *given)) or len(taken) != 2:
+        raise ValueError(f"sample: {str(both)[:80]} where sizes of a map belong")
     if first:
         # a vertical half has the height of the output and the width of the input
         return given[0], taken[1]
