@@ -10,12 +10,13 @@ CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
 KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test docs lint format setup sanitize fuzz soak aarch64 amx wheel clean
+.PHONY: demo test coverage docs lint format setup sanitize fuzz soak aarch64 amx wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small network and its spatial bottleneck twins, write results/demo/report.html"
 	@echo "make test     run the tests"
+	@echo "make coverage run them and measure which lines of Python they run; makes the badges"
 	@echo "make docs     make the site of the guide in build/docs, notebooks run; no network is used"
 	@echo "make sanitize build the kernels' own test with sanitisers and run it"
 	@echo "make fuzz     let the reader of program files read 20,000 damaged ones, with sanitisers"
@@ -45,6 +46,17 @@ demo: $(STAMP)
 # one process per core; tests that depend on the number of threads set it themselves
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# lines of Python that the whole suite runs, in all its processes; at least 95%. Then the badges of README.md.
+coverage: $(STAMP)
+	rm -rf build/coverage && mkdir -p build/coverage
+	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage run -m pytest -n auto --dist worksteal
+	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage combine -q
+	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage json -q -o build/coverage/coverage.json
+	$(BIN)/python docs/badges.py types
+	$(BIN)/python docs/badges.py coverage build/coverage/coverage.json
+	$(BIN)/python docs/tables.py
+	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage report --fail-under=95
 
 # a warning is an error: a link that leads nowhere, a docstring that is no reStructuredText, a cell that fails
 docs: $(STAMP)

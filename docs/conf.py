@@ -48,6 +48,7 @@ CONTENTS = {
         "tasks",
         "deploying",
         "plugins",
+        "trained-results",
         "gpus",
         "several-machines",
         "own-method",

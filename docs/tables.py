@@ -708,7 +708,20 @@ def left_by_reason(rows: list[dict[str, Any]]) -> str:
     return "\n".join(said)
 
 
+def badges() -> str:
+    """The badges that docs/badges.py made, each from a run."""
+    place = ROOT / "results" / "badges" / "badges.json"
+    found = json.loads(place.read_text(encoding="utf-8"))
+    shown = [
+        f"![{name}: {found[name]['text']}](results/badges/{name}.svg)"
+        for name in ("types", "coverage")
+        if name in found
+    ]
+    return " ".join(shown)
+
+
 MADE = {
+    "badges": badges,
     "demo": demo,
     "choose-methods": choose_methods,
     "choose-formats": choose_formats,

@@ -113,9 +113,11 @@ def test_the_page_shows_layers_masks_and_sentences(made):
     text = write_acceleration_report(out).read_text()
     for row in result["layers"]:
         assert row["name"] in text
-    assert text.count("<figure>") == 4
-    assert len(re.findall('<img src="data:image/svg', text)) == 5
-    assert "http" not in re.sub(r"data:image[^\"]*", "", text), "it needs nothing from elsewhere"
+    # the positions of two halves of two layers, on impact maps and on an image; then times and front
+    assert text.count("<figure>") == 8
+    assert len(re.findall('src="data:image/svg', text)) == 6
+    assert len(re.findall('src="data:image/png', text)) == 4
+    assert "http" not in re.sub(r"data:image[^\"]*|http-equiv", "", text), "it needs nothing from elsewhere"
     for sentence in acceleration_sentences(result):
         assert sentence.replace("'", "&#39;") in text
     (out / "foreign").mkdir()

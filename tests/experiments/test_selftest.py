@@ -92,6 +92,40 @@ def test_what_is_missing_or_in_the_way_is_noted(monkeypatch, tmp_path):
     assert "\n" not in line
 
 
+def test_the_line_has_what_changes_what_computes(monkeypatch):
+    monkeypatch.setenv("QUINCUNX_ISA", "avx2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1" * 99)
+    monkeypatch.setenv("QUINCUNX_RESULTS", "https://name:password@example.org")
+    line = report_line([])
+    assert "| QUINCUNX_ISA=avx2 |" in line
+    assert line.endswith(f"| OMP_NUM_THREADS={'1' * 40}")
+    assert "password" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "said"),
+    [
+        ("triton", "ok", "a card, triton"),
+        ("reference", "note", "a card, reference, which saves no time: old"),
+    ],
+)
+def test_a_gpu_is_named_with_what_computes_there(monkeypatch, name, state, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(
+        selftest, "backend", lambda device="cpu": qx.ops.Backend("native" if device == "cpu" else name, "old")
+    )
+    assert selftest._gpu() == Finding("GPU", state, said)
+    assert f"| {said}" in report_line([])
+
+
+def test_the_cache_says_what_it_holds(monkeypatch, tmp_path):
+    monkeypatch.setenv("QUINCUNX_CACHE", str(tmp_path))
+    (tmp_path / "decisions").mkdir()
+    (tmp_path / "decisions" / "a.json").write_text("{}")
+    assert selftest._cache().said == f"{tmp_path}: 1 file of measurements"
+
+
 def test_the_command_says_it_and_ends_with_1_where_an_answer_is_wrong(monkeypatch):
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0

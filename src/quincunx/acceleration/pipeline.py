@@ -33,6 +33,7 @@ from quincunx.acceleration.judge import (
     sample_batches,
 )
 from quincunx.acceleration.lowered import ready_for, to_train_rounded
+from quincunx.acceleration.sample import sample_record
 from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.timing import (
@@ -370,6 +371,7 @@ def _accelerated(
         **({} if rest is None or record is None else {"int8": {**record.facts, "rest": rest}}),
         **timed,
         "maps": {name: {k: v.tolist() for k, v in maps.items()} for name, maps in found.maps.items()},
+        "sample": sample_record(original, found.replaced, images[0][0][:1], data.mean, data.std),
         "environment": environment(),
     }
     others: list[dict[str, float]] = []
@@ -467,10 +469,15 @@ def run_search(
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
-        shown = bar.add_task("searching", total=1.0, state="")
+        shown = bar.add_task("searching", total=1.0, state="", limit=method.time_budget)
 
         def tell(what: str, share: float) -> None:
+            nonlocal shown
             bar.update(shown, state=what, completed=share if share >= 0 else None)
+            if share == 1.0:
+                # how many choices are timed and fitted shows only as it goes on
+                bar.update(shown, state="")
+                shown = bar.add_task("choosing", total=None, state=what)
 
         found = search(
             model,

@@ -397,7 +397,14 @@ class Scores:
         """Return a choice's predicted and measured times, in seconds per call."""
         if not chosen:
             before = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)[""].median
-            return {"layers": 0, "before": before, "predicted": before, "after": before, "speedup": 1.0}
+            return {
+                "layers": 0,
+                "before": before,
+                "predicted": before,
+                "after": before,
+                "speedup": 1.0,
+                "loss": 0.0,
+            }
         timings = measure_models(
             {"": self.dense, "fast": self._form_of(chosen)}, self._timed_input(), rounds=_ATTEMPT_ROUNDS
         )
@@ -411,6 +418,8 @@ class Scores:
             "after": before / middle,
             "speedup": middle,
             "quartiles": [low, high],
+            # what the candidates lose alone; together they may lose more
+            "loss": sum(max(row.loss or 0.0, 0.0) for row in chosen),
         }
 
     def slower(self, chosen: Sequence[Candidate]) -> dict[tuple[str, ...], float]:
@@ -457,6 +466,7 @@ def _choice(entry: Entry) -> dict[str, Any]:
     for attempt in entry["attempts"].items():
         for name in ("layers", "before", "predicted", "after", "speedup"):
             attempt[name].number(0.0)
+        attempt.get("loss", 0.0).number(0.0)
         for quartile in attempt.get("quartiles", []).items():
             quartile.number()
     for chosen in entry["chosen"].items():

@@ -21,6 +21,7 @@ from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.scores import BUDGET, Scores
 from quincunx.acceleration.target import Target
+from quincunx.acceleration.watching import Watch
 from quincunx.measure.tasks import Task
 from quincunx.measure.tasks.scale import scale_in
 from quincunx.methods.registry import candidates_named
@@ -123,7 +124,8 @@ def search(
         journal: of the fit, as for :func:`quincunx.surgery.replace.replace_layers`. In a ``FolderJournal``
             each choice has its own part; another journal holds one network's layers, so no second choice is
             made with it.
-        tell: called with the current action and the share of the scoring that is done.
+        tell: called with the best so far and the current action, and with the share of the scoring that is
+            done, -1 where none is known; see :class:`quincunx.acceleration.watching.Watch`.
         dtype: number format in which networks are timed, the original too; see :func:`quincunx.fuse`.
         task: how outputs are compared and scored; by default classification.
 
@@ -145,20 +147,23 @@ def search(
     place = None if table is None else Path(table)
     if where is not None and not callable(where) and not isinstance(where, str):
         where = list(where)  # it is read twice
+    watch = Watch(target, tell)
     scores = Scores(
         model,
         calibration,
         tuple(candidates) or candidates_named("auto"),
         where,
         example_input,
-        tell,
+        watch,
         dtype,
         task,
     )
+    watch.scores = scores
     scores.fill(place, time_budget)
+    watch("all candidates are scored", 1.0)
     scored = time.perf_counter() - began
     key = json.dumps(target.to_dict(), sort_keys=True)
-    builder = _Builder(scores, target, calibration, where, journal, dry_run)
+    builder = _Builder(scores, target, calibration, where, journal, dry_run, watch)
     # a resumed run must choose the same network, unless there are more candidates now
     among = [[list(row.layers), repr(row.method)] for row in scores.usable()]
     kept = scores.choices.get(key)
@@ -198,6 +203,7 @@ class _Builder:
     where: Where | None
     journal: Journal | None
     dry_run: bool
+    watch: Watch
     # names of layers that gain nothing within a choice -> how many times as long it takes without them
     slower: dict[tuple[str, ...], float] = field(default_factory=dict)
     # of layers: what a unit with it loses within a whole network, over what it loses alone
@@ -239,13 +245,22 @@ class _Builder:
         else:
             # the rest of the last choice
             chosen = [row for row in chosen if row.layers not in slower]
-            attempts.append(self.scores.attempt(chosen))
+            attempts.append(self._attempt(chosen))
             met = self._meets(attempts[-1], chosen)
         if chosen and attempts[-1]["speedup"] <= 1:
             # a network that is no faster does not justify its loss
             chosen, met = [], False
-            attempts.append(self.scores.attempt([]))
+            attempts.append(self._attempt([]))
         return chosen, met, attempts
+
+    def _attempt(self, chosen: list[Candidate]) -> dict[str, Any]:
+        """Return a choice's predicted and measured times, and tell the best so far."""
+        count = sum(len(row.layers) for row in chosen)
+        self.watch(f"timing a choice of {count} layers" if count else "timing the network before", -1.0)
+        attempt = self.scores.attempt(chosen)
+        if chosen and self.target.to_dict().keys() != {"max_drop"}:
+            self.watch.measured(attempt, met=self._meets(attempt, chosen))
+        return attempt
 
     # ------------------------------------------------------------ losses of a whole network
 
@@ -325,7 +340,7 @@ class _Builder:
         """Return the choice of least loss that saves enough MACs, whether it does, and its times."""
         wanted = self.scores.macs - self.target.macs_of(self.scores.macs)
         chosen = self._least(usable, [float(row.macs_saved) for row in usable], wanted)
-        attempt = self.scores.attempt(chosen)
+        attempt = self._attempt(chosen)
         return chosen, self._meets(attempt, chosen), [attempt]
 
     def _by_time(self, usable: list[Candidate]) -> tuple[list[Candidate], bool, list[dict[str, Any]]]:
@@ -336,7 +351,7 @@ class _Builder:
         """
         saved = [row.seconds for row in usable]
         most = _sum(choose(usable, saved, float("inf")))
-        attempts = [self.scores.attempt([])]
+        attempts = [self._attempt([])]
         share = self._share_wanted(attempts[0])
         if share <= 0 or not usable:
             return [], share <= 0, attempts
@@ -353,7 +368,7 @@ class _Builder:
                 break
             else:
                 choices.append(chosen)
-                attempts.append(now := self.scores.attempt(chosen))
+                attempts.append(now := self._attempt(chosen))
             if not (met := self._meets(now, sure=_SURE)) and _sum(chosen) >= most * (1 - 1e-9):
                 break
             # all wanted savings up to a choice's own saving give the same choice
@@ -412,6 +427,7 @@ class _Builder:
             if self.target.max_drop is not None:
                 record["drop"] = 0.0
         else:
+            self.watch(f"fitting {sum(len(row.layers) for row in chosen)} layers", -1.0)
             result = replace_by(
                 self.scores.model,
                 Assigned({name: row.method for row in chosen for name in row.layers}),
@@ -464,14 +480,17 @@ class _Builder:
             slower = self.scores.slower(chosen)
             self.slower |= slower
             chosen = [row for row in chosen if row.layers not in slower]
-            attempt = self.scores.attempt(chosen)
+            attempt = self._attempt(chosen)
             if chosen and attempt["speedup"] <= 1:
-                chosen, attempt = [], self.scores.attempt([])
+                chosen, attempt = [], self._attempt([])
             key = _key(chosen)
             if fresh := key not in fits:
                 fits[key] = trial._built(chosen, True, [attempt])
             found = fits[key]
             attempts.append({**attempt, "drop": found.record["drop"]})
+            if found.met and chosen:
+                scale = self.scores.task.scale
+                self.watch.measured(attempt, met=True, lost=f"{scale.amount(found.record['drop'], 2)} lost")
             if fresh and chosen:
                 self._weighed(found)
             if found.met:

@@ -16,6 +16,8 @@ from quincunx.cli import (
     accelerate,
     compare,
     export,
+    fetch,
+    publish,
     bench,
     cost,
     tune,
@@ -27,7 +29,7 @@ from quincunx.cli import (
 )
 
 # isort: on
-from quincunx.cli.options import Quiet, app
+from quincunx.cli.options import Log, Quiet, app, log_named
 from quincunx.cli.printing import say, warn_in_one_line
 from quincunx.measure.version import version_line
 from quincunx.progress import silenced
@@ -45,6 +47,7 @@ def _version(asked: bool) -> None:
 def _every_verb(
     context: typer.Context,
     quiet: Quiet = False,
+    log: Log = None,
     version: Annotated[
         bool,
         typer.Option(
@@ -56,6 +59,7 @@ def _every_verb(
     ] = False,
 ) -> None:
     context.with_resource(silenced(quiet))
+    context.with_resource(log_named(log))
 
 
 def main() -> None:

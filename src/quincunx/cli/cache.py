@@ -11,6 +11,7 @@ import typer
 from quincunx.cli.options import Json, bad_input, example, running, verb
 from quincunx.cli.printing import say, show
 from quincunx.data.download import data_folder
+from quincunx.networks.trained import cached
 from quincunx.writing import cache_folder
 
 __all__ = ["cache"]
@@ -23,9 +24,13 @@ __all__ = ["cache"]
 )
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove the measurements; downloads stay.")] = False,
+    clear_results: Annotated[
+        bool, typer.Option("--clear-results", help="Remove the trained results that were fetched.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """What quincunx keeps on this machine: measurements of which kernel is faster, tiles of GPUs, downloads.
+    """What quincunx keeps on this machine: measurements of which kernel is faster, tiles of GPUs, trained
+    results, downloads.
 
     Measurements are made again where they are missing. QUINCUNX_CACHE names another folder; set to nothing
     (QUINCUNX_CACHE=) it keeps none.
@@ -38,10 +43,15 @@ def cache(
                 path.unlink(missing_ok=True)
             if folder is not None:
                 shutil.rmtree(folder / "decisions", ignore_errors=True)
+        fetched = cached()
+        if clear_results and folder is not None and (folder / "results").exists():
+            shutil.rmtree(folder / "results")
     facts = {
         "folder": None if folder is None else str(folder),
         "measurements": [path.name for path in measured],
         "removed": clear,
+        "results": [{"name": r.name, "version": r.version, "bytes": r.bytes} for r in fetched.values()],
+        "results_removed": clear_results,
         "downloads": str(data_folder()),
     }
     if as_json:
@@ -52,6 +62,12 @@ def cache(
         return
     what = f"{len(measured)} file{'s' * (len(measured) != 1)} of measurements"
     say(f"removed {what} from {folder}" if clear else f"{what} in {folder}; --clear removes them")
+    if fetched:
+        many = f"{len(fetched)} trained result{'s' * (len(fetched) != 1)}"
+        size = f"{sum(result.bytes for result in fetched.values()) / 1e6:.1f} MB"
+        place = folder / "results"
+        end = "removed" if clear_results else f"in {place}; --clear-results removes them"
+        say(f"{many} ({', '.join(fetched)}), {size}, {end}")
     say(f"downloads in {data_folder()}")
 
 

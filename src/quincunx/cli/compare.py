@@ -44,7 +44,7 @@ from quincunx.experiments.compare import (
 )
 from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.methods.registry import METHODS
-from quincunx.progress import is_silenced
+from quincunx.progress import LOG, is_silenced
 from quincunx.reading import read_json
 from quincunx.report.figures import check_can_draw
 
@@ -142,7 +142,12 @@ def compare_command(
 
 def narrator(quiet: bool) -> Callable[[str], None]:
     console = Console(stderr=True, quiet=quiet or is_silenced())
-    return lambda text: console.print(text, markup=False, highlight=False)
+
+    def tell(text: str) -> None:
+        LOG.info("%s", text)
+        console.print(text, markup=False, highlight=False)
+
+    return tell
 
 
 def draw_compared(rows: list[Compared], out: Path, *, top5: bool = False, scale: Scale = ERROR) -> None:

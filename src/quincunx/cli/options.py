@@ -6,7 +6,8 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
@@ -21,8 +22,10 @@ import quincunx as qx
 from quincunx.cli.completion import complete_values
 from quincunx.cli.printing import complain, note
 from quincunx.data import ImageData, load_data
+from quincunx.measure.environment import environment
+from quincunx.measure.version import version_line
 from quincunx.networks.spec import read_spec
-from quincunx.progress import is_silenced, silenced
+from quincunx.progress import LOG, is_silenced, logged_to, silenced
 from quincunx.train import recipes
 from quincunx.train.loop import ARTIFACT, RunFailed
 
@@ -51,6 +54,15 @@ Quiet = Annotated[
         "--quiet",
         "-q",
         help="No progress and no notes: results, warnings and errors alone.",
+        rich_help_panel="Output",
+    ),
+]
+Log = Annotated[
+    Path | None,
+    typer.Option(
+        "--log",
+        metavar="FILE",
+        help="Append to this file, with times, what is said and how far long work is.",
         rich_help_panel="Output",
     ),
 ]
@@ -341,23 +353,64 @@ def _flat(function: Callable[..., None]) -> Callable[..., None]:
     for parameter in parameters:
         for option in getattr(parameter.annotation, "__metadata__", ()):
             complete_values(parameter.name, option)
-    parameters.append(
-        inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
-    )
+    for name, default, kind in (("quiet", False, Quiet), ("log", None, Log)):
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        )
 
-    def call(*, quiet: bool, **given: Any) -> None:
+    def call(*, quiet: bool, log: Path | None, **given: Any) -> None:
         made = {
             name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
         }
         # before the verb or behind it
-        with silenced(quiet or is_silenced()):
+        with silenced(quiet or is_silenced()), logging_to(log or _LOG_FILE.get()):
             function(**made, **given)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+# the file that was named before the verb
+_LOG_FILE: ContextVar[Path | None] = ContextVar("log file", default=None)
+
+
+@contextmanager
+def log_named(file: Path | None) -> Iterator[None]:
+    """Within: a verb that names no file of its own is logged to this one."""
+    before = _LOG_FILE.set(file)
+    try:
+        yield
+    finally:
+        _LOG_FILE.reset(before)
+
+
+@contextmanager
+def logging_to(file: Path | None) -> Iterator[None]:
+    """Within: the command is logged to a file, from its own line to how it ended; to none if that is None."""
+    if file is None:
+        yield
+        return
+    with ExitStack() as stack:
+        with bad_input():
+            try:
+                stack.enter_context(logged_to(file))
+            except OSError as error:
+                raise ValueError(f"log={str(file)!r}: cannot be written ({error.strerror})") from None
+        LOG.info("%s", environment()["command"])
+        LOG.info("%s", version_line())
+        try:
+            yield
+        except typer.Exit as ended:
+            LOG.info("ended with exit code %d", ended.exit_code)
+            raise
+        except BaseException:
+            # a defect: whoever reads the log needs the place
+            LOG.exception("ended by an error")
+            raise
+        LOG.info("ended with exit code 0")
 
 
 def _options_in(kind: Any) -> Iterator[inspect.Parameter]:

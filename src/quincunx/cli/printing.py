@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 import re
 import sys
@@ -22,7 +24,7 @@ from quincunx.experiments.reproduce import AgainstPaper, Planned
 from quincunx.experiments.selftest import Finding
 from quincunx.measure.cost import Cost
 from quincunx.measure.tasks.scale import ERROR, Scale
-from quincunx.progress import is_silenced
+from quincunx.progress import LOG, is_silenced
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
 
@@ -54,16 +56,19 @@ def complain(message: object) -> None:
     """One sentence on standard error."""
     # an operating system's error number says nothing to a person
     text = re.sub(r"\[Errno -?\d+\] ", "", str(message))
+    LOG.error("%s", text)
     Console(stderr=True, soft_wrap=True).print(f"error: {text}", markup=False, highlight=False)
 
 
 def warn(message: object) -> None:
     """A doubt in one sentence on standard error."""
+    LOG.warning("%s", message)
     Console(stderr=True, soft_wrap=True).print(f"warning: {message}", markup=False, highlight=False)
 
 
 def note(text: str) -> None:
     """What was done with the input, on standard error; ``--quiet`` leaves it out."""
+    LOG.info("note: %s", text)
     Console(stderr=True, quiet=is_silenced()).print(f"note: {text}", markup=False, highlight=False)
 
 
@@ -87,12 +92,15 @@ _show_warning = warnings.showwarning
 
 def say(text: str) -> None:
     """A sentence on standard output, unwrapped."""
+    LOG.info("%s", text)
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(value: Any) -> None:
     """A JSON document on standard output; strict JSON has no NaN and no infinity, null stands for them."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    LOG.info("printed %d characters of JSON", len(text))
+    sys.stdout.write(text + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -106,6 +114,15 @@ def _finite(value: Any) -> Any:
 def _console() -> Console:
     # a table that is piped into a file is not cut at 80 columns
     return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _print(table: Table) -> None:
+    """A table on standard output, and without colours in the log."""
+    if LOG.isEnabledFor(logging.INFO):
+        plain = Console(file=io.StringIO(), width=140, no_color=True, force_terminal=False)
+        plain.print(table)
+        LOG.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
+    _console().print(table)
 
 
 def print_cost(network: str, shape: tuple[int, ...], found: Cost) -> None:
@@ -126,7 +143,7 @@ def print_cost(network: str, shape: tuple[int, ...], found: Cost) -> None:
         name, _, operator = line.partition(": ")
         table.add_row(name, operator, "", "not counted", "", "")
     table.add_row("total", "", "", f"{found.macs:,}", "100%", f"{found.params:,}")
-    _console().print(table)
+    _print(table)
     say(
         f"{found.macs / 1e6:.1f} M MACs (one multiply-add each; {2 * found.macs / 1e6:.1f} M FLOPs), "
         f"{found.params / 1e6:.3f} M parameters"
@@ -138,7 +155,7 @@ def print_facts(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=box.SIMPLE)
     for key, value in facts.items():
         table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-    _console().print(table)
+    _print(table)
 
 
 def print_lines(rows: list[Line]) -> None:
@@ -164,7 +181,7 @@ def print_lines(rows: list[Line]) -> None:
         for setting in settings:
             cells += [f"{1e3 * row.times[setting][0]:.2f}", f"{row.speedups[setting][0]:.2f}x"]
         table.add_row(*cells)
-    _console().print(table)
+    _print(table)
 
 
 def print_bench(result: dict[str, Any]) -> None:
@@ -187,7 +204,7 @@ def print_bench(result: dict[str, Any]) -> None:
             f"{row['worst']:.2f}x",
             row["worst_case"],
         )
-    _console().print(table)
+    _print(table)
     say("Speed-up over the fastest dense candidate of each case, unless the candidate says over what.")
     marked = [row["slow_rounds"] for row in result["rows"] if "slow_rounds" in row]
     if any(marked):
@@ -235,7 +252,7 @@ def print_plan(rows: list[Planned]) -> None:
             str(row.done),
             "" if row.hours is None else f"{row.hours:.1f}",
         )
-    _console().print(table)
+    _print(table)
     if all(row.hours is not None for row in rows):
         say(f"About {sum(row.hours or 0 for row in rows):.1f} hours in all, one run after the other.")
 
@@ -259,7 +276,7 @@ def print_comparison(rows: list[AgainstPaper]) -> None:
             "" if row.baseline is None else "-" if row.p is None else f"{row.p:.3f}",
             row.baseline or "",
         )
-    _console().print(table)
+    _print(table)
     say("Mean and deviation over seeds; p of Student's t-test, two-sided; - where the paper prints nothing.")
 
 
@@ -272,7 +289,7 @@ def print_points(planned: dict[str, Any]) -> None:
     for row in planned["rows"]:
         printed = [row["paper"].get(key) for key in ("speedup", "drop")]
         table.add_row(row["point"], *("-" if value is None else f"{value:g}" for value in printed))
-    _console().print(table)
+    _print(table)
 
 
 def print_acceleration(result: dict[str, Any]) -> None:
@@ -300,7 +317,7 @@ def print_acceleration(result: dict[str, Any]) -> None:
             f"{row['speedup']['median']:.2f}x",
         )
     if result["layers"]:
-        _console().print(table)
+        _print(table)
     for line in _kept(result["skipped"]):
         say(line)
     for sentence in acceleration_sentences(result):
@@ -336,7 +353,7 @@ def print_search(record: dict[str, Any]) -> None:
             f"{found['loss']:.2g}",
             f"{1e6 * found['seconds_saved'][1]:.0f}",
         )
-    _console().print(table)
+    _print(table)
     for sentence in search_sentences(record, judged=False):
         say(sentence)
 
@@ -368,7 +385,7 @@ def print_compared(rows: list[Compared], scale: Scale = ERROR) -> None:
             ", ".join(row.fronts),
             *("" if value is None else f"{value:g}" for value in printed),
         )
-    _console().print(table)
+    _print(table)
 
 
 def print_speeds(rows: list[dict[str, Any]]) -> None:
@@ -394,4 +411,4 @@ def print_speeds(rows: list[dict[str, Any]]) -> None:
         paper = row["paper"].get("speedup")
         lost = [f"{100 * row['response_error']:.2f}%"] if errors else []
         table.add_row(row["series"], row["label"], *cells, "" if paper is None else f"{paper:g}", *lost)
-    _console().print(table)
+    _print(table)

@@ -21,6 +21,7 @@ from quincunx.fusion.fuse import fuse
 from quincunx.measure.cost import cost
 from quincunx.measure.environment import environment
 from quincunx.measure.latency import measure
+from quincunx.networks.trained import cached
 from quincunx.ops import backend, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import CHESSBOARD, QUARTER, Random, Sampling
 from quincunx.writing import cache_folder
@@ -31,6 +32,8 @@ __all__ = ["Finding", "examine", "report_line"]
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
+# variables whose values change what computes, and say nothing of the person who set them
+_VARIABLES = ("QUINCUNX_BACKEND", "QUINCUNX_ISA", "QUINCUNX_L2", "OMP_NUM_THREADS", "KMP_AFFINITY")
 # how a finding about optional packages is named
 _EXTRA = "extra "
 
@@ -65,6 +68,8 @@ def examine() -> Iterator[Finding]:
         True
     """
     yield _serving()
+    if torch.cuda.is_available():
+        yield _gpu()
     for dtype in _TOLERANCE:
         yield _kernels(dtype)
     yield _gradients()
@@ -88,6 +93,8 @@ def report_line(findings: list[Finding]) -> str:
         here["platform"],
         f"{here['cpu']}, {here['threads']} of {here['cores']} cores",
         f"{serving.name} {serving.isa or ''}".strip(),
+        *([_gpu().said] if torch.cuda.is_available() else []),
+        *(f"{name}={os.environ[name]:.40}" for name in _VARIABLES if name in os.environ),
     ]
     odd = [finding for finding in findings if finding.state != "ok"]
     missing = [f.name.removeprefix(_EXTRA) for f in odd if f.name.startswith(_EXTRA)]
@@ -100,6 +107,13 @@ def _serving() -> Finding:
     if serving.name == "native":
         return Finding("back end", "ok", f"{serving.name}, {serving.isa}")
     return Finding("back end", "note", f"{serving.name}, which saves no time: {serving.reason}")
+
+
+def _gpu() -> Finding:
+    serving, card = backend("cuda"), torch.cuda.get_device_name()
+    if serving.name == "triton":
+        return Finding("GPU", "ok", f"{card}, {serving.name}")
+    return Finding("GPU", "note", f"{card}, {serving.name}, which saves no time: {serving.reason}")
 
 
 def _compared(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
@@ -227,7 +241,10 @@ def _cache() -> Finding:
         place = place.parent
     if not os.access(place, os.W_OK):
         return Finding("cache", "note", f"{folder} cannot be written: each process measures anew")
-    return Finding("cache", "ok", str(folder))
+    measured = len([*folder.glob("decisions/*.json"), *folder.glob("tiles-*.json")])
+    kept = f"{measured} file{'s' * (measured != 1)} of measurements"
+    fetched = f", trained results: {', '.join(there)}" if (there := cached()) else ""
+    return Finding("cache", "ok", f"{folder}: {kept}{fetched}")
 
 
 def _extras() -> Iterator[Finding]:

@@ -1,4 +1,5 @@
-"""Build networks by name, and load published weights for them (``networks.weights.load``).
+"""Build networks by name, load published weights for them (``networks.weights.load``), and fetch trained
+results (``networks.trained.fetch``).
 
 Example:
     >>> from quincunx import networks
@@ -8,7 +9,7 @@ Example:
     100
 """
 
-from quincunx.networks import weights
+from quincunx.networks import trained, weights
 from quincunx.networks.registry import build, names
 
-__all__ = ["build", "names", "weights"]
+__all__ = ["build", "names", "trained", "weights"]

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -84,14 +85,24 @@ def names() -> list[str]:
     return list(_EXAMPLES)
 
 
-def build(name: str, num_classes: int | None = None, in_channels: int = 3, **settings: Any) -> nn.Module:
-    """Return a network by name, with fresh weights from torch's global generator.
+def build(
+    name: str,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    *,
+    weights: str | Path | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Return a network by name, with fresh weights from torch's global generator or with trained ones.
 
     Args:
         name: such as "rrn20" or "rsbn20"; :func:`names` lists those of the papers.
         num_classes: outputs of the last layer, 10 by default; of a network from images to images (DnCNN) the
             channels of its input.
-        in_channels: channels of the input image.
+        in_channels: channels of the input image, 3 by default.
+        weights: name of a trained result, which is fetched into the cache if it is not there
+            (:mod:`quincunx.networks.trained`), or the Path of an artifact; its classes, channels and settings
+            are then the default, and the network is in evaluation mode.
         settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
             "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, DnCNN and U-Net,
             ``reduction`` for SE-ResNets, ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet,
@@ -103,7 +114,8 @@ def build(name: str, num_classes: int | None = None, in_channels: int = 3, **set
         stores and from which the network is rebuilt.
 
     Raises:
-        ValueError: an unknown name, depth or setting.
+        ValueError: an unknown name, depth or setting; ``weights`` of another network.
+        ConnectionError: the address of trained results cannot be reached.
 
     Example:
         >>> sum(p.numel() for p in build("rrn20").parameters())
@@ -111,11 +123,18 @@ def build(name: str, num_classes: int | None = None, in_channels: int = 3, **set
     """
     if not isinstance(name, str):
         raise TypeError(f"name={name!r}: expected the name of a network")
-    for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value is None and key == "num_classes":
+    asked = {"num_classes": num_classes, "in_channels": in_channels}
+    for key, value in asked.items():
+        if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}={value!r}: expected a positive integer")
+    if weights is not None:
+        # an artifact is built by this function
+        from quincunx.networks.trained import build_trained
+
+        return build_trained(name, weights, _plain({**asked, **settings}))
+    in_channels = 3 if in_channels is None else in_channels
     for pattern, _, factory in _NETWORKS:
         match = re.fullmatch(pattern, name)
         if match is None:
@@ -144,11 +163,14 @@ def build(name: str, num_classes: int | None = None, in_channels: int = 3, **set
 
 def network_spec(name: str, num_classes: int, in_channels: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of :func:`build`, JSON-ready."""
-    plain = {k: v.spec if isinstance(v, Sampling) else v for k, v in settings.items()}
     return {
         "kind": "network",
         "name": name,
         "num_classes": num_classes,
         "in_channels": in_channels,
-        "settings": plain,
+        "settings": _plain(settings),
     }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.spec if isinstance(v, Sampling) else v for k, v in settings.items()}

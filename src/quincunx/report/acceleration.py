@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quincunx.measure.tasks.scale import ERROR, scale_in
 from quincunx.networks.spec import lines_to_load, read_spec
-from quincunx.reading import read_json
+from quincunx.reading import one_line, read_json
 from quincunx.report.figures import (
     Dot,
     Mark,
     Picture,
     draw_candidate_scores,
     draw_layer_times,
-    draw_map,
-    draw_sampling,
     draw_tradeoff,
     on_front,
 )
 from quincunx.report.page import render
+from quincunx.report.positions import draw_on_sample, draw_plain
 from quincunx.report.results import label_of, speed_words
 from quincunx.report.verdict import (
     asked_in_words,
     better_for_free,
     free_in_words,
+    next_in_words,
     points_lost,
     restored_in_words,
     shortcoming,
     worse,
 )
-from quincunx.sampling import from_spec
 from quincunx.writing import write_text
 
 __all__ = [
     "acceleration_sentences",
     "first_sentences",
+    "read_acceleration",
     "search_sentences",
     "usage",
+    "whole",
     "write_acceleration_report",
 ]
 
@@ -244,8 +246,71 @@ def usage(result: dict[str, Any], folder: str | Path) -> list[str]:
     return [*first, "import quincunx as qx", *imports, f"model = {fused}{note}"]
 
 
-def write_acceleration_report(folder: str | Path) -> Path:
+def read_acceleration(folder: str | Path) -> dict[str, Any]:
+    """Return the content of a folder's ``accelerate.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file that is not JSON, or not the result of an acceleration.
+    """
+    place = Path(folder) / "accelerate.json"
+    result = read_json(place)
+    if not isinstance(result, dict) or result.get("kind") != "accelerate" or result.get("schema") != 1:
+        raise ValueError(f"{place}: not the result of an acceleration")
+    with whole(place):
+        _check(result)
+    return result
+
+
+@contextmanager
+def whole(place: Path) -> Iterator[None]:
+    """Within: a result file is read; a value of it that is missing or of another kind is the file's fault.
+
+    Raises:
+        ValueError: in place of whatever such a value raised; names the file.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{place}: not a whole result, {str(error)[:200]} is missing") from error
+    except (AttributeError, LookupError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not a whole result ({one_line(error)[:200]})") from error
+
+
+def _check(result: dict[str, Any]) -> None:
+    """Read every field that pages use, so that an error can name the file."""
+    label_of(result["network"]), result["method"]["name"], result["data"]["name"]
+    result["how"], result["skipped"].items(), result["maps"].items(), len(result["stages"])
+    whole, cost = result["whole"], result["cost"]
+    ratios = [whole["speedup"], *(row["speedup"] for row in result["layers"])]
+    seconds = [whole, *result["layers"]]
+    for number in (
+        *(result["batch"], result["calibration"], result["data"]["test"], whole["threads"], whole["rounds"]),
+        *(cost[when]["macs"] for when in ("before", "after")),
+        *(stage[scale_in(result).key] for stage in result["stages"]),
+        *(ratio[key] for ratio in ratios for key in ("median", "q1", "q3")),
+        *(timed[key] for timed in seconds for key in ("seconds_before", "seconds_after")),
+        *(row[key] for row in result["layers"] for key in ("macs_before", "macs_after")),
+    ):
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{number!r} where a number belongs")
+    if not result["stages"] or not cost["after"]["macs"]:
+        raise ValueError("no stage, or no multiplication")
+    for text in (result["data"]["name"], *(row["name"] for row in result["layers"])):
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} where a name belongs")
+    for size in result.get("bytes", {}).values():
+        float(size)
+    for key in ("command", "commit", "time", "cpu", "cores", "capability", "quincunx", "torch", "python"):
+        result["environment"][key]
+
+
+def write_acceleration_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write ``report.html`` beside ``accelerate.json``: one self-contained file.
+
+    Args:
+        folder: of the result and its artifact.
+        out: the page, or a folder for it; by default ``report.html`` in ``folder``.
 
     Returns:
         The page's path.
@@ -256,26 +321,13 @@ def write_acceleration_report(folder: str | Path) -> Path:
         ModuleNotFoundError: the ``report`` extra is not installed.
     """
     folder = Path(folder)
-    place = folder / "accelerate.json"
-    result = read_json(place)
-    if not isinstance(result, dict) or result.get("kind") != "accelerate" or result.get("schema") != 1:
-        raise ValueError(f"{place}: not the result of an acceleration")
-    rows = result["layers"]
-    times = [(row["name"], 1e3 * row["seconds_before"], 1e3 * row["seconds_after"]) for row in rows]
-    html = render(
-        "acceleration.html.jinja",
-        title=f"{label_of(result['network'])} by {result['method']['name']}",
-        result=result,
-        rows=rows,
-        first=first_sentences(result),
-        sentences=[s for s in acceleration_sentences(result) if s not in first_sentences(result)],
-        usage=usage(result, folder),
-        times=draw_layer_times(times, f"Time of each layer, batch {result['batch']}"),
-        front=_front(result),
-        scores=_scores(result.get("search")),
-        masks=_masks(result, read_spec(folder / "model")),
-    )
-    page = folder / "report.html"
+    result = read_acceleration(folder)
+    replaced = read_spec(folder / "model")["model"].get("replaced", {})
+    with whole(folder / "accelerate.json"):
+        html = _page(result, replaced, folder)
+    page = folder if out is None else Path(out)
+    if page.is_dir() or out is None:
+        page = page / "report.html"
     write_text(page, html)
     return page
 
@@ -298,12 +350,64 @@ def _scores(record: dict[str, Any] | None) -> Picture | None:
     return draw_candidate_scores(dots) if dots else None
 
 
+def _page(result: dict[str, Any], replaced: dict[str, Any], folder: Path) -> str:
+    rows = result["layers"]
+    positions = draw_on_sample(result.get("sample"), replaced)
+    times = [(row["name"], 1e3 * row["seconds_before"], 1e3 * row["seconds_after"]) for row in rows]
+    tried = _tried(result)
+    return render(
+        "acceleration.html.jinja",
+        title=f"{label_of(result['network'])} by {result['method']['name']}",
+        result=result,
+        rows=rows,
+        first=[s for s in first_sentences(result) if not s.startswith("Next: ")],
+        sentences=[s for s in acceleration_sentences(result) if s not in first_sentences(result)],
+        next=next_in_words(result, folder),
+        usage=usage(result, folder),
+        times=draw_layer_times(times, f"Time of each layer, batch {result['batch']}"),
+        front=_front(result),
+        dropped=bool(_dropped(result)),
+        tried=tried,
+        lost_name=_lost_name(result) if any(row["lost"] is not None for row in tried) else "",
+        scores=_scores(result.get("search")),
+        positions=positions,
+        masks=draw_plain(result, replaced, grids=not positions),
+    )
+
+
+def _dropped(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the choices of a search whose loss of score was measured."""
+    return [
+        one for one in (result.get("search") or {}).get("attempts", ()) if "drop" in one and one["layers"]
+    ]
+
+
+def _lost_name(result: Mapping[str, Any]) -> str:
+    return f"lost ({scale_in(result).unit})" if _dropped(result) else "loss (each alone, summed)"
+
+
+def _tried(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the choices that a search timed, in its order, and which are on the front of speed and loss."""
+    attempts = [one for one in (result.get("search") or {}).get("attempts", ()) if one["layers"]]
+    key = "drop" if _dropped(result) else "loss"
+    known = [(float(one[key]), float(one["speedup"])) for one in attempts if key in one]
+    best = dict(zip(known, on_front(known), strict=True))
+    rows = []
+    for number, one in enumerate(attempts, 1):
+        lost = float(one[key]) if key in one else None
+        front = lost is not None and best[lost, float(one["speedup"])]
+        last = " (taken)" if number == len(attempts) else ""
+        rows.append({**one, "name": f"{number}{last}", "lost": lost, "front": front})
+    return rows
+
+
 def _front(result: dict[str, Any]) -> Picture | None:
-    """Draw the score lost against the speed-up: the result beside what costs nothing, and slower choices."""
-    rows = (result.get("free") or {"rows": ()})["rows"]
-    if not rows:
-        return None
+    """Draw the score lost against the speed-up: the result after each step, what costs nothing, and other
+    choices."""
     scale, stages = scale_in(result), result["stages"]
+    if len(stages) < 2:
+        return None
+    rows = (result.get("free") or {"rows": ()})["rows"]
     speed = float(result["whole"]["speedup"]["median"])
     found = [("the network before", "", 1.0, 0.0)]
     # a choice that ruins the network would flatten all others
@@ -316,28 +420,18 @@ def _front(result: dict[str, Any]) -> Picture | None:
         ("less speed asked, no fine-tuning", f"{other['speedup']:.2f}x", other["speedup"], other["drop"])
         for other in result.get("alternatives", ())
     ]
+    found += [
+        ("choices of the search", f"{one['speedup']:.2f}x", float(one["speedup"]), float(one["drop"]))
+        for one in _dropped(result)
+        if one["drop"] <= most
+    ]
+    before = stages[0][scale.key]
+    found += [
+        ("this network on the way", stage["name"], speed, lost)
+        for stage in stages[1:-1]
+        if result.get("put_back") is None and (lost := scale.lost(before, stage[scale.key])) <= most
+    ]
     found.append(("this network", stages[-1]["name"], speed, points_lost(result)))
     best = on_front([(drop, gain) for _, _, gain, drop in found])
     marks = [Mark(*one, front) for one, front in zip(found, best, strict=True)]
     return draw_tradeoff(marks, [], "speed-up", f"{scale.of_what()} lost ({scale.unit})")
-
-
-def _masks(result: dict[str, Any], spec: dict[str, Any]) -> list[Picture]:
-    """Draw the computed positions of every layer, on its impact map if it has one."""
-    pictures: list[Picture] = []
-    plain: dict[str, list[str]] = {}
-    for name, replaced in spec["model"].get("replaced", {}).items():
-        texts = replaced.get("masks") or [replaced[key] for key in ("sampling",) if key in replaced]
-        maps = result["maps"].get(name, {})
-        for i, text in enumerate(texts, 1):
-            sampling, values = from_spec(text), maps.get(f"impact{i}")
-            title = f"{name}, {'vertical' if i == 1 else 'horizontal'}" if len(texts) > 1 else name
-            if values is None:
-                plain.setdefault(text, []).append(title)
-            else:
-                computed = sampling.mask(len(values), len(values[0])).tolist()
-                pictures.append(draw_map(values, computed, title))
-    for text, titles in plain.items():
-        title = titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more"
-        pictures.append(draw_sampling(from_spec(text), title))
-    return pictures

@@ -83,8 +83,8 @@ class Results:
         return [run for network in self.networks for run in network.runs]
 
 
-def collect(folder: str | Path) -> Results:
-    """Read every result file below a folder.
+def collect(*folders: str | Path) -> Results:
+    """Read every result file below a folder, or below several.
 
     Runs that differ only in the seed become one network. The baseline is the network that the
     timings name, else the one with the most MACs.
@@ -93,12 +93,15 @@ def collect(folder: str | Path) -> Results:
         FileNotFoundError: no such folder, or no result of a training run in it.
         ValueError: a file that is not JSON or is incomplete; runs on different data.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    places = [Path(folder) for folder in folders]
+    for place in places:
+        if not place.is_dir():
+            raise FileNotFoundError(f"{place}: {'not a folder' if place.exists() else 'no such folder'}")
+    folder = ", ".join(map(str, places))
     runs: dict[str, dict[str, Any]] = {}
     timings: list[dict[str, Any]] = []
-    for path in sorted(folder.rglob("*.json")):
+    # a folder may be named twice, or lie in another
+    for path in sorted({path for place in places for path in place.rglob("*.json")}):
         content = read_json(path)
         if not isinstance(content, dict) or content.get("schema") != 1:
             continue

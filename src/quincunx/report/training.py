@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,12 +91,13 @@ def draw_pictures(results: Results, rows: list[Line]) -> list[Picture]:
     return draw_pictures
 
 
-def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write ``report.html`` for the results below a folder: one self-contained file.
+def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write ``report.html`` for the results below a folder, or some: one self-contained file.
 
     Args:
-        folder: the folder of the result files.
-        out: the page, or a folder for it; by default ``report.html`` in ``folder``.
+        folder: the folder of the result files, or several whose runs are compared on one page.
+        out: the page, or a folder for it; by default ``report.html`` in ``folder``, or of several
+            ``comparison.html`` in the nearest folder that holds all of them.
 
     Returns:
         The page's path.
@@ -106,15 +108,20 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         ModuleNotFoundError: the ``report`` extra is not installed.
     """
     check_can_draw()
-    folder = Path(folder)
-    page = Path(out) if out is not None else folder
+    folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(one) for one in folder]
+    results = collect(*folders)
+    page = Path(out) if out is not None else Path(os.path.commonpath([one.absolute() for one in folders]))
+    if len(folders) == 1 and out is None:
+        page = folders[0]
     if page.is_dir() or out is None:
-        page = page / "report.html"
-    results = collect(folder)
+        page = page / ("report.html" if len(folders) == 1 else "comparison.html")
     rows = result_lines(results)
     samplings = {s: sampling_name(s) for n in results.networks if (s := sampling_of(n.spec)) is not None}
+    others = len(rows) - 1
+    named = f"{rows[0].label} and {others} other network{'s' * (others > 1)}" if others else rows[0].label
     html = render(
         "training.html.jinja",
+        title=f"{named} on {results.networks[0].runs[0]['data']['name']}",
         rows=rows,
         settings=[timing["setting"] for timing in results.timings],
         verdicts=verdicts(rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quincunx.measure.tasks.scale import ERROR, Scale, scale_in
@@ -13,6 +14,7 @@ __all__ = [
     "free_in_words",
     "judge",
     "macs_allowed",
+    "next_in_words",
     "points_lost",
     "restored_in_words",
     "shortcoming",
@@ -202,6 +204,38 @@ def better_for_free(result: Mapping[str, Any]) -> str | None:
         f"{what} is the better answer here: {_row_in_words(row, scale)}, this network {speed:.2f}x and "
         f"{scale.amount(lost, 2)}; --allow {allow} takes it."
     )
+
+
+def next_in_words(result: Mapping[str, Any], folder: str | Path) -> str:
+    """Return the line that says what to do with a result: mend what is missing first, else use it.
+
+    Args:
+        result: the content of ``accelerate.json``.
+        folder: where it lies; commands name it.
+
+    Example:
+        >>> done = {"stages": [{"error": 0.1}, {"error": 0.1}], "whole": {"speedup": {"median": 1.5}}}
+        >>> next_in_words(done, "fast")
+        'Next: use it by the lines below, or in another engine: quincunx export fast --out fast.onnx.'
+    """
+    verdict, scale = result.get("verdict"), scale_in(result)
+    if verdict and verdict["next"]:
+        return f"Next: {verdict['next']}."
+    if result.get("put_back") is not None or float(result["whole"]["speedup"]["median"]) <= 1:
+        return (
+            "Next: nothing here is faster, so try a larger --batch, another --method, or --speedup 1.2, with "
+            "which a search leaves out what saves no time."
+        )
+    first, last = result["stages"][0], result["stages"][-1]
+    lost = points_lost(result)
+    if worse(result) or (lost > _much(first, scale) and not result.get("recipe")):
+        return f"Next: {_finetune(result)}, to win {scale.of_what()} back."
+    if better_for_free(result):
+        return "Next: compare with the better answer named above before you use this one."
+    use = f"use it by the lines below, or in another engine: quincunx export {folder} --out fast.onnx"
+    if last.get("p", 1.0) <= _SURE and lost > 0 and not result.get("recipe"):
+        return f"Next: {_finetune(result)} may win the {scale.amount(lost, 2)} back; or {use}."
+    return f"Next: {use}."
 
 
 def free_in_words(result: Mapping[str, Any]) -> list[str]:
