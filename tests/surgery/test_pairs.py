@@ -160,7 +160,6 @@ NO_PAIRS = {
     "no padding": two(lambda n, x: n.b(n.a(x)), padding=0),
     "too much padding": two(lambda n, x: n.b(n.a(x)), padding=2),
     "padding that dilation outgrows": two(lambda n, x: n.b(n.a(x)), padding=1, dilation=2),
-    "padding of another kind": two(lambda n, x: n.b(n.a(x)), padding_mode="circular"),
     "called twice": two(lambda n, x: n.b(n.a(n.a(x)))),
     "second called twice": two(lambda n, x: n.b(n.b(n.a(x)))),
     "pooling": two(lambda n, x: n.b(F.max_pool2d(n.a(x), 3, 1, 1))),

@@ -61,6 +61,7 @@ from quincunx.fusion.nodes import (
     slope_of,
     subsampled,
 )
+from quincunx.fusion.padding import pad_apart
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import (
     Filling,
@@ -201,6 +202,7 @@ def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any, joins: bool =
         make_pure(own, graph)
         forget_layout(own, graph)
         give_sizes(own, graph)
+        pad_apart(own, graph)
         _keep_arguments(own, graph)
         fixed = {name: value for name, value in graph.fixed.items() if _is_written(value)}
         result = _lower(own, graph, fixed, dtype, joins).eval()
@@ -385,7 +387,13 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     if node.target is window_means:
         return _means(model, node)
     sized = surely(module, SampledConvTranspose2d, PairedUp2d)
-    if not is_conv(module) or node.kwargs or len(node.args) != 1 + sized or not _served(module):
+    if (
+        not is_conv(module)
+        or module.padding_mode != "zeros"
+        or node.kwargs
+        or len(node.args) != 1 + sized
+        or not _served(module)
+    ):
         return None
     if not isinstance(node.args[0], fx.Node):
         return None
@@ -414,8 +422,6 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
         spec = module.sampling.spec
         step = Step(kind, source, weight, bias, geometry, module.groups, spec, resize_masks=resize)
         return replace(step, filling=filling)
-    if module.padding_mode != "zeros":
-        return None
     kernel = module.weight.shape[2:]
     stride, dilation = _two(module.stride), _two(module.dilation)
     geometry = Geometry(_two(kernel), stride, padding_of(module), dilation)

@@ -224,6 +224,7 @@ class PairedUp2d(SampledConvTranspose2d):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
     ) -> None:
         kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         super().__init__(
@@ -235,6 +236,7 @@ class PairedUp2d(SampledConvTranspose2d):
             dilation=spread,
             groups=groups,
             bias=bias,
+            padding_mode=padding_mode,
         )
         self.partner, self.grid = partner, Grid()
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
-from quincunx.modules import copied, forward_hooks, padding_of, surely
+from quincunx.layers.padded import padding_at
+from quincunx.modules import copied, forward_hooks, surely
 
 __all__ = [
     "Pairs",
@@ -110,12 +111,12 @@ def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether a module is a convolution of odd size that keeps the map's size."""
     if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
         return False
-    if module.padding_mode != "zeros" or set(module.stride) != {1}:
+    if set(module.stride) != {1}:
         return False
     if any(size % 2 == 0 for size in module.kernel_size):
         return False
     half = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    return padding_of(module) == (half[0], half[0], half[1], half[1])
+    return padding_at(module) == (half[0], half[0], half[1], half[1])
 
 
 def _search(
