@@ -55,9 +55,9 @@ from quincunx.fusion.nodes import (
     by_position,
     drop_nothings,
     give_sizes,
+    grid_of,
     is_map,
     padded_channels,
-    size_of,
     slope_of,
     subsampled,
 )
@@ -400,13 +400,13 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     bias = None if module.bias is None else module.bias.detach().float()
     weight, source = module.weight.detach(), node.args[0].name
     if sized:
-        like = size_of(node.args[1])
-        if like is None:
+        found = grid_of(node.args[1])
+        if found is None:
             return None
+        like, first = found
         geometry = Geometry(module.kernel_size, (1, 1), module.borders, module.dilation)
-        return Step(
-            "transposed", source, weight, bias, geometry, module.groups, module.sampling.spec, like=like.name
-        )
+        step = Step("transposed", source, weight, bias, geometry, module.groups, module.sampling.spec)
+        return replace(step, like=like.name, like_behind=first)
     if not surely(module, nn.Conv2d):
         if surely(module, SampledDown2d, PairedDown2d) and module.window > 1 and not _pooled(node):
             return None

@@ -16,9 +16,10 @@ from quincunx.fusion.effects import added_to, module_of
 from quincunx.fusion.epilogues import Activation
 from quincunx.layers.activations import ACTIVATIONS
 from quincunx.layers.graph import CONVS
-from quincunx.layers.paired import PairedDown2d, PairedUp2d
+from quincunx.layers.paired import PairedDown2d, PairedUp2d, grid_size
 from quincunx.layers.quantised import QuantConv2d
 from quincunx.modules import held_at, known_class, surely
+from quincunx.ops.geometry import Geometry
 
 __all__ = [
     "activation",
@@ -27,6 +28,7 @@ __all__ = [
     "by_position",
     "drop_nothings",
     "give_sizes",
+    "grid_of",
     "is_map",
     "padded_channels",
     "size_of",
@@ -93,7 +95,11 @@ def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
         if (first := _first_of(model, node, module)) is not None:
             with graph.inserting_before(node):
                 shape = graph.call_function(getattr, (first.args[0], "shape"))
-                node.args = (*node.args, graph.call_function(operator.getitem, (shape, slice(2, None, None))))
+                size = graph.call_function(operator.getitem, (shape, slice(2, None, None)))
+                half: Any = module_of(model, first)
+                if half.changes:
+                    size = graph.call_function(grid_size, (size, *half.changes))
+                node.args = (*node.args, size)
 
 
 def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d) -> fx.Node | None:
@@ -256,6 +262,14 @@ def padded_channels(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not zero or not isinstance(amounts[5], int) or amounts[5] < 0:  # type: ignore[index]
         return None
     return node.args[0], amounts[5]  # type: ignore[return-value,index]
+
+
+def grid_of(node: object) -> tuple[fx.Node, Geometry | None] | None:
+    """The map and the convolution of it whose grid an argument is the size of; no convolution: its own."""
+    if not isinstance(node, fx.Node) or node.target is not grid_size:
+        return None if (found := size_of(node)) is None else (found, None)
+    found = size_of(node.args[0])
+    return None if found is None else (found, Geometry.make(*node.args[1:]))  # type: ignore[arg-type]
 
 
 def size_of(node: object) -> fx.Node | None:

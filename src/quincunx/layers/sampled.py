@@ -344,7 +344,12 @@ class SampledDown2d(SampledConv2d):
     The grid has H - (dilation (k - 1) mod 2) rows, likewise columns: the map's own size for odd
     kernels.
 
-    Source: Peng et al., arXiv:1809.02601, sections 3.1 and 4.4.
+    With a stride or a padding of its own the grid is that of ``nn.Conv2d``; the means have neither.
+
+    Raises:
+        ValueError: "avgpool" with a stride, a padding, or a sampling that has no cosets.
+
+    Source: Peng et al., arXiv:1809.02601, sections 3.1 and 4.4; strides are our addition.
     """
 
     def __init__(
@@ -359,6 +364,8 @@ class SampledDown2d(SampledConv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
+        stride: int | Sequence[int] = 1,
+        padding: Padding | None = None,
     ) -> None:
         kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         if down not in ("stride", "avgpool"):
@@ -369,21 +376,24 @@ class SampledDown2d(SampledConv2d):
             if not isinstance(sampling, Cosets):
                 raise ValueError(f"down='avgpool' pools once per coset: sampling={sampling!r} has no cosets")
             window = sampling.period
+            if padding is not None or two_integers("stride", stride, 1) != (1, 1):
+                raise ValueError(f"down='avgpool': has no stride or padding, got {stride!r} and {padding!r}")
         half = half_padding(kernel, spread)
-        padding: list[int] = []
+        sides: list[int] = []
         for i in (0, 1):
             before = window * spread[i] * ((kernel[i] - 1) // 2)
             # as much behind as gives the grid that the strided form has
             if window == 1:
                 before = half[i]
             after = 2 * half[i] - spread[i] * (kernel[i] - 1) + window * spread[i] * (kernel[i] - 1) - before
-            padding += [before, after]
+            sides += [before, after]
         super().__init__(
             in_channels,
             out_channels,
             kernel,
             sampling=sampling,
-            padding=padding,
+            stride=stride,
+            padding=sides if padding is None else padding,
             dilation=(window * spread[0], window * spread[1]),
             groups=groups,
             bias=bias,
@@ -398,6 +408,7 @@ class SampledDown2d(SampledConv2d):
             self.weight,
             self.bias,
             sampling=self.sampling,
+            stride=self.stride,
             dilation=self.dilation,
             groups=self.groups,
         )

@@ -34,7 +34,7 @@ from quincunx.ops.contract import transposed_reads
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Sampling
 from quincunx.surgery.calibration import Context, Layer
 from quincunx.surgery.method import Replacement, Work
-from quincunx.surgery.pairs import keeps_grid
+from quincunx.surgery.pairs import is_strided, keeps_grid
 
 __all__ = ["SpatialBottleneck"]
 
@@ -85,6 +85,9 @@ class SpatialBottleneck:
         down: "stride", or "avgpool" for the paper's ablation.
         pairs: whether pairs are replaced.
         singles: whether convolutions outside pairs are replaced.
+        strided: whether a strided convolution may be the first of a pair. The pair's grid is then the
+            smaller one: the first half is computed at sampled positions of it, the second spreads them over
+            it. False leaves such layers as they are, as the paper does; searches try both.
         mid_share: D_mid of singles as a share of D1 D2 / (D1 + D2), which keeps the parameter count.
         data: fit to calibration data (True), to the weights only (False), or by default to data if
             there is any. Without data, pairs keep their weights, scaled by 1 / density, and singles
@@ -114,6 +117,7 @@ class SpatialBottleneck:
     down: str = "stride"
     pairs: bool = True
     singles: bool = True
+    strided: bool = False
     mid_share: float = 1.0
     data: bool | None = None
     positions: int = POSITIONS
@@ -125,6 +129,10 @@ class SpatialBottleneck:
             raise ValueError(f"mid_share={self.mid_share!r}: expected a positive share")
         if self.data not in (None, True, False):
             raise ValueError(f"data={self.data!r}: expected True, False or None")
+        if self.strided not in (True, False):
+            raise ValueError(f"strided={self.strided!r}: expected True or False")
+        if self.strided and self.down == "avgpool":
+            raise ValueError("strided=True: window means (down='avgpool') have no stride")
         if not (self.pairs or self.singles):
             raise ValueError("pairs=False, singles=False: nothing is left to replace")
         check_integers(self, positions=1, seed=0)
@@ -137,7 +145,7 @@ class SpatialBottleneck:
     @classmethod
     def candidates(cls) -> tuple[SpatialBottleneck, ...]:
         """Return the settings that a search tries in each layer."""
-        return tuple(cls(sampling) for sampling in (QUARTER, CHESSBOARD, THREE_QUARTERS))
+        return tuple(cls(sampling, strided=True) for sampling in (QUARTER, CHESSBOARD, THREE_QUARTERS))
 
     @classmethod
     def sweep(cls) -> list[Point]:
@@ -164,21 +172,29 @@ class SpatialBottleneck:
             return f"padding_mode={conv.padding_mode!r}: window means (down='avgpool') have zeros around them"
         if max(conv.kernel_size) == 1 and not self._starts(layer, context):
             return "1 x 1: it would leave the positions between the computed ones empty"
-        if set(conv.stride) != {1}:
+        if set(conv.stride) != {1} and not self._starts(layer, context):
+            if self.strided:
+                return "strided: no other convolution on the grid behind it makes a pair with it"
             return "strided: it changes the resolution, where the paper keeps the convolution"
-        if max(conv.kernel_size) > 1 and not keeps_grid(conv):
+        if set(conv.stride) == {1} and max(conv.kernel_size) > 1 and not keeps_grid(conv):
             return "its result has another size than its input"
         if layer.output_shape is not None:
             try:
                 self.sampling.count(*layer.grid)
             except ValueError as error:
                 return str(error)
-        if self.pairs and any(layer in pair for pair in context.pairs):
+        if any(layer in pair for pair in self._pairs(context)):
             return None
         return self.refuse_single(layer, context)
 
     def _starts(self, layer: Layer, context: Context) -> bool:
-        return self.pairs and any(layer is first for first, _ in context.pairs)
+        return any(layer is first for first, _ in self._pairs(context))
+
+    def _pairs(self, context: Context) -> tuple[tuple[Layer, Layer], ...]:
+        """Return the pairs that these settings replace."""
+        if not self.pairs:
+            return ()
+        return tuple(pair for pair in context.pairs if self.strided or not is_strided(pair[0].module))
 
     def refuse_single(self, layer: Layer, context: Context) -> str | None:
         """Return why a convolution outside pairs is not replaced, or None."""
@@ -207,7 +223,7 @@ class SpatialBottleneck:
         if with_data:
             context.data  # noqa: B018 - raises if there is no data
         taken = {layer.name for layer in layers}
-        pairs = [(a, b) for a, b in context.pairs if self.pairs and {a.name, b.name} <= taken]
+        pairs = [(a, b) for a, b in self._pairs(context) if {a.name, b.name} <= taken]
         return _BottleneckWork(self, context, {x.name: (a, b) for a, b in pairs for x in (a, b)}, with_data)
 
 
@@ -283,7 +299,10 @@ class _BottleneckWork:
         conv, method = _conv_of(layer), self.method
         pooled = self.with_data and method.down == "avgpool"
         bias = conv.bias is not None or pooled
-        module, spec = self._built("paired-down", PairedDown2d, conv, down=method.down, bias=bias)
+        own: dict[str, Any] = {"down": method.down, "bias": bias}
+        if is_strided(conv):
+            own |= {"stride": list(conv.stride), "padding": list(padding_at(conv))}
+        module, spec = self._built("paired-down", PairedDown2d, conv, **own)
         if not pooled:
             module.load_state_dict(conv.state_dict())
             return Replacement(module, spec, {})

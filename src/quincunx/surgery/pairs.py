@@ -19,6 +19,7 @@ __all__ = [
     "find_pairs",
     "find_pointwise",
     "is_pair",
+    "is_strided",
     "keeps_grid",
 ]
 
@@ -55,6 +56,7 @@ def find_pairs(network: nn.Module) -> Pairs:
     Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid. The
     first may be 1 x 1 if the second is depthwise, as in an inverted residual: there the 1 x 1 has most of
     the pair's multiply-adds. In a chain of such convolutions the first two are a pair, then the next two.
+    Of the convolutions that are left, a strided one and the next, on the strided one's grid, are a pair too.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
@@ -65,7 +67,9 @@ def find_pairs(network: nn.Module) -> Pairs:
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
     # on a copy, since a forward may store its results, and a tracer's proxies must not stay
-    _search(copied(network), "", _paired, found, within, untraced)
+    own = copied(network)
+    _search(own, "", _paired, found, within, untraced)
+    _search(own, "", _strided_pairs, found, within, {})
     return Pairs(tuple(found.items()), within, untraced)
 
 
@@ -104,7 +108,14 @@ def is_pair(first: nn.Module, second: nn.Module) -> bool:
     if not keeps_grid(second):
         return False
     depthwise = second.groups == second.in_channels > 1
+    if is_strided(first):
+        return depthwise or max(first.kernel_size) > 1
     return keeps_grid(first) or (depthwise and _keeps_size(first))
+
+
+def is_strided(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is certainly a convolution with a stride."""
+    return isinstance(module, nn.Conv2d) and surely(module, nn.Conv2d) and set(module.stride) != {1}
 
 
 def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -153,9 +164,20 @@ class _Tracer(fx.Tracer):
 
 
 def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    yield from _pairs_from(module, graph, _keeps_size)
+
+
+def _strided_pairs(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    yield from _pairs_from(module, graph, is_strided)
+
+
+def _pairs_from(
+    module: nn.Module, graph: fx.Graph, starts: Callable[[nn.Module], bool]
+) -> Iterator[tuple[str, str]]:
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
-        if _is_conv(module, node) and (second := _second_of(module, node)) is not None:
+        start = node.op == "call_module" and starts(module.get_submodule(str(node.target)))
+        if start and (second := _second_of(module, node)) is not None:
             names = str(node.target), str(second.target)
             if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
                 yield names
