@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from quincunx.fusion.effects import added_to, module_of
 from quincunx.fusion.epilogues import Activation
 from quincunx.layers.activations import ACTIVATIONS
+from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.graph import CONVS
 from quincunx.layers.paired import PairedDown2d, PairedUp2d, grid_size
 from quincunx.layers.quantised import QuantConv2d
@@ -90,7 +91,7 @@ def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
     """Second halves of pairs are told the size of the first's input, which else is noted at run time."""
     for node in list(graph.nodes):
         module = module_of(model, node)
-        if not isinstance(module, PairedUp2d) or len(node.args) != 1:
+        if not isinstance(module, (PairedUp2d, PairedFill2d)) or len(node.args) != 1:
             continue
         if (first := _first_of(model, node, module)) is not None:
             with graph.inserting_before(node):
@@ -102,18 +103,19 @@ def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
                 node.args = (*node.args, size)
 
 
-def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d) -> fx.Node | None:
+def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d | PairedFill2d) -> fx.Node | None:
     """The call of a pair's first half that a call of its second half reads.
 
     Raises:
         TypeError: it reads several, of maps that may have several sizes.
     """
     found: set[fx.Node] = set()
+    grid = second.grid_seen if isinstance(second, PairedFill2d) else second.grid
     seen, todo = {node}, list(node.all_input_nodes)
     while todo:
         other = todo.pop()
         module = module_of(model, other)
-        if isinstance(module, PairedDown2d) and module.grid is second.grid:
+        if isinstance(module, PairedDown2d) and module.grid is grid:
             found.add(other)
         elif other not in seen:
             todo += other.all_input_nodes

@@ -13,6 +13,7 @@ from quincunx.layers.binary import (
     PackedConv2d,
     PackedLinear,
 )
+from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.padded import PaddedConv2d
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
@@ -54,6 +55,7 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "padded": _padded,
     "perforated": _sampled(PerforatedConv2d),
     "paired-down": _sampled(PairedDown2d),
+    "paired-fill": _sampled(PairedFill2d),
     "paired-up": _sampled(PairedUp2d),
     "spatial-bottleneck": _sampled(SpatialBottleneck2d),
     "quantised-conv": QuantConv2d,

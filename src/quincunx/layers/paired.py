@@ -21,7 +21,7 @@ from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_
 from quincunx.ops.geometry import Geometry, two_integers
 from quincunx.sampling import Sampling
 
-__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "grid_size", "of_grid"]
+__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "grid_size", "of_grid", "size_known"]
 
 _GETTER = type(Tensor.data.__get__)  # type: ignore[attr-defined, unused-ignore]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined, unused-ignore]
@@ -209,6 +209,28 @@ class PairedDown2d(SampledDown2d):
         return _sized(y, size)  # type: ignore[no-any-return]
 
 
+def size_known(y: Tensor, positions: int, grid: Grid, partner: str) -> Sequence[int]:
+    """Return the size (H, W) of the grid of a sampled map, from the map or from what the first half has seen.
+
+    Raises:
+        RuntimeError: neither knows it.
+    """
+    size: Sequence[int] | None = _size(y)
+    if size is not None:
+        return size
+    symbols, grid.symbols = grid.symbols, None
+    if symbols is not None:
+        return symbols
+    size = None if torch.compiler.is_compiling() else grid.only(positions)
+    if size is None:
+        raise RuntimeError(
+            f"the second half of the pair of {partner!r}: the grid's size is unknown, since its "
+            "input is no SampledMap that comes from the first half and not exactly one grid of as many "
+            "positions was seen; call it with the size"
+        )
+    return size
+
+
 class PairedUp2d(SampledConvTranspose2d):
     """The second half: from the sampled map [N, C, m, 1] to every position, [N, O, H, W].
 
@@ -277,22 +299,6 @@ class PairedUp2d(SampledConvTranspose2d):
 
     def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
         if size is None:
-            size = self._size_of(y)
+            size = size_known(y, y.shape[2], self.grid, self.partner)
         with torch._C.DisableTorchFunctionSubclass():
             return super().forward(y, size)
-
-    def _size_of(self, y: Tensor) -> Sequence[int]:
-        size = _size(y)
-        if size is not None:
-            return size
-        symbols, self.grid.symbols = self.grid.symbols, None
-        if symbols is not None:
-            return symbols
-        size = None if torch.compiler.is_compiling() else self.grid.only(y.shape[2])
-        if size is None:
-            raise RuntimeError(
-                f"the second half of the pair of {self.partner!r}: the grid's size is unknown, since its "
-                "input is no SampledMap that comes from the first half and not exactly one grid of as many "
-                "positions was seen; call it with the size"
-            )
-        return size

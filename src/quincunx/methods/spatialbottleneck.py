@@ -194,7 +194,12 @@ class SpatialBottleneck:
         """Return the pairs that these settings replace."""
         if not self.pairs:
             return ()
-        return tuple(pair for pair in context.pairs if self.strided or not is_strided(pair[0].module))
+        return tuple(pair for pair in context.pairs if self.fits_pair(pair))
+
+    def fits_pair(self, pair: tuple[Layer, ...]) -> bool:
+        """Return whether two layers that were found together are a pair of these settings' kind."""
+        first, second = pair[0].module, pair[-1].module
+        return keeps_grid(second) and (self.strided or not is_strided(first))
 
     def refuse_single(self, layer: Layer, context: Context) -> str | None:
         """Return why a convolution outside pairs is not replaced, or None."""

@@ -23,9 +23,9 @@ __all__ = [
     "keeps_grid",
 ]
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-_POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
-_FUNCTIONS = {
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
+FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
     *(F.relu_, torch.relu_, F.dropout, "relu", "relu_", "sigmoid", "tanh"),
 }
@@ -68,8 +68,8 @@ def find_pairs(network: nn.Module) -> Pairs:
     untraced: dict[str, str] = {}
     # on a copy, since a forward may store its results, and a tracer's proxies must not stay
     own = copied(network)
-    _search(own, "", _paired, found, within, untraced)
-    _search(own, "", _strided_pairs, found, within, {})
+    search(own, "", _paired, found, within, untraced)
+    search(own, "", _strided_pairs, found, within, {})
     return Pairs(tuple(found.items()), within, untraced)
 
 
@@ -87,7 +87,7 @@ def find_pointwise(network: nn.Module) -> dict[str, str]:
         {'0': '2'}
     """
     found: dict[str, str] = {}
-    _search(copied(network), "", _followed, found, {}, {})
+    search(copied(network), "", _followed, found, {}, {})
     return found
 
 
@@ -130,7 +130,7 @@ def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return padding_at(module) == (half[0], half[0], half[1], half[1])
 
 
-def _search(
+def search(
     module: nn.Module,
     name: str,
     match: Callable[[nn.Module, fx.Graph], Iterator[tuple[str, str]]],
@@ -147,7 +147,7 @@ def _search(
         untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
-            _search(child, path, match, found, within, untraced)
+            search(child, path, match, found, within, untraced)
         return
     for first, second in match(module, graph):
         ends = [f"{name}.{end}" if name else end for end in (first, second)]
@@ -179,7 +179,7 @@ def _pairs_from(
         start = node.op == "call_module" and starts(module.get_submodule(str(node.target)))
         if start and (second := _second_of(module, node)) is not None:
             names = str(node.target), str(second.target)
-            if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+            if all(calls.count(name) == 1 for name in names) and not hooked(module, *names):
                 yield names
 
 
@@ -192,11 +192,11 @@ def _followed(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
         if second is None or keeps_grid(module.get_submodule(str(second.target))):
             continue
         names = str(node.target), str(second.target)
-        if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+        if all(calls.count(name) == 1 for name in names) and not hooked(module, *names):
             yield names
 
 
-def _hooked(module: nn.Module, first: str, second: str) -> bool:
+def hooked(module: nn.Module, first: str, second: str) -> bool:
     """Return whether a hook of a container of only one of the two modules sees the map between them."""
     around = [{name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)} for name in (first, second)]
     return any(forward_hooks(module.get_submodule(name)) for name in around[0] ^ around[1])
@@ -213,18 +213,18 @@ def _second_of(module: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def _next_conv(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    users = _readers(node)
+    users = readers(node)
     while len(users) == 1:
         (node,) = users
         if _is_conv(module, node):
             return node
         if not _passes(module, node):
             return None
-        users = _readers(node)
+        users = readers(node)
     return None
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that read a map's values; a sampled map answers the others as the whole map does."""
     return [
         user
@@ -242,5 +242,5 @@ def _passes(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         between = module.get_submodule(str(node.target))
         # a hook expects the whole map
-        return surely(between, *_POINTWISE, *_NORMS) and not forward_hooks(between)
-    return node.op in ("call_function", "call_method") and node.target in _FUNCTIONS
+        return surely(between, *POINTWISE, *NORMS) and not forward_hooks(between)
+    return node.op in ("call_function", "call_method") and node.target in FUNCTIONS
