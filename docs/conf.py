@@ -55,6 +55,7 @@ CONTENTS = {
     "Notebooks": ("notebooks/classifier", "notebooks/denoising", "notebooks/samplings"),
     "Method cards": (
         "methods/spatialbottleneck",
+        "methods/spatialblock",
         "methods/perforate",
         "methods/espace",
         "methods/lowrank",

@@ -169,6 +169,13 @@ def test_what_is_no_block(case):
     assert find_blocks(Blend(NONE[case])) == ({}, {})
 
 
+def test_export_says_that_it_has_no_blocks(tmp_path):
+    x = torch.randn(1, 3, 16, 16)
+    made = qx.accelerate(network("torchvision"), qx.SpatialBlock(), example_input=x).model
+    with pytest.raises(TypeError, match=r"layer '1.block.5' is the end of a block at sampled positions"):
+        qx.export(made, tmp_path / "net.onnx", x, rounds=0)
+
+
 def test_refusals():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     with pytest.warns(UserWarning, match="replaced nothing"):

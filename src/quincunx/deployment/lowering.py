@@ -24,6 +24,7 @@ from quincunx.layers.binary import (
     _packed_conv,
     _packed_linear,
 )
+from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.padded import continued, continued_sampling
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
 from quincunx.layers.sampled import SampledConvTranspose2d
@@ -219,12 +220,21 @@ def decoded(module: nn.Module) -> nn.Module:
 
     Of one-bit layers :func:`quincunx.fuse` leaves operators without the layers, so that this comes first.
 
+    Raises:
+        TypeError: the end of a block at sampled positions, which no exporter has.
+
     Example:
         >>> model = nn.Sequential(qx.BinaryConv2d(3, 4, 3)).eval()
         >>> x = torch.randn(1, 3, 8, 8)
         >>> torch.allclose(lower(qx.fuse(decoded(model)), (x,))(x), model(x), atol=1e-5)
         True
     """
+    for name, layer in module.named_modules():
+        if isinstance(layer, PairedFill2d):
+            raise TypeError(
+                f"model: layer {name!r} is the end of a block at sampled positions (SpatialBlock), which "
+                "cannot be exported; choose another method for files"
+            )
     kinds = (QuantConv2d, BinaryConv2d, PackedConv2d, QuantLinear, BinaryLinear, PackedLinear)
     if any(isinstance(layer, kinds) for layer in module.modules()):
         module = copied(module)
