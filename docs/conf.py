@@ -56,6 +56,7 @@ CONTENTS = {
     "Notebooks": ("notebooks/classifier", "notebooks/denoising", "notebooks/samplings"),
     "Method cards": (
         "methods/spatialbottleneck",
+        "methods/spatialblock",
         "methods/perforate",
         "methods/espace",
         "methods/lowrank",

@@ -25,7 +25,16 @@ if sys.argv[1:] != ["--version"] or os.path.basename(sys.argv[0]) not in ("quinc
     from quincunx.measure import tasks
     from quincunx.measure.cost import Cost, cost
     from quincunx.measure.tasks.task import Task
-    from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank, Perforate, SpatialBottleneck
+    from quincunx.methods import (
+        CP,
+        QCNN,
+        BinaryConnect,
+        Espace,
+        LowRank,
+        Perforate,
+        SpatialBlock,
+        SpatialBottleneck,
+    )
     from quincunx.networks.artifact import load, save
     from quincunx.ops import (
         backend,
@@ -89,6 +98,7 @@ __all__ = [
     "SampledConvTranspose2d",
     "Sampling",
     "SeparableConv2d",
+    "SpatialBlock",
     "SpatialBottleneck",
     "SpatialBottleneck2d",
     "Task",

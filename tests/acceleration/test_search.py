@@ -129,11 +129,15 @@ def test_targets():
 
 def test_names_of_candidates():
     assert candidates_named("auto") == tuple(
-        m for kind in ("spatialbottleneck", "perforate", "espace", "lowrank") for m in candidates_named(kind)
+        m
+        for kind in ("spatialbottleneck", "spatialblock", "perforate", "espace", "lowrank")
+        for m in candidates_named(kind)
     )
     both = candidates_named("lowrank") + candidates_named("spatialbottleneck")
     assert candidates_named(["lrd", "sb"]) == both
-    expected = "method='cp': expected auto or some of spatialbottleneck, perforate, espace, lowrank"
+    expected = (
+        "method='cp': expected auto or some of spatialbottleneck, spatialblock, perforate, espace, lowrank"
+    )
     with pytest.raises(ValueError, match=expected):
         candidates_named(["sb", "cp"])
     assert worded(qx.SpatialBottleneck(down="avgpool")) == "spatialbottleneck, density 0.5, avgpool"

@@ -244,7 +244,7 @@ CASES = {
     "bottleneck": (lambda m, x: m.n1(m.sb(m.drop(x))), {"sb": SpatialBottleneck2d(6, 6), "n1": norm(),
                                                         "drop": nn.Dropout2d(0.5)}, 1),
     "uneven padding": (lambda m, x: m.c1(x).relu(), {"c1": conv(6, 3, 4, padding="same")}, 1),
-    "reflecting": (lambda m, x: m.c1(x).relu(), {"c1": conv(padding_mode="reflect")}, 0),
+    "reflecting": (lambda m, x: m.c1(x).relu(), {"c1": conv(padding_mode="reflect")}, 1),
 }  # fmt: skip
 
 

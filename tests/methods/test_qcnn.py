@@ -254,7 +254,6 @@ def test_bad_settings(wrong, match):
             qx.QCNN(4, 9),
             "codewords=9: the codebook is larger than the data, 8 sub-vectors",
         ),
-        (nn.Conv2d(8, 8, 3, padding_mode="reflect"), qx.QCNN(4, 9), "padding_mode='reflect'"),
         (nn.Conv2d(8, 8, 3, groups=8), qx.QCNN(1, 2), "depthwise"),
     ],
 )

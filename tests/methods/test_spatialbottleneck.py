@@ -485,7 +485,7 @@ REFUSED = {
     "strided": (conv(stride=2, padding=1), {}, "strided: it changes the resolution, where"),
     "size": (conv(padding=0), {}, "its result has another size than its input"),
     "even": (conv(size=4, padding=1), {}, "its result has another size than its input"),
-    "padding": (conv(padding=1, padding_mode="reflect"), {}, "padding_mode='reflect'"),
+    "padding": (conv(padding=1, padding_mode="reflect"), {"down": "avgpool"}, "padding_mode='reflect'"),
     "depthwise": (conv(groups=4), {}, "depthwise: a bottleneck of one channel saves nothing"),
     "period": (
         conv(),

@@ -69,6 +69,7 @@ def accelerate(model: nn.Module, images: list[tuple[Tensor, Tensor]], folder: Pa
     methods: list[qx.Method] = [
         qx.SpatialBottleneck(qx.QUARTER),
         qx.Perforate(qx.CHESSBOARD, fill="nearest"),
+        qx.SpatialBlock(qx.CHESSBOARD, fill="nearest"),
         qx.Espace(rank=0.5, rate=0.5),
         qx.LowRank(rank=0.5),
         qx.CP(rank=0.2),

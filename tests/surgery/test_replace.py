@@ -273,7 +273,6 @@ SKIPPED = {
     "parametrised": (new_norm, {"0": "a ParametrizedConv2d, whose forward may"}),
     "weight norm": (old_norm, {"0": "its weight is computed anew at each call"}),
     "state hooks": (with_state_hook, {"0": "it has state-dict hooks"}),
-    "padding": (lambda: small(padding_mode="reflect"), {"0": "padding_mode='reflect'"}),
     "1 x 1": (one_by_one, {"0": "a 1 x 1 kernel has no columns and rows"}),
     "depthwise": (depthwise, {"0": "depthwise"}),
 }

@@ -143,7 +143,7 @@ class Scores:
         self.context, layers, self.skipped = prepare(
             model, asked, where=where, example_input=first[:1], calibration=calibration, loss=impact
         )
-        self.pairs = self.context.pairs
+        self.pairs = tuple(p for p in self.context.pairs if any(_fits(m, p) for m in candidates))
         self.layers = {layer.name: layer for layer in layers}
         self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
@@ -193,7 +193,7 @@ class Scores:
     def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
         for method in self.candidates:
             together = bool(getattr(method, "pairs", False))
-            if len(unit) == 2 and not together:
+            if len(unit) == 2 and not (together and _fits(method, unit)):
                 continue
             alone = method
             if len(unit) == 1 and hasattr(method, "pairs"):
@@ -506,6 +506,12 @@ class _Scored:
             quartiles,
             None if why_not.missing() else why_not.text(),
         )
+
+
+def _fits(method: Method, pair: tuple[Layer, ...]) -> bool:
+    """Return whether two layers that were found together are of the kind that a method replaces together."""
+    fits = getattr(method, "fits_pair", None)
+    return bool(getattr(method, "pairs", False)) and (fits is None or bool(fits(pair)))
 
 
 def _finished(row: Candidate) -> bool:

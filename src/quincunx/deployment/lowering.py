@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from quincunx.deployment.plain import PlainProgram
 from quincunx.fusion.exported import TorchNode
+from quincunx.fusion.fuse import fuse
 from quincunx.fusion.fused import Fused, copied_argument, match_layout, same_argument, tensor_argument
 from quincunx.fusion.program import Program
 from quincunx.fusion.serialise import NativePiece, TorchPiece, pieces
@@ -23,7 +24,10 @@ from quincunx.layers.binary import (
     _packed_conv,
     _packed_linear,
 )
+from quincunx.layers.blocks import PairedFill2d
+from quincunx.layers.padded import continued, continued_sampling
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
+from quincunx.layers.sampled import SampledConvTranspose2d
 from quincunx.modules import copied, set_module
 
 __all__ = ["Node", "OnnxNode", "TorchNode", "decoded", "lower"]
@@ -96,10 +100,52 @@ class _Function(nn.Module):
         return (self.function(*maps),)
 
 
-def _note(
-    shapes: dict[str, list[tuple[int, ...]]], name: str, _: nn.Module, given: tuple[Tensor, ...]
-) -> None:
-    shapes[name] = [tuple(t.shape) for t in given]
+class _Half(nn.Module):
+    """The transposed half of a spatial bottleneck, to the size of a map."""
+
+    def __init__(self, up: SampledConvTranspose2d) -> None:
+        super().__init__()
+        self.up = up
+
+    def forward(self, y: Tensor, like: Tensor) -> Tensor:
+        return self.up(y, like.shape[2:])  # type: ignore[no-any-return]
+
+
+class _ContinuedHalf(nn.Module):
+    """A transposed half that continues its sampled map beyond the grid, for one size."""
+
+    rows: Tensor
+
+    def __init__(self, up: Any, shapes: Sequence[tuple[int, ...]], node: Node | None) -> None:
+        super().__init__()
+        (n, c, m, _), self.size = shapes[0], (shapes[1][0], shapes[1][1])
+        how = up.sampling.spec, self.size, up.borders, up.padding_mode
+        self.register_buffer("rows", continued(torch.arange(m).view(1, 1, m, 1), *how).flatten())
+        made = SampledConvTranspose2d(
+            up.in_channels,
+            up.out_channels,
+            up.kernel_size,
+            sampling=continued_sampling(*how),
+            padding=up.reach,
+            dilation=up.dilation,
+            groups=up.groups,
+            bias=up.bias is not None,
+        )
+        made.load_state_dict(up.state_dict())
+        example = torch.zeros(n, c, len(self.rows), 1), torch.zeros(n, 1, *self.size)
+        self.step = lower(fuse(_Half(made).eval()), example, node)
+
+    def forward(self, y: Tensor, _: object) -> Tensor:
+        like = y[:, :1, :1] * y.new_zeros(1, 1, *self.size)
+        return self.step(y[:, :, self.rows], like)  # type: ignore[no-any-return]
+
+
+def _note(shapes: dict[str, list[tuple[int, ...]]], name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
+    shapes[name] = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in given]
+
+
+def _continues(module: nn.Module) -> bool:
+    return isinstance(module, SampledConvTranspose2d) and module.padding_mode != "zeros"
 
 
 _PACKED = (_packed_conv, _packed_linear)
@@ -127,7 +173,7 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
     shapes: dict[str, list[tuple[int, ...]]] = {}
     handles = []
     for name, module in fused.named_modules():
-        if isinstance(module, Program):
+        if isinstance(module, Program) or _continues(module):
             handles.append(module.register_forward_pre_hook(partial(_note, shapes, name)))
     try:
         with torch.no_grad():
@@ -149,6 +195,9 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
             root.add_module(name, decoded(module))
     root._parameters |= fused._parameters
     root._buffers |= fused._buffers
+    for name, module in list(root.named_modules()):
+        if _continues(module) and name in shapes:
+            set_module(root, name, _ContinuedHalf(module, shapes[name], node))
     _check_plain(root)
     return fx.GraphModule(root, graph).eval().requires_grad_(False)
 
@@ -171,12 +220,21 @@ def decoded(module: nn.Module) -> nn.Module:
 
     Of one-bit layers :func:`quincunx.fuse` leaves operators without the layers, so that this comes first.
 
+    Raises:
+        TypeError: the end of a block at sampled positions, which no exporter has.
+
     Example:
         >>> model = nn.Sequential(qx.BinaryConv2d(3, 4, 3)).eval()
         >>> x = torch.randn(1, 3, 8, 8)
         >>> torch.allclose(lower(qx.fuse(decoded(model)), (x,))(x), model(x), atol=1e-5)
         True
     """
+    for name, layer in module.named_modules():
+        if isinstance(layer, PairedFill2d):
+            raise TypeError(
+                f"model: layer {name!r} is the end of a block at sampled positions (SpatialBlock), which "
+                "cannot be exported; choose another method for files"
+            )
     kinds = (QuantConv2d, BinaryConv2d, PackedConv2d, QuantLinear, BinaryLinear, PackedLinear)
     if any(isinstance(layer, kinds) for layer in module.modules()):
         module = copied(module)

@@ -55,12 +55,13 @@ from quincunx.fusion.nodes import (
     by_position,
     drop_nothings,
     give_sizes,
+    grid_of,
     is_map,
     padded_channels,
-    size_of,
     slope_of,
     subsampled,
 )
+from quincunx.fusion.padding import pad_apart
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import (
     Filling,
@@ -206,6 +207,7 @@ def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any, joins: bool =
         make_pure(own, graph)
         forget_layout(own, graph)
         give_sizes(own, graph)
+        pad_apart(own, graph)
         _keep_arguments(own, graph)
         fixed = {name: value for name, value in graph.fixed.items() if _is_written(value)}
         result = _lower(own, graph, fixed, dtype, joins).eval()
@@ -412,20 +414,26 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     if node.target is window_means:
         return _means(model, node)
     sized = surely(module, SampledConvTranspose2d, PairedUp2d)
-    if not is_conv(module) or node.kwargs or len(node.args) != 1 + sized or not _served(module):
+    if (
+        not is_conv(module)
+        or module.padding_mode != "zeros"
+        or node.kwargs
+        or len(node.args) != 1 + sized
+        or not _served(module)
+    ):
         return None
     if not isinstance(node.args[0], fx.Node):
         return None
     bias = None if module.bias is None else module.bias.detach().float()
     weight, source = module.weight.detach(), node.args[0].name
     if sized:
-        like = size_of(node.args[1])
-        if like is None:
+        found = grid_of(node.args[1])
+        if found is None:
             return None
+        like, first = found
         geometry = Geometry(module.kernel_size, (1, 1), module.borders, module.dilation)
-        return Step(
-            "transposed", source, weight, bias, geometry, module.groups, module.sampling.spec, like=like.name
-        )
+        step = Step("transposed", source, weight, bias, geometry, module.groups, module.sampling.spec)
+        return replace(step, like=like.name, like_behind=first)
     if not surely(module, nn.Conv2d):
         if surely(module, SampledDown2d, PairedDown2d) and module.window > 1 and not _pooled(node):
             return None
@@ -441,8 +449,6 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
         spec = module.sampling.spec
         step = Step(kind, source, weight, bias, geometry, module.groups, spec, resize_masks=resize)
         return replace(step, filling=filling)
-    if module.padding_mode != "zeros":
-        return None
     kernel = module.weight.shape[2:]
     stride, dilation = _two(module.stride), _two(module.dilation)
     geometry = Geometry(_two(kernel), stride, padding_of(module), dilation)

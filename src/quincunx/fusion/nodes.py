@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 from quincunx.fusion.effects import added_to, module_of
 from quincunx.fusion.epilogues import Activation
 from quincunx.layers.activations import ACTIVATIONS
+from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.graph import CONVS
-from quincunx.layers.paired import PairedDown2d, PairedUp2d
+from quincunx.layers.paired import PairedDown2d, PairedUp2d, grid_size
 from quincunx.layers.quantised import QuantConv2d
 from quincunx.modules import held_at, known_class, surely
+from quincunx.ops.geometry import Geometry
 
 __all__ = [
     "activation",
@@ -27,6 +29,7 @@ __all__ = [
     "by_position",
     "drop_nothings",
     "give_sizes",
+    "grid_of",
     "is_map",
     "padded_channels",
     "size_of",
@@ -88,26 +91,31 @@ def give_sizes(model: nn.Module, graph: fx.Graph) -> None:
     """Second halves of pairs are told the size of the first's input, which else is noted at run time."""
     for node in list(graph.nodes):
         module = module_of(model, node)
-        if not isinstance(module, PairedUp2d) or len(node.args) != 1:
+        if not isinstance(module, (PairedUp2d, PairedFill2d)) or len(node.args) != 1:
             continue
         if (first := _first_of(model, node, module)) is not None:
             with graph.inserting_before(node):
                 shape = graph.call_function(getattr, (first.args[0], "shape"))
-                node.args = (*node.args, graph.call_function(operator.getitem, (shape, slice(2, None, None))))
+                size = graph.call_function(operator.getitem, (shape, slice(2, None, None)))
+                half: Any = module_of(model, first)
+                if half.changes:
+                    size = graph.call_function(grid_size, (size, *half.changes))
+                node.args = (*node.args, size)
 
 
-def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d) -> fx.Node | None:
+def _first_of(model: nn.Module, node: fx.Node, second: PairedUp2d | PairedFill2d) -> fx.Node | None:
     """The call of a pair's first half that a call of its second half reads.
 
     Raises:
         TypeError: it reads several, of maps that may have several sizes.
     """
     found: set[fx.Node] = set()
+    grid = second.grid_seen if isinstance(second, PairedFill2d) else second.grid
     seen, todo = {node}, list(node.all_input_nodes)
     while todo:
         other = todo.pop()
         module = module_of(model, other)
-        if isinstance(module, PairedDown2d) and module.grid is second.grid:
+        if isinstance(module, PairedDown2d) and module.grid is grid:
             found.add(other)
         elif other not in seen:
             todo += other.all_input_nodes
@@ -256,6 +264,14 @@ def padded_channels(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not zero or not isinstance(amounts[5], int) or amounts[5] < 0:  # type: ignore[index]
         return None
     return node.args[0], amounts[5]  # type: ignore[return-value,index]
+
+
+def grid_of(node: object) -> tuple[fx.Node, Geometry | None] | None:
+    """The map and the convolution of it whose grid an argument is the size of; no convolution: its own."""
+    if not isinstance(node, fx.Node) or node.target is not grid_size:
+        return None if (found := size_of(node)) is None else (found, None)
+    found = size_of(node.args[0])
+    return None if found is None else (found, Geometry.make(*node.args[1:]))  # type: ignore[arg-type]
 
 
 def size_of(node: object) -> fx.Node | None:

@@ -129,6 +129,7 @@ class Step:
         activation: one of :class:`quincunx.fusion.epilogues.Activation`.
         slope: of a leaky ReLU, for each channel, float32.
         like: of "transposed", the map whose height and width the output has.
+        like_behind: the convolution of that map whose grid the output has instead, if there is one.
         out, out2: names of the outputs, None for one that nobody reads.
         resize_masks: whether explicit positions may be used on another grid than their own; None where
             the convolution has no such setting.
@@ -144,6 +145,7 @@ class Step:
     groups: int
     sampling: str = ""
     like: str | None = None
+    like_behind: Geometry | None = None
     shortcut: Shortcut | None = None
     activation: int = Activation.NONE
     slope: Tensor | None = None
@@ -307,7 +309,8 @@ def _compact(step: Step, maps: dict[str, Map]) -> str:
 def output(step: Step, maps: dict[str, Map]) -> Map:
     """The shape of what a step writes, in compact form where it can be."""
     if step.like is not None:
-        return Map(step.out_channels, maps[step.like].size)
+        size = maps[step.like].size
+        return Map(step.out_channels, size if step.like_behind is None else step.like_behind.grid(*size))
     grid = step.geometry.grid(*maps[step.source].size)
     if step.kind == "sampled":
         return Map(step.out_channels, (_count(step.sampling, grid), 1))

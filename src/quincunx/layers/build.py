@@ -13,6 +13,8 @@ from quincunx.layers.binary import (
     PackedConv2d,
     PackedLinear,
 )
+from quincunx.layers.blocks import PairedFill2d
+from quincunx.layers.padded import PaddedConv2d
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
 from quincunx.layers.sampled import PerforatedConv2d, SpatialBottleneck2d
@@ -32,6 +34,11 @@ def _espace(masks: list[str], **settings: Any) -> nn.Module:
     return EspaceConv2d(**settings, masks=(first, second))
 
 
+def _padded(module: dict[str, Any], sides: list[int], mode: str) -> nn.Module:
+    top, bottom, left, right = sides
+    return PaddedConv2d(build_module(module), (top, bottom, left, right), mode)
+
+
 def _sampled(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def build(sampling: str, **settings: Any) -> nn.Module:
         return kind(**settings, sampling=from_spec(sampling))
@@ -45,8 +52,10 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "separable": SeparableConv2d,
     "espace": _espace,
     "masked": _sampled(MaskedConv2d),
+    "padded": _padded,
     "perforated": _sampled(PerforatedConv2d),
     "paired-down": _sampled(PairedDown2d),
+    "paired-fill": _sampled(PairedFill2d),
     "paired-up": _sampled(PairedUp2d),
     "spatial-bottleneck": _sampled(SpatialBottleneck2d),
     "quantised-conv": QuantConv2d,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from quincunx.layers import tracing
+from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
 from quincunx.layers.sampled import (
@@ -22,7 +23,7 @@ _SAMPLED = (SampledConv2d, PerforatedConv2d, MaskedConv2d, SampledDown2d, Paired
 TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
 CONVS = (nn.Conv2d, *_SAMPLED, *TRANSPOSED)
 # opaque leaves
-_WHOLE = (QuantConv2d, QuantLinear)
+_WHOLE = (QuantConv2d, QuantLinear, PairedFill2d)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -18,10 +18,10 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_map
 
 from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_padding
-from quincunx.ops.geometry import two_integers
+from quincunx.ops.geometry import Geometry, two_integers
 from quincunx.sampling import Sampling
 
-__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "of_grid"]
+__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "grid_size", "of_grid", "size_known"]
 
 _GETTER = type(Tensor.data.__get__)  # type: ignore[attr-defined, unused-ignore]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined, unused-ignore]
@@ -154,6 +154,22 @@ def _note_compiled(key: str) -> bool:
 _note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def grid_size(size: Sequence[int], *geometry: Sequence[int]) -> tuple[int, int]:
+    """Return (H', W') of a first half's grid for its input's (H, W).
+
+    Args:
+        size: (H, W).
+        geometry: kernel, stride, padding and dilation of a strided half; nothing for the map's own grid.
+
+    Example:
+        >>> grid_size((9, 8), (3, 3), (2, 2), (1, 1, 1, 1), (1, 1))
+        (5, 4)
+    """
+    if not geometry:
+        return size[0], size[1]
+    return Geometry.make(*geometry).grid(size[0], size[1])
+
+
 class PairedDown2d(SampledDown2d):
     """The first half: a convolution at the positions of a sampling, [N, C, H, W] to [N, O, m, 1].
 
@@ -173,9 +189,16 @@ class PairedDown2d(SampledDown2d):
         super().__init__(*args, **settings)
         self.grid = Grid()
 
+    @property
+    def changes(self) -> tuple[tuple[int, ...], ...]:
+        """Kernel, stride, padding and dilation, from which the grid follows; () if it is the map's own."""
+        if self.stride == (1, 1):
+            return ()
+        return self.kernel_size, self.stride, self.borders, self.dilation
+
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        size = (x.shape[2], x.shape[3])
+        size = grid_size(x.shape[2:], *self.changes)
         if torch.compiler.is_dynamo_compiling():
             _note_compiled(self.grid.key)
         elif torch.compiler.is_compiling() or not all(type(value) is int for value in size):
@@ -184,6 +207,28 @@ class PairedDown2d(SampledDown2d):
             self.grid.see(y.shape[2], size)
         # a proxy's class must not change
         return _sized(y, size)  # type: ignore[no-any-return]
+
+
+def size_known(y: Tensor, positions: int, grid: Grid, partner: str) -> Sequence[int]:
+    """Return the size (H, W) of the grid of a sampled map, from the map or from what the first half has seen.
+
+    Raises:
+        RuntimeError: neither knows it.
+    """
+    size: Sequence[int] | None = _size(y)
+    if size is not None:
+        return size
+    symbols, grid.symbols = grid.symbols, None
+    if symbols is not None:
+        return symbols
+    size = None if torch.compiler.is_compiling() else grid.only(positions)
+    if size is None:
+        raise RuntimeError(
+            f"the second half of the pair of {partner!r}: the grid's size is unknown, since its "
+            "input is no SampledMap that comes from the first half and not exactly one grid of as many "
+            "positions was seen; call it with the size"
+        )
+    return size
 
 
 class PairedUp2d(SampledConvTranspose2d):
@@ -224,6 +269,7 @@ class PairedUp2d(SampledConvTranspose2d):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
     ) -> None:
         kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         super().__init__(
@@ -235,6 +281,7 @@ class PairedUp2d(SampledConvTranspose2d):
             dilation=spread,
             groups=groups,
             bias=bias,
+            padding_mode=padding_mode,
         )
         self.partner, self.grid = partner, Grid()
 
@@ -252,22 +299,6 @@ class PairedUp2d(SampledConvTranspose2d):
 
     def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
         if size is None:
-            size = self._size_of(y)
+            size = size_known(y, y.shape[2], self.grid, self.partner)
         with torch._C.DisableTorchFunctionSubclass():
             return super().forward(y, size)
-
-    def _size_of(self, y: Tensor) -> Sequence[int]:
-        size = _size(y)
-        if size is not None:
-            return size
-        symbols, self.grid.symbols = self.grid.symbols, None
-        if symbols is not None:
-            return symbols
-        size = None if torch.compiler.is_compiling() else self.grid.only(y.shape[2])
-        if size is None:
-            raise RuntimeError(
-                f"the second half of the pair of {self.partner!r}: the grid's size is unknown, since its "
-                "input is no SampledMap that comes from the first half and not exactly one grid of as many "
-                "positions was seen; call it with the size"
-            )
-        return size

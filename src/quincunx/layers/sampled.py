@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quincunx.layers.attributes import ConvLike, kernel_of_bottleneck
 from quincunx.layers.fills import FittedFill2d, check_fill
+from quincunx.layers.padded import MODES, continued, continued_sampling, pad_map
 from quincunx.ops import fill_nearest, fill_zero, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
 from quincunx.sampling import CHESSBOARD, Cosets, Sampling
@@ -285,7 +286,9 @@ class SampledConvTranspose2d(_SampledBase):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
     ) -> None:
+        check_padding_mode(padding_mode)
         super().__init__(
             in_channels,
             out_channels,
@@ -298,20 +301,33 @@ class SampledConvTranspose2d(_SampledBase):
             bias=bias,
             transposed=True,
         )
+        self.padding_mode = padding_mode
 
     @property
     def fan_in(self) -> float:
         """Products summed in one output value, on average: only computed positions contribute."""
         return super().fan_in * self.sampling.density
 
+    @property
+    def reach(self) -> tuple[int, int, int, int]:
+        """(top, bottom, left, right) of the convolution whose adjoint reads a continued sampled map."""
+        # every tap of the smaller grid's convolution lies in the larger grid
+        rows, cols = (d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        return rows, rows, cols, cols
+
     def forward(self, y: Tensor, size: Sequence[int]) -> Tensor:
+        sampling, borders = self.sampling, self.borders
+        if self.padding_mode != "zeros":
+            grid = int(size[0]), int(size[1])
+            how = sampling.spec, grid, borders, self.padding_mode
+            y, sampling, borders = continued(y, *how), continued_sampling(*how), self.reach
         return sampled_conv_transpose2d(
             y,
             self.weight,
             self.bias,
-            sampling=self.sampling,
+            sampling=sampling,
             size=size,
-            padding=self.borders,
+            padding=borders,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -328,7 +344,12 @@ class SampledDown2d(SampledConv2d):
     The grid has H - (dilation (k - 1) mod 2) rows, likewise columns: the map's own size for odd
     kernels.
 
-    Source: Peng et al., arXiv:1809.02601, sections 3.1 and 4.4.
+    With a stride or a padding of its own the grid is that of ``nn.Conv2d``; the means have neither.
+
+    Raises:
+        ValueError: "avgpool" with a stride, a padding, or a sampling that has no cosets.
+
+    Source: Peng et al., arXiv:1809.02601, sections 3.1 and 4.4; strides are our addition.
     """
 
     def __init__(
@@ -342,38 +363,67 @@ class SampledDown2d(SampledConv2d):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
+        stride: int | Sequence[int] = 1,
+        padding: Padding | None = None,
     ) -> None:
         kernel, spread = two_integers("kernel_size", kernel_size, 1), two_integers("dilation", dilation, 1)
         if down not in ("stride", "avgpool"):
             raise ValueError(f"down={down!r}: expected 'stride' or 'avgpool'")
+        check_padding_mode(padding_mode, down)
         window = 1
         if down == "avgpool":
             if not isinstance(sampling, Cosets):
                 raise ValueError(f"down='avgpool' pools once per coset: sampling={sampling!r} has no cosets")
             window = sampling.period
+            if padding is not None or two_integers("stride", stride, 1) != (1, 1):
+                raise ValueError(f"down='avgpool': has no stride or padding, got {stride!r} and {padding!r}")
         half = half_padding(kernel, spread)
-        padding: list[int] = []
+        sides: list[int] = []
         for i in (0, 1):
             before = window * spread[i] * ((kernel[i] - 1) // 2)
             # as much behind as gives the grid that the strided form has
             if window == 1:
                 before = half[i]
             after = 2 * half[i] - spread[i] * (kernel[i] - 1) + window * spread[i] * (kernel[i] - 1) - before
-            padding += [before, after]
+            sides += [before, after]
         super().__init__(
             in_channels,
             out_channels,
             kernel,
             sampling=sampling,
-            padding=padding,
+            stride=stride,
+            padding=sides if padding is None else padding,
             dilation=(window * spread[0], window * spread[1]),
             groups=groups,
             bias=bias,
         )
-        self.down, self.window = down, window
+        self.down, self.window, self.padding_mode = down, window, padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(window_means(x, self.window) if self.window > 1 else x)
+        if self.padding_mode == "zeros":
+            return super().forward(window_means(x, self.window) if self.window > 1 else x)
+        return sampled_conv2d(
+            pad_map(x, self.borders, self.padding_mode),
+            self.weight,
+            self.bias,
+            sampling=self.sampling,
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+
+def check_padding_mode(mode: str, down: str = "stride") -> None:
+    """Refuse an unknown padding, and one of other values than zeros around window means.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if mode not in MODES:
+        raise ValueError(f"padding_mode={mode!r}: expected one of {', '.join(MODES)}")
+    if mode != "zeros" and down == "avgpool":
+        raise ValueError(f"padding_mode={mode!r}: window means (down='avgpool') have zeros around them")
 
 
 def half_padding(kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
@@ -411,10 +461,12 @@ class SpatialBottleneck2d(ConvLike):
         groups: channel groups of both halves.
         bias: whether the second half adds one; the first needs none.
         dilation: of both halves.
+        padding_mode: of both halves, as ``nn.Conv2d`` has it; the sampled map between them is continued
+            beyond its grid, too.
 
     Raises:
         ValueError: channels that do not divide by ``groups``, an unknown ``down``, "avgpool" with a
-            sampling that has no cosets.
+            sampling that has no cosets or with another ``padding_mode`` than "zeros".
         TypeError: ``sampling`` is not one.
 
     Source: Peng et al., arXiv:1809.02601, section 3.
@@ -436,6 +488,7 @@ class SpatialBottleneck2d(ConvLike):
         groups: int = 1,
         bias: bool = True,
         dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
         _check_channels(in_channels, out_channels, groups)
@@ -452,6 +505,7 @@ class SpatialBottleneck2d(ConvLike):
             dilation=spread,
             groups=groups,
             bias=False,
+            padding_mode=padding_mode,
         )
         self.up = SampledConvTranspose2d(
             mid_channels,
@@ -462,6 +516,7 @@ class SpatialBottleneck2d(ConvLike):
             dilation=spread,
             groups=groups,
             bias=bias,
+            padding_mode=padding_mode,
         )
         self.settle(
             in_channels,
@@ -471,6 +526,7 @@ class SpatialBottleneck2d(ConvLike):
             dilation=spread,
             groups=groups,
         )
+        self.padding_mode = padding_mode
 
     @property
     def weight(self) -> Tensor:

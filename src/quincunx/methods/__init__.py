@@ -6,6 +6,16 @@ from quincunx.methods.espace import Espace
 from quincunx.methods.lowrank import LowRank
 from quincunx.methods.perforate import Perforate
 from quincunx.methods.qcnn import QCNN
+from quincunx.methods.spatialblock import SpatialBlock
 from quincunx.methods.spatialbottleneck import SpatialBottleneck
 
-__all__ = ["CP", "QCNN", "BinaryConnect", "Espace", "LowRank", "Perforate", "SpatialBottleneck"]
+__all__ = [
+    "CP",
+    "QCNN",
+    "BinaryConnect",
+    "Espace",
+    "LowRank",
+    "Perforate",
+    "SpatialBlock",
+    "SpatialBottleneck",
+]

@@ -325,7 +325,7 @@ class CP:
         if context.calibration is None or (layer.calls or 0) > 1:
             return None
         conv = conv_of(layer)
-        seen = moments(conv, context.responses(layer), positions=self.positions, seed=self.seed)
+        seen = moments(conv, context.responses(layer, padded=True), positions=self.positions, seed=self.seed)
         rebuilt = torch.stack(
             [torch.einsum("nr,cr,ir,jr->cijn", *one.factors).flatten(0, 2) for one in found]
         )

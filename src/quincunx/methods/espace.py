@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from quincunx.layers.fills import check_fill
+from quincunx.layers.padded import padded_like
 from quincunx.layers.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.methods.fitting.fills import Held, fit_perforated
 from quincunx.methods.fitting.halves import fit_halves
@@ -21,7 +22,6 @@ from quincunx.methods.fitting.settings import (
     check_integers,
     conv_of,
     conv_settings,
-    convolution_refusal,
 )
 from quincunx.methods.points import Point
 from quincunx.modules import set_module
@@ -198,7 +198,7 @@ class Espace(SeparableFit):
         if conv_of(layer).kernel_size != (1, 1):
             reason = self.separable_refusal(layer, self.with_data(context))
         elif self.pointwise:
-            reason = convolution_refusal(layer)
+            reason = None
         else:
             reason = "1 x 1: no low rank here; pointwise=True masks it"
         if reason is None and impact and layer.calls is not None and layer.calls > 1:
@@ -343,7 +343,7 @@ class _EspaceWork:
         self, layer: Layer, dense: nn.Module, module: EspaceConv2d | MaskedConv2d
     ) -> dict[str, Any]:
         """Fit the fills, and kernels with them, and put the layer where those behind it read it."""
-        pairs = Held(self.context.responses(layer))
+        pairs = Held(self.context.responses(layer, padded=True))
         how: dict[str, Any] = {
             "refits": self.method.refits,
             "positions": self.method.positions,
@@ -361,7 +361,7 @@ class _EspaceWork:
                 f"layer {layer.name!r}: expected a separable convolution, got {type(dense).__name__}"
             )
         for name in layer.names:
-            self.context.network = set_module(self.context.network, name, module)
+            self.context.network = set_module(self.context.network, name, padded_like(layer.module, module))
         return found
 
 

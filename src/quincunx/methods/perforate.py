@@ -13,7 +13,7 @@ from quincunx.layers.sampled import PerforatedConv2d
 from quincunx.methods.fitting.fills import fit_perforated
 from quincunx.methods.fitting.lattices import LATTICES
 from quincunx.methods.fitting.moments import POSITIONS
-from quincunx.methods.fitting.settings import check_integers, conv_of, conv_settings, convolution_refusal
+from quincunx.methods.fitting.settings import check_integers, conv_of, conv_settings
 from quincunx.methods.points import Point
 from quincunx.sampling import CHESSBOARD, Cosets, Positions, Sampling
 from quincunx.surgery.calibration import Context, Layer
@@ -123,8 +123,6 @@ class Perforate:
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Why a layer stays."""
         conv = conv_of(layer)
-        if (reason := convolution_refusal(layer)) is not None:
-            return reason
         if conv.kernel_size == (1, 1) and not self.pointwise:
             return "1 x 1: pointwise=True perforates it"
         if self._fits(context) and layer.calls is not None and layer.calls > 1:
@@ -199,7 +197,7 @@ class Perforate:
                 record |= fit_perforated(
                     module,
                     conv_of(layer),
-                    context.responses(layer),
+                    context.responses(layer, padded=True),
                     refits=self.refits,
                     positions=self.positions,
                     seed=self.seed,

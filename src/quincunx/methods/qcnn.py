@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quincunx.layers.quantised import QuantConv2d, QuantLinear, check_codebook
 from quincunx.methods.fitting.codebooks import Quantisation, bits_per_weight, quantise
 from quincunx.methods.fitting.moments import POSITIONS, moments
-from quincunx.methods.fitting.settings import check_integers, convolution_refusal
+from quincunx.methods.fitting.settings import check_integers, conv_of
 from quincunx.methods.points import Point
 from quincunx.modules import padding_of
 from quincunx.surgery.calibration import Context, Layer
@@ -107,12 +107,9 @@ class QCNN:
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Return why a layer is not replaced, or None."""
-        conv = _as_conv(layer.module)
-        if isinstance(layer.module, nn.Conv2d):
-            if (reason := convolution_refusal(layer)) is not None:
-                return reason
-            if conv.groups > 1 and conv.groups == conv.in_channels:
-                return "depthwise: a kernel of one channel has no sub-vectors"
+        conv = _read_as_conv(layer)
+        if isinstance(layer.module, nn.Conv2d) and conv.groups == conv.in_channels > 1:
+            return "depthwise: a kernel of one channel has no sub-vectors"
         taps = conv.kernel_size[0] * conv.kernel_size[1]
         vectors = taps * conv.out_channels // conv.groups
         try:
@@ -134,16 +131,16 @@ class QCNN:
         with_data = self.with_data(context)
 
         def replace(layer: Layer) -> Replacement:
-            conv, data = _as_conv(layer.module), None
+            conv, data = _read_as_conv(layer), None
             if with_data:
-                pairs = context.responses(layer)
+                pairs = context.responses(layer, padded=True)
                 if isinstance(layer.module, nn.Linear):
                     pairs = _as_maps(pairs)  # type: ignore[assignment]
                 data = moments(conv, pairs, positions=self.positions, seed=self.seed)
             found = quantise(
                 conv, self.subspace, self.codewords, data, iterations=self.iterations, seed=self.seed
             )
-            module = quantised(layer.module, found)
+            module = quantised(layer.module if isinstance(layer.module, nn.Linear) else conv, found)
             record = {
                 "subspace": self.subspace,
                 "codewords": self.codewords,
@@ -155,6 +152,10 @@ class QCNN:
             return Replacement(module, module.spec, record)
 
         return each(replace)
+
+
+def _read_as_conv(layer: Layer) -> nn.Conv2d:
+    return conv_of(layer) if isinstance(layer.module, nn.Conv2d) else _as_conv(layer.module)
 
 
 def _as_conv(module: nn.Module) -> nn.Conv2d:

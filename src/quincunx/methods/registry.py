@@ -16,6 +16,7 @@ from quincunx.methods.lowrank import LowRank
 from quincunx.methods.perforate import Perforate
 from quincunx.methods.points import Point
 from quincunx.methods.qcnn import QCNN
+from quincunx.methods.spatialblock import SpatialBlock
 from quincunx.methods.spatialbottleneck import SpatialBottleneck
 from quincunx.surgery.method import Method
 
@@ -42,7 +43,7 @@ class Published(Method, Protocol):
 
 METHODS: dict[str, type[Published]] = {
     str(method.name): method
-    for method in (SpatialBottleneck, Perforate, Espace, LowRank, CP, BinaryConnect, QCNN)
+    for method in (SpatialBottleneck, SpatialBlock, Perforate, Espace, LowRank, CP, BinaryConnect, QCNN)
 }
 # names that the command line had before
 ALIASES = {"lrd": "lowrank", "cpd": "cp", "sb": "spatialbottleneck"}

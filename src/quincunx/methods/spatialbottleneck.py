@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quincunx.layers.padded import continued_sampling, pad_map, padding_at, sides_of
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.sampled import (
     SampledConvTranspose2d,
@@ -27,12 +28,13 @@ from quincunx.methods.fitting.moments import (
     moments,
     of_noise,
 )
-from quincunx.methods.fitting.settings import check_integers, conv_of, convolution_refusal
+from quincunx.methods.fitting.settings import check_integers
 from quincunx.methods.points import Point
+from quincunx.ops.contract import transposed_reads
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, Positions, Sampling
 from quincunx.surgery.calibration import Context, Layer
 from quincunx.surgery.method import Replacement, Work
-from quincunx.surgery.pairs import keeps_grid
+from quincunx.surgery.pairs import is_strided, keeps_grid
 
 __all__ = ["SpatialBottleneck"]
 
@@ -83,6 +85,9 @@ class SpatialBottleneck:
         down: "stride", or "avgpool" for the paper's ablation.
         pairs: whether pairs are replaced.
         singles: whether convolutions outside pairs are replaced.
+        strided: whether a strided convolution may be the first of a pair. The pair's grid is then the
+            smaller one: the first half is computed at sampled positions of it, the second spreads them over
+            it. False leaves such layers as they are, as the paper does; searches try both.
         mid_share: D_mid of singles as a share of D1 D2 / (D1 + D2), which keeps the parameter count.
         data: fit to calibration data (True), to the weights only (False), or by default to data if
             there is any. Without data, pairs keep their weights, scaled by 1 / density, and singles
@@ -112,6 +117,7 @@ class SpatialBottleneck:
     down: str = "stride"
     pairs: bool = True
     singles: bool = True
+    strided: bool = False
     mid_share: float = 1.0
     data: bool | None = None
     positions: int = POSITIONS
@@ -123,6 +129,10 @@ class SpatialBottleneck:
             raise ValueError(f"mid_share={self.mid_share!r}: expected a positive share")
         if self.data not in (None, True, False):
             raise ValueError(f"data={self.data!r}: expected True, False or None")
+        if self.strided not in (True, False):
+            raise ValueError(f"strided={self.strided!r}: expected True or False")
+        if self.strided and self.down == "avgpool":
+            raise ValueError("strided=True: window means (down='avgpool') have no stride")
         if not (self.pairs or self.singles):
             raise ValueError("pairs=False, singles=False: nothing is left to replace")
         check_integers(self, positions=1, seed=0)
@@ -135,7 +145,7 @@ class SpatialBottleneck:
     @classmethod
     def candidates(cls) -> tuple[SpatialBottleneck, ...]:
         """Return the settings that a search tries in each layer."""
-        return tuple(cls(sampling) for sampling in (QUARTER, CHESSBOARD, THREE_QUARTERS))
+        return tuple(cls(sampling, strided=True) for sampling in (QUARTER, CHESSBOARD, THREE_QUARTERS))
 
     @classmethod
     def sweep(cls) -> list[Point]:
@@ -157,30 +167,43 @@ class SpatialBottleneck:
 
     def refuse(self, layer: Layer, context: Context) -> str | None:
         """Return why a layer is not replaced, or None."""
-        conv = conv_of(layer)
-        if (reason := convolution_refusal(layer)) is not None:
-            return reason
+        conv = _conv_of(layer)
+        if self.down == "avgpool" and sides_of(conv) is not None:
+            return f"padding_mode={conv.padding_mode!r}: window means (down='avgpool') have zeros around them"
         if max(conv.kernel_size) == 1 and not self._starts(layer, context):
             return "1 x 1: it would leave the positions between the computed ones empty"
-        if set(conv.stride) != {1}:
+        if set(conv.stride) != {1} and not self._starts(layer, context):
+            if self.strided:
+                return "strided: no other convolution on the grid behind it makes a pair with it"
             return "strided: it changes the resolution, where the paper keeps the convolution"
-        if max(conv.kernel_size) > 1 and not keeps_grid(conv):
+        if set(conv.stride) == {1} and max(conv.kernel_size) > 1 and not keeps_grid(conv):
             return "its result has another size than its input"
         if layer.output_shape is not None:
             try:
                 self.sampling.count(*layer.grid)
             except ValueError as error:
                 return str(error)
-        if self.pairs and any(layer in pair for pair in context.pairs):
+        if any(layer in pair for pair in self._pairs(context)):
             return None
         return self.refuse_single(layer, context)
 
     def _starts(self, layer: Layer, context: Context) -> bool:
-        return self.pairs and any(layer is first for first, _ in context.pairs)
+        return any(layer is first for first, _ in self._pairs(context))
+
+    def _pairs(self, context: Context) -> tuple[tuple[Layer, Layer], ...]:
+        """Return the pairs that these settings replace."""
+        if not self.pairs:
+            return ()
+        return tuple(pair for pair in context.pairs if self.fits_pair(pair))
+
+    def fits_pair(self, pair: tuple[Layer, ...]) -> bool:
+        """Return whether two layers that were found together are a pair of these settings' kind."""
+        first, second = pair[0].module, pair[-1].module
+        return keeps_grid(second) and (self.strided or not is_strided(first))
 
     def refuse_single(self, layer: Layer, context: Context) -> str | None:
         """Return why a convolution outside pairs is not replaced, or None."""
-        conv = conv_of(layer)
+        conv = _conv_of(layer)
         if not self.singles:
             return "no other convolution on its grid makes a pair with it"
         if max(conv.kernel_size) == 1:
@@ -205,8 +228,15 @@ class SpatialBottleneck:
         if with_data:
             context.data  # noqa: B018 - raises if there is no data
         taken = {layer.name for layer in layers}
-        pairs = [(a, b) for a, b in context.pairs if self.pairs and {a.name, b.name} <= taken]
+        pairs = [(a, b) for a, b in self._pairs(context) if {a.name, b.name} <= taken]
         return _BottleneckWork(self, context, {x.name: (a, b) for a, b in pairs for x in (a, b)}, with_data)
+
+
+def _conv_of(layer: Layer) -> nn.Conv2d:
+    """Return the layer's module as it is, which pads by itself."""
+    if not isinstance(layer.module, nn.Conv2d):
+        raise TypeError(f"layer {layer.name!r}: expected a Conv2d, got {type(layer.module).__name__}")
+    return layer.module
 
 
 @dataclass(frozen=True)
@@ -235,9 +265,22 @@ class _BottleneckWork:
         sampling = self.method.sampling
         record: dict[str, object] = {"sampling": sampling.spec, "rates": [sampling.density]}
         if layer.name in self.pair_of and layer.output_shape is not None:
-            weight = conv_of(layer).weight
-            record["macs_after"] = self.method.sampling.count(*layer.grid) * weight.numel()
+            weight = _conv_of(layer).weight
+            record["macs_after"] = self._positions_read(layer) * (weight.numel() // weight[0, 0].numel())
         return record
+
+    def _positions_read(self, layer: Layer) -> int:
+        """Return how many pairs of a position and a tap the half of a pair multiplies."""
+        conv, (height, width) = _conv_of(layer), layer.grid
+        count, sampling = self.method.sampling.count(height, width), self.method.sampling
+        sides = sides_of(conv)
+        kernel, dilation = _two(conv.kernel_size), _two(conv.dilation)
+        if sides is None or layer is self.pair_of[layer.name][0]:
+            return count * kernel[0] * kernel[1]
+        rows, cols = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+        spec = continued_sampling(sampling.spec, (height, width), sides, conv.padding_mode).spec
+        around = rows, rows, cols, cols
+        return transposed_reads(count, kernel, (height, width), spec, (1, 1), around, dilation)
 
     def _built(
         self, kind: str, build: Callable[..., Built], conv: nn.Conv2d, **own: Any
@@ -251,15 +294,20 @@ class _BottleneckWork:
             "groups": conv.groups,
             **own,
         }
+        if sides_of(conv) is not None:
+            settings["padding_mode"] = conv.padding_mode
         sampling = self.method.sampling
         module = build(**settings, sampling=sampling).to(conv.weight)
         return module, {"kind": kind, **settings, "sampling": sampling.spec}
 
     def _first(self, layer: Layer) -> Replacement:
-        conv, method = conv_of(layer), self.method
+        conv, method = _conv_of(layer), self.method
         pooled = self.with_data and method.down == "avgpool"
         bias = conv.bias is not None or pooled
-        module, spec = self._built("paired-down", PairedDown2d, conv, down=method.down, bias=bias)
+        own: dict[str, Any] = {"down": method.down, "bias": bias}
+        if is_strided(conv):
+            own |= {"stride": list(conv.stride), "padding": list(padding_at(conv))}
+        module, spec = self._built("paired-down", PairedDown2d, conv, **own)
         if not pooled:
             module.load_state_dict(conv.state_dict())
             return Replacement(module, spec, {})
@@ -271,7 +319,7 @@ class _BottleneckWork:
         return Replacement(module, spec, record)
 
     def _second(self, layer: Layer, partner: str) -> Replacement:
-        conv = conv_of(layer)
+        conv = _conv_of(layer)
         bias = conv.bias is not None or self.with_data
         module, spec = self._built("paired-up", PairedUp2d, conv, partner=partner, bias=bias)
         with torch.no_grad():
@@ -285,7 +333,7 @@ class _BottleneckWork:
         return Replacement(module, spec, record)
 
     def _single(self, layer: Layer) -> Replacement:
-        method, conv = self.method, conv_of(layer)
+        method, conv = self.method, _conv_of(layer)
         g = conv.groups
         keeping = conv.in_channels * conv.out_channels / (conv.in_channels + conv.out_channels)
         # more channels than values in a patch would be redundant
@@ -372,11 +420,11 @@ class _Noise:
             yield (
                 x,
                 F.conv2d(
-                    x,
+                    pad_map(x, padding_at(self.conv), self.conv.padding_mode),
                     self.conv.weight,
                     None,
                     1,
-                    self.conv.padding,
+                    0,
                     self.conv.dilation,
                     self.conv.groups,
                 ),
@@ -434,13 +482,12 @@ def _read_by(
 ) -> Moments:
     """Return moments of the patches that a first half reads (of the map or of its window means) and of its
     targets, ``outputs`` channels computed from the responses, at the sampling's positions."""
-    conv = conv_of(layer)
+    conv = _conv_of(layer)
     # the padding differs between the sides, so the map itself is padded
     seen = nn.Conv2d(
         conv.in_channels, outputs, _two(conv.kernel_size), dilation=half.dilation, groups=conv.groups
     )
     sums = Accumulator(seen.to(conv.weight), method.positions, method.seed)
-    top, bottom, left, right = half.borders
     for x, y in pairs:
         height, width = y.shape[-2:]
         sums.among = method.sampling.mask(height, width).flatten().nonzero().flatten()
@@ -448,7 +495,7 @@ def _read_by(
         for part in range(0, len(x), step):
             read = x[part : part + step]
             read = window_means(read, half.window) if half.window > 1 else read
-            sums.add(F.pad(read, (left, right, top, bottom)), wanted(y[part : part + step]))
+            sums.add(pad_map(read, half.borders, half.padding_mode), wanted(y[part : part + step]))
     return sums.finish()
 
 
@@ -472,7 +519,7 @@ def _solve_codes(
     the kernel, these are the leading directions of L^-1 B B^T L^-T, mapped back by L^-T. Noise replaces
     missing samples. Returns the data's own moments.
     """
-    conv, down = conv_of(layer), module.down
+    conv, down = _conv_of(layer), module.down
     kernel, spread = _two(conv.kernel_size), _two(conv.dilation)
 
     def around(y: Tensor) -> Tensor:
@@ -549,7 +596,8 @@ def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
     """Return a convolution with another one's geometry and groups."""
     kernel, dilation = _two(conv.kernel_size), _two(conv.dilation)
     padding = half_padding(kernel, dilation)
-    made = nn.Conv2d(in_channels, out_channels, kernel, 1, padding, dilation, conv.groups)
+    mode = conv.padding_mode
+    made = nn.Conv2d(in_channels, out_channels, kernel, 1, padding, dilation, conv.groups, padding_mode=mode)
     return made.to(conv.weight)  # device and dtype
 
 

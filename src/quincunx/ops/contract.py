@@ -31,10 +31,10 @@ from torch import Tensor
 
 from quincunx.ops.flops import counted_by
 from quincunx.ops.geometry import Geometry
-from quincunx.ops.plan import fill_plan
+from quincunx.ops.plan import adjoint_plan, fill_plan
 from quincunx.sampling import from_spec
 
-__all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count"]
+__all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count", "transposed_reads"]
 
 CHANNELS_LAST = torch.channels_last
 
@@ -376,10 +376,26 @@ def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return int(2 * batch * m * out_channels * in_channels * kh * kw)
 
 
-def _conv_transpose_flops(y: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _conv_transpose_flops(y: Any, weight: Any, bias: Any, size: Any, spec: str, *where: Any, **_: Any) -> int:
     batch, _, m, _ = y
     in_channels, out_channels, kh, kw = weight
-    return int(2 * batch * m * in_channels * out_channels * kh * kw)
+    return int(2 * batch * transposed_reads(m, (kh, kw), size, spec, *where[:3]) * in_channels * out_channels)
+
+
+def transposed_reads(
+    m: int, kernel: Any, size: Any, spec: str, stride: Any, padding: Any, dilation: Any
+) -> int:
+    """Return how many pairs of an output position and a tap a transposed convolution multiplies.
+
+    All taps of all m computed positions, except where the sampled map's grid is larger than the result:
+    there, taps that lead outside of the result are left out.
+    """
+    geometry = Geometry.make(kernel, stride, padding, dilation)
+    height, width = int(size[0]), int(size[1])
+    grid = geometry.grid(height, width)
+    if grid[0] <= height and grid[1] <= width:
+        return int(m * kernel[0] * kernel[1])
+    return adjoint_plan(spec, geometry, height, width).reads
 
 
 def _conv_weight_flops(x: Any, y: Any, *_: Any, out_shape: Any, **__: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quincunx.layers.padded import pad_map, sides_of
 from quincunx.modules import evaluation, first_line
 
 __all__ = [
@@ -52,8 +53,10 @@ class Layer:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Return (H, W) of its input."""
-        return _size(self.name, self.input_shape)
+        """Return (H, W) of its input, with what ``padding_mode`` other than "zeros" puts around it."""
+        height, width = _size(self.name, self.input_shape)
+        top, bottom, left, right = sides_of(self.module) or (0, 0, 0, 0)
+        return height + top + bottom, width + left + right
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -488,6 +491,7 @@ class Shortcut(Protocol):
 class Responses:
     """Pairs (input in the changed network, response of the original layer) of one layer, batch by batch.
 
+    With ``padded``, inputs have around them what ``padding_mode`` other than "zeros" puts there.
     Iterating runs both networks up to the layer, once per batch of calibration data, starting from the
     context's shortcut if there is one. A context that keeps values keeps the original network's pairs, if
     they are not too large.
@@ -497,8 +501,9 @@ class Responses:
             not called; the message names layer and batch.
     """
 
-    def __init__(self, context: Context, layer: Layer) -> None:
+    def __init__(self, context: Context, layer: Layer, padded: bool = False) -> None:
         self.context, self.layer = context, layer
+        self.sides = sides_of(layer.module) if padded else None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         original, network, kept = self.context.original, self.context.network, self.context.kept
@@ -526,6 +531,8 @@ class Responses:
             held += sum(t.numel() * t.element_size() for t in pair)
             if kept is not None and held <= MOST_KEPT:
                 found.append(pair)
+            if self.sides is not None:
+                seen = pad_map(seen, self.sides, str(self.layer.module.padding_mode))
             yield seen, response
         if kept is not None and held <= MOST_KEPT:
             kept[key] = found
@@ -608,9 +615,12 @@ class Context:
             raise ValueError("calibration=None: this method is fitted on data; give it input batches")
         return self.calibration
 
-    def responses(self, layer: Layer) -> Responses:
-        """Return pairs of a layer's input in the changed network and its response in the original one."""
-        return Responses(self, layer)
+    def responses(self, layer: Layer, padded: bool = False) -> Responses:
+        """Return pairs of a layer's input in the changed network and its response in the original one.
+
+        With ``padded``, an input has around it what ``padding_mode`` other than "zeros" puts there.
+        """
+        return Responses(self, layer, padded)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return ``make()``; keep it by key while no layer is changed, if ``kept`` is a dict."""
@@ -624,6 +634,8 @@ class Context:
     def survey(self, layers: Sequence[Layer], visit: Visit) -> None:
         """Run the original network once over the data: ``visit(name, input, output)`` at each call.
 
+        Inputs have around them what ``padding_mode`` other than "zeros" puts there.
+
         Raises:
             ValueError: a value that is not finite.
         """
@@ -632,10 +644,12 @@ class Context:
             for layer in layers:
 
                 def see(
-                    _: nn.Module, inputs: tuple[Any, ...], output: Tensor, name: str = layer.name
+                    conv: nn.Module, inputs: tuple[Any, ...], output: Tensor, name: str = layer.name
                 ) -> None:
                     _check_finite(name, at, inputs[0], output)
-                    visit(name, inputs[0], output)
+                    sides = sides_of(conv)
+                    seen = inputs[0] if sides is None else pad_map(inputs[0], sides, str(conv.padding_mode))
+                    visit(name, seen, output)
 
                 module = self.original.get_submodule(layer.name)
                 stack.callback(module.register_forward_hook(see, prepend=True).remove)

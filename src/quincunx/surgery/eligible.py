@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor, nn
 
 from quincunx.modules import surely
+from quincunx.surgery.blocks import find_blocks
 from quincunx.surgery.calibration import Layer
 from quincunx.surgery.pairs import find_pairs, is_pair, keeps_grid
 
@@ -78,10 +79,12 @@ def pairs_of(
             UserWarning,
             stacklevel=5,
         )
+    blocks, around = find_blocks(network)
     return tuple(
         (by_name[first], by_name[second])
-        for first, second in pairs.found
-        if first in by_name and second in by_name and _runs_once(pairs.within[first], order)
+        for found, within in ((dict(pairs.found), pairs.within), (blocks, around))
+        for first, second in found.items()
+        if first in by_name and second in by_name and _runs_once(within[first], order)
     )
 
 

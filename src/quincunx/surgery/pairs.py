@@ -11,19 +11,21 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
-from quincunx.modules import copied, forward_hooks, padding_of, surely
+from quincunx.layers.padded import padding_at
+from quincunx.modules import copied, forward_hooks, surely
 
 __all__ = [
     "Pairs",
     "find_pairs",
     "find_pointwise",
     "is_pair",
+    "is_strided",
     "keeps_grid",
 ]
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-_POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
-_FUNCTIONS = {
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+POINTWISE = (*ACTIVATIONS, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
+FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
     *(F.relu_, torch.relu_, F.dropout, "relu", "relu_", "sigmoid", "tanh"),
 }
@@ -54,6 +56,7 @@ def find_pairs(network: nn.Module) -> Pairs:
     Both are larger than 1 x 1, have stride 1 and keep the map's size, so all three maps have one grid. The
     first may be 1 x 1 if the second is depthwise, as in an inverted residual: there the 1 x 1 has most of
     the pair's multiply-adds. In a chain of such convolutions the first two are a pair, then the next two.
+    Of the convolutions that are left, a strided one and the next, on the strided one's grid, are a pair too.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
@@ -64,7 +67,9 @@ def find_pairs(network: nn.Module) -> Pairs:
     found: dict[str, str] = {}
     untraced: dict[str, str] = {}
     # on a copy, since a forward may store its results, and a tracer's proxies must not stay
-    _search(copied(network), "", _paired, found, within, untraced)
+    own = copied(network)
+    search(own, "", _paired, found, within, untraced)
+    search(own, "", _strided_pairs, found, within, {})
     return Pairs(tuple(found.items()), within, untraced)
 
 
@@ -82,7 +87,7 @@ def find_pointwise(network: nn.Module) -> dict[str, str]:
         {'0': '2'}
     """
     found: dict[str, str] = {}
-    _search(copied(network), "", _followed, found, {}, {})
+    search(copied(network), "", _followed, found, {}, {})
     return found
 
 
@@ -103,22 +108,29 @@ def is_pair(first: nn.Module, second: nn.Module) -> bool:
     if not keeps_grid(second):
         return False
     depthwise = second.groups == second.in_channels > 1
+    if is_strided(first):
+        return depthwise or max(first.kernel_size) > 1
     return keeps_grid(first) or (depthwise and _keeps_size(first))
+
+
+def is_strided(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is certainly a convolution with a stride."""
+    return isinstance(module, nn.Conv2d) and surely(module, nn.Conv2d) and set(module.stride) != {1}
 
 
 def _keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether a module is a convolution of odd size that keeps the map's size."""
     if not isinstance(module, nn.Conv2d) or not surely(module, nn.Conv2d):
         return False
-    if module.padding_mode != "zeros" or set(module.stride) != {1}:
+    if set(module.stride) != {1}:
         return False
     if any(size % 2 == 0 for size in module.kernel_size):
         return False
     half = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    return padding_of(module) == (half[0], half[0], half[1], half[1])
+    return padding_at(module) == (half[0], half[0], half[1], half[1])
 
 
-def _search(
+def search(
     module: nn.Module,
     name: str,
     match: Callable[[nn.Module, fx.Graph], Iterator[tuple[str, str]]],
@@ -135,7 +147,7 @@ def _search(
         untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
-            _search(child, path, match, found, within, untraced)
+            search(child, path, match, found, within, untraced)
         return
     for first, second in match(module, graph):
         ends = [f"{name}.{end}" if name else end for end in (first, second)]
@@ -152,11 +164,22 @@ class _Tracer(fx.Tracer):
 
 
 def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    yield from _pairs_from(module, graph, _keeps_size)
+
+
+def _strided_pairs(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    yield from _pairs_from(module, graph, is_strided)
+
+
+def _pairs_from(
+    module: nn.Module, graph: fx.Graph, starts: Callable[[nn.Module], bool]
+) -> Iterator[tuple[str, str]]:
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
-        if _is_conv(module, node) and (second := _second_of(module, node)) is not None:
+        start = node.op == "call_module" and starts(module.get_submodule(str(node.target)))
+        if start and (second := _second_of(module, node)) is not None:
             names = str(node.target), str(second.target)
-            if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+            if all(calls.count(name) == 1 for name in names) and not hooked(module, *names):
                 yield names
 
 
@@ -169,11 +192,11 @@ def _followed(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:
         if second is None or keeps_grid(module.get_submodule(str(second.target))):
             continue
         names = str(node.target), str(second.target)
-        if all(calls.count(name) == 1 for name in names) and not _hooked(module, *names):
+        if all(calls.count(name) == 1 for name in names) and not hooked(module, *names):
             yield names
 
 
-def _hooked(module: nn.Module, first: str, second: str) -> bool:
+def hooked(module: nn.Module, first: str, second: str) -> bool:
     """Return whether a hook of a container of only one of the two modules sees the map between them."""
     around = [{name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)} for name in (first, second)]
     return any(forward_hooks(module.get_submodule(name)) for name in around[0] ^ around[1])
@@ -190,18 +213,18 @@ def _second_of(module: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def _next_conv(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    users = _readers(node)
+    users = readers(node)
     while len(users) == 1:
         (node,) = users
         if _is_conv(module, node):
             return node
         if not _passes(module, node):
             return None
-        users = _readers(node)
+        users = readers(node)
     return None
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that read a map's values; a sampled map answers the others as the whole map does."""
     return [
         user
@@ -219,5 +242,5 @@ def _passes(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         between = module.get_submodule(str(node.target))
         # a hook expects the whole map
-        return surely(between, *_POINTWISE, *_NORMS) and not forward_hooks(between)
-    return node.op in ("call_function", "call_method") and node.target in _FUNCTIONS
+        return surely(between, *POINTWISE, *NORMS) and not forward_hooks(between)
+    return node.op in ("call_function", "call_method") and node.target in FUNCTIONS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace as dataclass_replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.layers.attributes import ConvLike
+from quincunx.layers.padded import PaddedConv2d, padded_like
 from quincunx.modules import Attached, carry_hooks, copied, evaluation, first_line, set_module
 from quincunx.surgery.calibration import (
     Calibration,
@@ -235,11 +237,12 @@ def _replace(
         if isinstance(result, str):
             skipped[layer.name] = result
             continue
+        result = _padded(layer, result)
         if journal is not None and made is None:
             journal.keep(layer, result)
         done[layer.name] = result
         _install(context, layer, result.module)
-    changed = checked(lambda: work.finish(done))
+    changed = checked(lambda: work.finish({name: _unpadded(made) for name, made in done.items()}))
     for layer in layers:
         if layer.name not in done or (other := changed.get(layer.name)) is None:
             continue
@@ -247,10 +250,30 @@ def _replace(
             unit = next(unit for unit in (*_units(layers, done)[0], (layer,)) if layer in unit)
             _give_up(context, unit, done, skipped, {layer.name: other})
         else:
-            done[layer.name] = other
+            done[layer.name] = other = _padded(layer, other)
             _install(context, layer, other.module)
     check(done)
     return done
+
+
+def _padded(layer: Layer, made: Replacement) -> Replacement:
+    """Return a replacement with the layer's padding in front, if that is not of zeros.
+
+    Modules that pad by themselves stay as they are.
+    """
+    module = padded_like(layer.module, made.module)
+    if module is made.module or not isinstance(module, PaddedConv2d):
+        return made
+    sides, mode = list(module.sides), module.padding_mode
+    spec = {"kind": module.kind, "module": made.spec, "sides": sides, "mode": mode}
+    return dataclass_replace(made, module=module, spec=spec)
+
+
+def _unpadded(made: Replacement) -> Replacement:
+    """Return what a method made of a replacement with a padding in front."""
+    if not isinstance(made.module, PaddedConv2d):
+        return made
+    return dataclass_replace(made, module=made.module.conv, spec=made.spec["module"])
 
 
 @contextmanager

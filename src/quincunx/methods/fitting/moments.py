@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.modules import padding_of
+from quincunx.layers.padded import pad_map, padding_at
 
 __all__ = ["Accumulator", "Moments", "completed", "few_images", "moments", "of_noise", "patches"]
 
@@ -71,8 +70,7 @@ def patches(conv: nn.Conv2d, x: Tensor, at: Tensor | None = None) -> Tensor:
         x: its input [N, C, H, W].
         at: flat positions of the output grid, LongTensor; by default all of them.
     """
-    top, bottom, left, right = padding_of(conv)
-    x = F.pad(x, (left, right, top, bottom)).contiguous()
+    x = pad_map(x, padding_at(conv), conv.padding_mode).contiguous()
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     n, c, height, width = x.shape
     rows, cols = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1

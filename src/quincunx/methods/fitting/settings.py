@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quincunx.layers.padded import sides_of, without_padding
 from quincunx.methods.fitting.moments import (
     POSITIONS,
     Accumulator,
@@ -30,7 +31,6 @@ __all__ = [
     "check_rank_names",
     "conv_of",
     "conv_settings",
-    "convolution_refusal",
     "plain_ranks",
     "rank_of",
 ]
@@ -49,10 +49,14 @@ def check_integers(settings: object, **least: int) -> None:
 
 
 def conv_of(layer: Layer) -> nn.Conv2d:
-    """Return the layer's module, which must be a convolution."""
+    """Return the layer's module, which must be a convolution.
+
+    One that pads by other values than zeros is returned without padding, as the layer that surgery shows:
+    its inputs are padded, and its replacement gets the padding in front.
+    """
     if not isinstance(layer.module, nn.Conv2d):
         raise TypeError(f"layer {layer.name!r}: expected a Conv2d, got {type(layer.module).__name__}")
-    return layer.module
+    return layer.module if sides_of(layer.module) is None else without_padding(layer.module)
 
 
 def conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
@@ -67,14 +71,6 @@ def conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
         "groups": conv.groups,
         "bias": conv.bias is not None,
     }
-
-
-def convolution_refusal(layer: Layer) -> str | None:
-    """Return why no method here supports a convolution, or None."""
-    conv = conv_of(layer)
-    if conv.padding_mode != "zeros":
-        return f"padding_mode={conv.padding_mode!r}: only zeros are read outside the map"
-    return None
 
 
 Rank = int | float | str
@@ -173,8 +169,6 @@ class SeparableFit:
 
     def separable_refusal(self, layer: Layer, with_data: bool) -> str | None:
         """Return why a convolution cannot be split into two, or None."""
-        if (reason := convolution_refusal(layer)) is not None:
-            return reason
         conv = conv_of(layer)
         if conv.kernel_size == (1, 1):
             return "a 1 x 1 kernel has no columns and rows to separate"
@@ -239,7 +233,9 @@ class SeparableFit:
         if with_data:
             found = context.once(
                 (layer.name, self.positions, self.seed),
-                lambda: moments(conv, context.responses(layer), positions=self.positions, seed=self.seed),
+                lambda: moments(
+                    conv, context.responses(layer, padded=True), positions=self.positions, seed=self.seed
+                ),
             )
         made = fit_separable(conv, rank, found, iterations=self.iterations)
         record = {"rank": made.rank, "response_error": made.response_error, "energy": made.energy}
