@@ -223,7 +223,10 @@ def test_a_sample_is_drawn_once_without_augmentation():
     ("arguments", "message"),
     [
         (("nothing",), "network='nothing': not the folder of an artifact or a run"),
-        ((".", "--method", "magic"), "method='magic': expected one of spatialbottleneck, perforate"),
+        (
+            (".", "--method", "magic"),
+            "method='magic': expected one of spatialbottleneck, spatialblock, perforate",
+        ),
         ((".", "--rate", "2"), r"rate=2.0: expected a number in (0, 1]"),
         ((".", "--rate", "a"), "rate='a': expected one number or two with a comma"),
         ((".", "--rank", "much"), "rank='much': expected a number, a share in (0, 1] or full"),

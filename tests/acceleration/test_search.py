@@ -23,6 +23,7 @@ from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.scores import BUDGET, Scores, inference_form
 from quincunx.acceleration.search import _Builder, search, shortfall
 from quincunx.acceleration.target import Target
+from quincunx.acceleration.watching import Watch
 from quincunx.measure.latency import Timing
 from quincunx.methods.points import worded
 from quincunx.methods.registry import candidates_named
@@ -303,7 +304,8 @@ def test_the_target_is_met_by_little_whatever_candidates_seemed_to_save_alone(ta
             after = 1 - 0.8 * sum(true[row.label] for row in chosen)
             return {"layers": len(chosen), "before": 1.0, "after": after, "speedup": 1 / after}
 
-    builder = _Builder(Known(), Target(speedup=target), [], None, None, True)
+    wanted = Target(speedup=target)
+    builder = _Builder(Known(), wanted, [], None, None, True, Watch(wanted, lambda *_: None))
     chosen, met, attempts = builder._by_time(rows)
     assert met
     assert target <= attempts[-1]["speedup"] <= 1.06 * target
@@ -473,7 +475,8 @@ def test_a_pair_is_weighed_by_its_layers_and_they_by_the_pair():
     def row(*layers):
         return Candidate(layers, "one", qx.LowRank(), loss=0.5)
 
-    builder = _Builder(None, Target(speedup=2), [], None, None, True)
+    wanted = Target(speedup=2)
+    builder = _Builder(None, wanted, [], None, None, True, Watch(wanted, lambda *_: None))
     builder.scaled = {"a": 4.0, "c": 0.25}
     assert [builder._alone(row(*layers)) for layers in ("a", "b", "ab", "bc", "c")] == [
         2.0,

@@ -142,6 +142,23 @@ def test_a_search_tries_blocks():
     assert all(row["macs_saved"] > 0 and row["loss"] > 0 for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore:accelerate. the target:UserWarning")
+@pytest.mark.parametrize("blocks", [True, False])
+def test_linear_layers_that_end_no_block_are_no_business_of_a_search(blocks):
+    body = network("torchvision") if blocks else nn.Conv2d(3, 8, 3, padding=1)
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    torch.manual_seed(0)
+    model = nn.Sequential(body, nn.Conv2d(8, 8, 3, padding=1), pool, nn.Linear(8, 5)).eval()
+    images = [torch.randn(8, 3, 16, 16)]
+    result = qx.accelerate(model, ["spatialblock", "perforate", "lowrank"], calibration=images, macs="90%")
+    rows = result.search["candidates"]
+    assert rows
+    assert all("Linear" not in f"{model.get_submodule(name)}" for r in rows for name in r["layers"][:1])
+    assert not any("3" in row["layers"] for row in rows)
+    assert "3" not in result.skipped
+    assert any("spatialblock" in row["label"] for row in rows) == blocks
+
+
 class Blend(nn.Module):
     """What is between the ends reads neighbours, or has several readers."""
 

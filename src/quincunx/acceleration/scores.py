@@ -144,8 +144,13 @@ class Scores:
             model, asked, where=where, example_input=first[:1], calibration=calibration, loss=impact
         )
         self.pairs = tuple(p for p in self.context.pairs if any(_fits(m, p) for m in candidates))
-        self.layers = {layer.name: layer for layer in layers}
-        self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in layers)]
+        paired = {layer.name for pair in self.pairs for layer in pair}
+        # a class may be asked for as the end of pairs alone
+        alone = tuple(kind for m in candidates if getattr(m, "singles", True) for kind in m.targets)
+        self.layers = {
+            layer.name: layer for layer in layers if layer.name in paired or isinstance(layer.module, alone)
+        }
+        self.units: list[tuple[Layer, ...]] = [*self.pairs, *((layer,) for layer in self.layers.values())]
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
         self.macs = cost(model, first[:1]).macs
         self.dense = inference_form(model, first[:1], dtype)
@@ -193,6 +198,8 @@ class Scores:
     def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
         for method in self.candidates:
             together = bool(getattr(method, "pairs", False))
+            if not all(isinstance(layer.module, method.targets) for layer in unit):
+                continue
             if len(unit) == 2 and not (together and _fits(method, unit)):
                 continue
             alone = method
