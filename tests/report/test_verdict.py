@@ -4,6 +4,7 @@ import pytest
 
 from quincunx.report.verdict import (
     asked_in_words,
+    better_for_free,
     judge,
     restored_in_words,
     shortcoming,
@@ -152,3 +153,32 @@ def test_a_search_before_fine_tuning_names_what_it_missed():
     assert shortcoming({**record, "drop": 0.5}) == []
     assert "2.10x faster, where 3x is asked" in shortcoming({**record, "target": {"speedup": 3}})[0]
     assert "4.00 ms, where 3 ms" in shortcoming({**record, "target": {"latency_ms": 3}})[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "free", "said"),
+    [
+        # slower than the result, but all that is asked for
+        ({"speedup": 1.5, "max_drop": 1}, [("int8", 1.5, 0.06)], "Another number format meets the target"),
+        ({"latency_ms": 4.0, "max_drop": 1}, [("int8", 1.5, 1.0)], "Another number format meets the target"),
+        ({"max_drop": 1}, [("int8", 1.2, 0.5)], "Another number format meets the target"),
+        # of two the one that loses less
+        ({"speedup": 1.5, "max_drop": 1}, [("bfloat16", 1.6, 0.0), ("int8", 1.9, 0.3)], "bfloat16 is 1.60x"),
+        ({"speedup": 1.5, "max_drop": 1}, [("int8", 1.49, 0.0)], None),
+        ({"speedup": 1.5, "max_drop": 1}, [("int8", 1.52, 1.2)], None),
+        ({"latency_ms": 3.9, "max_drop": 1}, [("int8", 1.5, 0.0)], None),
+        ({"macs": "50%", "max_drop": 1}, [("int8", 1.52, 0.0)], None),
+        ({"macs": "50%", "max_drop": 1}, [("int8", 1.54, 0.0)], "is the better answer"),
+        # the result meets the target too
+        ({"speedup": 1.5, "max_drop": 5}, [("int8", 1.5, 0.06)], None),
+    ],
+)
+def test_what_is_free_and_meets_the_target_is_named(target, free, said):
+    missed = result(target, wrong=(0.085, 0.125))
+    rows = [
+        {"name": name, "dtype": name, "size": None, "speedup": {"median": speed}, "drop": drop}
+        for name, speed, drop in free
+    ]
+    missed |= {"free": {"rows": rows}, "verdict": judge(missed)}
+    found = better_for_free(missed)
+    assert found is None if said is None else said in found
