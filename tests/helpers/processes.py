@@ -52,21 +52,27 @@ with joined() as ranks:
 """
 
 
-def launch(folder, cases, processes, *, restarts=0):
+def launch(folder, cases, processes, *, restarts=0, worker=WORKER):
     """The exit code, and what the job printed, of ``processes`` processes on this machine."""
     folder.mkdir()
     for case in cases:
         (folder / case).mkdir()
     script = folder / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(worker)
+    return launched([str(script), str(folder), *cases], processes, restarts=restarts)
+
+
+def launched(command, processes, *, restarts=0, cwd=None):
+    """The exit code, and what the job printed, of a command under torchrun."""
     tests = ROOT / "tests"
     paths = [str(tests), str(ROOT / "src")]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"),
             *("--nproc-per-node", str(processes), "--max-restarts", str(restarts)),
-            *(str(script), str(folder), *cases),
+            *command,
         ],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -34,6 +34,7 @@ from quincunx.acceleration.judge import (
 )
 from quincunx.acceleration.lowered import ready_for, to_train_rounded
 from quincunx.acceleration.sample import sample_record
+from quincunx.acceleration.scores import Shared
 from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.timing import (
@@ -41,6 +42,7 @@ from quincunx.acceleration.timing import (
     format_served,
     time_record,
 )
+from quincunx.acceleration.together import Team
 from quincunx.data import ImageData
 from quincunx.fusion.fuse import fuse
 from quincunx.layers.eightbits import note_quantisation, quantisation_of
@@ -63,7 +65,8 @@ from quincunx.surgery.method import (
 from quincunx.surgery.replace import replace_layers
 from quincunx.train.checkpoint import only_writer
 from quincunx.train.evaluation import check_finite, label_with, score_images
-from quincunx.train.loop import Diverged, StopRule, fit
+from quincunx.train.loop import Diverged, StopRule
+from quincunx.train.processes import ALONE, Ranks
 from quincunx.train.rates import find_rate
 from quincunx.train.recipes import Recipe, recipe_with
 from quincunx.train.rounded import computing_rounded
@@ -103,6 +106,7 @@ def accelerate_trained(
     dtype: torch.dtype | None = None,
     task: Task | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Accelerate a trained network and measure its cost: error at each stage, time of each layer.
 
@@ -146,10 +150,14 @@ def accelerate_trained(
         task: loss, score and how outputs are compared; by default classification. In a task against the
             original's outputs fine-tuning learns them alone.
         tell: called before the work with each doubt about the input: one sentence.
+        ranks: this process's place among several, from :func:`quincunx.train.processes.joined`, each with
+            the same arguments. They share the test images, the candidates of a search and each batch of
+            fine-tuning (not in eight bits); the first one does all else, with the others idle while it
+            measures time, and alone writes.
 
     Returns:
-        The content of ``accelerate.json``; "verdict" says whether the final test error and the final times
-        meet a search's target.
+        The content of ``accelerate.json``, on each process; "verdict" says whether the final test error and
+        the final times meet a search's target.
 
     Raises:
         BlockingIOError: another process works in the folder.
@@ -157,56 +165,72 @@ def accelerate_trained(
             refuses; a pattern that matches nothing; finished layers of another run in the folder.
         Diverged: fine-tuning diverged, and ``keep_diverged`` is False.
         RunFailed: fine-tuning could not continue for another reason.
+        FailedAlone: this process, not the first, could not go on with fine-tuning.
     """
-    with only_writer(Path(out)):
-        return _accelerated(
-            model.eval(), method, data, Path(out), layers=layers, calibration=calibration,
-            normalisation=normalisation, recipe=recipe, batch=batch, rounds=rounds, seed=seed,
-            workers=workers, progress=progress, fits=fits, keep_diverged=keep_diverged,
-            keep_slower=keep_slower, keep_best=keep_best, dtype=dtype, task=task or classification(),
-            tell=tell,
-        )  # fmt: skip
+    if recipe is not None and recipe.compile and ranks.world > 1:
+        raise ValueError("compile=True: steps are compiled in one process; leave it out with several")
+    team = _team(model, data, layers, calibration, seed, workers, task or classification(), ranks)
+
+    def work() -> dict[str, Any]:
+        with only_writer(Path(out)):
+            return _accelerated(
+                team, method, Path(out), normalisation=normalisation, recipe=recipe, batch=batch,
+                rounds=rounds, progress=progress, fits=fits, keep_diverged=keep_diverged,
+                keep_slower=keep_slower, keep_best=keep_best, dtype=dtype, tell=tell,
+            )  # fmt: skip
+
+    return team.directed(work)
+
+
+def _team(
+    model: nn.Module,
+    data: ImageData,
+    layers: Sequence[str],
+    calibration: int,
+    seed: int,
+    workers: int | None,
+    task: Task,
+    ranks: Ranks,
+) -> Team:
+    """Check the network, label the data if they have no labels, and say who does the work."""
+    check_finite(model)
+    data = label_with(model.eval(), data, workers, task, ranks)
+    score = partial(score_images, split=data.test, data=data, workers=workers, task=task, original=model)
+    return Team(ranks, model, data, task, workers, score, layers, calibration, seed)
 
 
 def _accelerated(
-    original: nn.Module,
+    team: Team,
     method: Method | Search | SmallerInput,
-    data: ImageData,
     out: Path,
     *,
-    layers: Sequence[str],
-    calibration: int,
     normalisation: int,
     recipe: Recipe | None,
     batch: int,
     rounds: int,
-    seed: int,
-    workers: int | None,
     progress: bool,
     fits: Path | None,
     keep_diverged: bool,
     keep_slower: bool,
     keep_best: bool,
     dtype: torch.dtype | None,
-    task: Task,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Do the work of :func:`accelerate_trained`, which documents the arguments."""
-    check_finite(original)
-    data = label_with(original, data, workers, task)
+    original, data, task, workers = team.model, team.data, team.task, team.workers
+    layers, calibration, seed = team.layers, team.calibration, team.seed
     if recipe is not None and task.needs_original:
         recipe = recipe_with(recipe, distill=1.0)
     identity = acceleration_identity(original, method, data, layers, calibration, seed, task)
     journal = FolderJournal(out / "layers", identity) if fits is None else fits_folder(fits, method, identity)
     images = sample_batches(data, calibration, seed, task=task)
     one = torch.zeros(1, data.in_channels, *data.size)
-    judge = partial(score_images, split=data.test, data=data, workers=workers, task=task, original=original)
 
     size: tuple[int, int] | None = None
 
     def judged(name: str, network: nn.Module) -> JudgedStage:
         with scaled_inputs(network, size):
-            return JudgedStage(name, network, judge, task)
+            return JudgedStage(name, network, team.judge, task)
 
     stages = [judged("before", original)]
     doubts = doubts_about(stages[0], data)
@@ -223,9 +247,11 @@ def _accelerated(
     picked = Picked()
     if isinstance(method, Search):
         free = Baselines(original, images, one, judged, stages[0], task, batch, dtype)
+        shared = None if team.ranks.world == 1 else team.losses
         run = partial(
-            run_search, original, images=images, out=out, where=where, one=one, batch=batch, task=task
-        )
+            run_search, original, images=images, out=out, where=where, one=one, batch=batch, task=task,
+            shared=shared,
+        )  # fmt: skip
         picked = pick(method, free, partial(run, progress=progress, journal=journal))
         found, dtype, size = cast(Accelerated, picked.found), picked.dtype, picked.size
     elif isinstance(method, SmallerInput):
@@ -287,19 +313,18 @@ def _accelerated(
                 to_train_rounded(fast, images)
         try:
             with scaled_inputs(fast, size):
-                history = fit(
+                # rounding is learnt by one process; the others wait
+                train = team.alone().train if dtype == torch.int8 else team.train
+                history = train(
                     fast,
-                    data,
                     recipe,
                     out / "finetune",
                     seed=seed,
                     resume=True,
                     progress=f"fine-tuning{', compiled' * recipe.compile}" if progress else False,
                     teacher=original if recipe.taught or task.needs_original else None,
-                    workers=workers,
                     stop=_stop_rule(method, stages[0]),
                     keep_best=keep_best,
-                    task=task,
                 )["history"]
             epochs = len(history)
         except Diverged as error:
@@ -466,6 +491,7 @@ def run_search(
     dry_run: bool = False,
     dtype: torch.dtype | None = None,
     task: Task | None = None,
+    shared: Shared | None = None,
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
@@ -493,6 +519,7 @@ def run_search(
             tell=tell,
             dtype=dtype,
             task=task,
+            shared=shared,
         )
     return dataclasses.replace(found.result, search=found.record)
 
@@ -511,36 +538,53 @@ def plan_for_target(
     dtype: torch.dtype | None = None,
     task: Task | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return what a search would choose, with its estimates, without fitting; arguments as in
     :func:`accelerate_trained`."""
-    check_finite(model)
-    with only_writer(Path(out)):
-        task = task or classification()
-        data = label_with(model.eval(), data, task=task)
-        judge = partial(score_images, split=data.test, data=data, task=task, original=model)
-        before = JudgedStage("before", model, judge, task)
-        for doubt in doubts_about(before, data):
-            tell(doubt)
-        images = sample_batches(data, calibration, seed, task=task)
-        one = torch.zeros(1, data.in_channels, *data.size)
-        dtype, refused = format_served(model, torch.randn(batch, *one.shape[1:]), dtype)
-        if refused:
-            tell(refused)
-        free = Baselines(
-            model,
-            images,
-            one,
-            lambda name, network: JudgedStage(name, network, judge, task),
-            before,
-            task,
-            batch,
-            dtype,
-        )
-        run = partial(run_search, model, images=images, out=Path(out), where=where_named(model, layers))
-        picked = pick(
-            method, free, partial(run, one=one, batch=batch, task=task, progress=progress, dry_run=True)
-        )
+    task = task or classification()
+    team = _team(model, data, layers, calibration, seed, None, task, ranks)
+
+    def work() -> dict[str, Any]:
+        with only_writer(Path(out)):
+            return _planned(team, method, Path(out), batch, progress, dtype, tell)
+
+    return team.directed(work)
+
+
+def _planned(
+    team: Team,
+    method: Search,
+    out: Path,
+    batch: int,
+    progress: bool,
+    dtype: torch.dtype | None,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Do the work of :func:`plan_for_target`."""
+    model, data, task = team.model, team.data, team.task
+    before = JudgedStage("before", model, team.judge, task)
+    for doubt in doubts_about(before, data):
+        tell(doubt)
+    images = sample_batches(data, team.calibration, team.seed, task=task)
+    one = torch.zeros(1, data.in_channels, *data.size)
+    dtype, refused = format_served(model, torch.randn(batch, *one.shape[1:]), dtype)
+    if refused:
+        tell(refused)
+    free = Baselines(
+        model,
+        images,
+        one,
+        lambda name, network: JudgedStage(name, network, team.judge, task),
+        before,
+        task,
+        batch,
+        dtype,
+    )
+    shared = None if team.ranks.world == 1 else team.losses
+    run = partial(run_search, model, images=images, out=out, where=where_named(model, team.layers))
+    run = partial(run, one=one, batch=batch, task=task, progress=progress, dry_run=True, shared=shared)
+    picked = pick(method, free, run)
     return {**(cast(Accelerated, picked.found).search or {}), **picked.to_dict()}
 
 

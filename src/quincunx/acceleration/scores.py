@@ -36,7 +36,7 @@ from quincunx.surgery.method import Method, Replacement
 from quincunx.surgery.replace import layer_macs, prepare, temporarily_replaced
 from quincunx.writing import write_json
 
-__all__ = ["BUDGET", "Scores", "eager_form", "inference_form", "timed_clearly"]
+__all__ = ["BUDGET", "Measured", "Scores", "Shared", "eager_form", "inference_form", "timed_clearly"]
 
 _ROUNDS = 11
 # for the whole network of a choice: few are timed, and one of them decides
@@ -82,6 +82,25 @@ def timed_clearly(
             one, other = found[key]
             found[key] = one.and_more(again[first]), other.and_more(again[key])
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was found of a candidate that was put in the network by itself.
+
+    Attributes:
+        number: of the candidate in :attr:`Scores.rows`.
+        macs_saved: as of the candidate.
+        loss: as of the candidate.
+        why_not: as of the candidate.
+        specs: of its modules; None where it cannot be used.
+    """
+
+    number: int
+    macs_saved: int
+    loss: float | None
+    why_not: str | None
+    specs: list[dict[str, Any]] | None
 
 
 class Scores:
@@ -211,8 +230,14 @@ class Scores:
 
     # ------------------------------------------------------------ scoring
 
-    def fill(self, table: Path | None, time_budget: float | None) -> None:
-        """Time and score every candidate that the table does not have yet."""
+    def fill(self, table: Path | None, time_budget: float | None, shared: Shared | None = None) -> None:
+        """Time and score every candidate that the table does not have yet.
+
+        Args:
+            table: file of the scores.
+            time_budget: seconds after which no further candidate is scored.
+            shared: has losses measured by several processes; by default this one measures them.
+        """
         ends = float("inf") if time_budget is None else time.perf_counter() + time_budget
         self._recall(table)
         classes: dict[str, list[tuple[Layer, ...]]] = {}
@@ -223,8 +248,18 @@ class Scores:
             if not self.reference and time.perf_counter() < ends:
                 timed = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)
                 self.reference = timed[""].median
+            if shared is not None:
+                self._share(shared, self._representatives(units), ends)
             if time.perf_counter() < ends:
                 self._time_class(units)
+            if shared is not None:
+                among = {tuple(layer.name for layer in unit) for unit in units}
+                rest = [i for i, row in enumerate(self.rows) if row.layers in among and not _finished(row)]
+                self._share(shared, rest, ends)
+                left = sum(not _finished(other) for other in todo)
+                self.tell(f"{pair_name(units[-1][0].names)}: scored", 1 - left / max(len(todo), 1))
+                self.write(table)
+                continue
             for unit in units:
                 names = tuple(layer.name for layer in unit)
                 for row in self.rows:
@@ -238,6 +273,50 @@ class Scores:
                     self.tell(f"{pair_name(names)}: {row.label}", 1 - left / len(todo))
                 self.context.kept = None
                 self.write(table)
+
+    def measure_losses(self, numbers: Sequence[int], seconds: float) -> list[Measured]:
+        """Return what putting some candidates in the network by themselves shows; ``rows`` do not change.
+
+        Args:
+            numbers: of the candidates in ``rows``.
+            seconds: after which no further candidate is scored.
+        """
+        ends = time.perf_counter() + seconds
+        found: list[Measured] = []
+        before: tuple[Layer, ...] = ()
+        for number in numbers:
+            row = dataclasses.replace(self.rows[number], loss=None, why_not=None)
+            unit = self._unit(row)
+            if unit != before:
+                self.context.kept, before = None, unit
+            if time.perf_counter() >= ends:
+                row.why_not = BUDGET
+            else:
+                self._score(unit, row)
+            specs = None if row.why_not is not None else self._specs_of(row)
+            found.append(Measured(number, row.macs_saved, row.loss, row.why_not, specs))
+        self.context.kept = None
+        return found
+
+    def _share(self, shared: Shared, numbers: Sequence[int], ends: float) -> None:
+        """Take over what several processes measure of some candidates."""
+        if not numbers:
+            return
+        left = max(ends - time.perf_counter(), 0.0)
+        for one in sorted(shared(self, numbers, left), key=lambda one: one.number):
+            row = self.rows[one.number]
+            row.macs_saved, row.loss, row.why_not = one.macs_saved, one.loss, one.why_not
+            if one.specs is not None:
+                self.specs[_shape_of(self._unit(row)), repr(row.method)] = one.specs
+
+    def _representatives(self, units: list[tuple[Layer, ...]]) -> list[int]:
+        """Return the numbers of the candidates that are put in the network before a class is timed."""
+        among = {tuple(layer.name for layer in unit) for unit in units}
+        found: dict[str, int] = {}
+        for i, row in enumerate(self.rows):
+            if row.layers in among and row.seconds_saved is None and row.why_not is None:
+                found.setdefault(repr(row.method), i)
+        return [i for i in found.values() if self.rows[i].loss is None]
 
     def loss_of(self, network: nn.Module) -> float:
         """Return the mean distance of a changed network's outputs from the original's."""
@@ -288,7 +367,9 @@ class Scores:
             # the first unit that the method can replace represents all
             if method not in networks:
                 self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
-                self._score(unit_of[row.layers], row)
+                # several processes may have done so
+                if row.loss is None or (_shape_of(units[0]), method) not in self.specs:
+                    self._score(unit_of[row.layers], row)
                 if row.why_not is None:
                     specs = self.specs[_shape_of(units[0]), method]
                     with _excused(row):
@@ -464,6 +545,10 @@ class Scores:
     def usable(self) -> list[Candidate]:
         """Return the candidates that a choice may contain."""
         return [r for r in self.rows if r.why_not is None and r.loss is not None and r.seconds_saved]
+
+
+# (scores, numbers of candidates, seconds) -> what several processes measure
+Shared = Callable[[Scores, Sequence[int], float], Sequence[Measured]]
 
 
 def _choice(entry: Entry) -> dict[str, Any]:

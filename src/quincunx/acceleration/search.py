@@ -19,7 +19,7 @@ from quincunx.acceleration.candidates import Candidate
 from quincunx.acceleration.gain import restore_layers
 from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.knapsack import choose
-from quincunx.acceleration.scores import BUDGET, Scores
+from quincunx.acceleration.scores import BUDGET, Scores, Shared
 from quincunx.acceleration.target import Target
 from quincunx.acceleration.watching import Watch
 from quincunx.measure.tasks import Task
@@ -90,6 +90,7 @@ def search(
     tell: Callable[[str, float], None] = lambda *_: None,
     dtype: torch.dtype | None = None,
     task: Task | None = None,
+    shared: Shared | None = None,
 ) -> Found:
     r"""Choose a method for every layer, by its measured time and its loss, to meet a target.
 
@@ -128,6 +129,7 @@ def search(
             done, -1 where none is known; see :class:`quincunx.acceleration.watching.Watch`.
         dtype: number format in which networks are timed, the original too; see :func:`quincunx.fuse`.
         task: how outputs are compared and scored; by default classification.
+        shared: has the losses of candidates measured by several processes.
 
     Raises:
         ValueError: the table belongs to another network or other data; anything that ``accelerate`` refuses.
@@ -159,7 +161,7 @@ def search(
         task,
     )
     watch.scores = scores
-    scores.fill(place, time_budget)
+    scores.fill(place, time_budget, shared)
     watch("all candidates are scored", 1.0)
     scored = time.perf_counter() - began
     key = json.dumps(target.to_dict(), sort_keys=True)

@@ -33,6 +33,7 @@ from quincunx.cli.options import Log, Quiet, app, log_named
 from quincunx.cli.printing import say, warn_in_one_line
 from quincunx.measure.version import version_line
 from quincunx.progress import silenced
+from quincunx.train.processes import is_first
 
 __all__ = ["app", "main"]
 
@@ -58,7 +59,8 @@ def _every_verb(
         ),
     ] = False,
 ) -> None:
-    context.with_resource(silenced(quiet))
+    # of several processes the first one speaks
+    context.with_resource(silenced(quiet or not is_first()))
     context.with_resource(log_named(log))
 
 

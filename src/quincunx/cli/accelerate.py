@@ -14,6 +14,7 @@ import typer
 import quincunx as qx
 from quincunx.acceleration.pipeline import accelerate_trained, plan_for_target
 from quincunx.acceleration.target import FREE, Search, Target
+from quincunx.acceleration.together import PATIENCE
 from quincunx.cli.export import print_export
 from quincunx.cli.network import NetworkOptions, Trained, build_own_network, read_artifact
 from quincunx.cli.options import (
@@ -53,6 +54,7 @@ from quincunx.report.figures import check_can_draw
 from quincunx.sampling import parse
 from quincunx.surgery.method import Method
 from quincunx.train.loop import Interrupted, RunFailed
+from quincunx.train.processes import joined
 
 # points of accuracy that the search without a method or a target may lose
 _LITTLE = 1.0
@@ -252,44 +254,50 @@ def accelerate_command(
 
     Writes the artifact (model), the result (accelerate.json) and report.html. If the command is interrupted,
     run it again: it continues, and finished layers are not fitted again.
+
+    On several processes or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m quincunx accelerate ...;
+    they share the scoring of candidates, the test images and the batches of fine-tuning.
     """
-    with bad_input():
-        use_threads(threads)
-        written = None if export_format is None else _export_file(out, export_format)
-        settings, asked, task = method.settings(), target.asked, about.chosen()
-        chosen: Method | Search
-        bare = (
-            method.method is None
-            and method.allow is None
-            and all(value is None for value in settings.values())
-        )
-        by_default = bare and all(value is None for value in asked.values())
-        if by_default:
-            if task.scale.unit != "points":
-                raise ValueError(
-                    f"max_drop: task {task.name!r} scores by {task.scale.name}; say what may be lost, such "
-                    "as --max-drop 0.1, or give --speedup or --method"
-                )
-            asked["max_drop"] = _LITTLE
-        if any(value is not None for value in asked.values()):
-            if method.keep_slower:
-                raise ValueError("keep_slower: a search never takes what gains no time; leave it out")
-            if "format" in method.allowed() and timing.dtype not in (None, "float32"):
-                raise ValueError(f"dtype={timing.dtype!r}: --allow format chooses it; leave one of them out")
-            chosen = _search(method, asked, settings, target.time_budget, target.scores)
-        else:
-            target.check_needless()
-            if method.allow is not None:
-                raise ValueError(f"allow={method.allow!r}: needs a target, such as --speedup 2")
-            # methods that draw nothing have no seed
-            chosen = _method(method.method or "espace", {**settings, "seed": seed or None})
-        further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
-        check_can_draw()
-        check_folder(out)
-        found = network.load(seed)
-        read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
-        data = found.suited(read, network.mean, network.std, task)
-        make_folder(out)
+    with bad_input(), joined(patience=PATIENCE) as ranks:
+        with ranks.agreed():
+            use_threads(threads)
+            written = None if export_format is None else _export_file(out, export_format)
+            settings, asked, task = method.settings(), target.asked, about.chosen()
+            chosen: Method | Search
+            bare = (
+                method.method is None
+                and method.allow is None
+                and all(value is None for value in settings.values())
+            )
+            by_default = bare and all(value is None for value in asked.values())
+            if by_default:
+                if task.scale.unit != "points":
+                    raise ValueError(
+                        f"max_drop: task {task.name!r} scores by {task.scale.name}; say what may be lost, "
+                        "such as --max-drop 0.1, or give --speedup or --method"
+                    )
+                asked["max_drop"] = _LITTLE
+            if any(value is not None for value in asked.values()):
+                if method.keep_slower:
+                    raise ValueError("keep_slower: a search never takes what gains no time; leave it out")
+                if "format" in method.allowed() and timing.dtype not in (None, "float32"):
+                    raise ValueError(
+                        f"dtype={timing.dtype!r}: --allow format chooses it; leave one of them out"
+                    )
+                chosen = _search(method, asked, settings, target.time_budget, target.scores)
+            else:
+                target.check_needless()
+                if method.allow is not None:
+                    raise ValueError(f"allow={method.allow!r}: needs a target, such as --speedup 2")
+                # methods that draw nothing have no seed
+                chosen = _method(method.method or "espace", {**settings, "seed": seed or None})
+            further, dtype = finetuning.chosen(unlabelled), format_named(timing.dtype)
+            check_can_draw()
+            check_folder(out)
+            found = network.load(seed)
+            read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
+            data = found.suited(read, network.mean, network.std, task)
+            make_folder(out)
         shared: dict[str, Any] = {
             "layers": fitting.patterns,
             "calibration": fitting.calibration,
@@ -299,15 +307,16 @@ def accelerate_command(
             "task": task,
             "progress": not as_json,
             "tell": warn,
+            "ranks": ranks,
         }
         if target.dry_run and isinstance(chosen, Search):
             with running(), _going_on(out):
                 plan = plan_for_target(found.model, chosen, data, out, **shared)
             if as_json:
                 show(plan)
-            else:
+            elif ranks.first:
                 print_search(plan)
-            raise typer.Exit(0 if plan["met"] else 1)
+            raise typer.Exit(0 if plan["met"] or not ranks.first else 1)
         with running(), _going_on(out):
             result = accelerate_trained(
                 found.model,
@@ -320,16 +329,16 @@ def accelerate_command(
                 keep_slower=method.keep_slower,
                 **shared,
             )
-            page = write_acceleration_report(out)
             exported, failed = None, ""
+            page = ranks.from_first(lambda: write_acceleration_report(out))
             try:
-                if written is not None:
+                if written is not None and ranks.first:
                     exported = _exported(network, found, data, out, written, plugin, seed)
             except RunFailed as error:
                 failed = str(error)
     if as_json:
         show(result if exported is None else {**result, "exported": exported.to_dict()})
-    else:
+    elif ranks.first:
         print_acceleration(result)
         say(f"wrote {page} and the artifact {out / 'model'}; to use it:")
         for line in usage(result, out):
@@ -339,6 +348,9 @@ def accelerate_command(
     if failed:
         complain(failed)
         raise typer.Exit(1)
+    if not ranks.first:
+        # a launcher kills all as soon as one ends with another code, while the first one still writes
+        return
     # nobody asked for what the search without a method or target looks for
     if result["verdict"] is not None and not result["verdict"]["met"] and not by_default:
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quincunx.acceleration.together import PATIENCE
 from quincunx.cli.network import NetworkOptions
 from quincunx.cli.options import (
     DataOptions,
@@ -47,6 +48,7 @@ from quincunx.methods.registry import METHODS
 from quincunx.progress import LOG, is_silenced
 from quincunx.reading import read_json
 from quincunx.report.figures import check_can_draw
+from quincunx.train.processes import joined
 
 __all__ = ["compare_command", "draw_compared", "narrator"]
 
@@ -96,18 +98,22 @@ def compare_command(
     artifact; at the end all networks are timed in turn. Run the same command again to make what is missing
     and to time all networks again. Writes comparison.json and the figures drop-speed.svg, drop-macs.svg and
     drop-bytes.svg. A setting that its method refuses is left out and named, and the exit code is 1.
+
+    On several processes or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m quincunx compare ...;
+    they share the test images and the batches of fine-tuning.
     """
-    with bad_input():
-        use_threads(threads)
-        further, dtype, task = finetuning.chosen(unlabelled), format_named(timing.dtype), about.chosen()
-        every = [*METHODS, *(["input"] if task.classifies else [])]
-        chosen = points_named(parse_patterns(methods) or every, parse_patterns(points))
-        check_can_draw()
-        check_folder(out)
-        found = network.load(seed)
-        read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
-        data = found.suited(read, network.mean, network.std, task)
-        make_folder(out)
+    with bad_input(), joined(patience=PATIENCE) as ranks:
+        with ranks.agreed():
+            use_threads(threads)
+            further, dtype, task = finetuning.chosen(unlabelled), format_named(timing.dtype), about.chosen()
+            every = [*METHODS, *(["input"] if task.classifies else [])]
+            chosen = points_named(parse_patterns(methods) or every, parse_patterns(points))
+            check_can_draw()
+            check_folder(out)
+            found = network.load(seed)
+            read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
+            data = found.suited(read, network.mean, network.std, task)
+            make_folder(out)
         with running():
             rows = compare_methods(
                 found.model,
@@ -125,18 +131,20 @@ def compare_command(
                 dtype=dtype,
                 task=task,
                 progress=not as_json,
+                ranks=ranks,
             )
             top5 = task.classifies and len(data.classes) >= MANY_CLASSES
-            draw_compared(rows, out, top5=top5, scale=task.scale)
+            if ranks.first:
+                draw_compared(rows, out, top5=top5, scale=task.scale)
     refused = read_json(out / "comparison.json")["refused"]
     if as_json:
         show({"rows": [row.to_dict() for row in rows], "refused": refused, "out": str(out)})
-    else:
+    elif ranks.first:
         print_compared(rows, task.scale)
         for name, why in refused.items():
             say(f"Left out, {name}: {why}.")
         say(f"wrote {out}")
-    if refused:
+    if refused and ranks.first:
         raise typer.Exit(1)
 
 

@@ -28,6 +28,7 @@ from quincunx.networks.spec import read_spec
 from quincunx.progress import LOG, is_silenced, logged_to, silenced
 from quincunx.train import recipes
 from quincunx.train.loop import ARTIFACT, RunFailed
+from quincunx.train.processes import to_be_told
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -436,10 +437,15 @@ def bad_input() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError) as error:
         complain(error)
-        raise typer.Exit(2) from None
+        raise _exit(error, 2) from None
     except KeyboardInterrupt:
         complain("stopped")
         raise typer.Exit(1) from None
+
+
+def _exit(error: Exception, code: int) -> typer.Exit:
+    """The end of a process; a launcher kills all as soon as one fails, so the one that tells why fails."""
+    return typer.Exit(code if to_be_told(error) else 0)
 
 
 @contextmanager
@@ -449,7 +455,7 @@ def running() -> Iterator[None]:
         yield
     except (RunFailed, OSError) as error:
         complain(error)
-        raise typer.Exit(1) from None
+        raise _exit(error, 1) from None
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise

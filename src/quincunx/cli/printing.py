@@ -27,6 +27,7 @@ from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.progress import LOG, is_silenced
 from quincunx.report.acceleration import acceleration_sentences, first_sentences, search_sentences
 from quincunx.report.results import Line
+from quincunx.train.processes import is_first, to_be_told
 
 __all__ = [
     "complain",
@@ -57,12 +58,16 @@ def complain(message: object) -> None:
     # an operating system's error number says nothing to a person
     text = re.sub(r"\[Errno -?\d+\] ", "", str(message))
     LOG.error("%s", text)
+    if not to_be_told(message):
+        return
     Console(stderr=True, soft_wrap=True).print(f"error: {text}", markup=False, highlight=False)
 
 
 def warn(message: object) -> None:
     """A doubt in one sentence on standard error."""
     LOG.warning("%s", message)
+    if not is_first():
+        return
     Console(stderr=True, soft_wrap=True).print(f"warning: {message}", markup=False, highlight=False)
 
 
@@ -93,6 +98,8 @@ _show_warning = warnings.showwarning
 def say(text: str) -> None:
     """A sentence on standard output, unwrapped."""
     LOG.info("%s", text)
+    if not is_first():
+        return
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -100,6 +107,8 @@ def show(value: Any) -> None:
     """A JSON document on standard output; strict JSON has no NaN and no infinity, null stands for them."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False)
     LOG.info("printed %d characters of JSON", len(text))
+    if not is_first():
+        return
     sys.stdout.write(text + "\n")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -36,6 +36,7 @@ from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
 from quincunx.report.figures import Mark, Picture, draw_tradeoff, on_front
 from quincunx.train.evaluation import label_with
+from quincunx.train.processes import ALONE, Ranks
 from quincunx.train.recipes import Recipe
 from quincunx.writing import write_json
 
@@ -176,6 +177,7 @@ def compare_methods(
     *,
     recipe: Recipe | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> list[Compared]:
     """Accelerate one network with every point, one folder and one JSON file each, and compare them.
@@ -193,6 +195,8 @@ def compare_methods(
         out: folder; each point gets a folder of its name in it.
         recipe: of fine-tuning; None for no fine-tuning.
         tell: called with each point's name before it is made.
+        ranks: this process's place among several, as in
+            :func:`quincunx.acceleration.pipeline.accelerate_trained`; the first one tells and writes.
         options: as in :func:`quincunx.acceleration.pipeline.accelerate_trained`.
 
     Raises:
@@ -202,49 +206,70 @@ def compare_methods(
     """
     # once for all points
     task: Task = options.get("task") or classification()
-    data = label_with(model, data, options.get("workers"), task)
+    data = label_with(model, data, options.get("workers"), task, ranks)
     out, found = Path(out), []
     refused: dict[str, str] = {}
     how = None if recipe is None else recipe.to_dict()
-    check_run(out, {**trained_identity(model, data, **options), "recipe": how}, "points")
+    identity = {**trained_identity(model, data, **options), "recipe": how}
+    ranks.from_first(lambda: check_run(out, identity, "points"))
     original = model
-    if options.get("dtype") == torch.int8:
+    if options.get("dtype") == torch.int8 and ranks.first:
         count, seed = options.get("calibration", 500), options.get("seed", 0)
         original = ready_for(model, torch.int8, sample_batches(data, count, seed, task=task), task)
-    before = save(original, out / "original") / "weights.safetensors"
+    before = ranks.from_first(lambda: save(original, out / "original") / "weights.safetensors")
     names: set[str] = set()
     for point in points:
         if point.folder in names:
             raise ValueError(f"points: two are called {point.name}")
         names.add(point.folder)
-        tell(point.name)
+        if ranks.first:
+            tell(point.name)
         folder = out / point.folder
-        place = folder / "accelerate.json"
         try:
-            result = (
-                read_json(place)
-                if place.exists()
-                else accelerate_trained(
-                    model,
-                    point.method,
-                    data,
-                    folder,
-                    recipe=recipe,
-                    fits=out / "fits",
-                    keep_diverged=True,
-                    # take the last epoch for all: a comparison must not choose by the test images
-                    keep_best=False,
-                    **options,
-                )
+            result = ranks.from_first(partial(_existing, folder / "accelerate.json"))
+            result = result or accelerate_trained(
+                model,
+                point.method,
+                data,
+                folder,
+                recipe=recipe,
+                fits=out / "fits",
+                keep_diverged=True,
+                # take the last epoch for all: a comparison must not choose by the test images
+                keep_best=False,
+                ranks=ranks,
+                **options,
             )
         except ValueError as error:
             # do not lose hours of other points because of one that fails
             refused[point.name] = str(error)
-            tell(f"refused: {error}")
+            if ranks.first:
+                tell(f"refused: {error}")
             continue
         found.append((point, folder, result))
     if not found:
         raise ValueError("; ".join(dict.fromkeys(refused.values())) or "points: there are none")
+    return ranks.from_first(
+        lambda: _timed_rows(original, model, data, out, found, refused, before.stat().st_size, options)
+    )
+
+
+def _existing(place: Path) -> dict[str, Any] | None:
+    """Return the result of a point that was made before, or None."""
+    return read_json(place) if place.exists() else None
+
+
+def _timed_rows(
+    original: nn.Module,
+    model: nn.Module,
+    data: ImageData,
+    out: Path,
+    found: Sequence[tuple[Point, Path, dict[str, Any]]],
+    refused: Mapping[str, str],
+    before: int,
+    options: Mapping[str, Any],
+) -> list[Compared]:
+    """Time the networks of all points in turn, and write the comparison."""
     own = spec_of(model)["kind"] == "factory"
     factory = partial(copy.deepcopy, model) if own else None
     sizes = {folder.name: tuple(result["input"]) for _, folder, result in found if result.get("input")}
@@ -257,10 +282,7 @@ def compare_methods(
         **timing,
     )
     rows = with_fronts(
-        [
-            _row(point, folder, result, before.stat().st_size, times[folder.name])
-            for point, folder, result in found
-        ]
+        [_row(point, folder, result, before, times[folder.name]) for point, folder, result in found]
     )
     shared: tuple[str, ...] = ("network", "data", "calibration", "seed", "recipe", "batch", "how")
     shared += ("task",) if "task" in found[0][2] else ()

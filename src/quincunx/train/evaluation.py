@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quincunx.data import ImageData, Items, Part, Resident, batches
+from quincunx.data.epoch import shares
 from quincunx.measure.tasks import BadTask, Task, classification
 from quincunx.measure.tasks.structure import mapped
 from quincunx.modules import inference_mode_of
@@ -26,6 +28,7 @@ __all__ = [
     "images_at_once",
     "label_with",
     "score_images",
+    "score_shared",
 ]
 
 _AT_ONCE = 256
@@ -224,12 +227,50 @@ def _answered(
             yield output, mapped(lambda tensor: tensor.to(device), targets)
 
 
+def score_shared(score: Callable[..., Scored], count: int, at_once: int, ranks: Ranks) -> Scored:
+    """Return what ``score(rank=, world=)`` gives of every image, in order, on each of several processes.
+
+    Args:
+        score: :func:`score_images` with its other arguments.
+        count: images of the part.
+        at_once: images at a time, of all processes together.
+        ranks: this process's place among several.
+
+    Raises:
+        ValueError: as :func:`score_images`, on all processes if on one.
+    """
+    parts = ranks.gathered(lambda: score(rank=ranks.rank, world=ranks.world))
+    first = next(part for part in parts if len(part.losses))
+    sums = {name: torch.zeros_like(value) for name, value in first.sums.items()}
+    for part in parts:
+        for name, value in part.sums.items():
+            sums[name] += value
+    losses, scores = (
+        _in_order([getattr(part, name) for part in parts], count, at_once) for name in ("losses", "scores")
+    )
+    return Scored(losses, scores, sums)
+
+
+def _in_order(parts: list[Tensor], count: int, at_once: int) -> Tensor:
+    """Return the values of a part's images in its order, from those of each process's share."""
+    found = torch.empty(count, dtype=parts[0].dtype)
+    for rank, part in enumerate(parts):
+        numbers = [whole[ours] for whole, ours in shares(count, at_once, rank, len(parts), None)]
+        found[torch.cat(numbers)] = part
+    return found
+
+
 def label_with(
-    model: nn.Module, data: ImageData, workers: int | None = None, task: Task | None = None
+    model: nn.Module,
+    data: ImageData,
+    workers: int | None = None,
+    task: Task | None = None,
+    ranks: Ranks = ALONE,
 ) -> ImageData:
     """Label images with the network's own predictions; later disagreement counts as an error.
 
-    Images that already have labels keep them; in other tasks than classification nothing changes.
+    Images that already have labels keep them; in other tasks than classification nothing changes. Several
+    processes each label a share, and all get all labels.
 
     Raises:
         ValueError: as :func:`score_images`.
@@ -238,16 +279,23 @@ def label_with(
         return data
     if isinstance(data.train, Items):
         raise ValueError(f"{data.name}: its items have no classes; without labels, task agreement needs none")
-    parts: dict[str, Part] = {}
-    outputs = 0
-    with inference_mode_of(model):
-        for key, split in (("train", data.train), ("test", data.test)):
-            answers = []
-            source = batches(split, data, _AT_ONCE, workers=workers)
+
+    def answered(split: Part) -> tuple[Tensor, int]:
+        answers, outputs = [torch.zeros(0, dtype=torch.long)], 0
+        source = batches(split, data, _AT_ONCE, rank=ranks.rank, world=ranks.world, workers=workers)
+        with inference_mode_of(model):
             for scores, _ in _answered(model, data, source, classification(), None):
                 answers.append(scores.argmax(1).cpu())
                 outputs = scores.shape[1]
-            parts[key] = replace(split, labels=torch.cat(answers))  # type: ignore[arg-type]
+        return torch.cat(answers), outputs
+
+    parts: dict[str, Part] = {}
+    outputs = 0
+    for key, split in (("train", data.train), ("test", data.test)):
+        found = ranks.gathered(partial(answered, split))
+        labels = _in_order([answers for answers, _ in found], len(split), _AT_ONCE)
+        outputs = max(count for _, count in found)
+        parts[key] = replace(split, labels=labels)  # type: ignore[arg-type]
     return replace(data, classes=tuple(map(str, range(outputs))), **parts)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train one network: their ranks and their exchanges."""
+"""Several processes that work on one network: their ranks and their exchanges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,14 +18,14 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["ALONE", "Ranks", "batch_norm_across", "joined"]
+__all__ = ["ALONE", "Ranks", "as_known", "batch_norm_across", "is_first", "joined", "to_be_told"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the processes that train together.
+    """This process's place among the processes that work together.
 
     Attributes:
         rank: of this process; the first process writes the run's files.
@@ -59,19 +60,77 @@ class Ranks:
                 message[1] = error
         dist.broadcast_object_list(message, src=0)
         if message[1] is not None:
-            raise message[1]
+            raise as_known(message[1])
         result: T = message[0]
         return result
+
+    def gathered(self, compute: Callable[[], T]) -> list[T]:
+        """Return what each process computes, in the order of ranks, on every one.
+
+        An exception of any process is raised on all, so that none waits for one that failed.
+        """
+        if self.world == 1:
+            return [compute()]
+        mine: list[Any] = [None, None]
+        try:
+            mine[0] = compute()
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            mine[1] = error
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine)
+        for _, failure in found:
+            if failure is not None:
+                raise as_known(failure)
+        return [value for value, _ in found]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Within, processes do not exchange; if one fails, its exception is raised on all at the end."""
+        if self.world == 1:
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            failure = error
+
+        def report() -> None:
+            if failure is not None:
+                raise failure
+
+        self.gathered(report)
 
 
 ALONE = Ranks()
 
 
+def as_known(error: Exception) -> Exception:
+    """Return an exception, marked as one that all processes of a job have, so that the first one tells it."""
+    error.quincunx_known = True  # type: ignore[attr-defined]
+    return error
+
+
+def to_be_told(error: object) -> bool:
+    """Return whether this process is the one that tells a failure: the first, or the only one to know it."""
+    return is_first() or (isinstance(error, Exception) and not getattr(error, "quincunx_known", False))
+
+
+def is_first() -> bool:
+    """Return whether this is the first process of its job, also before it has joined the others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[Ranks]:
+def joined(device: str = "cpu", *, patience: timedelta | None = None) -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started, and yield this process's place; alone without it.
 
     Processes communicate by gloo on the CPU and by nccl on GPUs. Each takes the GPU of its local rank.
+
+    Args:
+        device: "cpu" or "cuda".
+        patience: how long a process waits for the others in an exchange; by default as long as torch does.
+            A process that died is noticed at once in any case.
 
     Raises:
         RuntimeError: the others cannot be reached.
@@ -93,7 +152,7 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # numbers that are summed for display stay on the CPU, hence gloo in both cases
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
         yield Ranks(rank, world)
     finally:
