@@ -55,7 +55,7 @@ from quincunx.networks.artifact import save, storable_state
 from quincunx.networks.spec import spec_of
 from quincunx.progress import progress_bar
 from quincunx.report.verdict import judge as judge_target
-from quincunx.surgery.calibration import Layer
+from quincunx.surgery.calibration import Layer, Pool
 from quincunx.surgery.method import (
     Accelerated,
     Journal,
@@ -247,10 +247,9 @@ def _accelerated(
     picked = Picked()
     if isinstance(method, Search):
         free = Baselines(original, images, one, judged, stages[0], task, batch, dtype)
-        shared = None if team.ranks.world == 1 else team.losses
         run = partial(
             run_search, original, images=images, out=out, where=where, one=one, batch=batch, task=task,
-            shared=shared,
+            shared=team.shared, pool=team.pool,
         )  # fmt: skip
         picked = pick(method, free, partial(run, progress=progress, journal=journal))
         found, dtype, size = cast(Accelerated, picked.found), picked.dtype, picked.size
@@ -272,6 +271,7 @@ def _accelerated(
                 calibration=images,
                 journal=watched,
                 loss=task.impact_function,
+                pool=team.pool,
             )
         if found.replaced and not keep_slower and not getattr(method, "saves_bytes", False):
             example = torch.randn(batch, *one.shape[1:])
@@ -492,6 +492,7 @@ def run_search(
     dtype: torch.dtype | None = None,
     task: Task | None = None,
     shared: Shared | None = None,
+    pool: Pool | None = None,
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
     with progress_bar(progress) as bar:
@@ -520,6 +521,7 @@ def run_search(
             dtype=dtype,
             task=task,
             shared=shared,
+            pool=pool,
         )
     return dataclasses.replace(found.result, search=found.record)
 
@@ -581,9 +583,9 @@ def _planned(
         batch,
         dtype,
     )
-    shared = None if team.ranks.world == 1 else team.losses
     run = partial(run_search, model, images=images, out=out, where=where_named(model, team.layers))
-    run = partial(run, one=one, batch=batch, task=task, progress=progress, dry_run=True, shared=shared)
+    run = partial(run, shared=team.shared, pool=team.pool)
+    run = partial(run, one=one, batch=batch, task=task, progress=progress, dry_run=True)
     picked = pick(method, free, run)
     return {**(cast(Accelerated, picked.found).search or {}), **picked.to_dict()}
 

@@ -27,6 +27,7 @@ from quincunx.measure.tasks.scale import scale_in
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied, inference_mode_of
 from quincunx.report.verdict import shortcoming
+from quincunx.surgery.calibration import Pool
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Accelerated, Journal, Method
 from quincunx.surgery.replace import replace_layers as replace_by
@@ -91,6 +92,7 @@ def search(
     dtype: torch.dtype | None = None,
     task: Task | None = None,
     shared: Shared | None = None,
+    pool: Pool | None = None,
 ) -> Found:
     r"""Choose a method for every layer, by its measured time and its loss, to meet a target.
 
@@ -130,6 +132,7 @@ def search(
         dtype: number format in which networks are timed, the original too; see :func:`quincunx.fuse`.
         task: how outputs are compared and scored; by default classification.
         shared: has the losses of candidates measured by several processes.
+        pool: adds up what several processes sum in the fit.
 
     Raises:
         ValueError: the table belongs to another network or other data; anything that ``accelerate`` refuses.
@@ -165,7 +168,7 @@ def search(
     watch("all candidates are scored", 1.0)
     scored = time.perf_counter() - began
     key = json.dumps(target.to_dict(), sort_keys=True)
-    builder = _Builder(scores, target, calibration, where, journal, dry_run, watch)
+    builder = _Builder(scores, target, calibration, where, journal, dry_run, watch, pool)
     # a resumed run must choose the same network, unless there are more candidates now
     among = [[list(row.layers), repr(row.method)] for row in scores.usable()]
     kept = scores.choices.get(key)
@@ -206,6 +209,7 @@ class _Builder:
     journal: Journal | None
     dry_run: bool
     watch: Watch
+    pool: Pool | None = None
     # names of layers that gain nothing within a choice -> how many times as long it takes without them
     slower: dict[tuple[str, ...], float] = field(default_factory=dict)
     # of layers: what a unit with it loses within a whole network, over what it loses alone
@@ -437,6 +441,7 @@ class _Builder:
                 calibration=self.calibration,
                 journal=None if self.dry_run else self._part_of_journal(chosen),
                 loss=self.scores.task.impact_function,
+                pool=self.pool,
             )
             if self.target.max_drop is not None:
                 drop = self._drop(result.model)

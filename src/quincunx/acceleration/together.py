@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from quincunx.acceleration.identity import where_named
 from quincunx.acceleration.judge import sample_batches
-from quincunx.acceleration.scores import Measured, Scores
+from quincunx.acceleration.scores import Measured, Scores, Shared
 from quincunx.data import ImageData
 from quincunx.measure.tasks import Task
+from quincunx.modules import copied
+from quincunx.surgery.calibration import Calibration, Context, Pass, Pool
 from quincunx.surgery.method import Method
 from quincunx.train.evaluation import Scored, images_at_once, score_shared
 from quincunx.train.loop import Diverged, RunFailed, fit
@@ -31,6 +33,10 @@ T = TypeVar("T")
 
 # the others wait while the first process fits layers and measures time
 PATIENCE = timedelta(days=7)
+_OTHER_IMAGES = (
+    "process {} has another network or other calibration images than the first process; all must read "
+    "the same files"
+)
 
 
 class FailedAlone(RunFailed):
@@ -115,6 +121,30 @@ class Team:
         self._say("losses", (settings, list(numbers), seconds))
         return self._measured(lambda: scores, numbers, seconds)
 
+    @property
+    def shared(self) -> Shared | None:
+        """Return :meth:`losses`, or None alone."""
+        return None if self.ranks.world == 1 else self.losses
+
+    @property
+    def pool(self) -> Pool | None:
+        """Return :meth:`totals`, or None alone."""
+        return None if self.ranks.world == 1 else self.totals
+
+    def totals(self, context: Context, work: Pass) -> dict[str, Tensor]:
+        """Return the sums of a pass through the calibration data, of which each process reads a share.
+
+        Shares are added up in float64, so that a fit is that of one process up to rounding.
+        """
+        network = _packed(context.network) if context.changed else None
+        self._say("totals", (network, _pickled(work), _marks(self.images)))
+        return self._totalled(context.original, context.network, context.changed, work)
+
+    @cached_property
+    def images(self) -> list[tuple[Tensor, Any]]:
+        """The calibration images with their targets."""
+        return sample_batches(self.data, self.calibration, self.seed, task=self.task)
+
     # ------------------------------------------------------------ what all processes do
 
     def _judged(self, network: nn.Module) -> Scored:
@@ -143,6 +173,38 @@ class Team:
         parts = self.ranks.gathered(lambda: found().measure_losses(ours, seconds))
         return [one for part in parts for one in part]
 
+    def _totalled(
+        self, original: nn.Module, network: nn.Module, changed: bool, work: Pass, marks: str = ""
+    ) -> dict[str, Tensor]:
+        rank, world, count = self.ranks.rank, self.ranks.world, len(self.images)
+        first = rank * count // world
+        ours = self.images[first : (rank + 1) * count // world]
+        found: dict[str, Tensor] = {}
+
+        def sum_up() -> dict[str, torch.Size]:
+            if marks and marks != _marks(self.images):
+                raise ValueError(_OTHER_IMAGES.format(rank))
+            if ours:
+                context = Context(original, network, Calibration(ours, original, first))
+                context.changed, context.loss = changed, self.task.impact_function
+                found.update(work(context))
+            return {name: value.shape for name, value in found.items()}
+
+        shapes: dict[str, torch.Size] = {}
+        for of_one in self.ranks.gathered(sum_up):
+            for name, shape in of_one.items():
+                if shapes.setdefault(name, shape) != shape:
+                    raise ValueError(
+                        f"calibration: sums of {tuple(shape)} and {tuple(shapes[name])} at {name!r}; "
+                        "images of one size are needed"
+                    )
+        for name, shape in shapes.items():
+            # a process without batches adds nothing
+            total = found.setdefault(name, torch.zeros(shape, dtype=torch.float64)).contiguous()
+            dist.all_reduce(total)
+            found[name] = total
+        return found
+
     # ------------------------------------------------------------ the other processes
 
     def _follow(self) -> Any:
@@ -159,6 +221,10 @@ class Team:
             with suppress(ValueError, TypeError, OSError, RuntimeError):
                 if name == "judge":
                     self._judged(_unpacked(given))
+                elif name == "totals":
+                    sent, work, marks = given
+                    network = copied(self.model).eval() if sent is None else _unpacked(sent)
+                    self._totalled(self.model, network, sent is not None, pickle.loads(work), marks)
                 else:
                     settings, numbers, seconds = given
                     self._measured(partial(self._scores_of, *settings), numbers, seconds)
@@ -180,17 +246,13 @@ class Team:
         digest: str,
     ) -> Scores:
         if digest not in self.scores:
-            images = sample_batches(self.data, self.calibration, self.seed, task=self.task)
             where, example = where_named(self.model, self.layers), torch.zeros(shape)
             # one search at a time: its maps are large
             self.scores = {
-                digest: Scores(self.model, images, candidates, where, example, _silent, dtype, self.task)
+                digest: Scores(self.model, self.images, candidates, where, example, _silent, dtype, self.task)
             }
             if _digest(self.scores[digest]) != digest:
-                raise ValueError(
-                    f"process {self.ranks.rank} has another network or other calibration images than "
-                    "the first process; all must read the same files"
-                )
+                raise ValueError(_OTHER_IMAGES.format(self.ranks.rank))
         return self.scores[digest]
 
     # ------------------------------------------------------------ messages
@@ -215,15 +277,25 @@ def _digest(scores: Scores) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _marks(images: Sequence[tuple[Tensor, Any]]) -> str:
+    """Return what tells calibration images from others; as the sum of each batch does."""
+    found = [f"{tuple(x.shape)} {x.double().sum().item():.6g}" for x, _ in images]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
 def _packed(network: nn.Module) -> tuple[bytes, list[Callable[..., Any]]]:
     """Return a network as it is sent to another process.
 
     Raises:
         ValueError: it holds what cannot be sent.
     """
+    # a graph of torch.fx leaves its hooks out, so they go beside it
+    return _pickled(network), list(network._forward_pre_hooks.values())
+
+
+def _pickled(value: Any) -> bytes:
     try:
-        # a graph of torch.fx leaves its hooks out, so they go beside it
-        return pickle.dumps(network), list(network._forward_pre_hooks.values())
+        return pickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
             f"model: cannot be sent to the other processes ({error}); run it in one process, without torchrun"

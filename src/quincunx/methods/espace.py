@@ -14,7 +14,7 @@ from quincunx.layers.padded import padded_like
 from quincunx.layers.separable import EspaceConv2d, MaskedConv2d, SeparableConv2d
 from quincunx.methods.fitting.fills import Held, fit_perforated
 from quincunx.methods.fitting.halves import fit_halves
-from quincunx.methods.fitting.impact import ESTIMATED, MASKS, Loss, impacts, mask_of, without_gradient
+from quincunx.methods.fitting.impact import ESTIMATED, MASKS, Loss, impacts_in, mask_of, without_gradient
 from quincunx.methods.fitting.lattices import lattice_of
 from quincunx.methods.fitting.separable import separable
 from quincunx.methods.fitting.settings import (
@@ -288,8 +288,7 @@ class _EspaceWork:
         if self.method.mask in ESTIMATED and done:
             places = {place: half for name in done for place, half in _halves(name, done[name].module)}
             residual = self.method.mask == "residual"
-            loss = self.method.loss or self.context.loss
-            found = impacts(self.context.network, places, self.context.data, loss, residual=residual)
+            found = impacts_in(self.context, places, self.method.loss, residual=residual)
         made: dict[str, Replacement | str] = {}
         for name, replacement in done.items():
             seen = [found[place] for place, _ in _halves(name, replacement.module) if place in found]

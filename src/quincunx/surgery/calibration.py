@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# sums over a pass through a context's data, float64 by name; a function that can be sent to another process
+Pass = Callable[["Context"], dict[str, Tensor]]
+Pool = Callable[["Context", Pass], dict[str, Tensor]]
 Visit = Callable[[str, Tensor, Tensor], None]
 
 
@@ -166,12 +169,13 @@ class Calibration:
         batches: an iterable of batches that restarts each time it is iterated, or a data set with
             a length.
         network: the batches are moved to its device, and its forward's signature decides their form.
+        start: number of the first batch, where these are a part of all.
 
     Raises:
         TypeError: not iterable, or an iterator, which can be read only once.
     """
 
-    def __init__(self, batches: Iterable[Any], network: nn.Module) -> None:
+    def __init__(self, batches: Iterable[Any], network: nn.Module, start: int = 0) -> None:
         if _by_number(batches):
             batches = _Numbered(batches)
         if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -184,7 +188,7 @@ class Calibration:
                 f"calibration: a {type(batches).__name__} can be read only once, and each layer is fitted "
                 "from a pass of its own; pass a list or a DataLoader"
             )
-        self.batches = batches
+        self.batches, self.start = batches, start
         self.network = network
         self.signature = _Signature.of(network)
         # number of dimensions of an input -> whether it is one sample
@@ -202,7 +206,7 @@ class Calibration:
             ValueError: no batches; a batch with another number of dimensions than the network reads.
         """
         index = -1
-        for index, element in enumerate(self.batches):
+        for index, element in enumerate(self.batches, self.start):
             yield self._read(index, element)
         if index < 0:
             raise ValueError("calibration: holds no batches")
@@ -593,8 +597,10 @@ class Context:
         shortcut: provides layers' inputs; None if networks run from their own inputs.
         loss: of (output, target), the scalar whose gradient says which positions matter; None for the
             cross-entropy with labels or the network's own predictions.
+        pool: adds up what several processes sum over their shares of the data; None for this one alone.
     """
 
+    pool: Pool | None = None
     pairs: tuple[tuple[Layer, Layer], ...] = ()
     kept: dict[Any, Any] | None = None
     shortcut: Shortcut | None = None
@@ -621,6 +627,10 @@ class Context:
         With ``padded``, an input has around it what ``padding_mode`` other than "zeros" puts there.
         """
         return Responses(self, layer, padded)
+
+    def total(self, work: Pass) -> dict[str, Tensor]:
+        """Return the sums of a pass through the data, of which several processes may each read a share."""
+        return work(self) if self.pool is None else self.pool(self, work)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return ``make()``; keep it by key while no layer is changed, if ``kept`` is a dict."""

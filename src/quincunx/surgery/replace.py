@@ -23,6 +23,7 @@ from quincunx.surgery.calibration import (
     Calibration,
     Context,
     Layer,
+    Pool,
     run_order,
 )
 from quincunx.surgery.eligible import (
@@ -64,6 +65,7 @@ def replace_layers(
     calibration: Iterable[Any] | None = None,
     journal: Journal | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    pool: Pool | None = None,
 ) -> Accelerated:
     """Return a copy of a network in which a method has replaced the layers that it supports.
 
@@ -88,6 +90,8 @@ def replace_layers(
         journal: stores each layer when it is finished and returns it to a later call.
         loss: (output, target) -> a scalar, whose gradient says which positions matter, for methods that ask
             (impact masks); by default the cross-entropy with labels or the network's own predictions.
+        pool: adds up what several processes sum over their shares of the data; see
+            :class:`quincunx.surgery.calibration.Context`.
 
     Returns:
         An :class:`Accelerated`. A warning says if nothing was replaced.
@@ -111,7 +115,7 @@ def replace_layers(
     _checked(model, method)
     with undisturbed(model), evaluation(network := copied(model)):
         context, layers, skipped, ran = _prepared(model, network, method, where, example_input, calibration)
-        context.loss = loss
+        context.loss, context.pool = loss, pool
         accepted = []
         for layer in layers:
             if (reason := reason_of(layer, ran) or method.refuse(layer, context)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from quincunx.measure.tasks.classes import IGNORED, class_labels
 from quincunx.methods.fitting.lattices import lattice_of
 from quincunx.modules import evaluation, first_line
 from quincunx.sampling import Positions, Random, Sampling, Uniform
-from quincunx.surgery.calibration import Batch
+from quincunx.surgery.calibration import Batch, Context
 
 __all__ = [
     "ESTIMATED",
@@ -101,6 +102,45 @@ def impacts(
         >>> impacts(net, {"conv": net[0]}, [Batch(0, torch.randn(2, 3, 6, 6))])["conv"].shape
         torch.Size([4, 4])
     """
+    sums, images, index = _impact_sums(network, modules, data, loss, residual)
+    return _mean_impacts(sums, images, index)
+
+
+def impacts_in(
+    context: Context, modules: Mapping[str, nn.Module], loss: Loss | None = None, *, residual: bool = False
+) -> dict[str, Tensor]:
+    """Return :func:`impacts` in a context's network, over which several processes may sum.
+
+    Args:
+        context: the network as changed so far, the data, and the loss where none is given.
+        modules: as of :func:`impacts`.
+        loss: as of :func:`impacts`; one of the method's own is not sent to other processes.
+        residual: as of :func:`impacts`.
+    """
+    if loss is not None:
+        return impacts(context.network, modules, context.data, loss, residual=residual)
+    # another process has its own copies of the modules, in the same places
+    paths = {module: path for path, module in context.network.named_modules()}
+    places = {name: paths[module] for name, module in modules.items()}
+    found = context.total(partial(_context_sums, places, residual))
+    counts = found.pop("counts")
+    return _mean_impacts(found, int(counts[0]), int(counts[1]) - 1)
+
+
+def _context_sums(places: dict[str, str], residual: bool, context: Context) -> dict[str, Tensor]:
+    modules = {name: context.network.get_submodule(path) for name, path in places.items()}
+    sums, images, index = _impact_sums(context.network, modules, context.data, context.loss, residual)
+    return {**sums, "counts": torch.tensor([images, index + 1 - context.data.start], dtype=torch.float64)}
+
+
+def _impact_sums(
+    network: nn.Module,
+    modules: Mapping[str, nn.Module],
+    data: Iterable[Batch],
+    loss: Loss | None,
+    residual: bool,
+) -> tuple[dict[str, Tensor], int, int]:
+    """Return the summed impacts, the number of images, and the last batch's number, -1 without one."""
     sums: dict[str, Tensor] = {}
     images = 0
     index = -1
@@ -127,6 +167,10 @@ def impacts(
                     )
                 sums[name] = sums[name] + found if name in sums else found
             images += batch.input.shape[0]
+    return sums, images, index
+
+
+def _mean_impacts(sums: Mapping[str, Tensor], images: int, index: int) -> dict[str, Tensor]:
     if index < 0:
         raise ValueError("calibration: holds no images")
     if not images:

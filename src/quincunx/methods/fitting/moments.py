@@ -6,14 +6,16 @@ linear algebra on the moments, and the data is not read again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quincunx.layers.padded import pad_map, padding_at
+from quincunx.surgery.calibration import Context, Layer, Responses
 
 __all__ = ["Accumulator", "Moments", "completed", "few_images", "moments", "of_noise", "patches"]
 
@@ -22,6 +24,8 @@ POSITIONS = 256
 # float64 values in one block of patches
 _BLOCK = 1 << 23
 _STRIPE = 512
+# what an accumulator adds up, besides counts
+_SUMS = ("gram", "cross", "power", "sum_patch", "sum_response")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +144,17 @@ class Accumulator:
         self.images += n
         self.batches += 1
 
+    def sums(self) -> dict[str, Tensor]:
+        """Return what was added up, float64, which :meth:`take` takes back, also added to another's."""
+        counts = torch.tensor([self.samples, self.images], dtype=torch.float64)
+        return {**{name: getattr(self, name) for name in _SUMS}, "counts": counts}
+
+    def take(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums."""
+        for name in _SUMS:
+            setattr(self, name, sums[name].to(self.gram.device))
+        self.samples, self.images = (int(count) for count in sums["counts"])
+
     def finish(self) -> Moments:
         """Return the centred moments.
 
@@ -199,10 +214,31 @@ def moments(
         (72, (1, 27, 27))
     """
     sums = Accumulator(conv, positions, seed)
+    if isinstance(pairs, Responses):
+        # the layer's weights are those of the context's own network
+        padded = pairs.sides is not None
+        work = partial(_summed, pairs.layer, padded, conv, positions, seed)
+        sums.take(pairs.context.total(work))
+    else:
+        _add_all(sums, pairs)
+    return sums.finish()
+
+
+def _summed(
+    layer: Layer, padded: bool, conv: nn.Conv2d, positions: int, seed: int, context: Context
+) -> dict[str, Tensor]:
+    """Return the sums of a layer's moments over a context's data."""
+    sums = Accumulator(conv, positions, seed)
+    # what is drawn for a batch depends on its number among all
+    sums.batches = context.data.start
+    _add_all(sums, context.responses(layer, padded))
+    return sums.sums()
+
+
+def _add_all(sums: Accumulator, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for x, y in pairs:
             sums.add(x, y)
-    return sums.finish()
 
 
 def of_noise(weight: Tensor) -> Moments:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -215,14 +216,15 @@ class SeparableFit:
 
     def _column_grams(self, layers: Sequence[Layer], context: Context) -> dict[str, Tensor]:
         """Return second moments of the columns that each layer reads in the original network, in one pass."""
-        columns = {layer.name: _first_half(conv_of(layer)) for layer in layers}
-        sums = {name: Accumulator(conv, self.positions, self.seed) for name, conv in columns.items()}
-
-        def visit(name: str, x: Tensor, _: Tensor) -> None:
-            sums[name].add(x, columns[name](x))
-
-        context.survey(layers, visit)
-        return {name: _whole(found.finish()).gram for name, found in sums.items()}
+        found = context.total(partial(_column_sums, tuple(layers), self.positions, self.seed))
+        grams: dict[str, Tensor] = {}
+        for layer in layers:
+            parts = ((key.rpartition(" "), value) for key, value in found.items())
+            own = {key: value for (name, _, key), value in parts if name == layer.name}
+            sums = Accumulator(_first_half(conv_of(layer)), self.positions, self.seed)
+            sums.take(own)
+            grams[layer.name] = _whole(sums.finish()).gram
+        return grams
 
     def fitted(
         self, layer: Layer, rank: int, context: Context, with_data: bool
@@ -242,6 +244,21 @@ class SeparableFit:
         if found is not None:
             record |= few_images(found, samples_needed(conv, rank))
         return made, record
+
+
+def _column_sums(layers: tuple[Layer, ...], positions: int, seed: int, context: Context) -> dict[str, Tensor]:
+    """Return the sums of the columns that layers read in a context's original network, "NAME SUM" each."""
+    columns = {layer.name: _first_half(conv_of(layer)) for layer in layers}
+    sums = {name: Accumulator(conv, positions, seed) for name, conv in columns.items()}
+    for one in sums.values():
+        # what is drawn for a batch depends on its number among all
+        one.batches = context.data.start
+
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        sums[name].add(x, columns[name](x))
+
+    context.survey(layers, visit)
+    return {f"{name} {key}": value for name, one in sums.items() for key, value in one.sums().items()}
 
 
 def _whole(columns: Moments) -> Moments:
