@@ -16,6 +16,7 @@ from quincunx.experiments.compare import (
     Compared,
     compare_methods,
     draw_comparison,
+    points_suited,
     with_fronts,
 )
 from quincunx.experiments.espace_paper import (
@@ -262,9 +263,10 @@ def test_the_masks_are_drawn_at_the_same_rates_random_ones_by_several_seeds():
 
 def test_every_method_goes_through_the_same_comparison(tmp_path):
     """One setting each of all, fine-tuned alike, saved, loaded and timed."""
-    points = [SWEEPS[name]()[0] for name in SWEEPS if name != "masks"]
     torch.manual_seed(0)
     model = qx.networks.build("cifar-resnet8", 3, 3).eval()
+    # there are no blocks of ConvNeXt
+    points = points_suited([SWEEPS[name]()[0] for name in SWEEPS if name != "masks"], model)
     recipe = Recipe("tiny", epochs=1, batch_size=30, lr=0.001, augment="none")
     rows = compare_methods(model, points, DATA, tmp_path, recipe=recipe, **{**OPTIONS, "calibration": 60})
     assert [row.series for row in rows] == [
@@ -283,6 +285,16 @@ def test_every_method_goes_through_the_same_comparison(tmp_path):
         qx.load(tmp_path / "BinaryConnect-1-bit/finetune/model").get_submodule("layer1.0.conv1"),
         qx.BinaryConv2d,
     )
+
+
+def test_blocks_are_compared_where_there_are_some():
+    points = [SWEEPS[name]()[0] for name in ("spatialblock", "lowrank")]
+    depthwise = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    block = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), depthwise, torch.nn.GELU(), torch.nn.Conv2d(8, 8, 1)
+    )
+    assert points_suited(points, block) == points
+    assert points_suited(points, block[:3]) == points[1:]
 
 
 @pytest.mark.parametrize("name", ESPACE_EXPERIMENTS)

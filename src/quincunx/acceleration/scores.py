@@ -164,8 +164,9 @@ class Scores:
         )
         self.pairs = tuple(p for p in self.context.pairs if any(_fits(m, p) for m in candidates))
         paired = {layer.name for pair in self.pairs for layer in pair}
-        # a class may be asked for as the end of pairs alone
+        # linear layers may be asked for as the end of pairs alone
         alone = tuple(kind for m in candidates if getattr(m, "singles", True) for kind in m.targets)
+        alone += (nn.Conv2d,)
         self.layers = {
             layer.name: layer for layer in layers if layer.name in paired or isinstance(layer.module, alone)
         }

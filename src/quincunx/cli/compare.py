@@ -42,6 +42,7 @@ from quincunx.experiments.compare import (
     compare_methods,
     draw_comparison,
     points_named,
+    points_suited,
 )
 from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.methods.registry import METHODS
@@ -72,7 +73,8 @@ def compare_command(
         str | None,
         typer.Option(
             help=f"Some of {', '.join(SWEEPS)}, separated by commas; input is a smaller input, masks are "
-            "ESPACE's three kinds. By default all but masks, and input where the task classifies.",
+            "ESPACE's three kinds. By default all but masks; input where the task classifies, spatialblock "
+            "where the network has such blocks.",
             rich_help_panel="Method",
         ),
     ] = None,
@@ -111,6 +113,8 @@ def compare_command(
             check_can_draw()
             check_folder(out)
             found = network.load(seed)
+            if methods is None:
+                chosen = points_suited(chosen, found.model)
             read = about.read(task, images, seed=seed, unlabelled=unlabelled, quiet=as_json)
             data = found.suited(read, network.mean, network.std, task)
             make_folder(out)

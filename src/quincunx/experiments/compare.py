@@ -31,10 +31,12 @@ from quincunx.methods import Espace
 from quincunx.methods.espace import RATES
 from quincunx.methods.points import Point
 from quincunx.methods.registry import ALIASES, METHODS
+from quincunx.methods.spatialblock import SpatialBlock
 from quincunx.networks.artifact import load, save
 from quincunx.networks.spec import spec_of
 from quincunx.reading import read_json
 from quincunx.report.figures import Mark, Picture, draw_tradeoff, on_front
+from quincunx.surgery.blocks import find_blocks
 from quincunx.train.evaluation import label_with
 from quincunx.train.processes import ALONE, Ranks
 from quincunx.train.recipes import Recipe
@@ -47,6 +49,7 @@ __all__ = [
     "compare_methods",
     "draw_comparison",
     "points_named",
+    "points_suited",
     "with_fronts",
 ]
 
@@ -167,6 +170,17 @@ def points_named(methods: Iterable[str], patterns: Sequence[str] = ()) -> list[P
             listed = ", ".join(point.folder for point in points)
             raise ValueError(f"points={pattern!r}: matches none of {listed}")
     return [p for p in points if not patterns or any(fnmatchcase(p.folder, one) for one in patterns)]
+
+
+def points_suited(points: Iterable[Point], model: nn.Module) -> list[Point]:
+    """Return the settings whose method has something to replace: blocks of ConvNeXt are rare.
+
+    Example:
+        >>> points_suited(points_named(["spatialblock"]), nn.Conv2d(3, 8, 3))
+        []
+    """
+    blocks = bool(find_blocks(model)[0])
+    return [point for point in points if blocks or not isinstance(point.method, SpatialBlock)]
 
 
 def compare_methods(

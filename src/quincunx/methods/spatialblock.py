@@ -36,7 +36,7 @@ class SpatialBlock:
     nothing else. The last 1 x 1 layer's results are filled; layer scale and shortcut follow on the whole map.
 
     .. math:: z_p = f((W * x)_p) \text{ at sampled } p, \qquad
-              z_q = \textstyle\sum_p a_{q - p} z_p + b \text{ elsewhere}
+              z_q = \sum_p a_{q - p} z_p + b \text{ elsewhere}
 
     Found by rule, in [N, C, H, W] or [N, H, W, C]; see :func:`quincunx.surgery.blocks.find_blocks`. Weights
     stay as they are, but for the last layer's, which is fitted to the block's responses together with the
