@@ -28,7 +28,7 @@ from quincunx.acceleration.target import Search, Target
 from quincunx.acceleration.together import PATIENCE
 from quincunx.experiments.compare import compare_methods, points_named
 from quincunx.methods.fitting.moments import Accumulator
-from quincunx.train.loop import Diverged
+from quincunx.train.evaluation import label_with
 from quincunx.train.processes import joined
 from quincunx.train.recipes import Recipe
 
@@ -84,6 +84,9 @@ def run(case, out):
             accelerate_trained(network(), METHOD, DATA, out, layers=["none.*"], **options)
         except ValueError as error:
             found = str(error)
+    elif case == "labels":
+        data = label_with(network(), replace(DATA, classes=()), ranks=ranks)
+        found = [data.classes, data.train.labels.tolist(), data.test.labels.tolist()]
     elif case == "compare":
         points = points_named(["lowrank", "spatialbottleneck"], ["*0.25", "*2of4"])
         points = points[:2]
@@ -97,7 +100,7 @@ with joined(patience=PATIENCE) as ranks:
     for case in sys.argv[2:]:
         run(case, os.path.join(sys.argv[1], case))
 """
-CASES = ("method", "budget", "search", "plan", "bfloat16", "diverged", "refused", "compare")
+CASES = ("method", "budget", "search", "plan", "bfloat16", "diverged", "refused", "labels", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +199,12 @@ def test_what_the_first_process_refuses_all_refuse(jobs):
     ours, theirs = same("refused", jobs)
     assert ours == theirs
     assert "layers='none.*': no layer has such a name" in ours
+
+
+def test_images_without_labels_get_those_of_one_process_on_all(jobs):
+    ours, theirs = same("labels", jobs)
+    assert ours == theirs
+    assert len(ours[1]) == len(DATA.train)
 
 
 def test_methods_are_compared_as_by_one_process(jobs):
