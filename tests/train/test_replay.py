@@ -282,13 +282,12 @@ def test_the_bar_hears_of_every_step(apart, tmp_path, monkeypatch, parts):
     assert all("loss" in state for _, state in told)
 
 
-def test_two_processes_add_their_shares(tmp_path, monkeypatch):
+def test_two_processes_add_their_shares(tmp_path):
     far = "from quincunx.train import loop\nloop._runs_apart = lambda device: True\n\nwith joined() as ranks:"
     plain = processes.WORKER
     logs = {}
     for name, text in (("in-turn", plain), ("apart", plain.replace("with joined() as ranks:", far))):
-        monkeypatch.setattr(processes, "WORKER", text)
-        code, output = processes.launch(tmp_path / name, ["plain"], 2)
+        code, output = processes.launch(tmp_path / name, ["plain"], 2, worker=text)
         assert code == 0, output
         logs[name] = processes.log_of(tmp_path / name / "plain")
     result = json.loads((tmp_path / "apart" / "plain" / "run.json").read_text())
