@@ -48,12 +48,13 @@ def fetch_command(
                 say("no trained results there yet")
             return
         with progress_bar(not as_json) as bar:
-            task = bar.add_task(f"fetching {name}", total=None, state="")
+            # nothing to see while the request may still be refused
+            task = bar.add_task(f"fetching {name}", total=None, state="", visible=False)
             place = fetch(
                 name,
                 address,
                 progress=lambda done, whole: bar.update(
-                    task, completed=done, total=whole, state=f"{whole / 1e6:.1f} MB"
+                    task, completed=done, total=whole, state=f"{whole / 1e6:.1f} MB", visible=True
                 ),
             )
         result = cached()[name]
