@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quincunx.layers.paired import Grid, PairedDown2d, size_known
+from quincunx.layers.paired import Grid, first_half, size_known
 from quincunx.layers.sampled import PerforatedConv2d
 from quincunx.sampling import Sampling
 
@@ -39,6 +39,7 @@ class PairedFill2d(PerforatedConv2d):
             map and grids of several sizes have as many positions.
 
     Example:
+        >>> from quincunx.layers.paired import PairedDown2d
         >>> net = nn.Sequential(PairedDown2d(3, 8, sampling=qx.CHESSBOARD), nn.ReLU(),
         ...                     PairedFill2d(8, 4, sampling=qx.CHESSBOARD, partner="0"))
         >>> net[2].attach(net)
@@ -90,10 +91,7 @@ class PairedFill2d(PerforatedConv2d):
             AttributeError: the network has no module of the partner's name.
             ValueError: that module is not a first half.
         """
-        first = network.get_submodule(self.partner)
-        if not isinstance(first, PairedDown2d):
-            raise ValueError(f"partner={self.partner!r}: expected a PairedDown2d, got {type(first).__name__}")
-        self.grid_seen = first.grid
+        self.grid_seen = first_half(network, self.partner).grid
 
     def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
         last = self.channels == "last"

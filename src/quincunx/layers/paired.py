@@ -21,7 +21,7 @@ from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_
 from quincunx.ops.geometry import Geometry, two_integers
 from quincunx.sampling import Sampling
 
-__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "grid_size", "of_grid", "size_known"]
+__all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "first_half", "grid_size", "of_grid", "size_known"]
 
 _GETTER = type(Tensor.data.__get__)  # type: ignore[attr-defined, unused-ignore]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined, unused-ignore]
@@ -231,6 +231,19 @@ def size_known(y: Tensor, positions: int, grid: Grid, partner: str) -> Sequence[
     return size
 
 
+def first_half(network: nn.Module, partner: str) -> PairedDown2d:
+    """Return the first half of a pair by its name.
+
+    Raises:
+        AttributeError: the network has no module of this name.
+        ValueError: that module is not a first half.
+    """
+    first = network.get_submodule(partner)
+    if not isinstance(first, PairedDown2d):
+        raise ValueError(f"partner={partner!r}: expected a PairedDown2d, got {type(first).__name__}")
+    return first
+
+
 class PairedUp2d(SampledConvTranspose2d):
     """The second half: from the sampled map [N, C, m, 1] to every position, [N, O, H, W].
 
@@ -292,10 +305,7 @@ class PairedUp2d(SampledConvTranspose2d):
             AttributeError: the network has no module of the partner's name.
             ValueError: that module is not a first half.
         """
-        first = network.get_submodule(self.partner)
-        if not isinstance(first, PairedDown2d):
-            raise ValueError(f"partner={self.partner!r}: expected a PairedDown2d, got {type(first).__name__}")
-        self.grid = first.grid
+        self.grid = first_half(network, self.partner).grid
 
     def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
         if size is None:
