@@ -5,20 +5,17 @@
 //   inputs   program: uint8, a constant, the bytes of program_file.h; then float32 maps [N, C, H, W]
 //   outputs  float32 maps [N, C, H, W], or [N, C] where the program says so
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "../checks.h"
 #include "../program_file.h"
 #include "onnxruntime_facts.h"
+#include "thread_count.h"
 
 namespace {
 
@@ -39,8 +36,7 @@ struct Kernel {
   Kernel(const OrtApi* api, const void* bytes, size_t size) : api(api), program(bytes, size) {}
   const OrtApi* api;
   ProgramFile program;
-  std::once_flag probed;
-  int64_t threads = 1;
+  quincunx::ThreadCount threads;  // of the session, which the interface does not tell
 };
 
 template <class F>
@@ -104,31 +100,6 @@ void in_session_threads(void* context, int64_t count, void (*run)(void*, int64_t
   check(session.api->KernelContext_ParallelFor(session.context, each, static_cast<size_t>(count), 0, &body));
 }
 
-// The interface does not say how many threads a session has: counts those that take part in waiting for each other.
-int64_t count_threads(Session session) {
-  struct Meeting {
-    std::mutex lock;
-    std::condition_variable came;
-    std::set<std::thread::id> here;
-    std::chrono::steady_clock::time_point end = std::chrono::steady_clock::now() + std::chrono::milliseconds(4);
-  } meeting;
-  const int64_t most = std::max(1u, std::thread::hardware_concurrency());
-  const auto wait = [](void* argument, int64_t) {
-    Meeting& all = *static_cast<Meeting*>(argument);
-    std::unique_lock<std::mutex> guard(all.lock);
-    all.here.insert(std::this_thread::get_id());
-    all.came.notify_all();
-    // as long as somebody new may come
-    for (size_t seen = 0; seen != all.here.size();) {
-      seen = all.here.size();
-      const auto until = std::min(all.end, std::chrono::steady_clock::now() + std::chrono::microseconds(500));
-      all.came.wait_until(guard, until, [&] { return all.here.size() != seen; });
-    }
-  };
-  if (most > 1) in_session_threads(&session, 2 * most, wait, &meeting);
-  return std::max<int64_t>(1, static_cast<int64_t>(meeting.here.size()));
-}
-
 // ---------------------------------------------------------------- the kernel
 
 OrtStatusPtr create(const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
@@ -157,7 +128,8 @@ OrtStatusPtr compute(void* given, OrtKernelContext* context) {
   const OrtApi* api = kernel.api;
   return guarded(api, [&] {
     Session session{api, context};
-    std::call_once(kernel.probed, [&] { kernel.threads = count_threads(session); });
+    Host host{1, &session, &in_session_threads};
+    host.threads = kernel.threads.at_call(host);
     std::vector<BorderMap> inputs, outputs;
     int64_t batch = -1;
     for (size_t i = 0; i < kernel.program.inputs().size(); ++i) {
@@ -182,7 +154,7 @@ OrtStatusPtr compute(void* given, OrtKernelContext* context) {
       check(api->KernelContext_GetOutput(context, i, sizes, static_cast<size_t>(shape.rank), &value));
       outputs.push_back(BorderMap{data_of(api, value), true, false});
     }
-    kernel.program.run(inputs.data(), outputs.data(), batch, Host{kernel.threads, &session, &in_session_threads});
+    kernel.program.run(inputs.data(), outputs.data(), batch, host);
   });
 }
 

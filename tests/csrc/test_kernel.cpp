@@ -3,6 +3,7 @@
 // Every array is a heap block of exactly its size, so that the sanitiser sees any access outside it.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -20,6 +22,7 @@
 #include "checks.h"
 #include "dispatch.h"
 #include "norm_sums.h"
+#include "onnxruntime/thread_count.h"
 #include "scratch.h"
 #include "trap_tiles.h"
 
@@ -834,11 +837,43 @@ void check_border(const std::string& name, const Kernels& kernels) {
 
 }  // namespace
 
+// hosts that do not say how many threads they have
+void check_thread_count() {
+  struct Fake {
+    int64_t threads, lonely_calls;
+  };
+  const auto run = [](void* context, int64_t count, void (*body)(void*, int64_t), void* argument) {
+    Fake& fake = *static_cast<Fake*>(context);
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) body(argument, i);
+    };
+    std::vector<std::thread> others;
+    for (int64_t t = 1; t < fake.threads && fake.lonely_calls <= 0; ++t) others.emplace_back(work);
+    --fake.lonely_calls;
+    work();
+    for (std::thread& other : others) other.join();
+  };
+  for (const int64_t threads : {1, 2, 3}) {
+    Fake fake{threads, 1};
+    ThreadCount count(4);
+    const Host host{1, &fake, run};
+    compare("threads of a host whose others sleep", count.at_call(host), 1, 0, 0);
+    int64_t found = 1;
+    for (int64_t call = 1; call <= 64; ++call) found = count.at_call(host);
+    compare("threads that come later", found, threads, 0, 0);
+  }
+  Fake fake{3, 0};
+  ThreadCount one(1);
+  compare("threads of a machine that has one", one.at_call(Host{1, &fake, run}), 1, 0, 0);
+}
+
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 120;
   const auto differs = [](const std::string& what, double got, double want) { compare(what, got, want, 0, -1); };
   tile_checks::check_arithmetic(generator, differs);
   tile_checks::check_faults(differs);
+  check_thread_count();
   std::istringstream names(available_isas());
   for (std::string name; std::getline(names, name, ',');) {
     const Kernels& kernels = *kernels_of(name);
