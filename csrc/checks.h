@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -136,6 +137,12 @@ inline void check_tables(GatherGemm& g, Table& index, Table& rows, Table& taps, 
   rows.within("rows", 0, g.rows_out);
   rows.each_once("rows", g.rows_out);
   taps.within("taps", 0, g.num_taps);
+  const int32_t* of_group = g.taps;
+  for (int64_t i = 0; i < g.num_groups; of_group += g.groups[2 * i + 1], ++i) {
+    const int32_t* end = of_group + g.groups[2 * i + 1];
+    require(std::adjacent_find(of_group, end, std::greater_equal<int32_t>()) == end,
+            "taps of a group must ascend");
+  }
 }
 
 // Checks the tables of a reduction over windows: positions + 1 ascending starts in a list of input rows.

@@ -4,7 +4,7 @@
 // multiply-add of vectors of channels: out[p, c] += x[index[p, t], c] w[t, c].
 #pragma once
 
-#include "gather_gemm.h"
+#include "few_channels.h"
 
 namespace quincunx {
 namespace QX_ISA {
@@ -190,6 +190,8 @@ struct Depthwise {
 
 template <class Op, class S>
 constexpr ForwardKernels kGeneralKernels = forward_kernels<Op, S>();
+template <class Op, class S>
+constexpr ForwardKernels kDenseKernels = FewChannels<&kGeneralKernels<Op, S>, S, Op::kStep>::kernels;
 // how vectors of a map's type are read
 template <class S>
 struct Plain {
@@ -197,7 +199,7 @@ struct Plain {
 };
 template <class Op, class S>
 constexpr ForwardKernels all_kernels() {
-  return Depthwise<&kGeneralKernels<Op, S>, Plain<S>, typename Op::Packed, S>::kernels;
+  return Depthwise<&kDenseKernels<Op, S>, Plain<S>, typename Op::Packed, S>::kernels;
 }
 
 }  // namespace

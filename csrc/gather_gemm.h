@@ -196,6 +196,10 @@ QX_INLINE void convert(uint16_t from, float& to) {
 // few at a time and close together, so that what is written strided stays in cache
 constexpr int64_t kPackChannels = 32, kPackTaps = 9;
 
+QX_INLINE int64_t channel_offset(const Weight& w, int64_t c) {
+  return w.inner == 1 ? c * w.channel_stride : c / w.inner * w.channel_stride + c % w.inner * w.inner_stride;
+}
+
 template <class Op, class W>
 void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
   typedef typename Op::Packed P;
@@ -217,7 +221,7 @@ void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
     const int64_t first = job % pieces * kPackChannels;
     const int64_t stop = least(first + kPackChannels, steps<Op>(length) * step);
     P* to = static_cast<P*>(packed) + (group * tiling.vectors + v0) * column + c0 * w.taps * width;
-    const W* from = static_cast<const W*>(w.data) + group * w.group_stride + c0 * w.channel_stride;
+    const W* from = static_cast<const W*>(w.data) + group * w.group_stride;
     for (int64_t v = 0; v < nv; ++v) {
       for (int64_t t0 = 0; t0 < w.taps; t0 += kPackTaps) {
         const int64_t t_count = least(kPackTaps, w.taps - t0);
@@ -226,7 +230,7 @@ void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
           for (int64_t i = first; i < stop; ++i) {
             P* cell = together + (i - first) / step * kVector + lane * step + i % step;
             if (o < w.outputs && i < length) {
-              const W* row = from + o * w.output_stride + i * w.channel_stride + t0 * w.tap_stride;
+              const W* row = from + o * w.output_stride + channel_offset(w, c0 + i) + t0 * w.tap_stride;
               for (int64_t t = 0; t < t_count; ++t) convert(row[t * w.tap_stride], cell[t * kTap]);
             } else {
               for (int64_t t = 0; t < t_count; ++t) cell[t * kTap] = 0;

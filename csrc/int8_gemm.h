@@ -10,7 +10,7 @@
 // AMX, when it comes, is another `run` with other packed weights; the epilogue below does not know who summed.
 #pragma once
 
-#include "gather_gemm.h"
+#include "few_channels.h"
 
 namespace quincunx {
 namespace QX_ISA {
@@ -153,7 +153,7 @@ void pack_bytes(const Weight* weight, void* packed, int64_t part, int64_t parts)
           for (int64_t c = 0; c < length; c += kQuad, at += nv * kQuadBytes) {
             int8_t quad[kQuad] = {};
             for (int64_t i = 0; i < least(kQuad, length - c) && o < w.outputs; ++i) {
-              quad[i] = from[o * w.output_stride + (c0 + c + i) * w.channel_stride + t * w.tap_stride];
+              quad[i] = from[o * w.output_stride + channel_offset(w, c0 + c + i) + t * w.tap_stride];
               sum += quad[i];
             }
             Products::put(at, lane % kLanes, quad);
@@ -616,6 +616,17 @@ void pointwise_bytes(const GatherGemm* problem, int64_t part, int64_t parts) {
   const GatherGemm& g = *problem;
   const Quantised& maps = *g.quantised;
   const int64_t rows = g.batch * g.rows_out;
+  if (!g.scale2 && !g.shift2 && !g.slope && (!g.residual || g.residual_channels == g.out_channels)) {
+    // all channels alike: a map of few has no vectors that are not full
+    const int64_t vectors = ceil_div(rows * g.out_channels, kLanes);
+    for (int64_t i = vectors * part / parts; i < vectors * (part + 1) / parts; ++i) {
+      const int64_t at = i * kLanes, left = rows * g.out_channels - at;
+      vf v = read_real(g.x, maps.x, at, left);
+      if (g.residual) v = v + read_real(g.residual, maps.residual, at, left);
+      write_real(g.out, maps.out, at, activated(v, g.activation, vf{}), left);
+    }
+    return;
+  }
   for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
     for (int64_t c = 0; c < g.out_channels; c += kLanes) {
       const int64_t left = g.out_channels - c, at = row * g.out_channels + c;
@@ -631,8 +642,8 @@ void pointwise_bytes(const GatherGemm* problem, int64_t part, int64_t parts) {
   }
 }
 
-constexpr Int8Kernels kInt8{{false, &packed_bytes, &pack_bytes, &cut_bytes, &run_bytes}, &max_of_bytes,
-                            &pointwise_bytes};
+constexpr ForwardKernels kByteKernels{false, &packed_bytes, &pack_bytes, &cut_bytes, &run_bytes};
+constexpr Int8Kernels kInt8{FewChannels<&kByteKernels, uint8_t, kQuad>::kernels, &max_of_bytes, &pointwise_bytes};
 
 }  // namespace
 }  // namespace QX_ISA

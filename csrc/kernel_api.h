@@ -58,6 +58,8 @@ struct Weight {
   const void* data;
   int64_t groups, outputs, channels, taps;  // outputs and channels: of one group
   int64_t group_stride, output_stride, channel_stride, tap_stride;
+  // channel c is at c / inner * channel_stride + c % inner * inner_stride
+  int64_t inner = 1, inner_stride = 0;
 };
 
 // grad[o, c, t] = sum over n, p of gy[n, p, o] x[n, index[p, t], c]

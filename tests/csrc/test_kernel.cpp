@@ -118,7 +118,10 @@ Case random_case() {
   for (int64_t g = pick({0, 1, 2, 3}); g > 0; --g) {
     const int64_t positions = pick({0, 1, 5, 13, 210}), used = generator() % (c.taps + 1);
     c.sizes.insert(c.sizes.end(), {int32_t(positions), int32_t(used)});
-    for (int64_t t = 0; t < used; ++t) c.tap_list.push_back(generator() % c.taps);
+    std::vector<int32_t> order(c.taps);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), generator);
+    c.tap_list.insert(c.tap_list.end(), order.begin(), order.begin() + used);
     for (int64_t p = 0; p < positions; ++p) c.rows.push_back(c.rows.size());
     // rows anywhere, or at each tap equally far apart, as where a map is read row by row
     const int64_t apart = pick({-1, 0, 1, 2}), outside = generator() % (used + 1);
@@ -246,6 +249,38 @@ Case depthwise_case() {
   c.groups = pick({1, 3, 5, 16, 24, 64, 100, 161});
   c.in_per = 1, c.out_per = pick({1, 1, 1, 2, 3, 20});
   c.residual_channels = pick({0, c.out(), (c.out() + 1) / 2});
+  return c;
+}
+
+// A map of few channels: the taps of a grid of `side` columns, read as a convolution does, then a group of some of them.
+Case few_case() {
+  Case c = random_case();
+  c.groups = 1, c.in_per = pick({1, 2, 3, 3, 4, 5});
+  const int64_t kernel = pick({2, 4, 5, 7, 10}), side = 12, last = side - 1;
+  c.taps = kernel * kernel, c.rows_in = side * side;
+  c.residual_channels = pick({0, c.out(), (c.out() + 1) / 2});
+  c.rows.clear(), c.tap_list.clear(), c.index.clear(), c.residual_rows.clear(), c.sizes.clear();
+  for (const bool every : {true, false}) {
+    std::vector<int32_t> used;
+    for (int64_t t = 0; t < c.taps; ++t) {
+      if (every || generator() % 3) used.push_back(int32_t(t));
+    }
+    const int64_t positions = pick({0, 1, 30, 130, 250}), from = pick({-3, 0, 2});
+    for (int64_t p = 0; p < positions; ++p) {
+      const int64_t top = from + p / last, left = from + p % last;
+      for (const int32_t t : used) {
+        const int64_t row = top + t / kernel, column = left + t % kernel;
+        const bool inside = row >= 0 && row < side && column >= 0 && column < side;
+        c.index.push_back(int32_t(inside ? row * side + column : -1));
+      }
+      c.rows.push_back(c.rows.size());
+    }
+    c.sizes.insert(c.sizes.end(), {int32_t(positions), int32_t(used.size())});
+    c.tap_list.insert(c.tap_list.end(), used.begin(), used.end());
+  }
+  std::shuffle(c.rows.begin(), c.rows.end(), generator);
+  for (size_t i = 0; i < c.rows.size(); ++i) c.residual_rows.push_back(generator() % c.residual_size);
+  for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows}) *table = exact(*table);
   return c;
 }
 
@@ -884,6 +919,10 @@ int main(int argc, char** argv) {
       const Case narrow = depthwise_case();
       check_forward(name + " depthwise float32", kernels.f32, false, narrow);
       check_forward(name + " depthwise bfloat16", kernels.bf16, true, narrow);
+      const Case few = few_case();
+      check_forward(name + " few channels float32", kernels.f32, false, few);
+      check_forward(name + " few channels bfloat16", kernels.bf16, true, few);
+      check_bytes(name + " few channels int8", kernels.int8, few);
       if (i % 5 == 0) check_forward(name + " deep bfloat16", kernels.bf16, true, deep_case(i / 5));
       if (i % 10 == 5) {
         const int64_t before = std::exchange(scratch_limit, 0);

@@ -13,6 +13,7 @@ from quincunx.fusion import fuse as fuse_module
 from quincunx.fusion.formats import type_beside_int8
 from quincunx.fusion.fuse import _fuse
 from quincunx.fusion.int8 import Int8Program, Int8Step
+from quincunx.layers.eightbits import quantisation_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INT8 = torch.int8
@@ -194,16 +195,28 @@ def test_joined_and_pooled_maps_share_a_grid(observer):
     assert away(fused(x), model(x)) < 0.08
 
 
-def test_the_first_and_the_last_layer_stay_in_float32():
+def test_the_first_and_the_last_layer_stay_in_float32_if_asked():
+    asked = {"force": True, "max_drop": 100, "keep_ends": True}
     model, x = built("squeezenet1_1")
-    kept = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100).meta["int8"]["kept"]
+    kept = qx.fuse(model, INT8, calibration=x, **asked).meta["int8"]["kept"]
     assert kept == {"features.0": "reads the network's input", "classifier.1": "is the last layer"}
     model, x = built("resnet")  # its last layer is linear
-    kept = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100).meta["int8"]["kept"]
+    kept = qx.fuse(model, INT8, calibration=x, **asked).meta["int8"]["kept"]
     assert kept == {"conv1": "reads the network's input"}
     part = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100, keep_ends=False)
     assert (part.meta["int8"]["kept"], part.meta["int8"]["layers"]) == ({}, 7)
     assert away(part(x), model(x)) < 0.08
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1, []), (1000, ["reads the network's input"])])
+def test_the_first_layer_stays_where_its_input_does_not_suit_eight_bits(factor, kept):
+    """One channel of the images as large as `factor` times the others: on one grid these are 0."""
+    model, x = built("resnet")
+    share = torch.tensor([1.0, 1.0, factor]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        model.conv1.weight /= share
+    found = qx.calibrate(model, x * share, max_drop=100)
+    assert list(quantisation_of(found).facts["kept"].values()) == kept
 
 
 def test_layers_that_change_answers_too_much_are_kept():

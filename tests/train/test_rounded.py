@@ -143,7 +143,7 @@ def test_the_accelerated_network_is_the_one_that_was_trained(tmp_path, monkeypat
     assert names[-3:] == ["in int8, before fine-tuning", "after fine-tuning", "in int8"]
     tuned, last = result["stages"][-2:]
     assert last["loss"] == pytest.approx(tuned["loss"], rel=1e-2)
-    assert list(result["int8"]["kept"].values()) == ["reads the network's input"]
+    assert set(result["int8"]["kept"].values()) <= {"reads the network's input"}
     loaded = qx.load(tmp_path / "model")
     path = quantisation_of(loaded).layers[0]
     layer = loaded.get_submodule(path)

@@ -24,7 +24,7 @@ def calibrate(
     *,
     observer: str = "histogram",
     max_drop: float = 1.0,
-    keep_ends: bool = True,
+    keep_ends: bool | None = None,
 ) -> nn.Module:
     r"""Return a copy of a network that knows how it computes in eight bits.
 
@@ -43,7 +43,8 @@ def calibrate(
             tensor or a tuple that begins with one (the rest is not read).
         observer: where a map's range ends: "minmax", "percentile" or "histogram"; see :func:`quincunx.fuse`.
         max_drop: how many of 100 images may get another answer before layers stay in real numbers.
-        keep_ends: whether the first convolution and the last layer stay in real numbers.
+        keep_ends: whether the first convolution and the last layer stay in real numbers; None: where answers
+            would else be half as far off again, or more than ``max_drop`` of 100 would change for them.
 
     Raises:
         TypeError: not a module, or one that cannot be fused.
@@ -72,19 +73,18 @@ def calibrate(
 
 
 def fuse_to_time(
-    model: nn.Module, dtype: torch.dtype | None = None, *, check: Any = None, keep_ends: bool = True
+    model: nn.Module, dtype: torch.dtype | None = None, *, check: Any = None, keep_ends: bool = False
 ) -> Fused:
     """Return a network fused in a format, faster or not, to be timed.
 
     In eight bits, a network that was not calibrated gets arbitrary ranges: times do not depend on them,
-    answers do. All its layers but the ends are in eight bits then.
+    answers do. All its layers are in eight bits then.
 
     Args:
         model: any network that :func:`quincunx.fuse` can fuse.
         dtype: the format; None for the network's own.
         check: an example on which the copy, in eight bits the one in float32, is compared with the network.
-        keep_ends: whether the first convolution and the last layer stay in real numbers; False for a part
-            of a network.
+        keep_ends: whether the first convolution and the last layer stay in real numbers.
 
     Raises:
         TypeError, ValueError: as :func:`quincunx.fuse`.

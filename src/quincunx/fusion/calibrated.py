@@ -36,6 +36,9 @@ _BEYOND = 1e-4
 # images of one call while a network is calibrated, and that layers are compared on alone
 _BATCH, _COMPARED = 32, 64
 
+# how many times as far off answers may be where the first and the last layer are in eight bits too
+_ENDS_MAY_ADD = 1.5
+
 # a program's name and the number of its step
 _Key = tuple[str, int]
 
@@ -84,7 +87,7 @@ def calibrate_network(
     images: list[Tensor],
     observer: str,
     max_drop: float,
-    keep_ends: bool = True,
+    keep_ends: bool | None = None,
 ) -> tuple[nn.Module, Quantisation]:
     """Return a copy of a network with rounded weights, and what makes eight bits of it.
 
@@ -94,7 +97,8 @@ def calibrate_network(
         images: batches, from :func:`read_images`.
         observer: one of ``OBSERVERS``.
         max_drop: how many of 100 images may get another answer.
-        keep_ends: whether the first convolution and the last layer stay in real numbers.
+        keep_ends: whether the first convolution and the last layer stay in real numbers; None: where answers
+            would else be half as far off again, or more than ``max_drop`` of 100 would change for them.
 
     Returns:
         The copy, and a record whose facts are "layers" (how many compute in eight bits), "kept" (those that
@@ -117,12 +121,21 @@ def calibrate_network(
             + (", ".join(arguments) or "none")
         )
     with torch.inference_mode(False), torch.no_grad():
-        kept = _kept_from_the_start(fused, keep_ends)
-        layers = [key for key in _layers(fused) if key not in kept]
+        kept = _kept_from_the_start(fused, bool(keep_ends))
         found = _observe(fused, images, observer, lower(_rounded_copy(model, _paths(model, fused, kept))))
         answers = [fused(batch) for batch in images]
         result = _assembled(fused, found, kept)
-        drop = _changed([result(batch) for batch in images], answers)
+        given = [result(batch) for batch in images]
+        drop = _changed(given, answers)
+        longer = _kept_from_the_start(fused, True)
+        if keep_ends is None and len(longer) > len(kept):
+            kept_result = _assembled(fused, found, longer)
+            kept_given = [kept_result(batch) for batch in images]
+            kept_drop = _changed(kept_given, answers)
+            off, kept_off = _error(given, answers), _error(kept_given, answers)
+            if off > _ENDS_MAY_ADD * kept_off or kept_drop <= max_drop < drop:
+                kept, result, drop = longer, kept_result, kept_drop
+        layers = [key for key in _layers(fused) if key not in kept]
         if drop > max_drop and layers:
             kept, result, drop = _search(fused, found, kept, layers, images, answers, max_drop)
         names, programs = _names(fused), _programs(fused)
@@ -189,7 +202,7 @@ def quantise_network(fused: Fused, record: Quantisation, real: torch.dtype = tor
     return result
 
 
-def any_record(fused: Fused, keep_ends: bool = True) -> Quantisation:
+def any_record(fused: Fused, keep_ends: bool = False) -> Quantisation:
     """Return a record with ranges that nobody has seen, for a network that is only timed.
 
     Args:

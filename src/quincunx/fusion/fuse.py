@@ -103,7 +103,7 @@ def fuse(
     force: bool = False,
     observer: str = "histogram",
     max_drop: float = 1.0,
-    keep_ends: bool = True,
+    keep_ends: bool | None = None,
 ) -> Fused:
     r"""An inference copy of a network, as fast as this machine's back end makes it.
 
@@ -146,7 +146,8 @@ def fuse(
             Layers are kept in real numbers, those that change answers most first, until it holds; 100 keeps
             none.
         keep_ends: of ``torch.int8``, whether the first convolution and the last layer stay in real numbers;
-            False suits a part of a network.
+            None: where answers would else be half as far off again, or more than ``max_drop`` of 100 would
+            change for them.
 
     Returns:
         A :class:`Fused`, a ``torch.fx.GraphModule``, that maps the same arguments to the same results, up to
@@ -265,7 +266,7 @@ def _fuse_int8(
     force: bool,
     observer: str,
     max_drop: float,
-    keep_ends: bool,
+    keep_ends: bool | None,
 ) -> Fused:
     """The copy in eight bits where that is faster, the one in float32 elsewhere."""
     device = next((p.device.type for p in model.parameters()), "cpu")
