@@ -5,9 +5,9 @@ and libquincunx_ort with the operator of ONNX Runtime. All are optional: without
 compiler that works the package is installed without them, and one warning says why.
 QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
 
-For another processor than this machine's: CC and CXX name a cross compiler and _PYTHON_HOST_PLATFORM the target,
-such as linux-aarch64 (``make wheel-aarch64``). Each source asks the compiler for its target, so the list of
-sources is the same everywhere; what another instruction set needs is left out by the preprocessor.
+For another processor than this machine's: CC and CXX name a cross compiler, _PYTHON_HOST_PLATFORM the target,
+such as linux-aarch64 (``make wheel-aarch64``). Every target has the same list of sources: each asks the
+compiler for its target, and the preprocessor leaves out what another instruction set needs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LIBRARIES = {
 FOLDER = ("quincunx", "ops", "lib")
 # such as linux-aarch64; _PYTHON_HOST_PLATFORM changes it
 TARGET = sysconfig.get_platform()
-CROSS = TARGET.startswith("linux-") and TARGET != f"linux-{platform.machine()}"
+CROSS = TARGET.startswith("linux-") and f"linux-{platform.machine()}" != TARGET
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 
 
@@ -65,7 +65,9 @@ def check_compiler() -> None:
         made = run.stdout.strip()
     if made.partition("-")[0] != wanted:
         found = f"is {compiler!r}, whose target is {made or 'unknown'!r}" if compiler else "is not set"
-        raise RuntimeError(f"CXX {found}; building for {TARGET} needs a compiler such as {wanted}-linux-gnu-g++")
+        raise RuntimeError(
+            f"CXX {found}; building for {TARGET} needs a compiler such as {wanted}-linux-gnu-g++"
+        )
 
 
 def write_commit(package: str) -> None:
@@ -143,8 +145,8 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
         def _stand_in(self, name: str) -> str:
             """Make an empty library of a name, which the linker records in place of the target's own.
 
-            The torch that is installed here is this machine's. Its headers are the same for every processor, and
-            libtorch_cpu has all functions of the stable ABI.
+            The torch that is installed here is this machine's. Its headers are the same for every processor,
+            and libtorch_cpu has all functions of the stable ABI.
             """
             empty = Path(self.build_temp, "empty.cpp")
             empty.parent.mkdir(parents=True, exist_ok=True)
