@@ -158,8 +158,9 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
             return made
 
         def _link(self, name: str, objects: list[str]) -> None:
-            # the process may hold other copies of the core: symbols inside are bound to this one
-            flags = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
+            # the process may hold other copies of the core: symbols inside are bound to this one (as on macOS)
+            linux = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
+            flags = linux if TARGET.startswith("linux-") else []
             target = Path(self.build_lib, *FOLDER, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.compiler.link_shared_object(objects, str(target), extra_postargs=flags, target_lang="c++")

@@ -198,7 +198,7 @@ def work_beside(place: Path) -> Iterator[Path]:
     would stay for ever once its process is killed.
 
     Raises:
-        OSError: as raised within, naming ``place``; what a server did is not the place's, and stays as it was.
+        OSError: as raised within, naming ``place``; what a server did is no fault of it, and stays as it was.
     """
     folder: Path | None = None
     lock = -1
