@@ -158,7 +158,7 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
             return made
 
         def _link(self, name: str, objects: list[str]) -> None:
-            # the process may hold other copies of the core: symbols inside are bound to this one (as on macOS)
+            # the process may hold other copies of the core: symbols inside are bound to this one
             linux = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
             flags = linux if TARGET.startswith("linux-") else []
             target = Path(self.build_lib, *FOLDER, name)
