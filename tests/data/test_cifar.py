@@ -431,6 +431,23 @@ def test_a_failed_download_leaves_nothing_behind(published, kept, monkeypatch, s
     assert leftovers(kept) == []
 
 
+def test_what_a_killed_download_left_is_removed_by_the_next(published, kept, monkeypatch):
+    name, archive, content = published
+    (kept / f".{archive}.01234567.part").mkdir(parents=True)
+    (kept / f".{archive}.01234567.part" / archive).write_bytes(content[:50])
+    with Site(content) as site:
+        monkeypatch.setattr(cifar, "SITE", site.url)
+        load_data(name)
+    assert leftovers(kept) == [archive]
+    assert (kept / archive).stat().st_mode & 0o077 == 0o066 & ~umask()
+
+
+def umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
 def test_an_altered_download_names_both_checksums(published, kept, monkeypatch):
     name, archive, content = published
     altered = content[:50] + bytes([content[50] ^ 1]) + content[51:]

@@ -205,6 +205,21 @@ def test_a_file_that_is_not_faster_is_not_written(tmp_path, monkeypatch):
     assert path.stat().st_size > 1000
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    """Killed while its engine compares; the process that made the folder is gone, so its lock is too."""
+    code = f"""if True:
+        import os, torch, quincunx as qx
+        from quincunx.deployment import export
+        export.run_apart = lambda *_, **__: os.kill(os.getpid(), 9)
+        qx.export(torch.nn.Conv2d(3, 4, 3), {str(tmp_path / "n.onnx")!r}, torch.randn(1, 3, 8, 8))
+    """
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == -9
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".n.onnx.")
+    qx.export(nn.Conv2d(3, 4, 3), tmp_path / "n.onnx", torch.randn(1, 3, 8, 8))
+    assert [path.name for path in tmp_path.iterdir()] == ["n.onnx"]
+
+
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     def wrong(fused, arguments, node=None):
         lowered = lower(fused, arguments, node)

@@ -6,13 +6,12 @@ import hashlib
 import http.client
 import os
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from quincunx.data import memory
-from quincunx.writing import cache_folder
+from quincunx.writing import cache_folder, work_beside
 
 # bytes so far, and total bytes or None if unknown
 Progress = Callable[[int, int | None], None]
@@ -59,21 +58,17 @@ def fetch(url: str, expected: str, progress: Progress | None = None) -> Path:
     """
     folder = data_folder()
     path = folder / url.rpartition("/")[2]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _receive(url, path, file.write, progress)
-        check_sum(temporary, expected)
-        # mkstemp makes files that only their owner can read
-        temporary.chmod(0o644)
+    with work_beside(path) as fresh:
+        temporary = fresh / path.name
+        try:
+            with temporary.open("wb") as file:
+                _receive(url, path, file.write, progress)
+            check_sum(temporary, expected)
+        except ValueError as error:
+            # the message must not mention the temporary file, which is deleted by then
+            reason = str(error).partition(": ")[2].partition(", so remove")[0]
+            raise ValueError(f"{url}: {reason}") from error
         temporary.replace(path)
-    except ValueError as error:
-        # the message must not mention the temporary file, which is deleted by then
-        raise ValueError(f"{url}: {str(error).partition(': ')[2].partition(', so remove')[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from quincunx.measure.cost import cost
 from quincunx.measure.environment import environment
 from quincunx.modules import copied
 from quincunx.ops.libraries import library_path
+from quincunx.writing import work_beside
 
 __all__ = ["ExportFailed", "Exported", "export"]
 
@@ -204,8 +204,7 @@ def export(
         "macs": {"ours": _macs(own, examples), **({} if twin is None else {"dense": _macs(dense, examples)})},
         **_normalisation(model),
     }
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as name:
-        folder = Path(name)
+    with work_beside(target) as folder:
         place = folder / target.name
         traced = trace_for_export(lower(fused, examples, node), examples, inputs, results, dynamic_batch)
         write = _written(path, traced, kind, opset, external_data, place, facts)
