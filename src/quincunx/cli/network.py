@@ -156,12 +156,19 @@ def load_trained(
         found = Trained(read_artifact(Path(str(network))), Path(str(network)))
     else:
         raise ValueError(
-            f"network={network!r}: not the folder of an artifact or a run; a network's name needs --weights"
+            f"network={network!r}: not the folder of an artifact or a run; {_instead(str(network))}"
         )
     check_finite(found.model)
     if taken is not None:
         _run_once(found.model, taken)
     return replace(found, shape=taken)
+
+
+def _instead(given: str) -> str:
+    """What a text that is no folder may stand for."""
+    if ":" in given:
+        return f"a function that returns your network is given as --model {given}"
+    return "a network's name needs --weights"
 
 
 def score_network(
@@ -187,7 +194,7 @@ def score_network(
     if model is not None:
         return load_trained(None, artifact, model, shape)
     if not artifact.exists():
-        raise ValueError(f"{artifact}: no such folder; a network's name needs --weights")
+        raise ValueError(f"{artifact}: no such folder; {_instead(str(artifact))}")
     found, taken = read_artifact(artifact), None if shape is None else parse_input(shape)
     check_finite(found)
     return Trained(found, artifact, taken)
