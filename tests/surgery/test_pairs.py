@@ -179,6 +179,14 @@ def test_what_is_no_pair(case):
     assert (found.found, found.untraced) == ((), {})
 
 
+def test_a_part_without_convolutions_that_cannot_be_traced_hides_no_pair():
+    norm = branching(nn.ReLU())
+    net = nn.Sequential(conv(), nn.ReLU(), conv(), norm, conv(), nn.ReLU(), conv())
+    found = find_pairs(net)
+    assert dict(found.found) == {"0": "2", "4": "6"}
+    assert not found.untraced
+
+
 def _in_pieces(split):
     def run(net, x):
         return torch.cat([part(piece) for piece, part in zip(split(x), net.children(), strict=True)], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,24 @@ class _Tracer(fx.Tracer):
         own = type(m).__module__
         layer = own.startswith("quincunx.") and not own.startswith("quincunx.networks")
         return layer or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if any(isinstance(part, nn.Conv2d) for part in m.modules()):
+                raise
+            # without a convolution there is no need to look into it: it becomes one node
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         pieces = pieces_of(obj)
