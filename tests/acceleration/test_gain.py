@@ -1,6 +1,7 @@
 """What gains no time in the network is put back; times are made of the layers, so that no clock decides."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -157,4 +158,23 @@ def test_a_result_prints_short_and_sums_up(net):
     assert "1 layers replaced" in repr(made)
     lines = made.summary().splitlines()
     assert lines[1].startswith("  a: lowrank, rank 12")
-    assert "  stem stays: left out by where" in lines
+    assert lines[2:] == ["  stem, b, once stay: left out by where"]
+
+
+def test_layers_that_stay_for_one_reason_share_a_line():
+    net = nn.Sequential(*(nn.Conv2d(16, 16, 1) for _ in range(9)), nn.Conv2d(16, 16, 3))
+    lines = replace_layers(net, METHOD, example_input=torch.zeros(1, 16, 8, 8)).summary().splitlines()
+    assert lines[2:] == [
+        "  0, 1, 2, 3, 4, 5 and 3 more stay: a 1 x 1 kernel has no columns and rows to separate"
+    ]
+
+
+def test_a_summary_says_what_was_asked_for_and_what_was_reached(net):
+    attempt = {"before": 0.003, "after": 0.002, "speedup": 1.5}
+    made = replace_layers(net, METHOD, where=["a"], example_input=X)
+    found = dataclasses.replace(
+        made, search={"target": {"speedup": 2.0, "max_drop": 1.0}, "met": False, "attempts": [attempt]}
+    )
+    assert found.summary().splitlines()[1] == (
+        "  asked speedup=2.0, max_drop=1.0, missed: 1.50 times as fast, 3 ms became 2 ms"
+    )

@@ -431,6 +431,8 @@ def test_a_network_in_which_nothing_was_replaced_is_exactly_as_fast(tmp_path, mo
     assert (result["layers"], result["put_back"]) == ([], None)
     assert result["whole"]["speedup"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert result["whole"]["seconds_before"] == result["whole"]["seconds_after"]
+    # with other time for its search the same folder goes on
+    accelerate_trained(network(), dataclasses.replace(search, time_budget=2e-9), DATA, tmp_path, **options)
 
 
 def test_fine_tuning_that_ends_early_says_after_how_many_epochs(tmp_path, by_macs):

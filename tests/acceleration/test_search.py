@@ -107,6 +107,7 @@ def test_a_loss_beside_which_the_others_are_small_hides_no_difference():
         (TypeError, "speedup='2x': expected a number", {"speedup": "2x"}),
         (TypeError, "max_drop=True: expected a number", {"max_drop": True}),
         (ValueError, "latency_ms=-1: expected a number that is not negative", {"latency_ms": -1}),
+        (ValueError, "latency_ms=0: expected more than 0", {"latency_ms": 0}),
         (ValueError, "max_drop=-0.5", {"max_drop": -0.5}),
         (ValueError, "max_drop=nan", {"max_drop": math.nan}),
         (ValueError, "macs='half': expected a share such as '50%'", {"macs": "half"}),

@@ -5,6 +5,7 @@ import re
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import quincunx as qx
 from helpers.commands import call, document, refused
@@ -80,7 +81,7 @@ def test_from_onnx_to_onnx(tmp_path, monkeypatch):
     with quiet(), torch.no_grad():
         torch.onnx.export(
             model,
-            (torch.randn(2, 1, 8, 8),),
+            (torch.randn(2, 1, 32, 32),),
             "model.onnx",
             verbose=False,
             input_names=["image"],
@@ -106,6 +107,37 @@ def test_from_onnx_to_onnx(tmp_path, monkeypatch):
     assert last.exit_code == 0, last.stderr
     made = onnx.load("faster.onnx").graph
     assert [value.name for value in (*made.input, *made.output)] == ["image", "scores"]
+
+
+def test_an_onnx_file_is_evaluated(tmp_path):
+    digits = torch.zeros(1, 1, 32, 32)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+    qx.export(net.eval(), tmp_path / "net.onnx", digits, force=True)
+    found = document("evaluate", tmp_path / "net.onnx", "--data", "digits", "--mean", "0.3", "--std", "0.4")
+    assert found["images"] == 360
+    assert call("evaluate", tmp_path / "net.onnx", "--data", "digits").stdout.startswith(
+        f"{tmp_path / 'net.onnx'} on digits"
+    )
+    said = refused("evaluate", tmp_path / "net.onnx", "--data", "digits", "--size", "16")
+    assert "input='1x1x32x32': the images of digits are 1x16x16 (--size says how large)" in said
+    (tmp_path / "net.txt").write_text("")
+    said = refused("evaluate", tmp_path / "net.txt", "--data", "digits")
+    assert "net.txt: a file, expected the folder of an artifact" in said
+
+
+def test_an_onnx_file_of_free_sizes_takes_that_of_the_option(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    sizes = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
+    with quiet():
+        torch.onnx.export(
+            net, (torch.zeros(2, 1, 8, 8),), str(tmp_path / "net.onnx"), dynamo=True, dynamic_shapes=(sizes,)
+        )
+    given = ("evaluate", tmp_path / "net.onnx", "--data", "digits")
+    assert "leaves size 2 free" in refused(*given)
+    assert "on the command line --input" in refused(*given)
+    assert document(*given, "--input", "1x1x32x32")["images"] == 360
 
 
 def test_bad_onnx_files_and_formats_are_refused_before_any_work(tmp_path, monkeypatch):

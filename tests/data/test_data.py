@@ -278,7 +278,9 @@ def test_images_without_labels_are_taken_wherever_they_lie(root, files, train, t
 def test_sets_that_bring_labels_are_not_read_without(root):
     with pytest.raises(ValueError, match="digits brings its labels"):
         load_data("digits", labelled=False)
-    with pytest.raises(ValueError, match="no labels: --unlabelled"):
+    with pytest.raises(
+        ValueError, match="accelerate and compare take images without classes with --unlabelled"
+    ):
         load_data(as_folder(root, files_of(classes=["cat"])))
     with pytest.raises(ValueError, match="0 class of training images"):
         load_data(as_folder(root / "b", {"test/0.png": encoded()}), labelled=False)

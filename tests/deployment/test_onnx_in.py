@@ -1,5 +1,7 @@
 """qx.from_onnx: networks of files as ONNX Runtime reads them, what cannot be read, and the way back."""
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 import quincunx as qx
 from quincunx.deployment import onnx_in
 from quincunx.deployment.onnx_in import OnnxNetwork
+from quincunx.layers.tracing import trace
 from quincunx.measure.engines import quiet
 
 
@@ -211,9 +214,54 @@ def test_an_answer_other_than_onnx_runtimes_is_refused(resnet, monkeypatch):
         qx.from_onnx(resnet[1])
 
 
-def test_missing_packages_are_named(resnet, monkeypatch):
-    monkeypatch.setattr(onnx_in, "find_spec", lambda name: None if name == "onnx2torch" else name)
-    with pytest.raises(
-        ValueError, match=r"needs onnx2torch, not installed here; pip install 'quincunx\[onnx\]'"
-    ):
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [
+        (("onnx2torch",), "needs onnx2torch, not installed here; pip install --no-deps onnx2torch"),
+        (
+            ("onnx", "onnx2torch"),
+            "needs onnx, onnx2torch, not installed here; pip install 'quincunx[onnx]' and pip install "
+            "--no-deps onnx2torch",
+        ),
+    ],
+)
+def test_missing_packages_are_named_with_commands_that_leave_torch_alone(resnet, monkeypatch, absent, said):
+    monkeypatch.setattr(onnx_in, "find_spec", lambda name: None if name in absent else name)
+    with pytest.raises(ValueError, match=re.escape(said) + "$"):
         qx.from_onnx(resnet[1])
+
+
+class Halves(nn.Module):
+    """Loops over pieces, as blocks of Res2Net do."""
+
+    def __init__(self, channels, pieces):
+        super().__init__()
+        self.pieces = pieces
+        self.convs = nn.ModuleList(
+            nn.Conv2d(part.shape[1], 4, 3, padding=1)
+            for part in torch.zeros(1, channels, 1, 1).chunk(pieces, 1)
+        )
+
+    def forward(self, x):
+        parts = x.chunk(self.pieces, 1)
+        return torch.cat([conv(part) for conv, part in zip(self.convs, parts, strict=True)], 1).mean((2, 3))
+
+
+@pytest.mark.parametrize(("channels", "pieces"), [(8, 4), (8, 3)])
+def test_pieces_of_a_map_are_read_and_looked_into(tmp_path, channels, pieces):
+    torch.manual_seed(0)
+    net, x = Halves(channels, pieces).eval(), torch.randn(2, channels, 8, 8)
+    write(net, tmp_path / "net.onnx", x, 20)
+    read = qx.from_onnx(tmp_path / "net.onnx")
+    torch.testing.assert_close(read(x), net(x), rtol=1e-4, atol=1e-5)
+    assert not trace(read).whole
+    made = qx.accelerate(read, qx.SpatialBottleneck(data=False), example_input=x)
+    assert len(made.replaced) == pieces
+
+
+def test_a_split_of_an_axis_of_unknown_length_is_refused(tmp_path):
+    node = helper.make_node("Split", ["x"], ["a", "b"], name="apart", axis=0, num_outputs=2)
+    join = helper.make_node("Concat", ["b", "a"], ["y"], axis=0)
+    graph([node, join], tmp_path / "net.onnx", opset=18)
+    with pytest.raises(ValueError, match=r"Split \(opset 18\) in node 'apart'"):
+        qx.from_onnx(tmp_path / "net.onnx")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import quincunx as qx
 from helpers.graphs import Graph, steps
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
+from quincunx.layers.tracing import trace
 from quincunx.surgery.pairs import find_pairs, find_pointwise
 
 ALL = qx.Cosets(2, [(0, 0), (0, 1), (1, 0), (1, 1)])
@@ -178,6 +179,65 @@ def test_what_is_no_pair(case):
     assert (found.found, found.untraced) == ((), {})
 
 
+def test_a_part_without_convolutions_that_cannot_be_traced_hides_no_pair():
+    norm = branching(nn.ReLU())
+    net = nn.Sequential(conv(), nn.ReLU(), conv(), norm, conv(), nn.ReLU(), conv())
+    found = find_pairs(net)
+    assert dict(found.found) == {"0": "2", "4": "6"}
+    assert not found.untraced
+
+
+def _in_pieces(split):
+    def run(net, x):
+        return torch.cat([part(piece) for piece, part in zip(split(x), net.children(), strict=True)], 1)
+
+    return Own(run, a=block(inputs=2, outputs=4), b=nn.Sequential(conv(2, 4), nn.ReLU(), conv()))
+
+
+SPLITS = {
+    "chunk": lambda x: x.chunk(2, 1),
+    "torch.chunk": lambda x: torch.chunk(x, chunks=2, dim=1),
+    "sizes": lambda x: x.split([2, 2], 1),
+    "torch.split": lambda x: torch.split(x, split_size_or_sections=(2, 2), dim=1),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_a_loop_through_the_pieces_of_a_map_is_looked_into(case):
+    net = _in_pieces(SPLITS[case]).eval()
+    found = find_pairs(net)
+    assert dict(found.found) == {"a.0": "a.2", "b.0": "b.2"}
+    assert not found.untraced
+    x = torch.randn(2, 4, 6, 6)
+    assert not trace(net).whole
+    torch.testing.assert_close(qx.fuse(net)(x), net(x))
+
+
+def test_a_piece_that_is_missing_is_never_made_up():
+    net = Own(lambda _, x: sum(piece for piece in x.chunk(4, 1)))
+    net.weight = nn.Parameter(torch.ones(1))
+    fast = qx.fuse(net)
+    x = torch.randn(1, 8, 2, 2)
+    assert torch.equal(fast(x), net(x))
+    with pytest.raises(IndexError):
+        fast(x[:, :5])  # chunk gives three pieces of it
+
+
+def test_what_cannot_be_looked_into_is_told_once_and_by_the_parts_that_are_why():
+    torch.manual_seed(0)
+    parts = [branching(conv(), nn.ReLU(), conv()) for _ in range(5)]
+    net = nn.Sequential(conv(), nn.ModuleDict({"all": nn.Sequential(*parts)})["all"])
+    loop = Own(lambda net, x: next(net.b(y) for y in net.a(x)), a=conv(), b=nn.ModuleList([conv()]))
+    assert "it goes through a value in a loop" in find_pairs(loop).untraced[""]
+    assert "b" not in find_pairs(loop).untraced  # a list of modules has no forward to look into
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qx.accelerate(net, EXACT, example_input=torch.randn(1, 4, 6, 6))
+    said = [str(one.message) for one in caught if "torch.fx" in str(one.message)]
+    assert len(said) == 1
+    assert said[0].startswith("accelerate: 1.0, 1.1, 1.2 and 2 more: Own cannot be traced by torch.fx (")
+
+
 def test_a_shared_weight_or_a_layer_left_out_makes_no_pair():
     x = torch.randn(1, 4, 6, 6)
     model = nn.Sequential(conv(), conv(), nn.ReLU(), conv())
@@ -240,9 +300,9 @@ def test_the_parts_of_a_network_that_cannot_be_traced():
     with pytest.warns(UserWarning, match="cannot be traced") as told:
         result = qx.accelerate(model, EXACT, example_input=x)
     texts = [str(warning.message) for warning in told]
-    assert len(texts) == 2
-    assert texts[0].startswith("accelerate: the network: Own cannot be traced by torch.fx (")
-    assert texts[1].startswith("accelerate: part1: Own cannot be traced by torch.fx (")
+    assert len(texts) == 1
+    assert texts[0].startswith("accelerate: part1: Own cannot be traced by torch.fx (")
+    assert texts[0].endswith("of these, and of what holds them")
     assert sorted(result.replaced) == ["part0.0", "part0.2", "part1.part0.0", "part1.part0.2"]
     assert result.replaced["part0.2"]["pair"] == ["part0.0", "part0.2"]
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from quincunx.acceleration.search import (
     shortfall,
 )
 from quincunx.acceleration.target import Target
+from quincunx.acceleration.watching import search_bar
 from quincunx.measure.tasks import Task, read_pair
 from quincunx.methods.registry import candidates_named
 from quincunx.surgery.eligible import Where
@@ -41,6 +43,7 @@ def accelerate(
     time_budget: float | None = None,
     measure: bool = False,
     task: Task | None = None,
+    progress: bool | None = None,
 ) -> Accelerated:
     """Return an accelerated copy of a network: one method in all its layers, or a search for a target.
 
@@ -72,6 +75,8 @@ def accelerate(
         task: how the network's outputs are compared and scored, and the loss of impact masks, such as
             ``qx.tasks.segmentation()``, or ``qx.tasks.agreement()`` for outputs of any structure; by default
             classification, also of maps [N, classes, H, W].
+        progress: whether a search shows on standard error what it does, the best so far and the time left; by
+            default if that is a terminal.
 
     Returns:
         An :class:`Accelerated`; ``.search`` describes a search. A warning says if a target is not met: it
@@ -125,18 +130,21 @@ def accelerate(
         raise ValueError("calibration=None: a search scores candidates on data; give input batches")
     if isinstance(example_input, tuple):
         raise TypeError("example_input: a search times one tensor [N, C, H, W], got a tuple")
-    found = search(
-        model,
-        target,
-        calibration,
-        candidates=candidates_named(method) if isinstance(method, (str, Sequence)) else (method,),
-        where=where,
-        example_input=example_input,
-        table=scores,
-        time_budget=time_budget,
-        journal=journal,
-        task=task,
-    )
+    shown = sys.stderr.isatty() if progress is None else progress
+    with search_bar(shown, time_budget) as tell:
+        found = search(
+            model,
+            target,
+            calibration,
+            candidates=candidates_named(method) if isinstance(method, (str, Sequence)) else (method,),
+            where=where,
+            example_input=example_input,
+            table=scores,
+            time_budget=time_budget,
+            journal=journal,
+            tell=tell,
+            task=task,
+        )
     if not found.met:
         warnings.warn(f"accelerate: {shortfall(found.record)}", UserWarning, stacklevel=2)
     return dataclasses.replace(found.result, search=found.record)

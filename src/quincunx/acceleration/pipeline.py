@@ -43,6 +43,7 @@ from quincunx.acceleration.timing import (
     time_record,
 )
 from quincunx.acceleration.together import Team
+from quincunx.acceleration.watching import search_bar
 from quincunx.data import ImageData
 from quincunx.fusion.fuse import fuse
 from quincunx.layers.eightbits import note_quantisation, quantisation_of
@@ -495,17 +496,7 @@ def run_search(
     pool: Pool | None = None,
 ) -> Accelerated:
     """Run a search with a progress bar; its scores are stored in the folder or in the file that it names."""
-    with progress_bar(progress) as bar:
-        shown = bar.add_task("searching", total=1.0, state="", limit=method.time_budget)
-
-        def tell(what: str, share: float) -> None:
-            nonlocal shown
-            bar.update(shown, state=what, completed=share if share >= 0 else None)
-            if share == 1.0:
-                # how many choices are timed and fitted shows only as it goes on
-                bar.update(shown, state="")
-                shown = bar.add_task("choosing", total=None, state=what)
-
+    with search_bar(progress, method.time_budget) as tell:
         found = search(
             model,
             method.target,

@@ -52,6 +52,8 @@ class Target:
                 raise TypeError(f"{name}={value!r}: expected a number")
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name}={value!r}: expected a finite number")
+        if self.latency_ms == 0:
+            raise ValueError(f"latency_ms={self.latency_ms!r}: expected more than 0")
         if self.speedup is not None and not self.speedup > 1:
             raise ValueError(f"speedup={self.speedup!r}: expected more than 1")
         for name in ("latency_ms", "max_drop"):

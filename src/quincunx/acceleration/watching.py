@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.target import Target
+from quincunx.progress import progress_bar
 
 if TYPE_CHECKING:
     from quincunx.acceleration.scores import Scores
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "search_bar"]
 
 # a prediction solves an integer program, so it is made this often at most, in seconds
 _EVERY = 2.0
@@ -99,3 +101,29 @@ def _share_wanted(target: Target, reference: float) -> float:
     if target.latency_ms is not None:
         return 1 - target.latency_ms / 1e3 / reference
     return float("inf")
+
+
+@contextmanager
+def search_bar(shown: bool, limit: float | None) -> Iterator[Callable[[str, float], None]]:
+    """Show how far a search is, on standard error; what is yielded is its ``tell``.
+
+    Args:
+        shown: whether anything is shown.
+        limit: seconds after which no further candidate is scored; None for no limit.
+
+    Example:
+        >>> with search_bar(False, None) as tell:
+        ...     tell("scoring", 0.5)
+    """
+    with progress_bar(shown) as bar:
+        task = bar.add_task("searching", total=1.0, state="", limit=limit)
+
+        def tell(what: str, share: float) -> None:
+            nonlocal task
+            bar.update(task, state=what, completed=share if share >= 0 else None)
+            if share == 1.0:
+                # how many choices are timed and fitted shows only as it goes on
+                bar.update(task, state="")
+                task = bar.add_task("choosing", total=None, state=what)
+
+        yield tell

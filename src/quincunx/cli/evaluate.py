@@ -126,6 +126,7 @@ def evaluate_command(
         for name, value in further.items()
     )
     say(
-        f"{place or network.model} on {data.name}{form}: test {scale.name} {scale.shown(result.score)} {of} "
+        f"{place or network.model or network.network} on {data.name}{form}: "
+        f"test {scale.name} {scale.shown(result.score)} {of} "
         f"{result.images} images, loss {result.loss:.4f}{more}"
     )

@@ -149,19 +149,28 @@ def load_trained(
     if model is None and str(network).endswith(".onnx"):
         model = network
     if model is not None:
-        found = build_own_network(model, weights, seed)
+        found = build_own_network(model, weights, seed, taken)
     elif weights is not None:
         found = Trained(build_from(str(network), weights, {}), weights)
     elif Path(str(network)).is_dir():
         found = Trained(read_artifact(Path(str(network))), Path(str(network)))
     else:
         raise ValueError(
-            f"network={network!r}: not the folder of an artifact or a run; a network's name needs --weights"
+            f"network={network!r}: not the folder of an artifact or a run; {_instead(str(network))}"
         )
     check_finite(found.model)
     if taken is not None:
         _run_once(found.model, taken)
+    elif fixed := getattr(found.model, "onnx_size", None):
+        taken = (1, *fixed)
     return replace(found, shape=taken)
+
+
+def _instead(given: str) -> str:
+    """What a text that is no folder may stand for."""
+    if ":" in given:
+        return f"a function that returns your network is given as --model {given}"
+    return "a network's name needs --weights"
 
 
 def score_network(
@@ -186,8 +195,10 @@ def score_network(
         return load_trained(str(artifact), weights, None, shape)
     if model is not None:
         return load_trained(None, artifact, model, shape)
+    if artifact.suffix == ".onnx":
+        return load_trained(str(artifact), None, None, shape)
     if not artifact.exists():
-        raise ValueError(f"{artifact}: no such folder; a network's name needs --weights")
+        raise ValueError(f"{artifact}: no such folder; {_instead(str(artifact))}")
     found, taken = read_artifact(artifact), None if shape is None else parse_input(shape)
     check_finite(found)
     return Trained(found, artifact, taken)
@@ -209,13 +220,17 @@ def read_artifact(folder: Path) -> nn.Module:
     return qx.load(artifact_in(folder))
 
 
-def build_own_network(text: str, weights: Path | None, seed: int = 0) -> Trained:
+def build_own_network(
+    text: str, weights: Path | None, seed: int = 0, shape: tuple[int, ...] | None = None
+) -> Trained:
     """The network of the user's function, in evaluation mode, with its factory noted.
+
+    An ONNX file that leaves sizes free is compared with ONNX Runtime on an input of ``shape``.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`load_trained`.
     """
-    make = _maker(text)
+    make = _maker(text, shape)
     torch.manual_seed(seed)
     if weights is not None and weights.is_dir():
         model, start = qx.load(artifact_in(weights), factory=make), weights
@@ -232,14 +247,24 @@ def _is_onnx(text: str) -> bool:
     return text.endswith(".onnx")
 
 
-def _maker(text: str) -> Callable[[], nn.Module]:
+def _read_onnx(text: str, shape: tuple[int, ...] | None) -> nn.Module:
+    try:
+        return qx.from_onnx(text)
+    except ValueError:
+        # the shape says what the file leaves free; one that fixes its sizes is compared at those
+        if shape is None:
+            raise
+        return qx.from_onnx(text, torch.randn(shape))
+
+
+def _maker(text: str, shape: tuple[int, ...] | None = None) -> Callable[[], nn.Module]:
     """The user's function, whose failures are bad input and no defect of the library.
 
     Raises:
         ValueError: it cannot be imported, or is none.
     """
     if _is_onnx(text):
-        return lambda: qx.from_onnx(text)
+        return lambda: _read_onnx(text, shape)
     function = imported(text, "model")
     if isinstance(function, nn.Module):
         kind = type(function).__name__

@@ -286,7 +286,10 @@ def print_comparison(rows: list[AgainstPaper]) -> None:
             row.baseline or "",
         )
     _print(table)
-    say("Mean and deviation over seeds; p of Student's t-test, two-sided; - where the paper prints nothing.")
+    say(
+        "Mean and deviation over seeds; p of Student's t-test, two-sided; - where the paper prints nothing for "
+        "such images."
+    )
 
 
 def print_points(planned: dict[str, Any]) -> None:

@@ -304,6 +304,7 @@ def reproduce_command(
     if chosen.note:
         say(chosen.note)
     say(f"wrote {folder} ({chosen.figure[0]}.svg and one JSON a run)")
+    say(f"Times of these networks here: quincunx report {folder} --time 1,8")
 
 
 # of reproduce: what only ESPACE's experiments take, with which input, and what only the tables take

@@ -221,8 +221,10 @@ def imported(text: str, what: str) -> Callable[[], Any]:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            file = name.removesuffix(".py").replace("/", ".")
+            hint = f"; a file is named without its ending: {file}:{path}" if name.endswith(".py") else ""
             raise ValueError(
-                f"{what}={text!r}: no module {error.name!r} here or among what is installed"
+                f"{what}={text!r}: no module {error.name!r} here or among what is installed{hint}"
             ) from error
         raise ValueError(f"{what}={text!r}: importing {name} raised {error_words(error)}") from error
     try:

@@ -308,6 +308,7 @@ _LAYOUT = (
     "expected train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png, of which a share is held out, or "
     "images and a labels.csv with the columns file and label"
 )
+_BARE = "; accelerate and compare take images without classes with --unlabelled"
 
 
 def _arranged(
@@ -327,8 +328,8 @@ def _arranged(
     if not places:
         others = f"; {'; '.join(notes)}" if notes else ""
         raise _NoClasses(
-            f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, or by their content), {_LAYOUT}; or "
-            f"--unlabelled{others}"
+            f"{root}: no images found ({', '.join(sorted(SUFFIXES))}, or by their content), {_LAYOUT}{_BARE}"
+            f"{others}"
         )
     # images without labels all have one class, which has no name
     named = {name for name, _ in places} != {""}
@@ -338,7 +339,7 @@ def _arranged(
         classes = numbered_classes(tables.values(), [name for name, _ in places])
     if len(classes) < (2 if named else 1):
         if trained:
-            hint = "; if they have no labels: --unlabelled"
+            hint = _BARE
         else:
             hint = (
                 "; all of them are test images, by the name of a folder (test, val, valid or validation): "

@@ -32,9 +32,12 @@ class OnnxNetwork(nn.Module):
     Attributes:
         network: what computes, a ``torch.fx.GraphModule`` whose layers are torch's.
         onnx_names: names of the file's inputs and outputs, which :func:`quincunx.export` keeps.
+        onnx_size: sizes of its input after the batch, such as (3, 224, 224), if the file fixes all of them;
+            None too for several inputs.
     """
 
     network: fx.GraphModule
+    onnx_size: tuple[int, ...] | None = None
 
     def __init__(self, network: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
@@ -62,9 +65,10 @@ _KINDS = {1: OnnxNetwork, 2: _Two, 3: _Three}
 def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | None = None) -> nn.Module:
     """Return the network of an ONNX file, compared with ONNX Runtime on random inputs.
 
-    It is read by onnx2torch (``pip install 'quincunx[onnx]'``); convolutions, batch norm and activations
-    become torch's modules, which :func:`quincunx.accelerate` replaces like those of any network. Inputs and
-    outputs keep their names in files that :func:`quincunx.export` writes.
+    It is read by onnx2torch (``pip install 'quincunx[onnx]'`` and ``pip install --no-deps onnx2torch``);
+    convolutions, batch norm and activations become torch's modules, which :func:`quincunx.accelerate`
+    replaces like those of any network. Inputs and outputs keep their names in files that
+    :func:`quincunx.export` writes.
 
     Args:
         path: the file; weights in other files are found beside it.
@@ -92,8 +96,11 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
         raise FileNotFoundError(f"{path}: no such file")
     missing = [name for name in ("onnx", "onnx2torch", "onnxruntime") if find_spec(name) is None]
     if missing:
+        commands = ["pip install 'quincunx[onnx]'"] if {*missing} - {"onnx2torch"} else []
+        # pip would take the newest torchvision for it, and with that another torch
+        commands += ["pip install --no-deps onnx2torch"] if "onnx2torch" in missing else []
         raise ValueError(
-            f"{path}: reading it needs {', '.join(missing)}, not installed here; pip install 'quincunx[onnx]'"
+            f"{path}: reading it needs {', '.join(missing)}, not installed here; {' and '.join(commands)}"
         )
     proto = _read(path)
     known = {tensor.name for tensor in proto.graph.initializer}
@@ -105,6 +112,8 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
     graph = _convert(path, proto)
     model = _KINDS[len(inputs)](graph, [value.name for value in inputs], outputs).eval().requires_grad_(False)
     _compare(path, model, examples)
+    sizes = tuple(entry.dim_value for entry in inputs[0].type.tensor_type.shape.dim[1:])
+    model.onnx_size = sizes if len(inputs) == 1 and all(sizes) else None
     model.quincunx_spec = {  # type: ignore[assignment]
         "kind": "factory",
         "factory": "quincunx:from_onnx",
@@ -175,7 +184,7 @@ def _examples(path: Path, inputs: Sequence[Any], given: Any) -> tuple[Tensor, ..
             if not dim.dim_value and place:
                 raise ValueError(
                     f"example_input=None: input {value.name!r} of {path} leaves size {place} free "
-                    f"({dim.dim_param or '?'}); give an example"
+                    f"({dim.dim_param or '?'}); give an example, on the command line --input 1x3x224x224"
                 )
             sizes.append(dim.dim_value or 2)
         made.append(torch.randn(sizes, generator=source))

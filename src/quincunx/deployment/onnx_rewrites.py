@@ -39,6 +39,7 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
     if declared is None or declared.version <= _NEWEST:
         return made, []
     constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    _name_sizes(made)
     refused = []
     for number, node in enumerate(made.graph.node):
         if node.domain not in ("", "ai.onnx"):
@@ -61,6 +62,32 @@ def _drop_allowzero(proto: Any) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
             del node.attribute[:]
             node.attribute.extend(kept)
+
+
+def _name_sizes(proto: Any) -> None:
+    """Splits into a number of pieces, where the file says how long their axis is, get the pieces' sizes."""
+    import onnx
+
+    shapes = {
+        value.name: [entry.dim_value for entry in value.type.tensor_type.shape.dim]
+        for value in (*proto.graph.input, *proto.graph.value_info)
+    }
+    for node in proto.graph.node:
+        given = {entry.name: entry.i for entry in node.attribute}
+        if node.op_type != "Split" or "num_outputs" not in given:
+            continue
+        shape, axis, number = shapes.get(node.input[0], []), given.get("axis", 0), given["num_outputs"]
+        length = shape[axis] if -len(shape) <= axis < len(shape) else 0
+        each = -(-length // number)
+        sizes = [min(each, length - each * place) for place in range(number)]
+        if min(sizes) < 1:
+            continue
+        name = f"{node.output[0]}_sizes"
+        proto.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [number], sizes))
+        node.input.append(name)
+        kept = [attribute for attribute in node.attribute if attribute.name != "num_outputs"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
 
 
 def _made_older(node: Any, constants: dict[str, Any]) -> bool:
@@ -120,6 +147,15 @@ class _Padded(nn.Module):
         return F.pad(x, self.sides, self.mode, self.value if self.mode == "constant" else None)
 
 
+class _Pieces(nn.Module):
+    def __init__(self, sizes: Sequence[int], axis: int) -> None:
+        super().__init__()
+        self.sizes, self.axis = list(sizes), axis
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.sizes, self.axis)
+
+
 class _Cut(nn.Module):
     def __init__(self, cuts: Sequence[tuple[int, int, int, int]]) -> None:
         super().__init__()
@@ -174,6 +210,8 @@ def _with_constants(module: nn.Module, constants: Sequence[Tensor | None]) -> nn
         return _Reshaped(values[0])
     if kind == "OnnxPadDynamic" and all(isinstance(side, int) for side in values[0]):
         return _Padded(str(module.mode), values[0], values[1][0] if len(values) > 1 else 0.0)
+    if kind == "OnnxSplit13" and len(values) == 1:
+        return _Pieces(values[0], int(module.axis))
     if kind == "OnnxSlice":
         starts, ends = values[:2]
         axes = values[2] if len(values) > 2 else list(range(len(starts)))

@@ -260,8 +260,13 @@ def _extras() -> Iterator[Finding]:
             needed.setdefault(match[2], []).append(match[1])
     for extra, packages in needed.items():
         missing = [package for package in packages if not _installed(package)]
+        commands = [f"pip install 'quincunx[{extra}]'"] if missing else []
+        if extra == "onnx" and not _installed("onnx2torch"):
+            # in no extra, since pip would install another torch for it
+            missing.append("onnx2torch")
+            commands.append("pip install --no-deps onnx2torch")
         if missing:
-            said = f"{', '.join(missing)} not installed: pip install 'quincunx[{extra}]'"
+            said = f"{', '.join(missing)} not installed: {' and '.join(commands)}"
             yield Finding(f"{_EXTRA}{extra}", "note", said)
         else:
             yield Finding(f"{_EXTRA}{extra}", "ok", "installed")

@@ -42,7 +42,7 @@ from quincunx.layers.sizes import (
 )
 from quincunx.modules import first_line, forward_hooks
 
-__all__ = ["Traced", "as_module", "trace"]
+__all__ = ["Traced", "as_module", "pieces_of", "trace"]
 
 # torch.fx exchanges nn.Module.__call__ while it traces, for all threads
 _LOCK = threading.RLock()
@@ -108,6 +108,43 @@ def _augment(name: str) -> None:
 
 for _name in _AUGMENTED:
     _augment(_name)
+
+
+def pieces_of(value: fx.Proxy) -> list[fx.Proxy] | None:
+    """Return the pieces of a split tensor, where the call says how many; a forward may loop through these.
+
+    ``chunk`` gives fewer than it was asked for where the size is too small: the graph then raises an
+    IndexError at a missing piece that is used.
+
+    Returns:
+        As many stand-ins as ``chunk`` or ``split`` was asked for; None for any other value.
+
+    Example:
+        >>> tracer = fx.Tracer()
+        >>> tracer.graph = fx.Graph()
+        >>> x = tracer.proxy(tracer.graph.placeholder("x"))
+        >>> len(pieces_of(x.chunk(4, 1)) or []), pieces_of(x.relu())
+        (4, None)
+    """
+    node = value.node
+    if node.op == "call_function":
+        by_number, by_sizes = node.target is torch.chunk, node.target is torch.split
+    else:
+        method = node.op == "call_method"
+        by_number, by_sizes = method and node.target == "chunk", method and node.target == "split"
+    second = node.args[1] if len(node.args) > 1 else None
+    if by_number:
+        number = node.kwargs.get("chunks", second)
+    elif by_sizes:
+        sizes = node.kwargs.get("split_size_or_sections", node.kwargs.get("split_size", second))
+        number = len(sizes) if isinstance(sizes, (list, tuple)) else None
+    else:
+        return None
+    if type(number) is not int:
+        return None
+    return [
+        value.tracer.create_proxy("call_function", operator.getitem, (value, i), {}) for i in range(number)
+    ]
 
 
 def _surely_tensor(node: fx.Node) -> bool:
@@ -235,6 +272,8 @@ class _Tracer(fx.Tracer):
         return "" if expression is None else mark(self.values, expression, form)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        if (pieces := pieces_of(obj)) is not None:
+            return iter(pieces)
         raise self.refusal("it goes through a value in a loop, whose length is known only when it runs")
 
     def keys(self, obj: fx.Proxy) -> Any:

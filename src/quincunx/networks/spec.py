@@ -182,7 +182,8 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
 def read_spec_entry(folder: Path) -> Entry:
     restore(folder.resolve())
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        wrong = "a file, expected the folder of an artifact" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {wrong}")
     path = folder / SPEC_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no artifact here ({SPEC_FILE} is missing)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -73,9 +73,10 @@ def pairs_of(
                 raise ValueError(f"where: {first!r} and {second!r} are no pair: {reason}")
         return tuple((by_name[first], by_name[second]) for first, second in named.items())
     pairs = find_pairs(network)
-    for name, reason in pairs.untraced.items():
+    if pairs.untraced:
         warnings.warn(
-            f"accelerate: {name or 'the network'}: {reason}; pairs are looked for in its parts",
+            f"accelerate: {_untraced(pairs.untraced)}; pairs are looked for in the parts of these, and of "
+            "what holds them",
             UserWarning,
             stacklevel=5,
         )
@@ -86,6 +87,23 @@ def pairs_of(
         for first, second in found.items()
         if first in by_name and second in by_name and _runs_once(within[first], order)
     )
+
+
+def _untraced(reasons: Mapping[str, str]) -> str:
+    """Say which modules could not be looked into, by those that hold no other such module: they are why."""
+    inner = [
+        name
+        for name in reasons
+        if not any(other != name and (not name or other.startswith(f"{name}.")) for other in reasons)
+    ]
+    kinds: dict[str, list[str]] = {}
+    for name in inner:
+        kinds.setdefault(reasons[name], []).append(name or "the network")
+    said = []
+    for reason, names in kinds.items():
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        said.append(f"{', '.join(names[:3])}{rest}: {reason}")
+    return "; ".join(said)
 
 
 def _apart(first: Layer, second: Layer, layers: Sequence[Layer]) -> str | None:

@@ -16,6 +16,8 @@ from quincunx.surgery.calibration import (
 __all__ = ["Accelerated", "Journal", "Method", "Replacement", "T", "Work", "each"]
 
 T = TypeVar("T")
+# layers that a reason in a summary names
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,21 @@ class Accelerated:
         ratios = f", {min(saved):.2f} to {max(saved):.2f} times fewer MACs each" if saved else ""
         return f"{len(self.replaced)} layers replaced{ratios}, {len(self.skipped)} stay"
 
+    def _reached(self) -> list[str]:
+        """What a search was asked for, and what was measured of the network that it chose."""
+        attempts = (self.search or {}).get("attempts")
+        if not self.search or not attempts:
+            return []
+        asked = ", ".join(f"{key}={value}" for key, value in self.search["target"].items())
+        before, after = (1000 * attempts[-1][key] for key in ("before", "after"))
+        verdict = "met" if self.search["met"] else "missed"
+        gain = f"{attempts[-1]['speedup']:.2f} times as fast"
+        return [f"  asked {asked}, {verdict}: {gain}, {before:.3g} ms became {after:.3g} ms"]
+
     def summary(self) -> str:
-        """Return a line for each layer: its replacement and MACs, or the reason for keeping it.
+        """Return a line for each replaced layer, with its MACs, and one for each reason why others stay.
+
+        A reason names at most six of its layers; ``skipped`` has all.
 
         Example:
             >>> net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1))
@@ -171,7 +186,7 @@ class Accelerated:
               0: lowrank, rank 8, 0.08 M MACs became 0.03 M
               1 stays: a 1 x 1 kernel has no columns and rows to separate
         """
-        lines = [f"{type(self.model).__name__}: {self._counts()}"]
+        lines = [f"{type(self.model).__name__}: {self._counts()}", *self._reached()]
         for name, record in self.replaced.items():
             words = [str(record["method"])]
             words += [f"rank {record['rank']}"] if "rank" in record else []
@@ -184,5 +199,11 @@ class Accelerated:
                 macs = [f"{record[key] / 1e6:.2f} M" for key in ("macs_before", "macs_after")]
                 words.append(f"{macs[0]} MACs became {macs[1]}")
             lines.append(f"  {name or '(network)'}: {', '.join(words)}")
-        lines += [f"  {name or '(network)'} stays: {reason}" for name, reason in self.skipped.items()]
+        staying: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            staying.setdefault(reason, []).append(name or "(network)")
+        for reason, names in staying.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            verb = "stays" if len(names) == 1 else "stay"
+            lines.append(f"  {', '.join(names[:_NAMED])}{more} {verb}: {reason}")
         return "\n".join(lines)

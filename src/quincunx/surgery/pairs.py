@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from quincunx.layers.padded import padding_at
+from quincunx.layers.tracing import pieces_of
 from quincunx.modules import copied, forward_hooks, surely
 
 __all__ = [
@@ -143,8 +144,11 @@ def search(
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on a proxy
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
+        if getattr(type(module), "forward", None) is not _NO_FORWARD:  # a list of modules is none of its own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # what follows the first sentence is about torch.fx
+            reason = reason.partition(". ")[0]
+            untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
             search(child, path, match, found, within, untraced)
@@ -156,11 +160,41 @@ def search(
             within[ends[0]] = name
 
 
+# what a module without a forward has, such as an nn.ModuleList
+_NO_FORWARD = nn.Module.forward
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__
         layer = own.startswith("quincunx.") and not own.startswith("quincunx.networks")
         return layer or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if any(isinstance(part, nn.Conv2d) for part in m.modules()):
+                raise
+            # without a convolution there is no need to look into it: it becomes one node
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        pieces = pieces_of(obj)
+        if pieces is None:
+            raise fx.proxy.TraceError(
+                "it goes through a value in a loop, whose length is known only when it runs"
+            )
+        return iter(pieces)
 
 
 def _paired(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, str]]:

@@ -330,7 +330,10 @@ def check_finite(model: nn.Module) -> None:
 def check_scores(scores: object, data: ImageData) -> None:
     known = f"{data.name} has {len(data.classes)} classes" if data.classes else "one a class is needed"
     if not isinstance(scores, Tensor):
-        raise ValueError(f"model: gives a {type(scores).__name__}, expected a tensor of scores; {known}")
+        raise ValueError(
+            f"model: gives a {type(scores).__name__}, expected a tensor of scores; {known}; for other "
+            "outputs name a task, such as agreement, which needs no classes"
+        )
     if scores.dim() != 2:
         raise ValueError(
             f"model: gives scores of shape {tuple(scores.shape)}, expected [images, classes]; {known}"
