@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate, pair_name
 from quincunx.acceleration.prefix import Tails
+from quincunx.data import Unreadable
 from quincunx.fusion.calibrate import fuse_to_time
 from quincunx.layers.build import build_module
 from quincunx.measure.cost import cost
@@ -644,6 +645,9 @@ def _excused(row: Candidate) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             yield
+    except Unreadable:
+        # no fault of the candidate's
+        raise
     except ValueError as error:
         row.why_not = str(error)
     except MemoryError:

@@ -5,6 +5,7 @@ normalised, cropped and flipped a whole batch at a time, so that loading never s
 Larger ones, such as ImageNet, are decoded and augmented in worker processes.
 """
 
+from quincunx.data.drawn import Drawn, draw
 from quincunx.data.epoch import AUGMENTATIONS, batches, normalised
 from quincunx.data.items import Items
 from quincunx.data.load import load_data
@@ -12,9 +13,11 @@ from quincunx.data.pairs import degraded, load_function, load_pairs
 from quincunx.data.resident import Pass, Resident, can_reside
 from quincunx.data.sets import ImageData, Part, Split, Stream, part_with
 from quincunx.data.stream import WorkerFailed
+from quincunx.data.workers import Unreadable
 
 __all__ = [
     "AUGMENTATIONS",
+    "Drawn",
     "ImageData",
     "Items",
     "Part",
@@ -22,10 +25,12 @@ __all__ = [
     "Resident",
     "Split",
     "Stream",
+    "Unreadable",
     "WorkerFailed",
     "batches",
     "can_reside",
     "degraded",
+    "draw",
     "load_data",
     "load_function",
     "load_pairs",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from quincunx.data.workers import read_batches
+from quincunx.data.workers import Unreadable, read_batches
 
 __all__ = ["Items", "Own", "Pictures", "item_batches"]
 
@@ -202,7 +202,7 @@ def item_batches(
         workers: processes that read items; 0 reads in this one.
 
     Raises:
-        ValueError: an item that cannot be read.
+        Unreadable: an item that cannot be read.
         WorkerFailed: a worker died or failed.
 
     Example:
@@ -213,5 +213,5 @@ def item_batches(
     """
     for found in read_batches(_Batches(part.source, key), order, workers, "reads items"):
         if isinstance(found, str):
-            raise ValueError(found)
+            raise Unreadable(found)
         yield found
