@@ -15,11 +15,12 @@ import quincunx as qx
 from quincunx.acceleration.judge import sample_batches
 from quincunx.acceleration.scores import Scores
 from quincunx.acceleration.together import Team
-from quincunx.data import Drawn, ImageData, Items, Stream, Unreadable, batches, degraded, draw, load_data
+from quincunx.data import Drawn, ImageData, Items, Stream, batches, degraded, draw, load_data
 from quincunx.data.drawn import most_kept
 from quincunx.fusion.calibrate import calibrate
 from quincunx.fusion.calibrated import read_images
 from quincunx.layers.eightbits import quantisation_of
+from quincunx.reading import Unreadable
 
 SIDE = 24
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

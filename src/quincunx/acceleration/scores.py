@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate, pair_name
 from quincunx.acceleration.prefix import Tails
-from quincunx.data import Unreadable
 from quincunx.fusion.calibrate import fuse_to_time
 from quincunx.layers.build import build_module
 from quincunx.measure.cost import cost
@@ -30,7 +29,7 @@ from quincunx.measure.tasks.structure import tensors_in
 from quincunx.methods.points import worded
 from quincunx.modules import Attached, inference_mode_of, set_module, weight_of
 from quincunx.networks.artifact import build_measured
-from quincunx.reading import Entry, bounded, differing_fields, one_line, read_json
+from quincunx.reading import Entry, Unreadable, bounded, differing_fields, one_line, read_json
 from quincunx.surgery.calibration import MOST_KEPT, Batch, Calibration, Layer
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Method, Replacement

@@ -13,7 +13,6 @@ from quincunx.data.pairs import degraded, load_function, load_pairs
 from quincunx.data.resident import Pass, Resident, can_reside
 from quincunx.data.sets import ImageData, Part, Split, Stream, part_with
 from quincunx.data.stream import WorkerFailed
-from quincunx.data.workers import Unreadable
 
 __all__ = [
     "AUGMENTATIONS",
@@ -25,7 +24,6 @@ __all__ = [
     "Resident",
     "Split",
     "Stream",
-    "Unreadable",
     "WorkerFailed",
     "batches",
     "can_reside",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from quincunx.data.workers import Unreadable, read_batches
+from quincunx.data.workers import read_batches
+from quincunx.reading import Unreadable
 
 __all__ = ["Items", "Own", "Pictures", "item_batches"]
 

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from quincunx.data.augment import draws_of_image, photograph
 from quincunx.data.images import ImageEntry, Pixels, centre, decoded
 from quincunx.data.sets import Stream
-from quincunx.data.workers import Unreadable, WorkerFailed, read_batches
+from quincunx.data.workers import WorkerFailed, read_batches
+from quincunx.reading import Unreadable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

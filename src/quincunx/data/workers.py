@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Unreadable", "WorkerFailed", "read_batches"]
-
-
-class Unreadable(ValueError):
-    """An image or an item that cannot be read. A search must not take it for a fault of its candidate."""
+__all__ = ["WorkerFailed", "read_batches"]
 
 
 class WorkerFailed(RuntimeError):
