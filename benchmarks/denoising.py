@@ -1,16 +1,18 @@
 """Train denoisers of Gaussian noise on photographs and compare them: PSNR against measured milliseconds.
 
+    python benchmarks/denoising.py all                        # everything that is missing of what follows
     python benchmarks/denoising.py widths                     # networks as fast as the bottlenecks, by timing
     python benchmarks/denoising.py train --seeds 0,1,2        # what is missing, one network after the other
     python benchmarks/denoising.py collect                    # all that is there, into results/denoising.json
 
 DnCNN of 17 layers of 64 channels (dense), with spatial bottlenecks of 2/4 and 1/4 of the positions, trained
 from scratch and fitted from the trained dense network; and for each of the two densities a narrower and a
-shallower dense DnCNN that takes as long. Each part is kept as soon as it is finished, and the same command
-goes on where it was stopped. ``--width`` and ``--depth`` make all of them smaller, for a machine with little
-time; such networks have a folder and a result of their own. The data are the photographs of
-../shared/data/clothing-small-128.tar.gz, or those that QUINCUNX_PHOTOGRAPHS names: one random patch of each
-training photograph a pass, noise drawn anew; whole validation photographs with fixed noise.
+shallower dense DnCNN that takes as long. Widths that were found stay. Each part is kept as soon as it is
+finished, and the same command, such as "all", goes on where it was stopped. ``--width`` and ``--depth``
+make all of them smaller, for a machine with little time; such networks have a folder and a result of their
+own. The data are the photographs of ../shared/data/clothing-small-128.tar.gz, or those that
+QUINCUNX_PHOTOGRAPHS names: one random patch of each training photograph a pass, noise drawn anew; whole
+validation photographs with fixed noise.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 from torch import nn
 
 import quincunx as qx
-from quincunx.acceleration.judge import renormalise, sample_batches
+from quincunx.acceleration.judge import inputs_of, renormalise, sample_batches
 from quincunx.data import ImageData, degraded, load_data
 from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
@@ -154,7 +156,7 @@ def fitted(density: str, seed: int, before: Path, out: Path, data: ImageData, ep
     found = qx.accelerate(
         teacher, method, where=lambda name, _: name in middle, calibration=images, task=task
     )
-    renormalise(found.model, images, [x for x, _ in images], task)
+    renormalise(found.model, images, inputs_of(images), task)
     judged = score_images(found.model, data.test, data, task=task)
     write_json(folder / "fitted.json", {"psnr": float(judged.scores.mean()), "replaced": len(found.replaced)})
     recipe = recipe_with(recipe_of(epochs), distill=0.5, lr=LR_TUNED)
@@ -262,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("widths", "train", "collect"))
+    parser.add_argument("part", choices=("all", "widths", "train", "collect"))
     parser.add_argument("--out", type=Path, help="folder of the runs; by default in runs")
     parser.add_argument("--width", type=int, default=64, help="channels of the dense network")
     parser.add_argument("--depth", type=int, default=17, help="its convolutions")
@@ -270,20 +272,24 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50, help="passes of a network from scratch")
     parser.add_argument("--tuned", type=int, default=10, help="passes of a fitted network")
     parser.add_argument("--only", default="", help="parts of networks' names, with commas")
+    parser.add_argument("--results", type=Path, help="folder of the result; by default results")
     parser.add_argument("--limit", type=int, help="at most so many photographs of each part")
     given = parser.parse_args()
     whole = (given.depth, given.width) == (17, 64)
     name = "denoising" if whole else f"denoising-{given.depth}x{given.width}"
     out: Path = given.out or Path("runs") / name
     out.mkdir(parents=True, exist_ok=True)
-    if given.part == "widths":
+    if given.part in ("all", "train"):
+        data_set(given.limit)  # photographs that are not there end the work before it begins
+    # other widths are other networks: those that were trained keep theirs
+    if given.part == "widths" or (given.part == "all" and not (out / "widths.json").exists()):
         find_widths(out, given.width, given.depth)
-    elif given.part == "train":
+    if given.part in ("all", "train"):
         only = [part for part in given.only.split(",") if part]
         seeds = [int(seed) for seed in given.seeds.split(",")]
         train_all(out, seeds, given.epochs, given.tuned, only, given.limit)
-    else:
-        collect(out, ROOT / "results" / f"{name}.json", given.limit)
+    if given.part in ("all", "collect"):
+        collect(out, (given.results or ROOT / "results") / f"{name}.json", given.limit)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 __all__ = [
     "ZIP_DAMAGE",
     "Entry",
+    "Unreadable",
     "bounded",
     "differing_fields",
     "memory_left",
@@ -45,6 +46,10 @@ __all__ = [
 # memory that one byte of JSON can become: "{}," makes an empty dictionary
 _PER_BYTE = 24
 _SHOWN = 120
+
+
+class Unreadable(ValueError):
+    """An image or an item that cannot be read. A search must not take it for a fault of its candidate."""
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,7 @@ from torch import nn
 import quincunx as qx
 from helpers.acceleration import clock_of_macs
 from quincunx.acceleration import scores as scores_module
-from quincunx.acceleration.judge import loss_on, sample_batches
+from quincunx.acceleration.judge import loss_on
 from quincunx.acceleration.scores import Scores
 from quincunx.data import Items, degraded, load_data
 from quincunx.data.items import Pictures
@@ -162,13 +162,6 @@ def test_large_images_are_computed_a_few_at_a_time():
     part = Items(Pictures(pixels, noise=25), (1024, 1024), 3)
     assert images_at_once(part, task) == 2
     assert images_at_once(degraded(load_data("digits"), noise=25).test, task) == 256
-
-
-def test_calibration_that_does_not_fit_in_memory_is_refused(monkeypatch):
-    data = degraded(load_data("digits"), noise=25)
-    monkeypatch.setattr("quincunx.data.memory.available", lambda: 100_000)
-    with pytest.raises(ValueError, match=r"calibration on 100 images: needs .* fewer, with --calibration"):
-        sample_batches(data, 100)
 
 
 def test_the_loss_against_the_original_is_the_distance():

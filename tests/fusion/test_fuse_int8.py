@@ -399,4 +399,4 @@ def test_batches_with_labels_are_read():
     x = torch.randn(40, 3, 4, 4)
     found = calibrated.read_images([(x[:33], torch.zeros(33)), [x[33:]]])
     assert [len(batch) for batch in found] == [32, 1, 7]
-    assert torch.equal(torch.cat(found), x)
+    assert torch.equal(torch.cat(list(found)), x)

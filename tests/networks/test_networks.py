@@ -184,6 +184,22 @@ def test_which_blocks_of_a_resnet_are_replaced(depth, kept, replaced):
     assert {i for i, s in enumerate(sampled) if not s} == (firsts if depth >= 50 else firsts - {0})
 
 
+@pytest.mark.parametrize(("name", "depth"), [("resnet", 18), ("sb-resnet", 18), ("resnet", 50)])
+def test_the_width_of_a_resnet_scales_all_its_channels(name, depth, tmp_path):
+    whole, half = (qx.networks.build(f"{name}{depth}", 7, width=width).eval() for width in (64, 32))
+    for (_, one), (_, other) in zip(whole.named_parameters(), half.named_parameters(), strict=True):
+        assert one.shape[0] in (2 * other.shape[0], 7)
+    # but for the images' channels, a quarter of the products
+    costs = [qx.cost(model, torch.zeros(1, 3, 64, 64)).macs for model in (whole, half)]
+    assert 3.5 < costs[0] / costs[1] < 4
+    assert qx.networks.build(f"{name}{depth}", 7, width=64).quincunx_spec["settings"] == {"width": 64}
+    again = qx.load(qx.save(half, tmp_path / "half"))
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x), half(x))
+    with pytest.raises(ValueError, match="width=0: expected a positive integer"):
+        qx.networks.build(f"{name}{depth}", width=0)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "sb-resnet18", "resnet50", "sb-resnet50"])
 def test_resnets_map_images_to_scores(name):
     model = qx.networks.build(name, 7, 1).eval()

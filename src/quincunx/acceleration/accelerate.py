@@ -99,7 +99,8 @@ def accelerate(
     """
     if task is not None and not isinstance(task, Task):
         raise TypeError(f"task={task!r}: expected a qx.Task, such as qx.tasks.segmentation()")
-    if task is not None and task.read is not read_pair and calibration is not None:
+    once = isinstance(calibration, Iterator)  # which is refused below
+    if task is not None and task.read is not read_pair and calibration is not None and not once:
         calibration = _Read(calibration, task)
     asked = {"speedup": speedup, "latency_ms": latency_ms, "macs": macs, "max_drop": max_drop}
     if all(value is None for value in asked.values()):

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quincunx.data import ImageData, batches, memory
+from quincunx.data import Drawn, ImageData, draw
 from quincunx.measure.tasks import Task, classification, compare_paired, mcnemar
-from quincunx.measure.tasks.structure import part_of, tensors_in
 from quincunx.modules import inference_mode_of
 from quincunx.train.evaluation import Scored, images_at_once
 
-__all__ = ["loss_on", "mcnemar", "reestimate_batch_norm", "response_errors", "sample_batches", "score_on"]
+__all__ = [
+    "inputs_of",
+    "loss_on",
+    "mcnemar",
+    "reestimate_batch_norm",
+    "response_errors",
+    "sample_batches",
+    "score_on",
+]
 
 # test accuracy within this many standard deviations of guessing suggests an untrained network
 _CHANCE_DEVIATIONS = 2.0
@@ -25,30 +32,25 @@ _FEW = 5
 
 
 def sample_batches(
-    data: ImageData, count: int, seed: int = 0, batch_size: int = 50, task: Task | None = None
-) -> list[tuple[Tensor, Any]]:
+    data: ImageData,
+    count: int,
+    seed: int = 0,
+    batch_size: int = 50,
+    task: Task | None = None,
+    workers: int | None = None,
+) -> Drawn:
     """Return batches of ``count`` random training images and targets, not augmented, or of all there are.
 
-    Raises:
-        ValueError: they do not fit in the free memory.
+    They are read anew in each pass, so their number is not limited by memory; see
+    :class:`quincunx.data.drawn.Drawn`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found: list[tuple[Tensor, Any]] = []
-    left, wanted = count, min(count, len(data.train))
     most = images_at_once(data.train, task or classification(), batch_size)
-    for images, targets in batches(data.train, data, most, generator=generator):
-        if not found:
-            targets_of_one = sum(t.nbytes for _, t in tensors_in(targets))
-            memory.check(
-                f"calibration on {wanted} images",
-                wanted * (images.nbytes + targets_of_one) // len(images),
-                "fewer, with --calibration, need less",
-            )
-        found.append((images[:left], part_of(targets, slice(None, left))))
-        left -= len(found[-1][0])
-        if left < 1:
-            break
-    return found
+    return draw(data, count, seed, most, workers=workers)
+
+
+def inputs_of(images: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
+    """Yield the images of batches without their targets."""
+    return (x for x, _ in images)
 
 
 def loss_on(
@@ -170,7 +172,7 @@ def _rounded_up(count: float) -> int:
 def renormalise(
     model: nn.Module,
     images: Sequence[tuple[Tensor, Any]],
-    inputs: Sequence[Tensor],
+    inputs: Iterable[Tensor],
     task: Task | None = None,
     original: nn.Module | None = None,
 ) -> bool:

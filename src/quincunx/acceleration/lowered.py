@@ -36,7 +36,7 @@ def ready_for(
     if quantisation_of(model) is not None:
         return rounded_as_trained(model)
     most = _CHANGED if task.classifies else _AWAY
-    return calibrate(model, [x for x, _ in images], max_drop=most)
+    return calibrate(model, images, max_drop=most)
 
 
 def to_train_rounded(model: nn.Module, images: Sequence[tuple[Tensor, Any]]) -> None:
@@ -46,7 +46,7 @@ def to_train_rounded(model: nn.Module, images: Sequence[tuple[Tensor, Any]]) -> 
         model: gets a record, and keeps its weights.
         images: calibration images and targets.
     """
-    record = quantisation_of(calibrate(model, [x for x, _ in images], max_drop=100))
+    record = quantisation_of(calibrate(model, images, max_drop=100))
     assert record is not None  # noqa: S101  # calibrated networks have one
     note_quantisation(model, record)
 

@@ -29,6 +29,7 @@ from quincunx.acceleration.judge import (
     JudgedStage,
     doubts_about,
     doubts_about_drop,
+    inputs_of,
     renormalise,
     sample_batches,
 )
@@ -44,7 +45,7 @@ from quincunx.acceleration.timing import (
 )
 from quincunx.acceleration.together import Team
 from quincunx.acceleration.watching import search_bar
-from quincunx.data import ImageData
+from quincunx.data import Drawn, ImageData
 from quincunx.fusion.fuse import fuse
 from quincunx.layers.eightbits import note_quantisation, quantisation_of
 from quincunx.measure.environment import environment
@@ -224,7 +225,7 @@ def _accelerated(
         recipe = recipe_with(recipe, distill=1.0)
     identity = acceleration_identity(original, method, data, layers, calibration, seed, task)
     journal = FolderJournal(out / "layers", identity) if fits is None else fits_folder(fits, method, identity)
-    images = sample_batches(data, calibration, seed, task=task)
+    images = sample_batches(data, calibration, seed, task=task, workers=workers)
     one = torch.zeros(1, data.in_channels, *data.size)
 
     size: tuple[int, int] | None = None
@@ -236,8 +237,7 @@ def _accelerated(
     stages = [judged("before", original)]
     doubts = doubts_about(stages[0], data)
     if isinstance(method, Search):
-        seen = sum(len(x) for x, _ in images)
-        doubts += doubts_about_drop(stages[0], seen, method.target.max_drop)
+        doubts += doubts_about_drop(stages[0], images.images, method.target.max_drop)
     dtype, refused = format_served(original, torch.randn(batch, *one.shape[1:]), dtype)
     if refused:
         doubts.append(refused)
@@ -285,8 +285,8 @@ def _accelerated(
     what = "after replacing" if size is None else f"at {FreeChoice(size=size).name}"
     stages.append(judged(what, fast))
     if found.replaced and any(isinstance(m, _BatchNorm) for m in fast.modules()):
-        inputs = [x for x, _ in sample_batches(data, normalisation, seed + 1, 100, task)]
-        kept = renormalise(fast, images, inputs, task, original)
+        inputs = sample_batches(data, normalisation, seed + 1, 100, task, workers)
+        kept = renormalise(fast, images, inputs_of(inputs), task, original)
         doubt = "" if kept else " (not kept: the loss on the calibration images was lower before)"
         stages.append(judged(f"after re-estimating batch norm{doubt}", fast))
     diverged, epochs = None, None
@@ -402,7 +402,7 @@ def _accelerated(
     }
     others: list[dict[str, float]] = []
     if isinstance(method, Search) and size is None and method.methods:
-        inputs = [x for x, _ in sample_batches(data, normalisation, seed + 1, 100, task)]
+        inputs = sample_batches(data, normalisation, seed + 1, 100, task, workers)
         again = partial(run, progress=False, dtype=dtype)
         others = _alternatives(original, method, images, again, judged, task, result, inputs, gained)
     result["verdict"] = judge_target(result, others)
@@ -421,12 +421,12 @@ def _accelerated(
 def _alternatives(
     original: nn.Module,
     method: Search,
-    images: list[tuple[Tensor, Any]],
+    images: Drawn,
     again: Callable[..., Accelerated],
     judged: Callable[[str, nn.Module], JudgedStage],
     task: Task,
     result: dict[str, Any],
-    inputs: Sequence[Tensor],
+    inputs: Drawn,
     gained: float,
 ) -> list[dict[str, float]]:
     """Return what less speed costs if a target's accuracy was missed: "speedup", and "drop" on test images.
@@ -452,7 +452,7 @@ def _alternatives(
         if not other.replaced or other.search is None:
             break
         if any(isinstance(m, _BatchNorm) for m in other.model.modules()):
-            renormalise(other.model, images, inputs, task, original)
+            renormalise(other.model, images, inputs_of(inputs), task, original)
         drop = task.scale.lost(before, judged("at less speed", other.model).score)
         found.append({"speedup": gained * float(other.search["attempts"][-1]["speedup"]), "drop": drop})
         if drop <= float(method.target.max_drop or 0.0):
@@ -482,7 +482,7 @@ def run_search(
     model: nn.Module,
     method: Search,
     *,
-    images: list[tuple[Tensor, Any]],
+    images: Sequence[tuple[Tensor, Any]],
     out: Path,
     where: Callable[[str, nn.Module], bool],
     one: Tensor,
@@ -559,7 +559,7 @@ def _planned(
     before = JudgedStage("before", model, team.judge, task)
     for doubt in doubts_about(before, data):
         tell(doubt)
-    images = sample_batches(data, team.calibration, team.seed, task=task)
+    images = sample_batches(data, team.calibration, team.seed, task=task, workers=team.workers)
     one = torch.zeros(1, data.in_channels, *data.size)
     dtype, refused = format_served(model, torch.randn(batch, *one.shape[1:]), dtype)
     if refused:

@@ -29,7 +29,7 @@ from quincunx.measure.tasks.structure import tensors_in
 from quincunx.methods.points import worded
 from quincunx.modules import Attached, inference_mode_of, set_module, weight_of
 from quincunx.networks.artifact import build_measured
-from quincunx.reading import Entry, bounded, differing_fields, one_line, read_json
+from quincunx.reading import Entry, Unreadable, bounded, differing_fields, one_line, read_json
 from quincunx.surgery.calibration import MOST_KEPT, Batch, Calibration, Layer
 from quincunx.surgery.eligible import Where
 from quincunx.surgery.method import Method, Replacement
@@ -644,6 +644,9 @@ def _excused(row: Candidate) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             yield
+    except Unreadable:
+        # no fault of the candidate's
+        raise
     except ValueError as error:
         row.why_not = str(error)
     except MemoryError:

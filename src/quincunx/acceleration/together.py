@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quincunx.acceleration.identity import where_named
 from quincunx.acceleration.judge import sample_batches
 from quincunx.acceleration.scores import Measured, Scores, Shared
-from quincunx.data import ImageData
+from quincunx.data import Drawn, ImageData
 from quincunx.measure.tasks import Task
 from quincunx.modules import copied
 from quincunx.surgery.calibration import Calibration, Context, Pass, Pool
@@ -137,13 +137,18 @@ class Team:
         Shares are added up in float64, so that a fit is that of one process up to rounding.
         """
         network = _packed(context.network) if context.changed else None
-        self._say("totals", (network, _pickled(work), _marks(self.images)))
+        self._say("totals", (network, _pickled(work), self.marks))
         return self._totalled(context.original, context.network, context.changed, work)
 
     @cached_property
-    def images(self) -> list[tuple[Tensor, Any]]:
+    def images(self) -> Drawn:
         """The calibration images with their targets."""
-        return sample_batches(self.data, self.calibration, self.seed, task=self.task)
+        return sample_batches(self.data, self.calibration, self.seed, task=self.task, workers=self.workers)
+
+    @cached_property
+    def marks(self) -> str:
+        """What tells the calibration images from others; finding it takes a pass through them."""
+        return _marks(self.images)
 
     # ------------------------------------------------------------ what all processes do
 
@@ -182,7 +187,7 @@ class Team:
         found: dict[str, Tensor] = {}
 
         def sum_up() -> dict[str, torch.Size]:
-            if marks and marks != _marks(self.images):
+            if marks and marks != self.marks:
                 raise ValueError(_OTHER_IMAGES.format(rank))
             if ours:
                 context = Context(original, network, Calibration(ours, original, first))

@@ -97,7 +97,7 @@ def evaluate_command(
         if low:
             seen = None
             if record is None:
-                seen = [batch for batch, _ in sample_batches(data, calibration, seed=0, task=task)]
+                seen = sample_batches(data, calibration, seed=0, task=task, workers=images.workers)
             model = low_model = fuse(
                 model, torch.int8, calibration=seen, force=True, observer=observer, max_drop=max_drop
             )

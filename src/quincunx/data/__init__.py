@@ -5,6 +5,7 @@ normalised, cropped and flipped a whole batch at a time, so that loading never s
 Larger ones, such as ImageNet, are decoded and augmented in worker processes.
 """
 
+from quincunx.data.drawn import Drawn, draw
 from quincunx.data.epoch import AUGMENTATIONS, batches, normalised
 from quincunx.data.items import Items
 from quincunx.data.load import load_data
@@ -15,6 +16,7 @@ from quincunx.data.stream import WorkerFailed
 
 __all__ = [
     "AUGMENTATIONS",
+    "Drawn",
     "ImageData",
     "Items",
     "Part",
@@ -26,6 +28,7 @@ __all__ = [
     "batches",
     "can_reside",
     "degraded",
+    "draw",
     "load_data",
     "load_function",
     "load_pairs",

@@ -120,9 +120,14 @@ def _items(
     key = None
     if generator is not None and augment != "none":
         key = int(torch.randint(0, 2**62, (1,), generator=generator))
-    plain = not any(data.mean) and all(value == 1 for value in data.std)
     for images, targets in item_batches(split, order, key, workers):
-        yield images if plain else _normalised_planes(images, data), targets
+        yield normalised_items(images, data), targets
+
+
+def normalised_items(images: Tensor, data: ImageData) -> Tensor:
+    """Normalise floats [N, C, H, W] in [0, 1], in place unless they stay as they are."""
+    plain = not any(data.mean) and all(value == 1 for value in data.std)
+    return images if plain else _normalised_planes(images, data)
 
 
 def _epoch(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from quincunx.data.workers import read_batches
+from quincunx.reading import Unreadable
 
 __all__ = ["Items", "Own", "Pictures", "item_batches"]
 
@@ -202,7 +203,7 @@ def item_batches(
         workers: processes that read items; 0 reads in this one.
 
     Raises:
-        ValueError: an item that cannot be read.
+        Unreadable: an item that cannot be read.
         WorkerFailed: a worker died or failed.
 
     Example:
@@ -213,5 +214,5 @@ def item_batches(
     """
     for found in read_batches(_Batches(part.source, key), order, workers, "reads items"):
         if isinstance(found, str):
-            raise ValueError(found)
+            raise Unreadable(found)
         yield found

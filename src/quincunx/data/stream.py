@@ -15,6 +15,7 @@ from quincunx.data.augment import draws_of_image, photograph
 from quincunx.data.images import ImageEntry, Pixels, centre, decoded
 from quincunx.data.sets import Stream
 from quincunx.data.workers import WorkerFailed, read_batches
+from quincunx.reading import Unreadable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,10 +77,10 @@ def crops(split: Stream, order: Sequence[list[int]], key: int | None, workers: i
         workers: processes; 0 decodes in this one.
 
     Raises:
-        ValueError: an unreadable image; the message names it.
+        Unreadable: an image that cannot be read; the message names it.
         WorkerFailed: a worker died, which is noticed within seconds, or failed.
     """
     for found in read_batches(_Photographs(split, key), order, workers, "decodes images"):
         if isinstance(found, str):
-            raise ValueError(f"{found}; --skip-bad reads all images once and goes on without such")
+            raise Unreadable(f"{found}; --skip-bad reads all images once and goes on without such")
         yield found

@@ -229,7 +229,8 @@ def compare_methods(
     original = model
     if options.get("dtype") == torch.int8 and ranks.first:
         count, seed = options.get("calibration", 500), options.get("seed", 0)
-        original = ready_for(model, torch.int8, sample_batches(data, count, seed, task=task), task)
+        images = sample_batches(data, count, seed, task=task, workers=options.get("workers"))
+        original = ready_for(model, torch.int8, images, task)
     before = ranks.from_first(lambda: save(original, out / "original") / "weights.safetensors")
     names: set[str] = set()
     for point in points:

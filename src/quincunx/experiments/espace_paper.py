@@ -24,7 +24,7 @@ from quincunx.acceleration.identity import shared_fits, where_named
 from quincunx.acceleration.journal import FolderJournal, check_run
 from quincunx.acceleration.judge import response_errors, sample_batches
 from quincunx.acceleration.timing import time_accelerated, time_layers
-from quincunx.data import ImageData, batches
+from quincunx.data import Drawn, ImageData, batches
 from quincunx.experiments.printed import ESPACE, ESPACE_ORIGINALS, Gain
 from quincunx.methods import CP, QCNN, BinaryConnect, Espace, LowRank
 from quincunx.methods.points import Point
@@ -303,8 +303,12 @@ class _Fitted:
         self.one = torch.zeros(1, spec_of(model)["in_channels"], experiment.side, experiment.side)
 
     @cached_property
-    def images(self) -> list[tuple[Tensor, Tensor]] | None:
-        return None if self.data is None else sample_batches(self.data, self.calibration, self.seed)
+    def images(self) -> Drawn | None:
+        return (
+            None
+            if self.data is None
+            else sample_batches(self.data, self.calibration, self.seed, workers=self.workers)
+        )
 
     @cached_property
     def judged_on(self) -> list[Tensor]:

@@ -10,8 +10,9 @@ the epilogue takes both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ _LEAST_IMAGES = 16
 _BEYOND = 1e-4
 # images of one call while a network is calibrated, and that layers are compared on alone
 _BATCH, _COMPARED = 32, 64
+# bytes of answers in float32 that are kept instead of computed again
+_MOST_KEPT = 1 << 28
 
 # how many times as far off answers may be where the first and the last layer are in eight bits too
 _ENDS_MAY_ADD = 1.5
@@ -43,11 +46,47 @@ _ENDS_MAY_ADD = 1.5
 _Key = tuple[str, int]
 
 
-def read_images(calibration: Any) -> list[Tensor]:
-    """Return calibration images as batches of at most 32.
+class Images:
+    """Calibration images in batches of at most 32, read anew in each pass.
 
     Args:
-        calibration: a tensor [N, C, H, W], or batches: tensors, or tuples and lists whose first entry is one.
+        batches: tensors [N, C, H, W], or tuples and lists whose first entry is one; can be iterated again.
+
+    Attributes:
+        count: of the images.
+        shape: [C, H, W] of the first one.
+
+    Raises:
+        TypeError: something else.
+        ValueError: too few, or numbers that are not finite.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self.count, self.shape = 0, torch.Size()
+        for images in self:
+            self.shape = self.shape if self.count else images.shape[1:]
+            self.count += len(images)
+        if self.count < _LEAST_IMAGES:
+            raise ValueError(f"calibration: {self.count} images, expected at least {_LEAST_IMAGES}")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, batch in enumerate(self.batches):
+            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(images, Tensor) or images.dim() != 4:
+                what = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+                raise TypeError(f"calibration: expected images [N, C, H, W] in batch {number}, got {what}")
+            if not bool(images.isfinite().all()):
+                raise ValueError(f"calibration: batch {number} has numbers that are not finite")
+            yield from torch.split(images.detach(), _BATCH) if len(images) else ()
+
+
+def read_images(calibration: Any) -> Images:
+    """Return calibration images as batches of at most 32, which are not kept in memory.
+
+    Args:
+        calibration: a tensor [N, C, H, W], or batches that can be iterated again: tensors, or tuples and
+            lists whose first entry is one.
 
     Raises:
         TypeError: something else.
@@ -65,26 +104,45 @@ def read_images(calibration: Any) -> list[Tensor]:
         raise TypeError(
             f"calibration: expected images or batches of images, got {type(calibration).__name__}"
         )
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    found: list[Tensor] = []
-    for number, batch in enumerate(batches):
-        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            what = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"calibration: expected images [N, C, H, W] in batch {number}, got {what}")
-        if not bool(images.isfinite().all()):
-            raise ValueError(f"calibration: batch {number} has numbers that are not finite")
-        found += torch.split(images.detach(), _BATCH) if len(images) else []
-    count = sum(map(len, found))
-    if count < _LEAST_IMAGES:
-        raise ValueError(f"calibration: {count} images, expected at least {_LEAST_IMAGES}")
-    return found
+    if isinstance(calibration, Iterator):
+        raise TypeError(
+            f"calibration: a {type(calibration).__name__} can be read only once, and ranges and answers need "
+            "a pass each; pass a list or a DataLoader"
+        )
+    return Images([calibration] if isinstance(calibration, Tensor) else calibration)
+
+
+class _Answers:
+    """A network's answers to images, batch by batch; kept unless they are large, else computed again."""
+
+    def __init__(self, network: nn.Module, images: Images) -> None:
+        self.network, self.images = network, images
+        self.kept: list[Any] | None = None
+        self.too_large = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        found: list[Any] = []
+        held = 0
+        for batch in self.images:
+            answer = self.network(batch)
+            held += sum(part.nbytes for part in pytree.tree_leaves(answer) if isinstance(part, Tensor))
+            if held > _MOST_KEPT:
+                self.too_large = True
+                found.clear()
+            if not self.too_large:
+                found.append(answer)
+            yield answer
+        if not self.too_large:
+            self.kept = found
 
 
 def calibrate_network(
     model: nn.Module,
     lower: Callable[[nn.Module], Fused],
-    images: list[Tensor],
+    images: Images,
     observer: str,
     max_drop: float,
     keep_ends: bool | None = None,
@@ -123,18 +181,15 @@ def calibrate_network(
     with torch.inference_mode(False), torch.no_grad():
         kept = _kept_from_the_start(fused, bool(keep_ends))
         found = _observe(fused, images, observer, lower(_rounded_copy(model, _paths(model, fused, kept))))
-        answers = [fused(batch) for batch in images]
+        answers = _Answers(fused, images)
         result = _assembled(fused, found, kept)
-        given = [result(batch) for batch in images]
-        drop = _changed(given, answers)
+        drop, off = _compared(map(result, images), answers)
         longer = _kept_from_the_start(fused, True)
         if keep_ends is None and len(longer) > len(kept):
-            kept_result = _assembled(fused, found, longer)
-            kept_given = [kept_result(batch) for batch in images]
-            kept_drop = _changed(kept_given, answers)
-            off, kept_off = _error(given, answers), _error(kept_given, answers)
-            if off > _ENDS_MAY_ADD * kept_off or kept_drop <= max_drop < drop:
-                kept, result, drop = longer, kept_result, kept_drop
+            with_ends = _assembled(fused, found, longer)
+            real_drop, real_off = _compared(map(with_ends, images), answers)
+            if off > _ENDS_MAY_ADD * real_off or real_drop <= max_drop < drop:
+                kept, result, drop = longer, with_ends, real_drop
         layers = [key for key in _layers(fused) if key not in kept]
         if drop > max_drop and layers:
             kept, result, drop = _search(fused, found, kept, layers, images, answers, max_drop)
@@ -143,9 +198,9 @@ def calibrate_network(
             "layers": len(names) - len(kept),
             "kept": {names[key]: why for key, why in kept.items()},
             "drop": drop,
-            "images": sum(map(len, images)),
+            "images": images.count,
             "observer": observer,
-            "input": list(images[0].shape[1:]),
+            "input": list(images.shape),
         }
         shifts = {
             programs[name].steps[number].writes[0]: (
@@ -420,7 +475,7 @@ def _shared_grids(program: Program, ranges: Mapping[str, tuple[float, float]]) -
 
 
 def _observe(
-    fused: Fused, images: list[Tensor], observer: str, rounded: Fused | None = None
+    fused: Fused, images: Iterable[Tensor], observer: str, rounded: Fused | None = None
 ) -> dict[str, _Observed]:
     """Ranges of maps and shifts of biases; ``rounded`` is the network with rounded weights."""
     watching, others = _copied(fused), _programs(rounded or fused)
@@ -481,23 +536,24 @@ def _search(
     found: Mapping[str, _Observed],
     kept: Mapping[_Key, str],
     layers: Sequence[_Key],
-    images: list[Tensor],
-    answers: list[Any],
+    images: Images,
+    answers: Iterable[Any],
     max_drop: float,
 ) -> tuple[dict[_Key, str], Fused, float]:
     """Keep the fewest layers in float32, those first that alone change the answers most."""
-    some = images[: -(-_COMPARED // _BATCH)]
+    some = list(islice(images, -(-_COMPARED // _BATCH)))
+    first = [fused(batch) for batch in some]
     alone: dict[_Key, float] = {}
     for key in layers:
         others = {**kept, **{other: "" for other in layers if other != key}}
         tried = _assembled(fused, found, others)
-        alone[key] = _error([tried(batch) for batch in some], answers[: len(some)])
+        alone[key] = _error([tried(batch) for batch in some], first)
     order = sorted(layers, key=lambda key: -alone[key])
 
     def keep(count: int) -> tuple[dict[_Key, str], Fused, float]:
         more = {**kept, **dict.fromkeys(order[:count], "changes the answers too much")}
         result = _assembled(fused, found, more)
-        return more, result, _changed([result(batch) for batch in images], answers)
+        return more, result, _changed(map(result, images), answers)
 
     # enough layers surely are enough; fewer are tried by halves, as if more were never worse
     low, high, best = 0, len(order), keep(len(order))
@@ -511,13 +567,23 @@ def _search(
     return best
 
 
-def _changed(found: Sequence[Any], expected: Sequence[Any]) -> float:
+def _changed(found: Iterable[Any], expected: Iterable[Any]) -> float:
     """How many of 100 images get another answer; for other answers than classes, the relative error in %."""
-    shares = [(_classes(a), _classes(b)) for a, b in zip(found, expected, strict=True)]
-    if any(a is None or b is None for a, b in shares):
-        return 100 * _error(found, expected)
-    different = sum(int((a != b).sum()) for a, b in shares if a is not None and b is not None)
-    return 100 * different / sum(len(b) for _, b in shares if b is not None)
+    return _compared(found, expected)[0]
+
+
+def _compared(found: Iterable[Any], expected: Iterable[Any]) -> tuple[float, float]:
+    """How many of 100 images get another answer, as in :func:`_changed`, and the relative error."""
+    different = count = 0
+    named, sums = True, _Differences()
+    for given, wanted in zip(found, expected, strict=True):
+        sums.add(given, wanted)
+        a, b = _classes(given), _classes(wanted)
+        if a is None or b is None:
+            named = False
+        else:
+            different, count = different + int((a != b).sum()), count + len(b)
+    return (100 * different / count if named else 100 * sums.share()), sums.share()
 
 
 def _classes(answer: Any) -> Tensor | None:
@@ -527,10 +593,23 @@ def _classes(answer: Any) -> Tensor | None:
 
 def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
     """The root of the summed squares of differences over that of the expected numbers."""
-    off = total = 0.0
-    leaves = zip(pytree.tree_leaves(list(found)), pytree.tree_leaves(list(expected)), strict=True)
-    for a, b in leaves:
-        if isinstance(a, Tensor) and a.is_floating_point():
-            off += float((a.double() - b.double()).square().sum())
-            total += float(b.double().square().sum())
-    return math.sqrt(off / max(total, 1e-30))
+    sums = _Differences()
+    for given, wanted in zip(found, expected, strict=True):
+        sums.add(given, wanted)
+    return sums.share()
+
+
+class _Differences:
+    """Squares of the differences of answers, and of the expected answers, summed batch by batch."""
+
+    def __init__(self) -> None:
+        self.off = self.total = 0.0
+
+    def add(self, found: Any, expected: Any) -> None:
+        for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point():
+                self.off += float((a.double() - b.double()).square().sum())
+                self.total += float(b.double().square().sum())
+
+    def share(self) -> float:
+        return math.sqrt(self.off / max(self.total, 1e-30))

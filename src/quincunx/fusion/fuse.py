@@ -61,7 +61,7 @@ from quincunx.fusion.nodes import (
     slope_of,
     subsampled,
 )
-from quincunx.fusion.padding import pad_apart
+from quincunx.fusion.padding import know_by_size, pad_apart
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import (
     Filling,
@@ -74,6 +74,7 @@ from quincunx.fusion.verified import Comparison
 from quincunx.layers.binary import pack_binary
 from quincunx.layers.eightbits import quantisation_of, round_weights
 from quincunx.layers.graph import is_conv, is_leaf, trace
+from quincunx.layers.padded import PaddedBySize2d
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.sampled import (
     PerforatedConv2d,
@@ -199,6 +200,7 @@ def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any, joins: bool =
         whole, modules = graph.whole, _calls(graph)
         for name, constant in graph.constants.items():
             own.register_buffer(name, constant)
+        know_by_size(own)
         by_position(own, graph)
         drop_nothings(own, graph)
         drop_unread(own, graph)
@@ -415,8 +417,9 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     if node.target is window_means:
         return _means(model, node)
     sized = surely(module, SampledConvTranspose2d, PairedUp2d)
+    by_size = surely(module, PaddedBySize2d)
     if (
-        not is_conv(module)
+        not (is_conv(module) or by_size)
         or module.padding_mode != "zeros"
         or node.kwargs
         or len(node.args) != 1 + sized
@@ -435,7 +438,7 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
         geometry = Geometry(module.kernel_size, (1, 1), module.borders, module.dilation)
         step = Step("transposed", source, weight, bias, geometry, module.groups, module.sampling.spec)
         return replace(step, like=like.name, like_behind=first)
-    if not surely(module, nn.Conv2d):
+    if not (surely(module, nn.Conv2d) or by_size):
         if surely(module, SampledDown2d, PairedDown2d) and module.window > 1 and not _pooled(node):
             return None
         filling = None
@@ -453,7 +456,7 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     kernel = module.weight.shape[2:]
     stride, dilation = _two(module.stride), _two(module.dilation)
     geometry = Geometry(_two(kernel), stride, padding_of(module), dilation)
-    return Step("dense", source, weight, bias, geometry, module.groups)
+    return Step("dense", source, weight, bias, geometry, module.groups, same=by_size)
 
 
 def _filling(module: Any) -> Filling:

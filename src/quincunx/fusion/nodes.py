@@ -17,6 +17,7 @@ from quincunx.fusion.epilogues import Activation
 from quincunx.layers.activations import ACTIVATIONS
 from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.graph import CONVS
+from quincunx.layers.padded import PaddedBySize2d
 from quincunx.layers.paired import PairedDown2d, PairedUp2d, grid_size
 from quincunx.layers.quantised import QuantConv2d
 from quincunx.modules import held_at, known_class, surely
@@ -288,7 +289,7 @@ def size_of(node: object) -> fx.Node | None:
 
 def is_map(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is surely a 4-D map: what a step reads or a module of maps returns."""
-    maps = (*CONVS, QuantConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+    maps = (*CONVS, PaddedBySize2d, QuantConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
     if surely(module_of(model, node), *maps):
         return True
     if activation(model, node) or addition(node) is not None:

@@ -134,6 +134,7 @@ class Step:
         resize_masks: whether explicit positions may be used on another grid than their own; None where
             the convolution has no such setting.
         filling: of "fitted".
+        same: whether the padding is that of :meth:`Geometry.as_large` for the size of the map.
         layer: path of the module that it was made of; empty for none.
     """
 
@@ -155,6 +156,7 @@ class Step:
     shift2: Tensor | None = None
     resize_masks: bool | None = None
     filling: Filling | None = None
+    same: bool = False
     layer: str = ""
 
     @property
@@ -260,11 +262,13 @@ def _count(spec: str, size: tuple[int, int]) -> int:
 
 
 def settled(step: Step, maps: dict[str, Map]) -> Step:
-    """A step with the mask that its convolution has on this grid.
+    """A step with the padding of its map's size and the mask that its convolution has on this grid.
 
     Raises:
         ValueError: explicit positions belong to another grid and may not be resized.
     """
+    if step.same:
+        step = replace(step, geometry=step.geometry.as_large(*maps[step.source].size))
     if step.resize_masks is None:
         return step
     grid = step.geometry.grid(*maps[step.source].size)

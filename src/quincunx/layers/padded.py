@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from quincunx.layers.attributes import ConvLike
 from quincunx.modules import padding_of
+from quincunx.ops.geometry import Geometry, two_integers
 from quincunx.sampling import Cosets, Positions, Sampling, from_spec
 
 __all__ = [
     "MODES",
+    "PaddedBySize2d",
     "PaddedConv2d",
     "continued",
     "continued_cosets",
     "continued_sampling",
     "pad_map",
+    "padded_by_size",
     "padded_like",
     "padding_at",
     "sides_of",
@@ -65,6 +68,43 @@ def without_padding(conv: nn.Conv2d) -> nn.Conv2d:
     settings: dict[str, Any] = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
     kernel: Any = conv.kernel_size
     made = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, **settings, device="meta")
+    made.weight, made.bias = conv.weight, conv.bias
+    return made.train(conv.training)
+
+
+class PaddedBySize2d(nn.Conv2d):
+    """A convolution with TensorFlow's padding "SAME": H' = ceil(H / stride), zeros by the size of the map.
+
+    As timm's ``Conv2dSame``, which a fused network has in this form. Arguments as of ``nn.Conv2d``; its own
+    ``padding`` is not used.
+
+    Example:
+        >>> PaddedBySize2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 8, 7)).shape
+        torch.Size([1, 8, 4, 4])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of the padded map [N, C, H, W]."""
+        kernel, stride, dilation = (
+            two_integers("", v, 1) for v in (self.kernel_size, self.stride, self.dilation)
+        )
+        sides = Geometry(kernel, stride, dilation=dilation).as_large(*input.shape[2:]).padding
+        return F.conv2d(
+            pad_map(input, sides, "zeros"), self.weight, self.bias, stride, 0, dilation, self.groups
+        )
+
+
+def padded_by_size(conv: nn.Conv2d) -> PaddedBySize2d:
+    """Return a :class:`PaddedBySize2d` with the parameters and settings of a convolution.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 3, stride=2)
+        >>> padded_by_size(conv).weight is conv.weight
+        True
+    """
+    settings: dict[str, Any] = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+    kernel: Any = conv.kernel_size
+    made = PaddedBySize2d(conv.in_channels, conv.out_channels, kernel, **settings, device="meta")
     made.weight, made.bias = conv.weight, conv.bias
     return made.train(conv.training)
 

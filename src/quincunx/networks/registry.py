@@ -104,7 +104,7 @@ def build(
             (:mod:`quincunx.networks.trained`), or the Path of an artifact; its classes, channels and settings
             are then the default, and the network is in evaluation mode.
         settings: of the network's family: ``sampling`` (a sampling or its name) and ``down`` ("stride" or
-            "avgpool") for all SB forms, ``width`` for the CIFAR ResNets, DnCNN and U-Net,
+            "avgpool") for all SB forms, ``width`` for the ResNets, DnCNN and U-Net,
             ``reduction`` for SE-ResNets, ``form`` ("torchvision" or "original") for AlexNet and GoogLeNet,
             ``aux`` for GoogLeNet,
             ``dropout`` for AlexNet, GoogLeNet and SqueezeNet.

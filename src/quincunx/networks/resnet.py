@@ -38,6 +38,7 @@ class _Kind:
     groups: int = 1
     group_width: int = _WIDTH
     reduction: int | None = None
+    width: int = _WIDTH
 
 
 class SqueezeExcitation(nn.Module):
@@ -154,11 +155,16 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, stages: list[list[nn.Module]], outside: int, num_classes: int, in_channels: int
+        self,
+        stages: list[list[nn.Module]],
+        outside: int,
+        num_classes: int,
+        in_channels: int,
+        width: int = _WIDTH,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, _WIDTH, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTH)
+        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.layer1, self.layer2, self.layer3, self.layer4 = (nn.Sequential(*blocks) for blocks in stages)
         self.fc = nn.Linear(outside, num_classes)
         he_start(self)
@@ -176,16 +182,17 @@ def _build(name: str, depth: int, num_classes: int, in_channels: int, kind: _Kin
         raise ValueError(f"{name}{depth}: the depth must be one of {', '.join(map(str, depths))}")
     expansion = _EXPANSION[depth]
     stages: list[list[nn.Module]] = []
-    inside = _WIDTH
+    check_positive("width", kind.width)
+    inside = kind.width
     for stage, count in enumerate(_STAGES[depth]):
-        channels, blocks = _WIDTH * 2**stage, []
+        channels, blocks = kind.width * 2**stage, []
         for i in range(count):
             stride = 2 if stage > 0 and i == 0 else 1
             block = _regular if expansion == 1 else _bottleneck
             blocks.append(block(inside, channels, stride, kind, i > 0))
             inside = channels * expansion
         stages.append(blocks)
-    return ResNet(stages, inside, num_classes, in_channels)
+    return ResNet(stages, inside, num_classes, in_channels, kind.width)
 
 
 def _regular(inside: int, channels: int, stride: int, kind: _Kind, _: bool) -> nn.Module:
@@ -201,9 +208,9 @@ def _bottleneck(inside: int, channels: int, stride: int, kind: _Kind, later: boo
     return Bottleneck(inside, channels, stride, kind if later else replace(kind, sampling=None))
 
 
-def resnet(depth: int, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """Return ResNet-18, -34, -50 or -101."""
-    return _build("resnet", depth, num_classes, in_channels, _Kind())
+def resnet(depth: int, num_classes: int = 1000, in_channels: int = 3, *, width: int = _WIDTH) -> ResNet:
+    """Return ResNet-18, -34, -50 or -101, with ``width`` channels in its first stage."""
+    return _build("resnet", depth, num_classes, in_channels, _Kind(width=width))
 
 
 def sb_resnet(
@@ -213,9 +220,10 @@ def sb_resnet(
     *,
     sampling: Sampling | str = CHESSBOARD,
     down: str = "stride",
+    width: int = _WIDTH,
 ) -> ResNet:
     """Return it with spatial bottlenecks (Peng et al., arXiv:1809.02601, section 5)."""
-    return _build("resnet", depth, num_classes, in_channels, _Kind(parse(sampling), down))
+    return _build("resnet", depth, num_classes, in_channels, _Kind(parse(sampling), down, width=width))
 
 
 def _resnext(depth: int, num_classes: int, in_channels: int, sampling: Sampling | None, down: str) -> ResNet:

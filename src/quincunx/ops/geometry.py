@@ -92,6 +92,15 @@ class Geometry:
         cols = (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
         return rows, cols
 
+    def as_large(self, height: int, width: int) -> Geometry:
+        """Return it with TensorFlow's padding "SAME": H' = ceil(H / stride), the odd zero below and right."""
+        padding = []
+        for axis, length in enumerate((height, width)):
+            stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            total = max((-(-length // stride) - 1) * stride + reach - length, 0)
+            padding += [total // 2, total - total // 2]
+        return replace(self, padding=(padding[0], padding[1], padding[2], padding[3]))
+
     def rounded_up(self, height: int, width: int) -> Geometry:
         """Return it with the padding below and right, possibly negative, of a pooling in ceil mode.
 

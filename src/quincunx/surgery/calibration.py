@@ -535,6 +535,8 @@ class Responses:
             held += sum(t.numel() * t.element_size() for t in pair)
             if kept is not None and held <= MOST_KEPT:
                 found.append(pair)
+            else:
+                found.clear()
             if self.sides is not None:
                 seen = pad_map(seen, self.sides, str(self.layer.module.padding_mode))
             yield seen, response
