@@ -94,6 +94,51 @@ def low_networks() -> str:
     return table(header, cells)
 
 
+def int8_networks() -> str:
+    """Whole networks in eight bits: each over the fastest dense candidate in eight bits."""
+    header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
+    header += ["ms", "dense, ms", "our dense, ms", "in bfloat16, ms"]
+    cells = []
+    for row in read("bench-networks-int8.json")["rows"]:
+        name, found = next(iter(row["candidates"].items()))
+        times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
+        speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
+        numbers = [str(row["batch"]), str(row["threads"]), f"{found['mac_ratio']:.2f}", speedup]
+        dense = row["best_dense"]
+        shown = (name, dense, "ours, dense int8", f"{name} in bfloat16")
+        cells.append([row["case"], *numbers, dense, *(times[key] for key in shown)])
+    return table(header, cells)
+
+
+def plugins() -> str:
+    """Programs in other engines: over the same program in torch, and over the dense network in the engine."""
+    header = ["network", "batch", "threads", "MAC ratio", "torch (`qx.fuse`), ms"]
+    for engine in ("ONNX Runtime", "OpenVINO"):
+        header += [f"{engine}, ms", "of torch's time", "over its dense"]
+    cells = []
+    for case in read("plugins.json")["cases"]:
+        cell = [case["name"], str(case["batch"]), str(case["threads"]), f"{case['mac_ratio']:.2f}"]
+        cell.append(f"{1e3 * case['seconds']['qx.fuse'][0]:.2f}")
+        for engine in ("onnxruntime", "openvino"):
+            found = case[engine]
+            cell.append(f"{1e3 * case['seconds'][engine][0]:.2f}")
+            cell += [f"{found['time_over_fuse'][0]:.2f}", f"{found['speedup'][0]:.2f}x"]
+        cells.append(cell)
+    return table(header, cells)
+
+
+def format_front() -> str:
+    """Networks in each number format: what is wrong, and how long it takes."""
+    rows = read("format-front.json")["rows"]
+    header = ["network", "format", "M MACs", "test error", "ms", "speed-up"]
+    cells = []
+    for row in rows:
+        error, seconds = f"{100 * row['error']:.2f}%", f"{1e3 * row['seconds'][0]:.2f}"
+        cells.append([row["network"], row["format"], f"{row['macs'] / 1e6:.1f}", error, seconds])
+        cells[-1].append(f"{row['speedup'][0]:.2f}x")
+    return table(header, cells)
+
+
 def networks() -> str:
     result = read("bench-networks.json")
     header = ["network", "batch", "threads", "MAC ratio", "speed-up over the dense one, fused"]
@@ -730,6 +775,10 @@ MADE = {
     "perforate-speed": lambda: layers("perforate", "bench-methods-zen5.json"),
     "blocks-bfloat16": lambda: bench("blocks-bfloat16"),
     "networks-bfloat16": low_networks,
+    "blocks-int8": lambda: bench("blocks-int8"),
+    "networks-int8": int8_networks,
+    "plugins": plugins,
+    "format-front": format_front,
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
     "networks": networks,
