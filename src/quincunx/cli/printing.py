@@ -287,8 +287,8 @@ def print_comparison(rows: list[AgainstPaper]) -> None:
         )
     _print(table)
     say(
-        "Mean and deviation over seeds; p of Student's t-test, two-sided; - where the paper prints nothing for "
-        "such images."
+        "Mean and deviation over seeds; p of Student's t-test, two-sided; - where the paper prints nothing "
+        "for such images."
     )
 
 

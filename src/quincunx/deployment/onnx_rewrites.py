@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -153,7 +154,7 @@ class _Pieces(nn.Module):
         self.sizes, self.axis = list(sizes), axis
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(self.sizes, self.axis)
+        return torch.split(x, self.sizes, self.axis)
 
 
 class _Cut(nn.Module):
@@ -211,7 +212,7 @@ def _with_constants(module: nn.Module, constants: Sequence[Tensor | None]) -> nn
     if kind == "OnnxPadDynamic" and all(isinstance(side, int) for side in values[0]):
         return _Padded(str(module.mode), values[0], values[1][0] if len(values) > 1 else 0.0)
     if kind == "OnnxSplit13" and len(values) == 1:
-        return _Pieces(values[0], int(module.axis))
+        return _Pieces(values[0], int(str(module.axis)))
     if kind == "OnnxSlice":
         starts, ends = values[:2]
         axes = values[2] if len(values) > 2 else list(range(len(starts)))
