@@ -372,6 +372,15 @@ def test_out_of_reach_the_fastest_is_given():
         qx.accelerate(net(), "sb", calibration=data(), macs="1%")
 
 
+def test_a_missed_target_says_what_there_was_no_time_for():
+    rows = [{"why_not": BUDGET}, {"why_not": None}, {"why_not": BUDGET}]
+    record = {"target": {"speedup": 2}, "attempts": [{"speedup": 1.1}], "chosen": [{}], "candidates": rows}
+    assert shortfall(record) == (
+        "the target speedup=2 is out of reach; the best found is 1.10 times as fast; 2 of 3 candidates were "
+        "not scored in the time budget"
+    )
+
+
 @pytest.mark.parametrize("target", [{"latency_ms": 10}, {"macs": "100%"}, {"macs": 1e9}])
 def test_a_target_that_is_met_as_it_is(target):
     found = run(target)
@@ -597,8 +606,8 @@ def test_without_time_nothing_is_scored_and_a_later_run_goes_on(tmp_path, scored
     assert {row.why_not for row in found.rows} == {BUDGET}
     assert not found.met
     assert shortfall(found.record) == (
-        f"the target speedup=1.3 is out of reach: no candidate can be used; {len(found.rows)} were not "
-        "scored within the time budget"
+        f"the target speedup=1.3 is out of reach: no candidate can be used; {len(found.rows)} of "
+        f"{len(found.rows)} candidates were not scored in the time budget"
     )
     assert found.result.skipped == dict.fromkeys(CONVS, BUDGET)
     later, whole = run({"speedup": 1.3}, table=table), run({"speedup": 1.3})

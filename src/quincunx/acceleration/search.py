@@ -186,16 +186,20 @@ def shortfall(record: Mapping[str, Any]) -> str:
     # with a single target it is clear what failed
     missed = "; ".join(shortcoming(record)) if len(record["target"]) > 1 else ""
     attempts = record["attempts"]
+    left = sum(row["why_not"] == BUDGET for row in record["candidates"])
+    late = (
+        f"; {left} of {len(record['candidates'])} candidates were not scored in the time budget"
+        if left
+        else ""
+    )
     if not attempts or not record["chosen"]:
-        left = sum(row["why_not"] == BUDGET for row in record["candidates"])
-        late = f"; {left} were not scored within the time budget" if left else ""
         return f"the target {asked} is out of reach: no candidate can be used{late}"
     best = max(attempts, key=lambda attempt: attempt["speedup"])
     told = f"the target {asked} is out of reach; the best found is {best['speedup']:.2f} times as fast"
     if "macs" in record["target"]:
         told += f", with {record['macs'] / 1e6:.1f} M MACs"
     told += f", and loses {scale_in(record).amount(record['drop'], 1)}" if "drop" in record else ""
-    return f"{told} ({missed})" if missed else told
+    return (f"{told} ({missed})" if missed else told) + late
 
 
 @dataclass

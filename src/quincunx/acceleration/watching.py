@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from quincunx.acceleration.knapsack import choose
 from quincunx.acceleration.target import Target
-from quincunx.progress import progress_bar
 
 if TYPE_CHECKING:
     from quincunx.acceleration.scores import Scores
@@ -115,6 +114,9 @@ def search_bar(shown: bool, limit: float | None) -> Iterator[Callable[[str, floa
         >>> with search_bar(False, None) as tell:
         ...     tell("scoring", 0.5)
     """
+    # it brings rich, which takes its time to import
+    from quincunx.progress import progress_bar
+
     with progress_bar(shown) as bar:
         task = bar.add_task("searching", total=1.0, state="", limit=limit)
 

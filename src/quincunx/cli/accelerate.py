@@ -210,7 +210,11 @@ class MethodOptions:
 
 @verb(
     "accelerate",
-    epilog=example("quincunx accelerate runs/rrn20 --data cifar10 --rate 0.5 --out fast"),
+    epilog=example(
+        "quincunx accelerate runs/rrn20 --data cifar10 --rate 0.5 --out fast",
+        "quincunx accelerate --model mynets:make --data photos --speedup 1.5",
+        "quincunx accelerate net.onnx --data photos --latency-ms 12 --export onnx",
+    ),
     short_help="Make a trained network faster.",
 )
 def accelerate_command(
@@ -237,7 +241,12 @@ def accelerate_command(
         ),
     ] = None,
     plugin: Annotated[
-        bool, typer.Option("--plugin", help="With --export: as there.", rich_help_panel="Output")
+        bool,
+        typer.Option(
+            "--plugin",
+            help="With --export: our kernels compute inside the engine, which loads their library.",
+            rich_help_panel="Output",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

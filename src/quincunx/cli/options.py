@@ -426,8 +426,9 @@ def _options_in(kind: Any) -> Iterator[inspect.Parameter]:
         )
 
 
-def example(text: str) -> str:
-    return f"\b\nExample:\n  {text}"
+def example(*commands: str) -> str:
+    """The end of a verb's help."""
+    return "\n  ".join(["\b\nExample:", *commands])
 
 
 @contextmanager
