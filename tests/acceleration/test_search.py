@@ -28,7 +28,7 @@ from quincunx.measure.latency import Timing
 from quincunx.methods.points import worded
 from quincunx.methods.registry import candidates_named
 from quincunx.report.acceleration import search_sentences
-from quincunx.surgery.replace import prepare, temporarily_replaced
+from quincunx.surgery.replace import layer_macs, prepare, temporarily_replaced
 
 # ---------------------------------------------------------------- the choice
 
@@ -613,6 +613,24 @@ def test_without_time_nothing_is_scored_and_a_later_run_goes_on(tmp_path, scored
     later, whole = run({"speedup": 1.3}, table=table), run({"speedup": 1.3})
     assert later.met
     assert later.record["chosen"] == whole.record["chosen"]
+
+
+def test_what_there_is_no_time_for_are_the_smallest_layers(monkeypatch, timed):
+    seen, time_class = [], Scores._time_class
+
+    def note(self, units):
+        seen.append(sum(layer_macs(layer.module, layer.input_shape) for unit in units for layer in unit))
+        time_class(self, units)
+
+    monkeypatch.setattr(Scores, "_time_class", note)
+    limited = run({"macs": "60%"}, time_budget=1e6, dry_run=True)
+    assert seen == sorted(seen, reverse=True)
+    largest_first, seen[:] = list(seen), []
+    whole = run({"macs": "60%"}, dry_run=True)
+    assert len(largest_first) > 2
+    assert seen != largest_first
+    assert sorted(seen, reverse=True) == largest_first
+    assert limited.record["chosen"] == whole.record["chosen"]
 
 
 def test_a_table_of_another_search_is_refused(tmp_path):

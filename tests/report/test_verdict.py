@@ -169,6 +169,9 @@ def test_a_search_before_fine_tuning_names_what_it_missed():
         ({"latency_ms": 3.9, "max_drop": 1}, [("int8", 1.5, 0.0)], None),
         ({"macs": "50%", "max_drop": 1}, [("int8", 1.52, 0.0)], None),
         ({"macs": "50%", "max_drop": 1}, [("int8", 1.54, 0.0)], "is the better answer"),
+        # without a limit a target of speed is met at any loss
+        ({"speedup": 1.6}, [("int8", 1.7, 25.8)], "meets the target at a higher loss here"),
+        ({"speedup": 1.6}, [("int8", 1.7, 3.9)], "meets the target here"),
         # the result meets the target too
         ({"speedup": 1.5, "max_drop": 5}, [("int8", 1.5, 0.06)], None),
     ],

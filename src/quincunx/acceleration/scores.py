@@ -236,7 +236,8 @@ class Scores:
 
         Args:
             table: file of the scores.
-            time_budget: seconds after which no further candidate is scored.
+            time_budget: seconds after which no further candidate is scored; then the layers with the most
+                multiply-adds, those of one shape together, come first.
             shared: has losses measured by several processes; by default this one measures them.
         """
         ends = float("inf") if time_budget is None else time.perf_counter() + time_budget
@@ -245,7 +246,11 @@ class Scores:
         for unit in self.units:
             classes.setdefault(_shape_of(unit), []).append(unit)
         todo = [row for row in self.rows if not _finished(row)]
-        for units in classes.values():
+        order = list(classes.values())
+        if time_budget is not None:
+            # what there is no time for should be what could save least
+            order.sort(key=_macs_of, reverse=True)
+        for units in order:
             if not self.reference and time.perf_counter() < ends:
                 timed = measure_models({"": self.dense}, self._timed_input(), rounds=_ROUNDS)
                 self.reference = timed[""].median
@@ -624,6 +629,10 @@ def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, flo
     each = (1 - np.array(after.seconds) / np.array(before.seconds)) / units
     low, middle, high = np.percentile(each, [25, 50, 75])
     return float(low), float(middle), float(high)
+
+
+def _macs_of(units: Sequence[tuple[Layer, ...]]) -> int:
+    return sum(layer_macs(layer.module, layer.input_shape or ()) for unit in units for layer in unit)
 
 
 def _macs_saved(layer: Layer, made: Replacement) -> int:

@@ -45,7 +45,7 @@ from quincunx.cli.printing import (
 )
 from quincunx.cli.task import TaskOptions
 from quincunx.data import ImageData
-from quincunx.deployment.export import ExportFailed
+from quincunx.deployment.export import ExportFailed, NotFaster
 from quincunx.deployment.formats import FORMATS
 from quincunx.methods.fitting.settings import LayerRanks
 from quincunx.methods.registry import ALIASES, METHODS, candidates_named, method_named, with_candidates
@@ -390,6 +390,9 @@ def _exported(
     image = torch.randn((1, data.in_channels, *data.size), generator=torch.Generator().manual_seed(seed))
     try:
         return qx.export(model, path, image, plugin=plugin, baseline=found.model)
+    except NotFaster as error:
+        told = error.advising("--plugin", f"quincunx export {out} --force")
+        raise RunFailed(f"the artifact is in {out / 'model'}; export: {told}") from None
     except (ExportFailed, ValueError, TypeError) as error:
         raise RunFailed(f"the artifact is in {out / 'model'}; export: {error}") from None
 

@@ -24,7 +24,7 @@ from quincunx.cli.options import (
     verb,
 )
 from quincunx.cli.printing import say, show
-from quincunx.deployment.export import ExportFailed
+from quincunx.deployment.export import ExportFailed, NotFaster
 from quincunx.deployment.formats import FORMATS, format_for
 from quincunx.networks.preprocessing import Preprocessing
 from quincunx.train.loop import RunFailed
@@ -103,6 +103,8 @@ def export_command(
                     threads=threads,
                     rounds=rounds,
                 )
+            except NotFaster as error:
+                raise RunFailed(error.advising("--plugin", "--force")) from None
             except ExportFailed as error:
                 raise RunFailed(str(error)) from None
     if as_json:

@@ -44,6 +44,24 @@ class ExportFailed(RuntimeError):
     """
 
 
+class NotFaster(ExportFailed):
+    """A file is right but not faster than the dense network; it would be written with ``force=True``.
+
+    Args:
+        found: what was measured, as a sentence without its full stop.
+        plugin: whether our kernels ran in it.
+    """
+
+    def __init__(self, found: str, plugin: bool) -> None:
+        self.found, self.plugin = found, plugin
+        super().__init__(self.advising("plugin=True", "force=True"))
+
+    def advising(self, plugin: str, force: str) -> str:
+        """Return the sentence with what to write for the two remedies."""
+        kernels = "" if self.plugin else f"{plugin} runs our kernels in it, "
+        return f"{self.found}; nothing was written; {kernels}{force} writes it all the same"
+
+
 @dataclass(frozen=True)
 class Exported:
     """What :func:`quincunx.export` wrote and measured.
@@ -246,7 +264,7 @@ def export(
             ),
         )
         if speedup is not None and speedup <= 1 and not force:
-            raise ExportFailed(f"{made.sentence()}; {_advice(plugin)}")
+            raise NotFaster(made.sentence(), plugin)
         if kind.name != "aoti":
             # the same graph; a package of AOTInductor would have to be compiled again
             write(place, {**facts, "difference": max(gaps.values()), "speedup": speedup})
@@ -465,9 +483,3 @@ def _faster(found: Found) -> dict[str, float]:
     others = [name for name, times in found.times.items() if name not in ("ours", "dense") and times]
     ratios = {name: 1 / found.ratio(name, "ours") for name in others} if ours else {}
     return {name: ratio for name, ratio in ratios.items() if ratio > 1}
-
-
-def _advice(plugin: bool) -> str:
-    if not plugin:
-        return "nothing was written; plugin=True runs our kernels in it, force=True writes it all the same"
-    return "nothing was written; force=True writes it all the same"
