@@ -5,7 +5,7 @@ of threads: seconds with quartiles, the plug-ins' time over that of ``qx.fuse`` 
 speed-up over the dense network in the same engine beside the MAC ratio (target 0.9 of it), the difference of
 the answers, and for the last network the time to load it and the memory that it holds over its weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/plugins.py --out results/plugins.json      # about 15 minutes
+    OMP_NUM_THREADS=1 python benchmarks/plugins.py --out results/plugins.json      # about 8 minutes
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import quincunx as qx
 from quincunx.fusion.serialise import NativePiece, pieces
-from quincunx.measure.engines import PEERS, quiet
+from quincunx.measure.engines import PEERS, REST, quiet
 from quincunx.measure.environment import environment
 from quincunx.measure.latency import Timing, measure, using_threads
 from quincunx.ops import backend
@@ -153,7 +153,8 @@ def case(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]:
             key: float(np.abs(np.asarray(rows[key]()) - wanted).max()) / scale
             for key in ("onnxruntime", "openvino")
         }
-        timed = measure(rows, threads=threads, rounds=rounds, round_seconds=0.03)
+        rest = REST if threads > 1 else 0.0
+        timed = measure(rows, threads=threads, rounds=rounds, round_seconds=0.03, rest=rest)
     ratio = qx.cost(dense, x).macs / qx.cost(ours, x).macs
     result: dict[str, Any] = {"name": name, "batch": batch, "threads": threads, "mac_ratio": ratio}
     result["seconds"] = {key: _spread(timing) for key, timing in timed.items()}

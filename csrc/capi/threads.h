@@ -2,6 +2,10 @@
 #pragma once
 
 #include <unistd.h>
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -14,6 +18,27 @@
 #include "../runner.h"
 
 namespace quincunx {
+
+#if defined(__linux__)
+// The processors that a thread may use, as the library was loaded.
+inline const cpu_set_t kProcessors = [] {
+  cpu_set_t found;
+  if (pthread_getaffinity_np(pthread_self(), sizeof found, &found) != 0) CPU_ZERO(&found);
+  return found;
+}();
+#endif
+
+// Engines tie their threads to one processor each, and a thread that is made by such a one inherits that: all of a
+// team would take turns on it. Threads that share too few processors get those of the time of loading.
+inline void spread([[maybe_unused]] std::vector<std::thread>& made) {
+#if defined(__linux__)
+  cpu_set_t mine;
+  if (pthread_getaffinity_np(pthread_self(), sizeof mine, &mine) != 0) return;
+  const auto count = static_cast<size_t>(CPU_COUNT(&mine));
+  if (count > made.size() || CPU_COUNT(&kProcessors) <= CPU_COUNT(&mine)) return;
+  for (std::thread& thread : made) pthread_setaffinity_np(thread.native_handle(), sizeof kProcessors, &kProcessors);
+#endif
+}
 
 class Threads {
  public:
@@ -40,6 +65,7 @@ class Threads {
   struct Team {
     explicit Team(int64_t count) : process(getpid()) {
       for (int64_t i = 1; i < count; ++i) workers.emplace_back([this] { work(); });
+      spread(workers);
     }
     ~Team() {
       {

@@ -124,6 +124,15 @@ def test_candidates_take_turns(rounds, warmup):
     assert all(calls.count(name) >= warmup + 1 + rounds for name in "abc")
 
 
+def test_before_each_turn_is_a_rest(monkeypatch):
+    """So that threads of the candidate before have gone to sleep."""
+    said: list[str] = []
+    monkeypatch.setattr(latency.time, "sleep", lambda seconds: said.append(f"rest {seconds}"))
+    candidates = {"a": lambda: said.append("a"), "b": lambda: said.append("b")}
+    measure(candidates, rounds=2, round_seconds=1e-9, warmup=0, rest=0.05)
+    assert runs_of(said[said.index("rest 0.05") :]) == ["rest 0.05", "a", "rest 0.05", "b"] * 2
+
+
 def test_one_slow_call_does_not_make_a_round_of_one_call(monkeypatch):
     timed = []
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from quincunx.ops import backend
 from quincunx.ops.libraries import LoadedProgram
 
 pytestmark = pytest.mark.skipif(backend().name != "native", reason="programs run in native kernels")
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -236,3 +238,30 @@ def test_a_forked_worker_has_threads_of_its_own():
     worker.join()
     assert worker.exitcode == 0
     np.testing.assert_array_equal(program.run([x], threads=3)[0], y)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity of threads here")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_threads_do_not_all_inherit_one_processor():
+    """An engine ties its threads to a processor each, and such a thread may run the first program."""
+    code = """
+import os, sys
+sys.path.insert(0, "tests")
+import quincunx as qx
+from helpers.programs import called, examples
+from quincunx.fusion.serialise import pieces
+from quincunx.ops.libraries import LoadedProgram
+model, x = examples()["bottleneck"]
+program, arguments, _ = called(qx.fuse(model), x)[0]
+[piece] = pieces(program, *(a.shape for a in arguments))
+loaded = LoadedProgram(piece.data)
+allowed, before = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+one = {min(allowed)}
+os.sched_setaffinity(0, one)
+loaded.run([a.contiguous().numpy() for a in arguments], threads=2)
+made = {int(task) for task in set(os.listdir("/proc/self/task")) - before}
+assert [os.sched_getaffinity(task) for task in made] == [allowed], made
+assert os.sched_getaffinity(0) == one
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

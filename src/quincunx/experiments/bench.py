@@ -23,7 +23,7 @@ from quincunx.fusion.program import Program
 from quincunx.fusion.steps import Step
 from quincunx.layers.sampled import SampledConv2d, SampledConvTranspose2d, SpatialBottleneck2d
 from quincunx.measure.cost import cost
-from quincunx.measure.engines import PEERS, Run, quiet
+from quincunx.measure.engines import PEERS, REST, Run, quiet
 from quincunx.measure.environment import environment
 from quincunx.measure.latency import measure, using_threads
 from quincunx.methods import Espace
@@ -568,7 +568,9 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
     makers = {**case.dense, **{name: make for name, (make, _) in case.ours.items()}}
     runs = {name: make(threads) for name, make in makers.items()}
     runs[_REFERENCE] = _matrix_product(case.dtype)
-    found = measure(runs, threads=threads, rounds=rounds, round_seconds=round_seconds)
+    found = measure(
+        runs, threads=threads, rounds=rounds, round_seconds=round_seconds, rest=REST if threads > 1 else 0.0
+    )
     full = case.baselines or [name for name in case.dense if "bfloat16" not in name]
     best = min(full, key=lambda name: found[name].median)
     candidates = {}

@@ -24,9 +24,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from quincunx.layers.graph import trace
 from quincunx.measure.latency import using_threads
 
-__all__ = ["PEERS", "fold_batch_norm", "onnx_bytes", "quiet"]
+__all__ = ["PEERS", "REST", "fold_batch_norm", "onnx_bytes", "quiet"]
 
 Run = Callable[[], object]
+
+# seconds between turns on several threads: so long do those of ONNX Runtime spin for more work after a call
+REST = 0.05
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
