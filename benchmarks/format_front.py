@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from quincunx.acceleration.judge import sample_batches
@@ -60,9 +59,11 @@ def measured(
         times = measure(runs, threads=1, rounds=rounds)
     first = next(iter(times.values()))
     for label, timing in times.items():
-        low, middle, high = (float(v) for v in np.quantile(timing.seconds, (0.25, 0.5, 0.75)))
-        rows[label] |= {"seconds": [middle, low, high], "speedup": list(timing.speedup_over(first))}
-        print(f"{label}: {100 * rows[label]['error']:.2f}% wrong, {1e3 * middle:.3f} ms", flush=True)
+        rows[label] |= {
+            "seconds": [timing.median, *timing.quartiles],
+            "speedup": list(timing.speedup_over(first)),
+        }
+        print(f"{label}: {100 * rows[label]['error']:.2f}% wrong, {1e3 * timing.median:.3f} ms", flush=True)
     return list(rows.values())
 
 

@@ -170,8 +170,7 @@ def case(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def _spread(timing: Timing) -> list[float]:
-    low, middle, high = (float(v) for v in np.quantile(timing.seconds, (0.25, 0.5, 0.75)))
-    return [middle, low, high]
+    return [timing.median, *timing.quartiles]
 
 
 def loading(name: str) -> dict[str, Any]:
