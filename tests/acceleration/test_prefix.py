@@ -220,3 +220,17 @@ def test_a_network_that_differs_before_the_layer_runs_whole():
         names[0],
     )
     compared(tails, other, data)
+
+
+def test_nothing_is_measured_to_answer(monkeypatch):
+    # in another process, or after an interruption, a close call may end the other way
+    def measured(*args, **kwargs):
+        raise AssertionError("measured which kernel is faster")
+
+    monkeypatch.setattr("quincunx.fusion.program.speed_ratio", measured)
+    monkeypatch.setattr("quincunx.fusion.program.decision", measured)
+    model = made("resnet")
+    tails = Tails(model, images(model))
+    with inference_mode_of(model):
+        tails.go_to((convolutions(model)[1],))
+        assert len([*tails.answers(model), *tails.inputs(model, (convolutions(model)[2],))]) == 4

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quincunx.fusion.fuse import fuse
+from quincunx.fusion.program import Program
 from quincunx.layers.graph import trace
 from quincunx.layers.tracing import as_module
 from quincunx.modules import inference_mode_of
@@ -20,8 +21,8 @@ __all__ = ["Tails"]
 class Tails:
     """Batches of a network up to some layer, from which changed copies of the network continue.
 
-    Both parts run fused. A network runs whole if torch.fx cannot trace it, if it has hooks, which only its
-    own forward calls, or if its values take too much memory to keep.
+    Both parts run fused, always by the same kernels. A network runs whole if torch.fx cannot trace it, if
+    it has hooks, which only its own forward calls, or if its values take too much memory to keep.
 
     Args:
         model: the unchanged network.
@@ -49,7 +50,7 @@ class Tails:
         part = _between(self.model, self.graph, self.graph, self.at, at, tuple(read)) if at else None
         if part is None:
             return
-        head, kept, held = fuse(part), [], 0
+        head, kept, held = _fused(part), [], 0
         for values in self._values():
             kept.append(tuple(head(*values)))
             held += sum(v.numel() * v.element_size() for v in kept[-1] if isinstance(v, Tensor))
@@ -67,7 +68,7 @@ class Tails:
         if tail is None:
             yield from (network(batch.input) for batch in self.data)
             return
-        fused = fuse(tail)
+        fused = _fused(tail)
         yield from (fused(*values) for values in self._values())
 
     def inputs(self, network: nn.Module, names: Sequence[str]) -> Iterator[Tensor] | None:
@@ -97,7 +98,7 @@ class Tails:
                 part.graph.erase_node(node)
         part.recompile()
         computes = any(node.op.startswith("call") for node in part.graph.nodes)
-        head = fuse(part) if computes else part
+        head = _fused(part) if computes else part
         return (head(*(values[i] for i in used)) for values in self._values())
 
     def _values(self) -> Iterable[tuple[Any, ...]]:
@@ -106,6 +107,16 @@ class Tails:
 
     def _inputs(self) -> Iterator[tuple[Tensor]]:
         return ((batch.input.contiguous(memory_format=_layout(batch.input)),) for batch in self.data)
+
+
+def _fused(part: fx.GraphModule) -> nn.Module:
+    # not the faster of torch's kernels and ours: a close call is measured anew in each process, and scores
+    # would differ between runs, or before and after an interruption, by how their sums are rounded
+    fused = fuse(part)
+    for module in fused.modules():
+        if isinstance(module, Program):
+            module.native_only = True
+    return fused
 
 
 def _layout(x: Tensor) -> torch.memory_format:
