@@ -156,6 +156,7 @@ def test_info():
         (["train", "--data", "empty"], ["empty: no images found"]),
         (["train", "--out", "file"], ["out='file'", "not a folder"]),
         (["train", "--out", "file/below"], ["out='file/below'", "file is not a folder"]),
+        (["report", "nothing", "--out", "file/page.html"], ["out='file/page.html'", "file is not a folder"]),
         (["demo", "--out", "file"], ["out='file'", "not a folder"]),
         (["cost", "rsbn20", "--input", "1x3x32"], ["input='1x3x32'", "1x3x32x32"]),
         (["cost", "rsbn20", "--input", "1x3x1x1"], ["grid 1 x 1", "K=2"]),

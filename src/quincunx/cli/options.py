@@ -465,17 +465,18 @@ def running() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse, before long work, a folder that cannot be made or written.
+def check_folder(folder: Path, file: Path | None = None) -> None:
+    """Refuse, before long work, a folder that cannot be made or written, for itself or for a file in it.
 
     Raises:
         ValueError: it or a part of its path is a file, or may not be written.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    whole, asked = folder.absolute(), str(file or folder)
+    there = next(path for path in (whole, *whole.parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"out={str(folder)!r}: {there} is not a folder")
+        raise ValueError(f"out={asked!r}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"out={str(folder)!r}: {there} may not be written")
+        raise ValueError(f"out={asked!r}: {there} may not be written")
 
 
 def make_folder(folder: Path) -> None:

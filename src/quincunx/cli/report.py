@@ -69,7 +69,7 @@ def report_command(
     """
     with bad_input():
         if out is not None:
-            check_folder(out.parent)
+            check_folder(out.parent, out)
         use_threads(threads)
         check_can_draw()
         accelerated = [(folder / "accelerate.json").is_file() for folder in folders]

@@ -63,7 +63,7 @@ def tune(
         if serving.name != "triton":
             raise ValueError(f"device={device!r}: no kernels to tune: {serving.reason}")
         if out is not None:
-            check_folder(out.parent)
+            check_folder(out.parent, out)
         wanted = list(cases(_parse_shapes(shapes), parse_counts("batches", batches), dtype, train))
         with running(), progress_bar(not as_json) as bar:
             task = bar.add_task("compiling", total=None, state="")
