@@ -266,6 +266,48 @@ def test_accelerated_networks_in_onnx_runtime(tmp_path, name):
         assert max(made.difference.values()) < 1e-4
 
 
+class Windowed(nn.Module):
+    """torch.fx cannot trace it, since it cuts its map into windows by numbers; torch.export can."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        rows, columns = int(h) // 2, int(w) // 2
+        y = x.view(n, c, 2, rows, 2, columns).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, rows, columns)
+        return self.inner(y).view(n, 2, 2, -1, rows, columns).mean((1, 2))
+
+
+@pytest.mark.parametrize("plugin", [False, True], ids=["plain", "plugin"])
+def test_a_layer_in_a_module_that_only_the_exporter_traces(tmp_path, plugin):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), Windowed(qx.SpatialBottleneck2d(8, 8)), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(1, 3, 14, 18)
+    made = qx.export(model.eval(), tmp_path / "net.onnx", x, plugin=plugin, rounds=0)
+    assert max(made.difference.values()) < 1e-4
+
+
+def test_a_failure_of_the_exporter_says_what_it_goes_back_to(tmp_path, monkeypatch):
+    def fails(*_):
+        try:
+            try:
+                raise AssertionError("only 4D queries are supported\nand so on")
+            except AssertionError as error:
+                raise RuntimeError("Error when translating node %attention_1 : [num_users=1]") from error
+        except RuntimeError as error:
+            raise RuntimeError("Failed to convert. This is step 3/3") from error
+
+    monkeypatch.setitem(exporting.WRITERS, "onnx", fails)
+    wanted = r"format onnx failed: AssertionError: only 4D queries are supported \(at the node attention_1\)$"
+    with pytest.raises(ExportFailed, match=wanted):
+        qx.export(network(), tmp_path / "net.onnx", torch.randn(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 def test_kernels_in_bfloat16(tmp_path):
     x = torch.randn(1, 3, 16, 16)
     made = qx.export(

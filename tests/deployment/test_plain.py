@@ -188,26 +188,68 @@ def test_the_fused_network_stays_as_it_is():
     assert torch.equal(fused(x), before)
 
 
-def test_a_layer_out_of_sight_is_refused_by_name():
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = qx.SpatialBottleneck2d(3, 3)
+class Hidden(nn.Module):
+    """torch.fx cannot trace it: it asks for the height as a number. What it calls can be traced."""
 
-        def forward(self, x):
-            return self.layer(x) if float(x.sum()) > 1e9 else self.layer(x) * 1
+    def __init__(self, inner, calls=((0, 0),)):
+        super().__init__()
+        self.inner, self.calls = inner, calls
 
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.hidden = nn.Conv2d(3, 3, 1), Hidden()
+    def forward(self, x):
+        for top, left in self.calls:
+            x = self.inner(x[:, :, top : int(x.shape[2]), left:])
+        return x * 2
 
-        def forward(self, x):
-            return self.hidden(self.conv(x))
 
-    x = torch.randn(1, 3, 8, 8)
-    with pytest.raises(TypeError, match=r"hidden\.layer"):
-        lower(qx.fuse(Whole().eval()), (x,))
+class Outer(nn.Module):
+    """Layers in sight before and behind one that hides others, and one more behind a second curtain."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        block = nn.Sequential(
+            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
+        )
+        self.hidden = Hidden(nn.Sequential(block, Hidden(nn.Conv2d(32, 32, 3, padding=1))))
+        self.last = nn.Conv2d(32, 5, 3)
+
+    def forward(self, x):
+        return self.last(F.relu(self.hidden(F.relu(self.norm(self.conv(x))))))
+
+
+@pytest.mark.filterwarnings("ignore:calibration:UserWarning", "ignore:accelerate:UserWarning")
+@pytest.mark.parametrize("node", [None, TorchNode], ids=["plain", "plugin"])
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_in_modules_that_cannot_be_traced(name, node):
+    torch.manual_seed(0)
+    images, model = torch.randn(16, 3, 15, 16), Outer().eval()
+    # half of the rank saves nothing in a square layer
+    method = qx.LowRank(rank=0.25) if name == "lowrank" else METHODS[name]
+    result = qx.accelerate(model, method, calibration=[images], example_input=images[:2])
+    assert any(layer.startswith("hidden.inner") for layer in result.replaced)
+    hidden = copy.deepcopy(result.model.eval())
+    assert qx.fuse(hidden).meta["whole"].keys() == {"hidden"}
+    check(hidden, images[:2], node)
+
+
+def test_a_fused_network_keeps_the_layers_that_are_lowered_apart():
+    model = Hidden(qx.SpatialBottleneck2d(3, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), model).eval()
+    x, fused = torch.randn(2, 3, 9, 9), qx.fuse(model)
+    before = [type(module) for module in fused.modules()]
+    lower(fused, (x,))
+    assert [type(module) for module in fused.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "calls", [((0, 0), (1, 1)), ((2, 0), (0, 3), (0, 0))], ids=["two sizes", "three sizes"]
+)
+def test_a_layer_that_meets_several_sizes_out_of_sight_is_refused_by_name(calls):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Hidden(qx.SpatialBottleneck2d(3, 3), calls)).eval()
+    x = torch.randn(1, 3, 9, 9)
+    assert qx.fuse(model)(x).shape == model(x).shape
+    with pytest.raises(TypeError, match=r"'1\.inner' \(SpatialBottleneck2d\).*several sizes"):
+        lower(qx.fuse(model), (x,))
 
 
 def test_a_program_in_another_format_is_refused():

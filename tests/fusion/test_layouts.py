@@ -161,3 +161,18 @@ def test_under_inference_mode():
     with torch.inference_mode():
         first = fused(x).clone()
     torch.testing.assert_close(fused(x), first)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_a_weight_is_traced_as_has_no_layout_to_change(strict):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 2, 2), nn.GELU(), nn.Conv2d(6, 6, 3), nn.ConvTranspose2d(6, 6, 3)
+    )
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    net, fused = net.eval(), fuse(net)
+    wanted = fused(x)
+    exported = torch.export.export(fused, (x,), strict=strict)
+    torch.testing.assert_close(exported.module()(x), wanted)
+    torch.testing.assert_close(torch.compile(fused, backend="aot_eager")(x), wanted)
+    assert any(isinstance(vars(module).get("forward"), LaidOut) for module in fused.modules())

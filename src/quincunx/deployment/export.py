@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -348,11 +349,21 @@ def _written(
         raise
     # exporters and compilers have exceptions of their own
     except Exception as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise ExportFailed(
-            f"{path}: the exporter of format {kind.name} failed: {type(error).__name__}: {said}"[:500]
-        ) from error
+        raise ExportFailed(f"{path}: the exporter of format {kind.name} failed: {_cause(error)}") from error
     return write
+
+
+def _cause(error: BaseException) -> str:
+    """Return what an exception goes back to, in one line, and the node at which an exporter met it."""
+    node = ""
+    while True:
+        found = re.search(r"translating node %(\w+)", str(error))
+        node = f" (at the node {found[1]})" if found else node
+        before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if before is None:
+            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            return f"{type(error).__name__}: {said}"[:400] + node
+        error = before
 
 
 def _tensors(found: Any) -> list[Tensor]:

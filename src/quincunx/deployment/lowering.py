@@ -3,7 +3,8 @@ piece."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -140,8 +141,11 @@ class _ContinuedHalf(nn.Module):
         return self.step(y[:, :, self.rows], like)  # type: ignore[no-any-return]
 
 
-def _note(shapes: dict[str, list[tuple[int, ...]]], name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
-    shapes[name] = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in given]
+Shapes = list[tuple[int, ...]]
+
+
+def _note(calls: dict[str, list[Shapes]], name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
+    calls.setdefault(name, []).append([tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in given])
 
 
 def _continues(module: nn.Module) -> bool:
@@ -170,11 +174,11 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
         >>> torch.allclose(plain(x), model(x), atol=1e-4)
         True
     """
-    shapes: dict[str, list[tuple[int, ...]]] = {}
+    calls: dict[str, list[Shapes]] = {}
     handles = []
     for name, module in fused.named_modules():
-        if isinstance(module, Program) or _continues(module):
-            handles.append(module.register_forward_pre_hook(partial(_note, shapes, name)))
+        if isinstance(module, Program) or _has_own(module):
+            handles.append(module.register_forward_pre_hook(partial(_note, calls, name)))
     try:
         with torch.no_grad():
             fused(*arguments)
@@ -186,19 +190,20 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
     graph = fx.Graph()
     graph.output(graph.graph_copy(fused.graph, {}))
     _simplify(graph)
-    root = nn.Module()
+    root, untraced = nn.Module(), nn.Module()
     for name, module in fused.named_children():
         if isinstance(module, Program):
-            made = PlainProgram(module, shapes[name]) if node is None else None
-            root.add_module(name, made or PluginProgram(module, shapes[name], node))  # type: ignore[arg-type]
+            shapes = calls[name][-1]
+            made = PlainProgram(module, shapes) if node is None else None
+            root.add_module(name, made or PluginProgram(module, shapes, node))  # type: ignore[arg-type]
         else:
-            root.add_module(name, decoded(module))
+            untraced.add_module(name, decoded(module))
+            root.add_module(name, copied(untraced.get_submodule(name)))
     root._parameters |= fused._parameters
     root._buffers |= fused._buffers
-    for name, module in list(root.named_modules()):
-        if _continues(module) and name in shapes:
-            set_module(root, name, _ContinuedHalf(module, shapes[name], node))
-    _check_plain(root)
+    # what no forward calls is in no file
+    while left := [name for name, module in root.named_modules() if _is_own(module) and name in calls]:
+        set_module(root, *_lower_part(untraced, left[0], calls, node))
     return fx.GraphModule(root, graph).eval().requires_grad_(False)
 
 
@@ -278,15 +283,41 @@ def dense_convolution(layer: Any) -> nn.Module:
     return made if before is None else nn.Sequential(before, made)
 
 
-def _check_plain(root: nn.Module) -> None:
-    """
+def _is_own(module: nn.Module) -> bool:
+    return (
+        type(module).__module__.startswith("quincunx.layers.") and "Activation" not in type(module).__name__
+    )
+
+
+def _has_own(module: nn.Module) -> bool:
+    return any(map(_is_own, module.modules()))
+
+
+def _lower_part(
+    root: nn.Module, name: str, calls: Mapping[str, Sequence[Shapes]], node: Node | None
+) -> tuple[str, nn.Module]:
+    """Lower the smallest part around a layer that is a network of its own; the exporter traces what calls it.
+
+    Returns:
+        The part's name, and what stands for it.
+
     Raises:
-        TypeError: a layer of this package is left, inside a module that fuse could not look into.
+        TypeError: there is none: each gets several arguments or maps of several sizes, or cannot be traced.
     """
-    own = "quincunx.layers."
-    for name, module in root.named_modules():
-        if type(module).__module__.startswith(own) and "Activation" not in type(module).__name__:
-            raise TypeError(
-                f"model: layer {name!r} ({type(module).__name__}) is inside a module that torch.fx cannot "
-                "trace, so that it cannot be exported; make that module traceable"
-            )
+    place = name
+    while place:
+        part, given = root.get_submodule(place), calls.get(place, [])
+        if given and _continues(part) and all(shapes == given[0] for shapes in given):
+            return place, _ContinuedHalf(part, given[0], node)
+        if given and all(len(shapes) == 1 and shapes[0][1:] == given[0][0][1:] for shapes in given):
+            with suppress(TypeError):
+                fused = fuse(part)
+                if not _has_own(fused):
+                    dtype = next((p.dtype for p in part.parameters()), torch.float32)
+                    return place, lower(fused, (torch.zeros(given[0][0], dtype=dtype),), node)
+        place = place.rpartition(".")[0]
+    raise TypeError(
+        f"model: layer {name!r} ({type(root.get_submodule(name)).__name__}) is inside a module that torch.fx "
+        "cannot trace, which calls it with several arguments or with maps of several sizes, so that it "
+        "cannot be exported; make that module traceable"
+    )

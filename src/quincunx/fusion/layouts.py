@@ -57,6 +57,9 @@ class LaidOut:
     def weight_for(self, x: Tensor, weight: Tensor) -> Tensor:
         """The weight; where it lies otherwise than a map in channels_last, the same values in that layout."""
         last = torch.channels_last
+        # what stands for a weight while a compiler or an exporter traces lies in no memory
+        if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
+            return weight
         follows = x.dim() == 4 and x.is_contiguous(memory_format=last) and not x.is_contiguous()
         # what a subclass makes anew at each call is not worth keeping
         own = weight is self.conv._parameters.get("weight") and not weight.is_inference()
