@@ -7,7 +7,7 @@
 //   QX_WIDEN_U8(p)          kLanes bytes as 32-bit numbers, where the compiler takes several instructions for it
 //   QX_NARROW_U8(p, v)      kLanes numbers of 0 to 255 stored as bytes, likewise
 //   QX_GREATER(a, b), QX_LESSER(a, b)  a > b ? a : b and a < b ? a : b, where the compiler takes several for it
-// AMX, when it comes, is another `run` with other packed weights; the epilogue below does not know who summed.
+// The epilogue does not know who summed: int8_tiles.h uses it, too.
 #pragma once
 
 #include "few_channels.h"
@@ -254,12 +254,31 @@ struct ByteSegments {  // one K block: segments [first, last) of channel blocks 
   Depth depth;
 };
 
+// whether every map of a step is uint8, so that a tile is finished in its registers
+QX_INLINE bool all_bytes(const GatherGemm& g) {
+  const Quantised& maps = *g.quantised;
+  return (!g.residual || maps.residual.type == kUint8) && (!g.out || maps.out.type == kUint8) &&
+         (!g.out2 || maps.out2.type == kUint8);
+}
+
 struct ByteEpilogue {  // of one tile of output channels, whose first one is o0
   const GatherGemm* g;
   int64_t o0, count, added;  // channels of the output and of the residual in this tile
+  ByteEpilogue() = default;
+  QX_INLINE ByteEpilogue(const GatherGemm& problem, int64_t first, int64_t number) {
+    g = &problem;
+    o0 = first;
+    count = number;
+    added = problem.residual ? problem.residual_channels - first : 0;
+  }
+  // whether all its channels are alike and take a few instructions each
+  QX_INLINE bool simple() const {
+    return (added <= 0 || added >= count) && g->activation <= kRelu6 && all_bytes(*g);
+  }
 };
 
-void finish_bytes_partly(const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t q, int64_t n, int64_t nv,
+// acc: of n rows, nv vectors each; place, residual: as of Rows
+void finish_bytes_partly(const ByteEpilogue& e, const int64_t* place, const int64_t* residual, int64_t n, int64_t nv,
                          const char* acc) {
   const GatherGemm& g = *e.g;
   const Quantised& maps = *g.quantised;
@@ -273,45 +292,60 @@ void finish_bytes_partly(const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t
     for (int64_t r = 0; r < n; ++r) {
       vf value = to_floats(reinterpret_cast<vi>(load_ints(acc + (r * nv + v) * QX_BYTES))) * multiplier;
       if (g.bias) value += bias;
-      if (added > 0) value += read_real(g.residual, maps.residual, rows.residual[q + r] + o, added);
+      if (added > 0) value += read_real(g.residual, maps.residual, residual[r] + o, added);
       value = activated(value, g.activation, slope);
-      if (g.out) write_real(g.out, maps.out, rows.place[q + r] + o, value, left);
-      if (g.out2) write_real(g.out2, maps.out2, rows.place[q + r] + o, at_least(value * scale + shift, 0.0f), left);
+      if (g.out) write_real(g.out, maps.out, place[r] + o, value, left);
+      if (g.out2) write_real(g.out2, maps.out2, place[r] + o, at_least(value * scale + shift, 0.0f), left);
     }
   }
 }
 
-// a full tile of maps that are all uint8, in its registers
+// The end of one vector of channels of a simple epilogue, for row after row. ADDED: a residual; SECOND: a second output.
+template <bool ADDED, bool SECOND>
+class BytesOfVector {
+ public:
+  // at: the vector's first channel in the tile
+  QX_INLINE BytesOfVector(const ByteEpilogue& e, int64_t at)
+      : bounds_(e.g->activation), stored_(e.g->quantised->out), stored2_(e.g->quantised->out2) {
+    const GatherGemm& g = *e.g;
+    const int64_t o = e.o0 + at;
+    multiplier_ = load(g.quantised->multiplier + o);
+    // -0 changes no number
+    bias_ = g.bias ? load(g.bias + o) : -vf{};
+    scale_ = SECOND ? load(g.scale2 + o) : vf{};
+    shift_ = SECOND ? load(g.shift2 + o) : vf{};
+    added_ = ADDED ? static_cast<const uint8_t*>(g.residual) + o : nullptr;
+    added_grid_ = g.quantised->residual;
+    out_ = !SECOND || g.out ? static_cast<uint8_t*>(g.out) + o : nullptr;
+    out2_ = SECOND ? static_cast<uint8_t*>(g.out2) + o : nullptr;
+  }
+  // place, residual: of the row
+  QX_INLINE void finish(vu sum, int64_t place, int64_t residual) const {
+    vf value = to_floats(reinterpret_cast<vi>(sum)) * multiplier_;
+    value += bias_;
+    if (ADDED) value += to_floats(widen_bytes(added_ + residual) - added_grid_.zero) * added_grid_.scale;
+    value = bounds_.of(value);
+    if (!SECOND || out_) narrow_bytes(out_ + place, stored_.of(value));
+    if (SECOND) narrow_bytes(out2_ + place, stored2_.of(at_least(value * scale_ + shift_, 0.0f)));
+  }
+
+ private:
+  Bounds bounds_;
+  Stored stored_, stored2_;
+  vf multiplier_, bias_, scale_, shift_;
+  const uint8_t* added_;
+  MapGrid added_grid_;
+  uint8_t *out_, *out2_;
+};
+
+// a full tile of a simple epilogue, in its registers
 template <int ROWS, int NV, bool ADDED, bool SECOND>
 QX_INLINE void finish_bytes(const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t q, const vu (&acc)[ROWS][NV]) {
-  const GatherGemm& g = *e.g;
-  const Quantised& maps = *g.quantised;
-  const Bounds bounds(g.activation);
-  const Stored out(maps.out), out2(SECOND ? maps.out2 : maps.out);
-  const uint8_t* residual = static_cast<const uint8_t*>(g.residual);
 #pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
-    const int64_t o = e.o0 + v * kLanes;
-    const vf multiplier = load(maps.multiplier + o);
-    // -0 changes no number
-    const vf bias = g.bias ? load(g.bias + o) : -vf{};
-    const vf scale = SECOND ? load(g.scale2 + o) : vf{};
-    const vf shift = SECOND ? load(g.shift2 + o) : vf{};
+    const BytesOfVector<ADDED, SECOND> bytes(e, v * kLanes);
 #pragma GCC unroll 32
-    for (int r = 0; r < ROWS; ++r) {
-      vf value = to_floats(reinterpret_cast<vi>(acc[r][v])) * multiplier;
-      value += bias;
-      if (ADDED) {
-        const uint8_t* at = residual + rows.residual[q + r] + o;
-        value += to_floats(widen_bytes(at) - maps.residual.zero) * maps.residual.scale;
-      }
-      value = bounds.of(value);
-      if (!SECOND || g.out) narrow_bytes(static_cast<uint8_t*>(g.out) + rows.place[q + r] + o, out.of(value));
-      if (SECOND) {
-        narrow_bytes(static_cast<uint8_t*>(g.out2) + rows.place[q + r] + o,
-                     out2.of(at_least(value * scale + shift, 0.0f)));
-      }
-    }
+    for (int r = 0; r < ROWS; ++r) bytes.finish(acc[r][v], rows.place[q + r], ADDED ? rows.residual[q + r] : 0);
   }
 }
 
@@ -321,19 +355,11 @@ QX_INLINE int32_t quad_of(const uint8_t* p, int64_t count) {
   return static_cast<int32_t>(quad);
 }
 
-// whether every map of a step is uint8, so that a tile is finished in its registers
-QX_INLINE bool all_bytes(const GatherGemm& g) {
-  const Quantised& maps = *g.quantised;
-  return (!g.residual || maps.residual.type == kUint8) && (!g.out || maps.out.type == kUint8) &&
-         (!g.out2 || maps.out2.type == kUint8);
-}
-
 // Rows [q, q + ROWS): acc (+)= gathered rows times NV vectors of weights, finished if it is the last K block.
 template <int ROWS, int NV>
 void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t q, char* memory,
                const char* base, bool last) {
-  const bool full = e.count == NV * kLanes && (e.added <= 0 || e.added >= NV * kLanes) &&
-                    e.g->activation <= kRelu6 && all_bytes(*e.g);
+  const bool full = e.count == NV * kLanes && e.simple();
   vu acc[ROWS][NV];
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
@@ -405,7 +431,7 @@ void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& 
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store_ints(memory + (r * NV + v) * QX_BYTES, acc[r][v]);
   }
-  if (last) finish_bytes_partly(e, rows, q, ROWS, NV, memory);
+  if (last) finish_bytes_partly(e, rows.place + q, rows.residual + q, ROWS, NV, memory);
 }
 
 struct ByteTiles {
@@ -461,7 +487,7 @@ void run_by_lanes(const GatherGemm& g, Cut cut, int64_t part) {
             store_ints(acc + (r * nv + v) * QX_BYTES, reinterpret_cast<vu>(__builtin_convertvector(sum, vi)));
           }
         }
-        finish_bytes_partly(ByteEpilogue{&g, c, count, g.residual ? g.residual_channels - c : 0}, rows, 0, n, nv, acc);
+        finish_bytes_partly(ByteEpilogue(g, c, count), rows.place, rows.residual, n, nv, acc);
       }
     }
     index += positions * num_taps;
@@ -562,7 +588,7 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
           store_ints(base + v * QX_BYTES, sum);
         }
         const int64_t count = least(nv * kLanes, tiling.per_group - o_local);
-        const ByteEpilogue e{&g, o0, count, g.residual ? g.residual_channels - o0 : 0};
+        const ByteEpilogue e(g, o0, count);
         for (int64_t k = 0; k < k_blocks; ++k) {
           s.first = segments * k / k_blocks;
           s.last = segments * (k + 1) / k_blocks;
