@@ -61,22 +61,25 @@ struct QuadTiles {
   static QX_INLINE End end(const GatherGemm& g, int64_t o0, int64_t count) { return ByteEpilogue(g, o0, count); }
   static QX_INLINE bool full(const End& e) { return e.simple(); }
 
-  template <bool ADDED, bool SECOND>
+  template <int TILES>
   static QX_INLINE void finish_full(const Unfinished<QuadTiles>& u, int64_t last) {
-    for (int64_t at = 0; at < u.width; at += kLanes) {
-      const BytesOfVector<ADDED, SECOND> bytes(u.e, at);
-      for (int64_t r = u.done; r < last; ++r) bytes.finish(load_ints(u.sums + r * u.width + at), u.place[r], u.residual[r]);
-    }
+    constexpr int kVectors = TILES * kTileOutputs / kLanes;
+    finish_simply<kVectors>(u.e, [&](const auto& row) __attribute__((always_inline)) {
+      for (int64_t r = u.done; r < last; ++r) {
+        vu sums[kVectors];
+        for (int v = 0; v < kVectors; ++v) sums[v] = load_ints(u.sums + r * u.width + v * kLanes);
+        row.finish(sums, u.place[r], u.residual[r]);
+      }
+    });
   }
-  static QX_INLINE void finish(const Unfinished<QuadTiles>& u, int64_t last) {
-    const ByteEpilogue& e = u.e;
+  static void finish(const Unfinished<QuadTiles>& u, int64_t last) {
     if (!u.full) {
-      finish_bytes_partly(e, u.place + u.done, u.residual + u.done, last - u.done, u.width / kLanes,
+      finish_bytes_partly(u.e, u.place + u.done, u.residual + u.done, last - u.done, u.width / kLanes,
                           reinterpret_cast<const char*>(u.sums + u.done * u.width));
-    } else if (e.g->out2) {
-      e.added > 0 ? finish_full<true, true>(u, last) : finish_full<false, true>(u, last);
+    } else if (u.width > kTileOutputs) {
+      finish_full<2>(u, last);
     } else {
-      e.added > 0 ? finish_full<true, false>(u, last) : finish_full<false, false>(u, last);
+      finish_full<1>(u, last);
     }
   }
 
