@@ -491,8 +491,8 @@ void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& 
           for (int v = 0; v < NV; ++v) acc[r][v] = Products::add(acc[r][v], prepared, at + v * kQuadBytes);
         }
       };
-      // one loop for both: without anything to fetch it asks for what it reads
-      const char* ahead = w;
+      // without weights to fetch, the rows behind these, which the next tile reads first where there is one tap
+      const char* ahead = reinterpret_cast<const char*>(a[ROWS - 1]) + s.in_channels;
       const int64_t later = i + s.later;
       if (NV == kMaxNv && s.ahead && later < s.depth.blocks * s.num_taps) {
         ahead = s.segment(s.ahead, s.ahead_nv, later / s.num_taps, later % s.num_taps) +
@@ -647,23 +647,11 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
   const char* weight = static_cast<const char*>(g.weight);
   const Depth depth(channels);
   __builtin_memset(outside, zero, least(kMostDepth, channels));
-  const int32_t *index = g.index, *out_rows = g.rows, *taps = g.taps;
-  const int64_t po = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t po = part % cut.outputs;
   const int64_t tile_first = tiles * po / cut.outputs, tile_last = tiles * (po + 1) / cut.outputs;
-  const int64_t work = all_work(g);
-  const int64_t work_first = work * pp / cut.positions, work_last = work * (pp + 1) / cut.positions;
-
-  int64_t done = 0;  // work of the groups before
-  for (int64_t group = 0; group < g.num_groups; ++group) {
-    const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
-    const int64_t total = positions * g.batch, row_work = most(1, num_taps);
-    // as in run of gather_gemm.h
-    const bool few = g.num_groups <= kFewGroups;
-    const int64_t q_first = few ? total * pp / cut.positions
-                                : least(total, ceil_div(most(0, work_first - done), row_work));
-    const int64_t q_last = few ? total * (pp + 1) / cut.positions
-                               : least(total, ceil_div(most(0, work_last - done), row_work));
-    done += total * row_work;
+  for (PartOfGroups own(g, cut.positions, part / cut.outputs); own.next();) {
+    const int64_t positions = own.positions, num_taps = own.num_taps, q_first = own.first, q_last = own.last;
+    const int32_t* taps = own.taps;
     const int64_t segments = depth.blocks * num_taps;
     Walk walk(g.batch, g.rows_in < kLargeMap ? kImages : kImages / 2, positions);
     const int64_t chunks = ceil_div(q_last - q_first, kChunk);
@@ -671,7 +659,7 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
       const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
       walk.go_to(q0);
-      take_rows(g, walk, q1 - q0, index, num_taps, out_rows, rows);
+      take_rows(g, walk, q1 - q0, own.index, num_taps, own.rows, rows);
       for (int64_t job = tile_first; job < tile_last; ++job) {
         const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
         const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;
@@ -713,9 +701,6 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
         }
       }
     }
-    index += positions * num_taps;
-    out_rows += positions;
-    taps += num_taps;
   }
 }
 

@@ -466,15 +466,12 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
   const int64_t per_group = g.out_channels / g.channel_groups, tiles = ceil_div(per_group, kTileOutputs);
   const int64_t panels = ceil_div(tiles, kPanelTiles), jobs = panels * g.channel_groups;
   const int64_t row_bytes = g.in_channels * int64_t{sizeof(Input)}, image_bytes = g.rows_in * row_bytes;
-  const int64_t po = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t po = part % cut.outputs;
   const int64_t job_first = jobs * po / cut.outputs, job_last = jobs * (po + 1) / cut.outputs;
-  const int64_t work = all_work(g);
-  const int64_t work_first = work * pp / cut.positions, work_last = work * (pp + 1) / cut.positions;
   const char* x = static_cast<const char*>(g.x);
   const char* packed = static_cast<const char*>(g.weight);
   const char* more = packed + g.channel_groups * tiles * depth.steps() * kTileSize;
   const Area packed_area{packed, more};
-  const int32_t *index = g.index, *out_rows = g.rows, *taps = g.taps;
   copying.depth = &depth;
   copying.end = reinterpret_cast<uintptr_t>(x + g.batch * image_bytes);
   Operands operands{};
@@ -484,18 +481,9 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
 
   TileUnit::configure(kFullTiles);
   int turn = 0;
-  int64_t done = 0;  // work of the groups before
-  for (int64_t group = 0; group < g.num_groups; ++group) {
-    const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
-    const int64_t total = positions * g.batch, row_work = most(1, num_taps);
-    const int64_t all_pairs = ceil_div(total, kPairRows);
-    // as in gather_gemm.h, in whole register tiles where groups are large
-    const bool few = g.num_groups <= kFewGroups;
-    const int64_t q_first = few ? least(total, all_pairs * pp / cut.positions * kPairRows)
-                                : least(total, ceil_div(most(0, work_first - done), row_work));
-    const int64_t q_last = few ? least(total, all_pairs * (pp + 1) / cut.positions * kPairRows)
-                               : least(total, ceil_div(most(0, work_last - done), row_work));
-    done += total * row_work;
+  for (PartOfGroups own(g, cut.positions, part / cut.outputs, kPairRows); own.next();) {
+    const int64_t positions = own.positions, num_taps = own.num_taps, q_first = own.first, q_last = own.last;
+    const int32_t *index = own.index, *out_rows = own.rows, *taps = own.taps;
     // Copied tiles are kept for all output channels if a chunk of at least two tiles fits; otherwise each register
     // tile copies its own, slice after slice.
     const int64_t all_steps = depth.blocks * depth.inner(num_taps);
@@ -561,9 +549,6 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
       }
       finish(before, before.rows);  // the next chunk has other rows
     }
-    index += positions * num_taps;
-    out_rows += positions;
-    taps += num_taps;
   }
   TileUnit::release();
 }
