@@ -454,6 +454,7 @@ std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> 
 
 std::string isa() { return quincunx::isa(); }
 int64_t level2_bytes() { return quincunx::level2_bytes(); }
+std::string tile_formats() { return quincunx::tile_formats(); }
 std::string tiles_refused() { return quincunx::tiles_refused(); }
 std::string available_isas() { return quincunx::available_isas(); }
 
@@ -478,6 +479,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
   m.def("isa() -> str");
   m.def("available_isas() -> str");
   m.def("level2_bytes() -> int");
+  m.def("tile_formats() -> str");
   m.def("tiles_refused() -> str");
 }
 
@@ -496,6 +498,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("available_isas", TORCH_BOX(&available_isas));
   m.impl("level2_bytes", TORCH_BOX(&level2_bytes));
+  m.impl("tile_formats", TORCH_BOX(&tile_formats));
   m.impl("tiles_refused", TORCH_BOX(&tiles_refused));
 }
 

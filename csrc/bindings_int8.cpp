@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "dispatch.h"
 #include "int8_program.h"
+#include "maps.h"
 #include "schedule.h"
 
 namespace {
@@ -131,7 +132,7 @@ std::vector<Tensor> run_int8_program(std::vector<Tensor> inputs, std::vector<Ten
       places[i].base = static_cast<char*>(t.data_ptr());
     } else if (size.kind == quincunx::Flow::kOutput) {
       outputs.push_back(
-          quincunx::empty({batch, size.channels, size.height, size.width}, type, MemoryFormat::ChannelsLast));
+          quincunx::empty_map({batch, size.channels, size.height, size.width}, type, MemoryFormat::ChannelsLast));
       places[i].base = static_cast<char*>(outputs.back().data_ptr());
     }
   }

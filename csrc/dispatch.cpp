@@ -18,6 +18,7 @@ extern const quincunx::GradKernels qx_grad_avx512bf16;
 extern const quincunx::NormKernels qx_norm_avx512bf16;
 extern const quincunx::Kernels qx_kernels_avx512;
 extern const quincunx::Kernels qx_kernels_avx2;
+extern const quincunx::Int8Kernels qx_int8_amx;
 extern const quincunx::Int8Kernels qx_int8_avx512vnni;
 extern const quincunx::Int8Kernels qx_int8_avx512;
 extern const quincunx::Int8Kernels qx_int8_avxvnni;
@@ -26,6 +27,7 @@ extern const quincunx::Int8Kernels qx_int8_avx2;
 extern const quincunx::Int8Kernels qx_int8_baseline;
 extern const quincunx::Kernels qx_kernels_baseline;
 extern const quincunx::ForwardKernels qx_bf16_amx_emulated;
+extern const quincunx::Int8Kernels qx_int8_amx_emulated;
 
 namespace quincunx {
 namespace {
@@ -33,6 +35,7 @@ namespace {
 struct Choice {
   const char* name;
   Kernels kernels;
+  const char* tiles = "";  // what is multiplied on tiles
 };
 
 Kernels with_bf16(Kernels kernels, const ForwardKernels& bf16) {
@@ -61,7 +64,14 @@ std::vector<Choice> find_available() {
     Kernels with_grad = with_int8(qx_kernels_avx512, vnni ? qx_int8_avx512vnni : qx_int8_avx512);
     with_grad.grad = qx_grad_avx512bf16;
     with_grad.norm_bf16 = qx_norm_avx512bf16;
-    if (tiles_refused().empty()) found.push_back({"amx", with_bf16(with_grad, qx_bf16_amx)});
+    if (tiles_refused().empty()) {
+      const Kernels tiles = with_bf16(with_grad, qx_bf16_amx);
+      if (vnni && tiles_multiply_bytes()) {
+        found.push_back({"amx", with_int8(tiles, qx_int8_amx), "bfloat16 and int8"});
+      } else {
+        found.push_back({"amx", tiles, "bfloat16"});
+      }
+    }
     found.push_back({"avx512bf16", with_bf16(with_grad, qx_bf16_avx512bf16)});
   }
   // the two with VNNI differ from the ones behind them in eight bits only
@@ -75,7 +85,8 @@ std::vector<Choice> find_available() {
   const Kernels baseline = with_int8(qx_kernels_baseline, qx_int8_baseline);
   found.push_back({"baseline", baseline});
   // to test the tables and loops of amx where there is none
-  found.push_back({"amx-emulated", with_bf16(baseline, qx_bf16_amx_emulated)});
+  found.push_back({"amx-emulated", with_int8(with_bf16(baseline, qx_bf16_amx_emulated), qx_int8_amx_emulated),
+                   "bfloat16 and int8"});
   return found;
 }
 
@@ -122,6 +133,8 @@ int64_t level2_bytes() {
 const Kernels& kernels() { return chosen().kernels; }
 
 const char* isa() { return chosen().name; }
+
+const char* tile_formats() { return chosen().tiles; }
 
 std::string available_isas() {
   std::string names;

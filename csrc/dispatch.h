@@ -11,6 +11,8 @@ namespace quincunx {
 // Throws std::runtime_error if a forced instruction set is unknown or not available.
 const Kernels& kernels();
 const char* isa();
+// "bfloat16 and int8": what the chosen kernels multiply on tiles; empty for nothing
+const char* tile_formats();
 // best first, comma-separated
 std::string available_isas();
 // null if this processor lacks it

@@ -464,6 +464,42 @@ QX_INLINE int64_t all_work(const GatherGemm& g) {
   return work * g.batch;
 }
 
+// A part's share of one tap group after the other: rows [first, last) of its positions times the images, its tables.
+// A part takes its share of every group, so that it stays at one place of the map and finds it in the cache of the
+// thread that wrote it, in whole `unit`s of rows; many small groups are cut one behind the other.
+struct PartOfGroups {
+  const GatherGemm& g;
+  const int64_t parts, part, unit;
+  int64_t work_first, work_last, done = 0;  // done: work of the groups before
+  int64_t group = -1, positions = 0, num_taps = 0, first = 0, last = 0;
+  const int32_t *index, *rows, *taps;
+  QX_INLINE PartOfGroups(const GatherGemm& problem, int64_t of, int64_t number, int64_t rows_together = 1)
+      : g(problem), parts(of), part(number), unit(rows_together), index(g.index), rows(g.rows), taps(g.taps) {
+    const int64_t work = all_work(g);
+    work_first = work * part / parts;
+    work_last = work * (part + 1) / parts;
+  }
+  QX_INLINE bool next() {
+    index += positions * num_taps;
+    rows += positions;
+    taps += num_taps;
+    if (++group == g.num_groups) return false;
+    positions = g.groups[2 * group];
+    num_taps = g.groups[2 * group + 1];
+    first = start(part, work_first);
+    last = start(part + 1, work_last);
+    done += positions * g.batch * most(1, num_taps);
+    return true;
+  }
+
+ private:
+  QX_INLINE int64_t start(int64_t number, int64_t work) const {
+    const int64_t total = positions * g.batch;
+    if (g.num_groups <= kFewGroups) return least(total, ceil_div(total, unit) * number / parts * unit);
+    return least(total, ceil_div(most(0, work - done), most(1, num_taps)));
+  }
+};
+
 // tiles_per_group: in how many tiles the outputs of a channel group are cut
 Cut cut_outputs(const GatherGemm& g, int64_t threads, int64_t tiles_per_group, const Costs& costs) {
   const int64_t per_group = g.out_channels / g.channel_groups;
@@ -598,26 +634,11 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
   const int64_t tiles = tiling.tiles * g.channel_groups;
   const int64_t column = g.num_taps * steps<Op>(channels) * Op::kStep * kLanes;
   const Blocking blocking(channels);
-  const int32_t* index = g.index;
-  const int32_t* out_rows = g.rows;
-  const int32_t* taps = g.taps;
-  const int64_t po = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t po = part % cut.outputs;
   const int64_t tile_first = tiles * po / cut.outputs, tile_last = tiles * (po + 1) / cut.outputs;
-  const int64_t work = all_work(g);
-  const int64_t work_first = work * pp / cut.positions, work_last = work * (pp + 1) / cut.positions;
-
-  int64_t done = 0;  // work of the groups before
-  for (int64_t group = 0; group < g.num_groups; ++group) {
-    const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
-    const int64_t total = positions * g.batch, row_work = most(1, num_taps);
-    // A part takes its share of every group, so that it stays at one place of the map and finds it in the
-    // cache of the thread that wrote it; many small groups are cut one behind the other.
-    const bool few = g.num_groups <= kFewGroups;
-    const int64_t q_first = few ? total * pp / cut.positions
-                                : least(total, ceil_div(most(0, work_first - done), row_work));
-    const int64_t q_last = few ? total * (pp + 1) / cut.positions
-                               : least(total, ceil_div(most(0, work_last - done), row_work));
-    done += total * row_work;
+  for (PartOfGroups own(g, cut.positions, part / cut.outputs); own.next();) {
+    const int64_t positions = own.positions, num_taps = own.num_taps, q_first = own.first, q_last = own.last;
+    const int32_t* taps = own.taps;
     const int64_t segments = blocking.blocks * num_taps;
     Walk walk(g.batch, g.rows_in < kLargeMap ? kImages : kImages / 2, positions);
     const int64_t chunks = ceil_div(q_last - q_first, kChunk);
@@ -625,7 +646,7 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
       const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
       walk.go_to(q0);
-      take_rows(g, walk, q1 - q0, index, num_taps, out_rows, rows);
+      take_rows(g, walk, q1 - q0, own.index, num_taps, own.rows, rows);
       for (int64_t job = tile_first; job < tile_last; ++job) {
         const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
         const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;
@@ -655,9 +676,6 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
         }
       }
     }
-    index += positions * num_taps;
-    out_rows += positions;
-    taps += num_taps;
   }
 }
 

@@ -5,9 +5,12 @@
 //   QX_DOT_U8S8(acc, a, b)  acc[i] + the four products of bytes of a[i], unsigned, and b[i], signed; without saturation
 //   QX_MADD16(a, b)         the two products of signed 16-bit halves of a[i] and b[i], added
 //   QX_WIDEN_U8(p)          kLanes bytes as 32-bit numbers, where the compiler takes several instructions for it
-//   QX_NARROW_U8(p, v)      kLanes numbers of 0 to 255 stored as bytes, likewise
+//   QX_ROUND(v)             the numbers rounded to integers, ties to even; a NaN and what does not fit become the lowest.
+//                           Then what is stored is saturated at 0 and 255 there, else it is within them before:
+//   QX_NARROW_U8(p, v)      kLanes numbers stored as bytes
+//   QX_NARROW_SOME_U8(p, nv, a, b, c, d)  nv vectors of them, 2 to 4
 //   QX_GREATER(a, b), QX_LESSER(a, b)  a > b ? a : b and a < b ? a : b, where the compiler takes several for it
-// AMX, when it comes, is another `run` with other packed weights; the epilogue below does not know who summed.
+// The epilogue does not know who summed: int8_tiles.h uses it, too.
 #pragma once
 
 #include "few_channels.h"
@@ -191,6 +194,17 @@ QX_INLINE void narrow_bytes(uint8_t* p, vi v) {
   *reinterpret_cast<vb_loose*>(p) = __builtin_convertvector(v, vb);
 #endif
 }
+template <int NV>
+QX_INLINE void narrow_row(uint8_t* p, const vi (&v)[NV]) {
+#ifdef QX_NARROW_SOME_U8
+  if constexpr (NV > 1) {
+    QX_NARROW_SOME_U8(p, NV, v[0], v[1], v[NV > 2 ? 2 : 0], v[NV - 1]);
+    return;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int i = 0; i < NV; ++i) narrow_bytes(p + i * kLanes, v[i]);
+}
 QX_INLINE void narrow_some(uint8_t* p, vi v, int64_t count) {
   if (count >= kLanes) return narrow_bytes(p, v);
   uint8_t buffer[kLanes];
@@ -214,19 +228,28 @@ QX_INLINE vf lesser(vf a, vf b) {
 #endif
 }
 
-// A grid to store on: the bounds first, so that rounding by a large addend is exact; a NaN becomes the lowest.
+// A grid to store on: a NaN becomes the lowest. Results are for narrow_bytes and its like alone.
 struct Stored {
   float inverse, low, high;
-  int32_t shift;  // from the rounded float's bits
+  int32_t zero;
   QX_INLINE explicit Stored(const MapGrid& grid) {
     inverse = 1.0f / grid.scale;
     low = float(-grid.zero);
     high = float(255 - grid.zero);
-    shift = grid.zero - 0x4b400000;  // the bits of 1.5 2^23
+    zero = grid.zero;
   }
-  QX_INLINE vi of(vf value) const {
+  // store no greater numbers than this real one, which is not negative
+  QX_INLINE void bound(float most) { high = most * inverse < high ? most * inverse : high; }
+  QX_INLINE vi of(vf value) const { return of_zero(value) + zero; }
+  // if the zero point is 0
+  QX_INLINE vi of_zero(vf value) const {
+#ifdef QX_ROUND
+    return QX_ROUND(lesser(vf{} + high, value * inverse));
+#else
+    // the bounds first, so that rounding by a large addend is exact
     value = lesser(greater(value * inverse, vf{} + low), vf{} + high);
-    return reinterpret_cast<vi>(value + 12582912.0f) + shift;
+    return reinterpret_cast<vi>(value + 12582912.0f) - 0x4b400000;  // 1.5 2^23 and its bits
+#endif
   }
 };
 
@@ -252,17 +275,153 @@ struct ByteSegments {  // one K block: segments [first, last) of channel blocks 
   const uint8_t* outside;  // a row of zero points
   int32_t zero;
   Depth depth;
+  // Weights from a far cache are fetched while the K block or the tile before is multiplied: those `later` segments
+  // behind, of a tile of ahead_nv vectors (null: none), a line a step of K, and how many tiles of rows did so
+  // before.
+  const char* ahead = nullptr;
+  int64_t ahead_nv = 0, later = 0, ahead_turn = 0;
+  QX_INLINE const char* segment(const char* tile, int64_t nv, int64_t block, int64_t t) const {
+    const int64_t before = depth.start(block) / kQuad * all_taps + taps[t] * quads(depth.length(block));
+    return tile + before * nv * kQuadBytes;
+  }
 };
+
+// whether every map of a step is uint8, so that a tile is finished in its registers
+QX_INLINE bool all_bytes(const GatherGemm& g) {
+  const Quantised& maps = *g.quantised;
+  return (!g.residual || maps.residual.type == kUint8) && (!g.out || maps.out.type == kUint8) &&
+         (!g.out2 || maps.out2.type == kUint8);
+}
 
 struct ByteEpilogue {  // of one tile of output channels, whose first one is o0
   const GatherGemm* g;
   int64_t o0, count, added;  // channels of the output and of the residual in this tile
+  ByteEpilogue() = default;
+  QX_INLINE ByteEpilogue(const GatherGemm& problem, int64_t first, int64_t number) {
+    g = &problem;
+    o0 = first;
+    count = number;
+    added = problem.residual ? problem.residual_channels - first : 0;
+  }
+  // whether all its channels are alike and take a few instructions each
+  QX_INLINE bool alike() const { return (added <= 0 || added >= count) && g->activation <= kRelu6; }
+  QX_INLINE bool simple() const { return alike() && all_bytes(*g); }
+  QX_INLINE bool to_real() const {
+    const Quantised& maps = *g->quantised;
+    return alike() && !g->out2 && maps.out.type != kUint8 && (added <= 0 || maps.residual.type == kUint8);
+  }
 };
 
-void finish_bytes_partly(const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t q, int64_t n, int64_t nv,
+// no activation, ReLU or ReLU6, as Bounds of gather_gemm.h; a NaN passes
+struct ByteBounds {
+  float low, high;
+  QX_INLINE explicit ByteBounds(int32_t activation) {
+    const Bounds bounds(activation);
+    low = bounds.low;
+    high = bounds.high;
+  }
+  QX_INLINE vf of(vf value) const { return lesser(vf{} + high, greater(vf{} + low, value)); }
+};
+
+QX_INLINE vf added_bytes(vf value, const uint8_t* p, const MapGrid& grid) {
+  return value + to_floats(widen_bytes(p) - grid.zero) * grid.scale;
+}
+
+// The end of NV vectors of channels of a simple epilogue, for row after row. ADDED: a residual; SECOND: a second output.
+// MOVED: the output's zero point is not 0. If it is, a ReLU is what saturation does anyhow; the upper bounds of
+// activation and grid are one, since multiplying by a positive number keeps the order.
+template <int NV, bool ADDED, bool MOVED, bool SECOND>
+class RowOfBytes {
+ public:
+  QX_INLINE explicit RowOfBytes(const ByteEpilogue& e)
+      : bounds_(e.g->activation), stored_(e.g->quantised->out), stored2_(e.g->quantised->out2) {
+    const GatherGemm& g = *e.g;
+    multiplier_ = g.quantised->multiplier + e.o0;
+    // 0 changes no number
+    bias_ = g.bias ? g.bias + e.o0 : kZeros;
+    scale_ = g.scale2 + e.o0;
+    shift_ = g.shift2 + e.o0;
+    added_ = ADDED ? static_cast<const uint8_t*>(g.residual) + e.o0 : nullptr;
+    added_grid_ = g.quantised->residual;
+    out_ = g.out ? static_cast<uint8_t*>(g.out) + e.o0 : nullptr;
+    out2_ = g.out2 ? static_cast<uint8_t*>(g.out2) + e.o0 : nullptr;
+    if (!SECOND) stored_.bound(bounds_.high);
+  }
+  // place, residual: of the row
+  QX_INLINE void finish(const vu (&sums)[NV], int64_t place, int64_t residual) const {
+    vi bytes[NV], bytes2[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      vf value = to_floats(reinterpret_cast<vi>(sums[v])) * load(multiplier_ + v * kLanes);
+      value += load(bias_ + v * kLanes);
+      if (ADDED) value = added_bytes(value, added_ + residual + v * kLanes, added_grid_);
+      if (SECOND) {
+        value = bounds_.of(value);
+        const vf scaled = value * load(scale_ + v * kLanes);
+        bytes2[v] = stored2_.of(greater(vf{}, scaled + load(shift_ + v * kLanes)));
+      } else if (MOVED) {
+        value = greater(vf{} + bounds_.low, value);
+      }
+      bytes[v] = MOVED ? stored_.of(value) : stored_.of_zero(value);
+    }
+    if (!SECOND || out_) narrow_row(out_ + place, bytes);
+    if (SECOND) narrow_row(out2_ + place, bytes2);
+  }
+
+ private:
+  ByteBounds bounds_;
+  Stored stored_, stored2_;
+  const float *multiplier_, *bias_, *scale_, *shift_;
+  const uint8_t* added_;
+  MapGrid added_grid_;
+  uint8_t *out_, *out2_;
+};
+
+// calls rows(a RowOfBytes that fits the epilogue)
+template <int NV, class Each>
+QX_INLINE void finish_simply(const ByteEpilogue& e, const Each& rows) {
+  const bool moved = e.g->quantised->out.zero != 0;
+  if (e.g->out2) {
+    e.added > 0 ? rows(RowOfBytes<NV, true, true, true>(e)) : rows(RowOfBytes<NV, false, true, true>(e));
+  } else if (e.added > 0) {
+    moved ? rows(RowOfBytes<NV, true, true, false>(e)) : rows(RowOfBytes<NV, true, false, false>(e));
+  } else {
+    moved ? rows(RowOfBytes<NV, false, true, false>(e)) : rows(RowOfBytes<NV, false, false, false>(e));
+  }
+}
+
+// full vectors to a map of real numbers
+template <class S, bool ADDED>
+void finish_real(const ByteEpilogue& e, const int64_t* place, const int64_t* residual, int64_t n, int64_t nv,
+                 const char* acc) {
+  const GatherGemm& g = *e.g;
+  const MapGrid grid = g.quantised->residual;
+  const ByteBounds bounds(g.activation);
+  for (int64_t v = 0; v < nv; ++v) {
+    const int64_t o = e.o0 + v * kLanes;
+    const vf multiplier = load(g.quantised->multiplier + o), bias = g.bias ? load(g.bias + o) : vf{};
+    const uint8_t* added = ADDED ? static_cast<const uint8_t*>(g.residual) + o : nullptr;
+    S* out = static_cast<S*>(g.out) + o;
+    for (int64_t r = 0; r < n; ++r) {
+      vf value = to_floats(reinterpret_cast<vi>(load_ints(acc + (r * nv + v) * QX_BYTES))) * multiplier;
+      value += bias;
+      if (ADDED) value = added_bytes(value, added + residual[r], grid);
+      store(out + place[r], bounds.of(value));
+    }
+  }
+}
+
+// acc: of n rows, nv vectors each; place, residual: as of Rows
+void finish_bytes_partly(const ByteEpilogue& e, const int64_t* place, const int64_t* residual, int64_t n, int64_t nv,
                          const char* acc) {
   const GatherGemm& g = *e.g;
   const Quantised& maps = *g.quantised;
+  if (e.count == nv * kLanes && e.to_real()) {
+    if (maps.out.type == kFloat32) {
+      return (e.added > 0 ? &finish_real<float, true> : &finish_real<float, false>)(e, place, residual, n, nv, acc);
+    }
+    return (e.added > 0 ? &finish_real<uint16_t, true> : &finish_real<uint16_t, false>)(e, place, residual, n, nv, acc);
+  }
   for (int64_t v = 0; v * kLanes < e.count; ++v) {
     const int64_t at = v * kLanes, left = e.count - at, added = e.added - at, o = e.o0 + at;
     const vf multiplier = load_some(maps.multiplier + o, left);
@@ -273,46 +432,21 @@ void finish_bytes_partly(const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t
     for (int64_t r = 0; r < n; ++r) {
       vf value = to_floats(reinterpret_cast<vi>(load_ints(acc + (r * nv + v) * QX_BYTES))) * multiplier;
       if (g.bias) value += bias;
-      if (added > 0) value += read_real(g.residual, maps.residual, rows.residual[q + r] + o, added);
+      if (added > 0) value += read_real(g.residual, maps.residual, residual[r] + o, added);
       value = activated(value, g.activation, slope);
-      if (g.out) write_real(g.out, maps.out, rows.place[q + r] + o, value, left);
-      if (g.out2) write_real(g.out2, maps.out2, rows.place[q + r] + o, at_least(value * scale + shift, 0.0f), left);
+      if (g.out) write_real(g.out, maps.out, place[r] + o, value, left);
+      if (g.out2) write_real(g.out2, maps.out2, place[r] + o, at_least(value * scale + shift, 0.0f), left);
     }
   }
 }
 
-// a full tile of maps that are all uint8, in its registers
-template <int ROWS, int NV, bool ADDED, bool SECOND>
+// a full tile of a simple epilogue, in its registers
+template <int ROWS, int NV>
 QX_INLINE void finish_bytes(const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t q, const vu (&acc)[ROWS][NV]) {
-  const GatherGemm& g = *e.g;
-  const Quantised& maps = *g.quantised;
-  const Bounds bounds(g.activation);
-  const Stored out(maps.out), out2(SECOND ? maps.out2 : maps.out);
-  const uint8_t* residual = static_cast<const uint8_t*>(g.residual);
-#pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) {
-    const int64_t o = e.o0 + v * kLanes;
-    const vf multiplier = load(maps.multiplier + o);
-    // -0 changes no number
-    const vf bias = g.bias ? load(g.bias + o) : -vf{};
-    const vf scale = SECOND ? load(g.scale2 + o) : vf{};
-    const vf shift = SECOND ? load(g.shift2 + o) : vf{};
+  finish_simply<NV>(e, [&](const auto& row) __attribute__((always_inline)) {
 #pragma GCC unroll 32
-    for (int r = 0; r < ROWS; ++r) {
-      vf value = to_floats(reinterpret_cast<vi>(acc[r][v])) * multiplier;
-      value += bias;
-      if (ADDED) {
-        const uint8_t* at = residual + rows.residual[q + r] + o;
-        value += to_floats(widen_bytes(at) - maps.residual.zero) * maps.residual.scale;
-      }
-      value = bounds.of(value);
-      if (!SECOND || g.out) narrow_bytes(static_cast<uint8_t*>(g.out) + rows.place[q + r] + o, out.of(value));
-      if (SECOND) {
-        narrow_bytes(static_cast<uint8_t*>(g.out2) + rows.place[q + r] + o,
-                     out2.of(at_least(value * scale + shift, 0.0f)));
-      }
-    }
-  }
+    for (int r = 0; r < ROWS; ++r) row.finish(acc[r], rows.place[q + r], rows.residual[q + r]);
+  });
 }
 
 QX_INLINE int32_t quad_of(const uint8_t* p, int64_t count) {
@@ -321,19 +455,11 @@ QX_INLINE int32_t quad_of(const uint8_t* p, int64_t count) {
   return static_cast<int32_t>(quad);
 }
 
-// whether every map of a step is uint8, so that a tile is finished in its registers
-QX_INLINE bool all_bytes(const GatherGemm& g) {
-  const Quantised& maps = *g.quantised;
-  return (!g.residual || maps.residual.type == kUint8) && (!g.out || maps.out.type == kUint8) &&
-         (!g.out2 || maps.out2.type == kUint8);
-}
-
 // Rows [q, q + ROWS): acc (+)= gathered rows times NV vectors of weights, finished if it is the last K block.
 template <int ROWS, int NV>
 void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& rows, int64_t q, char* memory,
                const char* base, bool last) {
-  const bool full = e.count == NV * kLanes && (e.added <= 0 || e.added >= NV * kLanes) &&
-                    e.g->activation <= kRelu6 && all_bytes(*e.g);
+  const bool full = e.count == NV * kLanes && e.simple();
   vu acc[ROWS][NV];
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
@@ -356,7 +482,7 @@ void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& 
     }
     if (all >= 0) {
       const int64_t count = length / kQuad, rest = length % kQuad;
-      const char* w = s.weight + (c0 / kQuad * s.all_taps + s.taps[t] * quads(length)) * NV * kQuadBytes;
+      const char* w = s.segment(s.weight, NV, block, t);
       const auto multiply = [&](const char* at, auto quad) __attribute__((always_inline)) {
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; ++r) {
@@ -365,7 +491,18 @@ void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& 
           for (int v = 0; v < NV; ++v) acc[r][v] = Products::add(acc[r][v], prepared, at + v * kQuadBytes);
         }
       };
+      // without weights to fetch, the rows behind these, which the next tile reads first where there is one tap
+      const char* ahead = reinterpret_cast<const char*>(a[ROWS - 1]) + s.in_channels;
+      const int64_t later = i + s.later;
+      if (NV == kMaxNv && s.ahead && later < s.depth.blocks * s.num_taps) {
+        ahead = s.segment(s.ahead, s.ahead_nv, later / s.num_taps, later % s.num_taps) +
+                s.ahead_turn * count * 64;
+      }
       for (int64_t k = 0; k < count; ++k) {
+        if (NV == kMaxNv) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += 64;
+        }
         multiply(w, [&](int r) __attribute__((always_inline)) {
           int32_t quad;
           __builtin_memcpy(&quad, a[r] + k * kQuad, kQuad);
@@ -392,20 +529,13 @@ void byte_tile(const ByteSegments& s, const ByteEpilogue& e, const Rows<Bytes>& 
       ++block;
     }
   }
-  if (last && full) {
-    if (e.g->out2) {
-      return e.added > 0 ? finish_bytes<ROWS, NV, true, true>(e, rows, q, acc)
-                         : finish_bytes<ROWS, NV, false, true>(e, rows, q, acc);
-    }
-    return e.added > 0 ? finish_bytes<ROWS, NV, true, false>(e, rows, q, acc)
-                       : finish_bytes<ROWS, NV, false, false>(e, rows, q, acc);
-  }
+  if (last && full) return finish_bytes(e, rows, q, acc);
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store_ints(memory + (r * NV + v) * QX_BYTES, acc[r][v]);
   }
-  if (last) finish_bytes_partly(e, rows, q, ROWS, NV, memory);
+  if (last) finish_bytes_partly(e, rows.place + q, rows.residual + q, ROWS, NV, memory);
 }
 
 struct ByteTiles {
@@ -461,7 +591,7 @@ void run_by_lanes(const GatherGemm& g, Cut cut, int64_t part) {
             store_ints(acc + (r * nv + v) * QX_BYTES, reinterpret_cast<vu>(__builtin_convertvector(sum, vi)));
           }
         }
-        finish_bytes_partly(ByteEpilogue{&g, c, count, g.residual ? g.residual_channels - c : 0}, rows, 0, n, nv, acc);
+        finish_bytes_partly(ByteEpilogue(g, c, count), rows.place, rows.residual, n, nv, acc);
       }
     }
     index += positions * num_taps;
@@ -517,23 +647,11 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
   const char* weight = static_cast<const char*>(g.weight);
   const Depth depth(channels);
   __builtin_memset(outside, zero, least(kMostDepth, channels));
-  const int32_t *index = g.index, *out_rows = g.rows, *taps = g.taps;
-  const int64_t po = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t po = part % cut.outputs;
   const int64_t tile_first = tiles * po / cut.outputs, tile_last = tiles * (po + 1) / cut.outputs;
-  const int64_t work = all_work(g);
-  const int64_t work_first = work * pp / cut.positions, work_last = work * (pp + 1) / cut.positions;
-
-  int64_t done = 0;  // work of the groups before
-  for (int64_t group = 0; group < g.num_groups; ++group) {
-    const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
-    const int64_t total = positions * g.batch, row_work = most(1, num_taps);
-    // as in run of gather_gemm.h
-    const bool few = g.num_groups <= kFewGroups;
-    const int64_t q_first = few ? total * pp / cut.positions
-                                : least(total, ceil_div(most(0, work_first - done), row_work));
-    const int64_t q_last = few ? total * (pp + 1) / cut.positions
-                               : least(total, ceil_div(most(0, work_last - done), row_work));
-    done += total * row_work;
+  for (PartOfGroups own(g, cut.positions, part / cut.outputs); own.next();) {
+    const int64_t positions = own.positions, num_taps = own.num_taps, q_first = own.first, q_last = own.last;
+    const int32_t* taps = own.taps;
     const int64_t segments = depth.blocks * num_taps;
     Walk walk(g.batch, g.rows_in < kLargeMap ? kImages : kImages / 2, positions);
     const int64_t chunks = ceil_div(q_last - q_first, kChunk);
@@ -541,7 +659,7 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
       const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
       const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
       walk.go_to(q0);
-      take_rows(g, walk, q1 - q0, index, num_taps, out_rows, rows);
+      take_rows(g, walk, q1 - q0, own.index, num_taps, own.rows, rows);
       for (int64_t job = tile_first; job < tile_last; ++job) {
         const int64_t channel_group = job / tiling.tiles, tile_number = job % tiling.tiles;
         const int64_t v0 = tiling.start(tile_number), nv = tiling.start(tile_number + 1) - v0;
@@ -562,22 +680,27 @@ void run_bytes(const GatherGemm* problem, Cut cut, int64_t part) {
           store_ints(base + v * QX_BYTES, sum);
         }
         const int64_t count = least(nv * kLanes, tiling.per_group - o_local);
-        const ByteEpilogue e{&g, o0, count, g.residual ? g.residual_channels - o0 : 0};
+        const ByteEpilogue e(g, o0, count);
+        // weights are far at first, and always if they do not stay near
+        const bool far = count_tiles > 1 && (chunk == 0 || vectors * column > panel_bytes());
+        const char* next = job + 1 < tile_last ? s.weight + nv * column : nullptr;
+        const int64_t next_nv = next ? tiling.start((job + 1) % tiling.tiles + 1) - tiling.start((job + 1) % tiling.tiles) : 0;
         for (int64_t k = 0; k < k_blocks; ++k) {
           s.first = segments * k / k_blocks;
           s.last = segments * (k + 1) / k_blocks;
           int64_t q = 0;
           for (int64_t i = 0; i < count_tiles; ++i) {
             const int64_t n = least_rows + (i < larger);
+            s.ahead = i * 64 < nv * kQuadBytes && far ? (k_blocks > 1 ? s.weight : next) : nullptr;
+            s.ahead_nv = k_blocks > 1 ? nv : next_nv;
+            s.later = k_blocks > 1 ? s.last - s.first : 0;
+            s.ahead_turn = i;
             kByteTiles.at[nv][n](s, e, rows, q, acc + q * nv * QX_BYTES, base, k == k_blocks - 1);
             q += n;
           }
         }
       }
     }
-    index += positions * num_taps;
-    out_rows += positions;
-    taps += num_taps;
   }
 }
 
@@ -611,6 +734,26 @@ void max_of_bytes(const Windows* problem, int64_t part, int64_t parts) {
   }
 }
 
+// real numbers [first, last) of a map to bytes, all channels alike
+template <class S>
+void quantise_run(const GatherGemm& g, int64_t first, int64_t last) {
+  const ByteBounds bounds(g.activation);
+  const Stored stored(g.quantised->out);
+  const S* x = static_cast<const S*>(g.x);
+  uint8_t* out = static_cast<uint8_t*>(g.out);
+  constexpr int64_t kRun = 4 * kLanes;
+  int64_t at = first;
+  for (; at + kRun <= last; at += kRun) {
+    vi bytes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) bytes[i] = stored.of(bounds.of(load(x + at + i * kLanes)));
+    narrow_row(out + at, bytes);
+  }
+  for (; at < last; at += kLanes) {
+    narrow_some(out + at, stored.of(bounds.of(load_some(x + at, last - at))), last - at);
+  }
+}
+
 // out = act(x scale2 + shift2 + residual), from and to maps of any type: also what crosses between formats
 void pointwise_bytes(const GatherGemm* problem, int64_t part, int64_t parts) {
   const GatherGemm& g = *problem;
@@ -619,6 +762,11 @@ void pointwise_bytes(const GatherGemm* problem, int64_t part, int64_t parts) {
   if (!g.scale2 && !g.shift2 && !g.slope && (!g.residual || g.residual_channels == g.out_channels)) {
     // all channels alike: a map of few has no vectors that are not full
     const int64_t vectors = ceil_div(rows * g.out_channels, kLanes);
+    if (!g.residual && maps.x.type != kUint8 && maps.out.type == kUint8 && g.activation <= kRelu6) {
+      const int64_t first = vectors * part / parts * kLanes, last = vectors * (part + 1) / parts * kLanes;
+      return (maps.x.type == kFloat32 ? &quantise_run<float> : &quantise_run<uint16_t>)(
+          g, first, least(last, rows * g.out_channels));
+    }
     for (int64_t i = vectors * part / parts; i < vectors * (part + 1) / parts; ++i) {
       const int64_t at = i * kLanes, left = rows * g.out_channels - at;
       vf v = read_real(g.x, maps.x, at, left);

@@ -18,7 +18,7 @@
 #define QX_NARROW_BF16(v) ((vh)_mm512_cvtneps_pbh((__m512)(v)))
 #define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
 #define QX_HARDWARE_TILES
-#include "tile_gemm.h"
+#include "tile_bf16.h"
 #include "depthwise.h"
 
 extern const quincunx::ForwardKernels qx_bf16_amx;

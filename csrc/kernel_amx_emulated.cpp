@@ -7,7 +7,7 @@
 #define QX_MAX_NV 2
 #define QX_TILE_ROWS 12, 6
 #define QX_GRAD_ROWS 12, 6
-#include "tile_gemm.h"
+#include "tile_bf16.h"
 #include "depthwise.h"
 
 extern const quincunx::ForwardKernels qx_bf16_amx_emulated;

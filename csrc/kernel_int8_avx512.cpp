@@ -10,18 +10,10 @@
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #endif
-#include <immintrin.h>
+#include "int8_avx512.h"
 
 #define QX_ISA avx512_int8
-#define QX_BYTES 64
-#define QX_MAX_NV 4
-#define QX_TILE_ROWS 20, 12, 8, 6
-#define QX_GRAD_ROWS 16, 12
 #define QX_MADD16(a, b) ((vi)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
-#define QX_WIDEN_U8(p) ((vi)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)(p))))
-#define QX_NARROW_U8(p, v) _mm_storeu_si128((__m128i*)(p), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)(v)))
-#define QX_GREATER(a, b) ((vf)_mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b)))
-#define QX_LESSER(a, b) ((vf)_mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b)))
 #include "int8_gemm.h"
 
 extern const quincunx::Int8Kernels qx_int8_avx512;

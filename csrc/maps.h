@@ -21,7 +21,9 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline int64_t size_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
+inline int64_t size_of(ScalarType type) {
+  return type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
+}
 
 inline Tensor empty_map(const std::vector<int64_t>& sizes, ScalarType type,
                         MemoryFormat format = MemoryFormat::Contiguous) {

@@ -46,9 +46,16 @@ std::string ask() {
   return "";
 }
 
+bool ask_for_bytes() {
+  constexpr unsigned kInt8 = 1u << 25;
+  Registers features;
+  return features.read(7, 0) && (features.d & kInt8) != 0;
+}
+
 #else
 
 std::string ask() { return "AMX tiles need Linux on x86-64"; }
+bool ask_for_bytes() { return false; }
 
 #endif
 
@@ -58,5 +65,7 @@ const std::string& tiles_refused() {
   static const std::string reason = ask();
   return reason;
 }
+
+bool tiles_multiply_bytes() { return ask_for_bytes(); }
 
 }  // namespace quincunx

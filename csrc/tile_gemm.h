@@ -1,8 +1,17 @@
-// The gather GEMM on tiles (tiles.h): bfloat16 maps and weights, float32 sums. Included once per kind of tiles, by a
-// file that has chosen the target as for gather_gemm.h.
+// The gather GEMM on tiles (tiles.h), for any kind of numbers that tiles multiply; tile_bf16.h and int8_tiles.h say what
+// a kind K is:
+//   Input, Sum, End      the numbers of maps and weights, the sums, what the epilogue of a register tile knows
+//   kTogether            channels of one output that lie side by side in a tile of weights
+//   kZerosSuffice        whether weights of 0 make up for any input: not if it may be NaN
+//   outside(g)           what is read outside of the map
+//   Start                what the sums of a panel start with: find(..) it, then put<T>(tile of outputs, tile's first)
+//   dot<C, A, B>()       the products of tiles
+//   more(..), pack_more(..)       what lies behind the packed weights, and how long that is
+//   end(..), full(..), finish(..)  the epilogue, and whether it needs no questions for each vector
+//   kCosts, mean(..)     as of gather_gemm.h
 //
-// A tile of inputs holds 16 output rows and one step of K: 32 channels of one tap, or several taps of at most 16
-// channels each. Where the 16 rows are equally far apart in the map it is read in place; otherwise its rows are copied
+// A tile of inputs holds 16 output rows and one step of K: 64 bytes of channels of one tap (32 bfloat16 numbers, 64
+// bytes), or several taps of at most half as many channels. Where the 16 rows are equally far apart in the map it is read in place; otherwise its rows are copied
 // side by side, two steps before they are multiplied, and used again by all output channels. A register tile is up to
 // 2 x 2 tiles of sums, or 4 x 1 where only 16 output channels are left. Its epilogue runs between the products of the next one.
 #pragma once
@@ -15,7 +24,11 @@ namespace quincunx {
 namespace QX_ISA {
 namespace {
 
-constexpr int64_t kStepChannels = kTileBytes / 2, kTileOutputs = kTileBytes / 4, kTileElements = kTileSize / 2;
+constexpr int64_t kTileOutputs = kTileBytes / 4;
+template <class K>
+constexpr int64_t kStepChannels = kTileBytes / int64_t{sizeof(typename K::Input)};
+template <class K>
+constexpr int64_t kTileElements = kTileSize / int64_t{sizeof(typename K::Input)};
 constexpr int64_t kPanelTiles = 2, kMostTiles = 4;  // of outputs side by side, of rows one below the other
 constexpr int64_t kSliceTaps = 64;                  // taps at a time
 constexpr int64_t kPairRows = 2 * kTileHeight;      // of a register tile of 32 outputs
@@ -26,58 +39,67 @@ constexpr int64_t kLeastBytes = 64 * kTileSize;     // of copied tiles, without 
 // Lines of a tile read in place that may share a set of a first-level cache, which has one set for each line of a
 // page: more displace each other, and a copy is faster.
 constexpr int64_t kSetBytes = 4096, kLinesOfSet = 2;
-// While a vector does one multiply-add, tiles do about ten.
-constexpr Costs kTileCosts{1500000, 150000, 20};
-
 constexpr TileConfig kFullTiles = TileConfig::full();
 
-// The steps of K of one channel group: for each block of 32 channels each tap, or `joined` taps in each step.
-struct Depth {
+// The steps of K of one channel group: for each block of channels each tap, or `joined` taps in each step.
+template <class K>
+struct TileDepth {
+  static constexpr int64_t kChannels = kStepChannels<K>;
   int64_t channels, taps, unit, joined, blocks;
-  QX_INLINE Depth(int64_t channels_per_group, int64_t num_taps) {
+  QX_INLINE TileDepth(int64_t channels_per_group, int64_t num_taps) {
     channels = channels_per_group;
     taps = num_taps;
-    for (unit = 2; unit < channels && unit < kStepChannels;) unit *= 2;
-    joined = kStepChannels / unit;
-    blocks = ceil_div(channels, kStepChannels);
+    // a single tap has none to be joined with, and may be read in place
+    unit = taps == 1 ? kChannels : K::kTogether;
+    while (unit < channels && unit < kChannels) unit *= 2;
+    joined = kChannels / unit;
+    blocks = ceil_div(channels, kChannels);
   }
   QX_INLINE int64_t inner(int64_t count) const { return ceil_div(count, joined); }  // steps of so many taps
   QX_INLINE int64_t steps() const { return blocks * inner(taps); }
 };
 
 // ---------------------------------------------------------------- weights
-// Packed: panel after panel of 32 outputs (the last may have 16), [step][tile of outputs][pair][output][2].
+// Packed: panel after panel of 32 outputs (the last may have 16), [step][tile of outputs][kTogether channels][output]
+// [channel]; behind them what the kind needs besides.
 
+template <class K>
 int64_t tile_packed_size(int64_t outputs, int64_t channels, int64_t taps, int64_t groups) {
-  return groups * ceil_div(outputs / groups, kTileOutputs) * Depth(channels, taps).steps() * kTileElements;
+  const int64_t tiles = groups * ceil_div(outputs / groups, kTileOutputs);
+  return tiles * TileDepth<K>(channels, taps).steps() * kTileElements<K> + K::more(tiles * kTileOutputs, taps);
 }
 
 QX_INLINE int64_t panel_width(int64_t tiles, int64_t panel) {
   return least(kPanelTiles, tiles - panel * kPanelTiles);
 }
 
+template <class K>
 void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
+  typedef typename K::Input Input;
   const Weight& w = *weight;
-  const Depth depth(w.channels, w.taps);
+  const TileDepth<K> depth(w.channels, w.taps);
   const int64_t tiles = ceil_div(w.outputs, kTileOutputs), jobs = w.groups * tiles * depth.blocks;
+  Input* const more = static_cast<Input*>(packed) + w.groups * tiles * depth.steps() * kTileElements<K>;
   for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
     const int64_t block = job % depth.blocks, tile = job / depth.blocks % tiles, group = job / depth.blocks / tiles;
     const int64_t panel = tile / kPanelTiles, width = panel_width(tiles, panel);
-    const int64_t c0 = block * kStepChannels, o0 = tile * kTileOutputs, per_block = depth.inner(w.taps);
-    uint16_t* to = static_cast<uint16_t*>(packed) +
-                   ((group * tiles + panel * kPanelTiles) * depth.steps() + tile % kPanelTiles) * kTileElements;
-    const uint16_t* from = static_cast<const uint16_t*>(w.data) + group * w.group_stride + c0 * w.channel_stride;
+    const int64_t c0 = block * kStepChannels<K>, o0 = tile * kTileOutputs, per_block = depth.inner(w.taps);
+    Input* to = static_cast<Input*>(packed) +
+                ((group * tiles + panel * kPanelTiles) * depth.steps() + tile % kPanelTiles) * kTileElements<K>;
+    const Input* from = static_cast<const Input*>(w.data) + group * w.group_stride;
     for (int64_t tap = 0; tap < per_block * depth.joined; ++tap) {
-      uint16_t* pairs = to + (block * per_block + tap / depth.joined) * width * kTileElements +
-                        tap % depth.joined * depth.unit * kTileOutputs;
+      Input* cells = to + (block * per_block + tap / depth.joined) * width * kTileElements<K> +
+                     tap % depth.joined * depth.unit * kTileOutputs;
       for (int64_t c = 0; c < depth.unit; ++c) {
         const bool inside = tap < w.taps && c0 + c < w.channels;
+        const int64_t at = inside ? channel_offset(w, c0 + c) + tap * w.tap_stride : 0;
+        Input* cell = cells + (c / K::kTogether * kTileOutputs * K::kTogether + c % K::kTogether);
         for (int64_t o = 0; o < kTileOutputs; ++o) {
-          const int64_t at = (o0 + o) * w.output_stride + c * w.channel_stride + tap * w.tap_stride;
-          pairs[c / 2 * kStepChannels + o * 2 + c % 2] = inside && o0 + o < w.outputs ? from[at] : 0;
+          cell[o * K::kTogether] = inside && o0 + o < w.outputs ? from[(o0 + o) * w.output_stride + at] : 0;
         }
       }
     }
+    if (block == 0) K::pack_more(w, more, group, o0, tiles * kTileOutputs);
   }
 }
 
@@ -95,26 +117,35 @@ struct Slice {  // taps [tap, tap + count) of the tap group, blocks [block, bloc
 };
 
 // The rows of one register tile while their tiles are made.
+template <class K>
 struct Copying {
   const char* rows[kSliceTaps][kMostTiles * kTileHeight];
   bool copied[kMostTiles][kSliceTaps];  // by tile and inner step
   char* tiles[kMostTiles];              // where they are copied to, step after step
   uintptr_t end;                        // of the map
-  const Depth* depth;
+  const char* outside;                  // kTileBytes of what is read outside of it
+  const TileDepth<K>* depth;
   Slice slice;
 };
 
-alignas(64) const uint16_t kNumbers[kStepChannels] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                                      16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+template <class Input>
+struct Numbers {
+  alignas(64) Input at[kTileBytes / sizeof(Input)];
+  constexpr Numbers() : at{} {
+    for (size_t i = 0; i < kTileBytes / sizeof(Input); ++i) at[i] = static_cast<Input>(i);
+  }
+};
+template <class Input>
+constexpr Numbers<Input> kNumbers{};
 
-template <int BYTES>
+template <class Input, int BYTES>
 struct Piece {
-  typedef uint16_t Type __attribute__((vector_size(BYTES)));
-  typedef uint16_t Loose __attribute__((vector_size(BYTES), aligned(2), may_alias));
+  typedef Input Type __attribute__((vector_size(BYTES)));
+  typedef Input Loose __attribute__((vector_size(BYTES), aligned(sizeof(Input)), may_alias));
   static QX_INLINE void mask(int64_t channels, Type& kept) {
     Type number;
-    __builtin_memcpy(&number, kNumbers, BYTES);
-    kept = reinterpret_cast<Type>(number < Type{} + static_cast<uint16_t>(channels));
+    __builtin_memcpy(&number, kNumbers<Input>.at, BYTES);
+    kept = reinterpret_cast<Type>(number < Type{} + static_cast<Input>(channels));
   }
   // `channels` of them and zeros; channels beyond may be read, and are dropped, but nothing beyond the map
   static QX_INLINE void copy(const char* from, char* to, int64_t channels, const Type& kept, uintptr_t end) {
@@ -122,61 +153,61 @@ struct Piece {
       *reinterpret_cast<Loose*>(to) = *reinterpret_cast<const Loose*>(from) & kept;
       return;
     }
-    uint16_t buffer[BYTES / 2] = {};
-    __builtin_memcpy(buffer, from, channels * 2);
+    Input buffer[BYTES / sizeof(Input)] = {};
+    __builtin_memcpy(buffer, from, channels * sizeof(Input));
     __builtin_memcpy(to, buffer, BYTES);
   }
 };
 
-QX_INLINE const char* outside() { return reinterpret_cast<const char*>(kZeros); }
-
-template <int UNIT>
-void copy_joined(const Copying& c, int64_t tile, int64_t step) {
-  typedef Piece<UNIT * 2> P;
-  constexpr int64_t kJoined = kStepChannels / UNIT;
+template <class K, int BYTES>  // of a tap's channels
+void copy_joined(const Copying<K>& c, int64_t tile, int64_t step) {
+  typedef Piece<typename K::Input, BYTES> P;
+  constexpr int64_t kJoined = kTileBytes / BYTES;
   typename P::Type kept;
   P::mask(c.depth->channels, kept);
   char* to = c.tiles[tile] + step * kTileSize;
-  for (int64_t j = 0; j < kJoined; ++j, to += UNIT * 2) {
+  for (int64_t j = 0; j < kJoined; ++j, to += BYTES) {
     const int64_t tap = step * kJoined + j;
     for (int64_t r = 0; r < kTileHeight; ++r) {
-      const char* from = tap < c.slice.count ? c.rows[tap][tile * kTileHeight + r] : outside();
+      const char* from = tap < c.slice.count ? c.rows[tap][tile * kTileHeight + r] : c.outside;
       P::copy(from, to + r * kTileBytes, c.depth->channels, kept, c.end);
     }
   }
 }
 
-QX_INLINE void copy_channels(const Copying& c, int64_t tile, int64_t step, int64_t tap, int64_t block) {
-  typedef Piece<kTileBytes> P;
-  const int64_t left = c.depth->channels - block * kStepChannels, moved = block * kTileBytes;
+template <class K>
+QX_INLINE void copy_channels(const Copying<K>& c, int64_t tile, int64_t step, int64_t tap, int64_t block) {
+  typedef Piece<typename K::Input, kTileBytes> P;
+  const int64_t left = c.depth->channels - block * kStepChannels<K>, moved = block * kTileBytes;
   const char* const* rows = c.rows[tap] + tile * kTileHeight;
   char* to = c.tiles[tile] + step * kTileSize;
-  if (left >= kStepChannels) {
+  if (left >= kStepChannels<K>) {
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kTileHeight; ++r) {
-      const char* from = rows[r] + (rows[r] == outside() ? 0 : moved);
-      *reinterpret_cast<P::Loose*>(to + r * kTileBytes) = *reinterpret_cast<const P::Loose*>(from);
+      const char* from = rows[r] + (rows[r] == c.outside ? 0 : moved);
+      *reinterpret_cast<typename P::Loose*>(to + r * kTileBytes) = *reinterpret_cast<const typename P::Loose*>(from);
     }
     return;
   }
-  P::Type kept;
+  typename P::Type kept;
   P::mask(left, kept);
   for (int64_t r = 0; r < kTileHeight; ++r) {
-    P::copy(rows[r] + (rows[r] == outside() ? 0 : moved), to + r * kTileBytes, left, kept, c.end);
+    P::copy(rows[r] + (rows[r] == c.outside ? 0 : moved), to + r * kTileBytes, left, kept, c.end);
   }
 }
 
 // The next steps to copy, counted like those that are multiplied.
 struct CopySteps {
   int64_t step = 0, inner = 0, outer = 0;
-  QX_INLINE void copy(const Copying& c, int64_t tiles) {
+  template <class K>
+  QX_INLINE void copy(const Copying<K>& c, int64_t tiles) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       if (!c.copied[tile][inner]) continue;
-      switch (c.depth->unit) {
-        case 2: copy_joined<2>(c, tile, step); break;
-        case 4: copy_joined<4>(c, tile, step); break;
-        case 8: copy_joined<8>(c, tile, step); break;
-        case 16: copy_joined<16>(c, tile, step); break;
+      switch (c.depth->unit * sizeof(typename K::Input)) {
+        case 4: copy_joined<K, 4>(c, tile, step); break;
+        case 8: copy_joined<K, 8>(c, tile, step); break;
+        case 16: copy_joined<K, 16>(c, tile, step); break;
+        case 32: copy_joined<K, 32>(c, tile, step); break;
         default: copy_channels(c, tile, step, inner, c.slice.block + outer);
       }
     }
@@ -195,30 +226,35 @@ struct TileRows {
 };
 
 // Finds the rows of one tile and decides, tap by tap, whether it is read in place.
-void locate(Copying& c, int64_t tile, const TileRows& rows, int64_t q, int64_t count, int64_t row_bytes,
+template <class K>
+void locate(Copying<K>& c, int64_t tile, const TileRows& rows, int64_t q, int64_t count, int64_t row_bytes,
             int64_t group_bytes, Source* sources) {
-  const Depth& depth = *c.depth;
+  const TileDepth<K>& depth = *c.depth;
   const Slice& slice = c.slice;
-  const bool whole = count == kTileHeight && depth.channels % kStepChannels == 0;
+  const bool whole = depth.channels % kStepChannels<K> == 0;
   for (int64_t t = 0; t < slice.count; ++t) {
     const char** from = c.rows[t] + tile * kTileHeight;
     int64_t inside = 0;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = rows.index[q + r][slice.tap + t];
-      from[r] = row < 0 ? outside() : rows.x[q + r] + row * row_bytes + group_bytes;
+      from[r] = row < 0 ? c.outside : rows.x[q + r] + row * row_bytes + group_bytes;
       inside += row >= 0;
     }
-    for (int64_t r = count; r < kTileHeight; ++r) from[r] = outside();
+    for (int64_t r = count; r < kTileHeight; ++r) from[r] = c.outside;
     if (depth.joined > 1) continue;
     const int64_t stride = from[1] - from[0];
     int64_t differs = 0;
     for (int64_t r = 2; r < kTileHeight; ++r) differs |= (from[r] - from[r - 1]) ^ stride;
     // rows lie in sets at multiples of the greatest power of two in the stride
     const int64_t lines_of_set = kTileHeight * least(stride & -stride, kSetBytes) / kSetBytes;
-    const bool in_place = whole && inside == kTileHeight && differs == 0 && lines_of_set <= kLinesOfSet;
+    // what a last block has too many of is multiplied by zeros, where it can be read at all
+    const uintptr_t last = reinterpret_cast<uintptr_t>(stride < 0 ? from[0] : from[kTileHeight - 1]);
+    const bool readable = whole || (K::kZerosSuffice && inside == kTileHeight &&
+                                    c.end - last >= static_cast<uintptr_t>(depth.blocks * kTileBytes));
+    const bool in_place = readable && inside == kTileHeight && differs == 0 && lines_of_set <= kLinesOfSet;
     c.copied[tile][t] = inside > 0 && !in_place;
     if (inside == 0) {
-      sources[t] = Source{outside(), 0, 0};
+      sources[t] = Source{c.outside, 0, 0};
     } else if (in_place) {
       sources[t] = Source{from[0] + slice.block * kTileBytes, stride, kTileBytes};
     } else {
@@ -233,60 +269,21 @@ void locate(Copying& c, int64_t tile, const TileRows& rows, int64_t q, int64_t c
 
 // ---------------------------------------------------------------- register tile
 
+template <class K>
 struct Unfinished {  // sums whose epilogue is still to come
-  const float* sums;
+  const typename K::Sum* sums;
   int64_t width;  // of a row of sums
-  Epilogue<uint16_t> e;
+  typename K::End e;
   const int64_t *place, *residual;
   int64_t rows, done;
   bool full;
 };
 
-template <bool ADDED, bool SECOND>
-QX_INLINE void finish_full(const Unfinished& u, int64_t last) {
-  const Epilogue<uint16_t>& e = u.e;
-  const Bounds bounds(e.activation);
-  for (int64_t at = 0; at < u.width; at += kLanes) {
-    const vf bias = e.bias ? load(e.bias + at) : vf{};
-    const vf scale = SECOND ? load(e.scale + at) : vf{}, shift = SECOND ? load(e.shift + at) : vf{};
-    for (int64_t r = u.done; r < last; ++r) {
-      vf value = load(u.sums + r * u.width + at) + bias;
-      if (ADDED && (!SECOND || e.residual)) value += load(e.residual + u.residual[r] + at);
-      value = bounds.of(value);
-      if (!SECOND || e.out) store(e.out + u.place[r] + at, value);
-      if (SECOND) store(e.out2 + u.place[r] + at, at_least(value * scale + shift, 0.0f));
-    }
-  }
-}
-
-QX_INLINE void finish_some(const Unfinished& u, int64_t r) {
-  const Epilogue<uint16_t>& e = u.e;
-  for (int64_t at = 0; at < e.count; at += kLanes) {
-    const int64_t left = e.count - at, added = e.residual ? e.added - at : 0;
-    vf value = load(u.sums + r * u.width + at);
-    if (e.bias) value += load_some(e.bias + at, left);
-    if (added > 0) value += load_some(e.residual + u.residual[r] + at, added);
-    value = activated(value, e.activation, e.slope ? load_some(e.slope + at, left) : vf{});
-    if (e.out) store_some(e.out + u.place[r] + at, value, left);
-    if (e.out2) {
-      value = value * load_some(e.scale + at, left) + load_some(e.shift + at, left);
-      store_some(e.out2 + u.place[r] + at, at_least(value, 0.0f), left);
-    }
-  }
-}
-
-QX_INLINE void finish(Unfinished& u, int64_t upto) {
+template <class K>
+QX_INLINE void finish(Unfinished<K>& u, int64_t upto) {
   const int64_t last = least(upto, u.rows);
   if (u.done >= last) return;
-  if (!u.full) {
-    for (int64_t r = u.done; r < last; ++r) finish_some(u, r);
-  } else if (u.e.out2) {
-    finish_full<true, true>(u, last);
-  } else if (u.e.residual) {
-    finish_full<true, false>(u, last);
-  } else {
-    finish_full<false, false>(u, last);
-  }
+  K::finish(u, last);
   u.done = last;
 }
 
@@ -295,9 +292,10 @@ struct Operands {
   const Source* sources[kMostTiles];  // of each tile of rows, by inner step
   const char* weights[kSliceTaps];    // by inner step
   int64_t weights_advance;
+  const char* outside;
   Area map, copies, weight_area;
   QX_INLINE Area area(const Source& s) const {
-    if (s.base == outside()) return Area{outside(), outside() + kTileBytes};
+    if (s.base == outside) return Area{outside, outside + kTileBytes};
     return s.base >= copies.first && s.base < copies.last ? copies : map;
   }
 };
@@ -309,15 +307,15 @@ QX_INLINE void load_inputs(const Operands& o, int64_t tile, int64_t inner, int64
 }
 
 // ROWS x OUTS tiles of sums: tiles 0 to 3 hold them, 4 and 5 inputs, 6 and 7 weights.
-template <int ROWS, int OUTS>
-void multiply(const Operands& o, const Slice& slice, const Copying* copying, Unfinished& before, float* sums,
-              bool first, bool last) {
+template <class K, int ROWS, int OUTS>
+void multiply(const Operands& o, const Slice& slice, const Copying<K>* copying, Unfinished<K>& before,
+              const typename K::Start& start, typename K::Sum* sums, bool first, bool last) {
   static_assert(ROWS * OUTS <= 4, "there are four tiles of sums");
   if (first) {
-    TileUnit::zero<0>();
-    if constexpr (ROWS * OUTS > 1) TileUnit::zero<1>();
-    if constexpr (ROWS * OUTS > 2) TileUnit::zero<2>();
-    if constexpr (ROWS * OUTS > 3) TileUnit::zero<3>();
+    start.template put<0>(0);
+    if constexpr (ROWS * OUTS > 1) start.template put<1>(OUTS == 2);
+    if constexpr (ROWS * OUTS > 2) start.template put<2>(0);
+    if constexpr (ROWS * OUTS > 3) start.template put<3>(OUTS == 2);
   }
   const int64_t steps = slice.steps(), rows_a_step = ceil_div(before.rows - before.done, most(1, steps));
   CopySteps ahead;
@@ -328,27 +326,27 @@ void multiply(const Operands& o, const Slice& slice, const Copying* copying, Unf
       const char* weights = o.weights[inner] + outer * o.weights_advance;
       TileUnit::load<6>(weights, kTileBytes, o.weight_area);
       load_inputs<4>(o, 0, inner, outer);
-      TileUnit::dot<0, 4, 6>();
+      K::template dot<0, 4, 6>();
       if constexpr (OUTS == 2) {
         TileUnit::load<7>(weights + kTileSize, kTileBytes, o.weight_area);
-        TileUnit::dot<1, 4, 7>();
+        K::template dot<1, 4, 7>();
         if constexpr (ROWS == 2) {
           load_inputs<5>(o, 1, inner, outer);
-          TileUnit::dot<2, 5, 6>();
-          TileUnit::dot<3, 5, 7>();
+          K::template dot<2, 5, 6>();
+          K::template dot<3, 5, 7>();
         }
       } else {
         if constexpr (ROWS > 1) {
           load_inputs<5>(o, 1, inner, outer);
-          TileUnit::dot<1, 5, 6>();
+          K::template dot<1, 5, 6>();
         }
         if constexpr (ROWS > 2) {
           load_inputs<4>(o, 2, inner, outer);
-          TileUnit::dot<2, 4, 6>();
+          K::template dot<2, 4, 6>();
         }
         if constexpr (ROWS > 3) {
           load_inputs<5>(o, 3, inner, outer);
-          TileUnit::dot<3, 5, 6>();
+          K::template dot<3, 5, 6>();
         }
       }
       finish(before, before.done + rows_a_step);
@@ -371,25 +369,30 @@ void multiply(const Operands& o, const Slice& slice, const Copying* copying, Unf
   }
 }
 
-typedef void (*MultiplyFunction)(const Operands&, const Slice&, const Copying*, Unfinished&, float*, bool, bool);
+template <class K>
+using MultiplyFunction = void (*)(const Operands&, const Slice&, const Copying<K>*, Unfinished<K>&,
+                                  const typename K::Start&, typename K::Sum*, bool, bool);
 // by tiles of outputs and of rows
-constexpr MultiplyFunction kMultiply[kPanelTiles + 1][kMostTiles + 1] = {
+template <class K>
+constexpr MultiplyFunction<K> kMultiply[kPanelTiles + 1][kMostTiles + 1] = {
     {},
-    {nullptr, &multiply<1, 1>, &multiply<2, 1>, &multiply<3, 1>, &multiply<4, 1>},
-    {nullptr, &multiply<1, 2>, &multiply<2, 2>, nullptr, nullptr}};
+    {nullptr, &multiply<K, 1, 1>, &multiply<K, 2, 1>, &multiply<K, 3, 1>, &multiply<K, 4, 1>},
+    {nullptr, &multiply<K, 1, 2>, &multiply<K, 2, 2>, nullptr, nullptr}};
 
 // ---------------------------------------------------------------- driver
 
+template <class K>
 Cut tile_cut(const GatherGemm* g, int64_t threads) {
   if (!g->weight) return cut(g, threads);
   const int64_t tiles = ceil_div(g->out_channels / g->channel_groups, kTileOutputs);
-  return cut_outputs(*g, threads, ceil_div(tiles, kPanelTiles), kTileCosts);
+  return cut_outputs(*g, threads, ceil_div(tiles, kPanelTiles), K::kCosts);
 }
 
 // The slices of a tap group: as many taps and blocks at a time as `most_steps` copied tiles hold.
 struct Slices {
   int64_t used, taps, blocks, all_blocks, joined;
-  QX_INLINE Slices(const Depth& depth, int64_t num_taps, int64_t most_steps) {
+  template <class K>
+  QX_INLINE Slices(const TileDepth<K>& depth, int64_t num_taps, int64_t most_steps) {
     used = num_taps;
     all_blocks = depth.blocks;
     joined = depth.joined;
@@ -406,7 +409,8 @@ struct Slices {
 };
 
 // The weights of a slice; several taps of a step that do not lie side by side are copied to `joint`.
-QX_INLINE void find_weights(Operands& o, const Depth& depth, const Slice& slice, const int32_t* taps,
+template <class K>
+QX_INLINE void find_weights(Operands& o, const TileDepth<K>& depth, const Slice& slice, const int32_t* taps,
                             const char* panel, int64_t width, char* joint, const Area& all) {
   const int64_t step_bytes = width * kTileSize;
   o.weight_area = all;
@@ -421,14 +425,14 @@ QX_INLINE void find_weights(Operands& o, const Depth& depth, const Slice& slice,
   const int32_t* own = taps + slice.tap;
   bool side_by_side = slice.count > 0 && own[0] % depth.joined == 0;
   for (int64_t t = 1; t < slice.count; ++t) side_by_side &= own[t] == own[0] + t;
-  // what follows the last tap is multiplied by zeros, but must not be NaN or infinite: only padding is sure
+  // what follows the last tap is multiplied by what is read outside: only padding is sure to be zeros
   side_by_side = side_by_side && (slice.count % depth.joined == 0 || own[0] + slice.count == depth.taps);
   for (int64_t i = 0; i < slice.inner; ++i) {
     o.weights[i] = side_by_side ? panel + (own[0] / depth.joined + i) * step_bytes : joint + i * step_bytes;
   }
   if (side_by_side) return;
   o.weight_area = Area{joint, joint + kJointBytes};
-  const int64_t tap_bytes = depth.unit / 2 * kTileBytes;
+  const int64_t tap_bytes = depth.unit / K::kTogether * kTileBytes;
   for (int64_t t = 0; t < slice.inner * depth.joined; ++t) {
     for (int64_t n = 0; n < width; ++n) {
       char* to = joint + t / depth.joined * step_bytes + n * kTileSize + t % depth.joined * tap_bytes;
@@ -444,48 +448,42 @@ QX_INLINE void find_weights(Operands& o, const Depth& depth, const Slice& slice,
 }
 
 // joint: kJointBytes and copy_bytes of memory
+template <class K>
 void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_t copy_bytes) {
-  alignas(64) float sums[2][kMostTiles * kTileHeight * kTileOutputs];
+  typedef typename K::Input Input;
+  alignas(64) typename K::Sum sums[2][kMostTiles * kTileHeight * kTileOutputs];
+  alignas(64) Input outside[kStepChannels<K>];
   TileRows rows;
-  Copying copying;
+  Copying<K> copying;
   Source sources[kChunkTiles][kSliceTaps];
-  Unfinished before{};
+  Unfinished<K> before{};
+  typename K::Start start;
 
   char* copies = joint + kJointBytes;
+  for (Input& number : outside) number = K::outside(g);
 
-  const Depth depth(g.in_channels / g.channel_groups, g.num_taps);
+  const TileDepth<K> depth(g.in_channels / g.channel_groups, g.num_taps);
   const int64_t per_group = g.out_channels / g.channel_groups, tiles = ceil_div(per_group, kTileOutputs);
   const int64_t panels = ceil_div(tiles, kPanelTiles), jobs = panels * g.channel_groups;
-  const int64_t row_bytes = int64_t{g.in_channels} * 2, image_bytes = g.rows_in * row_bytes;
-  const int64_t po = part % cut.outputs, pp = part / cut.outputs;
+  const int64_t row_bytes = g.in_channels * int64_t{sizeof(Input)}, image_bytes = g.rows_in * row_bytes;
+  const int64_t po = part % cut.outputs;
   const int64_t job_first = jobs * po / cut.outputs, job_last = jobs * (po + 1) / cut.outputs;
-  const int64_t work = all_work(g);
-  const int64_t work_first = work * pp / cut.positions, work_last = work * (pp + 1) / cut.positions;
   const char* x = static_cast<const char*>(g.x);
   const char* packed = static_cast<const char*>(g.weight);
-  const Area packed_area{
-      packed, packed + tile_packed_size(g.out_channels, depth.channels, g.num_taps, g.channel_groups) * 2};
-  const int32_t *index = g.index, *out_rows = g.rows, *taps = g.taps;
+  const char* more = packed + g.channel_groups * tiles * depth.steps() * kTileSize;
+  const Area packed_area{packed, more};
   copying.depth = &depth;
   copying.end = reinterpret_cast<uintptr_t>(x + g.batch * image_bytes);
   Operands operands{};
+  copying.outside = operands.outside = reinterpret_cast<const char*>(outside);
   operands.map = Area{x, x + g.batch * image_bytes};
   operands.copies = Area{copies, copies + copy_bytes};
 
   TileUnit::configure(kFullTiles);
   int turn = 0;
-  int64_t done = 0;  // work of the groups before
-  for (int64_t group = 0; group < g.num_groups; ++group) {
-    const int64_t positions = g.groups[2 * group], num_taps = g.groups[2 * group + 1];
-    const int64_t total = positions * g.batch, row_work = most(1, num_taps);
-    const int64_t all_pairs = ceil_div(total, kPairRows);
-    // as in gather_gemm.h, in whole register tiles where groups are large
-    const bool few = g.num_groups <= kFewGroups;
-    const int64_t q_first = few ? least(total, all_pairs * pp / cut.positions * kPairRows)
-                                : least(total, ceil_div(most(0, work_first - done), row_work));
-    const int64_t q_last = few ? least(total, all_pairs * (pp + 1) / cut.positions * kPairRows)
-                               : least(total, ceil_div(most(0, work_last - done), row_work));
-    done += total * row_work;
+  for (PartOfGroups own(g, cut.positions, part / cut.outputs, kPairRows); own.next();) {
+    const int64_t positions = own.positions, num_taps = own.num_taps, q_first = own.first, q_last = own.last;
+    const int32_t *index = own.index, *out_rows = own.rows, *taps = own.taps;
     // Copied tiles are kept for all output channels if a chunk of at least two tiles fits; otherwise each register
     // tile copies its own, slice after slice.
     const int64_t all_steps = depth.blocks * depth.inner(num_taps);
@@ -518,11 +516,13 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
         const int64_t o_local = panel * kPanelTiles * kTileOutputs;
         const int64_t count = least(width * kTileOutputs, per_group - o_local);
         const char* weights = packed + (channel_group * tiles + panel * kPanelTiles) * depth.steps() * kTileSize;
-        const int64_t group_bytes = channel_group * depth.channels * 2;
+        const int64_t group_bytes = channel_group * depth.channels * int64_t{sizeof(Input)};
         const bool fresh = !kept || located != channel_group;
         located = channel_group;
-        const Epilogue<uint16_t> e = epilogue<uint16_t>(g, channel_group * per_group + o_local, count);
-        const bool full = count == width * kTileOutputs && (!e.residual || e.added >= count) && e.activation <= kRelu6;
+        const typename K::End e = K::end(g, channel_group * per_group + o_local, count);
+        const bool full = count == width * kTileOutputs && K::full(e);
+        start.find(g, more, taps, num_taps, (channel_group * tiles + panel * kPanelTiles) * kTileOutputs,
+                   g.channel_groups * tiles * kTileOutputs, width);
         if (kept) find_weights(operands, depth, slices.at(0), taps, weights, width, joint, packed_area);
         const int64_t high = kMostTiles / width;
         for (int64_t tile = 0; tile < chunk_tiles; tile += high) {
@@ -538,39 +538,41 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
               locate(copying, i, rows, q, least(kTileHeight, q1 - q0 - q), row_bytes, group_bytes, sources[slot]);
             }
             if (!kept) find_weights(operands, depth, slice, taps, weights, width, joint, packed_area);
-            kMultiply[width][height](operands, slice, fresh ? &copying : nullptr, before, sums[turn], s == 0,
-                                     s == number - 1);
+            kMultiply<K>[width][height](operands, slice, fresh ? &copying : nullptr, before, start, sums[turn], s == 0,
+                                        s == number - 1);
           }
           const int64_t q = tile * kTileHeight;
-          before = Unfinished{sums[turn], width * kTileOutputs, e, rows.place + q, rows.residual + q,
-                              least(height * kTileHeight, q1 - q0 - q), 0, full};
+          before = Unfinished<K>{sums[turn], width * kTileOutputs, e, rows.place + q, rows.residual + q,
+                                 least(height * kTileHeight, q1 - q0 - q), 0, full};
           turn ^= 1;
         }
       }
       finish(before, before.rows);  // the next chunk has other rows
     }
-    index += positions * num_taps;
-    out_rows += positions;
-    taps += num_taps;
   }
   TileUnit::release();
 }
 
+template <class K>
 __attribute__((noinline)) void tile_run_on_stack(const GatherGemm& g, Cut cut, int64_t part) {
   alignas(64) char memory[kJointBytes + kLeastBytes];
-  tile_run_in(g, cut, part, memory, kLeastBytes);
+  tile_run_in<K>(g, cut, part, memory, kLeastBytes);
 }
 
+template <class K>
 void tile_run(const GatherGemm* g, Cut cut, int64_t part) {
-  if (!g->weight) return mean_of_rows<uint16_t>(*g, cut, part);
+  if (!g->weight) return K::mean(*g, cut, part);
   // half of the second-level cache for copied inputs, the rest for weights and maps
   const int64_t copy_bytes = most(kLeastBytes, level2_bytes() / 2);
   char* memory = thread_scratch(kJointBytes + copy_bytes);
-  if (memory == nullptr) return tile_run_on_stack(*g, cut, part);
-  tile_run_in(*g, cut, part, memory, copy_bytes);
+  if (memory == nullptr) return tile_run_on_stack<K>(*g, cut, part);
+  tile_run_in<K>(*g, cut, part, memory, copy_bytes);
 }
 
-constexpr ForwardKernels kTileKernels{true, &tile_packed_size, &tile_pack, &tile_cut, &tile_run};
+template <class K>
+constexpr ForwardKernels tile_kernels() {
+  return ForwardKernels{sizeof(typename K::Input) == 2, &tile_packed_size<K>, &tile_pack<K>, &tile_cut<K>, &tile_run<K>};
+}
 
 }  // namespace
 }  // namespace QX_ISA

@@ -1,8 +1,8 @@
-// Eight tiles of 16 rows of 64 bytes and the dot product of bfloat16 pairs on them: Intel's AMX, and the same in plain
-// C++ for every processor. Both have one interface, so that a kernel is tested where there is no AMX.
-// Tile numbers are template arguments. A tile of sums holds [16, 16] float32, a tile of inputs [16 rows, 32 channels]
-// bfloat16, a tile of weights [16 pairs of channels, 16 outputs, 2].
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS and LDTILECFG.
+// Eight tiles of 16 rows of 64 bytes and the dot products of bfloat16 pairs and of quads of bytes on them: Intel's AMX,
+// and the same in plain C++ for every processor. Both have one interface, so that a kernel is tested where there is no
+// AMX. Tile numbers are template arguments. A tile of sums holds [16, 16] float32 or int32, a tile of inputs [16 rows,
+// 32 channels] bfloat16 or [16, 64] uint8, a tile of weights [16 pairs of channels, 16 outputs, 2] or [16 quads, 16, 4].
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS, TDPBUSD and LDTILECFG.
 #pragma once
 
 #include <cstddef>
@@ -59,13 +59,18 @@ struct TileUnit {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
   }
   template <int T>
-  static QX_INLINE void store(float* to, int64_t stride) {
+  static QX_INLINE void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
   }
   // sums C += inputs A times weights B
   template <int C, int A, int B>
   static QX_INLINE void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+  // likewise of inputs without and weights with a sign; sums are modulo 2^32
+  template <int C, int A, int B>
+  static QX_INLINE void dot_bytes() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };
 

@@ -85,13 +85,44 @@ void EmulatedTiles::store(int t, char* to, int64_t stride) {
   for (int r = 0; r < rows[t]; ++r) memcpy(to + r * stride, data[t][r], row_bytes[t]);
 }
 
+bool EmulatedTiles::fitting(int c, int a, int b) {
+  if (!usable(c) || !usable(a) || !usable(b)) return false;
+  if (c == a || c == b || a == b) {
+    tile_fault("a dot product of the same tile twice");
+    return false;
+  }
+  const bool fit = rows[c] == rows[a] && row_bytes[c] == row_bytes[b] && row_bytes[a] == rows[b] * 4 &&
+                   row_bytes[c] % 4 == 0;
+  if (!fit) tile_fault("a dot product of tiles that do not fit");
+  return fit;
+}
+
+void EmulatedTiles::dot_bytes(int c, int a, int b) {
+  if (!fitting(c, a, b)) return;
+  constexpr int kOutputs = kTileBytes / 4;
+  const int quads = row_bytes[a] / 4, outputs = row_bytes[c] / 4;
+  int32_t weights[kTileHeight][4][kOutputs] = {};
+  for (int k = 0; k < quads; ++k) {
+    for (int n = 0; n < outputs; ++n) {
+      for (int i = 0; i < 4; ++i) weights[k][i][n] = static_cast<int8_t>(data[b][k][n * 4 + i]);
+    }
+  }
+  for (int m = 0; m < rows[c]; ++m) {
+    uint32_t sums[kOutputs] = {};  // modulo 2^32, as the processor's
+    memcpy(sums, data[c][m], row_bytes[c]);
+    for (int k = 0; k < quads; ++k) {
+      for (int i = 0; i < 4; ++i) {
+        const int32_t input = static_cast<uint8_t>(data[a][m][k * 4 + i]);
+        for (int n = 0; n < kOutputs; ++n) sums[n] += static_cast<uint32_t>(input * weights[k][i][n]);
+      }
+    }
+    memcpy(data[c][m], sums, row_bytes[c]);
+  }
+}
+
 // Even and odd channels are summed apart, each product and sum rounded once; then both sums are added, and that to c.
 void EmulatedTiles::dot(int c, int a, int b) {
-  if (!usable(c) || !usable(a) || !usable(b)) return;
-  if (c == a || c == b || a == b) return tile_fault("a dot product of the same tile twice");
-  if (rows[c] != rows[a] || row_bytes[c] != row_bytes[b] || row_bytes[a] != rows[b] * 4 || row_bytes[c] % 4 != 0) {
-    return tile_fault("a dot product of tiles that do not fit");
-  }
+  if (!fitting(c, a, b)) return;
   constexpr int kOutputs = kTileBytes / 4;
   const int pairs = row_bytes[a] / 4, outputs = row_bytes[c] / 4;
   alignas(64) float weights[kTileHeight][2][kOutputs] = {}, inputs[kTileHeight][2];

@@ -30,9 +30,11 @@ struct EmulatedTiles {
   void load(int t, const char* from, int64_t stride, const Area& area);
   void store(int t, char* to, int64_t stride);
   void dot(int c, int a, int b);
+  void dot_bytes(int c, int a, int b);
 
  private:
   bool usable(int t);
+  bool fitting(int c, int a, int b);
 };
 
 struct TileUnit {
@@ -47,12 +49,16 @@ struct TileUnit {
     EmulatedTiles::own().load(T, from, stride, area);
   }
   template <int T>
-  static void store(float* to, int64_t stride) {
-    EmulatedTiles::own().store(T, reinterpret_cast<char*>(to), stride);
+  static void store(void* to, int64_t stride) {
+    EmulatedTiles::own().store(T, static_cast<char*>(to), stride);
   }
   template <int C, int A, int B>
   static void dot() {
     EmulatedTiles::own().dot(C, A, B);
+  }
+  template <int C, int A, int B>
+  static void dot_bytes() {
+    EmulatedTiles::own().dot_bytes(C, A, B);
   }
 };
 

@@ -130,7 +130,7 @@ def test_info():
     assert qx.backend().name in call("info").stdout
     assert all(float(found[kind].split(" times as fast")[0]) > 0 for kind in ("bfloat16", "int8"))
     if qx.backend().name == "native":
-        assert (found["AMX tiles"] == "used for bfloat16") == (qx.backend().isa == "amx")
+        assert found["AMX tiles"].startswith("used for bfloat16") == (qx.backend().isa == "amx")
         assert native.tiles_refused() in found["AMX tiles"]
 
 

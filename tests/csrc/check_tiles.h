@@ -92,6 +92,35 @@ void check_arithmetic(std::mt19937& generator, const Report& report) {
       }
     }
   }
+  // bytes: the ends of both kinds, and sums that wrap around
+  uint8_t bytes[16][64];
+  int8_t factors[16][16][4];
+  int32_t totals[16][16], found[16][16];
+  for (int round = 0; round < 12; ++round) {
+    const auto any = [&] { return round % 3 == 0 ? generator() % 2 * 0x7f + generator() % 2 * 0x80 : generator(); };
+    for (auto& row : bytes)
+      for (auto& v : row) v = uint8_t(any());
+    for (auto& row : factors)
+      for (auto& quad : row)
+        for (auto& v : quad) v = int8_t(any());
+    for (auto& row : totals)
+      for (auto& v : row) v = round % 2 ? int32_t(generator()) : std::numeric_limits<int32_t>::max();
+    TileUnit::configure(config);
+    TileUnit::load<3>(reinterpret_cast<char*>(totals), 64, of(totals, sizeof totals));
+    TileUnit::load<6>(reinterpret_cast<char*>(bytes), 64, of(bytes, sizeof bytes));
+    TileUnit::load<7>(reinterpret_cast<char*>(factors), 64, of(factors, sizeof factors));
+    TileUnit::dot_bytes<3, 6, 7>();
+    TileUnit::store<3>(&found[0][0], 64);
+    TileUnit::release();
+    for (int m = 0; m < 16; ++m) {
+      for (int n = 0; n < 16; ++n) {
+        int64_t want = totals[m][n];
+        for (int k = 0; k < 64; ++k) want += int64_t{bytes[m][k]} * factors[k / 4][n][k % 4];
+        const int32_t wrapped = static_cast<int32_t>(static_cast<uint32_t>(want));
+        if (found[m][n] != wrapped) report("a dot product of bytes", found[m][n], wrapped);
+      }
+    }
+  }
   // a stride, and a load of the last bytes of its memory
   alignas(64) char wide[16 * 96 - 32];
   for (size_t i = 0; i < sizeof wide; ++i) wide[i] = char(i * 7);
@@ -135,7 +164,13 @@ void check_faults(const Report& report) {
     configured([](TileConfig& c) { c.rows[3] = 0, c.row_bytes[3] = 0; });
     TileUnit::zero<3>();
   });
+  must("a product of bytes before", [] { TileUnit::dot_bytes<0, 1, 2>(); });
   must("the same tile twice", [&] { configured(as_is), TileUnit::dot<0, 1, 1>(); });
+  must("the same tile twice, of bytes", [&] { configured(as_is), TileUnit::dot_bytes<0, 1, 0>(); });
+  must("quads that do not fit", [&] {
+    configured([](TileConfig& c) { c.rows[2] = 8; });
+    TileUnit::dot_bytes<0, 1, 2>();
+  });
   must("rows that do not fit", [&] {
     configured([](TileConfig& c) { c.rows[1] = 8; });
     TileUnit::dot<0, 1, 2>();

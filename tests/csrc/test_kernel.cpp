@@ -28,6 +28,7 @@
 
 #ifdef QX_TRAPS
 extern const quincunx::ForwardKernels qx_bf16_amx;
+extern const quincunx::Int8Kernels qx_int8_amx;
 #endif
 
 namespace {
@@ -926,6 +927,7 @@ int main(int argc, char** argv) {
       if (i % 5 == 0) check_forward(name + " deep bfloat16", kernels.bf16, true, deep_case(i / 5));
       if (i % 10 == 5) {
         const int64_t before = std::exchange(scratch_limit, 0);
+        check_bytes(name + " int8 without scratch", kernels.int8, i % 20 == 5 ? deep_case(i / 20) : c);
         check_forward(name + " bfloat16 without scratch", kernels.bf16, true, i % 20 == 5 ? deep_case(i / 20) : c);
         scratch_limit = before;
       }
@@ -961,6 +963,11 @@ int main(int argc, char** argv) {
       if (i % 10 == 0) check_forward("trapped amx deep", qx_bf16_amx, true, deep_case(i / 10));
       check_mean("trapped amx", qx_bf16_amx, true);
       check_spoilt("trapped amx", qx_bf16_amx, true);
+      check_bytes("trapped amx int8", qx_int8_amx, random_case());
+      check_bytes("trapped amx int8 depthwise", qx_int8_amx, depthwise_case());
+      check_bytes("trapped amx int8 few channels", qx_int8_amx, few_case());
+      if (i % 10 == 0) check_bytes("trapped amx int8 deep", qx_int8_amx, deep_case(i / 10));
+      check_bytes_mean("trapped amx int8", qx_int8_amx.forward);
       check_released("trapped amx");
     }
     std::printf("amx by its own instructions, each emulated: %d failures so far\n", failures);

@@ -83,6 +83,8 @@ inline void handle(int, siginfo_t*, void* context) {
     tiles.store(i.reg, reinterpret_cast<char*>(i.base), i.stride);
   } else if (known && i.opcode == 0x5c && i.prefix == kF3 && !i.in_memory) {
     tiles.dot(i.reg, i.rm, i.vvvv);
+  } else if (known && i.opcode == 0x5e && i.prefix == k66 && !i.in_memory) {
+    tiles.dot_bytes(i.reg, i.rm, i.vvvv);
   } else {
     known = false;
   }

@@ -52,6 +52,21 @@ def test_a_kernel_that_answers_wrongly_is_found(monkeypatch, name, broken):
     assert by_name()[broken].state == "wrong"
 
 
+@pytest.mark.skipif(qx.backend().name != "native", reason="the extension is not built")
+def test_eight_bits_that_differ_are_found(monkeypatch):
+    assert by_name()["convolutions in int8"].state == "ok"
+    right = selftest.convolve
+
+    def wrong(*args, back_end, **settings):
+        y = right(*args, back_end=back_end, **settings)
+        return y + (torch.arange(y.shape[-1]) == 0) if back_end == "native" else y
+
+    monkeypatch.setattr(selftest, "convolve", wrong)
+    found = by_name()["convolutions in int8"]
+    assert found.state == "wrong"
+    assert "differ from the reference" in found.said
+
+
 def test_values_that_are_not_finite_are_wrong(monkeypatch):
     right = selftest.sampled_conv2d
     monkeypatch.setattr(

@@ -340,7 +340,9 @@ def test_sums_that_do_not_fit_are_refused_by_the_kernels_too():
 
 
 # a set that differs from another one in float32 or bfloat16 alone has the other's kernels of eight bits
-@pytest.mark.parametrize("isa", ["avx512vnni", "avx512", "avxvnni", "avx2", "baseline"])
+@pytest.mark.parametrize(
+    "isa", ["amx", "amx-emulated", "avx512vnni", "avx512", "avxvnni", "avx2", "baseline"]
+)
 def test_every_instruction_set_gives_the_bits_of_the_reference(isa):
     if isa not in torch.ops.quincunx_native.available_isas().split(","):
         pytest.skip(f"this processor has no {isa}")

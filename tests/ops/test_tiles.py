@@ -1,4 +1,4 @@
-"""bfloat16 on tiles: emulated ones everywhere, AMX where the processor has it and the system permits it."""
+"""bfloat16 and eight bits on tiles: emulated ones everywhere, AMX where it is there and permitted."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quincunx as qx
+from helpers.commands import check_under
 from quincunx.ops import native
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="the native back end is not built")
@@ -27,10 +28,11 @@ def python(code, **environment):
     )
 
 
-# a sampled, a transposed, a dense, a strided, a grouped and a 1 x 1 convolution; narrow, odd and wide maps
+# a sampled, a transposed, a dense, a strided, a grouped and a 1 x 1 convolution; narrow, odd and wide maps;
+# then such convolutions in eight bits
 NETWORK = """
 import torch, quincunx as qx
-from quincunx.ops import native
+from quincunx.ops import int8, native
 def outputs(threads=1):
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
@@ -48,6 +50,23 @@ def outputs(threads=1):
     all_.append(dense(normal(2, 32, 20, 20), normal(48, 32, 3, 3), stride=2, padding=2, dilation=2))
     x, w = normal(2, 6, 20, 20), normal(8, 3, 7, 7)
     all_.append(qx.sampled_conv2d(x, w, sampling=qx.QUARTER, padding=3, groups=2))
+    def integers(low, high, *sizes):
+        return torch.randint(low, high, sizes, generator=generator)
+    def eight(channels, outputs, side, kernel, groups=1, **where):
+        x = integers(0, 256, 2, channels, side, side)
+        w = integers(-128, 128, outputs, channels // groups, kernel, kernel)
+        padding, residual = [kernel // 2] * 4, integers(0, 256, 2, outputs, side, side)
+        where = {"padding": padding, "groups": groups, **where}
+        if "sampling" not in where:
+            where |= {"residual": residual.byte(), "residual_grid": int8.Grid(0.1, 9), "activation": 1}
+        small, grid = torch.full((outputs,), 1e-3 / channels), int8.Grid(0.05, 7)
+        y = int8.convolve("conv", x.byte(), grid, w.char(), small, out=grid, back_end="native", **where)
+        all_.append(y.bfloat16())
+    eight(64, 64, 40, 3)
+    eight(128, 96, 20, 1)
+    eight(48, 20, 18, 3, sampling=qx.CHESSBOARD.spec)
+    eight(24, 48, 17, 3, groups=2)
+    eight(160, 64, 16, 3)
     return all_
 """
 
@@ -80,6 +99,11 @@ def test_fused_networks_equal_the_reference(isa):
     )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_networks_in_eight_bits_have_the_bits_of_the_reference(isa):
+    check_under(isa, TESTS / "fusion" / "test_fuse_int8.py", "same_bits or batch_or_threads")
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -55,4 +55,4 @@ def _tiles(isa: str | None) -> str:
     refused = native.tiles_refused()
     if refused:
         return f"not used: {refused}"
-    return "used for bfloat16" if isa == "amx" else f"not used: QUINCUNX_ISA={isa}"
+    return f"used for {native.tile_formats()}" if isa == "amx" else f"not used: QUINCUNX_ISA={isa}"

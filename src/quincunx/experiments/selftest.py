@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from quincunx.measure.cost import cost
 from quincunx.measure.environment import environment
 from quincunx.measure.latency import measure
 from quincunx.networks.trained import cached
-from quincunx.ops import backend, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops import backend, native, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops.int8 import Grid, convolve
 from quincunx.sampling import CHESSBOARD, QUARTER, Random, Sampling
 from quincunx.writing import cache_folder
 
@@ -72,6 +73,8 @@ def examine() -> Iterator[Finding]:
         yield _gpu()
     for dtype in _TOLERANCE:
         yield _kernels(dtype)
+    if backend().name == "native":
+        yield _eight_bits()
     yield _gradients()
     for dtype in _TOLERANCE:
         yield _network(dtype)
@@ -105,7 +108,8 @@ def report_line(findings: list[Finding]) -> str:
 def _serving() -> Finding:
     serving = backend()
     if serving.name == "native":
-        return Finding("back end", "ok", f"{serving.name}, {serving.isa}")
+        tiles = f", tiles for {formats}" if (formats := native.tile_formats()) else ""
+        return Finding("back end", "ok", f"{serving.name}, {serving.isa}{tiles}")
     return Finding("back end", "note", f"{serving.name}, which saves no time: {serving.reason}")
 
 
@@ -152,6 +156,25 @@ def _kernels(dtype: torch.dtype) -> Finding:
     if worst > 1:
         return Finding(name, "wrong", f"{worst:.3g} times as far from torch's as rounding explains")
     return Finding(name, "ok", f"{count} equal torch's")
+
+
+def _eight_bits() -> Finding:
+    name, generator, differing, count = "convolutions in int8", torch.Generator().manual_seed(0), 0, 0
+    for sampling in ("", CHESSBOARD.spec, QUARTER.spec):
+        for channels, outputs, groups in ((16, 24, 1), (128, 64, 1), (36, 18, 3)):
+            x = torch.randint(0, 256, (2, channels, 14, 13), generator=generator).byte()
+            weight = torch.randint(-128, 128, (outputs, channels // groups, 3, 3), generator=generator).char()
+            where: dict[str, Any] = {"sampling": sampling, "padding": (1, 1, 1, 1), "groups": groups}
+            grid, multiplier = Grid(0.05, 7), torch.full((outputs,), 1e-3 / channels)
+            found, wanted = (
+                convolve("conv", x, grid, weight, multiplier, activation=1, out=grid, back_end=end, **where)
+                for end in ("native", "reference")
+            )
+            differing += int((found != wanted).sum())
+            count += 1
+    if differing:
+        return Finding(name, "wrong", f"{differing} numbers differ from the reference's")
+    return Finding(name, "ok", f"{count} equal the reference to the bit")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -515,7 +515,10 @@ def _assembled(
                 steps.append(in_eight_bits(step, *found[name].weights[number], bias))
         if any(isinstance(step, Int8Step) and step.integers is not None for step in steps):
             names = program.inputs, program.outputs
-            result.set_submodule(name, Int8Program(steps, *names, found[name].grids, real))
+            # without layers in another type, arguments and results need no pass of their own into it
+            alone = all(isinstance(step, (Int8Step, Follower)) for step in steps)
+            outside = torch.float32 if alone else real
+            result.set_submodule(name, Int8Program(steps, *names, found[name].grids, outside))
         elif program.dtype == torch.float32 != real:
             result.set_submodule(name, Program(steps, program.inputs, program.outputs, dtype=real))
     return result

@@ -81,6 +81,11 @@ def level2_bytes() -> int:
     return int(torch.ops.quincunx_native.level2_bytes())
 
 
+def tile_formats() -> str:
+    """Return which formats the chosen kernels multiply on tiles: "bfloat16 and int8"; empty for none."""
+    return str(torch.ops.quincunx_native.tile_formats())
+
+
 def tiles_refused() -> str:
     """Return why this process cannot multiply on AMX tiles; empty if it can."""
     return str(torch.ops.quincunx_native.tiles_refused())
