@@ -28,6 +28,7 @@ from quincunx.fusion.lines import (
     Line,
     Lines,
     arena,
+    mean_index,
     replaced,
     unwritten,
 )
@@ -42,7 +43,7 @@ from quincunx.fusion.steps import (
 )
 from quincunx.modules import surely
 from quincunx.ops import native
-from quincunx.ops.plan import nearest_index, window_plan
+from quincunx.ops.plan import window_plan
 
 __all__ = ["NativePiece", "TorchPiece", "load_program", "pieces", "program_bytes", "programs"]
 
@@ -202,9 +203,7 @@ class _Writer(Lines):
             line.tensors = {"tap_index": (TABLE, plan.index), "rows": (TABLE, plan.starts)}
             self.add(line)
         elif step.kind == "mean":
-            height, width = first.size
-            index = nearest_index(first.fill, height, width) if first.fill else torch.arange(height * width)
-            self.read(step.sources[0], step.out, index.view(1, -1))
+            self.read(step.sources[0], step.out, mean_index(first))
             if not step.keepdim:
                 self.flat.add(step.out)
         elif step.kind == "concat":
