@@ -544,7 +544,12 @@ class Int8Program(Program):
             return partial(pool if natively and step.kind == "maxpool" else follow, step, maps)
         if not natively:
             return partial(_reference_stage, step, maps)
-        whole = not self.native_only and step.kind == "dense" and not maps[step.source].fill and not output(step, maps).fill
+        whole = (
+            not self.native_only
+            and step.kind == "dense"
+            and not maps[step.source].fill
+            and not output(step, maps).fill
+        )
         if whole and _prefers_torch(step, maps, batch):
             return partial(_reference_stage, step, maps)
         return _segment([step], maps, set(step.writes)).run

@@ -335,7 +335,9 @@ class _Writer(Lines):
         widths = {name: _width(grid) for name, grid in grids.items()} if low else None
         # what takes the place of another map has values as wide
         places = replaced(lines, scratch, self.maps)
-        places = {name: other for name, other in places.items() if widths is None or widths[name] == widths[other]}
+        places = {
+            name: other for name, other in places.items() if widths is None or widths[name] == widths[other]
+        }
         offsets = arena(lines, scratch, self.maps, places, widths)
         numbers = {name: number for number, name in enumerate((*inputs, *outputs, *scratch))}
         kinds = [_INPUT] * len(inputs) + [_OUTPUT] * len(outputs) + [_SCRATCH] * len(scratch)
@@ -374,7 +376,9 @@ class _Int8Writer(_Writer):
             for low in stage.lines:
                 for line in kernel_lines(low, self.maps, self.program.grids, self._integers_of):
                     self.add(line)
-        forms = [name for part in self.parts if isinstance(part, Line) for name in (*part.reads, *part.writes)]
+        forms = [
+            name for part in self.parts if isinstance(part, Line) for name in (*part.reads, *part.writes)
+        ]
         self.maps |= {name: self.maps[map_of(name)] for name in forms if name.endswith(":q")}
 
     def _integers_of(self, step: Int8Step) -> tuple[int, Tensor]:
@@ -387,7 +391,7 @@ class _Int8Writer(_Writer):
         return torch.float32 if name.endswith(_CROSSING) else self.program.dtype
 
     def runs(self) -> list[list[Line] | TorchPiece]:
-        """With the real numbers of maps whose integers are read in a later piece: they give the integers back."""
+        """With the real numbers of maps whose integers a later piece reads: they give these back."""
         runs = super().runs()
         home: dict[str, list[Line]] = {}
         for run in runs:
@@ -405,7 +409,7 @@ class _Int8Writer(_Writer):
         return runs
 
 
-# the form of a map that crosses to a later piece; float32, which holds an integer's real number closely enough
+# the form of a map that crosses to a later piece; float32, of which the same integers are made again
 _CROSSING = ":crossing"
 _RELUS = (torch.relu, torch.nn.functional.relu, Tensor.relu)
 _ADDS = (torch.add, Tensor.add, operator.add)
