@@ -483,9 +483,14 @@ def _shared_grids(program: Program, ranges: Mapping[str, tuple[float, float]]) -
 
 
 def _observe(
-    fused: Fused, images: Iterable[Tensor], observer: str, rounded: Fused | None = None
+    fused: Fused, images: Iterable[Any], observer: str, rounded: Fused | None = None
 ) -> dict[str, _Observed]:
-    """Ranges of maps and shifts of biases; ``rounded`` is the network with rounded weights."""
+    """Ranges of maps and shifts of biases.
+
+    Args:
+        images: batches, or tuples of arguments.
+        rounded: the network with rounded weights.
+    """
     watching, others = _copied(fused), _programs(rounded or fused)
     watched = {
         name: _Watched(program, observer, others[name]) for name, program in _programs(watching).items()
@@ -493,7 +498,7 @@ def _observe(
     for name, module in watched.items():
         watching.set_submodule(name, module)
     for batch in images:
-        watching(batch)
+        watching(*batch) if isinstance(batch, tuple) else watching(batch)
     return {name: module.observed() for name, module in watched.items()}
 
 
