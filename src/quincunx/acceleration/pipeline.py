@@ -314,9 +314,7 @@ def _accelerated(
                 to_train_rounded(fast, images)
         try:
             with scaled_inputs(fast, size):
-                # rounding is learnt by one process; the others wait
-                train = team.alone().train if dtype == torch.int8 else team.train
-                history = train(
+                history = team.train(
                     fast,
                     recipe,
                     out / "finetune",

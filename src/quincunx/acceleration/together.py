@@ -6,7 +6,7 @@ import hashlib
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
@@ -25,7 +25,7 @@ from quincunx.surgery.calibration import Calibration, Context, Pass, Pool
 from quincunx.surgery.method import Method
 from quincunx.train.evaluation import Scored, images_at_once, score_shared
 from quincunx.train.loop import Diverged, RunFailed, fit
-from quincunx.train.processes import ALONE, Ranks, as_known
+from quincunx.train.processes import Ranks, as_known
 
 __all__ = ["PATIENCE", "FailedAlone", "Team"]
 
@@ -95,10 +95,6 @@ class Team:
             raise
         self._say("done", result)
         return result
-
-    def alone(self) -> Team:
-        """Return a team of this process only, with the same network and data."""
-        return replace(self, ranks=ALONE)
 
     def judge(self, network: nn.Module) -> Scored:
         """Return loss and score of each test image, in order."""
