@@ -6,8 +6,9 @@
 The folder holds cifar10-png-small.tar.gz, clothing-small-128.tar.gz, imagenet-sample-256.tar.gz and, in
 pretrained/, the weights of ResNet-20, ResNet-56 and SqueezeNet v1.1; nips17 is what
 benchmarks/folders_by_class.py makes. A resnet18 is trained on the clothes, and each network gets a twin with
-spatial bottlenecks, fine-tuned in float32; both lie in --runs afterwards and are not made again. Each
-step is a command of ``quincunx`` in a process of its own, on one thread.
+spatial bottlenecks, fine-tuned in float32; networks and rows lie in --runs afterwards and are not made
+again. Each step is a command of ``quincunx`` in a process of its own, on one thread. Where int8 keeps layers
+in real numbers, so that answers on the calibration images stay, the row has all layers in it as well.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def networks(folder: Path, nips17: Path, runs: Path) -> list[Network]:
             clothes,
             ("--finetune-epochs", "2", "--recipe", "short", "--lr", "0.01", "--precision", "bfloat16"),
             (
-                *("--network", "resnet18", "--epochs", "15", "--batch-size", "32", "--lr", "0.05"),
+                *("--network", "resnet18", "--epochs", "5", "--batch-size", "32", "--lr", "0.05"),
                 *("--recipe", "short", "--precision", "bfloat16", "--resume"),
             ),
         ),
@@ -94,17 +95,25 @@ def ran(verb: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def judged(name: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+def judged(name: str, arguments: tuple[str, ...], runs: Path) -> dict[str, Any]:
     """Return a row: errors and losses of a network as it is and in each format."""
+    kept = runs / f"{name.replace(' ', '-').replace('/', 'of')}.json"
+    if kept.exists():
+        known: dict[str, Any] = json.loads(kept.read_text())
+        return known
     plain = ran("evaluate", *arguments)
     row = {"network": name, "data": plain["data"], "images": plain["images"], "error": plain["error"]}
-    row["loss"] = plain["loss"]
+    row |= {"loss": plain["loss"], "commit": environment()["commit"]}
     for form in FORMATS:
         more = ("--calibration", str(CALIBRATION)) if form == "int8" else ()
         found = ran("evaluate", *arguments, "--dtype", form, *more)
         row[form] = {"error": found["error"], "loss": found["loss"]}
         if "int8" in found:
             row[form]["int8"] = found["int8"]
+            if found["int8"]["kept"]:
+                whole = ran("evaluate", *arguments, "--dtype", form, *more, "--max-drop", "100")
+                row["int8, all layers"] = {key: whole[key] for key in ("error", "loss", "int8")}
+    write_json(kept, row)
     print(row, flush=True)
     return row
 
@@ -113,12 +122,12 @@ def rows_of(network: Network, runs: Path) -> list[dict[str, Any]]:
     """Return the rows of a network and of its twin with spatial bottlenecks."""
     if network.training and not (runs / "clothing-resnet18" / "run.json").exists():
         ran("train", *network.data, *network.training, "--seed", "0", "--out", network.start[0])
-    rows = [judged(network.name, (*network.start, *network.data))]
+    rows = [judged(network.name, (*network.start, *network.data), runs)]
     twin = runs / f"{network.name.replace(' ', '-')}-sb"
     if not (twin / "accelerate.json").exists():
         settings = (*_BOTTLENECK, "--calibration", "300", *network.tuning, "--seed", "0")
         ran("accelerate", *network.start, *network.data, *settings, "--out", str(twin))
-    return [*rows, judged(f"{network.name}, bottlenecks 2/4", (str(twin), *network.data))]
+    return [*rows, judged(f"{network.name}, bottlenecks 2/4", (str(twin), *network.data), runs)]
 
 
 def main() -> None:
@@ -132,6 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    given.runs.mkdir(parents=True, exist_ok=True)
     facts = environment()  # before hours pass
     rows = [
         row
