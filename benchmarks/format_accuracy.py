@@ -95,9 +95,14 @@ def ran(verb: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def place(name: str, runs: Path) -> Path:
+    """Return the file of a row."""
+    return runs / f"{name.replace(' ', '-').replace('/', 'of')}.json"
+
+
 def judged(name: str, arguments: tuple[str, ...], runs: Path) -> dict[str, Any]:
     """Return a row: errors and losses of a network as it is and in each format."""
-    kept = runs / f"{name.replace(' ', '-').replace('/', 'of')}.json"
+    kept = place(name, runs)
     if kept.exists():
         known: dict[str, Any] = json.loads(kept.read_text())
         return known
@@ -118,16 +123,19 @@ def judged(name: str, arguments: tuple[str, ...], runs: Path) -> dict[str, Any]:
     return row
 
 
-def rows_of(network: Network, runs: Path) -> list[dict[str, Any]]:
-    """Return the rows of a network and of its twin with spatial bottlenecks."""
+def rows_of(network: Network, runs: Path, anew: bool) -> list[dict[str, Any]]:
+    """Return the rows of a network and of its twin with spatial bottlenecks; else those that exist."""
+    names = network.name, f"{network.name}, bottlenecks 2/4"
+    if not anew:
+        return [json.loads(place(name, runs).read_text()) for name in names if place(name, runs).exists()]
     if network.training and not (runs / "clothing-resnet18" / "run.json").exists():
         ran("train", *network.data, *network.training, "--seed", "0", "--out", network.start[0])
-    rows = [judged(network.name, (*network.start, *network.data), runs)]
+    rows = [judged(names[0], (*network.start, *network.data), runs)]
     twin = runs / f"{network.name.replace(' ', '-')}-sb"
     if not (twin / "accelerate.json").exists():
         settings = (*_BOTTLENECK, "--calibration", "300", *network.tuning, "--seed", "0")
         ran("accelerate", *network.start, *network.data, *settings, "--out", str(twin))
-    return [*rows, judged(f"{network.name}, bottlenecks 2/4", (str(twin), *network.data), runs)]
+    return [*rows, judged(names[1], (str(twin), *network.data), runs)]
 
 
 def main() -> None:
@@ -139,6 +147,9 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder of the networks that are trained here"
     )
+    parser.add_argument(
+        "--only", default="", help="networks with this in their name, besides rows that exist"
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
@@ -146,7 +157,7 @@ def main() -> None:
     rows = [
         row
         for network in networks(given.folder, given.nips17, given.runs)
-        for row in rows_of(network, given.runs)
+        for row in rows_of(network, given.runs, given.only in network.name)
     ]
     write_json(given.out, {"schema": 1, "kind": "format-accuracy", "rows": rows, "environment": facts})
 
