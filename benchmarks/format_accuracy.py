@@ -25,6 +25,7 @@ from quincunx.measure.environment import environment
 from quincunx.writing import write_json
 
 FORMATS = ("float32", "bfloat16", "int8")
+ALL_LAYERS = "int8, all layers"
 # images that ranges come from
 CALIBRATION = 256
 _CIFAR = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
@@ -101,26 +102,32 @@ def place(name: str, runs: Path) -> Path:
 
 
 def judged(name: str, arguments: tuple[str, ...], runs: Path) -> dict[str, Any]:
-    """Return a row: errors and losses of a network as it is and in each format."""
+    """Return a row, errors and losses of a network as it is and in each format; what exists stays."""
     kept = place(name, runs)
-    if kept.exists():
-        known: dict[str, Any] = json.loads(kept.read_text())
-        return known
-    plain = ran("evaluate", *arguments)
-    row = {"network": name, "data": plain["data"], "images": plain["images"], "error": plain["error"]}
-    row |= {"loss": plain["loss"], "commit": environment()["commit"]}
+    row: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"network": name, "commits": []}
+
+    def add(part: dict[str, Any]) -> None:
+        commit = environment()["commit"]
+        row["commits"] = [*row["commits"], *([] if commit in row["commits"] else [commit])]
+        row.update(part)
+        write_json(kept, row)
+
+    if "error" not in row:
+        plain = ran("evaluate", *arguments)
+        add({key: plain[key] for key in ("data", "images", "error", "loss")})
     for form in FORMATS:
-        more = ("--calibration", str(CALIBRATION)) if form == "int8" else ()
-        found = ran("evaluate", *arguments, "--dtype", form, *more)
-        row[form] = {"error": found["error"], "loss": found["loss"]}
-        if "int8" in found:
-            row[form]["int8"] = found["int8"]
-            if found["int8"]["kept"]:
-                whole = ran("evaluate", *arguments, "--dtype", form, *more, "--max-drop", "100")
-                row["int8, all layers"] = {key: whole[key] for key in ("error", "loss", "int8")}
-    write_json(kept, row)
+        if form not in row:
+            found = ran("evaluate", *arguments, *_asked(form))
+            add({form: {key: found[key] for key in ("error", "loss", "int8") if key in found}})
+    if row["int8"]["int8"]["kept"] and ALL_LAYERS not in row:
+        found = ran("evaluate", *arguments, *_asked("int8"), "--max-drop", "100")
+        add({ALL_LAYERS: {key: found[key] for key in ("error", "loss", "int8")}})
     print(row, flush=True)
     return row
+
+
+def _asked(form: str) -> tuple[str, ...]:
+    return ("--dtype", form, *(("--calibration", str(CALIBRATION)) if form == "int8" else ()))
 
 
 def rows_of(network: Network, runs: Path, anew: bool) -> list[dict[str, Any]]:
