@@ -134,7 +134,8 @@ def rows_of(network: Network, runs: Path, anew: bool) -> list[dict[str, Any]]:
     """Return the rows of a network and of its twin with spatial bottlenecks; else those that exist."""
     names = network.name, f"{network.name}, bottlenecks 2/4"
     if not anew:
-        return [json.loads(place(name, runs).read_text()) for name in names if place(name, runs).exists()]
+        found = [json.loads(place(name, runs).read_text()) for name in names if place(name, runs).exists()]
+        return [row for row in found if row.keys() >= set(FORMATS)]
     if network.training and not (runs / "clothing-resnet18" / "run.json").exists():
         ran("train", *network.data, *network.training, "--seed", "0", "--out", network.start[0])
     rows = [judged(names[0], (*network.start, *network.data), runs)]
