@@ -2,7 +2,8 @@
 
 Each row is one call of ``qx.export``: the file is loaded in a process of its own, compared with the network
 and timed beside the dense network, in turn. A row says how fast it is, how large the MAC ratio is, which
-other candidates on this machine are faster, and how far its answers are from the network's.
+other candidates on this machine are faster, and how far its answers are from the network's. Our kernels also
+compute in bfloat16 and int8 there; ranges come from random images, since times do not depend on them.
 
     OMP_NUM_THREADS=1 python benchmarks/exports.py --threads 1 --out results/exports.json   # about 20 minutes
 """
@@ -44,19 +45,35 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "espace-resnet20": (made_by(qx.Espace(rate=0.5)), 32),
     "perforated-resnet20": (made_by(qx.Perforate()), 32),
 }
-FORMS = [(name, plugin) for name in FORMATS for plugin in (False, True)]
+# plain operators are float32
+_KINDS = ((False, None), (True, None), (True, torch.bfloat16), (True, torch.int8))
+FORMS = [(name, plugin, dtype) for name in FORMATS for plugin, dtype in _KINDS]
 
 
 def row(
-    name: str, model: nn.Module, size: int, form: tuple[str, bool], batch: int, threads: int
+    name: str,
+    model: nn.Module,
+    size: int,
+    form: tuple[str, bool, torch.dtype | None],
+    batch: int,
+    threads: int,
 ) -> dict[str, Any]:
-    kind, plugin = form
+    kind, plugin, dtype = form
     x = torch.randn(batch, 3, size, size)
-    found = {"network": name, "format": kind, "plugin": plugin, "batch": batch, "threads": threads}
+    number = str(dtype or torch.float32).removeprefix("torch.")
+    found: dict[str, Any] = {"network": name, "format": kind, "plugin": plugin, "dtype": number}
+    found |= {"batch": batch, "threads": threads}
+    # every layer in eight bits
+    small = (
+        qx.calibrate(model, torch.randn(16, 3, size, size), max_drop=100) if dtype == torch.int8 else model
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"net{FORMATS[kind].suffix}"
         try:
-            made = qx.export(model, path, x, plugin=plugin, force=True, threads=threads, rounds=21)
+            # the difference in int8 is that from the fused network
+            made = qx.export(
+                small, path, x, plugin=plugin, dtype=dtype, force=True, threads=threads, rounds=21
+            )
         except (ExportFailed, ValueError, TypeError) as error:
             return {**found, "refused": str(error).replace(folder, "")}
     return {

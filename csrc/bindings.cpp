@@ -400,7 +400,7 @@ class Tensors final : public quincunx::Operands {
     STD_TORCH_CHECK(tensors_[number].dim() > 0, name, " must have a size");
     return tensors_[number].sizes()[0];
   }
-  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups) override {
+  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups, bool) override {
     return at(number).weight(kernels_, kernels_.packed_size(outputs, channels, taps, groups));
   }
 

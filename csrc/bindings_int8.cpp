@@ -60,7 +60,7 @@ class Tensors final : public quincunx::Operands {
     STD_TORCH_CHECK(at(number).dim() > 0, name, " must have a size");
     return at(number).sizes()[0];
   }
-  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups) override {
+  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups, bool) override {
     const Tensor& tensor = at(number);
     const int64_t bytes = quincunx::kernels().int8.forward.packed_size(outputs, channels, taps, groups);
     STD_TORCH_CHECK(tensor.numel() == bytes, "packed weight must have ", bytes, " bytes, got ", tensor.numel(),
@@ -110,12 +110,11 @@ std::vector<Tensor> run_int8_program(std::vector<Tensor> inputs, std::vector<Ten
   STD_TORCH_CHECK(types.size() == count && zeros.size() == count && scales.numel() == static_cast<int64_t>(count) &&
                       multipliers.size() == steps,
                   "types, zeros and scales must have ", count, " entries and multipliers ", steps);
-  const quincunx::Engine engine{quincunx::kernels(), false, true};
+  const quincunx::Engine engine{quincunx::kernels(), false};
   const int64_t batch = inputs[0].sizes()[0];
-  Layout layout = quincunx::read_layout(buffers.data(), count, inputs.size(), batch);
-  const std::vector<MapGrid> grids =
-      quincunx::read_grids(layout, types.data(), zeros.data(),
-                           static_cast<const float*>(values_of(scales, "scales", ScalarType::Float)));
+  const std::vector<MapGrid> grids = quincunx::read_grids(
+      count, types.data(), zeros.data(), static_cast<const float*>(values_of(scales, "scales", ScalarType::Float)));
+  Layout layout = quincunx::read_layout(buffers.data(), count, inputs.size(), batch, grids.data());
   std::vector<quincunx::Place> places = quincunx::places_of(layout, grids);
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < count; ++i) {
@@ -137,8 +136,9 @@ std::vector<Tensor> run_int8_program(std::vector<Tensor> inputs, std::vector<Ten
     }
   }
   Tensors operands(tensors);
-  auto calls = quincunx::read_steps(code.data(), steps, layout, operands, batch);
-  const auto quantised = quincunx::quantise_steps(calls, grids, multipliers.data(), operands);
+  const auto always = [](const quincunx::Places&) { return true; };
+  auto calls = quincunx::read_steps(code.data(), steps, layout, operands, batch, always);
+  const auto quantised = quincunx::quantise_steps(calls, layout, grids, multipliers.data(), operands, always);
   std::optional<Tensor> arena;
   quincunx::run_calls(calls, places, layout.arena, batch, engine, quincunx::torch_host(), [&](int64_t bytes) {
     arena = quincunx::empty({bytes}, ScalarType::Byte);

@@ -790,8 +790,19 @@ void pointwise_bytes(const GatherGemm* problem, int64_t part, int64_t parts) {
   }
 }
 
+}  // namespace
+}  // namespace QX_ISA
+}  // namespace quincunx
+
+#include "int8_fill.h"
+
+namespace quincunx {
+namespace QX_ISA {
+namespace {
+
 constexpr ForwardKernels kByteKernels{false, &packed_bytes, &pack_bytes, &cut_bytes, &run_bytes};
-constexpr Int8Kernels kInt8{FewChannels<&kByteKernels, uint8_t, kQuad>::kernels, &max_of_bytes, &pointwise_bytes};
+constexpr Int8Kernels kInt8{FewChannels<&kByteKernels, uint8_t, kQuad>::kernels, &max_of_bytes, &pointwise_bytes,
+                            &fill_bytes};
 
 }  // namespace
 }  // namespace QX_ISA

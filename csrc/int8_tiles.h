@@ -112,7 +112,7 @@ struct TilesOrVectors {
 };
 
 constexpr Int8Kernels kTileInt8{FewChannels<&TilesOrVectors::kernels, uint8_t, kQuad>::kernels, &max_of_bytes,
-                                &pointwise_bytes};
+                                &pointwise_bytes, &fill_bytes};
 
 }  // namespace
 }  // namespace QX_ISA

@@ -19,7 +19,7 @@ struct MapGrid {
   float scale;
 };
 
-// The maps of a step in eight bits. A convolution or mean, a maximum and a copy read uint8; the others may be of any type.
+// The maps of a step in eight bits. All but a pointwise step read uint8; other maps may be of any type.
 struct Quantised {
   MapGrid x, residual, out, out2;
   const float* multiplier;  // [out_channels]: the scale of x times that of the channel's weights
@@ -119,6 +119,8 @@ struct Int8Kernels {
   ForwardKernels forward;
   void (*max)(const Windows*, int64_t part, int64_t parts);
   void (*pointwise)(const GatherGemm*, int64_t part, int64_t parts);  // x, scale2, shift2, residual, activation
+  // FittedFill with an epilogue, rows being its kinds; its weights are multiplied by the scale of x
+  void (*fill)(const GatherGemm*, int64_t part, int64_t parts);
 };
 
 // The gradient depends on the number of parts only in its rounding.

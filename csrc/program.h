@@ -27,8 +27,9 @@ class Operands {
   virtual Table& table(int64_t number, const char* name) = 0;
   virtual const float* floats(int64_t number, const char* name, int64_t count) = 0;
   virtual int64_t first_size(int64_t number, const char* name) = 0;
-  // packed for the kernels; outputs of all groups, channels of one
-  virtual const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups) = 0;
+  // packed for the kernels, of a step in eight bits or not; outputs of all groups, channels of one
+  virtual const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups,
+                             bool bytes) = 0;
 };
 
 inline void set_shape(GatherGemm& g, int64_t batch, int64_t in_channels, int64_t rows_in, int64_t out_channels,
@@ -52,13 +53,13 @@ inline void set_shape(GatherGemm& g, int64_t batch, int64_t in_channels, int64_t
 // The maps of a program: sizes, where they lie, and what has been written.
 struct Layout {
   struct Size {
-    int64_t kind, channels, height, width, offset;  // offset: in the arena, in elements per image
+    int64_t kind, channels, height, width, offset;  // offset: in the arena, in units per image
     int64_t rows() const { return height * width; }
     int64_t values() const { return channels * rows(); }
   };
   std::vector<Size> maps;
   Flow flow;
-  int64_t arena = 0;  // elements per image
+  int64_t arena = 0;  // units per image: elements, or bytes where maps have types of their own
 
   const Size& map(int64_t number) const {
     require(number >= 0 && number < static_cast<int64_t>(maps.size()), "code names a buffer ", number,
@@ -76,7 +77,9 @@ struct Layout {
   }
 };
 
-inline Layout read_layout(const int64_t* fields, int64_t count, int64_t inputs, int64_t batch) {
+// `grids`: of each map where they have types of their own
+inline Layout read_layout(const int64_t* fields, int64_t count, int64_t inputs, int64_t batch,
+                          const MapGrid* grids = nullptr) {
   Layout layout;
   int64_t arena = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -86,13 +89,14 @@ inline Layout read_layout(const int64_t* fields, int64_t count, int64_t inputs, 
     require(f[kChannels] >= 1 && f[kHeight] >= 0 && f[kWidth] >= 0, "buffer ", i, " has an impossible size");
     check_map("a buffer", batch, f[kChannels], f[kHeight], f[kWidth]);
     const Layout::Size map{kind, f[kChannels], f[kHeight], f[kWidth], offset};
+    const int64_t length = map.values() * (grids ? bytes_of(grids[i].type) : 1);
     if (kind == Flow::kScratch) {
       require(offset >= 0 && offset % 32 == 0 && offset < (int64_t{1} << 40), "buffer ", i,
               ": the offset must be a multiple of 32");
-      require(countable({offset + map.values(), batch + 1}), "buffer ", i, " is too large");
-      arena = std::max(arena, offset + map.values());
+      require(countable({offset + length, batch + 1}), "buffer ", i, " is too large");
+      arena = std::max(arena, offset + length);
     }
-    layout.flow.add(kind, kind == Flow::kScratch ? offset : 0, map.values());
+    layout.flow.add(kind, kind == Flow::kScratch ? offset : 0, length);
     layout.maps.push_back(map);
   }
   require(count >= inputs, "every input must have a buffer");
@@ -132,8 +136,18 @@ inline void set_slope(GatherGemm& g, const int64_t* f, int64_t number, Operands&
   if (f[kSlope] >= 0) g.slope = operands.floats(f[kSlope], "slope", g.out_channels);
 }
 
+inline void set_second(GatherGemm& g, const int64_t* f, int64_t number, const Layout& layout, Operands& operands) {
+  if (f[kOut2] < 0) return;
+  const Layout::Size& out2 = layout.map(f[kOut2]);
+  require(out2.channels == g.out_channels && out2.rows() == g.rows_out, "step ", number,
+          ": out and out2 must have one size");
+  g.scale2 = operands.floats(f[kScale2], "scale2", g.out_channels);
+  g.shift2 = operands.floats(f[kShift2], "shift2", g.out_channels);
+}
+
+// `bytes`: in eight bits, as below
 inline void set_convolution(GatherGemm& g, const int64_t* f, int64_t number, const Layout& layout,
-                            Operands& operands) {
+                            Operands& operands, bool bytes) {
   check_tables(g, operands.table(f[kTapIndex], "index"), operands.table(f[kRows], "rows"),
                operands.table(f[kTaps], "taps"), operands.table(f[kGroups], "groups"));
   if (f[kWeight] < 0) {
@@ -144,16 +158,10 @@ inline void set_convolution(GatherGemm& g, const int64_t* f, int64_t number, con
     return;
   }
   g.weight = operands.weight(f[kWeight], g.out_channels, g.in_channels / g.channel_groups, g.num_taps,
-                             g.channel_groups);
+                             g.channel_groups, bytes);
   if (f[kBias] >= 0) g.bias = operands.floats(f[kBias], "bias", g.out_channels);
   set_slope(g, f, number, operands);
-  if (f[kOut2] >= 0) {
-    const Layout::Size& out2 = layout.map(f[kOut2]);
-    require(out2.channels == g.out_channels && out2.rows() == g.rows_out, "step ", number,
-            ": out and out2 must have one size");
-    g.scale2 = operands.floats(f[kScale2], "scale2", g.out_channels);
-    g.shift2 = operands.floats(f[kShift2], "shift2", g.out_channels);
-  }
+  set_second(g, f, number, layout, operands);
   set_residual(g, f, number, layout, operands);
 }
 
@@ -171,9 +179,11 @@ inline void set_window_max(GatherGemm& g, const int64_t* f, int64_t number, Oper
   g.rows = operands.table(f[kRows], "starts").data;
 }
 
-inline void set_fill(GatherGemm& g, const int64_t* f, int64_t number, const Layout& layout, Operands& operands) {
+inline void set_fill(GatherGemm& g, const int64_t* f, int64_t number, const Layout& layout, Operands& operands,
+                     bool bytes) {
   same_channels(g, number);
-  require(none(f, {kSlope, kOut2, kResidualRows}), "step ", number, ": a fill has one output and no row table");
+  require(bytes || none(f, {kSlope, kOut2, kResidualRows}), "step ", number,
+          ": a fill has one output and no row table");
   // a fill may have no taps, which num_taps cannot say: then its weight is missing
   const bool taps = f[kWeight] >= 0;
   const int64_t kinds = f[kBias] >= 0  ? operands.first_size(f[kBias], "bias")
@@ -186,8 +196,15 @@ inline void set_fill(GatherGemm& g, const int64_t* f, int64_t number, const Layo
   if (taps) g.weight = operands.floats(f[kWeight], "weight", kinds * g.num_taps * g.in_channels);
   if (!taps) g.num_taps = 0;
   if (f[kBias] >= 0) g.bias = operands.floats(f[kBias], "bias", kinds * g.in_channels);
-  require(g.activation <= kRelu6, "activation must be 0, 1 or 2, got ", g.activation);
-  if (f[kResidual] >= 0) {
+  if (bytes) {
+    // its epilogue is that of a convolution
+    set_slope(g, f, number, operands);
+    set_second(g, f, number, layout, operands);
+    set_residual(g, f, number, layout, operands);
+  } else {
+    require(g.activation <= kRelu6, "activation must be 0, 1 or 2, got ", g.activation);
+  }
+  if (!bytes && f[kResidual] >= 0) {
     const Layout::Size& residual = layout.map(f[kResidual]);
     require(residual.channels == g.out_channels && residual.rows() == g.rows_out, "step ", number,
             ": the residual of a fill must have the output's shape");
@@ -237,9 +254,11 @@ class Copies {
 
 }  // namespace detail
 
-// The steps of a program that may run on maps of this layout.
-inline std::vector<Call> read_steps(const int64_t* code, int64_t count, Layout& layout, Operands& operands,
-                                    int64_t batch) {
+// The steps of a program that may run on maps of this layout. `in_bytes(maps)` says of a step's
+// maps, which exist, whether it is in eight bits.
+template <class InBytes>
+std::vector<Call> read_steps(const int64_t* code, int64_t count, Layout& layout, Operands& operands, int64_t batch,
+                             const InBytes& in_bytes) {
   std::vector<Call> calls(count);
   detail::Copies copies;
   for (int64_t i = 0; i < count; ++i) {
@@ -249,7 +268,11 @@ inline std::vector<Call> read_steps(const int64_t* code, int64_t count, Layout& 
     call.work = static_cast<Work>(f[kWork]);
     call.maps = Places{f[kX], f[kResidual], f[kOut], f[kOut2]};
     require(f[kOut] >= 0 || f[kOut2] >= 0, "step ", i, " writes nothing");
-    require(f[kOut] >= 0 || call.work == kConvolve, "step ", i, " writes nothing");
+    for (const StepField map : {kX, kResidual, kOut, kOut2}) {
+      if (f[map] >= 0 || map == kX) layout.map(f[map]);
+    }
+    const bool bytes = in_bytes(call.maps);
+    require(f[kOut] >= 0 || call.work == kConvolve || (bytes && call.work == kFill), "step ", i, " writes nothing");
     const Layout::Size &x = layout.map(f[kX]), &out = layout.map(f[kOut] >= 0 ? f[kOut] : f[kOut2]);
     GatherGemm& g = call.problem;
     set_shape(g, batch, x.channels, x.rows(), out.channels, out.rows(), f[kNumTaps], f[kChannelGroups],
@@ -257,16 +280,21 @@ inline std::vector<Call> read_steps(const int64_t* code, int64_t count, Layout& 
     copies.step(i, f, g);
     switch (call.work) {
       case kWindowMax: detail::set_window_max(g, f, i, operands); break;
-      case kFill: detail::set_fill(g, f, i, layout, operands); break;
+      case kFill: detail::set_fill(g, f, i, layout, operands, bytes); break;
       case kPointwise: detail::set_pointwise(g, f, i, layout, operands); break;
       case kCopy: break;
-      default: detail::set_convolution(g, f, i, layout, operands);
+      default: detail::set_convolution(g, f, i, layout, operands, bytes);
     }
     layout.flow.step(i, f[kX], f[kResidual], f[kOut], f[kOut2], g.residual_rows == nullptr);
   }
   copies.end(count);
   layout.flow.end();
   return calls;
+}
+
+inline std::vector<Call> read_steps(const int64_t* code, int64_t count, Layout& layout, Operands& operands,
+                                    int64_t batch) {
+  return read_steps(code, count, layout, operands, batch, [](const Places&) { return false; });
 }
 
 }  // namespace quincunx

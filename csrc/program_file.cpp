@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#include "program.h"
+#include "int8_program.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -57,8 +57,8 @@ Header read_header(const char* bytes, size_t size) {
   require(size >= sizeof header && std::memcmp(bytes, kMagic, sizeof kMagic) == 0, "these ", size,
           " bytes are no program of quincunx");
   std::memcpy(&header, bytes, sizeof header);
-  require(header.version == kFileVersion, "the program has version ", header.version, "; this library reads version ",
-          kFileVersion);
+  require(header.version == kFileVersion || header.version == kInt8FileVersion, "the program has version ",
+          header.version, "; this library reads versions ", kFileVersion, " and ", kInt8FileVersion);
   require(header.size == size, "the program is incomplete: it should have ", header.size, " bytes, got ", size);
   const uint32_t found = crc32(crc32(0, bytes, offsetof(Header, checksum)), bytes + sizeof header, size - sizeof header);
   require(found == header.checksum, "the program is damaged: its checksum is wrong");
@@ -66,6 +66,18 @@ Header read_header(const char* bytes, size_t size) {
   for (const char c : header.zeros) zeros = zeros && c == 0;
   require(zeros && header.dtype <= 1, "the program is damaged: its header names a type or a field that is unknown");
   return header;
+}
+
+std::vector<MapGrid> grids_of(const std::vector<GridEntry>& entries) {
+  std::vector<int64_t> types, zeros;
+  std::vector<float> scales;
+  for (const GridEntry& entry : entries) {
+    require(entry.reserved == 0, "the program is damaged: a grid has a field that is unknown");
+    types.push_back(entry.type);
+    zeros.push_back(entry.zero);
+    scales.push_back(entry.scale);
+  }
+  return read_grids(entries.size(), types.data(), zeros.data(), scales.data());
 }
 
 }  // namespace
@@ -110,32 +122,34 @@ Memory& Memory::operator=(Memory&& other) noexcept {
 
 Memory::~Memory() { std::free(data_); }
 
-// The tensors of a file while it is read: tables and floats copied, weights packed when a step first names them.
+// The tensors of a file while it is read: tables and floats copied, weights packed when a step first names them. Those of
+// steps in eight bits are int8, all others of the program's type.
 class ProgramFile::FileOperands final : public Operands {
  public:
-  FileOperands(ProgramFile& program, const char* bytes, size_t size, const std::vector<Entry>& entries, size_t first)
+  FileOperands(ProgramFile& program, const char* bytes, size_t size, const std::vector<Entry>& entries, size_t first,
+               bool int8)
       : program_(program), kernels_(program.bf16_ ? kernels().bf16 : kernels().f32), bytes_(bytes) {
     int64_t behind = first, copied = 0;
     for (const Entry& entry : entries) {
       const size_t number = tensors_.size();
-      require(entry.kind < kTensorKinds && entry.reserved == 0, "the program is damaged: tensor ", number,
+      require(entry.kind < (int8 ? kTensorKinds : kInt8Weights) && entry.reserved == 0, "the program is damaged: tensor ", number,
               " has the unknown kind ", entry.kind);
       require(countable({entry.sizes[0], entry.sizes[1], entry.sizes[2], entry.sizes[3]}),
               "the program is damaged: tensor ", number, " has an impossible size");
       int64_t count = 1;
       for (const int64_t value : entry.sizes) count *= value;
-      const int64_t width = entry.kind == kWeights && program.bf16_ ? 2 : 4;
+      const int64_t width = width_of(entry.kind);
       require(entry.offset >= behind && entry.offset % kLine == 0 && entry.offset <= static_cast<int64_t>(size) &&
                   count <= (static_cast<int64_t>(size) - entry.offset) / width,
               "the program is damaged: tensor ", number, " of ", count, " values does not lie inside it");
       behind = entry.offset + count * width;
       tensors_.push_back(Tensor{entry, count, nullptr, Table()});
-      if (entry.kind != kWeights) copied += rounded_up(count * 4, kLine);
+      if (entry.kind < kWeights) copied += rounded_up(count * 4, kLine);
     }
     program.tables_ = Memory(copied);
     char* to = program.tables_.data();
     for (Tensor& tensor : tensors_) {
-      if (tensor.entry.kind == kWeights || tensor.count == 0) continue;
+      if (tensor.entry.kind >= kWeights || tensor.count == 0) continue;
       std::memcpy(to, bytes + tensor.entry.offset, tensor.count * 4);
       tensor.data = to;
       tensor.table = Table(reinterpret_cast<const int32_t*>(to), tensor.count);
@@ -153,13 +167,14 @@ class ProgramFile::FileOperands final : public Operands {
 
   int64_t first_size(int64_t number, const char* name) override { return at(number, name, kFloats).entry.sizes[0]; }
 
-  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups) override {
-    Tensor& tensor = at(number, "weight", kWeights);
+  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups,
+                     bool bytes) override {
+    Tensor& tensor = at(number, "weight", bytes ? kInt8Weights : kWeights);
     const int64_t* s = tensor.entry.sizes;
     require(s[0] == groups && s[1] * groups == outputs && s[2] == channels && s[3] == taps, "weight must be [", groups,
             ", ", outputs / groups, ", ", channels, ", ", taps, "], got [", s[0], ", ", s[1], ", ", s[2], ", ", s[3],
             "]");
-    if (tensor.data == nullptr) tensor.data = pack(tensor);
+    if (tensor.data == nullptr) tensor.data = pack(tensor, bytes ? kernels().int8.forward : kernels_, bytes);
     return tensor.data;
   }
 
@@ -179,8 +194,10 @@ class ProgramFile::FileOperands final : public Operands {
     return tensors_[number];
   }
 
-  const void* pack(const Tensor& tensor) {
-    const int64_t *s = tensor.entry.sizes, width = program_.bf16_ ? 2 : 4;
+  int64_t width_of(uint32_t kind) const { return kind == kInt8Weights ? 1 : kind == kWeights && program_.bf16_ ? 2 : 4; }
+
+  const void* pack(const Tensor& tensor, const ForwardKernels& by, bool bytes) {
+    const int64_t *s = tensor.entry.sizes, width = width_of(tensor.entry.kind);
     const char* from = bytes_ + tensor.entry.offset;
     std::vector<char> aligned;
     if (reinterpret_cast<uintptr_t>(from) % width != 0) {
@@ -188,10 +205,10 @@ class ProgramFile::FileOperands final : public Operands {
       from = aligned.data();
     }
     const Weight weight{from, s[0], s[1], s[2], s[3], s[1] * s[2] * s[3], s[2] * s[3], s[3], 1};
-    const int64_t values = kernels_.packed_size(s[0] * s[1], s[2], s[3], s[0]);
+    const int64_t values = by.packed_size(s[0] * s[1], s[2], s[3], s[0]);
     require(values < (int64_t{1} << 58), "the weight is too large");
-    Memory packed(values * (kernels_.packs_bf16 ? 2 : 4));
-    kernels_.pack(&weight, packed.data(), 0, 1);
+    Memory packed(values * (bytes ? 1 : by.packs_bf16 ? 2 : 4));
+    by.pack(&weight, packed.data(), 0, 1);
     program_.packed_.push_back(std::move(packed));
     return program_.packed_.back().data();
   }
@@ -212,12 +229,25 @@ ProgramFile::ProgramFile(const void* data, size_t size) {
   const auto ranks = front.take<int64_t>(header.outputs, "outputs");
   const auto buffers = front.take<int64_t>(uint64_t{header.maps} * kBufferFields, "maps");
   const auto code = front.take<int64_t>(uint64_t{header.steps} * kStepFields, "steps");
+  const bool int8 = header.version == kInt8FileVersion;
+  const auto grid_entries = front.take<GridEntry>(int8 ? header.maps : 0, "grids");
+  const auto multipliers = front.take<int64_t>(int8 ? header.steps : 0, "multipliers");
   const auto entries = front.take<Entry>(header.tensors, "tensors");
   require(header.inputs >= 1 && header.outputs >= 1, "a program needs an input and an output");
-  Layout layout = read_layout(buffers.data(), header.maps, header.inputs, 1);
-  FileOperands operands(*this, bytes, size, entries, front.at());
-  calls_ = read_steps(code.data(), header.steps, layout, operands, 1);
-  places_ = layout.places(bf16_ ? 2 : 4);
+  const int32_t real = bf16_ ? kBfloat16 : kFloat32;
+  const std::vector<MapGrid> grids = int8 ? grids_of(grid_entries) : std::vector<MapGrid>(header.maps, {real, 0, 1.0f});
+  // where all maps have one type, offsets are numbers of values
+  Layout layout = read_layout(buffers.data(), header.maps, header.inputs, 1, int8 ? grids.data() : nullptr);
+  FileOperands operands(*this, bytes, size, entries, front.at(), int8);
+  const auto in_bytes = [&](const Places& maps) {
+    for (const int64_t map : {maps.x, maps.residual, maps.out, maps.out2}) {
+      if (map >= 0 && grids[map].type != real) return true;
+    }
+    return false;
+  };
+  calls_ = read_steps(code.data(), header.steps, layout, operands, 1, in_bytes);
+  if (int8) quantised_ = quantise_steps(calls_, layout, grids, multipliers.data(), operands, in_bytes);
+  places_ = int8 ? places_of(layout, grids) : layout.places(bf16_ ? 2 : 4);
   std::vector<char> written(layout.maps.size(), 0);
   for (const Call& call : calls_) {
     if (call.maps.out >= 0) written[call.maps.out] = 1;
@@ -229,11 +259,14 @@ ProgramFile::ProgramFile(const void* data, size_t size) {
     rows_.push_back(map.rows());
     channels_.push_back(map.channels);
     largest_ = std::max(largest_, map.values());
+    halves_.push_back(grids[i].type == kBfloat16);
+    require(map.kind == Flow::kScratch || grids[i].type != kUint8, "the program is damaged: map ", i,
+            " is an input or output and not of real numbers");
     const Shape shape{map.channels, map.height, map.width, 4};
     if (map.kind == Flow::kInput) inputs_.push_back(shape);
     if (map.kind == Flow::kScratch) {
       require(written[i], "the program is damaged: no step writes map ", i);
-      scratch += rounded_up(map.values(), 32);
+      scratch += rounded_up(map.values() * (int8 ? bytes_of(grids[i].type) : 1), 32);
       require(countable({scratch, 8}), "the program is damaged: its maps are too large");
     }
     if (map.kind == Flow::kOutput) {
@@ -251,7 +284,7 @@ ProgramFile::ProgramFile(const void* data, size_t size) {
     outputs_[i].rank = ranks[i];
   }
   largest_ = std::max(largest_, layout.arena);
-  arena_ = layout.arena * (bf16_ ? 2 : 4);
+  arena_ = layout.arena * (int8 ? 1 : bf16_ ? 2 : 4);
 }
 
 int64_t ProgramFile::memory() const {
@@ -300,7 +333,7 @@ void ProgramFile::run(const BorderMap* inputs, const BorderMap* outputs, int64_t
   // whether a map of the caller can serve as it is
   const auto serves = [&](const BorderMap& map, size_t number) {
     const bool turned = map.planar && rows_[number] > 1 && channels_[number] > 1;
-    return !turned && map.bf16 == bf16_;
+    return !turned && map.bf16 == static_cast<bool>(halves_[number]);
   };
   const auto cross = [&](const Border& border) {
     const int64_t values = border.batch * border.rows * border.columns, least = 30000;
@@ -314,7 +347,7 @@ void ProgramFile::run(const BorderMap* inputs, const BorderMap* outputs, int64_t
     if (serves(map, i)) continue;
     places[i].base = borrow(batch * places[i].image_bytes);
     const bool turn = map.planar && rows_[i] > 1 && channels_[i] > 1;
-    cross(Border{map.data, places[i].base, batch, channels_[i], rows_[i], turn, map.bf16, bf16_});
+    cross(Border{map.data, places[i].base, batch, channels_[i], rows_[i], turn, map.bf16, halves_[i] != 0});
   }
   for (size_t i = 0; i < output_maps_.size(); ++i) {
     const size_t number = output_maps_[i];
@@ -326,8 +359,8 @@ void ProgramFile::run(const BorderMap* inputs, const BorderMap* outputs, int64_t
     const size_t number = output_maps_[i];
     if (serves(outputs[i], number)) continue;
     const bool turn = outputs[i].planar && rows_[number] > 1 && channels_[number] > 1;
-    cross(Border{places[number].base, outputs[i].data, batch, rows_[number], channels_[number], turn, bf16_,
-                 outputs[i].bf16});
+    cross(Border{places[number].base, outputs[i].data, batch, rows_[number], channels_[number], turn,
+                 halves_[number] != 0, outputs[i].bf16});
   }
   for (Memory& memory : borrowed) give(std::move(memory));
 }

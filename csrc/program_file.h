@@ -5,9 +5,13 @@
 //   interface  an int64 for each output: its rank, 4 for [N, C, H, W], 2 for [N, C] of a map of one position
 //   maps       kBufferFields int64 each: first the inputs, then the others; outputs in their order
 //   steps      kStepFields int64 each
+//   grids      of version 2: GridEntry below for each map, whose offsets are bytes then
+//   factors    of version 2: for each step the number of the tensor of its multipliers as an int64, -1 for none
 //   tensors    Entry below each
 //   data       at multiples of 64; tables int32, float32, weights [groups, O / groups, C / groups, taps] in the
-//              program's type and unpacked, so that any processor packs them as its kernels want
+//              program's type or int8 and unpacked, so that any processor packs them as its kernels want
+// Version 1 is a program in one type of real numbers. Version 2 has maps and steps in eight bits too: a step is in eight
+// bits where one of its maps is not of the program's type (int8_program.h).
 // Nothing in it depends on the batch, the number of threads or the instruction set.
 #pragma once
 
@@ -22,12 +26,12 @@
 namespace quincunx {
 
 constexpr char kMagic[8] = {'Q', 'U', 'I', 'N', 'C', 'U', 'N', 'X'};
-constexpr uint32_t kFileVersion = 1;
+constexpr uint32_t kFileVersion = 1, kInt8FileVersion = 2;
 
 struct Header {
   char magic[8];
   uint32_t version;
-  uint32_t dtype;  // of weights and maps: 0 float32, 1 bfloat16
+  uint32_t dtype;  // of weights and maps that are not in eight bits: 0 float32, 1 bfloat16
   uint32_t inputs, outputs, maps, steps, tensors;
   uint32_t reserved;  // 0
   uint64_t size;      // of all bytes
@@ -36,7 +40,14 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64, "no gaps");
 
-enum TensorKind : uint32_t { kTable, kFloats, kWeights, kTensorKinds };
+struct GridEntry {
+  int32_t type, zero;  // MapType
+  float scale;
+  uint32_t reserved;  // 0
+};
+static_assert(sizeof(GridEntry) == 16, "no gaps");
+
+enum TensorKind : uint32_t { kTable, kFloats, kWeights, kInt8Weights, kTensorKinds };
 
 struct Entry {
   uint32_t kind, reserved;  // 0
@@ -93,13 +104,15 @@ class ProgramFile {
   Memory take(int64_t bytes) const;
   void give(Memory memory) const;
 
-  bool bf16_ = false;
+  bool bf16_ = false;  // the type of steps that are not in eight bits
   std::vector<Call> calls_;
+  std::vector<Quantised> quantised_;  // of the steps in eight bits
   std::vector<Place> places_;
   std::vector<int64_t> rows_, channels_;  // of the maps
+  std::vector<char> halves_;  // whether a map is bfloat16
   std::vector<size_t> output_maps_;
   int64_t arena_ = 0;   // bytes per image
-  int64_t largest_ = 0;  // values per image of the largest map, and of the arena
+  int64_t largest_ = 0;  // values per image of the largest map, and units of the arena
   Memory tables_;
   std::vector<Memory> packed_;
   std::vector<Shape> inputs_, outputs_;

@@ -45,13 +45,17 @@ enum Work : int64_t {
   kWorks
 };
 
-// The functions for one type of maps.
+inline int64_t bytes_of(int32_t type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
+
+// The functions for one type of real maps, and for steps in eight bits among them.
 struct Engine {
   const Kernels& all;
   bool bf16;
-  bool int8 = false;  // maps between steps are uint8
-  const ForwardKernels& forward() const { return int8 ? all.int8.forward : bf16 ? all.bf16 : all.f32; }
-  int64_t element_bytes() const { return int8 ? 1 : bf16 ? 2 : 4; }
+  const ForwardKernels& forward() const { return bf16 ? all.bf16 : all.f32; }
+  const ForwardKernels& forward(const GatherGemm& g) const { return g.quantised ? all.int8.forward : forward(); }
+  int64_t real_bytes() const { return bf16 ? 2 : 4; }
+  int64_t bytes_in(const GatherGemm& g) const { return g.quantised ? bytes_of(g.quantised->x.type) : real_bytes(); }
+  int64_t bytes_out(const GatherGemm& g) const { return g.quantised ? bytes_of(g.quantised->out.type) : real_bytes(); }
 };
 
 // Neighbouring parts: their own thread takes them first, but idle threads take the rest.
@@ -97,7 +101,7 @@ inline void copy_channels(const GatherGemm& g, int64_t element_bytes, int64_t pa
 }
 
 inline Cut cut_step(Work work, const GatherGemm& g, const Engine& engine, int64_t threads) {
-  if (work == kConvolve) return engine.forward().cut(&g, threads);
+  if (work == kConvolve) return engine.forward(g).cut(&g, threads);
   constexpr int64_t kLeastValues = 50000, kPartsPerThread = 4;
   int64_t reads = 1;
   if (work == kWindowMax && g.rows_out > 0) reads = 1 + g.rows[g.rows_out] / g.rows_out;
@@ -110,22 +114,23 @@ inline void run_part(Work work, const GatherGemm& g, const Engine& engine, Cut c
   switch (work) {
     case kWindowMax: {
       const Windows windows = as_windows(g);
-      if (engine.int8) return engine.all.int8.max(&windows, part, cut.positions);
+      if (g.quantised) return engine.all.int8.max(&windows, part, cut.positions);
       return (engine.bf16 ? engine.all.max.bf16 : engine.all.max.f32)(&windows, part, cut.positions);
     }
     case kFill: {
+      if (g.quantised) return engine.all.int8.fill(&g, part, cut.positions);
       const FittedFill fill = as_fill(g);
       return (engine.bf16 ? engine.all.fill.bf16 : engine.all.fill.f32)(&fill, part, cut.positions);
     }
     case kCopy:
-      return copy_channels(g, engine.element_bytes(), part, cut.positions);
+      return copy_channels(g, engine.bytes_in(g), part, cut.positions);
     case kPointwise: {
-      if (engine.int8) return engine.all.int8.pointwise(&g, part, cut.positions);
+      if (g.quantised) return engine.all.int8.pointwise(&g, part, cut.positions);
       const Pointwise pointwise = as_pointwise(g);
       return (engine.bf16 ? engine.all.pointwise.bf16 : engine.all.pointwise.f32)(&pointwise, part, cut.positions);
     }
     default:
-      return engine.forward().run(&g, cut, part);
+      return engine.forward(g).run(&g, cut, part);
   }
 }
 
@@ -190,13 +195,14 @@ inline void set_maps(GatherGemm& g, const Places& maps, const std::vector<Place>
 
 // The number of images to run at a time through a whole program, so that its maps stay in a near cache; 0 if
 // it is better to share the steps among the threads one by one.
-inline int64_t images_at_a_time(const std::vector<Call>& calls, int64_t batch, int64_t element_bytes, int64_t threads) {
+inline int64_t images_at_a_time(const std::vector<Call>& calls, int64_t batch, const Engine& engine, int64_t threads) {
   constexpr int64_t kTileRows = 32, kWeightsPerRow = 24 * 1024;
   const int64_t near_cache = level2_bytes() / 2;
   int64_t enough = 1, largest = 1;
   for (const Call& call : calls) {
     const GatherGemm& g = call.problem;
-    largest = std::max({largest, element_bytes * g.rows_in * g.in_channels, element_bytes * g.rows_out * g.out_channels});
+    largest = std::max({largest, engine.bytes_in(g) * g.rows_in * g.in_channels,
+                        engine.bytes_out(g) * g.rows_out * g.out_channels});
     // what has no weights gains nothing from rows that run together
     if (call.work != kConvolve || g.weight == nullptr) continue;
     const int64_t weights = int64_t{4} * g.num_taps * g.in_channels / g.channel_groups * g.out_channels;
@@ -255,7 +261,7 @@ inline void run_steps(std::vector<Step>& steps, const Engine& engine, const Host
 template <class Allocate>
 void run_calls(const std::vector<Call>& calls, const std::vector<Place>& places, int64_t arena_bytes, int64_t batch,
                const Engine& engine, const Host& host, const Allocate& allocate) {
-  const int64_t images = images_at_a_time(calls, batch, engine.element_bytes(), host.threads);
+  const int64_t images = images_at_a_time(calls, batch, engine, host.threads);
   char* arena = allocate(arena_bytes * (images > 0 ? images * host.threads : batch));
   if (images > 0) return run_images(calls, places, arena, arena_bytes, batch, images, engine, host);
   std::vector<Step> steps(calls.size());

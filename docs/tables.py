@@ -139,6 +139,20 @@ def format_front() -> str:
     return table(header, cells)
 
 
+def format_accuracy() -> str:
+    """What formats cost in accuracy after quantisation alone."""
+    header = ["network", "test images", "float32", "bfloat16", "int8", "layers in int8", "int8, all layers"]
+    cells = []
+    for row in read("format-accuracy.json")["rows"]:
+        errors = [f"{100 * row[form]['error']:.1f}%" for form in ("float32", "bfloat16", "int8")]
+        said = row["int8"]["int8"]
+        whole = row.get("int8, all layers", {"error": row["int8"]["error"]} if not said["kept"] else None)
+        every = "-" if whole is None else f"{100 * whole['error']:.1f}%"
+        layers = f"{said['layers']} of {said['layers'] + len(said['kept'])}"
+        cells.append([row["network"], str(row["images"]), *errors, layers, every])
+    return table(header, cells)
+
+
 def networks() -> str:
     result = read("bench-networks.json")
     header = ["network", "batch", "threads", "MAC ratio", "speed-up over the dense one, fused"]
@@ -779,6 +793,7 @@ MADE = {
     "networks-int8": int8_networks,
     "plugins": plugins,
     "format-front": format_front,
+    "format-accuracy": format_accuracy,
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
     "networks": networks,

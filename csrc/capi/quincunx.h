@@ -74,7 +74,7 @@ QX_API size_t qx_inputs(const qx_program* program);
 QX_API size_t qx_outputs(const qx_program* program);
 QX_API int qx_input_shape(const qx_program* program, size_t number, qx_shape* shape);
 QX_API int qx_output_shape(const qx_program* program, size_t number, qx_shape* shape);
-/* the type that the program computes in; maps may have either type */
+/* the type that the program computes in, in eight bits the type of its real numbers; maps may have either type */
 QX_API int32_t qx_dtype(const qx_program* program);
 /* bytes that the program holds: tables and packed weights */
 QX_API int64_t qx_memory(const qx_program* program);

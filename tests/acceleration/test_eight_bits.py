@@ -66,8 +66,9 @@ def test_where_it_is_slower_it_is_a_doubt_and_not_used(tmp_path, monkeypatch):
 
 def test_networks_that_have_nothing_for_it_say_so(monkeypatch):
     monkeypatch.delattr(timing, "speed_ratio")
-    filled = nn.Sequential(qx.PerforatedConv2d(3, 4, 3, padding=1, sampling=qx.CHESSBOARD, fill="fitted"))
-    found = timing.format_served(filled, torch.randn(2, 3, 8, 8), INT8)
+    # more products in a sum than fit 32 bits
+    deep = nn.Sequential(nn.Conv2d(8192, 2, 3))
+    found = timing.format_served(deep, torch.randn(2, 8192, 4, 4), INT8)
     assert found == (None, "nothing in this network can be computed in int8; float32 is used")
     found = timing.format_served(nn.Sequential(nn.Flatten()), torch.randn(2, 3, 8, 8), INT8)
     assert found[0] is None

@@ -74,6 +74,10 @@ def run(case, out):
         found = plan_for_target(network(), search, DATA, out, **options)
     elif case == "bfloat16":
         found = accelerate_trained(network(), METHOD, DATA, out, dtype=torch.bfloat16, **options)
+    elif case == "int8":
+        found = accelerate_trained(
+            network(), METHOD, DATA, out, recipe=RECIPE, dtype=torch.int8, keep_best=False, **options
+        )
     elif case == "diverged":
         wild = replace(RECIPE, lr=1e30)
         found = accelerate_trained(
@@ -100,7 +104,7 @@ with joined(patience=PATIENCE) as ranks:
     for case in sys.argv[2:]:
         run(case, os.path.join(sys.argv[1], case))
 """
-CASES = ("method", "budget", "search", "plan", "bfloat16", "diverged", "refused", "labels", "compare")
+CASES = ("method", "budget", "search", "plan", "bfloat16", "int8", "diverged", "refused", "labels", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,17 @@ def test_a_method_gives_the_errors_of_one_process(jobs, case):
     assert_same_stages(ours, theirs, loss=5e-3)
     assert [row["name"] for row in ours["layers"]] == [row["name"] for row in theirs["layers"]]
     assert ours["epochs"] == theirs["epochs"] == (2 if case == "method" else None)
+
+
+def test_fine_tuning_in_eight_bits_is_that_of_one_process(jobs):
+    ours, theirs = same("int8", jobs)
+    names = [stage["name"] for stage in ours["stages"]]
+    assert names[-3:] == ["in int8, before fine-tuning", "after fine-tuning", "in int8"]
+    assert names == [stage["name"] for stage in theirs["stages"]]
+    for one, other in zip(ours["stages"], theirs["stages"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
+    assert ours["epochs"] == theirs["epochs"] == 2
+    assert ours["int8"]["kept"] == theirs["int8"]["kept"]
 
 
 @pytest.mark.parametrize("case", ["method", "budget"])

@@ -1,5 +1,6 @@
 """quincunx export, and accelerate from an ONNX file to an ONNX file."""
 
+import json
 import re
 
 import onnx
@@ -58,7 +59,9 @@ def test_a_file_that_is_not_faster_ends_with_1(artifact, tmp_path, monkeypatch):
     [
         (["--out", "net.engine"], "expected a file that ends in one of"),
         (["--format", "coreml"], "format='coreml': expected one of"),
-        (["--dtype", "int8"], "dtype='int8'"),
+        (["--dtype", "int8"], "dtype='int8': plain operators are written in float32; --plugin"),
+        (["--dtype", "int4"], "dtype='int4': expected"),
+        (["--plugin", "--dtype", "int8", "--data", "nowhere"], "nowhere"),
         (["--opset", "7"], "opset=7: expected 18 to 23"),
         (["--input", "3x16"], "input='3x16': expected NxCxHxW"),
     ],
@@ -67,6 +70,46 @@ def test_bad_input_is_one_sentence(artifact, tmp_path, monkeypatch, arguments, m
     monkeypatch.chdir(tmp_path)
     assert message in refused("export", artifact, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_eight_bits_of_images_and_of_an_artifact_that_holds_them(tmp_path, monkeypatch):
+    """Ranges from training images; an artifact in int8 has them, and is written in int8 by default."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    data = {"mean": [0.3], "std": [0.4], "size": [8, 8], "classes": list("0123456789")}
+    model = qx.networks.build("rsbn8", 10, 1, width=8).eval()
+    qx.save(model, "plain", info={"data": data})
+    qx.save(qx.calibrate(model, torch.rand(20, 1, 8, 8), max_drop=100), "small", info={"data": data})
+    common = ("--plugin", "--force", "--rounds", 3, "--threads", 1)
+    found = document("export", "plain", "--out", "a.onnx", "--dtype", "int8", "--data", "digits", *common)
+    assert (found["dtype"], found["plugin"]) == ("int8", True)
+    facts = json.loads(onnx.load("a.onnx").metadata_props[0].value)
+    assert facts["int8"]["images"] == 128
+    said = call("export", "small", "--out", "b.onnx", *common).stdout
+    assert "with our kernels in int8" in " ".join(said.split())
+    assert json.loads(onnx.load("b.onnx").metadata_props[0].value)["int8"]["images"] == 20
+    assert document("export", "small", "--out", "c.onnx", "--dtype", "float32", *common)["dtype"] == "float32"
+    # plain operators have the rounded weights
+    assert document("export", "small", "--out", "d.onnx", "--rounds", 0)["dtype"] == "float32"
+
+
+def test_accelerate_writes_its_result_in_eight_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quincunx.acceleration.timing.speed_ratio", lambda *_: 2.0)
+    torch.manual_seed(0)
+    data = {"mean": [0.3], "std": [0.4], "size": [8, 8], "classes": list("0123456789")}
+    qx.save(qx.networks.build("rrn8", 10, 1, width=8).eval(), "plain", info={"data": data})
+    result = call(
+        *("accelerate", "plain", "--data", "digits", "--method", "spatialbottleneck", "--keep-slower"),
+        *("--calibration", 60, "--rounds", 3, "--dtype", "int8", "--export", "onnx", "--threads", 1),
+    )
+    said = " ".join((result.stdout + result.stderr).split())
+    if result.exit_code:
+        assert "export: " in said
+        assert "in int8" in said
+    else:
+        facts = json.loads(onnx.load("fast/fast.onnx").metadata_props[0].value)
+        assert (facts["dtype"], facts["plugin"], facts["int8"]["images"]) == ("int8", True, 60)
 
 
 def test_a_network_without_a_size_needs_the_input(tmp_path):

@@ -244,3 +244,73 @@ void check_bytes_around(const std::string& name, const Int8Kernels& int8) {
     compare(name + " pointwise", found(to, maps.out, i), stored(value, maps.out), 0, 0);
   }
 }
+
+void check_bytes_fill(const std::string& name, const Int8Kernels& int8) {
+  const int64_t batch = pick({0, 1, 3}), rows_in = pick({1, 7, 40}), positions = pick({0, 1, 5, 30});
+  const int64_t channels = pick({1, 3, 15, 16, 17, 64, 100, 260}), taps = pick({0, 1, 2, 5}), count = pick({1, 3});
+  const int64_t stride = std::max<int64_t>(taps, 1), parts = pick({1, 2, 5});
+  const int64_t added = pick({0, (channels + 1) / 2, channels}), rows_added = pick({1, 9, 30});
+  Quantised maps{random_grid(true), random_grid(generator() % 2), random_grid(generator() % 4), random_grid(generator() % 2),
+                 nullptr};
+  Bytes x(batch * rows_in * channels);
+  x.randomise();
+  Array weight(count * taps * channels, false), bias(count * channels, false), slope(channels, false);
+  Array scale(channels, false), shift(channels, false);
+  const Bytes residual = random_map(batch * rows_added * added, maps.residual);
+  Bytes result = poisoned(batch * positions * channels, maps.out), result2 = poisoned(batch * positions * channels, maps.out2);
+  std::vector<int32_t> index, kinds, from;
+  for (int64_t p = 0; p < positions; ++p) {
+    kinds.push_back(int32_t(generator() % (count + 1)) - 1);
+    from.push_back(int32_t(generator() % rows_added));
+    for (int64_t t = 0; t < stride; ++t) index.push_back(int32_t(generator() % (rows_in + 1)) - 1);
+    if (kinds.back() < 0) index[p * stride] = generator() % rows_in;
+  }
+  index = exact(index), kinds = exact(kinds), from = exact(from);
+  GatherGemm g{};
+  g.x = x.data.get();
+  g.weight = weight.floats();
+  g.bias = generator() % 2 ? bias.floats() : nullptr;
+  g.residual = added ? residual.data.get() : nullptr;
+  g.residual_rows = from.data();
+  g.residual_size = rows_added;
+  g.residual_channels = int32_t(added);
+  g.index = index.data();
+  g.rows = kinds.data();
+  const bool first = generator() % 4, second = !first || generator() % 2;
+  g.out = first ? result.data.get() : nullptr;
+  g.out2 = second ? result2.data.get() : nullptr;
+  g.scale2 = scale.floats();
+  g.shift2 = shift.floats();
+  g.batch = batch;
+  g.rows_in = rows_in;
+  g.rows_out = positions;
+  g.in_channels = g.out_channels = int32_t(channels);
+  g.num_taps = int32_t(taps);
+  g.activation = pick({kNone, kRelu, kRelu6, kLeaky});
+  g.slope = g.activation == kLeaky ? slope.floats() : nullptr;
+  g.quantised = &maps;
+  for (int64_t part = parts; part-- > 0;) int8.fill(&g, part, parts);
+  for (int64_t i = 0; i < batch * positions * channels; ++i) {
+    const int64_t c = i % channels, p = i / channels % positions, n = i / channels / positions;
+    const auto at = [&](int64_t t) {
+      return float(x.data[(n * rows_in + index[p * stride + t]) * channels + c] - maps.x.zero);
+    };
+    float value = 0;
+    if (kinds[p] < 0) value = apart(at(0) * maps.x.scale);
+    else {
+      if (g.bias) value = bias[kinds[p] * channels + c];
+      for (int64_t t = 0; t < taps; ++t) {
+        if (index[p * stride + t] >= 0) value += apart(float(weight[(kinds[p] * taps + t) * channels + c]) * at(t));
+      }
+    }
+    if (c < added) value += real_of(residual, maps.residual, (n * rows_added + from[p]) * added + c);
+    if (g.activation == kLeaky) value = value > 0 ? value : apart(value * slope[c]);
+    else if (g.activation != kNone && value < 0) value = 0;
+    if (g.activation == kRelu6 && value > 6) value = 6;
+    if (first) compare(name + " out", found(result, maps.out, i), stored(value, maps.out), 0, 0);
+    float value2 = apart(value * scale[c]);
+    value2 += shift[c];
+    if (value2 < 0) value2 = 0;
+    if (second) compare(name + " out2", found(result2, maps.out2, i), stored(value2, maps.out2), 0, 0);
+  }
+}

@@ -77,7 +77,8 @@ void repair(Bytes& bytes) {
   std::memcpy(&header, bytes.data(), sizeof header);
   if (pick(50) > 0) {
     std::memcpy(header.magic, kMagic, sizeof kMagic);
-    header.version = kFileVersion;
+    // of the two, nearly always the one that it has
+    if (header.version != kInt8FileVersion || pick(20) == 0) header.version = kFileVersion;
     header.size = bytes.size();
   }
   std::memcpy(bytes.data(), &header, sizeof header);
@@ -119,7 +120,8 @@ int main(int argc, char** argv) {
     const Bytes& seed = seeds[i % seeds.size()];
     Header header;
     std::memcpy(&header, seed.data(), sizeof header);
-    const size_t front = sizeof header + 8 * header.outputs + 40 * header.maps + 152 * header.steps + 48 * header.tensors;
+    size_t front = sizeof header + 8 * header.outputs + 40 * header.maps + 152 * header.steps + 48 * header.tensors;
+    if (header.version == kInt8FileVersion) front += sizeof(GridEntry) * header.maps + 8 * header.steps;
     Bytes bytes = seed;
     mutate(bytes, front);
     const bool sound = pick(10) > 0;  // else its checksum tells

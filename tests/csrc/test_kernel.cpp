@@ -936,6 +936,7 @@ int main(int argc, char** argv) {
       if (i % 5 == 0) check_bytes(name + " int8 deep", kernels.int8, deep_case(i / 5));
       check_bytes_mean(name + " int8", kernels.int8.forward);
       check_bytes_around(name + " int8", kernels.int8);
+      check_bytes_fill(name + " int8 fill", kernels.int8);
       check_released(name);
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);

@@ -10,18 +10,20 @@ from quincunx.fusion.serialise import NativePiece
 from quincunx.fusion.serialise import pieces as pieces_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers.programs import called, examples
+from helpers.programs import called, examples, in_eight_bits
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     for name, (model, x) in examples().items():
-        for dtype in (None, torch.bfloat16):
-            for number, (program, inputs, _) in enumerate(called(qx.fuse(model, dtype), x)):
+        copies = {"float32": qx.fuse(model), "bfloat16": qx.fuse(model, torch.bfloat16)}
+        copies["int8"] = in_eight_bits(model, x)
+        copies["mixed"] = in_eight_bits(model, x, torch.bfloat16, kept=True)
+        for kind, fused in copies.items():
+            for number, (program, inputs, _) in enumerate(called(fused, x)):
                 for place, piece in enumerate(pieces_of(program, *(t.shape for t in inputs))):
                     if isinstance(piece, NativePiece):
-                        kind = "float32" if dtype is None else "bfloat16"
                         (folder / f"{name}-{kind}-{number}-{place}.quincunx").write_bytes(piece.data)
 
 

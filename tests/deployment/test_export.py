@@ -23,6 +23,8 @@ from quincunx.deployment.baseline import dense_twin
 from quincunx.deployment.export import ExportFailed
 from quincunx.deployment.formats import FORMATS, format_for
 from quincunx.deployment.verification import Candidate, difference, run_apart
+from quincunx.fusion.int8 import Int8Program
+from quincunx.fusion.serialise import pieces
 
 FORMS = [(name, plugin) for name in ("onnx", "openvino", "torch") for plugin in (False, True)]
 
@@ -316,6 +318,47 @@ def test_kernels_in_bfloat16(tmp_path):
     assert 1e-5 < max(made.difference.values()) < 0.05
 
 
+@pytest.mark.parametrize("name", ["onnx", "openvino", "torch"])
+def test_kernels_in_eight_bits(tmp_path, name):
+    """Of images, and of an artifact, which needs none; compared with the fused network in eight bits."""
+    model, images = network(), torch.rand(16, 3, 16, 16)
+    small = qx.calibrate(model, images, max_drop=100)
+    qx.save(small, tmp_path / "small")
+    settings = {"plugin": True, "dtype": torch.int8, "force": True, "rounds": 3, "threads": 1}
+    sizes = []
+    for number, (given, seen) in enumerate(((model, images), (qx.load(tmp_path / "small"), None))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / f"net{FORMATS[name].suffix}"
+        made = qx.export(given, path, images[:1], calibration=seen, **settings)
+        assert set(made.difference) == {1, 2, 7}
+        assert max(made.difference.values()) < 1e-5
+        assert made.dtype == "int8"
+        assert made.speedup > 0
+        assert "with our kernels in int8" in made.sentence()
+        sizes.append(made.size)
+    assert max(sizes) - min(sizes) < 2000
+    plain = qx.export(model, tmp_path / f"plain{FORMATS[name].suffix}", images[:1], plugin=True, rounds=0)
+    assert sizes[0] < 0.6 * plain.size
+
+
+def test_a_file_in_eight_bits_says_what_was_calibrated(tmp_path):
+    model, images = network(), torch.rand(20, 3, 16, 16)
+    path = tmp_path / "net.onnx"
+    qx.export(model, path, images[:1], plugin=True, dtype=torch.int8, calibration=images, rounds=0)
+    facts = json.loads(onnx.load(str(path)).metadata_props[0].value)
+    fused = qx.fuse(model, torch.int8, calibration=images, force=True)
+    assert facts["dtype"] == "int8"
+    assert facts["int8"] == {**fused.meta["int8"], "rest": fused.meta["dtype"]["rest"]}
+    assert facts["int8"]["images"] == 20
+    # its programs are those of the fused network
+    node = next(node for node in onnx.load(str(path)).graph.node if node.domain)
+    held = {i.name: i.raw_data for i in onnx.load(str(path)).graph.initializer}
+    program = next(module for module in fused.modules() if isinstance(module, Int8Program))
+    [piece] = pieces(program, images[:1].shape)
+    assert held[node.input[0]] == piece.data
+
+
 def test_the_lines_in_python_run(tmp_path):
     for name, plugin in FORMS:
         path = tmp_path / f"net{FORMATS[name].suffix}"
@@ -391,6 +434,14 @@ X = torch.randn(1, 3, 16, 16)
             {"dtype": torch.bfloat16},
             r"dtype=torch\.bfloat16: plain operators",
         ),
+        ("net.onnx", {"dtype": torch.int8, "calibration": X}, r"dtype=torch\.int8: plain operators"),
+        ("net.onnx", {"calibration": X}, "calibration: dtype=None needs none; it is for torch.int8"),
+        (
+            "net.onnx",
+            {"dtype": torch.int8, "plugin": True},
+            "calibration=None: dtype=torch.int8 needs at least",
+        ),
+        ("net.onnx", {"dtype": torch.int8, "plugin": True, "calibration": X}, "calibration: 1 images"),
         ("net.pt2", {"external_data": True}, "external_data=True: files of format torch"),
         ("net.onnx", {"opset": 9}, "opset=9: expected 18 to 23"),
         ("net.onnx", {"input_names": ["a", "b"]}, r"input_names=\['a', 'b'\]: expected 1 different names"),

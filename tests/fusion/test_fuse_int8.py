@@ -1,6 +1,7 @@
 """A fused copy in eight bits: the same bits on every back end, near the network, what it refuses or keeps."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 import quincunx as qx
-from quincunx.fusion import calibrated, serialise
+from quincunx.deployment.lowering import lower
+from quincunx.fusion import calibrated
 from quincunx.fusion import fuse as fuse_module
+from quincunx.fusion.calibrate import fuse_to_time
 from quincunx.fusion.formats import type_beside_int8
 from quincunx.fusion.fuse import _fuse
-from quincunx.fusion.int8 import Int8Program, Int8Step
-from quincunx.layers.eightbits import quantisation_of
+from quincunx.fusion.int8 import Int8Program, Int8Step, sampled_map
+from quincunx.layers.eightbits import note_quantisation, quantisation_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INT8 = torch.int8
@@ -52,6 +55,35 @@ def perforated():
     )
 
 
+class Filled(nn.Module):
+    """Every fill and its epilogues: cosets and a mask, shortcuts, a long activation, a second output."""
+
+    def __init__(self):
+        super().__init__()
+
+        def layer(inner, outer, sampling, fill="fitted", **settings):
+            made = qx.PerforatedConv2d(inner, outer, 3, padding=1, sampling=sampling, fill=fill, **settings)
+            if fill == "fitted":
+                # not a mean of neighbours
+                nn.init.normal_(made.filling.bias, std=0.2)
+                made.filling.weight.data += 0.1 * torch.randn_like(made.filling.weight)
+            return made
+
+        self.one, self.two = layer(3, 21, qx.CHESSBOARD), layer(21, 21, qx.QUARTER, fill_reach=2)
+        self.zero, self.near = layer(21, 21, qx.CHESSBOARD, "zero"), layer(21, 18, qx.QUARTER, "nearest")
+        self.wide = layer(18, 24, qx.Random(0.4, 3), fill_size=(13, 10))
+        self.norm, self.last = nn.BatchNorm2d(24), layer(24, 24, qx.CHESSBOARD)
+        self.end = nn.Conv2d(24, 5, 3, 2, padding=1)
+
+    def forward(self, x):
+        x = torch.relu(self.one(x))
+        x = torch.relu(self.two(x) + x)
+        x = self.near(nn.functional.hardswish(self.zero(x)))
+        y = self.wide(x) + nn.functional.pad(x, (0, 0, 0, 0, 0, 6))
+        y = self.last(torch.relu(self.norm(y))) + y
+        return self.end(y)
+
+
 def pooled_bottleneck():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -82,6 +114,7 @@ NETWORKS = {
         (16, 3, 12, 11),
     ),
     "pooled": (pooled_bottleneck, (16, 3, 12, 12)),
+    "filled": (Filled, (16, 3, 13, 10)),
     "lowrank": (lambda: accelerated(qx.LowRank()), (16, 3, 16, 16)),
     "espace": (lambda: accelerated(qx.Espace(mask="random")), (16, 3, 16, 16)),
 }
@@ -360,16 +393,35 @@ def test_a_network_without_layers_for_it_is_said_and_stays_in_float32():
     assert torch.allclose(fused(x), model.eval()(x), atol=1e-5)
 
 
-def test_a_fitted_fill_is_kept_and_named():
-    fitted = qx.PerforatedConv2d(8, 8, 3, padding=1, sampling=qx.CHESSBOARD, fill="fitted")
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), fitted, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
-    ).eval()
-    x = torch.randn(16, 3, 12, 12)
-    fused = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100)
-    assert "fitted fill" in fused.meta["int8"]["kept"]["1"]
-    assert fused.meta["int8"]["layers"] == 1
-    assert away(fused(x), model(x)) < 0.05
+@needs_native
+def test_a_network_of_fills_is_one_call(monkeypatch):
+    """With a grid for each sampled map, of which no value of the network is."""
+    model, x = built("filled")
+    fused = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100, keep_ends=False)
+    assert (fused.meta["int8"]["kept"], fused.meta["int8"]["layers"]) == ({}, 7)
+    [program] = programs(fused)
+    fitted = [step for step in program.steps if getattr(step, "filling", None) is not None]
+    assert len(fitted) == 5
+    assert {sampled_map(step) for step in fitted} <= program.grids.keys()
+    assert fused(x).dtype == torch.float32
+    [stages] = program._compiled.values()
+    assert len(stages) == 1
+    # what is only timed has grids too
+    assert fuse_to_time(model, INT8)(x).shape == model(x).shape
+
+
+def test_a_record_without_the_grid_of_a_sampled_map_is_of_another_network():
+    model, x = built("filled")
+    known = qx.calibrate(model, x, max_drop=100, keep_ends=False)
+    assert torch.equal(
+        qx.fuse(known, INT8, force=True)(x),
+        qx.fuse(model, INT8, calibration=x, force=True, max_drop=100, keep_ends=False)(x),
+    )
+    record = quantisation_of(known)
+    grids = {name: grid for name, grid in record.grids.items() if not name.endswith(".sampled")}
+    note_quantisation(known, dataclasses.replace(record, grids=grids))
+    with pytest.raises(ValueError, match="does not fit convolution"):
+        qx.fuse(known, INT8, force=True)
 
 
 def test_eight_bits_are_used_only_where_they_are_faster(monkeypatch):
@@ -393,10 +445,8 @@ def test_calls_that_it_was_not_made_for_are_refused():
     fused = qx.fuse(model, INT8, calibration=x, force=True, max_drop=100)
     with pytest.raises(ValueError, match="takes float32 maps"):
         fused(x.double())
-    with pytest.raises(TypeError, match="cannot be exported"):
-        serialise.pieces(programs(fused)[0], x.shape)
-    with pytest.raises(TypeError, match="cannot be exported"):
-        torch.export.export(fused, (x,), strict=False)
+    with pytest.raises(TypeError, match="in eight bits, which plain operators have not"):
+        lower(fused, (x,))
     with pytest.raises(ValueError, match="channels"):
         fused(torch.randn(1, 4, 12, 10))
 

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
+from quincunx.fusion import calibrated
+from quincunx.fusion.fuse import _fuse_joined
 from quincunx.fusion.program import Program
 
 
@@ -161,6 +163,15 @@ def examples():
         "bottleneck": (qx.networks.build("rsbn8").eval(), (torch.rand(2, 3, 12, 12),)),
         "strided": (qx.networks.build("cifar-resnet8").eval(), (torch.rand(2, 3, 13, 11),)),
     }
+
+
+def in_eight_bits(model, inputs, real=torch.float32, kept=False):
+    """A fused network of which all convolutions, or with ``kept`` every second one, are in eight bits."""
+    plain = _fuse_joined(model)
+    with torch.no_grad():
+        found = calibrated._observe(plain, [inputs], "minmax")
+        real_ones = dict.fromkeys(calibrated._layers(plain)[::2], "") if kept else {}
+        return calibrated._assembled(plain, found, real_ones, real)
 
 
 def called(fused, inputs):

@@ -17,12 +17,14 @@ from quincunx.ops.int8 import (
     accumulate,
     convolve,
     dequantise,
+    end,
+    fill,
     finish,
     grid_of_range,
     quantise,
     quantise_weight,
 )
-from quincunx.ops.plan import position_index
+from quincunx.ops.plan import fill_plan, position_index
 from quincunx.sampling import CHESSBOARD, QUARTER, Random
 
 
@@ -245,6 +247,107 @@ def test_kernels_give_the_bits_of_the_reference(case):
     found = convolve(*placed, **named, back_end="native")
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+# ---------------------------------------------------------------- fills
+
+
+def filled_natively(q, grid, weight, bias, spec, size, reach, added=None, added_grid=None, act=0, out=None):
+    """A fill with its epilogue as a program of one step; see ``fusion/int8.py``."""
+    plan, channels = fill_plan(spec, *size, reach), q.shape[1]
+    scaled = weight * torch.tensor(grid.scale, dtype=torch.float32)
+    tensors, numbers = [plan.index, plan.kinds], []
+    for optional in (scaled if plan.taps else None, bias):
+        numbers.append(len(tensors) if optional is not None else -1)
+        if optional is not None:
+            tensors.append(optional.contiguous())
+    inputs, grids = [q], [grid]
+    buffers = [0, channels, *q.shape[2:], 0]
+    if added is not None:
+        inputs.append(added)
+        grids.append(added_grid or added.dtype)
+        buffers += [0, added.shape[1], *added.shape[2:], 0]
+    buffers += [2, channels, *size, 0]
+    code = [0, *numbers, 1 if added is not None else -1, -1, 0 if added is None else added.shape[1]]
+    code += [-1, -1, 0, 1, -1, -1, len(inputs), -1, max(1, plan.taps), 1, act, -1, 2]
+    maps = [m.contiguous(memory_format=torch.channels_last) for m in inputs]
+    (found,) = native_int8.run(maps, tensors, buffers, code, [*grids, out], [-1])
+    return found
+
+
+@st.composite
+def fills(draw):
+    return {
+        "sampling": draw(st.sampled_from(SAMPLINGS[1:])),
+        "size": (draw(st.integers(2, 9)), draw(st.integers(2, 11))),
+        "reach": draw(st.sampled_from([0, 1, 1, 2, 4])),
+        "channels": draw(st.sampled_from([1, 3, 16, 17, 64, 70, 129])),
+        "batch": draw(st.sampled_from([1, 2, 9])),
+        "zero": draw(st.sampled_from([0, 3, 128, 255])),
+        "bias": draw(st.booleans()),
+        "spread": draw(st.sampled_from([0.3, 8.0])),
+        "residual": draw(st.sampled_from([None, torch.uint8, torch.float32, torch.bfloat16])),
+        "activation": draw(st.sampled_from([0, 1, 2, 5])),
+        "out": draw(st.sampled_from([torch.uint8, torch.uint8, torch.float32, torch.bfloat16])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def fill_arguments(case):
+    size, spec, channels = case["size"], case["sampling"], case["channels"]
+    plan = fill_plan(spec, *size, case["reach"])
+    generator = torch.Generator().manual_seed(case["seed"])
+    q = integers(0, 255, case["batch"], channels, len(plan.computed), 1, seed=case["seed"])
+    weight = torch.randn(plan.count, plan.taps, channels, generator=generator) * case["spread"]
+    bias = torch.randn(plan.count, channels, generator=generator) if case["bias"] and plan.taps else None
+    added = added_grid = None
+    if case["residual"] is not None:
+        shape = (case["batch"], max(1, channels - case["seed"] % 3), *size)
+        if case["residual"] == torch.uint8:
+            added, added_grid = integers(0, 255, *shape, seed=7), Grid(0.0371, 90)
+        else:
+            added = torch.randn(shape, generator=generator).to(case["residual"])
+    out = Grid(0.0523, case["zero"]) if case["out"] == torch.uint8 else case["out"]
+    return (q, Grid(0.02, case["zero"]), weight, bias, spec, size, case["reach"]), added, added_grid, out
+
+
+@needs_native
+@settings(max_examples=120, deadline=None)
+@given(fills())
+def test_kernels_of_fills_give_the_bits_of_the_reference(case):
+    placed, added, added_grid, out = fill_arguments(case)
+    real = added if added is None or added_grid is None else dequantise(added, added_grid)
+    expected = end(fill(*placed), None if real is None else real.float(), case["activation"])
+    expected = quantise(expected, out) if isinstance(out, Grid) else expected.to(out)
+    found = filled_natively(*placed, added, added_grid, case["activation"], out)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 4])
+@pytest.mark.parametrize("spec", SAMPLINGS[1:])
+def test_fills_are_those_of_the_formula(spec, reach):
+    size, channels, grid = (5, 7), 3, Grid(0.05, 9)
+    plan = fill_plan(spec, *size, reach)
+    q = integers(0, 255, 2, channels, len(plan.computed), 1)
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(plan.count, plan.taps, channels, generator=generator)
+    bias = torch.randn(plan.count, channels, generator=generator) if plan.taps else None
+    start = torch.zeros(max(1, plan.count), channels) if bias is None else bias
+    real = 0.05 * (q.double() - 9)
+    expected = torch.zeros(2, channels, 35, dtype=torch.float64)
+    for p in range(35):
+        kind = int(plan.kinds[p])
+        taps = [(t, int(plan.index[p, t])) for t in range(plan.taps)]
+        if kind < 0:
+            expected[:, :, p] = real[:, :, int(plan.index[p, 0]), 0]
+            continue
+        read = [weight[kind, t].double() * real[:, :, at, 0] for t, at in taps if at >= 0]
+        expected[:, :, p] = sum(read, start[kind].double().expand(2, channels))
+    found = fill(q, grid, weight, bias, spec, size, reach)
+    torch.testing.assert_close(found.flatten(2).double(), expected, rtol=1e-5, atol=1e-5)
+    # a map that nothing is added to gives its own integers back where it was computed
+    assert torch.equal(quantise(found, grid).flatten(2)[:, :, plan.computed, None], q)
 
 
 @pytest.fixture

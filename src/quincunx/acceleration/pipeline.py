@@ -71,7 +71,6 @@ from quincunx.train.loop import Diverged, StopRule
 from quincunx.train.processes import ALONE, Ranks
 from quincunx.train.rates import find_rate
 from quincunx.train.recipes import Recipe, recipe_with
-from quincunx.train.rounded import computing_rounded
 from quincunx.writing import write_json
 
 __all__ = [
@@ -230,9 +229,9 @@ def _accelerated(
 
     size: tuple[int, int] | None = None
 
-    def judged(name: str, network: nn.Module) -> JudgedStage:
+    def judged(name: str, network: nn.Module, rounded: bool = False) -> JudgedStage:
         with scaled_inputs(network, size):
-            return JudgedStage(name, network, team.judge, task)
+            return JudgedStage(name, network, partial(team.judge, rounded=rounded), task)
 
     stages = [judged("before", original)]
     doubts = doubts_about(stages[0], data)
@@ -314,9 +313,7 @@ def _accelerated(
                 to_train_rounded(fast, images)
         try:
             with scaled_inputs(fast, size):
-                # rounding is learnt by one process; the others wait
-                train = team.alone().train if dtype == torch.int8 else team.train
-                history = train(
+                history = team.train(
                     fast,
                     recipe,
                     out / "finetune",
@@ -334,8 +331,7 @@ def _accelerated(
             fast, diverged = untuned, str(error)
             found = dataclasses.replace(found, model=fast)
         doubt = "" if diverged is None else " (it diverged: the network from before it)"
-        with computing_rounded(fast):
-            tuned = judged(f"after fine-tuning{doubt}", fast)
+        tuned = judged(f"after fine-tuning{doubt}", fast, rounded=True)
         if keep_best and untuned is not None and tuned.cost > stages[-1].cost:
             fast, found = untuned, dataclasses.replace(found, model=untuned)
             shown = task.scale.shown(tuned.score)

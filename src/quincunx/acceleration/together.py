@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
@@ -25,7 +25,8 @@ from quincunx.surgery.calibration import Calibration, Context, Pass, Pool
 from quincunx.surgery.method import Method
 from quincunx.train.evaluation import Scored, images_at_once, score_shared
 from quincunx.train.loop import Diverged, RunFailed, fit
-from quincunx.train.processes import ALONE, Ranks, as_known
+from quincunx.train.processes import Ranks, as_known
+from quincunx.train.rounded import computing_rounded
 
 __all__ = ["PATIENCE", "FailedAlone", "Team"]
 
@@ -96,16 +97,12 @@ class Team:
         self._say("done", result)
         return result
 
-    def alone(self) -> Team:
-        """Return a team of this process only, with the same network and data."""
-        return replace(self, ranks=ALONE)
-
-    def judge(self, network: nn.Module) -> Scored:
-        """Return loss and score of each test image, in order."""
-        if self.ranks.world == 1:
-            return self.score(network)
-        self._say("judge", _packed(network))
-        return self._judged(network)
+    def judge(self, network: nn.Module, rounded: bool = False) -> Scored:
+        """Return loss and score of each test image, in order; ``rounded``: as in training in eight bits."""
+        if self.ranks.world > 1:
+            # a graph that rounds cannot be sent: each process makes its own
+            self._say("judge", (_packed(network), rounded))
+        return self._judged(network, rounded)
 
     def train(self, network: nn.Module, *args: Any, teacher: nn.Module | None, **options: Any) -> Any:
         """Return what :func:`quincunx.train.loop.fit` returns; the teacher is the original or None."""
@@ -152,10 +149,13 @@ class Team:
 
     # ------------------------------------------------------------ what all processes do
 
-    def _judged(self, network: nn.Module) -> Scored:
+    def _judged(self, network: nn.Module, rounded: bool) -> Scored:
         split = self.data.test
         score = partial(self.score, network)
-        return score_shared(score, len(split), images_at_once(split, self.task), self.ranks)
+        with computing_rounded(network) if rounded else nullcontext():
+            if self.ranks.world == 1:
+                return score()
+            return score_shared(score, len(split), images_at_once(split, self.task), self.ranks)
 
     def _trained(self, network: nn.Module, *args: Any, taught: bool, **options: Any) -> Any:
         return fit(
@@ -225,7 +225,7 @@ class Team:
             # an exception of a share is raised on all processes, and the first one's answer to it counts
             with suppress(ValueError, TypeError, OSError, RuntimeError):
                 if name == "judge":
-                    self._judged(_unpacked(given))
+                    self._judged(_unpacked(given[0]), given[1])
                 elif name == "totals":
                     sent, work, marks = given
                     network = copied(self.model).eval() if sent is None else _unpacked(sent)

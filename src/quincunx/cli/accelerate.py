@@ -47,6 +47,7 @@ from quincunx.cli.task import TaskOptions
 from quincunx.data import ImageData
 from quincunx.deployment.export import ExportFailed, NotFaster
 from quincunx.deployment.formats import FORMATS
+from quincunx.layers.eightbits import quantisation_of
 from quincunx.methods.fitting.settings import LayerRanks
 from quincunx.methods.registry import ALIASES, METHODS, candidates_named, method_named, with_candidates
 from quincunx.report.acceleration import usage, write_acceleration_report
@@ -244,7 +245,8 @@ def accelerate_command(
         bool,
         typer.Option(
             "--plugin",
-            help="With --export: our kernels compute inside the engine, which loads their library.",
+            help="With --export: our kernels compute inside the engine, which loads their library; always so "
+            "for a result in int8, which plain operators have not.",
             rich_help_panel="Output",
         ),
     ] = False,
@@ -388,8 +390,10 @@ def _exported(
     own = network.model or (network.network if str(network.network).endswith(".onnx") else None)
     model = build_own_network(own, out, seed).model if own is not None else read_artifact(out)
     image = torch.randn((1, data.in_channels, *data.size), generator=torch.Generator().manual_seed(seed))
+    low = quantisation_of(model) is not None
+    dtype = torch.int8 if low else None
     try:
-        return qx.export(model, path, image, plugin=plugin, baseline=found.model)
+        return qx.export(model, path, image, plugin=plugin or low, dtype=dtype, baseline=found.model)
     except NotFaster as error:
         told = error.advising("--plugin", f"quincunx export {out} --force")
         raise RunFailed(f"the artifact is in {out / 'model'}; export: {told}") from None

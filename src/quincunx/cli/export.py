@@ -10,8 +10,10 @@ import typer
 from torch import nn
 
 import quincunx as qx
+from quincunx.acceleration.judge import inputs_of, sample_batches
 from quincunx.cli.network import NetworkOptions
 from quincunx.cli.options import (
+    DataOptions,
     Json,
     Seed,
     Threads,
@@ -24,8 +26,10 @@ from quincunx.cli.options import (
     verb,
 )
 from quincunx.cli.printing import say, show
+from quincunx.cli.task import TaskOptions
 from quincunx.deployment.export import ExportFailed, NotFaster
 from quincunx.deployment.formats import FORMATS, format_for
+from quincunx.layers.eightbits import quantisation_of
 from quincunx.networks.preprocessing import Preprocessing
 from quincunx.train.loop import RunFailed
 
@@ -39,6 +43,8 @@ _TABLE = "; ".join(f"{kind.name} ({kind.suffix}: {kind.title})" for kind in FORM
 )
 def export_command(
     network: NetworkOptions,
+    images: DataOptions,
+    about: TaskOptions,
     out: Annotated[
         Path, typer.Option(help="The file; its ending names the format.", rich_help_panel="Output")
     ] = Path("model.onnx"),
@@ -48,8 +54,15 @@ def export_command(
         typer.Option("--plugin", help="Our kernels compute inside the engine, which loads their library."),
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="With --plugin: what our kernels compute in, float32 or bfloat16.")
+        str | None,
+        typer.Option(
+            help="With --plugin: what our kernels compute in, float32, bfloat16 or int8; by default int8 for "
+            "an artifact that holds it, else float32. int8 of another network takes its ranges from --data."
+        ),
     ] = None,
+    calibration: Annotated[
+        int, typer.Option(help="With --dtype int8: number of training images that ranges come from.", min=16)
+    ] = 128,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch", help="Only batches of the size in --input.")
     ] = False,
@@ -74,16 +87,29 @@ def export_command(
     (exit code 1 if not), unless --force is given. As plain operators every engine reads it; with --plugin
     our kernels run in it, and their library is needed where it is loaded.
 
-    The size of the input is that of the network's training images, or --input.
+    The size of the input is that of the network's training images, or --input. --data and the options of its
+    task serve --dtype int8 alone.
     """
     with bad_input():
         use_threads(threads)
         kind = format_for(out, format_name)
         kind.check()
         chosen = format_named(dtype)
-        if chosen == torch.int8:
-            raise ValueError("dtype='int8': expected float32 or bfloat16; eight bits are not exported")
+        if chosen == torch.int8 and not plugin:
+            raise ValueError(
+                "dtype='int8': plain operators are written in float32; --plugin has our kernels' formats"
+            )
         found = network.load(seed)
+        record = quantisation_of(found.model)
+        if dtype is None and record is not None and plugin:
+            chosen = torch.int8
+        seen = None
+        if chosen == torch.int8 and record is None:
+            task = about.chosen()
+            read = found.suited(about.read(task, images, quiet=as_json), network.mean, network.std, task)
+            seen = list(
+                inputs_of(sample_batches(read, calibration, seed=0, task=task, workers=images.workers))
+            )
         shape = parse_input(network.input_shape) if network.input_shape else _shape(found.model)
         with running():
             try:
@@ -94,6 +120,7 @@ def export_command(
                     format=kind.name,
                     plugin=plugin,
                     dtype=chosen,
+                    calibration=seen,
                     dynamic_batch=not fixed_batch,
                     opset=opset,
                     external_data=external_data,

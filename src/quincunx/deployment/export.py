@@ -82,6 +82,7 @@ class Exported:
             was timed, since the network has no layer of this package and the file no kernel of it.
         faster: other candidates that were faster than ours, and by which factor.
         lines: how to load it, for "Python" and "C++".
+        dtype: what our kernels compute in.
 
     Example:
         >>> made = Exported(Path("a.onnx"), "onnx", False, ("x",), ("y",), True, 9, {}, {}, {}, 1.5, {}, {})
@@ -102,11 +103,13 @@ class Exported:
     speedup: float | None
     faster: dict[str, float]
     lines: dict[str, list[str]] = field(repr=False)
+    dtype: str = "float32"
 
     def sentence(self) -> str:
         """Return how fast the file is, and what is faster on this machine."""
         engine = _ENGINES[self.format]
         how = "with our kernels" if self.plugin else "as plain operators"
+        how += "" if self.dtype == "float32" else f" in {self.dtype}"
         if self.speedup is None:
             text = f"{self.path}: dense operators for {engine}"
         else:
@@ -131,6 +134,7 @@ def export(
     format: str | None = None,
     plugin: bool = False,
     dtype: torch.dtype | None = None,
+    calibration: Any = None,
     baseline: nn.Module | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -150,8 +154,9 @@ def export(
     our library there. Sizes of maps are those of the example; the batch is free.
 
     The file is then loaded by its engine in a new process, with all of the engine's optimisations, and
-    compared with the network on random inputs in batches of 1, 2 and 7. It is timed there beside the dense
-    network in the same format, in turn. A file that is not faster is not written unless forced.
+    compared with the network on random inputs in batches of 1, 2 and 7; a file in eight bits is compared with
+    the fused network in eight bits, whose integers it has. It is timed there beside the dense network in the
+    same format, in turn. A file that is not faster is not written unless forced.
 
     Args:
         model: a network on the CPU that :func:`quincunx.fuse` takes, with float32 weights.
@@ -160,8 +165,10 @@ def export(
         example_input: its input [N, C, H, W], or a tuple of inputs.
         format: "onnx", "openvino", "torch" or "aoti".
         plugin: whether our kernels compute inside the engine.
-        dtype: with ``plugin``, the number format of our kernels, such as ``torch.bfloat16``; inputs
+        dtype: with ``plugin``, the number format of our kernels, ``torch.bfloat16`` or ``torch.int8``; inputs
             and outputs stay float32.
+        calibration: for ``torch.int8``, and no other: images as of :func:`quincunx.fuse`. Left out for a
+            network that :func:`quincunx.calibrate` made, or that was loaded as one.
         baseline: the dense network to be timed beside it; by default the network with a dense layer of
             the same settings in place of each layer of this package.
         input_names: by default those of the ONNX file that the network was read from; else "input", or
@@ -179,8 +186,8 @@ def export(
         rounds: of timing; 0 times nothing, and then nothing is known of its speed.
 
     Raises:
-        ValueError: a path, format, name, opset or type that does not fit; a package that is not installed; a
-            network that torch.export cannot trace.
+        ValueError: a path, format, name, opset or type that does not fit; ``calibration`` that is missing,
+            too small or needless; a package that is not installed; a network that torch.export cannot trace.
         TypeError: not a network, or one that cannot be fused; inputs that are not float32 tensors.
         ExportFailed: the engine refuses the file, or its answers differ, or it is not faster. An older
             file of that name stays.
@@ -202,14 +209,15 @@ def export(
     kind.check()
     library = _library(kind) if plugin else None
     examples = _checked_examples(example_input)
-    _check_settings(kind, plugin, dtype, external_data, rounds)
+    _check_settings(kind, plugin, dtype, calibration, external_data, rounds)
     limit = tolerance if tolerance is not None else 1e-4 if dtype in (None, torch.float32) else 0.05
     workers = torch.get_num_threads() if threads is None else threads
     own = copied(model).eval().requires_grad_(False)
     answer = _answer(own, examples)
     inputs, results = _names(own, examples, answer, input_names, output_names)
     engines = decoded(own)
-    fused = fuse(engines, dtype, force=True) if dtype is not None else fuse(engines)
+    fused = fuse(engines, dtype, calibration=calibration, force=True) if dtype is not None else fuse(engines)
+    used = fused.meta["dtype"]["used"] if dtype is not None else "float32"
     node = _NODES[kind.name] if plugin else None
     twin = baseline if baseline is not None else dense_twin(own)
     compared = rounds > 0 and (twin is not None or plugin)
@@ -218,7 +226,8 @@ def export(
         "quincunx": environment()["quincunx"],
         "format": kind.name,
         "plugin": plugin,
-        "dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": used,
+        **({"int8": {**fused.meta["int8"], "rest": fused.meta["dtype"]["rest"]}} if used == "int8" else {}),
         **describe_layers(own),
         "macs": {"ours": _macs(own, examples), **({} if twin is None else {"dense": _macs(dense, examples)})},
         **_normalisation(model),
@@ -233,7 +242,7 @@ def export(
         sets = _inputs(examples, dynamic_batch)
         try:
             found = run_apart(candidates, sets, examples, threads=workers, rounds=rounds if compared else 0)
-            gaps = _gaps(own, sets, found)
+            gaps = _gaps(fused if used == "int8" else own, sets, found)
         except (RuntimeError, ValueError) as error:
             raise ExportFailed(f"{path}: {error}; nothing was written") from error
         if max(gaps.values()) > limit:
@@ -263,6 +272,7 @@ def export(
                 results,
                 library,
             ),
+            dtype=used,
         )
         if speedup is not None and speedup <= 1 and not force:
             raise NotFaster(made.sentence(), plugin)
@@ -297,7 +307,7 @@ def _checked_examples(given: Any) -> tuple[Tensor, ...]:
 
 
 def _check_settings(
-    kind: Format, plugin: bool, dtype: torch.dtype | None, external: bool, rounds: int
+    kind: Format, plugin: bool, dtype: torch.dtype | None, calibration: Any, external: bool, rounds: int
 ) -> None:
     if external and kind.name != "onnx":
         raise ValueError(f"external_data=True: files of format {kind.name} have their own place for weights")
@@ -306,6 +316,8 @@ def _check_settings(
             f"dtype={dtype}: plain operators are written in float32; the engine's own setting makes them "
             "faster, or plugin=True"
         )
+    if calibration is not None and dtype != torch.int8:
+        raise ValueError(f"calibration: dtype={dtype} needs none; it is for torch.int8")
     if rounds and rounds < 3:
         raise ValueError(f"rounds={rounds}: expected 0, or at least 3")
 

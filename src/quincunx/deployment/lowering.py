@@ -15,6 +15,7 @@ from quincunx.deployment.plain import PlainProgram
 from quincunx.fusion.exported import TorchNode
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.fused import Fused, copied_argument, match_layout, same_argument, tensor_argument
+from quincunx.fusion.int8 import Int8Program
 from quincunx.fusion.program import Program
 from quincunx.fusion.serialise import NativePiece, TorchPiece, pieces
 from quincunx.layers.binary import (
@@ -165,7 +166,8 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
         node: makes nodes of an engine with our kernels; None for plain operators.
 
     Raises:
-        TypeError: a module with operators of this package that was not fused, or packed layers of one bit.
+        TypeError: a module with operators of this package that was not fused, or packed layers of one bit;
+            as plain operators, a network in eight bits.
         ValueError: a program that cannot be lowered.
 
     Example:
@@ -187,6 +189,10 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
             handle.remove()
     if any(value.target in _PACKED for value in fused.graph.nodes):
         raise TypeError("fused: has packed layers of one bit; fuse what decoded(model) returns")
+    if node is None and any(isinstance(module, Int8Program) for module in fused.modules()):
+        raise TypeError(
+            "fused: in eight bits, which plain operators have not; our kernels as a plug-in have them"
+        )
     graph = fx.Graph()
     graph.output(graph.graph_copy(fused.graph, {}))
     _simplify(graph)

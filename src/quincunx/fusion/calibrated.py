@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from quincunx.fusion.epilogues import Activation
 from quincunx.fusion.fused import Fused
-from quincunx.fusion.int8 import Int8Program, Int8Step, in_eight_bits
+from quincunx.fusion.int8 import Int8Program, Int8Step, bare_step, in_eight_bits, sampled_map
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import Follower, Map, Step, reference, settled
 from quincunx.layers.eightbits import Quantisation, round_weights, sole_weights
@@ -245,8 +245,9 @@ def quantise_network(fused: Fused, record: Quantisation, real: torch.dtype = tor
             if shift is None:
                 kept[name, number] = ""
                 continue
-            fits = step.weight.dtype == torch.float32 and step.filling is None
-            if not fits or step.source not in record.grids or shift.shape != (step.out_channels,):
+            stored = [step.source] + ([sampled_map(step)] if step.filling is not None else [])
+            fits = step.weight.dtype == torch.float32 and all(name in record.grids for name in stored)
+            if not fits or shift.shape != (step.out_channels,):
                 raise ValueError(
                     f"model: its record of eight bits does not fit convolution {written!r}: {changed}"
                 )
@@ -271,6 +272,7 @@ def any_record(fused: Fused, keep_ends: bool = False) -> Quantisation:
         step = programs[name].steps[number]
         assert isinstance(step, Step)  # noqa: S101  # layers are
         shifts[step.writes[0]] = None if (name, number) in kept else torch.zeros(step.out_channels)
+        maps |= {sampled_map(step)} if step.filling is not None else set()
     return Quantisation(dict.fromkeys(maps, Grid(0.05)), shifts, ())
 
 
@@ -341,8 +343,6 @@ def _kept_from_the_start(fused: Fused, ends: bool) -> dict[_Key, str]:
         products = step.weight[0].numel() if step.kind != "transposed" else step.weight[:, 0].numel()
         if step.weight.dtype != torch.float32:
             kept[key] = f"is in {step.weight.dtype}"
-        elif step.filling is not None:
-            kept[key] = "has a fitted fill, which is not computed in eight bits"
         elif products > MOST_PRODUCTS:
             kept[key] = f"sums {products} products, more than fit 32 bits"
     if ends and layers and not any(isinstance(module, nn.Linear) for module in fused.modules()):
@@ -381,6 +381,9 @@ class _Watched(nn.Module):
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         values = self.program._plain(dict(zip(self.program.inputs, arguments, strict=True)))
+        for step in self.program.steps:
+            if isinstance(step, Step) and step.filling is not None:
+                values |= self._one(bare_step(step), values)
         for name, value in values.items():
             if value.dim() == 4:
                 if not bool(value.isfinite().all()):
@@ -390,20 +393,25 @@ class _Watched(nn.Module):
                 self.ranges.setdefault(name, _observer(self.kind))(value.float())
         images = len(arguments[0])
         for number, (step, integers, scales) in self.steps.items():
-            x = values[step.source]
             off = step.weight - integers.float() * _by_output(scales, step)
             bare = replace(step, weight=off, bias=None, shortcut=None, activation=Activation.NONE, slope=None)
             bare = replace(bare, out="off", out2=None, scale2=None, shift2=None, filling=None)
             bare = replace(bare, kind="sampled") if step.filling is not None else bare
-            maps = {step.source: Map(x.shape[1], (x.shape[2], x.shape[3]))}
-            if step.like is not None:
-                maps[step.like] = Map(0, (values[step.like].shape[2], values[step.like].shape[3]))
-            local = {step.source: x}
-            reference(settled(bare, maps), local, maps)
-            mean = local["off"].mean((0, 2, 3)) * images
+            mean = self._one(bare, values)["off"].mean((0, 2, 3)) * images
             self.shifts[number] = self.shifts.get(number, 0) + mean
         self.count += images
         return tuple(values[name] for name in self.program.outputs)
+
+    @staticmethod
+    def _one(step: Step, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a step that nothing is added to writes."""
+        x = values[step.source]
+        maps = {step.source: Map(x.shape[1], (x.shape[2], x.shape[3]))}
+        if step.like is not None:
+            maps[step.like] = Map(0, (values[step.like].shape[2], values[step.like].shape[3]))
+        local = {step.source: x}
+        reference(settled(step, maps), local, maps)
+        return {name: local[name] for name in step.writes}
 
     def observed(self) -> _Observed:
         ranges = {name: _range_of(seen, self.kind) for name, seen in self.ranges.items()}
@@ -475,9 +483,14 @@ def _shared_grids(program: Program, ranges: Mapping[str, tuple[float, float]]) -
 
 
 def _observe(
-    fused: Fused, images: Iterable[Tensor], observer: str, rounded: Fused | None = None
+    fused: Fused, images: Iterable[Any], observer: str, rounded: Fused | None = None
 ) -> dict[str, _Observed]:
-    """Ranges of maps and shifts of biases; ``rounded`` is the network with rounded weights."""
+    """Ranges of maps and shifts of biases.
+
+    Args:
+        images: batches, or tuples of arguments.
+        rounded: the network with rounded weights.
+    """
     watching, others = _copied(fused), _programs(rounded or fused)
     watched = {
         name: _Watched(program, observer, others[name]) for name, program in _programs(watching).items()
@@ -485,7 +498,7 @@ def _observe(
     for name, module in watched.items():
         watching.set_submodule(name, module)
     for batch in images:
-        watching(batch)
+        watching(*batch) if isinstance(batch, tuple) else watching(batch)
     return {name: module.observed() for name, module in watched.items()}
 
 

@@ -2,13 +2,14 @@
 
 Every map may exist in two forms: real numbers, by its name, and uint8 numbers on the map's grid, by its name
 and ":q". A step in eight bits reads the latter and writes what its readers need; consecutive ones are one
-native call. On the reference back end the same lines run one by one, with the same bits.
+native call. A fitted fill is two lines: the sampled map between them has a grid of its own. On the reference
+back end the same lines run one by one, with the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,15 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quincunx.fusion.lines import arena
+from quincunx.fusion.epilogues import Activation
+from quincunx.fusion.lines import (
+    CONVOLVE,
+    COPY,
+    FILL,
+    FLOATS,
+    INT8_WEIGHTS,
+    POINTWISE,
+    TABLE,
+    WINDOW_MAX,
+    Line,
+    arena,
+    floats,
+    gathered,
+)
 from quincunx.fusion.program import (
     BufferCode,
     Program,
     Stage,
-    StepCode,
+    _mean_segment,
     _prefers_torch,
     _reference_stage,
     _segment,
+    coded,
 )
 from quincunx.fusion.steps import (
     Follower,
@@ -40,12 +56,21 @@ from quincunx.fusion.steps import (
     tables,
 )
 from quincunx.ops import native_int8
-from quincunx.ops.int8 import Grid, accumulate, dequantise, finish, quantise
-from quincunx.ops.plan import forward_plan, window_plan
+from quincunx.ops.int8 import Grid, accumulate, dequantise, end, fill, finish, quantise
+from quincunx.ops.plan import fill_plan, forward_plan, window_plan
 
-__all__ = ["Int8Program", "Int8Step", "in_eight_bits"]
-
-_CONVOLVE, _WINDOW_MAX, _COPY, _POINTWISE = 0, 1, 3, 4
+__all__ = [
+    "Alone",
+    "Divider",
+    "Int8Line",
+    "Int8Program",
+    "Int8Step",
+    "bare_step",
+    "in_eight_bits",
+    "kernel_lines",
+    "map_of",
+    "sampled_map",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +101,18 @@ def in_eight_bits(
     return Int8Step(**fields, integers=integers, scales=scales)
 
 
+def sampled_map(step: Step) -> str:
+    """The name of the sampled map that a fitted fill makes whole; the network has none for it."""
+    return f"{step.writes[0]}.sampled"
+
+
+def bare_step(step: Step) -> Step:
+    """The sampled convolution of a step with a fitted fill, without what comes behind it."""
+    nothing: dict[str, Any] = {"filling": None, "shortcut": None, "slope": None, "out2": None}
+    nothing |= {"activation": Activation.NONE, "scale2": None, "shift2": None}
+    return replace(step, kind="sampled", out=sampled_map(step), **nothing)
+
+
 # ---------------------------------------------------------------- what runs in eight bits
 
 
@@ -83,8 +120,13 @@ def _q(name: str) -> str:
     return f"{name}:q"
 
 
+def map_of(name: str) -> str:
+    """The map whose form in real numbers or in integers has this name."""
+    return name.removesuffix(":q")
+
+
 @dataclass
-class _Line:
+class Int8Line:
     """One piece of work on maps in eight bits: names of maps in one of their forms.
 
     ``sources`` are the maps that a concatenation reads besides ``x``.
@@ -111,7 +153,7 @@ class _Line:
 class _Lines:
     """Consecutive lines; ``wanted`` are the maps among those that they write that somebody else reads."""
 
-    lines: list[_Line] = field(default_factory=list)
+    lines: list[Int8Line] = field(default_factory=list)
     wanted: set[str] = field(default_factory=set)
 
     @property
@@ -125,7 +167,7 @@ class _Lines:
 
 
 @dataclass
-class _Alone:
+class Alone:
     """A step in real numbers."""
 
     step: Step | Follower
@@ -135,7 +177,7 @@ class _Alone:
         return set(self.step.reads)
 
 
-class _Divider:
+class Divider:
     """Divides a program's steps into lines in eight bits and steps in real numbers.
 
     Args:
@@ -152,7 +194,7 @@ class _Divider:
         grids: Mapping[str, Grid],
     ) -> None:
         self.maps, self.grids = maps, grids
-        self.stages: list[_Lines | _Alone] = []
+        self.stages: list[_Lines | Alone] = []
         self.written: set[str] = set()  # in eight bits, by a step in eight bits
         eight: list[bool] = []
         for step in steps:
@@ -171,9 +213,9 @@ class _Divider:
         self.there: set[str] = set()  # forms that were made
         for step, low in zip(steps, eight, strict=True):
             if not low:
-                self.stages.append(_Alone(step))
+                self.stages.append(Alone(step))
                 continue
-            if not self.stages or isinstance(self.stages[-1], _Alone):
+            if not self.stages or isinstance(self.stages[-1], Alone):
                 self.stages.append(_Lines())
             self._add(step)
         wanted = set(outputs)
@@ -184,7 +226,8 @@ class _Divider:
 
     def _eight(self, step: Step | Follower) -> bool:
         if isinstance(step, Step):
-            return isinstance(step, Int8Step) and step.source in self.grids
+            whole = step.filling is None or sampled_map(step) in self.grids
+            return isinstance(step, Int8Step) and step.source in self.grids and whole
         if step.kind not in ("maxpool", "concat") or not self.written.issuperset(step.sources):
             return False
         grids = {self.grids.get(name) for name in (*step.sources, step.out)}
@@ -198,24 +241,30 @@ class _Divider:
         assert isinstance(last, _Lines)  # noqa: S101  # the caller made it
         if isinstance(step, Follower):
             names = [_q(name) for name in step.sources]
-            work = _WINDOW_MAX if step.kind == "maxpool" else _COPY
-            made = _Line(work, names[0], _q(step.out), step=step, sources=tuple(names[1:]))
+            work = WINDOW_MAX if step.kind == "maxpool" else COPY
+            made = Int8Line(work, names[0], _q(step.out), step=step, sources=tuple(names[1:]))
             last.lines.append(made)
             if step.out in self.real:
-                last.lines.append(_Line(_POINTWISE, _q(step.out), step.out))
+                last.lines.append(Int8Line(POINTWISE, _q(step.out), step.out))
             return
         assert isinstance(step, Int8Step)  # noqa: S101  # the caller asked
         if step.source not in self.written and _q(step.source) not in self.there:
-            last.lines.append(_Line(_POINTWISE, step.source, _q(step.source)))
+            last.lines.append(Int8Line(POINTWISE, step.source, _q(step.source)))
             self.there.add(_q(step.source))
-        line = _Line(_CONVOLVE, _q(step.source), self._form(step.out), self._form(step.out2), step=step)
+        x, work = _q(step.source), CONVOLVE
+        if step.filling is not None:
+            bare = bare_step(step)
+            assert isinstance(bare, Int8Step)  # noqa: S101  # made of one
+            last.lines.append(Int8Line(CONVOLVE, x, _q(sampled_map(step)), step=bare))
+            x, work = _q(sampled_map(step)), FILL
+        line = Int8Line(work, x, self._form(step.out), self._form(step.out2), step=step)
         if step.shortcut is not None:
             name = step.shortcut.source
             line.residual = _q(name) if name in self.written else name
         last.lines.append(line)
         for name in step.writes:
             if name in self.real and self._form(name) != name:
-                last.lines.append(_Line(_POINTWISE, _q(name), name))
+                last.lines.append(Int8Line(POINTWISE, _q(name), name))
 
     def _form(self, name: str | None) -> str | None:
         """In which form a step writes a map."""
@@ -246,10 +295,14 @@ class _Call:
 
 
 def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], real: torch.dtype) -> _Call:
-    lines = stage.lines
+    def packed(step: Int8Step) -> tuple[int, Tensor]:
+        assert step.integers is not None  # noqa: S101  # the caller asked
+        return INT8_WEIGHTS, native_int8.pack(step.integers, step.groups, step.kind == "transposed")
+
+    lines = [made for line in stage.lines for made in kernel_lines(line, maps, grids, packed)]
     written = list(dict.fromkeys(name for line in lines for name in line.writes))
     inputs = list(dict.fromkeys(name for line in lines for name in line.reads if name not in written))
-    shapes = {name: maps[name.removesuffix(":q")] for name in (*inputs, *written)}
+    shapes = {name: maps[map_of(name)] for name in (*inputs, *written)}
     scratch = [name for name in written if name not in stage.wanted]
     offsets = arena(lines, scratch, shapes, {})
     call = _Call(inputs, [name for name in written if name in stage.wanted])
@@ -258,93 +311,99 @@ def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], rea
         kind = 0 if name in inputs else 2 if name in stage.wanted else 1
         numbers[name] = len(numbers)
         call.buffers += BufferCode(kind, shapes[name].channels, *shapes[name].stored, offsets.get(name, 0))
-        call.grids.append(grids[name.removesuffix(":q")] if name.endswith(":q") else real)
+        call.grids.append(grids[map_of(name)] if name.endswith(":q") else real)
+    known: dict[int, tuple[int, Tensor]] = {}
 
-    def number(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return -1
-        known = next((i for i, other in enumerate(call.tensors) if other is tensor), len(call.tensors))
-        if known == len(call.tensors):
-            call.tensors.append(tensor)
-        return known
-
-    def add(line: _Line, multiplier: Tensor | None = None, **fields: int) -> None:
-        code = dict.fromkeys(StepCode._fields, -1)
-        code |= {"residual_channels": 0, "num_taps": 1, "channel_groups": 1, "activation": 0}
-        code |= {"work": line.work, "x": numbers[line.x]}
-        code |= {key: numbers[name] for key in ("out", "out2") if (name := getattr(line, key)) is not None}
-        call.code += StepCode(**{**code, **fields})
-        call.multipliers.append(number(multiplier))
+    def number(kind: int, tensor: Tensor) -> int:
+        if id(tensor) not in known:
+            # held, so that its id stays its own
+            known[id(tensor)] = len(call.tensors), tensor
+            dtype = {TABLE: torch.int32, FLOATS: torch.float32}.get(kind, tensor.dtype)
+            call.tensors.append(tensor.detach().to(dtype).contiguous())
+        return known[id(tensor)][0]
 
     for line in lines:
-        if isinstance(line.step, Int8Step):
-            step = line.step
-            multiplier, fields = _of_step(step, line, shapes, maps, numbers, number, grids)
-            add(line, multiplier, **fields)
-        elif line.work == _WINDOW_MAX:
-            assert isinstance(line.step, Follower)  # noqa: S101  # by construction
-            first = shapes[line.x]
-            plan = window_plan(first.fill, pool_window(line.step, first.size), *first.size)
-            add(line, tap_index=number(plan.index), rows=number(plan.starts))
-        elif line.work == _COPY:
-            at = 0
-            for name in (line.x, *line.sources):
-                add(line, x=numbers[name], residual_channels=at)
-                at += shapes[name].channels
-        else:
-            add(line)
+        named = {name: getattr(line, name) for name in ("x", "residual", "out", "out2")}
+        maps_of = {name: -1 if other is None else numbers[other] for name, other in named.items()}
+        tensors = {name: number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
+        call.multipliers.append(tensors.pop("multiplier", -1))
+        call.code += coded(line, maps_of | tensors)
     return call
 
 
-def _of_step(
-    step: Int8Step,
-    line: _Line,
-    shapes: Mapping[str, Map],
+def kernel_lines(
+    line: Int8Line,
     maps: Mapping[str, Map],
-    numbers: Mapping[str, int],
-    number: Callable[[Tensor | None], int],
     grids: Mapping[str, Grid],
-) -> tuple[Tensor | None, dict[str, int]]:
-    """The multipliers of a step, and the fields of its code besides maps."""
-    everything = dict(maps)
-    plan, out = tables(step, everything), output(step, everything)
-    fields = {
-        "tap_index": number(plan.index),
-        "rows": number(plan.rows),
-        "taps": number(plan.taps),
-        "groups": number(plan.groups),
-        "num_taps": step.taps,
-    }
-    if step.integers is None:
-        return None, fields
-    fields |= {
-        "weight": number(native_int8.pack(step.integers, step.groups, step.kind == "transposed")),
-        "bias": number(step.bias),
-        "scale2": number(step.scale2),
-        "shift2": number(step.shift2),
-        "slope": number(step.slope),
-        "channel_groups": step.groups,
-        "activation": int(step.activation),
-    }
+    weight_of: Callable[[Int8Step], tuple[int, Tensor]],
+) -> list[Line]:
+    """Return a line as the kernels run it, with tables and tensors, among them the "multiplier" of sums.
+
+    Args:
+        line: names of maps.
+        maps, grids: of the maps, by name without form.
+        weight_of: a step's integers as the lines hold them, and what kind of tensor that is.
+    """
+    made = Line(line.work, line.x, line.out, line.out2, line.residual)
+    if line.work == COPY:
+        copies, at = [], 0
+        for name in (line.x, *line.sources):
+            copies.append(Line(COPY, name, line.out, values={"residual_channels": at}))
+            at += maps[map_of(name)].channels
+        return copies
+    if line.work == WINDOW_MAX:
+        assert isinstance(line.step, Follower)  # noqa: S101  # by construction
+        first = maps[map_of(line.x)]
+        windows = window_plan(first.fill, pool_window(line.step, first.size), *first.size)
+        made.tensors = {"tap_index": (TABLE, windows.index), "rows": (TABLE, windows.starts)}
+    if not isinstance(line.step, Int8Step):
+        return [made]
+    step, everything = line.step, dict(maps)
+    if line.work == FILL:
+        _set_fill(made, step, maps, grids)
+    else:
+        plan = tables(step, everything)
+        made.tensors = gathered(plan.index, plan.rows, plan.taps, plan.groups)
+        made.values = {"num_taps": step.taps}
+        if step.integers is None:
+            return [made]
+        multiplier = _multiplier(step, grids[step.source])
+        made.tensors |= {"weight": weight_of(step), "multiplier": (FLOATS, multiplier)}
+        made.tensors |= floats(bias=step.bias)
+        made.values["channel_groups"] = step.groups
+    made.tensors |= floats(scale2=step.scale2, shift2=step.shift2, slope=step.slope)
+    made.values["activation"] = int(step.activation)
     if line.residual is not None and step.shortcut is not None:
-        source = shapes[line.residual]
-        fields |= {"residual": numbers[line.residual], "residual_channels": source.channels}
+        source, out = maps[map_of(line.residual)], output(step, everything)
+        made.values["residual_channels"] = source.channels
         if step.shortcut.stride > 1 or source.fill or out.fill:
-            fields["residual_rows"] = number(
-                shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
-            )
-    return _multiplier(step, grids[step.source]), fields
+            rows = shortcut_rows(source.size, step.shortcut.stride, source.fill, out)
+            made.tensors["residual_rows"] = (TABLE, rows)
+    return [made]
 
 
-def _multiplier(step: Int8Step, grid: Grid) -> Tensor | None:
-    return None if step.scales is None else step.scales * grid.scale
+def _set_fill(made: Line, step: Int8Step, maps: Mapping[str, Map], grids: Mapping[str, Grid]) -> None:
+    filling = step.filling
+    assert filling is not None  # noqa: S101  # by construction
+    plan = fill_plan(step.sampling, *step.geometry.grid(*maps[step.source].size), filling.reach)
+    bias = filling.bias
+    plan.check(filling.weight.shape, None if bias is None else bias.shape, (0, step.out_channels))
+    made.tensors = {"tap_index": (TABLE, plan.index), "rows": (TABLE, plan.kinds)}
+    scaled = filling.weight.float() * torch.tensor(grids[sampled_map(step)].scale, dtype=torch.float32)
+    made.tensors |= floats(weight=scaled if plan.taps else None, bias=bias)
+    made.values = {"num_taps": max(1, plan.taps)}
+
+
+def _multiplier(step: Int8Step, grid: Grid) -> Tensor:
+    assert step.scales is not None  # noqa: S101  # it has weights
+    return step.scales * grid.scale
 
 
 # ---------------------------------------------------------------- by the reference
 
 
 def _by_reference(
-    line: _Line,
+    line: Int8Line,
     maps: dict[str, Map],
     grids: Mapping[str, Grid],
     real: torch.dtype,
@@ -355,9 +414,9 @@ def _by_reference(
     if isinstance(line.step, Int8Step):
         return _step_by_reference(line, line.step, maps, grids, real, values)
     assert line.out is not None  # noqa: S101  # others write one map
-    if line.work == _COPY:
+    if line.work == COPY:
         values[line.out] = torch.cat([x, *(values[name] for name in line.sources)], 1)
-    elif line.work == _WINDOW_MAX:
+    elif line.work == WINDOW_MAX:
         assert isinstance(line.step, Follower)  # noqa: S101  # by construction
         values[line.out] = line.step.function(x.float()).to(torch.uint8)
     elif line.out.endswith(":q"):
@@ -367,16 +426,26 @@ def _by_reference(
 
 
 def _step_by_reference(
-    line: _Line,
+    line: Int8Line,
     step: Int8Step,
     maps: dict[str, Map],
     grids: Mapping[str, Grid],
     real: torch.dtype,
     values: dict[str, Tensor],
 ) -> None:
-    x, grid, geometry = values[line.x], grids[step.source], step.geometry
+    x, grid, geometry = values[line.x], grids[map_of(line.x)], step.geometry
     size = output(step, maps).size
-    if step.integers is None:
+    residual = None
+    if line.residual is not None and step.shortcut is not None:
+        residual = values[line.residual]
+        if line.residual.endswith(":q"):
+            residual = dequantise(residual, grids[step.shortcut.source])
+        residual = step.shortcut.of(residual).float()
+    if line.work == FILL:
+        assert step.filling is not None  # noqa: S101  # by construction
+        how = step.filling.weight, step.filling.bias, step.sampling, size, step.filling.reach
+        y = end(fill(x, grid, *how), residual, int(step.activation), step.slope)
+    elif step.integers is None:
         plan = forward_plan(step.sampling, geometry, *x.shape[2:])
         table = plan.index.view(-1, step.taps).long()
         rows = x.flatten(2).int() - grid.zero
@@ -387,15 +456,7 @@ def _step_by_reference(
         kind = "transposed" if step.kind == "transposed" else "conv"
         where = (step.sampling, geometry.stride, geometry.padding, geometry.dilation, step.groups)
         sums = accumulate(kind, x, grid.zero, step.integers, *where, size)
-        residual = None
-        if line.residual is not None and step.shortcut is not None:
-            residual = values[line.residual]
-            if line.residual.endswith(":q"):
-                residual = dequantise(residual, grids[step.shortcut.source])
-            residual = step.shortcut.of(residual).float()
-        multiplier = _multiplier(step, grid)
-        assert multiplier is not None  # noqa: S101  # it has weights
-        y = finish(sums, multiplier, step.bias, residual, int(step.activation), step.slope)
+        y = finish(sums, _multiplier(step, grid), step.bias, residual, int(step.activation), step.slope)
     if step.fills:
         y = torch.ops.quincunx.fill(y, step.sampling, geometry.grid(*x.shape[2:]))
     if line.out is not None:
@@ -442,14 +503,12 @@ class Int8Program(Program):
     def settle(
         self, shapes: Sequence[Sequence[int]], whole: bool = False
     ) -> tuple[list[Step | Follower], dict[str, Map]]:
-        """
-        Raises:
-            TypeError: always; who asks wants to write the program down for another engine.
-        """
-        raise TypeError(
-            "a network fused in eight bits cannot be exported: export the network itself, or fuse it without "
-            "dtype=torch.int8 first"
-        )
+        """As of :class:`Program`, with the sampled maps of fitted fills."""
+        steps, maps = super().settle(shapes, whole)
+        for step in steps:
+            if isinstance(step, Int8Step) and step.filling is not None:
+                maps[sampled_map(step)] = output(bare_step(step), maps)
+        return steps, maps
 
     def _plain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes = ", ".join(f"{name}: {tuple(value.shape)} {value.dtype}" for name, value in values.items())
@@ -460,11 +519,11 @@ class Int8Program(Program):
 
     def _compile(self, shapes: list[tuple[int, ...]]) -> list[Stage]:
         natively = self._serving() == "native"
-        steps, maps = super().settle(shapes, whole=not natively)
+        steps, maps = self.settle(shapes, whole=not natively)
         stages = []
-        for stage in _Divider(steps, maps, self.outputs, self.grids).stages:
+        for stage in Divider(steps, maps, self.outputs, self.grids).stages:
             run: Callable[[dict[str, Tensor]], None]
-            if isinstance(stage, _Alone):
+            if isinstance(stage, Alone):
                 run = self._alone(stage.step, maps, shapes[0][0], natively)
             elif natively:
                 run = _call(stage, maps, self.grids, self.dtype).run
@@ -480,17 +539,41 @@ class Int8Program(Program):
     ) -> Callable[[dict[str, Tensor]], None]:
         """A step in real numbers, by whoever is faster at it."""
         if isinstance(step, Follower):
+            if step.kind == "mean":
+                return partial(_mean_natively if natively else _mean_by_reference, step, maps)
             return partial(pool if natively and step.kind == "maxpool" else follow, step, maps)
         if not natively:
             return partial(_reference_stage, step, maps)
-        whole = step.kind == "dense" and not maps[step.source].fill and not output(step, maps).fill
+        whole = (
+            not self.native_only
+            and step.kind == "dense"
+            and not maps[step.source].fill
+            and not output(step, maps).fill
+        )
         if whole and _prefers_torch(step, maps, batch):
             return partial(_reference_stage, step, maps)
         return _segment([step], maps, set(step.writes)).run
 
 
+def _mean_natively(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
+    """As a program file has it, so that both give the same bits; torch's own adds in another order."""
+    _mean_segment(step, maps).run(values)
+    if not step.keepdim:
+        values[step.out] = values[step.out].flatten(1)
+
+
+def _mean_by_reference(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
+    x = values[step.sources[0]]
+    rows = x.flatten(2).float()
+    total = torch.zeros_like(rows[:, :, 0])
+    for place in range(rows.shape[2]):
+        total = total + rows[:, :, place]
+    share = torch.tensor(1.0) / rows.shape[2]
+    values[step.out] = (total * share).to(x.dtype).view(*x.shape[:2], *([1, 1] if step.keepdim else []))
+
+
 def _run_lines(
-    lines: Sequence[_Line],
+    lines: Sequence[Int8Line],
     maps: dict[str, Map],
     grids: Mapping[str, Grid],
     real: torch.dtype,

@@ -23,6 +23,7 @@ __all__ = [
     "COPY",
     "FILL",
     "FLOATS",
+    "INT8_WEIGHTS",
     "POINTWISE",
     "TABLE",
     "WEIGHTS",
@@ -33,12 +34,13 @@ __all__ = [
     "arena",
     "floats",
     "gathered",
+    "mean_index",
     "replaced",
     "unwritten",
 ]
 
 # kinds of tensors, and what a line does (``Work`` in csrc/runner.h)
-TABLE, FLOATS, WEIGHTS = 0, 1, 2
+TABLE, FLOATS, WEIGHTS, INT8_WEIGHTS = 0, 1, 2, 3
 CONVOLVE, WINDOW_MAX, FILL, COPY, POINTWISE = range(5)
 # elements; keeps every map of the arena on its own cache lines
 _ALIGN = 32
@@ -207,6 +209,13 @@ def floats(**tensors: Tensor | None) -> dict[str, tuple[int, Tensor]]:
     return {name: (FLOATS, tensor) for name, tensor in tensors.items() if tensor is not None}
 
 
+def mean_index(shape: Map) -> Tensor:
+    """The stored rows that the mean over all positions reads, [1, H W]."""
+    height, width = shape.size
+    rows = nearest_index(shape.fill, height, width) if shape.fill else torch.arange(height * width)
+    return rows.view(1, -1)
+
+
 def unwritten(lines: Sequence[Line]) -> list[str]:
     """What lines read and none of them writes before."""
     written: set[str] = set()
@@ -229,18 +238,24 @@ class ReadsAndWrites(Protocol):
 
 
 def arena(
-    lines: Sequence[ReadsAndWrites], scratch: Sequence[str], maps: Mapping[str, Map], replaced: dict[str, str]
+    lines: Sequence[ReadsAndWrites],
+    scratch: Sequence[str],
+    maps: Mapping[str, Map],
+    replaced: dict[str, str],
+    widths: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """First fit: an offset for each map inside the segment, none overlapping one that is still read.
 
     Args:
         replaced: maps that lie where another one does, which comes before them in ``scratch``.
+        widths: bytes of each map's values where offsets are to be bytes; else they are numbers of values.
     """
     # several lines may write one map
     first = {name: i for i, line in reversed(list(enumerate(lines))) for name in line.writes}
     last = {name: i for i, line in enumerate(lines) for name in line.reads}
     offsets: dict[str, int] = {}
-    sizes = {name: -(-maps[name].numel // _ALIGN) * _ALIGN for name in scratch}
+    width = dict.fromkeys(scratch, 1) if widths is None else widths
+    sizes = {name: -(-maps[name].numel * width[name] // _ALIGN) * _ALIGN for name in scratch}
     for name in scratch:
         if name in replaced:
             offsets[name] = offsets[replaced[name]]

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quincunx.fusion import launches
 from quincunx.fusion.decisions import decision
 from quincunx.fusion.faster import speed_ratio
-from quincunx.fusion.lines import FLOATS, TABLE, WEIGHTS, Line, Lines, arena, replaced, unwritten
+from quincunx.fusion.lines import FLOATS, TABLE, WEIGHTS, Line, Lines, arena, mean_index, replaced, unwritten
 from quincunx.fusion.steps import (
     Follower,
     Map,
@@ -182,6 +182,17 @@ def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _
     packed = _Packed(maps)
     for step in steps:
         packed.step(step)
+    return _of_lines(packed, wanted)
+
+
+def _mean_segment(step: Follower, maps: dict[str, Map]) -> _Segment:
+    """The mean over all positions as a native call; its result is [N, C, 1, 1]."""
+    packed = _Packed(maps)
+    packed.read(step.sources[0], step.out, mean_index(maps[step.sources[0]]))
+    return _of_lines(packed, {step.out})
+
+
+def _of_lines(packed: Lines, wanted: set[str]) -> _Segment:
     lines, maps = packed.done, packed.maps
     written = list(dict.fromkeys(name for line in lines for name in line.writes))
     outputs = [name for name in written if name in wanted]

@@ -3,7 +3,8 @@
 The bytes hold steps, tables and unpacked weights for one size of map; any batch, number of threads and
 instruction set runs them. ``csrc/program_file.h`` describes the layout, ``csrc/program.h`` the steps.
 A program whose followers are all among those that the kernels have becomes one such piece; other followers
-stay functions of torch between pieces, which an exporter writes as its engine's own operators.
+stay functions of torch between pieces, which an exporter writes as its engine's own operators. A program in
+eight bits holds integers and grids beside its real numbers; what crosses from piece to piece is real.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from quincunx.fusion.epilogues import Activation
+from quincunx.fusion.int8 import Alone, Divider, Int8Program, Int8Step, kernel_lines, map_of
 from quincunx.fusion.lines import (
     COPY,
     FLOATS,
+    INT8_WEIGHTS,
+    POINTWISE,
     TABLE,
     WEIGHTS,
     WINDOW_MAX,
     Line,
     Lines,
     arena,
+    mean_index,
     replaced,
     unwritten,
 )
@@ -41,14 +46,16 @@ from quincunx.fusion.steps import (
     pool_window,
 )
 from quincunx.modules import surely
-from quincunx.ops import native
-from quincunx.ops.plan import nearest_index, window_plan
+from quincunx.ops import native, native_int8
+from quincunx.ops.int8 import Grid
+from quincunx.ops.plan import window_plan
 
 __all__ = ["NativePiece", "TorchPiece", "load_program", "pieces", "program_bytes", "programs"]
 
-_MAGIC, _VERSION = b"QUINCUNX", 1
+_MAGIC, _VERSION, _INT8_VERSION = b"QUINCUNX", 1, 2
 _HEADER = struct.Struct("<8s2I5II Q12sI")
 _ENTRY = struct.Struct("<2I4qq")
+_GRID = struct.Struct("<2ifI")
 _LINE = 64
 _INPUT, _SCRATCH, _OUTPUT = range(3)
 
@@ -145,9 +152,8 @@ def pieces(program: Program, *shapes: Sequence[int]) -> list[NativePiece | Torch
         )
     with torch.no_grad():
         steps, maps = program.settle(shapes)
-        writer = _Writer(program, maps)
-        for step in steps:
-            writer.follower(step) if isinstance(step, Follower) else writer.step(step)
+        writer = _Int8Writer(program, maps) if isinstance(program, Int8Program) else _Writer(program, maps)
+        writer.take(steps)
         return writer.finished()
 
 
@@ -194,6 +200,10 @@ class _Writer(Lines):
 
     # ------------------------------------------------ what a program has
 
+    def take(self, steps: Sequence[Step | Follower]) -> None:
+        for step in steps:
+            self.follower(step) if isinstance(step, Follower) else self.step(step)
+
     def follower(self, step: Follower) -> None:
         first = self.maps[step.sources[0]]
         if step.kind == "maxpool":
@@ -202,9 +212,7 @@ class _Writer(Lines):
             line.tensors = {"tap_index": (TABLE, plan.index), "rows": (TABLE, plan.starts)}
             self.add(line)
         elif step.kind == "mean":
-            height, width = first.size
-            index = nearest_index(first.fill, height, width) if first.fill else torch.arange(height * width)
-            self.read(step.sources[0], step.out, index.view(1, -1))
+            self.read(step.sources[0], step.out, mean_index(first))
             if not step.keepdim:
                 self.flat.add(step.out)
         elif step.kind == "concat":
@@ -246,11 +254,14 @@ class _Writer(Lines):
 
     def weight_of(self, step: Step) -> Tensor:
         """A weight [groups, O / groups, C / groups, taps], the same one for each step that has it."""
-        key = id(step.weight)
+        return self.grouped(step, step.weight)
+
+    def grouped(self, step: Step, weight: Tensor) -> Tensor:
+        key = id(weight)
         if key not in self.weights:
-            weight = step.weight.detach().flatten(2)
-            weight = weight.view(step.groups, -1, *weight.shape[1:])
-            self.weights[key] = (weight.transpose(1, 2) if step.kind == "transposed" else weight).contiguous()
+            flat = weight.detach().flatten(2)
+            flat = flat.view(step.groups, -1, *flat.shape[1:])
+            self.weights[key] = (flat.transpose(1, 2) if step.kind == "transposed" else flat).contiguous()
         return self.weights[key]
 
     def add(self, line: Line | TorchPiece) -> None:
@@ -269,14 +280,7 @@ class _Writer(Lines):
                 whole = copied
             wanted.append(whole)
         renamed = dict(zip(wanted, self.program.outputs, strict=True))
-        runs: list[list[Line] | TorchPiece] = []
-        for line in self.parts:
-            if isinstance(line, TorchPiece):
-                runs.append(line)
-            elif runs and isinstance(runs[-1], list):
-                runs[-1].append(line)
-            else:
-                runs.append([line])
+        runs = self.runs()
         result: list[NativePiece | TorchPiece] = []
         for number, run in enumerate(runs):
             if isinstance(run, TorchPiece):
@@ -286,11 +290,7 @@ class _Writer(Lines):
                 continue
             later = set(wanted)
             for other in runs[number + 1 :]:
-                later |= (
-                    set(other.inputs)
-                    if isinstance(other, TorchPiece)
-                    else {name for line in other for name in line.reads}
-                )
+                later |= set(other.inputs if isinstance(other, TorchPiece) else unwritten(other))
             inputs = unwritten(run) if len(runs) > 1 else list(self.program.inputs)
             written = list(dict.fromkeys(name for line in run for name in line.writes))
             outputs = [name for name in written if name in later] if len(runs) > 1 else wanted
@@ -311,10 +311,34 @@ class _Writer(Lines):
             )
         return result
 
+    def runs(self) -> list[list[Line] | TorchPiece]:
+        """Lines that follow each other, and what stands between them."""
+        runs: list[list[Line] | TorchPiece] = []
+        for line in self.parts:
+            if isinstance(line, TorchPiece):
+                runs.append(line)
+            elif runs and isinstance(runs[-1], list):
+                runs[-1].append(line)
+            else:
+                runs.append([line])
+        return runs
+
+    def grid_of(self, name: str) -> Grid | torch.dtype:
+        """What the numbers of a map are."""
+        return self.program.dtype
+
     def _bytes(self, lines: Sequence[Line], inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
         written = dict.fromkeys(name for line in lines for name in line.writes)
         scratch = [name for name in written if name not in outputs]
-        offsets = arena(lines, scratch, self.maps, replaced(lines, scratch, self.maps))
+        grids = {name: self.grid_of(name) for name in (*inputs, *outputs, *scratch)}
+        low = isinstance(self.program, Int8Program)
+        widths = {name: _width(grid) for name, grid in grids.items()} if low else None
+        # what takes the place of another map has values as wide
+        places = replaced(lines, scratch, self.maps)
+        places = {
+            name: other for name, other in places.items() if widths is None or widths[name] == widths[other]
+        }
+        offsets = arena(lines, scratch, self.maps, places, widths)
         numbers = {name: number for number, name in enumerate((*inputs, *outputs, *scratch))}
         kinds = [_INPUT] * len(inputs) + [_OUTPUT] * len(outputs) + [_SCRATCH] * len(scratch)
         buffers: list[int] = []
@@ -323,16 +347,70 @@ class _Writer(Lines):
             buffers += BufferCode(kind, shape.channels, *shape.stored, offsets.get(name, 0))
         found = _Tensors()
         code: list[int] = []
+        multipliers: list[int] = []
         for line in lines:
             named = {name: getattr(line, name) for name in ("x", "residual", "out", "out2")}
             maps_of = {name: -1 if other is None else numbers[other] for name, other in named.items()}
             tensors = {name: found.number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
+            multipliers.append(tensors.pop("multiplier", -1))
             code += coded(line, maps_of | tensors)
         ranks = [2 if name in self.flat else 4 for name in outputs]
         counts = (len(inputs), len(outputs), len(kinds), len(lines), len(found.all))
-        return _packed_file(self.program.dtype, counts, [*ranks, *buffers, *code], found.all)
+        head = _integers([*ranks, *buffers, *code])
+        if low:
+            head += b"".join(_grid_entry(grids[name]) for name in numbers) + _integers(multipliers)
+        version = _INT8_VERSION if low else _VERSION
+        return _packed_file(version, self.program.dtype, counts, head, found.all)
 
 
+class _Int8Writer(_Writer):
+    """Of a program in eight bits: maps have two forms, and steps in real numbers stand between the others."""
+
+    program: Int8Program
+
+    def take(self, steps: Sequence[Step | Follower]) -> None:
+        for stage in Divider(steps, self.maps, self.program.outputs, self.program.grids).stages:
+            if isinstance(stage, Alone):
+                super().take([stage.step])
+                continue
+            for low in stage.lines:
+                for line in kernel_lines(low, self.maps, self.program.grids, self._integers_of):
+                    self.add(line)
+        forms = [
+            name for part in self.parts if isinstance(part, Line) for name in (*part.reads, *part.writes)
+        ]
+        self.maps |= {name: self.maps[map_of(name)] for name in forms if name.endswith(":q")}
+
+    def _integers_of(self, step: Int8Step) -> tuple[int, Tensor]:
+        assert step.integers is not None  # noqa: S101  # a convolution has them
+        return INT8_WEIGHTS, self.grouped(step, step.integers)
+
+    def grid_of(self, name: str) -> Grid | torch.dtype:
+        if name.endswith(":q"):
+            return self.program.grids[map_of(name)]
+        return torch.float32 if name.endswith(_CROSSING) else self.program.dtype
+
+    def runs(self) -> list[list[Line] | TorchPiece]:
+        """With the real numbers of maps whose integers a later piece reads: they give these back."""
+        runs = super().runs()
+        home: dict[str, list[Line]] = {}
+        for run in runs:
+            if isinstance(run, TorchPiece):
+                continue
+            arriving = [name for name in unwritten(run) if name.endswith(":q")]
+            for name in arriving:
+                real = f"{map_of(name)}{_CROSSING}"
+                if real not in self.maps:
+                    self.maps[real] = self.maps[name]
+                    home[name].append(Line(POINTWISE, name, real))
+            home |= {name: run for line in run for name in line.writes if name not in home}
+            again = {name: f"{map_of(name)}:q" for name in arriving}
+            run[:0] = [Line(POINTWISE, f"{map_of(name)}{_CROSSING}", again[name]) for name in arriving]
+        return runs
+
+
+# the form of a map that crosses to a later piece; float32, of which the same integers are made again
+_CROSSING = ":crossing"
 _RELUS = (torch.relu, torch.nn.functional.relu, Tensor.relu)
 _ADDS = (torch.add, Tensor.add, operator.add)
 
@@ -371,18 +449,32 @@ class _Tensors:
 
 
 def _content(kind: int, tensor: Tensor) -> bytes:
-    dtype = {TABLE: torch.int32, FLOATS: torch.float32, WEIGHTS: tensor.dtype}[kind]
+    dtype = {TABLE: torch.int32, FLOATS: torch.float32, WEIGHTS: tensor.dtype, INT8_WEIGHTS: torch.int8}[kind]
     plain = tensor.detach().to("cpu", dtype).contiguous()
     return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
+def _width(grid: Grid | torch.dtype) -> int:
+    return 1 if isinstance(grid, Grid) else grid.itemsize
+
+
+def _integers(numbers: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+def _grid_entry(grid: Grid | torch.dtype) -> bytes:
+    if isinstance(grid, Grid):
+        return _GRID.pack(native_int8.TYPES[grid.dtype], grid.zero, grid.scale, 0)
+    return _GRID.pack(native_int8.TYPES[grid], 0, 1.0, 0)
+
+
 def _packed_file(
+    version: int,
     dtype: torch.dtype,
     counts: tuple[int, int, int, int, int],
-    numbers: Sequence[int],
+    head: bytes,
     tensors: Sequence[tuple[int, Tensor]],
 ) -> bytes:
-    head = struct.pack(f"<{len(numbers)}q", *numbers)
     at = -(-(_HEADER.size + len(head) + _ENTRY.size * len(tensors)) // _LINE) * _LINE
     entries, data = [], []
     for kind, tensor in tensors:
@@ -396,7 +488,7 @@ def _packed_file(
     result[_HEADER.size : _HEADER.size + len(front)] = front
     for begin, content in data:
         result[begin : begin + len(content)] = content
-    fields = (_MAGIC, _VERSION, int(dtype == torch.bfloat16), *counts, 0, at, b"")
+    fields = (_MAGIC, version, int(dtype == torch.bfloat16), *counts, 0, at, b"")
     result[: _HEADER.size] = _HEADER.pack(*fields, 0)
     # of everything but the checksum itself
     checksum = zlib.crc32(memoryview(result)[_HEADER.size :], zlib.crc32(result[: _HEADER.size - 4]))

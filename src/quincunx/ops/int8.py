@@ -12,6 +12,14 @@ round(y / s') + z' with ties to even and saturation, where 1 / s' is rounded to 
 the lowest number. A tap that falls outside the map means a real 0, so it reads the zero point. No sum may
 have more than 65,536 products, so that it fits 32 bits.
 
+A fitted fill keeps float32 coefficients w: a computed position means s (q - z), any other one is
+
+.. math:: y = b + \sum_t (s w_t) (q_t - z)
+
+in float32, s w_t rounded once beforehand and taps added in their order; shortcut, activation and grid come
+behind as above. A fill is bound by memory, so integer products would save no time, and coefficients in eight
+bits would only add an error.
+
 The reference sums in float64, which is exact here. The kernels (``csrc/int8_gemm.h``) give the same bits.
 """
 
@@ -25,6 +33,7 @@ import torch
 from torch import Tensor
 
 from quincunx.ops import reference
+from quincunx.ops.plan import fill_plan
 
 __all__ = [
     "MOST_PRODUCTS",
@@ -33,6 +42,8 @@ __all__ = [
     "activate",
     "convolve",
     "dequantise",
+    "end",
+    "fill",
     "finish",
     "grid_of_range",
     "quantise",
@@ -295,6 +306,50 @@ def finish(
     y = sums.float() * multiplier.float().view(-1, 1, 1)
     if bias is not None:
         y = y + bias.float().view(-1, 1, 1)
+    return end(y, residual, activation, slope)
+
+
+def fill(
+    q: Tensor,
+    grid: Grid,
+    weight: Tensor,
+    bias: Tensor | None,
+    sampling: str,
+    size: Sequence[int],
+    reach: int,
+) -> Tensor:
+    """Return the float32 map [N, C, H, W] that a fitted fill makes of integers at computed positions.
+
+    Args:
+        q: integers [N, C, m, 1].
+        grid: what they mean.
+        weight: float32 coefficients [R, T, C], those of :func:`quincunx.fill_fitted`.
+        bias: float32 [R, C] or None.
+        sampling, size, reach: of the fill.
+
+    Raises:
+        ValueError: coefficients that are not those of this sampling on this grid.
+
+    Example:
+        >>> q = torch.tensor([3, 5], dtype=torch.uint8).view(1, 1, 2, 1)
+        >>> spec = '{"kind": "cosets", "period": 2, "offsets": [[0, 0], [1, 1]]}'
+        >>> fill(q, Grid(0.5, 1), torch.full((2, 4, 1), 0.25), None, spec, (2, 2), 1).flatten()
+        tensor([1.0000, 1.2500, 1.2500, 2.0000])
+    """
+    scale = torch.tensor(grid.scale, dtype=torch.float32)
+    steps = (q.int() - grid.zero).float()
+    whole = reference.fill_fitted(steps, weight.float() * scale, bias, sampling, size, reach)
+    # those that were computed are copies of their integers
+    computed = fill_plan(sampling, int(size[0]), int(size[1]), reach).computed
+    rows = whole.permute(0, 2, 3, 1).flatten(1, 2)
+    rows[:, computed] = rows[:, computed] * scale
+    return rows.transpose(1, 2).reshape(whole.shape)
+
+
+def end(
+    y: Tensor, residual: Tensor | None = None, activation: int = 0, slope: Tensor | None = None
+) -> Tensor:
+    """Return act(y + residual) in float32, as :func:`finish` ends; ``y`` may be changed."""
     if residual is not None:
         y[:, : residual.shape[1]] += residual
     return activate(activation, y, slope)

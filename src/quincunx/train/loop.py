@@ -220,12 +220,10 @@ def _check_memory(
     )
 
 
-def _check_rounded(recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
+def _check_rounded(recipe: Recipe, device: torch.device) -> None:
     """Refuse what does not go together with training in eight bits."""
-    if device.type != "cpu" or ranks.world > 1:
-        raise ValueError("model: one that was calibrated for eight bits trains on the CPU, in one process")
-    if recipe.compile:
-        raise ValueError("compile=True: training in eight bits is not compiled; leave it out")
+    if device.type != "cpu":
+        raise ValueError("model: one that was calibrated for eight bits trains on the CPU")
     if recipe.distill_features > 0:
         raise ValueError(
             f"distill_features={recipe.distill_features:g}: maps within a network in eight bits are rounded; "
@@ -337,7 +335,7 @@ class _Run:
         self.ranks, self.workers = ranks, workers
         self.spec, self.rounded = spec_of(model), quantisation_of(model)
         if self.rounded is not None:
-            _check_rounded(recipe, device_of(model), ranks)
+            _check_rounded(recipe, device_of(model))
         for name, module in model.named_modules():
             if isinstance(module, (PackedConv2d, PackedLinear)):
                 raise ValueError(

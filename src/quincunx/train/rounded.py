@@ -36,8 +36,8 @@ def computing_rounded(model: nn.Module) -> Iterator[None]:
     estimator; Bengio et al., arXiv:1308.3432), so that the real weights behind train. What corrected the
     biases of the rounded weights is dropped: training does that. A network without a record computes as ever.
 
-    Not rounded are weights that a forward computes, and maps between a pooling and its convolution within one
-    module (spatial bottlenecks by average pooling).
+    Not rounded are weights that a forward computes, and maps within one module: between a pooling and its
+    convolution (spatial bottlenecks by average pooling), and before a fitted fill.
 
     Args:
         model: on the CPU; in any mode. Its parameters and ``state_dict`` stay what they are.
