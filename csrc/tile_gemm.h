@@ -56,8 +56,8 @@ QX_INLINE int64_t panel_width(int64_t tiles, int64_t panel) {
   return least(kPanelTiles, tiles - panel * kPanelTiles);
 }
 
-void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
-  const Weight& w = *weight;
+template <class W>
+void tile_pack_from(const Weight& w, void* packed, int64_t part, int64_t parts) {
   const Depth depth(w.channels, w.taps);
   const int64_t tiles = ceil_div(w.outputs, kTileOutputs), jobs = w.groups * tiles * depth.blocks;
   for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
@@ -66,7 +66,7 @@ void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) 
     const int64_t c0 = block * kStepChannels, o0 = tile * kTileOutputs, per_block = depth.inner(w.taps);
     uint16_t* to = static_cast<uint16_t*>(packed) +
                    ((group * tiles + panel * kPanelTiles) * depth.steps() + tile % kPanelTiles) * kTileElements;
-    const uint16_t* from = static_cast<const uint16_t*>(w.data) + group * w.group_stride + c0 * w.channel_stride;
+    const W* from = static_cast<const W*>(w.data) + group * w.group_stride + c0 * w.channel_stride;
     for (int64_t tap = 0; tap < per_block * depth.joined; ++tap) {
       uint16_t* pairs = to + (block * per_block + tap / depth.joined) * width * kTileElements +
                         tap % depth.joined * depth.unit * kTileOutputs;
@@ -74,11 +74,16 @@ void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) 
         const bool inside = tap < w.taps && c0 + c < w.channels;
         for (int64_t o = 0; o < kTileOutputs; ++o) {
           const int64_t at = (o0 + o) * w.output_stride + c * w.channel_stride + tap * w.tap_stride;
-          pairs[c / 2 * kStepChannels + o * 2 + c % 2] = inside && o0 + o < w.outputs ? from[at] : 0;
+          uint16_t& cell = pairs[c / 2 * kStepChannels + o * 2 + c % 2];
+          if (inside && o0 + o < w.outputs) convert(from[at], cell);
+          else cell = 0;
         }
       }
     }
   }
+}
+void tile_pack(const Weight* w, void* packed, int64_t part, int64_t parts) {
+  (w->wide ? &tile_pack_from<float> : &tile_pack_from<uint16_t>)(*w, packed, part, parts);
 }
 
 // ---------------------------------------------------------------- inputs

@@ -361,7 +361,8 @@ def training(
     """
     for dtype in formats:
         for channels, side, batch in shapes:
-            x = _map(batch, channels, side)
+            # as the block before leaves it
+            x = _map(batch, channels, side, dtype)
             models: dict[str, nn.Module] = {
                 "rRB": RegularBlock(channels, channels, 1),
                 "rSB 2/4": RegularSBBlock(channels, CHESSBOARD, "stride"),
