@@ -27,6 +27,8 @@ constexpr int kMaxNv = QX_MAX_NV;
 constexpr int kTileRows[kMaxNv + 1] = {1, QX_TILE_ROWS};
 constexpr int kMaxRows = 28;
 constexpr int kUnroll = 2;
+// steps of K at a time in a tile of one vector, whose weights stay in registers; 0 without registers for them
+constexpr int kDeep = QX_BYTES == 64 ? 8 : 0;
 // Weights of one K block times one tile of output channels, which stay in the second-level cache with their input.
 inline int64_t panel_bytes() { return level2_bytes() / 16 * 5; }
 // channels of one K segment: a row is read in pieces of this many
@@ -575,6 +577,21 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
       int64_t k = 0;
       if (NV == kMaxNv && ahead_step) {
         for (; k < count; ++k) multiply(k, true);
+      }
+      if constexpr (NV == 1 && kDeep > 0) {
+        // Row by row: there are more rows than registers for their places, and each is fetched once for all steps.
+        for (; k + kDeep <= count; k += kDeep) {
+          vf w[kDeep > 0 ? kDeep : 1];
+#pragma GCC unroll 8
+          for (int u = 0; u < kDeep; ++u) w[u] = load(b + (k + u) * kLanes);
+#pragma GCC unroll 32
+          for (int r = 0; r < ROWS; ++r) {
+            const Input* from = a[r] + k * Op::kStep;
+            asm("" : "+r"(from));  // one register with constant offsets, else GCC makes one of each
+#pragma GCC unroll 8
+            for (int u = 0; u < kDeep; ++u) acc[r][0] = Op::add(acc[r][0], from + u * Op::kStep, w[u]);
+          }
+        }
       }
       for (; k + kUnroll <= count; k += kUnroll) {
 #pragma GCC unroll 8
