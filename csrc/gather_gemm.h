@@ -293,7 +293,7 @@ void pack_rows(const Weight& w, const W* from, const PackedTile<Op>& tile) {
           P* row = reinterpret_cast<P*>(square + lane * kLanes);
           const W* source = from + o * w.output_stride + (tile.c0 + i * step) * w.channel_stride + t * w.tap_stride;
           if (o < w.outputs && channels == kLanes * step) {
-            if constexpr (sizeof(P) == sizeof(W)) {
+            if constexpr (sizeof(P) == sizeof(W) && sizeof(S) == sizeof(W)) {
               __builtin_memcpy(row, source, kLanes * step * sizeof(P));
             } else {
               for (int64_t k = 0; k < step; ++k) store(row + k * kLanes, load_weights<S>(source + k * kLanes));
@@ -1083,7 +1083,7 @@ template <class S, class By>
 struct GradChunk {
   alignas(64) float gy[kGradChunk * kGradTiles * kGradNv * kLanes];
   alignas(64) float copies[sizeof(S) == 2 ? kGradChunk * kGradChannels : 1];
-  const float* rows[sizeof(S) == 4 ? kGradChunk : 1];
+  const S* rows[kGradChunk + 1];
   int64_t q0, q1;
   QX_INLINE int64_t count() const { return ceil_div(q1 - q0, By::kPositions); }
 
@@ -1106,37 +1106,36 @@ struct GradChunk {
     }
   }
 
-  // image by image, so that the loop asks nothing
   typename By::Rows take_inputs(const WeightGrad& g, const S* base, int64_t tap, int64_t channels) {
+    // image by image, so that the loop asks nothing
     const int64_t positions = most(1, g.positions);
     for (int64_t q = q0; q < q1;) {
-      const int64_t p = q % positions, number = least(q1 - q, positions - p), first = q - q0;
+      const int64_t p = q % positions, number = least(q1 - q, positions - p);
       const S* image = base + q / positions * g.rows_in * g.in_channels;
       const int32_t* index = g.index + p * g.num_taps + tap;
-      const auto row = [&](int64_t i) __attribute__((always_inline)) {
-        return gathered(image, index[i * g.num_taps], g.in_channels);
-      };
-      if constexpr (sizeof(S) == 4) {
-        for (int64_t i = 0; i < number; ++i) rows[first + i] = row(i);
-      } else if constexpr (By::kPositions == 1) {
-        for (int64_t i = 0; i < number; ++i) copy_row(copies + (first + i) * kGradChannels, row(i), channels);
-      } else {
-        int64_t i = 0;
-        if (first % 2) {  // the second of a pair, whose first one ends the image before
-          add_row(copies + first / 2 * kGradChannels, row(i), channels);
-          ++i;
-        }
-        for (; i + 2 <= number; i += 2) {
-          pair_rows(copies + (first + i) / 2 * kGradChannels, row(i), row(i + 1), channels);
-        }
-        if (i < number) {
-          pair_rows(copies + (first + i) / 2 * kGradChannels, row(i), reinterpret_cast<const S*>(kZeros), channels);
-        }
+      for (int64_t i = 0; i < number; ++i) {
+        rows[q - q0 + i] = gathered(image, index[i * g.num_taps], g.in_channels);
       }
       q += number;
     }
-    if constexpr (sizeof(S) == 4) return rows;
-    else return copies;
+    if constexpr (sizeof(S) == 4) {
+      return rows;
+    } else {
+      if constexpr (By::kPositions == 1) {
+        for (int64_t i = 0; i < q1 - q0; ++i) copy_row(copies + i * kGradChannels, rows[i], channels);
+      } else {
+        rows[q1 - q0] = reinterpret_cast<const S*>(kZeros);  // a pair's second may not be
+        float* to = copies;
+        if (channels == kLanes) {  // a loop over a row would take as long as the row
+          for (int64_t i = 0; i < q1 - q0; i += 2, to += kGradChannels) {
+            store(to, paired(load(rows[i]), load(rows[i + 1])));
+          }
+          return copies;
+        }
+        for (int64_t i = 0; i < q1 - q0; i += 2, to += kGradChannels) pair_rows(to, rows[i], rows[i + 1], channels);
+      }
+      return copies;
+    }
   }
 
  private:
@@ -1148,12 +1147,6 @@ struct GradChunk {
     for (; c + kLanes <= channels; c += kLanes) store(to + c, paired(load(first + c), load(second + c)));
     if (c < channels) {
       store(to + c, paired(load_some(first + c, channels - c), load_some(second + c, channels - c)));
-    }
-  }
-  static QX_INLINE void add_row(float* to, const S* second, int64_t channels) {
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const vu both = reinterpret_cast<vu>(load(to + c)) | reinterpret_cast<vu>(load_some(second + c, channels - c));
-      store(to + c, reinterpret_cast<vf>(both));
     }
   }
 };

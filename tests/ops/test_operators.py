@@ -9,7 +9,7 @@ from helpers.oracle import AWKWARD, LAYOUTS, Case, assert_close, cases, lay_out,
 from helpers.oracle import fill_nearest as fill_oracle
 from helpers.oracle import sampled_conv as conv_oracle
 from helpers.oracle import sampled_conv_transpose as transpose_oracle
-from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops import backend, fill_nearest, native, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import CHESSBOARD, QUARTER, Cosets, Positions, Random, Uniform
 
 OPS = torch.ops.quincunx
@@ -446,6 +446,46 @@ class Copies(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
             self.count += 1
         return function(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(backend().name != "native", reason="only the kernels pack")
+@pytest.mark.parametrize("low", [False, True])
+def test_a_weight_is_packed_once_in_each_direction_until_it_changes(low, monkeypatch):
+    packed = []
+    pack = native._pack
+
+    def count(weight, groups, transposed, *rest):
+        packed.append((tuple(weight.shape), transposed))
+        return pack(weight, groups, transposed, *rest)
+
+    monkeypatch.setattr(native, "_pack", count)
+    w = torch.randn(5, 4, 3, 3, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = sampled_conv2d(x, w, sampling=CHESSBOARD, padding=1)
+        y.float().square().sum().backward()
+
+    step()
+    assert sorted(packed) == [((5, 4, 3, 3), False), ((5, 4, 3, 3), True)]
+    step()  # gradients are added up, the weight is the same
+    assert len(packed) == 2
+    optimizer.step()
+    step()
+    assert len(packed) == 4
+
+
+def test_a_weight_changed_between_the_passes_is_an_error_under_autocast_too():
+    w = torch.randn(5, 4, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sampled_conv2d(torch.randn(2, 4, 6, 6), w * 1, sampling=CHESSBOARD, padding=1)
+        z = sampled_conv_transpose2d(y, w, sampling=CHESSBOARD, size=(6, 6), padding=1)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.float().sum().backward()
 
 
 def test_autocast_copies_no_weight_and_no_gradient_of_one():
