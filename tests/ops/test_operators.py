@@ -282,7 +282,9 @@ def test_a_shortcut_is_added_where_the_result_is_written(kind, dtype):
         inputs = [t.clone().requires_grad_() for t in (y, w, c, added)]
         z = OPS.conv_transpose(*inputs[:3], case.size, *arguments, inputs[3])
         # rounded once in bfloat16, where the sum of two results is rounded twice
-        torch.testing.assert_close(z, alone + added, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+        torch.testing.assert_close(
+            z, alone + added, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+        )
         grad = torch.randn_like(z)
         apart = OPS.conv_transpose(*inputs[:3], case.size, *arguments) + inputs[3]
         for mine, theirs in zip(
@@ -290,9 +292,7 @@ def test_a_shortcut_is_added_where_the_result_is_written(kind, dtype):
         ):
             assert torch.equal(mine, theirs)
         if dtype != torch.bfloat16:
-            torch.library.opcheck(
-                OPS.conv_transpose.default, (*inputs[:3], case.size, *arguments, inputs[3])
-            )
+            torch.library.opcheck(OPS.conv_transpose.default, (*inputs[:3], case.size, *arguments, inputs[3]))
 
 
 @pytest.mark.parametrize("kind", ["chessboard", "grouped, dilated", "strided", "random"])
@@ -304,7 +304,13 @@ def test_a_weight_in_float32_is_rounded_to_a_map_in_bfloat16(kind):
         for operator, value, where in ((OPS.conv, x, ()), (OPS.conv_transpose, y, (case.size,))):
             want = operator(value, weight.bfloat16(), None, *where, *arguments)
             assert torch.equal(operator(value, weight, None, *where, *arguments), want)
-            inputs = (value.clone().requires_grad_(), weight.clone().requires_grad_(), None, *where, *arguments)
+            inputs = (
+                value.clone().requires_grad_(),
+                weight.clone().requires_grad_(),
+                None,
+                *where,
+                *arguments,
+            )
             torch.library.opcheck(operator.default, inputs)
             operator(*inputs).float().square().sum().backward()
             assert [leaf.grad.dtype for leaf in inputs[:2]] == [torch.bfloat16, torch.float32]

@@ -587,7 +587,7 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
     )
     full = case.baselines or [name for name in case.dense if "bfloat16" not in name]
     best = min(full, key=lambda name: found[name].median)
-    candidates = {}
+    candidates: dict[str, dict[str, Any]] = {}
     for name, (_, mac_ratio) in case.ours.items():
         forms = [name, *([compiled[name]] if name in compiled else [])]
         faster = min(forms, key=lambda form: found[form].median)

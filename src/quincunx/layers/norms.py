@@ -101,9 +101,9 @@ def _composed(x: Tensor, norm: nn.Module, activation: str, shortcut: Tensor | No
 def spread_onto(
     shortcut: Tensor, y: Tensor, up: SampledConvTranspose2d, size: Sequence[int] | None = None
 ) -> Tensor:
-    """Return up(y) + shortcut: a sampled map spread over all positions, and a map of the result's shape added.
+    """Return up(y) + shortcut: a sampled map spread over all positions, and a map added.
 
-    In training on the CPU the sum is written in one pass, in what :func:`normalise` needs; else as it stands here.
+    A training step on the CPU writes the sum in one pass, under the conditions of :func:`normalise`.
 
     Args:
         shortcut: map [N, O, H, W].
@@ -131,7 +131,7 @@ def spread_onto(
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.BatchNorm2d) -> bool:
-    """Return whether a module is of a class and in training, and its call does what the class says and no more."""
+    """Return whether a module is in training and its call does what this class says and no more."""
     return (
         type(module) is kind
         and module.training

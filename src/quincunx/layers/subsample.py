@@ -45,7 +45,7 @@ def subsample(x: Tensor, stride: int) -> Tensor:
         result: Tensor = _Subsample.apply(x, stride)  # type: ignore[no-untyped-call]
         return result
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        # means of windows of one position: a graph's gradient of slices is contiguous, one of these like its map
+        # means of one position each: a graph's gradient of slices is contiguous, theirs is like the map
         return F.avg_pool2d(x, 1, stride)
     return x[:, :, ::stride, ::stride]
 

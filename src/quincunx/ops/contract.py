@@ -206,7 +206,7 @@ _OPS = torch.ops.quincunx
 
 
 def _form(weight: Tensor, x: Tensor) -> tuple[bool, bool]:
-    """Whether a weight is in channels_last and wider than a map: its gradient is too, or torch would copy it."""
+    """Whether a weight is in channels_last, and wider than a map: so is its gradient, or torch copies it."""
     by_position = not weight.is_contiguous() and weight.is_contiguous(memory_format=CHANNELS_LAST)
     return by_position, weight.dtype != x.dtype
 

@@ -87,7 +87,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 def _stays_wide(weight: Tensor) -> bool:
     """Return whether a weight stays float32 beside maps that autocast has in bfloat16.
 
-    The kernels of the CPU round it where they pack it, so that no copy of it is made and none of its gradient.
+    The kernels of the CPU round it where they pack it, so that neither it nor its gradient is copied.
     """
     return (
         weight.device.type == "cpu"
@@ -241,9 +241,7 @@ def _check_shortcut(shortcut: Tensor, y: Tensor, shape: tuple[int, ...]) -> None
     if tuple(shortcut.shape) != shape:
         raise ValueError(f"shortcut: expected the result's shape {shape}, got {tuple(shortcut.shape)}")
     if shortcut.dtype != y.dtype or shortcut.device != y.device:
-        raise TypeError(
-            f"shortcut: {shortcut.dtype} on {shortcut.device}, but y is {y.dtype} on {y.device}"
-        )
+        raise TypeError(f"shortcut: {shortcut.dtype} on {shortcut.device}, but y is {y.dtype} on {y.device}")
 
 
 def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:

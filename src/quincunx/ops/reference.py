@@ -92,7 +92,9 @@ def conv_transpose(
     height, width = size
     grid = Geometry.make(weight.shape[2:], stride, padding, dilation).grid(height, width)
     scattered = _scatter(y, position_index(sampling, *grid), grid)
-    full = F.conv_transpose2d(scattered, weight.to(y.dtype), None, tuple(stride), 0, 0, groups, tuple(dilation))
+    full = F.conv_transpose2d(
+        scattered, weight.to(y.dtype), None, tuple(stride), 0, 0, groups, tuple(dilation)
+    )
     # positions that no kernel reaches lie beyond the full map and are zero
     top, _, left, _ = padding
     z = F.pad(full, (-left, width + left - full.shape[3], -top, height + top - full.shape[2]))
