@@ -120,16 +120,19 @@ int64_t packed_size(const ForwardKernels& kernels, const GatherGemm& g) {
 
 // ---------------------------------------------------------------- operators
 
-Tensor pack_weight(const Tensor& weight, int64_t groups) {
+// low: for maps in bfloat16 also where the weight is float32
+Tensor pack_weight(const Tensor& weight, int64_t groups, bool low) {
   STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU");
   const int64_t dim = weight.dim();
   STD_TORCH_CHECK(dim == 3 || dim == 4, "weight must be [O, C / groups, T] or [groups, O / groups, C / groups, T]");
-  const ForwardKernels& kernels = forward_of(map_type(weight));
+  const ScalarType type = map_type(weight);
+  const ForwardKernels& kernels = forward_of(low ? ScalarType::BFloat16 : type);
   const auto sizes = weight.sizes(), strides = weight.strides();
   STD_TORCH_CHECK(groups >= 1 && (dim == 4 ? sizes[0] == groups : sizes[0] % groups == 0), "groups = ", groups,
                   " does not fit a weight whose first size is ", sizes[0]);
   Weight w{weight.data_ptr(), groups,           sizes[dim - 3],   sizes[dim - 2],   sizes[dim - 1],
            0,                 strides[dim - 3], strides[dim - 2], strides[dim - 1]};
+  w.wide = low && type == ScalarType::Float;
   if (dim == 3) w.outputs /= groups;
   STD_TORCH_CHECK(*std::min_element(sizes.begin(), sizes.end()) > 0, "weight must not be empty");
   STD_TORCH_CHECK(groups <= kInt32Max && w.outputs <= kInt32Max, "the weight is too large: ", groups, " groups of ",
@@ -461,7 +464,7 @@ std::string available_isas() { return quincunx::available_isas(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(quincunx_native, m) {
-  m.def("pack_weight(Tensor weight, int groups) -> Tensor");
+  m.def("pack_weight(Tensor weight, int groups, bool low=False) -> Tensor");
   m.def(
       "gather_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? scale2, Tensor? shift2, "
       "Tensor index, Tensor rows, Tensor taps, Tensor groups, int[] out_size, int out_channels, int num_taps, "

@@ -21,7 +21,7 @@ QX_INLINE bool is_depthwise(int64_t outputs_per_group, int64_t channels_per_grou
 }
 
 // [taps][vectors of outputs], the last one padded
-template <class P, class W>
+template <class S, class P, class W>
 void pack_depthwise(const Weight& w, P* packed, int64_t part, int64_t parts) {
   const int64_t outputs = w.groups * w.outputs, vectors = ceil_div(outputs, kLanes);
   for (int64_t v = vectors * part / parts; v < vectors * (part + 1) / parts; ++v) {
@@ -30,7 +30,7 @@ void pack_depthwise(const Weight& w, P* packed, int64_t part, int64_t parts) {
           static_cast<const W*>(w.data) + o / w.outputs * w.group_stride + o % w.outputs * w.output_stride;
       for (int64_t t = 0; t < w.taps; ++t) {
         P& to = packed[t * vectors * kLanes + o];
-        if (o < outputs) convert(from[t * w.tap_stride], to);
+        if (o < outputs) convert_weight<S>(from[t * w.tap_stride], to);
         else to = 0;
       }
     }
@@ -169,7 +169,7 @@ struct Depthwise {
   }
   static void pack(const Weight* w, void* packed, int64_t part, int64_t parts) {
     if (!is_depthwise(w->outputs, w->channels, w->groups)) return kGeneral->pack(w, packed, part, parts);
-    pack_depthwise<P, S>(*w, static_cast<P*>(packed), part, parts);
+    (w->wide ? &pack_depthwise<S, P, float> : &pack_depthwise<S, P, S>)(*w, static_cast<P*>(packed), part, parts);
   }
   static bool fits(const GatherGemm& g) {
     return g.weight != nullptr && is_depthwise(g.out_channels / g.channel_groups, g.in_channels / g.channel_groups,

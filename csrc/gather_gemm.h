@@ -27,6 +27,8 @@ constexpr int kMaxNv = QX_MAX_NV;
 constexpr int kTileRows[kMaxNv + 1] = {1, QX_TILE_ROWS};
 constexpr int kMaxRows = 28;
 constexpr int kUnroll = 2;
+// steps of K at a time in a tile of one vector, whose weights stay in registers; 0 without registers for them
+constexpr int kDeep = QX_BYTES == 64 ? 8 : 0;
 // Weights of one K block times one tile of output channels, which stay in the second-level cache with their input.
 inline int64_t panel_bytes() { return level2_bytes() / 16 * 5; }
 // channels of one K segment: a row is read in pieces of this many
@@ -92,6 +94,20 @@ QX_INLINE void store_some(S* p, vf v, int64_t count) {
   S buffer[kLanes];
   store(buffer, v);
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+// rounded to bfloat16, as a store is
+QX_INLINE vf rounded(vf v) {
+#ifdef QX_NARROW_BF16
+  return reinterpret_cast<vf>(QX_WIDEN_BF16(QX_NARROW_BF16(v)) << 16);
+#else
+  uint16_t buffer[kLanes];
+  store(buffer, v);
+  return load(buffer);
+#endif
+}
+// of each lane two numbers of bfloat16, given as float32, the first one below
+QX_INLINE vf paired(vf first, vf second) {
+  return reinterpret_cast<vf>((reinterpret_cast<vu>(first) >> 16) | reinterpret_cast<vu>(second));
 }
 QX_INLINE vf at_least(vf v, float low) {
   vf bound = low - vf{};
@@ -186,11 +202,30 @@ int64_t packed_size(int64_t outputs, int64_t channels, int64_t taps, int64_t gro
   return groups * Tiling(outputs / groups).vectors * kLanes * taps * steps<Op>(channels) * Op::kStep;
 }
 
-QX_INLINE void convert(float from, float& to) { to = from; }
-QX_INLINE void convert(uint16_t from, uint16_t& to) { to = from; }
+template <class T>
+QX_INLINE void convert(T from, T& to) {
+  to = from;
+}
 QX_INLINE void convert(uint16_t from, float& to) {
   uint32_t bits = static_cast<uint32_t>(from) << 16;
   __builtin_memcpy(&to, &bits, 4);
+}
+// to nearest, ties to even; a NaN stays one
+QX_INLINE void convert(float from, uint16_t& to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &from, 4);
+  to = static_cast<uint16_t>(from != from ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// a weight as it is multiplied with maps of type S: rounded where they are bfloat16
+template <class S, class W, class P>
+QX_INLINE void convert_weight(W from, P& to) {
+  S format;
+  convert(from, format);
+  convert(format, to);
+}
+template <class S, class W>
+QX_INLINE vf load_weights(const W* from) {
+  return sizeof(S) < sizeof(W) ? rounded(load(from)) : load(from);
 }
 
 // few at a time and close together, so that what is written strided stays in cache
@@ -200,52 +235,190 @@ QX_INLINE int64_t channel_offset(const Weight& w, int64_t c) {
   return w.inner == 1 ? c * w.channel_stride : c / w.inner * w.channel_stride + c % w.inner * w.inner_stride;
 }
 
+QX_INLINE vf shuffled(vf a, vf b, vi from) {
+#if defined(__clang__)
+  vf found;
+  for (int l = 0; l < kLanes; ++l) found[l] = from[l] < kLanes ? a[from[l]] : b[from[l] - kLanes];
+  return found;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// A square of lanes turned: what is apart by APART, once for each power of two.
+template <int APART>
+QX_INLINE void transpose(vf (&rows)[kLanes]) {
+  if constexpr (APART < kLanes) {
+    vi low, high;
+#pragma GCC unroll 32
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = l & APART ? kLanes + l - APART : l;
+      high[l] = l & APART ? kLanes + l : l + APART;
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & APART) continue;
+      const vf a = rows[i], b = rows[i + APART];
+      rows[i] = shuffled(a, b, low);
+      rows[i + APART] = shuffled(a, b, high);
+    }
+    transpose<2 * APART>(rows);
+  }
+}
+
+// What one job of `pack` writes: a tile of outputs, `count` steps of K from step `first` of a block, all taps.
+template <class Op>
+struct PackedTile {
+  typename Op::Packed* to;  // the tile's part of the block
+  int64_t o0, nv, c0, length, first, count;
+  int64_t width() const { return nv * kLanes; }
+  // where the lanes of a vector of outputs lie
+  typename Op::Packed* at(int64_t tap, int64_t step, int64_t v) const {
+    return to + ((tap * steps<Op>(length) + step) * width() + v * kLanes) * Op::kStep;
+  }
+};
+
+// From a weight whose channels are neighbours: squares of outputs and steps, turned in registers.
 template <class Op, class W>
-void pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
+void pack_rows(const Weight& w, const W* from, const PackedTile<Op>& tile) {
+  typedef typename Op::Input S;
   typedef typename Op::Packed P;
   constexpr int64_t step = Op::kStep;
-  constexpr int64_t kVector = kLanes * step, kTap = kPackChannels * kLanes;  // in the buffer
-  alignas(64) P together[kPackTaps * kTap];
-  const Weight& w = *weight;
-  const Tiling tiling(w.outputs);
-  const Blocking blocking(w.channels);
-  const int64_t column = w.taps * steps<Op>(w.channels) * step * kLanes;  // one vector of outputs
-  const int64_t pieces = ceil_div(blocking.size, kPackChannels);          // of a channel block
-  const int64_t jobs = w.groups * tiling.tiles * blocking.blocks * pieces;
-  for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
-    const int64_t block = job / pieces % blocking.blocks, tile = job / pieces / blocking.blocks % tiling.tiles;
-    const int64_t group = job / pieces / blocking.blocks / tiling.tiles;
-    const int64_t v0 = tiling.start(tile), nv = tiling.start(tile + 1) - v0, width = nv * kLanes;
-    const int64_t c0 = blocking.start(block), length = blocking.length(block);
-    const int64_t tap_size = steps<Op>(length) * step * width;
-    const int64_t first = job % pieces * kPackChannels;
-    const int64_t stop = least(first + kPackChannels, steps<Op>(length) * step);
-    P* to = static_cast<P*>(packed) + (group * tiling.vectors + v0) * column + c0 * w.taps * width;
-    const W* from = static_cast<const W*>(w.data) + group * w.group_stride;
-    for (int64_t v = 0; v < nv; ++v) {
-      for (int64_t t0 = 0; t0 < w.taps; t0 += kPackTaps) {
-        const int64_t t_count = least(kPackTaps, w.taps - t0);
+  alignas(64) float square[kLanes * kLanes];
+  for (int64_t v = 0; v < tile.nv; ++v) {
+    for (int64_t t = 0; t < w.taps; ++t) {
+      for (int64_t i = tile.first; i < tile.first + tile.count; i += kLanes) {
+        const int64_t count = least(kLanes, tile.first + tile.count - i);
+        const int64_t channels = least(count * step, tile.length - i * step);
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const int64_t o = (v0 + v) * kLanes + lane;
-          for (int64_t i = first; i < stop; ++i) {
-            P* cell = together + (i - first) / step * kVector + lane * step + i % step;
-            if (o < w.outputs && i < length) {
-              const W* row = from + o * w.output_stride + channel_offset(w, c0 + i) + t0 * w.tap_stride;
-              for (int64_t t = 0; t < t_count; ++t) convert(row[t * w.tap_stride], cell[t * kTap]);
+          const int64_t o = tile.o0 + v * kLanes + lane;
+          P* row = reinterpret_cast<P*>(square + lane * kLanes);
+          const W* source = from + o * w.output_stride + (tile.c0 + i * step) * w.channel_stride + t * w.tap_stride;
+          if (o < w.outputs && channels == kLanes * step) {
+            if constexpr (sizeof(P) == sizeof(W) && sizeof(S) == sizeof(W)) {
+              __builtin_memcpy(row, source, kLanes * step * sizeof(P));
             } else {
-              for (int64_t t = 0; t < t_count; ++t) cell[t * kTap] = 0;
+              for (int64_t k = 0; k < step; ++k) store(row + k * kLanes, load_weights<S>(source + k * kLanes));
             }
+            continue;
           }
+          const int64_t there = o < w.outputs ? channels : 0;
+          for (int64_t c = 0; c < there; ++c) convert_weight<S>(source[c * w.channel_stride], row[c]);
+          for (int64_t c = there; c < kLanes * step; ++c) row[c] = 0;
         }
-        for (int64_t t = 0; t < t_count; ++t) {
-          for (int64_t i = 0; i < (stop - first) / step; ++i) {
-            __builtin_memcpy(to + (t0 + t) * tap_size + (first / step + i) * width * step + v * kVector,
-                             together + t * kTap + i * kVector, kVector * sizeof(P));
+        vf rows[kLanes];
+#pragma GCC unroll 32
+        for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(square + lane * kLanes);
+        transpose<1>(rows);
+        if (count == kLanes) {
+#pragma GCC unroll 32
+          for (int k = 0; k < kLanes; ++k) store(reinterpret_cast<float*>(tile.at(t, i + k, v)), rows[k]);
+          continue;
+        }
+        for (int lane = 0; lane < kLanes; ++lane) store(square + lane * kLanes, rows[lane]);
+        for (int64_t k = 0; k < count; ++k) {
+          store(reinterpret_cast<float*>(tile.at(t, i + k, v)), load(square + k * kLanes));
+        }
+      }
+    }
+  }
+}
+
+// From a weight whose outputs are neighbours, as the adjoint's are.
+template <class Op, class W>
+void pack_columns(const Weight& w, const W* from, const PackedTile<Op>& tile) {
+  typedef typename Op::Input S;
+  typedef typename Op::Packed P;
+  constexpr int64_t step = Op::kStep;
+  for (int64_t i = tile.first; i < tile.first + tile.count; ++i) {
+    const bool second = i * step + 1 < tile.length;
+    for (int64_t t = 0; t < w.taps; ++t) {
+      const W* source = from + (tile.c0 + i * step) * w.channel_stride + t * w.tap_stride;
+      for (int64_t v = 0; v < tile.nv; ++v) {
+        const int64_t o = tile.o0 + v * kLanes;
+        P* to = tile.at(t, i, v);
+        if (o + kLanes <= w.outputs) {
+          vf value = load_weights<S>(source + o);
+          if (step == 2) value = paired(value, second ? load_weights<S>(source + w.channel_stride + o) : vf{});
+          store(reinterpret_cast<float*>(to), value);
+          continue;
+        }
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          for (int64_t c = 0; c < step; ++c) {
+            const bool there = o + lane < w.outputs && (c == 0 || second);
+            P& cell = to[lane * step + c];
+            if (there) convert_weight<S>(source[c * w.channel_stride + (o + lane) * w.output_stride], cell);
+            else cell = 0;
           }
         }
       }
     }
   }
+}
+
+// From any other weight.
+template <class Op, class W>
+void pack_cells(const Weight& w, const W* from, const PackedTile<Op>& tile) {
+  typedef typename Op::Packed P;
+  constexpr int64_t step = Op::kStep;
+  constexpr int64_t kVector = kLanes * step, kTap = kPackChannels * kLanes;  // in the buffer
+  alignas(64) P together[kPackTaps * kTap];
+  const int64_t first = tile.first * step, stop = first + tile.count * step;
+  for (int64_t v = 0; v < tile.nv; ++v) {
+    for (int64_t t0 = 0; t0 < w.taps; t0 += kPackTaps) {
+      const int64_t t_count = least(kPackTaps, w.taps - t0);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t o = tile.o0 + v * kLanes + lane;
+        for (int64_t i = first; i < stop; ++i) {
+          P* cell = together + (i - first) / step * kVector + lane * step + i % step;
+          if (o < w.outputs && i < tile.length) {
+            const W* row = from + o * w.output_stride + channel_offset(w, tile.c0 + i) + t0 * w.tap_stride;
+            for (int64_t t = 0; t < t_count; ++t) {
+              convert_weight<typename Op::Input>(row[t * w.tap_stride], cell[t * kTap]);
+            }
+          } else {
+            for (int64_t t = 0; t < t_count; ++t) cell[t * kTap] = 0;
+          }
+        }
+      }
+      for (int64_t t = 0; t < t_count; ++t) {
+        for (int64_t i = 0; i < tile.count; ++i) {
+          __builtin_memcpy(tile.at(t0 + t, tile.first + i, v), together + t * kTap + i * kVector, kVector * sizeof(P));
+        }
+      }
+    }
+  }
+}
+
+template <class Op, class W>
+void pack_from(const Weight& w, void* packed, int64_t part, int64_t parts) {
+  typedef typename Op::Packed P;
+  const bool rows = w.inner == 1 && w.channel_stride == 1, columns = !rows && w.inner == 1 && w.output_stride == 1;
+  const Tiling tiling(w.outputs);
+  const Blocking blocking(w.channels);
+  const int64_t column = w.taps * steps<Op>(w.channels) * Op::kStep * kLanes;  // one vector of outputs
+  const int64_t piece = rows || columns ? blocking.size : kPackChannels;
+  const int64_t pieces = ceil_div(blocking.size, piece);  // of a channel block
+  const int64_t jobs = w.groups * tiling.tiles * blocking.blocks * pieces;
+  for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
+    const int64_t block = job / pieces % blocking.blocks, number = job / pieces / blocking.blocks % tiling.tiles;
+    const int64_t group = job / pieces / blocking.blocks / tiling.tiles;
+    const int64_t v0 = tiling.start(number), nv = tiling.start(number + 1) - v0;
+    const int64_t c0 = blocking.start(block), length = blocking.length(block);
+    const int64_t first = job % pieces * piece / Op::kStep;
+    const int64_t count = least(piece / Op::kStep, steps<Op>(length) - first);
+    if (count <= 0) continue;
+    P* to = static_cast<P*>(packed) + (group * tiling.vectors + v0) * column + c0 * w.taps * nv * kLanes;
+    const PackedTile<Op> tile{to, v0 * kLanes, nv, c0, length, first, count};
+    const W* from = static_cast<const W*>(w.data) + group * w.group_stride;
+    (rows ? &pack_rows<Op, W> : columns ? &pack_columns<Op, W> : &pack_cells<Op, W>)(w, from, tile);
+  }
+}
+
+template <class Op>
+void pack(const Weight* w, void* packed, int64_t part, int64_t parts) {
+  typedef typename Op::Input S;
+  (w->wide ? &pack_from<Op, float> : &pack_from<Op, S>)(*w, packed, part, parts);
 }
 
 // ---------------------------------------------------------------- register tile
@@ -406,6 +579,21 @@ void tile(const Segments<Op>& s, const Epilogue<S>& e, const Rows<Op>& rows, int
       int64_t k = 0;
       if (NV == kMaxNv && ahead_step) {
         for (; k < count; ++k) multiply(k, true);
+      }
+      if constexpr (NV == 1 && kDeep > 0) {
+        // Row by row: there are more rows than registers for their places, and each is fetched once for all steps.
+        for (; k + kDeep <= count; k += kDeep) {
+          vf w[kDeep > 0 ? kDeep : 1];
+#pragma GCC unroll 8
+          for (int u = 0; u < kDeep; ++u) w[u] = load(b + (k + u) * kLanes);
+#pragma GCC unroll 32
+          for (int r = 0; r < ROWS; ++r) {
+            const Input* from = a[r] + k * Op::kStep;
+            asm("" : "+r"(from));  // one register with constant offsets, else GCC makes one of each
+#pragma GCC unroll 8
+            for (int u = 0; u < kDeep; ++u) acc[r][0] = Op::add(acc[r][0], from + u * Op::kStep, w[u]);
+          }
+        }
       }
       for (; k + kUnroll <= count; k += kUnroll) {
 #pragma GCC unroll 8
@@ -682,13 +870,14 @@ void run(const GatherGemm* problem, Cut cut, int64_t part) {
 // maps and unpacked weights are of type S
 template <class Op, class S>
 constexpr ForwardKernels forward_kernels() {
-  return ForwardKernels{sizeof(typename Op::Packed) == 2, &packed_size<Op>, &pack<Op, S>, &cut, &run<Op, S>};
+  return ForwardKernels{sizeof(typename Op::Packed) == 2, &packed_size<Op>, &pack<Op>, &cut, &run<Op, S>};
 }
 
 // ---------------------------------------------------------------- weight gradient
-// For one tap: [C, O] = (gathered x)^T gy, a sum of outer products over the positions. A unit of work
-// is one tile of outputs, one block of channels and one tap; its sum is kept in `partial` as
-// [channel][lanes]. A part owns some units for some of the positions.
+// For one tap: [C, O] = (gathered x)^T gy, a sum of outer products over the positions. A unit of work is a panel of
+// outputs, one block of channels and one tap; its sums are kept as [tile of outputs][channel][lanes]. A part owns some
+// units for some of the positions, and goes through all of these for a few units at a time, whose sums stay in the
+// cache. Where nobody else adds to them they go from there to the gradient.
 // Positions are taken one by one as float32 or, where there is a dot product of bfloat16, in pairs: a float then
 // holds the same channel at both of them.
 
@@ -696,29 +885,41 @@ constexpr int kGradNv = kMaxNv < 2 ? kMaxNv : 2;
 constexpr int kGradRows[3] = {1, QX_GRAD_ROWS};
 constexpr int64_t kGradChannels = 96;  // of a block
 constexpr int64_t kGradChunk = 256;    // positions at a time
+constexpr int64_t kGradTiles = 2;      // of a panel: they share the rows of x
+// of the sums of the units at a time
+inline int64_t grad_bytes() { return level2_bytes() / 2; }
 
+// float32 maps, read in place
 struct Singly {
+  typedef const float* const* Rows;
   static constexpr int64_t kPositions = 1;
+  static QX_INLINE const float* row(Rows x, int64_t q) { return x[q]; }
+  static QX_INLINE vf add(vf acc, const float* a, vf b) { return acc + *a * b; }
+};
+
+// rows as float32, copied side by side
+struct Widened {
+  typedef const float* Rows;
+  static constexpr int64_t kPositions = 1;
+  static QX_INLINE const float* row(Rows x, int64_t q) { return x + q * kGradChannels; }
   static QX_INLINE vf add(vf acc, const float* a, vf b) { return acc + *a * b; }
 };
 
 #ifdef QX_DOT_BF16
 struct InPairs {
+  typedef const float* Rows;
   static constexpr int64_t kPositions = 2;
+  static QX_INLINE const float* row(Rows x, int64_t q) { return x + q * kGradChannels; }
   static QX_INLINE vf add(vf acc, const float* a, vf b) {
     int32_t pair;
     __builtin_memcpy(&pair, a, 4);
     return dot_bf16(acc, pair, b);
   }
 };
-
-QX_INLINE vf paired(vf first, vf second) {
-  return reinterpret_cast<vf>((reinterpret_cast<vu>(first) >> 16) | reinterpret_cast<vu>(second));
-}
 #endif
 
 template <class By, int ROWS, int NV>
-void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, float* out, bool first) {
+void outer(typename By::Rows x, int64_t c0, const float* gy, int64_t count, float* out, bool first) {
   vf acc[ROWS][NV];
 #pragma GCC unroll 32
   for (int r = 0; r < ROWS; ++r) {
@@ -726,7 +927,7 @@ void outer(const float* const* x, int64_t c0, const float* gy, int64_t count, fl
     for (int v = 0; v < NV; ++v) acc[r][v] = first ? vf{} : load(out + (r * NV + v) * kLanes);
   }
   for (int64_t q = 0; q < count; ++q) {
-    const float* a = x[q] + c0;
+    const float* a = By::row(x, q) + c0;
     // one register with constant offsets: else GCC makes one of each offset, and spills them
     asm("" : "+r"(a));
     vf b[NV];
@@ -755,17 +956,9 @@ QX_INLINE const S* gathered(const S* first_row, int32_t row, int64_t channels) {
   return reinterpret_cast<const S*>(inside ^ ((inside ^ outside) & mask));
 }
 
-// A row as float32, in a scratch of kGradChannels floats a row.
-QX_INLINE const float* widened(const uint16_t* row, int64_t channels, float* scratch) {
-  for (int64_t c = 0; c < channels; c += kLanes) store_some(scratch + c, load_some(row + c, channels - c), channels - c);
-  return scratch;
-}
-
-typedef void (*OuterFunction)(const float* const*, int64_t, const float*, int64_t, float*, bool);
-
 template <class By>
 struct Outers {
-  OuterFunction at[kGradNv + 1][kMaxRows + 1];
+  void (*at[kGradNv + 1][kMaxRows + 1])(typename By::Rows, int64_t, const float*, int64_t, float*, bool);
   template <int NV, int ROWS>
   constexpr void fill() {
     at[NV][ROWS] = &outer<By, ROWS, NV>;
@@ -780,21 +973,31 @@ struct Outers {
 template <class By>
 constexpr Outers<By> kOuters{};
 
+struct GradUnit {
+  int64_t group, panel, block, tap;
+};
+
 struct GradLayout {
-  int64_t channels, blocks, taps, units, size;  // size: floats of one set of partial sums
+  int64_t channels, blocks, panels, taps, units, size;  // size: floats of the sums of all units
   Tiling tiling;
   QX_INLINE explicit GradLayout(const WeightGrad& g)
       : tiling(g.out_channels / g.channel_groups, kGradNv) {
     channels = g.in_channels / g.channel_groups;
     blocks = ceil_div(channels, kGradChannels);
+    panels = ceil_div(tiling.tiles, kGradTiles);
     taps = g.num_taps;
-    units = g.channel_groups * tiling.tiles * blocks * taps;
-    size = g.channel_groups * tiling.vectors * kLanes * channels * taps;
+    units = g.channel_groups * panels * blocks * taps;
+    size = units * unit_size();
   }
   QX_INLINE int64_t start(int64_t block) const { return channels * block / blocks; }
-  // where a unit's sums lie: tile after tile, [channel block][tap][channel][lanes]
-  QX_INLINE int64_t place(int64_t group, int64_t v0, int64_t nv, int64_t c0, int64_t c1, int64_t tap) const {
-    return ((group * tiling.vectors + v0) * channels * taps + (c0 * taps + (c1 - c0) * tap) * nv) * kLanes;
+  QX_INLINE int64_t tile(int64_t panel) const { return tiling.tiles * panel / panels; }
+  // floats between the sums of two units
+  QX_INLINE int64_t unit_size() const {
+    return least(kGradTiles * kGradNv, tiling.vectors) * kLanes * ceil_div(channels, blocks);
+  }
+  QX_INLINE GradUnit unit(int64_t number) const {
+    const int64_t job = number / taps, panel = job / blocks;
+    return GradUnit{panel / panels, panel % panels, job % blocks, number % taps};
   }
 };
 
@@ -818,17 +1021,159 @@ QX_INLINE Cut split_grad(const WeightGrad& g, const GradLayout& layout, int64_t 
   return best;
 }
 
+// Units at a time: whole jobs where they fit, since a gradient whose taps are neighbours is written job by job.
+QX_INLINE int64_t grad_piece(const GradLayout& layout) {
+  const int64_t fitting = most(1, grad_bytes() / 4 / layout.unit_size());
+  return fitting < layout.taps ? fitting : fitting / layout.taps * layout.taps;
+}
+
 int64_t grad_partial(const WeightGrad* g, int64_t parts) {
   const GradLayout layout(*g);
-  return layout.size * split_grad(*g, layout, parts).positions;
+  const Cut cut = split_grad(*g, layout, parts);
+  if (cut.positions > 1) return layout.size * cut.positions;
+  return cut.outputs * least(layout.units, grad_piece(layout)) * layout.unit_size();
 }
+
+// The sums of one tile of outputs, a block of channels and taps [t0, t1), which are apart by `stride`, as the gradient.
+QX_INLINE void write_grad(const WeightGrad& g, const GradLayout& layout, const GradUnit& unit, int64_t tile,
+                          const float* sums, int64_t stride, int64_t t1) {
+  const int64_t v0 = layout.tiling.start(tile), width = (layout.tiling.start(tile + 1) - v0) * kLanes;
+  const int64_t o0 = v0 * kLanes, count = least(width, layout.tiling.per_group - o0), t0 = unit.tap;
+  const int64_t c0 = layout.start(unit.block), channels = layout.start(unit.block + 1) - c0;
+  float* to = g.grad + (unit.group * layout.tiling.per_group + o0) * layout.channels * layout.taps;
+  const int64_t row = layout.channels * layout.taps;  // of an output
+  if (g.channels_last) {
+    for (int64_t t = t0; t < t1; ++t) {
+      const float* from = sums + (t - t0) * stride;
+      float* last = to + t * layout.channels + c0;
+      int64_t c = 0;
+      for (; c + kLanes <= channels; c += kLanes) {
+        for (int64_t o = 0; o < count; o += kLanes) {
+          vf square[kLanes];
+#pragma GCC unroll 32
+          for (int i = 0; i < kLanes; ++i) square[i] = load(from + (c + i) * width + o);
+          transpose<1>(square);
+          if (o + kLanes <= count) {
+#pragma GCC unroll 32
+            for (int i = 0; i < kLanes; ++i) store(last + (o + i) * row + c, square[i]);
+          } else {
+            alignas(64) float rest[kLanes * kLanes];
+#pragma GCC unroll 32
+            for (int i = 0; i < kLanes; ++i) store(rest + i * kLanes, square[i]);
+            for (int64_t i = 0; o + i < count; ++i) store(last + (o + i) * row + c, load(rest + i * kLanes));
+          }
+        }
+      }
+      for (int64_t o = 0; o < count; ++o) {
+        for (int64_t i = c; i < channels; ++i) last[o * row + i] = from[i * width + o];
+      }
+    }
+    return;
+  }
+  // few channels at a time, so that what is read strided stays in cache
+  for (int64_t c = 0; c < channels; c += 16) {
+    for (int64_t o = 0; o < count; ++o) {
+      for (int64_t i = c; i < least(c + 16, channels); ++i) {
+        const float* from = sums + i * width + o;
+        float* cells = to + o * row + (c0 + i) * layout.taps;
+        for (int64_t t = t0; t < t1; ++t) cells[t] = from[(t - t0) * stride];
+      }
+    }
+  }
+}
+
+// The gradient of units [first, last), whose sums are kept one after the other, unit after unit.
+QX_INLINE void write_units(const WeightGrad& g, const GradLayout& layout, const float* sums, int64_t first,
+                           int64_t last) {
+  for (int64_t number = first; number < last;) {
+    const GradUnit unit = layout.unit(number);
+    const int64_t taps = least(layout.taps - unit.tap, last - number);
+    const int64_t channels = layout.start(unit.block + 1) - layout.start(unit.block);
+    const float* from = sums + (number - first) * layout.unit_size();
+    for (int64_t tile = layout.tile(unit.panel); tile < layout.tile(unit.panel + 1); ++tile) {
+      write_grad(g, layout, unit, tile, from, layout.unit_size(), unit.tap + taps);
+      from += channels * (layout.tiling.start(tile + 1) - layout.tiling.start(tile)) * kLanes;
+    }
+    number += taps;
+  }
+}
+
+// What a chunk's units read: outputs of a panel, packed tile after tile, and the rows behind one tap.
+template <class S, class By>
+struct GradChunk {
+  alignas(64) float gy[kGradChunk * kGradTiles * kGradNv * kLanes];
+  alignas(64) float copies[sizeof(S) == 2 ? kGradChunk * kGradChannels : 1];
+  const S* rows[kGradChunk + 1];
+  int64_t q0, q1;
+  QX_INLINE int64_t count() const { return ceil_div(q1 - q0, By::kPositions); }
+
+  void take_outputs(const WeightGrad& g, const GradLayout& layout, int64_t group, int64_t panel) {
+    float* to = gy;
+    for (int64_t tile = layout.tile(panel); tile < layout.tile(panel + 1); ++tile) {
+      const int64_t v0 = layout.tiling.start(tile), nv = layout.tiling.start(tile + 1) - v0;
+      const int64_t o0 = v0 * kLanes, there = least(nv * kLanes, layout.tiling.per_group - o0);
+      const S* from = static_cast<const S*>(g.gy) + q0 * g.out_channels + group * layout.tiling.per_group + o0;
+      for (int64_t q = q0; q < q1; q += By::kPositions, from += By::kPositions * g.out_channels, to += nv * kLanes) {
+        for (int64_t v = 0; v < nv; ++v) {
+          const int64_t left = there - v * kLanes;
+          vf value = load_some(from + v * kLanes, left);
+          if constexpr (By::kPositions == 2) {
+            value = paired(value, q + 1 < q1 ? load_some(from + g.out_channels + v * kLanes, left) : vf{});
+          }
+          store(to + v * kLanes, value);
+        }
+      }
+    }
+  }
+
+  typename By::Rows take_inputs(const WeightGrad& g, const S* base, int64_t tap, int64_t channels) {
+    // image by image, so that the loop asks nothing
+    const int64_t positions = most(1, g.positions);
+    for (int64_t q = q0; q < q1;) {
+      const int64_t p = q % positions, number = least(q1 - q, positions - p);
+      const S* image = base + q / positions * g.rows_in * g.in_channels;
+      const int32_t* index = g.index + p * g.num_taps + tap;
+      for (int64_t i = 0; i < number; ++i) {
+        rows[q - q0 + i] = gathered(image, index[i * g.num_taps], g.in_channels);
+      }
+      q += number;
+    }
+    if constexpr (sizeof(S) == 4) {
+      return rows;
+    } else {
+      if constexpr (By::kPositions == 1) {
+        for (int64_t i = 0; i < q1 - q0; ++i) copy_row(copies + i * kGradChannels, rows[i], channels);
+      } else {
+        rows[q1 - q0] = reinterpret_cast<const S*>(kZeros);  // a pair's second may not be
+        float* to = copies;
+        if (channels == kLanes) {  // a loop over a row would take as long as the row
+          for (int64_t i = 0; i < q1 - q0; i += 2, to += kGradChannels) {
+            store(to, paired(load(rows[i]), load(rows[i + 1])));
+          }
+          return copies;
+        }
+        for (int64_t i = 0; i < q1 - q0; i += 2, to += kGradChannels) pair_rows(to, rows[i], rows[i + 1], channels);
+      }
+      return copies;
+    }
+  }
+
+ private:
+  static QX_INLINE void copy_row(float* to, const S* from, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += kLanes) store_some(to + c, load_some(from + c, channels - c), channels - c);
+  }
+  static QX_INLINE void pair_rows(float* to, const S* first, const S* second, int64_t channels) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) store(to + c, paired(load(first + c), load(second + c)));
+    if (c < channels) {
+      store(to + c, paired(load_some(first + c, channels - c), load_some(second + c, channels - c)));
+    }
+  }
+};
 
 template <class S, class By>
 void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
-  alignas(64) float gy[kGradChunk * kGradNv * kLanes];
-  alignas(64) float wide[sizeof(S) == 2 ? kGradChunk * kGradChannels : 1];
-  const float* wide_rows[sizeof(S) == 2 ? kGradChunk : 1];
-  const S* rows[kGradChunk + 1];  // a pair's second may not be
+  GradChunk<S, By> chunk;
   const WeightGrad& g = *problem;
   const GradLayout layout(g);
   const Cut cut = split_grad(g, layout, parts);
@@ -837,74 +1182,42 @@ void grad_run_of(const WeightGrad* problem, int64_t part, int64_t parts) {
   const int64_t pu = part % cut.outputs, pp = part / cut.outputs;
   const int64_t unit_first = layout.units * pu / cut.outputs, unit_last = layout.units * (pu + 1) / cut.outputs;
   const int64_t q_first = total * pp / cut.positions, q_last = total * (pp + 1) / cut.positions;
-  float* partial = g.partial + pp * layout.size;
+  const bool alone = cut.positions == 1;
+  const int64_t piece = grad_piece(layout), size = layout.unit_size();
   // no positions at all: one empty chunk writes the zeros
   const int64_t chunks = most(1, ceil_div(q_last - q_first, kGradChunk));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t q0 = q_first + (q_last - q_first) * chunk / chunks;
-    const int64_t q1 = q_first + (q_last - q_first) * (chunk + 1) / chunks;
-    int64_t packed = -1;
-    for (int64_t unit = unit_first; unit < unit_last; ++unit) {
-      const int64_t tap = unit % layout.taps, block = unit / layout.taps % layout.blocks;
-      const int64_t job = unit / layout.taps / layout.blocks;
-      const int64_t group = job / layout.tiling.tiles, tile_number = job % layout.tiling.tiles;
-      const int64_t v0 = layout.tiling.start(tile_number), nv = layout.tiling.start(tile_number + 1) - v0;
-      const int64_t width = nv * kLanes, o_local = v0 * kLanes;
-      if (packed != job) {
-        packed = job;
-        const int64_t count = least(width, layout.tiling.per_group - o_local);
-        const S* from = static_cast<const S*>(g.gy) + q0 * g.out_channels + group * layout.tiling.per_group + o_local;
-        float* to = gy;
-        for (int64_t q = q0; q < q1; q += By::kPositions, from += By::kPositions * g.out_channels, to += width) {
-          for (int64_t v = 0; v < nv; ++v) {
-            const int64_t left = count - v * kLanes;
-            vf value = load_some(from + v * kLanes, left);
-#ifdef QX_DOT_BF16
-            if constexpr (By::kPositions == 2) {
-              value = paired(value, q + 1 < q1 ? load_some(from + g.out_channels + v * kLanes, left) : vf{});
-            }
-#endif
-            store(to + v * kLanes, value);
-          }
+  for (int64_t first = unit_first; first < unit_last;) {
+    const int64_t last = least(unit_last, (first / piece + 1) * piece);
+    float* sums = g.partial + (alone ? pu * least(layout.units, piece) : pp * layout.units + first) * size;
+    for (int64_t i = 0; i < chunks; ++i) {
+      chunk.q0 = q_first + (q_last - q_first) * i / chunks;
+      chunk.q1 = q_first + (q_last - q_first) * (i + 1) / chunks;
+      int64_t panel = -1;  // whose outputs are packed
+      for (int64_t number = first; number < last; ++number) {
+        const GradUnit unit = layout.unit(number);
+        if (panel != unit.group * layout.panels + unit.panel) {
+          panel = unit.group * layout.panels + unit.panel;
+          chunk.take_outputs(g, layout, unit.group, unit.panel);
         }
-      }
-      const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
-      const S* base = static_cast<const S*>(g.x) + group * layout.channels + c0;
-      // image by image, so that the loop asks nothing
-      const int64_t positions = most(1, g.positions), channels = c1 - c0;
-      for (int64_t q = q0; q < q1;) {
-        const int64_t p = q % positions, count = least(q1 - q, positions - p);
-        const S* image = base + q / positions * g.rows_in * g.in_channels;
-        const int32_t* index = g.index + p * g.num_taps + tap;
-        for (int64_t i = 0; i < count; ++i) rows[q - q0 + i] = gathered(image, index[i * g.num_taps], g.in_channels);
-        q += count;
-      }
-      const float* const* x = wide_rows;
-      if constexpr (sizeof(S) == 4) {
-        x = rows;
-      } else if constexpr (By::kPositions == 1) {
-        for (int64_t i = 0; i < q1 - q0; ++i) wide_rows[i] = widened(rows[i], channels, wide + i * kGradChannels);
-      }
-#ifdef QX_DOT_BF16
-      if constexpr (By::kPositions == 2) {
-        if ((q1 - q0) % 2) rows[q1 - q0] = reinterpret_cast<const S*>(kZeros);
-        for (int64_t i = 0; 2 * i < q1 - q0; ++i) {
-          const S *first = rows[2 * i], *second = rows[2 * i + 1];
-          float* scratch = wide + i * kGradChannels;
-          wide_rows[i] = scratch;
-          for (int64_t c = 0; c < channels; c += kLanes) {
-            store(scratch + c, paired(load_some(first + c, channels - c), load_some(second + c, channels - c)));
+        const int64_t c0 = layout.start(unit.block), channels = layout.start(unit.block + 1) - c0;
+        const S* base = static_cast<const S*>(g.x) + unit.group * layout.channels + c0;
+        const typename By::Rows x = chunk.take_inputs(g, base, unit.tap, channels);
+        float* out = sums + (number - first) * size;
+        const float* gy = chunk.gy;
+        for (int64_t tile = layout.tile(unit.panel); tile < layout.tile(unit.panel + 1); ++tile) {
+          const int64_t nv = layout.tiling.start(tile + 1) - layout.tiling.start(tile), width = nv * kLanes;
+          const int64_t pieces = ceil_div(channels, kGradRows[nv]);
+          for (int64_t k = 0; k < pieces; ++k) {
+            const int64_t from = channels * k / pieces, to = channels * (k + 1) / pieces;
+            kOuters<By>.at[nv][to - from](x, from, gy, chunk.count(), out + from * width, i == 0);
           }
+          out += channels * width;
+          gy += chunk.count() * width;
         }
-      }
-#endif
-      float* out = partial + layout.place(group, v0, nv, c0, c1, tap);
-      const int64_t pieces = ceil_div(c1 - c0, kGradRows[nv]);
-      for (int64_t i = 0; i < pieces; ++i) {
-        const int64_t from = (c1 - c0) * i / pieces, to = (c1 - c0) * (i + 1) / pieces;
-        kOuters<By>.at[nv][to - from](x, from, gy, ceil_div(q1 - q0, By::kPositions), out + from * width, chunk == 0);
       }
     }
+    if (alone) write_units(g, layout, sums, first, last);
+    first = last;
   }
 }
 
@@ -912,7 +1225,7 @@ void grad_run(const WeightGrad* g, int64_t part, int64_t parts) {
 #ifdef QX_DOT_BF16
   typedef InPairs Half;
 #else
-  typedef Singly Half;
+  typedef Widened Half;
 #endif
   (g->bf16 ? &grad_run_of<uint16_t, Half> : &grad_run_of<float, Singly>)(g, part, parts);
 }
@@ -921,39 +1234,17 @@ void grad_finish(const WeightGrad* problem, int64_t part, int64_t parts, int64_t
   const WeightGrad& g = *problem;
   const GradLayout layout(g);
   const int64_t sets = split_grad(g, layout, run_parts).positions;
-  const int64_t jobs = g.channel_groups * layout.tiling.tiles * layout.blocks;
+  if (sets == 1) return;
+  const int64_t jobs = layout.units / layout.taps;
   for (int64_t job = jobs * part / parts; job < jobs * (part + 1) / parts; ++job) {
-    const int64_t block = job % layout.blocks, tile_number = job / layout.blocks % layout.tiling.tiles;
-    const int64_t group = job / layout.blocks / layout.tiling.tiles;
-    const int64_t v0 = layout.tiling.start(tile_number), nv = layout.tiling.start(tile_number + 1) - v0;
-    const int64_t width = nv * kLanes, o_local = v0 * kLanes;
-    const int64_t count = least(width, layout.tiling.per_group - o_local);
-    const int64_t c0 = layout.start(block), c1 = layout.start(block + 1);
-    float* sums = g.partial + layout.place(group, v0, nv, c0, c1, 0);
-    for (int64_t i = 0; sets > 1 && i < (c1 - c0) * layout.taps * nv; ++i) {
-      vf sum = load(sums + i * kLanes);
-      for (int64_t set = 1; set < sets; ++set) sum += load(sums + set * layout.size + i * kLanes);
-      store(sums + i * kLanes, sum);
+    const int64_t first = job * layout.taps, size = layout.unit_size(), floats = layout.taps * size;
+    float* sums = g.partial + first * size;
+    for (int64_t i = 0; i < floats; i += kLanes) {
+      vf sum = load(sums + i);
+      for (int64_t set = 1; set < sets; ++set) sum += load(sums + set * layout.size + i);
+      store(sums + i, sum);
     }
-    // few channels at a time, so that what is read strided stays in cache
-    for (int64_t c = 0; c < c1 - c0; c += 16) {
-      const int64_t stop = least(c + 16, c1 - c0);
-      for (int64_t lane = 0; lane < count; ++lane) {
-        float* to = g.grad + ((group * layout.tiling.per_group + o_local + lane) * layout.channels + c0) * layout.taps;
-        if (g.channels_last) {
-          float* last = g.grad + (group * layout.tiling.per_group + o_local + lane) * layout.channels * layout.taps + c0;
-          for (int64_t t = 0; t < layout.taps; ++t) {
-            const float* from = sums + t * (c1 - c0) * width + lane;
-            for (int64_t i = c; i < stop; ++i) last[t * layout.channels + i] = from[i * width];
-          }
-          continue;
-        }
-        for (int64_t i = c; i < stop; ++i) {
-          const float* from = sums + i * width + lane;
-          for (int64_t t = 0; t < layout.taps; ++t) to[i * layout.taps + t] = from[t * (c1 - c0) * width];
-        }
-      }
-    }
+    write_units(g, layout, sums, first, first + layout.taps);
   }
 }
 

@@ -60,6 +60,7 @@ struct Weight {
   int64_t group_stride, output_stride, channel_stride, tap_stride;
   // channel c is at c / inner * channel_stride + c % inner * inner_stride
   int64_t inner = 1, inner_stride = 0;
+  bool wide = false;  // float32 where the maps are bfloat16: rounded while it is packed
 };
 
 // grad[o, c, t] = sum over n, p of gy[n, p, o] x[n, index[p, t], c]

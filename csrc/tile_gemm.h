@@ -73,10 +73,9 @@ QX_INLINE int64_t panel_width(int64_t tiles, int64_t panel) {
   return least(kPanelTiles, tiles - panel * kPanelTiles);
 }
 
-template <class K>
-void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) {
+template <class K, class W>
+void tile_pack_from(const Weight& w, void* packed, int64_t part, int64_t parts) {
   typedef typename K::Input Input;
-  const Weight& w = *weight;
   const TileDepth<K> depth(w.channels, w.taps);
   const int64_t tiles = ceil_div(w.outputs, kTileOutputs), jobs = w.groups * tiles * depth.blocks;
   Input* const more = static_cast<Input*>(packed) + w.groups * tiles * depth.steps() * kTileElements<K>;
@@ -86,7 +85,7 @@ void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) 
     const int64_t c0 = block * kStepChannels<K>, o0 = tile * kTileOutputs, per_block = depth.inner(w.taps);
     Input* to = static_cast<Input*>(packed) +
                 ((group * tiles + panel * kPanelTiles) * depth.steps() + tile % kPanelTiles) * kTileElements<K>;
-    const Input* from = static_cast<const Input*>(w.data) + group * w.group_stride;
+    const W* from = static_cast<const W*>(w.data) + group * w.group_stride;
     for (int64_t tap = 0; tap < per_block * depth.joined; ++tap) {
       Input* cells = to + (block * per_block + tap / depth.joined) * width * kTileElements<K> +
                      tap % depth.joined * depth.unit * kTileOutputs;
@@ -95,12 +94,21 @@ void tile_pack(const Weight* weight, void* packed, int64_t part, int64_t parts) 
         const int64_t at = inside ? channel_offset(w, c0 + c) + tap * w.tap_stride : 0;
         Input* cell = cells + (c / K::kTogether * kTileOutputs * K::kTogether + c % K::kTogether);
         for (int64_t o = 0; o < kTileOutputs; ++o) {
-          cell[o * K::kTogether] = inside && o0 + o < w.outputs ? from[(o0 + o) * w.output_stride + at] : 0;
+          if (inside && o0 + o < w.outputs) convert(from[(o0 + o) * w.output_stride + at], cell[o * K::kTogether]);
+          else cell[o * K::kTogether] = 0;
         }
       }
     }
     if (block == 0) K::pack_more(w, more, group, o0, tiles * kTileOutputs);
   }
+}
+template <class K>
+void tile_pack(const Weight* w, void* packed, int64_t part, int64_t parts) {
+  typedef typename K::Input Input;
+  if constexpr (sizeof(Input) == 2) {
+    if (w->wide) return tile_pack_from<K, float>(*w, packed, part, parts);
+  }
+  tile_pack_from<K, Input>(*w, packed, part, parts);
 }
 
 // ---------------------------------------------------------------- inputs

@@ -149,10 +149,10 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   Array result(c.batch * rows_out * out, bf16, false), result2(result.count, bf16, false);
   Array packed(kernels.packed_size(out, c.in_per, c.taps, c.groups), kernels.packs_bf16, false);
 
-  // the strides of [O, C / groups, T], or of its permutation [T, C / groups, O]
-  const bool permuted = generator() % 2;
-  const int64_t output = permuted ? 1 : c.in_per * c.taps, channel = permuted ? out : c.taps;
-  const int64_t tap = permuted ? out * c.in_per : 1;
+  // the strides of [O, C / groups, T], or of its permutations [T, C / groups, O] and [O, T, C / groups]
+  const int64_t order = pick({0, 1, 2});
+  const int64_t output = order == 1 ? 1 : c.in_per * c.taps, channel = order == 0 ? c.taps : order == 1 ? out : 1;
+  const int64_t tap = order == 0 ? 1 : order == 1 ? out * c.in_per : c.in_per;
   // what no table names must not be multiplied, not even by zero
   const auto named = [](const std::vector<int32_t>& table, int64_t i) {
     return std::find(table.begin(), table.end(), int32_t(i)) != table.end();
@@ -172,6 +172,21 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   for (int64_t part = 0; part < pack_parts; ++part) kernels.pack(&w, packed.bytes.get(), part, pack_parts);
   for (int64_t i = 0; i < packed.count; ++i) {
     if (std::isnan(packed[i])) compare(name + " packed", packed[i], 0, 0, 0);
+  }
+
+  if (bf16) {  // given in float32 it is rounded, and packed to the same bytes
+    Array wide(weight.count, false), again(packed.count, kernels.packs_bf16, false);
+    for (int64_t i = 0; i < weight.count; ++i) {
+      const float off = generator() % 2 ? 1 + 0x1p-9f : 1;  // less than half of a step
+      wide.set(i, weight[i] * off);
+    }
+    Weight same = w;
+    same.data = wide.bytes.get();
+    same.wide = true;
+    for (int64_t part = 0; part < pack_parts; ++part) kernels.pack(&same, again.bytes.get(), part, pack_parts);
+    if (std::memcmp(packed.bytes.get(), again.bytes.get(), packed.count * (kernels.packs_bf16 ? 2 : 4))) {
+      compare(name + " packed from float32", 1, 0, 0, 0);
+    }
   }
 
   GatherGemm g{};

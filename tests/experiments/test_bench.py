@@ -14,6 +14,7 @@ from quincunx.experiments import bench
 from quincunx.measure.cost import cost
 from quincunx.measure.engines import fold_batch_norm
 from quincunx.measure.environment import environment
+from quincunx.measure.latency import Timing
 from quincunx.networks import build
 from quincunx.ops import backend
 
@@ -156,6 +157,41 @@ def test_the_whole_training_suite_has_every_row_of_both_formats():
     assert {(a, side, batch) for a, _, side, batch in bench.TRAINED} == {
         ("rrn20", 32, 64), ("rrn110", 32, 64), ("resnet18", 64, 32), ("resnet18", 128, 8)
     }  # fmt: skip
+
+
+def test_the_faster_of_eager_and_compiled_counts(monkeypatch):
+    (case,) = bench.training(((16, 8, 2),), trainers=bench.TRAINERS)
+    assert list(case.compiled) == list(case.ours) == ["rSB 2/4"]
+    seconds = {"torch eager": 6, "torch.compile": 5, "rSB 2/4": 4, "rSB 2/4, torch.compile": 2.5}
+
+    def measured(runs, **_):
+        assert set(runs) == {*seconds, "reference"}
+        taken = {**seconds, "reference": 1}
+        return {name: Timing(name, 1, (taken[name],) * 3) for name in runs}
+
+    monkeypatch.setattr(bench, "measure", measured)
+    for maker in (case.dense, case.compiled):
+        for name in maker:
+            maker[name] = lambda _: lambda: None
+    entry = bench._run_case(case, 1, 3, 0.01)["candidates"]["rSB 2/4"]
+    assert entry["faster"] == "rSB 2/4, torch.compile"
+    assert entry["speedup"] == 2.0
+    assert entry["compiled_over_eager"] == 1.6
+    seconds["rSB 2/4, torch.compile"] = 5
+    entry = bench._run_case(case, 1, 3, 0.01)["candidates"]["rSB 2/4"]
+    assert (entry["faster"], entry["speedup"], entry["compiled_over_eager"]) == ("rSB 2/4", 1.25, 0.8)
+
+
+@pytest.mark.parametrize("dtype", bench.FORMATS)
+def test_a_compiled_step_of_ours_is_the_eager_one(dtype):
+    (case,) = bench.training(((16, 8, 2),), formats=(dtype,), trainers=bench.TRAINERS)
+    [(name, (make, _))] = case.ours.items()
+    found = []
+    for maker in (make, case.compiled[name]):
+        torch.manual_seed(1)  # of the gradient from above
+        found.append(maker(1)().clone().float())
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(*found, **close)
 
 
 @pytest.mark.parametrize("dtype", bench.FORMATS)

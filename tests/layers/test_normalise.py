@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quincunx as qx
 from quincunx.layers import norms
-from quincunx.layers.norms import normalise, normalise_apart
+from quincunx.layers.norms import normalise, normalise_apart, spread_onto
 from quincunx.layers.paired import PairedDown2d, SampledMap
+from quincunx.layers.sampled import SampledConvTranspose2d
 from quincunx.train.processes import batch_norm_across
 
 native = pytest.mark.skipif(qx.backend().name != "native", reason="no kernels here")
@@ -87,6 +88,56 @@ def test_a_training_step_calls_the_operator_and_keeps_one_map_each():
     assert kept(lambda: normalise_apart(x, norm, "relu"))[0] == x.nbytes
     assert kept(lambda: normalise(x, norm, "relu", shortcut))[0] == 2 * x.nbytes
     assert kept(lambda: normalise(x, norm, "none", shortcut))[0] == x.nbytes
+
+
+def _additions(run):
+    """Return how many additions of maps a function calls, and its result."""
+    counted = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.add.Tensor and args[0].dim() == 4:
+                counted.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        result = run()
+    return len(counted), result
+
+
+@native
+@pytest.mark.parametrize("low", [False, True])
+def test_a_shortcut_is_added_by_the_convolution_that_spreads_a_map(low):
+    up = SampledConvTranspose2d(5, 12, 3, sampling=qx.CHESSBOARD, padding=1)
+    dtype = torch.bfloat16 if low else torch.float32
+    y, shortcut = _map(3, 5, 12, 1).to(dtype), _map(3, 12, 6, 4).to(dtype)
+
+    def run(*more):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return spread_onto(shortcut, y, up, *more)
+
+    count, joined = _additions(run)
+    assert count == 0
+    assert joined.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        wanted = up(y, (6, 4)) + shortcut
+    torch.testing.assert_close(joined, wanted, rtol=1e-2, atol=2e-2 if low else 1e-5)
+    # whatever sees the convolution's own result gets it
+    seen = []
+    hook = up.register_forward_hook(lambda _, inputs, out: seen.append(out))
+    count, apart = _additions(run)
+    hook.remove()
+    assert count == 1
+    assert torch.equal(apart, seen[0] + shortcut)
+    up.eval()
+    assert _additions(run)[0] == 1
+    up.train()
+    # a smaller map, one of another format
+    assert run((6, 4)).shape == shortcut.shape
+    shortcut = _map(1, 12, 6, 4).to(dtype)
+    assert run((6, 4)).shape == wanted.shape
+    shortcut = _map(3, 12, 6, 4).double()
+    assert run().dtype == torch.float64
 
 
 @native
@@ -259,7 +310,7 @@ def test_three_epochs_lose_what_torchs_modules_lose(monkeypatch):
         return torch.tensor(losses)
 
     ours = curve()
-    monkeypatch.setattr(norms, "_is_plain", lambda norm: False)
+    monkeypatch.setattr(norms, "_is_plain", lambda *_: False)
     theirs = curve()
     assert not torch.equal(ours, theirs)  # the two are summed in another order
     torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-3, atol=1e-4)

@@ -22,6 +22,18 @@ def test_it_is_a_slice_with_a_gradient_in_channels_last(shape, stride):
     assert torch.autograd.gradgradcheck(lambda t: subsample(t, stride), small)
 
 
+def test_a_compiled_gradient_is_in_channels_last_too():
+    """In a graph the gradient of slices is contiguous, and every convolution before would copy it."""
+    x = torch.randn(2, 3, 7, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = torch.compile(lambda t: subsample(t, 2), backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(y, x[:, :, ::2, ::2])
+    grad = torch.randn_like(y)
+    (mine,) = torch.autograd.grad(y, x, grad)
+    (theirs,) = torch.autograd.grad(x[:, :, ::2, ::2], x, grad)
+    assert torch.equal(mine, theirs)
+    assert mine.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_tracers_see_the_slice():
     graph = fx.symbolic_trace(lambda x: subsample(x, 2)).graph
     assert [n.op for n in graph.nodes] == ["placeholder", "call_function", "output"]

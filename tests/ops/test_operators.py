@@ -3,12 +3,13 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.oracle import AWKWARD, LAYOUTS, Case, assert_close, cases, lay_out, magnitude, numpy
 from helpers.oracle import fill_nearest as fill_oracle
 from helpers.oracle import sampled_conv as conv_oracle
 from helpers.oracle import sampled_conv_transpose as transpose_oracle
-from quincunx.ops import fill_nearest, sampled_conv2d, sampled_conv_transpose2d
+from quincunx.ops import backend, fill_nearest, native, sampled_conv2d, sampled_conv_transpose2d
 from quincunx.sampling import CHESSBOARD, QUARTER, Cosets, Positions, Random, Uniform
 
 OPS = torch.ops.quincunx
@@ -231,6 +232,10 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(
         lambda y, w, c: OPS.conv_transpose(y, w, c, case.size, *arguments), (y, w, c)
     )
+    z = torch.randn(case.batch, w.shape[1] * case.groups, *case.size, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda y, w, z: OPS.conv_transpose(y, w, None, case.size, *arguments, z), (y, w, z)
+    )
     assert torch.autograd.gradgradcheck(lambda x, y: OPS.conv_weight(x, y, case.kernel, *arguments), (x, y))
     assert torch.autograd.gradgradcheck(lambda y: OPS.fill(y, case.sampling.spec, case.grid), (y,))
 
@@ -263,6 +268,58 @@ def test_registration(name, kind):
         "collect": (z, case.sampling.spec),
     }
     torch.library.opcheck(getattr(OPS, name).default, inputs[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["chessboard", "grouped, dilated", "strided", "random"])
+def test_a_shortcut_is_added_where_the_result_is_written(kind, dtype):
+    case = GRADIENT_CASES[kind]
+    _, y, w, _, c = case.values(dtype)
+    arguments = case.operator_arguments
+    alone = OPS.conv_transpose(y, w, c, case.size, *arguments)
+    shortcut = torch.randn(alone.shape, dtype=dtype)
+    for added in (shortcut, shortcut.contiguous(memory_format=torch.channels_last)):
+        inputs = [t.clone().requires_grad_() for t in (y, w, c, added)]
+        z = OPS.conv_transpose(*inputs[:3], case.size, *arguments, inputs[3])
+        # rounded once in bfloat16, where the sum of two results is rounded twice
+        torch.testing.assert_close(
+            z, alone + added, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+        )
+        grad = torch.randn_like(z)
+        apart = OPS.conv_transpose(*inputs[:3], case.size, *arguments) + inputs[3]
+        for mine, theirs in zip(
+            torch.autograd.grad(z, inputs, grad), torch.autograd.grad(apart, inputs, grad), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+        if dtype != torch.bfloat16:
+            torch.library.opcheck(OPS.conv_transpose.default, (*inputs[:3], case.size, *arguments, inputs[3]))
+
+
+@pytest.mark.parametrize("kind", ["chessboard", "grouped, dilated", "strided", "random"])
+def test_a_weight_in_float32_is_rounded_to_a_map_in_bfloat16(kind):
+    case = GRADIENT_CASES[kind]
+    x, y, w, _, _ = case.values(torch.bfloat16)
+    wide, arguments = torch.randn(w.shape), case.operator_arguments
+    for weight in (wide, wide.contiguous(memory_format=torch.channels_last)):
+        for operator, value, where in ((OPS.conv, x, ()), (OPS.conv_transpose, y, (case.size,))):
+            want = operator(value, weight.bfloat16(), None, *where, *arguments)
+            assert torch.equal(operator(value, weight, None, *where, *arguments), want)
+            inputs = (
+                value.clone().requires_grad_(),
+                weight.clone().requires_grad_(),
+                None,
+                *where,
+                *arguments,
+            )
+            torch.library.opcheck(operator.default, inputs)
+            operator(*inputs).float().square().sum().backward()
+            assert [leaf.grad.dtype for leaf in inputs[:2]] == [torch.bfloat16, torch.float32]
+            assert inputs[1].grad.stride() == weight.stride()
+    # sums are float32, and rounded only where bfloat16 is asked for
+    gradient = OPS.conv_weight(x, y, case.kernel, *arguments, False, True)
+    exact = OPS.conv_weight(x.double(), y.double(), case.kernel, *arguments)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(OPS.conv_weight(x, y, case.kernel, *arguments), gradient.bfloat16())
 
 
 @awkward
@@ -340,6 +397,9 @@ def test_conv_refuses(error, match, change):
         (ValueError, r"padding='full'", {"padding": "full"}),
         (ValueError, r"grid 1 x 6: smaller than .*K=2", {"size": (1, 6)}),
         (TypeError, r"weight: .*float64", {"weight": W.double()}),
+        (ValueError, r"shortcut: expected .*\(1, 4, 6, 6\), got \(1, 4, 6, 5\)", {"shortcut": X[..., :5]}),
+        (TypeError, r"shortcut: .*float64", {"shortcut": X.double()}),
+        (TypeError, r"shortcut: .*int", {"shortcut": 1}),
     ],
 )
 def test_conv_transpose_refuses(error, match, change):
@@ -376,3 +436,70 @@ def test_autocast_computes_in_its_dtype_and_gives_parameters_their_own_gradients
     torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
     z.sum().backward()
     assert [t.grad.dtype for t in leaves] == [torch.float32] * 3
+    # without autocast formats differ by mistake
+    with pytest.raises(TypeError, match=r"weight: torch.float32 on cpu, but x is"):
+        sampled_conv2d(x.to(dtype), w, None, sampling=CHESSBOARD, padding=1)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of the shape of a weight from one format to another."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(backend().name != "native", reason="only the kernels pack")
+@pytest.mark.parametrize("low", [False, True])
+def test_a_weight_is_packed_once_in_each_direction_until_it_changes(low, monkeypatch):
+    packed = []
+    pack = native._pack
+
+    def count(weight, groups, transposed, *rest):
+        packed.append((tuple(weight.shape), transposed))
+        return pack(weight, groups, transposed, *rest)
+
+    monkeypatch.setattr(native, "_pack", count)
+    w = torch.randn(5, 4, 3, 3, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = sampled_conv2d(x, w, sampling=CHESSBOARD, padding=1)
+        y.float().square().sum().backward()
+
+    step()
+    assert sorted(packed) == [((5, 4, 3, 3), False), ((5, 4, 3, 3), True)]
+    step()  # gradients are added up, the weight is the same
+    assert len(packed) == 2
+    optimizer.step()
+    step()
+    assert len(packed) == 4
+
+
+def test_a_weight_changed_between_the_passes_is_an_error_under_autocast_too():
+    w = torch.randn(5, 4, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sampled_conv2d(torch.randn(2, 4, 6, 6), w * 1, sampling=CHESSBOARD, padding=1)
+        z = sampled_conv_transpose2d(y, w, sampling=CHESSBOARD, size=(6, 6), padding=1)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.float().sum().backward()
+
+
+def test_autocast_copies_no_weight_and_no_gradient_of_one():
+    w = torch.randn(5, 5, 3, 3, requires_grad=True)
+    with Copies(w.shape) as copies:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = sampled_conv2d(torch.randn(2, 5, 6, 6), w, sampling=CHESSBOARD, padding=1)
+            z = sampled_conv_transpose2d(y, w, sampling=CHESSBOARD, size=(6, 6), padding=1)
+        z.float().sum().backward()
+    assert copies.count == 0
+    assert w.grad.dtype == torch.float32

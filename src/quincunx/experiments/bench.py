@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -54,6 +54,7 @@ class Case:
     Attributes:
         dense: name -> maker of a function.
         ours: name -> (maker of a function, MACs of the dense network over ours).
+        compiled: name of ours -> maker of the same by torch.compile; the faster of the two counts.
         baselines: names of the dense candidates of which the fastest is the baseline; the others are timed
             beside it.
         dtype: format in which the machine's own matrix product is timed in each round.
@@ -66,6 +67,7 @@ class Case:
     facts: Callable[[], dict[str, Any]] = dict
     baselines: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    compiled: dict[str, Callable[[int], Run]] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- the blocks
@@ -357,11 +359,12 @@ def training(
         shapes: channels, side and batch of the blocks.
         pairs: as ``TRAINED``; beside a resnet the same network accelerated by ESPACE at rate 1/2.
         formats: torch.float32, torch.bfloat16 or both, a case for each.
-        trainers: of ``TRAINERS``, how the dense candidates run.
+        trainers: of ``TRAINERS``, how the dense candidates run, and ours.
     """
     for dtype in formats:
         for channels, side, batch in shapes:
-            x = _map(batch, channels, side)
+            # as the block before leaves it
+            x = _map(batch, channels, side, dtype)
             models: dict[str, nn.Module] = {
                 "rRB": RegularBlock(channels, channels, 1),
                 "rSB 2/4": RegularSBBlock(channels, CHESSBOARD, "stride"),
@@ -394,12 +397,14 @@ def _trained_case(
     (_, dense), *others = models.items()
     peers = {f"{how}{low}": _trained(dense, x, dtype, how, inner) for how in trainers}
     ours = {f"{n}{low}": (_trained(m, x, dtype, inner=inner), _ratio(dense, m, x)) for n, m in others}
+    compiles = [how for how in trainers if how == "torch.compile"]
+    compiled = {f"{n}{low}": _trained(m, x, dtype, how, inner, False) for n, m in others for how in compiles}
 
     def facts() -> dict[str, Any]:
         runs = {n: _trained(model, x, dtype, inner=inner)(1) for n, model in models.items()}
         return {"peak_memory": {n: peak_memory(run) for n, run in runs.items()}}
 
-    return Case(f"{name}{low}", len(x), peers, ours, facts, tuple(peers), dtype)
+    return Case(f"{name}{low}", len(x), peers, ours, facts, tuple(peers), dtype, compiled)
 
 
 def _trained(
@@ -408,12 +413,16 @@ def _trained(
     dtype: torch.dtype = torch.float32,
     how: str = "torch eager",
     inner: bool = True,
+    first: bool = True,
 ) -> Callable[[int], Run]:
+    """A step; ``first``: the first of a case's, which forgets what was compiled for the case before."""
+
     def make(threads: int) -> Run:
         model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         call: Callable[[Tensor], Tensor] = model
         if how == "torch.compile":
-            torch.compiler.reset()
+            if first:
+                torch.compiler.reset()
             call = torch.compile(model)
         source = x.detach().requires_grad_(inner)
         upstream: list[Tensor] = []
@@ -565,7 +574,12 @@ def _kept(keep: Path | None, made_by: dict[str, Any]) -> dict[tuple[str, int, in
 
 
 def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> dict[str, Any]:
-    makers = {**case.dense, **{name: make for name, (make, _) in case.ours.items()}}
+    compiled = {name: f"{name}, torch.compile" for name in case.compiled}
+    makers = {
+        **case.dense,
+        **{name: make for name, (make, _) in case.ours.items()},
+        **{compiled[name]: make for name, make in case.compiled.items()},
+    }
     runs = {name: make(threads) for name, make in makers.items()}
     runs[_REFERENCE] = _matrix_product(case.dtype)
     found = measure(
@@ -573,9 +587,11 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
     )
     full = case.baselines or [name for name in case.dense if "bfloat16" not in name]
     best = min(full, key=lambda name: found[name].median)
-    candidates = {}
+    candidates: dict[str, dict[str, Any]] = {}
     for name, (_, mac_ratio) in case.ours.items():
-        middle, low, high = found[name].speedup_over(found[best])
+        forms = [name, *([compiled[name]] if name in compiled else [])]
+        faster = min(forms, key=lambda form: found[form].median)
+        middle, low, high = found[faster].speedup_over(found[best])
         candidates[name] = {
             "mac_ratio": mac_ratio,
             "speedup": middle,
@@ -583,6 +599,9 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
             "q3": high,
             "efficiency": middle / mac_ratio,
         }
+        if name in compiled:
+            candidates[name]["faster"] = faster
+            candidates[name]["compiled_over_eager"] = found[compiled[name]].speedup_over(found[name])[0]
         for other in ("rSB 2/4", "OpenVINO bfloat16"):
             if "bfloat16" in name and other in found:
                 candidates[name][f"speedup_over {other}"] = found[name].speedup_over(found[other])[0]

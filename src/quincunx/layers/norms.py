@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +11,11 @@ from torch.nn.modules import module as torchs
 from torch.utils.module_tracker import ModuleTracker
 
 from quincunx.layers.paired import SampledMap, of_grid
+from quincunx.layers.sampled import SampledConvTranspose2d
 from quincunx.ops.norm import ACTIVATIONS, norm_act_and_input
 from quincunx.ops.select import serving
 
-__all__ = ["NormAct2d", "has_global_hooks", "normalise", "normalise_apart"]
+__all__ = ["NormAct2d", "has_global_hooks", "normalise", "normalise_apart", "spread_onto"]
 
 
 def normalise(
@@ -95,14 +98,46 @@ def _composed(x: Tensor, norm: nn.Module, activation: str, shortcut: Tensor | No
     return F.relu(z) if activation == "relu" else F.relu6(z)
 
 
-def _is_plain(norm: nn.Module) -> bool:
-    """Return whether a module is a batch norm in training whose call does what its class says and no more."""
+def spread_onto(
+    shortcut: Tensor, y: Tensor, up: SampledConvTranspose2d, size: Sequence[int] | None = None
+) -> Tensor:
+    """Return up(y) + shortcut: a sampled map spread over all positions, and a map added.
+
+    A training step on the CPU writes the sum in one pass, under the conditions of :func:`normalise`.
+
+    Args:
+        shortcut: map [N, O, H, W].
+        y: sampled map [N, C, m, 1].
+        up: the second half of a spatial bottleneck.
+        size: (H, W) if known from elsewhere; the shortcut's otherwise.
+
+    Returns:
+        The map [N, O, H, W].
+
+    Example:
+        >>> from quincunx.sampling import CHESSBOARD
+        >>> up = SampledConvTranspose2d(4, 3, 3, sampling=CHESSBOARD, padding=1)
+        >>> spread_onto(torch.zeros(2, 3, 4, 4), torch.randn(2, 4, 8, 1), up).shape
+        torch.Size([2, 3, 4, 4])
+    """
+    size = shortcut.shape[2:] if size is None else size
+    if _is_plain(up, SampledConvTranspose2d) and _runs_here(y) and type(shortcut) is Tensor:
+        whole = (y.shape[0], up.out_channels, *size)
+        if tuple(shortcut.shape) == whole and shortcut.dtype == y.dtype and _is_row_map(shortcut):
+            joined: Tensor = up(y, size, shortcut)
+            return joined
+    apart: Tensor = up(y, size)
+    return apart + shortcut
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.BatchNorm2d) -> bool:
+    """Return whether a module is in training and its call does what this class says and no more."""
     return (
-        type(norm) is nn.BatchNorm2d
-        and norm.training
-        and "forward" not in norm.__dict__
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
-        and not (norm._backward_hooks or norm._backward_pre_hooks)
+        type(module) is kind
+        and module.training
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
         and not has_global_hooks()
     )
 
@@ -122,7 +157,18 @@ def has_global_hooks() -> bool:
 
 
 def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool:
-    """Return whether the operator takes a map: stand-ins of tracers and other devices are not for it."""
+    """Return whether the operator takes a map with a norm and a shortcut."""
+    if not _runs_here(x) or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
+        return False
+    if norm.weight is not None and norm.weight.dtype == torch.float64:
+        return False
+    return shortcut is None or (
+        type(shortcut) is Tensor and shortcut.shape == x.shape and shortcut.dtype == x.dtype
+    )
+
+
+def _runs_here(x: Tensor) -> bool:
+    """Return whether our kernels take a map: stand-ins of tracers and other devices are not for them."""
     compiling = torch.compiler.is_compiling()
     if torch.compiler.is_exporting() if compiling else torch._C._get_tracing_state() is not None:
         return False
@@ -131,15 +177,7 @@ def _is_served(x: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None) -> bool
         return False
     if type(x) is not Tensor and (type(x) is not SampledMap or compiling):
         return False
-    if not _is_row_map(x) or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
-        return False
-    if norm.weight is not None and norm.weight.dtype == torch.float64:
-        return False
-    if shortcut is not None and not (
-        type(shortcut) is Tensor and shortcut.shape == x.shape and shortcut.dtype == x.dtype
-    ):
-        return False
-    return compiling or serving(x.device, x.dtype) == "native"
+    return _is_row_map(x) and (compiling or serving(x.device, x.dtype) == "native")
 
 
 def _is_row_map(x: Tensor) -> bool:

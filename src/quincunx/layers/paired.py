@@ -307,8 +307,8 @@ class PairedUp2d(SampledConvTranspose2d):
         """
         self.grid = first_half(network, self.partner).grid
 
-    def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, y: Tensor, size: Sequence[int] | None = None, shortcut: Tensor | None = None) -> Tensor:
         if size is None:
             size = size_known(y, y.shape[2], self.grid, self.partner)
         with torch._C.DisableTorchFunctionSubclass():
-            return super().forward(y, size)
+            return super().forward(y, size, shortcut)

@@ -263,7 +263,7 @@ class SampledConvTranspose2d(_SampledBase):
     """From a sampled map to every position; see :func:`quincunx.sampled_conv_transpose2d`.
 
     Maps [N, C, m, 1] to [N, O, H, W]; the weight is [C, O / groups, kh, kw]. The size (H, W) is an
-    argument of ``forward``, since a sampled map does not know it.
+    argument of ``forward``, since a sampled map does not know it; a shortcut to be added is another.
 
     Raises:
         ValueError: channels that do not divide by ``groups``, a non-positive size.
@@ -315,7 +315,7 @@ class SampledConvTranspose2d(_SampledBase):
         rows, cols = (d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True))
         return rows, rows, cols, cols
 
-    def forward(self, y: Tensor, size: Sequence[int]) -> Tensor:
+    def forward(self, y: Tensor, size: Sequence[int], shortcut: Tensor | None = None) -> Tensor:
         sampling, borders = self.sampling, self.borders
         if self.padding_mode != "zeros":
             grid = int(size[0]), int(size[1])
@@ -330,6 +330,7 @@ class SampledConvTranspose2d(_SampledBase):
             padding=borders,
             dilation=self.dilation,
             groups=self.groups,
+            shortcut=shortcut,
         )
 
 

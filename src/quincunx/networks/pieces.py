@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from quincunx.layers.norms import normalise
+from quincunx.layers.norms import normalise, spread_onto
 from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, SpatialBottleneck2d
 from quincunx.sampling import Sampling
 
@@ -48,12 +48,23 @@ def sampled_pair(
     )
 
 
-def through_pair(x: Tensor, down: SampledDown2d, norm: nn.BatchNorm2d, up: SampledConvTranspose2d) -> Tensor:
+def through_pair(
+    x: Tensor,
+    down: SampledDown2d,
+    norm: nn.BatchNorm2d,
+    up: SampledConvTranspose2d,
+    shortcut: Tensor | None = None,
+) -> Tensor:
     """Apply sampled convolution, batch norm and ReLU on the sampled map, and transposed convolution.
+
+    A shortcut is a map of x's size to be added.
 
     Source: rSB of Peng et al., arXiv:1809.02601, section 3.2.
     """
-    out: Tensor = up(normalise(down(x), norm, "relu"), x.shape[2:])
+    inner = normalise(down(x), norm, "relu")
+    if shortcut is not None:
+        return spread_onto(shortcut, inner, up, x.shape[2:])
+    out: Tensor = up(inner, x.shape[2:])
     return out
 
 

@@ -64,7 +64,7 @@ class RegularSBBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         inner, x = normalise_apart(x, self.bn1, "relu")
-        return through_pair(inner, self.down, self.bn2, self.up) + self.shortcut(x)
+        return through_pair(inner, self.down, self.bn2, self.up, self.shortcut(x))
 
 
 class BottleneckBlock(_Block):

@@ -6,6 +6,7 @@ The three sampled convolution operators are partial derivatives of one trilinear
 
 the sum over the computed positions p: ``conv`` is dT/dy, ``conv_transpose`` dT/dx and
 ``conv_weight`` dT/dw. So the derivatives of each are the other two, to any order.
+``conv_transpose`` can add a shortcut, a map of its result's shape, where it writes.
 ``conv_filled`` is ``conv`` of ``fill`` without storing the filled map, which would have the grid ``size``.
 
 ``fill_fitted`` is an affine map of a sampled map, linear in its coefficients w [R, T, C]: computed positions
@@ -16,6 +17,8 @@ keep their values, the others are combinations of T computed ones. ``collect_fit
 and has no derivatives.
 
 Tensors: x is a dense map [N, C, H, W], y a sampled map [N, O, m, 1] and w is [O, C / groups, kh, kw].
+A weight may be float32 where maps are bfloat16, as autocast has them: it is rounded where it is packed, and
+``wide`` asks for its gradient in float32, which is how it is summed.
 Every map that an operator returns is channels_last; a weight's gradient is channels_last on GPUs, and
 elsewhere where its weight is. A sampling is passed as its ``spec`` text, which ``torch.export`` can store and
 which is the key of the plan caches.
@@ -42,8 +45,10 @@ _LIBRARY = torch.library.Library("quincunx", "DEF")  # type: ignore[no-untyped-c
 _GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int groups"
 OPERATORS = {
     "conv": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
-    "conv_transpose": f"(Tensor y, Tensor weight, Tensor? bias, SymInt[] size, {_GEOMETRY}) -> Tensor",
-    "conv_weight": f"(Tensor x, Tensor y, int[] kernel, {_GEOMETRY}, bool channels_last=False) -> Tensor",
+    "conv_transpose": f"(Tensor y, Tensor weight, Tensor? bias, SymInt[] size, {_GEOMETRY}, "
+    "Tensor? shortcut=None) -> Tensor",
+    "conv_weight": f"(Tensor x, Tensor y, int[] kernel, {_GEOMETRY}, bool channels_last=False, "
+    "bool wide=False) -> Tensor",
     "conv_filled": "(Tensor y, Tensor weight, Tensor? bias, str source, SymInt[] size, "
     f"{_GEOMETRY}) -> Tensor",
     "fill": "(Tensor y, str sampling, SymInt[] size) -> Tensor",
@@ -101,6 +106,7 @@ def _conv_transpose_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     shape = (y.shape[0], weight.shape[1] * groups, size[0], size[1])
     return _empty_map(y, shape)
@@ -116,10 +122,13 @@ def _conv_weight_fake(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool = False,
+    wide: bool = False,
 ) -> Tensor:
     shape = (y.shape[1], x.shape[1] // groups, kernel[0], kernel[1])
     # in the layout in which each device's convolutions read weights, so that a gradient is not converted
-    return _empty_map(x, shape) if channels_last or x.device.type == "cuda" else x.new_empty(shape)
+    layout = CHANNELS_LAST if channels_last or x.device.type == "cuda" else torch.contiguous_format
+    dtype = torch.float32 if wide else x.dtype
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _conv_filled_fake(
@@ -196,9 +205,10 @@ for _name, _fake in (
 _OPS = torch.ops.quincunx
 
 
-def _by_position(weight: Tensor) -> bool:
-    """Whether a weight is in channels_last: its gradient then is too, or torch would copy it."""
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=CHANNELS_LAST)
+def _form(weight: Tensor, x: Tensor) -> tuple[bool, bool]:
+    """Whether a weight is in channels_last, and wider than a map: so is its gradient, or torch copies it."""
+    by_position = not weight.is_contiguous() and weight.is_contiguous(memory_format=CHANNELS_LAST)
+    return by_position, weight.dtype != x.dtype
 
 
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,14 +223,15 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_x:
         to_x = _OPS.conv_transpose(grad, weight, None, x.shape[2:], *ctx.geometry)
     if need_weight:
-        to_weight = _OPS.conv_weight(x, grad, weight.shape[2:], *ctx.geometry, _by_position(weight))
+        to_weight = _OPS.conv_weight(x, grad, weight.shape[2:], *ctx.geometry, *_form(weight, x))
     if need_bias:
         to_bias = grad.sum((0, 2, 3))
     return to_x, to_weight, to_bias, None, None, None, None, None
 
 
 def _keep_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, weight, _, _, *ctx.geometry = inputs
+    y, weight, _, _, *ctx.geometry, shortcut = inputs
+    ctx.added = shortcut is not None
     ctx.save_for_backward(y, weight)
 
 
@@ -231,14 +242,16 @@ def _conv_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_y:
         to_y = _OPS.conv(grad, weight, None, *ctx.geometry)
     if need_weight:
-        to_weight = _OPS.conv_weight(grad, y, weight.shape[2:], *ctx.geometry, _by_position(weight))
+        to_weight = _OPS.conv_weight(grad, y, weight.shape[2:], *ctx.geometry, *_form(weight, y))
     if need_bias:
         to_bias = grad.sum((0, 2, 3))
-    return to_y, to_weight, to_bias, None, None, None, None, None, None
+    # torch leaves out the last arguments where they are the defaults
+    to_shortcut = grad if ctx.added and ctx.needs_input_grad[9] else None
+    return to_y, to_weight, to_bias, None, None, None, None, None, None, to_shortcut
 
 
 def _keep_conv_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, _, *ctx.geometry, _ = inputs
+    x, y, _, *ctx.geometry, _, _ = inputs
     ctx.save_for_backward(x, y)
 
 
@@ -249,7 +262,7 @@ def _conv_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         to_x = _OPS.conv_transpose(y, grad, None, x.shape[2:], *ctx.geometry)
     if ctx.needs_input_grad[1]:
         to_y = _OPS.conv(x, grad, None, *ctx.geometry)
-    return to_x, to_y, None, None, None, None, None, None, None
+    return to_x, to_y, None, None, None, None, None, None, None, None
 
 
 def _keep_conv_filled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -266,7 +279,7 @@ def _conv_filled_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         to_y = _OPS.collect(to_filled, ctx.source)
     if need_weight:
         filled = _OPS.fill(y, ctx.source, ctx.size)
-        to_weight = _OPS.conv_weight(filled, grad, weight.shape[2:], *ctx.geometry, _by_position(weight))
+        to_weight = _OPS.conv_weight(filled, grad, weight.shape[2:], *ctx.geometry, *_form(weight, y))
     if need_bias:
         to_bias = grad.sum((0, 2, 3))
     return to_y, to_weight, to_bias, None, None, None, None, None, None, None

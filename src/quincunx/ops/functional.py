@@ -55,7 +55,9 @@ def _check_parameters(
     if bias is not None and tuple(bias.shape) != (outputs,):
         raise ValueError(f"bias: expected shape ({outputs},), got {tuple(bias.shape)}")
     for other_name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+        if other is None or (other is weight and x.dtype == torch.bfloat16 and _stays_wide(weight)):
+            continue
+        if other.dtype != x.dtype or other.device != x.device:
             raise TypeError(
                 f"{other_name}: {other.dtype} on {other.device}, but {name} is {x.dtype} on {x.device}"
             )
@@ -78,7 +80,22 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     def cast(value: Tensor) -> Tensor:
         return value if value.dtype == torch.float64 else value.to(dtype)
 
-    return cast(x), cast(weight), None if bias is None else cast(bias)
+    wide = x.dtype != torch.float64 and _stays_wide(weight)
+    return cast(x), weight if wide else cast(weight), None if bias is None else cast(bias)
+
+
+def _stays_wide(weight: Tensor) -> bool:
+    """Return whether a weight stays float32 beside maps that autocast has in bfloat16.
+
+    The kernels of the CPU round it where they pack it, so that neither it nor its gradient is copied.
+    """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not is_tracing()
+    )
 
 
 def _check_grid(grid: tuple[int, int], size: Sequence[int], weight: Tensor) -> None:
@@ -159,6 +176,7 @@ def sampled_conv_transpose2d(
     padding: Padding = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     r"""Compute the transposed convolution from a sampled map to every position of a map.
 
@@ -177,6 +195,7 @@ def sampled_conv_transpose2d(
             (top, bottom, left, right), "same" or "valid".
         dilation: of that convolution: an integer or (vertical, horizontal).
         groups: channel groups of that convolution.
+        shortcut: a map [N, O, H, W] of the result's dtype, added where the result is written, or None.
 
     Returns:
         A dense map [N, O, H, W] in channels_last.
@@ -204,15 +223,25 @@ def sampled_conv_transpose2d(
         traced: Tensor = torch.ops.quincunx.traced_conv_transpose(
             y, weight, bias, as_tensor(size), sampling.spec, (1, 1), paddings, dilations, groups
         )
-        return traced
+        return traced if shortcut is None else traced + shortcut
     height, width = two_integers("size", size, 1)
     grid = Geometry.make(weight.shape[2:], (1, 1), paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
     _check_count(y, sampling, grid)
+    if shortcut is not None:
+        _check_shortcut(shortcut, y, (y.shape[0], weight.shape[1] * groups, height, width))
     result: Tensor = torch.ops.quincunx.conv_transpose(
-        y, weight, bias, (height, width), sampling.spec, (1, 1), paddings, dilations, groups
+        y, weight, bias, (height, width), sampling.spec, (1, 1), paddings, dilations, groups, shortcut
     )
     return result
+
+
+def _check_shortcut(shortcut: Tensor, y: Tensor, shape: tuple[int, ...]) -> None:
+    _check_map("shortcut", shortcut)
+    if tuple(shortcut.shape) != shape:
+        raise ValueError(f"shortcut: expected the result's shape {shape}, got {tuple(shortcut.shape)}")
+    if shortcut.dtype != y.dtype or shortcut.device != y.device:
+        raise TypeError(f"shortcut: {shortcut.dtype} on {shortcut.device}, but y is {y.dtype} on {y.device}")
 
 
 def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:

@@ -114,7 +114,7 @@ def binary_unavailable(x: Tensor, bits: Tensor) -> str | None:
     return None
 
 
-def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+def pack(weight: Tensor, groups: int, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Return a weight [O, C / groups, kh, kw] in the kernel's layout, cached until the weight changes.
 
     A change is one that torch's version counter sees: in place, by an optimizer, by
@@ -124,11 +124,13 @@ def pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
         weight: the weight.
         groups: channel groups.
         transposed: pack for the adjoint, which swaps the roles of input and output.
+        dtype: of the maps, if it is not the weight's: bfloat16 for a weight in float32.
     """
-    return _kept(weight, transposed, (groups, transposed), _pack)
+    low = dtype is not None and dtype != weight.dtype
+    return _kept(weight, (transposed, low), (groups, transposed, low), _pack)
 
 
-def _kept(weight: Tensor, use: bool | str, settings: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
+def _kept(weight: Tensor, use: object, settings: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
     """Return ``make(weight, *settings)``, recomputed only when the weight or the settings change."""
     # tensors made in inference mode have no version counter, so changes cannot be detected
     if weight.is_inference():
@@ -168,24 +170,31 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
                 torch.autograd.graph.increment_version(changed)
 
 
-def _pack(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+def _pack(weight: Tensor, groups: int, transposed: bool, low: bool = False) -> Tensor:
     flat = weight.detach().flatten(2)
     if transposed:
         # transpose each tap's matrix per group; this is a view, and packing reads any strides
         outputs, inputs, taps = flat.shape
         flat = flat.view(groups, outputs // groups, inputs, taps).transpose(1, 2)
-    packed: Tensor = torch.ops.quincunx_native.pack_weight(flat, groups)
+    packed: Tensor = torch.ops.quincunx_native.pack_weight(flat, groups, low)
     return packed
 
 
 def _gather_gemm(
-    x: Tensor, packed: Tensor, bias: Tensor | None, plan: Plan, outputs: int, taps: int, groups: int
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    outputs: int,
+    taps: int,
+    groups: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     out, _ = torch.ops.quincunx_native.gather_gemm(
         x,
         packed,
         None if bias is None else bias.float(),
-        None,
+        residual,
         None,
         None,
         plan.index,
@@ -215,7 +224,7 @@ def conv(
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
     taps = weight.shape[2] * weight.shape[3]
-    return _gather_gemm(x, pack(weight, groups, False), bias, plan, weight.shape[0], taps, groups)
+    return _gather_gemm(x, pack(weight, groups, False, x.dtype), bias, plan, weight.shape[0], taps, groups)
 
 
 def conv_filled(
@@ -233,7 +242,7 @@ def conv_filled(
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     plan = forward_plan(sampling, geometry, size[0], size[1], source=source)
     taps = weight.shape[2] * weight.shape[3]
-    return _gather_gemm(y, pack(weight, groups, False), bias, plan, weight.shape[0], taps, groups)
+    return _gather_gemm(y, pack(weight, groups, False, y.dtype), bias, plan, weight.shape[0], taps, groups)
 
 
 def conv_transpose(
@@ -246,11 +255,13 @@ def conv_transpose(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     plan = adjoint_plan(sampling, geometry, size[0], size[1])
     taps = weight.shape[2] * weight.shape[3]
-    return _gather_gemm(y, pack(weight, groups, True), bias, plan, weight.shape[1] * groups, taps, groups)
+    packed = pack(weight, groups, True, y.dtype)
+    return _gather_gemm(y, packed, bias, plan, weight.shape[1] * groups, taps, groups, shortcut)
 
 
 def conv_weight(
@@ -263,6 +274,7 @@ def conv_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool = False,
+    wide: bool = False,
 ) -> Tensor:
     geometry = Geometry.make(kernel, stride, padding, dilation)
     plan = forward_plan(sampling, geometry, x.shape[2], x.shape[3])
@@ -277,7 +289,7 @@ def conv_weight(
     outputs, inputs = y.shape[1], x.shape[1] // groups
     if channels_last:
         gradient = gradient.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
-    return gradient.view(outputs, inputs, *kernel).to(x.dtype)
+    return gradient.view(outputs, inputs, *kernel).to(torch.float32 if wide else x.dtype)
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:

@@ -73,7 +73,7 @@ def conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    dense = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    dense = F.conv2d(_pad(x, padding), weight.to(x.dtype), bias, tuple(stride), 0, tuple(dilation), groups)
     return _gather(dense, position_index(sampling, dense.shape[2], dense.shape[3]))
 
 
@@ -87,16 +87,21 @@ def conv_transpose(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     height, width = size
     grid = Geometry.make(weight.shape[2:], stride, padding, dilation).grid(height, width)
     scattered = _scatter(y, position_index(sampling, *grid), grid)
-    full = F.conv_transpose2d(scattered, weight, None, tuple(stride), 0, 0, groups, tuple(dilation))
+    full = F.conv_transpose2d(
+        scattered, weight.to(y.dtype), None, tuple(stride), 0, 0, groups, tuple(dilation)
+    )
     # positions that no kernel reaches lie beyond the full map and are zero
     top, _, left, _ = padding
     z = F.pad(full, (-left, width + left - full.shape[3], -top, height + top - full.shape[2]))
     if bias is not None:
         z = z + bias.view(1, -1, 1, 1)
+    if shortcut is not None:
+        z = z + shortcut
     return z.contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -110,7 +115,10 @@ def conv_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool = False,
+    wide: bool = False,
 ) -> Tensor:
+    if wide:
+        x, y = x.float(), y.float()
     grid = Geometry.make(kernel, stride, padding, dilation).grid(x.shape[2], x.shape[3])
     scattered = _scatter(y, position_index(sampling, *grid), grid)
     shape = torch.Size((y.shape[1], x.shape[1] // groups, kernel[0], kernel[1]))

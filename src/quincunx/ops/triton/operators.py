@@ -28,7 +28,7 @@ def conv(
 ) -> Tensor:
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     layout = forward_layout(sampling, geometry, x.shape[2], x.shape[3], None, x.device)
-    return _wanted(launch.convolve(x, weight, bias, layout, groups))
+    return _wanted(launch.convolve(x, weight.to(x.dtype), bias, layout, groups))
 
 
 def conv_filled(
@@ -45,7 +45,7 @@ def conv_filled(
 ) -> Tensor:
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     layout = forward_layout(sampling, geometry, size[0], size[1], source, y.device)
-    return _wanted(launch.convolve(y, weight, bias, layout, groups))
+    return _wanted(launch.convolve(y, weight.to(y.dtype), bias, layout, groups))
 
 
 def conv_transpose(
@@ -58,10 +58,12 @@ def conv_transpose(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     layout = adjoint_layout(sampling, geometry, size[0], size[1], y.device)
-    return _wanted(launch.convolve(y, weight, bias, layout, groups, transposed=True))
+    z = _wanted(launch.convolve(y, weight.to(y.dtype), bias, layout, groups, transposed=True))
+    return z if shortcut is None else z.add_(shortcut)
 
 
 def conv_weight(
@@ -74,11 +76,13 @@ def conv_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool = True,
+    wide: bool = False,
 ) -> Tensor:
     """In channels_last whatever is asked for: convolutions on GPUs read weights so."""
     geometry = Geometry.make(kernel, stride, padding, dilation)
     table, points = weight_table(sampling, geometry, x.shape[2], x.shape[3], x.device)
-    return launch.derive_weight(x, y, kernel, table, points, groups)
+    gradient = launch.derive_weight(x, y, kernel, table, points, groups)
+    return gradient.float() if wide else gradient
 
 
 def fill(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
