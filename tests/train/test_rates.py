@@ -30,7 +30,7 @@ def model():
     return qx.networks.build("rsbn8", 3, 3, width=4)
 
 
-def test_the_rate_with_the_lowest_loss_on_the_images_set_aside_is_taken(model, data, tmp_path, monkeypatch):
+def test_rates_are_judged_on_images_set_aside(model, data, tmp_path, monkeypatch):
     seen = []
 
     def short(model, parts, recipe, folder, **settings):
@@ -61,6 +61,26 @@ def test_the_rate_with_the_lowest_loss_on_the_images_set_aside_is_taken(model, d
         next(model.parameters()).mul_(2)
     find_rate(model, data, Recipe("tiny", batch_size=8, lr=0.01), tmp_path / "rate.json", steps=3)
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("losses", "taken"),
+    [
+        ((1.0, 0.9, 0.98, 1.4), 0.05),
+        ((1.0, 0.9, 0.995, 1.4), 0.015),
+        ((0.95, 1.0, 1.04, 1.05), 0.05),
+        ((0.5, 1.0, 1.1, 1.2), 0.005),
+        ((-1.0, -1.2, -1.1, -0.9), 0.05),
+    ],
+)
+def test_of_rates_that_are_about_as_good_the_largest_is_taken(
+    model, data, tmp_path, monkeypatch, losses, taken
+):
+    given = iter(losses)
+    monkeypatch.setattr(rates, "fit", lambda *_, **__: {"test_loss": next(given)})
+    found = find_rate(model, data, RECIPE, tmp_path / "rate.json", steps=3)
+    assert found["lr"] == pytest.approx(taken)
+    assert found["losses"] == list(losses)
 
 
 def test_training_and_judging_images_are_apart_and_no_test_image_is_read(data):

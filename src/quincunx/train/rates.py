@@ -25,6 +25,8 @@ __all__ = ["find_rate"]
 
 # factors of the recipe's rate that are tried; steps of each run; images that judge it, as a share and at most
 _FACTORS, _STEPS, _JUDGING = (0.1, 0.3, 1.0, 3.0), 60, (0.2, 1000)
+# losses this share above the lowest count as equally good
+_CLOSE = 0.1
 
 
 def find_rate(
@@ -40,11 +42,13 @@ def find_rate(
     workers: int | None = None,
     task: Task | None = None,
 ) -> dict[str, Any]:
-    """Return the best of some multiples of a recipe's learning rate, with what was measured of each.
+    """Return the rate to use of some multiples of a recipe's learning rate, with what was measured of each.
 
     A part of the training images is set aside and judges; no test image is used. From the same network, each
     rate trains for a few steps at its full height and as many as it falls in, as one short run of the recipe.
-    The rate with the lowest loss on the images set aside is taken. A rate that diverges is left out.
+    The largest rate is taken whose loss on the images set aside is at most a tenth above the lowest: short
+    runs favour small rates (Wu et al., arXiv:1803.02021), and so do images that the network was trained on
+    once. A rate that diverges is left out.
 
     Args:
         model: to be trained later; it stays as it is.
@@ -73,6 +77,7 @@ def find_rate(
         "weights": weight_of(model),
         "factors": list(factors),
         "steps": steps,
+        "close": _CLOSE,
     }
     if file.exists():
         kept: dict[str, Any] = read_json(file)
@@ -112,8 +117,9 @@ def find_rate(
     if not finite:
         told = ", ".join(f"{rate:g}" for rate in rates)
         raise ValueError(f"lr={recipe.lr:g}: training diverges at {told}; give a smaller learning rate")
+    lowest = min(finite)[0]
     result = {
-        "lr": min(finite)[1],
+        "lr": max(rate for loss, rate in finite if loss <= lowest + _CLOSE * abs(lowest)),
         "rates": rates,
         "losses": losses,
         "trained": training,
