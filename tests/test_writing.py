@@ -161,6 +161,23 @@ def test_several_processes_may_save_to_one_place(tmp_path):
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_folder_that_another_process_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    real, removed = os.open, []
+
+    def opens(path, *given, **options):
+        if str(path).endswith(".part") and not removed:
+            removed.append(path)
+            Path(path).rmdir()
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(os, "open", opens)
+    with writing.work_beside(tmp_path / "m") as folder:
+        assert removed
+        assert folder.is_dir()
+        assert folder not in removed
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_files_have_the_mode_that_the_umask_leaves(tmp_path, mask):
     before = os.umask(mask)

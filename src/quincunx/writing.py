@@ -242,8 +242,11 @@ def _locked_folder(place: Path) -> tuple[Path, int]:
             folder.mkdir()
         except FileExistsError:
             continue
-        lock = os.open(folder, os.O_RDONLY)
-        # another process may have removed it as a leftover before it was locked
+        # another process may remove it as a leftover until it is locked
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         if _lock(lock) and folder.exists():
             return folder, lock
         os.close(lock)

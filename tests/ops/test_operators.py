@@ -503,3 +503,20 @@ def test_autocast_copies_no_weight_and_no_gradient_of_one():
         z.float().sum().backward()
     assert copies.count == 0
     assert w.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((4, 1, 3, 3), 1), ((4, 1, 3, 3), 4), ((8, 4, 1, 1), 1), ((8, 4, 3, 3), 1)]
+)
+def test_a_gradient_lies_as_its_weight_does(shape, groups, low, last):
+    # one of one channel or one tap is contiguous in both layouts, yet not with the same strides
+    weight = torch.empty(shape, memory_format=torch.channels_last if last else torch.contiguous_format)
+    weight.normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(2, shape[1] * groups, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        y = sampled_conv2d(x, weight, sampling=CHESSBOARD, padding=shape[-1] // 2, groups=groups)
+    y.float().sum().backward()
+    assert weight.grad.stride() == weight.stride()
+    assert weight.grad.dtype == torch.float32

@@ -207,8 +207,9 @@ _OPS = torch.ops.quincunx
 
 def _form(weight: Tensor, x: Tensor) -> tuple[bool, bool]:
     """Whether a weight is in channels_last, and wider than a map: so is its gradient, or torch copies it."""
-    by_position = not weight.is_contiguous() and weight.is_contiguous(memory_format=CHANNELS_LAST)
-    return by_position, weight.dtype != x.dtype
+    _, c, h, w = weight.shape
+    # strides and not is_contiguous, to which a weight of one channel is both
+    return weight.stride() == (h * w * c, 1, w * c, c), weight.dtype != x.dtype
 
 
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -289,7 +289,9 @@ def conv_weight(
     outputs, inputs = y.shape[1], x.shape[1] // groups
     if channels_last:
         gradient = gradient.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
-    return gradient.view(outputs, inputs, *kernel).to(torch.float32 if wide else x.dtype)
+    else:
+        gradient = gradient.view(outputs, inputs, *kernel)
+    return gradient.to(torch.float32 if wide else x.dtype)
 
 
 def collect(z: Tensor, sampling: str) -> Tensor:
