@@ -88,9 +88,10 @@ def test_an_interrupted_suite_goes_on_with_rows_of_the_same_code(monkeypatch, tm
 
 def test_candidates_in_eight_bits_compute_the_block():
     [case] = bench.int8_blocks(((16, 6, 2),))
-    assert case.baselines == bench.INT8_PEERS
+    assert case.baselines == (*bench.INT8_PEERS, "torch int8")
     x = bench._map(2, 16, 6)
-    makers = {"dense": case.ours["rRB"][0], "peer": case.dense["ONNX Runtime int8"]}
+    engines = ("ONNX Runtime int8", "torch int8")
+    makers = {"dense": case.ours["rRB"][0], **{name: case.dense[name] for name in engines}}
     torch.manual_seed(0)
     expected = bench.Dense(16).eval()(x).detach()
     for name, make in makers.items():

@@ -300,8 +300,9 @@ def int8_blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Cas
             ours[name] = (_fused_int8(block, x, False), ratio)
             if name == "rSB 2/4":
                 ours["rSB 2/4 in bfloat16"] = (_fused(block, x, torch.bfloat16), ratio)
-        peers = {name: _peer(name, dense, x) for name in (*INT8_PEERS, "OpenVINO bfloat16", "OpenVINO")}
-        yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, baselines=INT8_PEERS)
+        engines = (*INT8_PEERS, "torch int8")
+        peers = {name: _peer(name, dense, x) for name in (*engines, "OpenVINO bfloat16", "OpenVINO")}
+        yield Case(f"rRB {channels} x {side}^2", batch, peers, ours, baselines=engines)
 
 
 def int8_networks() -> Iterator[Case]:

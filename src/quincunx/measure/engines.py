@@ -186,6 +186,24 @@ def _quantised_onnx(model: nn.Module, x: Tensor) -> bytes:
         return target.read_bytes()
 
 
+def _torch_int8(model: nn.Module, x: Tensor, threads: int) -> Run:
+    """torch's own quantised convolutions, their activations fused; quantised statically on one batch."""
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
+    with quiet():
+        settings = get_default_qconfig_mapping("x86")
+        watched = quantize_fx.prepare_fx(fold_batch_norm(model), settings, (x,))
+        watched(x)
+        quantised = quantize_fx.convert_fx(watched)
+    rows = x.contiguous(memory_format=torch.channels_last)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return quantised(rows)
+
+    return run
+
+
 def _one_stream(threads: int) -> dict[str, Any]:
     return {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
 
@@ -232,4 +250,5 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
     "torch.compile bfloat16": _compiled_bf16,
     "OpenVINO int8": _openvino_int8,
     "ONNX Runtime int8": _onnxruntime_int8,
+    "torch int8": _torch_int8,
 }
