@@ -3,9 +3,11 @@
 Run by hand for a long campaign: PYTHONPATH=tests python -m soak.interruptions --kills 50 --full-disks 20.
 Each command runs once undisturbed. Then it is killed with SIGKILL at a random moment, up to three times in
 one folder, and run again until it ends; and it meets a disk that is full at a random write, which has to be
-one sentence, and is run again. What it leaves must be what the undisturbed one left, to the bit, but for
-times. The clock that searches read counts multiplications, so that a choice does not depend on how busy the
-machine is. What goes wrong is printed with the seed that repeats it.
+one sentence, and is run again. What it leaves must be what the undisturbed one left: weights to the bit,
+results but for times, and their numbers to 1e-5: a search that goes on computes the maps in front of a layer
+in other pieces, and their sums are rounded otherwise. The clock that searches read counts multiplications, so
+that a choice does not depend on how busy the machine is. What goes wrong is printed with the seed that
+repeats it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -165,6 +168,17 @@ def left_in(folder: Path) -> dict[str, Any]:
     return found
 
 
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values of JSON are equal, fractions to 1e-5 of themselves."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9)
+    return bool(one == other)
+
+
 def without_varying(value: Any) -> Any:
     """Return a JSON value without times."""
     if isinstance(value, dict):
@@ -223,7 +237,7 @@ class Soak:
         where = f"{self.name}, seed {self.seed}, {what}, in {folder}"
         assert code == self.code, f"{where}: exit code {code}, not {self.code}: {said[-1500:]}"
         found = left_in(folder)
-        differing = sorted(n for n in {*found, *self.wanted} if found.get(n) != self.wanted.get(n))
+        differing = sorted(n for n in {*found, *self.wanted} if not same(found.get(n), self.wanted.get(n)))
         assert not differing, f"{where}: other content than undisturbed: {', '.join(differing)}"
         assert not leftovers(folder), f"{where}: left {leftovers(folder)}"
 
