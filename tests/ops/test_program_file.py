@@ -177,10 +177,10 @@ def small():
     return program_bytes(program, *(a.shape for a in arguments)), arguments, results
 
 
-def test_every_instruction_set_reads_the_same_bytes(tmp_path):
-    data, arguments, results = small()
-    (tmp_path / "program").write_bytes(data)
-    np.save(tmp_path / "x.npy", arguments[0].numpy())
+def answers_by_instruction_set(folder, data, x):
+    """What a program's bytes give in a process of their own, by each instruction set of this machine."""
+    (folder / "program").write_bytes(data)
+    np.save(folder / "x.npy", x.numpy())
     code = (
         "import sys, numpy as np; from quincunx.ops.libraries import LoadedProgram\n"
         "program = LoadedProgram(open(sys.argv[1] + '/program', 'rb').read())\n"
@@ -188,24 +188,22 @@ def test_every_instruction_set_reads_the_same_bytes(tmp_path):
     )
     for isa in torch.ops.quincunx_native.available_isas().split(","):
         environment = {**os.environ, "QUINCUNX_ISA": isa}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
-        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), results[0], rtol=1e-4, atol=1e-5)
+        subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=True)
+        yield np.load(folder / "y.npy")
+
+
+def test_every_instruction_set_reads_the_same_bytes(tmp_path):
+    data, arguments, results = small()
+    for found in answers_by_instruction_set(tmp_path, data, arguments[0]):
+        np.testing.assert_allclose(found, results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_every_instruction_set_gives_the_same_bits_in_eight_bits(tmp_path):
     model, x = examples()["fitted"]
     [(program, arguments, results)] = low(model, x)
-    (tmp_path / "program").write_bytes(program_bytes(program, *(a.shape for a in arguments)))
-    np.save(tmp_path / "x.npy", arguments[0].numpy())
-    code = (
-        "import sys, numpy as np; from quincunx.ops.libraries import LoadedProgram\n"
-        "program = LoadedProgram(open(sys.argv[1] + '/program', 'rb').read())\n"
-        "np.save(sys.argv[1] + '/y.npy', program.run([np.load(sys.argv[1] + '/x.npy')], threads=2)[0])"
-    )
-    for isa in torch.ops.quincunx_native.available_isas().split(","):
-        environment = {**os.environ, "QUINCUNX_ISA": isa}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
-        np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), results[0].numpy())
+    data = program_bytes(program, *(a.shape for a in arguments))
+    for found in answers_by_instruction_set(tmp_path, data, arguments[0]):
+        np.testing.assert_array_equal(found, results[0].numpy())
 
 
 def test_bad_calls_are_refused_in_a_sentence():

@@ -111,7 +111,7 @@ class Tails:
 
 def _fused(part: fx.GraphModule) -> nn.Module:
     # not the faster of torch's kernels and ours: a close call is measured anew in each process, and scores
-    # would differ between runs, or before and after an interruption, by how their sums are rounded
+    # would differ between runs by how their sums are rounded
     fused = fuse(part)
     for module in fused.modules():
         if isinstance(module, Program):

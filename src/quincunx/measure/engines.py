@@ -54,10 +54,13 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 def _eager(model: nn.Module, x: Tensor, threads: int) -> Run:
     folded = fold_batch_norm(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _without_gradients(folded, x)
 
+
+def _without_gradients(network: nn.Module, x: Tensor) -> Run:
     def run() -> object:
         with torch.inference_mode():
-            return folded(x)
+            return network(x)
 
     return run
 
@@ -195,13 +198,7 @@ def _torch_int8(model: nn.Module, x: Tensor, threads: int) -> Run:
         watched = quantize_fx.prepare_fx(fold_batch_norm(model), settings, (x,))
         watched(x)
         quantised = quantize_fx.convert_fx(watched)
-    rows = x.contiguous(memory_format=torch.channels_last)
-
-    def run() -> object:
-        with torch.inference_mode():
-            return quantised(rows)
-
-    return run
+    return _without_gradients(quantised, x.contiguous(memory_format=torch.channels_last))
 
 
 def _one_stream(threads: int) -> dict[str, Any]:
