@@ -26,10 +26,10 @@ struct ShiftPlan {
     const int32_t *tap, *offset, *row;
   };
   struct Range {
-    int64_t first, last, place;  // slots [first, last + length), from slot `place` of the memory on
+    int64_t first, last, place;  // slots [first, last + reach), from slot `place` of the memory on
   };
   Class classes[kMostShiftClasses];
-  int64_t num_classes, num_slots, longest = 0, length = 0, slots_used = 0, num_ranges = 0;
+  int64_t num_classes, num_slots, longest = 0, reach = 0, slots_used = 0, num_ranges = 0;
   const int32_t* slots;
   Range ranges[kMostRanges];
 
@@ -50,9 +50,9 @@ struct ShiftPlan {
     slots = body;
   }
 
-  // what outputs [q, q + positions) of every class read, whatever q
-  void cover(int64_t positions) {
-    length = positions;
+  // what outputs [q, q + positions) of every class read, whatever q, and as many slots more as the last step reads
+  void cover(int64_t positions, int64_t joined) {
+    reach = positions + joined - 1;
     num_ranges = 0;
     for (int64_t c = 0; c < num_classes; ++c) {
       for (int64_t t = 0; t < classes[c].taps; ++t) add(classes[c].offset[t]);
@@ -60,7 +60,7 @@ struct ShiftPlan {
     slots_used = 0;
     for (int64_t r = 0; r < num_ranges; ++r) {
       ranges[r].place = slots_used;
-      slots_used += ranges[r].last - ranges[r].first + length;
+      slots_used += ranges[r].last - ranges[r].first + reach;
     }
     slots_used += 2 * kTileHeight;  // what the last tile has too many, and the last row of it
   }
@@ -74,15 +74,15 @@ struct ShiftPlan {
   // keeps ranges apart and in order
   void add(int64_t offset) {
     int64_t r = 0;
-    while (r < num_ranges && ranges[r].last + length < offset) ++r;
-    if (r == num_ranges || offset + length < ranges[r].first) {
+    while (r < num_ranges && ranges[r].last + reach < offset) ++r;
+    if (r == num_ranges || offset + reach < ranges[r].first) {
       for (int64_t i = num_ranges++; i > r; --i) ranges[i] = ranges[i - 1];
       ranges[r] = Range{offset, offset, 0};
       return;
     }
     ranges[r].first = least(ranges[r].first, offset);
     ranges[r].last = most(ranges[r].last, offset);
-    if (r + 1 < num_ranges && ranges[r].last + length >= ranges[r + 1].first) {
+    if (r + 1 < num_ranges && ranges[r].last + reach >= ranges[r + 1].first) {
       ranges[r].last = most(ranges[r].last, ranges[r + 1].last);
       --num_ranges;
       for (int64_t i = r + 1; i < num_ranges; ++i) ranges[i] = ranges[i + 1];
@@ -138,10 +138,11 @@ struct Slots {
     const char* image = static_cast<const char*>(g.x) + segment.image * g.rows_in * row_bytes;
     for (int64_t r = 0; r < plan.num_ranges; ++r) {
       const ShiftPlan::Range& range = plan.ranges[r];
-      const int64_t last = least(plan.num_slots, range.last + segment.last);
+      // weights of 0 do not make up for what memory may hold
+      const int64_t last = range.last + segment.last + depth.joined - 1;
       char* to = memory + range.place * pitch;
       for (int64_t slot = range.first + segment.first; slot < last; ++slot, to += pitch) {
-        const int64_t row = plan.slots[slot];
+        const int64_t row = slot < plan.num_slots ? plan.slots[slot] : -1;
         copy(row < 0 ? outside : image + row * row_bytes, to, row < 0);
       }
     }
@@ -224,13 +225,12 @@ struct ShiftRows {
 };
 
 // How long the outputs of a segment are: as long as they fit, and short enough for as many parts as are asked for.
-template <class K>
-int64_t segment_length(const ShiftPlan& plan, int64_t batch, int64_t parts, int64_t slots) {
-  ShiftPlan own = plan;
+// The plan covers them then; 0 where not even a few fit.
+int64_t segment_length(ShiftPlan& plan, int64_t joined, int64_t batch, int64_t parts, int64_t slots) {
   const int64_t wanted = ceil_div(ceil_div(plan.longest, ceil_div(parts, most(1, batch))), kPairRows) * kPairRows;
   for (int64_t length = most(wanted, kPairRows);; length = ceil_div(length / 2, kPairRows) * kPairRows) {
-    own.cover(length);
-    if (own.slots_used <= slots) return length;
+    plan.cover(length, joined);
+    if (plan.slots_used <= slots) return length;
     if (length == kPairRows) return 0;
   }
 }
@@ -257,7 +257,8 @@ bool shifts_pay(const GatherGemm& g, const ShiftPlan& plan, const Cut& cut) {
     copied += double(ceil_div(g.batch * g.groups[2 * i], kTileHeight) * depth.inner(g.groups[2 * i + 1]));
   }
   const double panels = double(ceil_div(ceil_div(g.out_channels, kTileOutputs * kPanelTiles), cut.outputs));
-  return in_lines * panels + kSlotCopy * double(g.batch * plan.num_slots) < copied * (kCopiedStep * panels + kTileCopy);
+  return in_lines * panels + kSlotCopy * double(g.batch * plan.num_slots) <
+         copied * (kCopiedStep * panels + kTileCopy * double(depth.joined));
 }
 
 template <class K>
@@ -360,9 +361,8 @@ bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
   alignas(64) Input outside[kStepChannels<K>];
   for (Input& number : outside) number = K::outside(g);
   ShiftRun<K> run(g, plan, joint, joint + kJointBytes, bytes);
-  const int64_t length = segment_length<K>(plan, g.batch, cut.positions, bytes / run.pitch);
+  const int64_t length = segment_length(plan, run.depth.joined, g.batch, cut.positions, bytes / run.pitch);
   if (length == 0) return false;
-  plan.cover(length);
   const int64_t together = most(1, least(kMostSegments, bytes / run.pitch / plan.slots_used));
   const int64_t each = ceil_div(plan.longest, length), units = g.batch * each, number = part / cut.outputs;
   const int64_t panels = ceil_div(ceil_div(g.out_channels, kTileOutputs), kPanelTiles), po = part % cut.outputs;

@@ -141,7 +141,14 @@ Case random_case() {
   return c;
 }
 
+// Whatever a thread's memory holds from before must not reach a result.
+void spoil_scratch() {
+  constexpr int64_t kBytes = 1 << 21;
+  if (char* memory = thread_scratch(kBytes)) std::memset(memory, 0xff, kBytes);
+}
+
 void check_forward(const std::string& name, const ForwardKernels& kernels, bool bf16, const Case& c) {
+  spoil_scratch();
   const int64_t out = c.out(), rows_out = c.rows.size();
   Array x(c.batch * c.rows_in * c.in(), bf16), weight(out * c.in_per * c.taps, bf16);
   Array bias(out, false), scale(out, false), shift(out, false), slope(out, false);

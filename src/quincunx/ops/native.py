@@ -88,7 +88,7 @@ def tile_formats() -> str:
 
 @lru_cache(maxsize=8)
 def reads_shifts(dtype: torch.dtype) -> bool:
-    """Return whether the chosen kernels gain from ``Plan.shifts`` in this format of maps; torch.uint8 for int8."""
+    """Return whether the chosen kernels gain from ``Plan.shifts`` for maps of this type."""
     name = {torch.bfloat16: "bfloat16", torch.uint8: "int8"}.get(dtype)
     return name is not None and name in tile_formats().split(" and ")
 

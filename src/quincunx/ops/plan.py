@@ -74,11 +74,13 @@ class Plan:
     groups: Tensor
     out_size: tuple[int, int]
     in_rows: int
-    reads_of: Callable[[], Reads]
+    reads_of: Callable[[], Reads] | None = None
 
     @cached_property
     def shifts(self) -> Tensor:
         """The table of :func:`quincunx.ops.shifts.shift_table`; made when it is first asked for."""
+        if self.reads_of is None:
+            return torch.zeros(0, dtype=torch.int32)
         with torch.inference_mode(False):
             return shift_table(self.reads_of())
 
@@ -203,7 +205,8 @@ def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source:
     def reads() -> Reads:
         outputs = torch.stack(_two(positions, grid[1]), -1)
         inputs = torch.stack(_read_positions(geometry, positions, grid[1]), -1)
-        return Reads(outputs, inputs, table, torch.arange(count), geometry.stride, _period(spec), False)
+        rows, entries = torch.arange(count), table.numel()
+        return Reads(outputs, inputs, table, rows, entries, geometry.stride, _period(spec), False)
 
     return Plan(
         index=table.flatten().int(),
@@ -258,8 +261,8 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
         # where a tap lies between two rows or columns, no output of its class reads it
         r = (own[:, :1] + top - tap_r).div(geometry.stride[0], rounding_mode="floor")
         c = (own[:, 1:] + left - tap_c).div(geometry.stride[1], rounding_mode="floor")
-        rows = torch.arange(height * width)
-        return Reads(own, torch.stack((r, c), -1), table, rows, geometry.stride, _period(spec), True)
+        rows, entries = torch.arange(height * width), sum(map(torch.numel, blocks))
+        return Reads(own, torch.stack((r, c), -1), table, rows, entries, geometry.stride, _period(spec), True)
 
     return Plan(
         index=torch.cat(blocks).int(),

@@ -1,9 +1,9 @@
 """Convolutions in which a tap is a shift: tables by which kernels read their inputs side by side.
 
-Positions of a grid can be laid out in *lines* such that the inputs behind a tap follow each other as the outputs
-do. The line of a dense map is its positions row by row, with a gap behind each row that stands for what lies
-outside; a lattice has a line for each of its residue classes. The inputs of 16 neighbouring outputs then lie side by
-side for every tap, and one copy of the input in this order serves all taps.
+Positions of a grid can be laid out in *lines* such that the inputs behind a tap follow each other as the
+outputs do. The line of a dense map is its positions row by row, with a gap behind each row that stands for what
+lies outside; a lattice has a line for each of its residue classes. The inputs of 16 neighbouring outputs then
+lie side by side for every tap, and one copy of the input in this order serves all taps.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Reads:
         inputs: row and column behind each tap, inside the map or not, [n, taps, 2].
         table: the number of that input, -1 where there is none, [n, taps].
         rows: the number of each output, [n].
+        gathered: how many inputs the gather tables name, "none" included.
         stride: of the convolution.
         period: of the lattice of the sampled side, 1 if it has none.
         transposed: the sampled side is that of the inputs.
@@ -42,6 +43,7 @@ class Reads:
     inputs: Tensor
     table: Tensor
     rows: Tensor
+    gathered: int
     stride: tuple[int, int]
     period: int
     transposed: bool
@@ -70,16 +72,14 @@ class _Lines:
 def shift_table(reads: Reads) -> Tensor:
     """Return the lines of a convolution as one int32 table, empty if there are none or they are not worth it.
 
-    The table is (classes, slots), for each class of outputs (taps, positions), for each class its taps, the offset of
-    each tap and the output of each position, and the input of each slot. Position q of a class reads slot
-    offsets[tap] + q. -1 is an output that nobody needs, or an input that there is none of.
+    The table is (classes, slots), for each class of outputs (taps, positions), for each class its taps, the
+    offset of each tap and the output of each position, and the input of each slot. Position q of a class reads
+    slot offsets[tap] + q. -1 is an output that nobody needs, or an input that there is none of.
     """
     best = torch.zeros(0, dtype=torch.int32)
-    if not reads.table.numel():
+    if not reads.gathered:
         return best
-    # products without lines: of the taps that any output of a tile reads
-    used = (reads.table >= 0).sum().item()
-    least = _WASTE * used / _TILE
+    least = _WASTE * reads.gathered / _TILE
     for lines in _candidates(reads):
         found = _in_lines(reads, lines, least)
         if found is not None:
@@ -104,7 +104,7 @@ def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] 
     finer = lines.finer(reads.stride)
     of_outputs, of_inputs = (finer, lines) if reads.transposed else (lines, finer)
     line, place = of_outputs(reads.outputs)
-    _, member = line.unique(return_inverse=True)
+    _, member = line.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     classes, taps = int(member.max()) + 1, reads.table.shape[1]
     exists = reads.table >= 0
     used = torch.zeros(classes, taps, dtype=torch.int32).index_add_(0, member, exists.int()) > 0
@@ -119,7 +119,9 @@ def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] 
     both = []
     for values in (plane[wanted], shift[wanted]):
         lowest, highest = (
-            torch.zeros(classes * taps, dtype=torch.long).scatter_reduce_(0, cells, values, how, include_self=False)
+            torch.zeros(classes * taps, dtype=torch.long).scatter_reduce_(
+                0, cells, values, how, include_self=False
+            )
             for how in ("amin", "amax")
         )
         if not torch.equal(lowest, highest):
@@ -144,9 +146,9 @@ def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] 
 
 
 def _planes(plane_of: Tensor, shift_of: Tensor, counts: Tensor, used: Tensor) -> tuple[Tensor, int]:
-    """The slots of the lines of the inputs, one line after the other: offsets [classes, taps], number of slots."""
+    """The slots of the inputs, line after line: the offsets [classes, taps], and how many there are."""
     offsets, slots = torch.zeros_like(shift_of), 0
-    for plane in plane_of[used].unique().tolist():
+    for plane in sorted(set(plane_of[used].tolist())):
         here = used & (plane_of == plane)
         first = int(shift_of[here].min())
         offsets[here] = shift_of[here] - first + slots
