@@ -111,16 +111,24 @@ struct ShiftSteps {
   }
 };
 
-// Whether all values are finite: weights of 0 do not make up for others.
-template <class Input>
-bool all_finite(const Input* values, int64_t count) {
-  if constexpr (sizeof(Input) == 2) {
-    Input infinite = 0;
-    for (int64_t i = 0; i < count; ++i) infinite |= (values[i] & 0x7f80) == 0x7f80;
-    return infinite == 0;
+// Remembers whether a value that was copied is not finite: weights of 0 do not make up for those.
+template <class Input, int BYTES>
+struct Finite {
+  typedef Input Type __attribute__((vector_size(BYTES)));
+  Type infinite{};
+  QX_INLINE void see(const char* copied) {
+    if constexpr (sizeof(Input) == 2) {
+      Type values;
+      __builtin_memcpy(&values, copied, BYTES);
+      infinite |= reinterpret_cast<Type>((values & 0x7f80) == 0x7f80);
+    }
   }
-  return true;
-}
+  QX_INLINE bool all() const {
+    Input any = 0;
+    for (int i = 0; i < BYTES / int(sizeof(Input)); ++i) any |= infinite[i];
+    return any == 0;
+  }
+};
 
 template <class K>
 struct Slots {
@@ -147,17 +155,20 @@ struct Slots {
       }
     }
   }
-  // of fewer channels than a tile's row has
+  // of fewer channels than a tile's row has; returns whether all values are finite
   template <int BYTES>
-  void narrow(const Segment& segment, char* memory) const {
+  bool narrow(const Segment& segment, char* memory) const {
     typedef Piece<Input, BYTES> P;
     typename P::Type kept;
     P::mask(g.in_channels, kept);
     const uintptr_t end = the_end();
     const int64_t channels = g.in_channels;
+    Finite<Input, BYTES> finite;
     each(segment, memory, [&](const char* from, char* to, bool) __attribute__((always_inline)) {
       P::copy(from, to, channels, kept, end);
+      finite.see(to);
     });
+    return finite.all();
   }
   void wide(const Segment& segment, char* memory) const {
     typedef Piece<Input, kTileBytes> P;
@@ -174,14 +185,22 @@ struct Slots {
       if (left) P::copy(from, to, left, kept, end);
     });
   }
-  void copy(const Segment& segment, char* memory) const {
+  bool copy(const Segment& segment, char* memory) const {
     switch (pitch) {
       case 4: return narrow<4>(segment, memory);
       case 8: return narrow<8>(segment, memory);
       case 16: return narrow<16>(segment, memory);
       case 32: return narrow<32>(segment, memory);
-      default: return wide(segment, memory);
+      default: wide(segment, memory); return true;
     }
+  }
+  // whether the values of images [first, last) are
+  bool finite(int64_t first, int64_t last) const {
+    const int64_t values = g.rows_in * g.in_channels;
+    const Input* map = static_cast<const Input*>(g.x) + first * values;
+    Input infinite = 0;
+    for (int64_t i = 0; i < (last - first) * values; ++i) infinite |= (map[i] & 0x7f80) == 0x7f80;
+    return infinite == 0;
   }
   uintptr_t the_end() const {
     return reinterpret_cast<uintptr_t>(static_cast<const Input*>(g.x) + g.batch * g.rows_in * g.in_channels);
@@ -352,6 +371,33 @@ struct ShiftRun {
   }
 };
 
+// Whether a step reads a slot that its outputs need nothing of.
+template <class K>
+bool reads_more(const ShiftPlan& plan, int64_t joined) {
+  for (int64_t c = 0; joined > 1 && c < plan.num_classes; ++c) {
+    const ShiftSteps steps(plan.classes[c], joined);
+    for (int64_t s = 0; s < steps.count; ++s) {
+      if (steps.taps[s] < joined) return true;
+    }
+  }
+  return false;
+}
+
+// The same for some of the images; all maps have one type.
+template <class Input>
+GatherGemm images_of(const GatherGemm& g, int64_t first, int64_t count) {
+  const auto from = [first](const void* map, int64_t rows, int64_t channels) {
+    return map ? const_cast<Input*>(static_cast<const Input*>(map)) + first * rows * channels : nullptr;
+  };
+  GatherGemm some = g;
+  some.batch = count;
+  some.x = from(g.x, g.rows_in, g.in_channels);
+  some.residual = from(g.residual, g.residual_size, g.residual_channels);
+  some.out = from(g.out, g.rows_out, g.out_channels);
+  some.out2 = from(g.out2, g.rows_out, g.out_channels);
+  return some;
+}
+
 // The outputs of one part; false if it has to be computed in the general form. memory: of `bytes`, behind kJointBytes
 template <class K>
 bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_t bytes) {
@@ -367,20 +413,23 @@ bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
   const int64_t each = ceil_div(plan.longest, length), units = g.batch * each, number = part / cut.outputs;
   const int64_t panels = ceil_div(ceil_div(g.out_channels, kTileOutputs), kPanelTiles), po = part % cut.outputs;
   const int64_t first = units * number / cut.positions, last = units * (number + 1) / cut.positions;
-  if (run.depth.joined > 1 && !K::kZerosSuffice && last > first) {
-    // a step may read a slot of which its outputs need nothing
-    const int64_t image = first / each, images = (last - 1) / each + 1 - image, values = g.rows_in * g.in_channels;
-    if (!all_finite(static_cast<const Input*>(g.x) + image * values, images * values)) return false;
-  }
   const Slots<K> slots{g, plan, run.depth, run.pitch, reinterpret_cast<const char*>(outside)};
+  const bool strict = !K::kZerosSuffice && reads_more<K>(plan, run.depth.joined);
+  if (strict && each > 1 && last > first && !slots.finite(first / each, (last - 1) / each + 1)) return false;
   TileUnit::configure(kFullTiles);
   for (int64_t unit = first; unit < last; unit += together) {
     Segment segments[kMostSegments];
     const int64_t count = least(together, last - unit);
+    bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (unit + i) % each * length;
       segments[i] = Segment{(unit + i) / each, at, least(plan.longest, at + length)};
-      slots.copy(segments[i], run.copies + i * plan.slots_used * run.pitch);
+      finite &= slots.copy(segments[i], run.copies + i * plan.slots_used * run.pitch);
+    }
+    if (strict && !finite && each == 1) {
+      tile_run_in<K>(images_of<Input>(g, unit, count), Cut{cut.outputs, 1}, po, joint, bytes);
+      TileUnit::configure(kFullTiles);
+      continue;
     }
     run.run(segments, count, panels * po / cut.outputs, panels * (po + 1) / cut.outputs);
     finish(run.before, run.before.rows);  // what comes next has other slots

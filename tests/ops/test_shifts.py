@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quincunx.ops import native
+from quincunx.ops import native, reference
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.plan import adjoint_plan, forward_plan
 from quincunx.sampling import CHESSBOARD, QUARTER, THREE_QUARTERS, Cosets, EvenGrid, Random
@@ -133,3 +133,31 @@ def test_spoilt_tables_are_refused(spoil):
     torch.ops.quincunx_native.gather_gemm(*given, *rest, plan.shifts)
     with pytest.raises(RuntimeError, match=r"shifts|slots"):
         torch.ops.quincunx_native.gather_gemm(*given, *rest, changes[spoil]())
+
+
+@pytest.mark.parametrize("channels", [3, 16, 24, 40])
+@pytest.mark.parametrize("name", ["chessboard", "quarter", "third", "random"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_its_readers_alone(channels, name, value):
+    """Also where a step multiplies a neighbour by weights of 0."""
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, 12, 12).bfloat16().contiguous(memory_format=torch.channels_last)
+    x[1, channels - 1, 5, 6] = value
+    weight = torch.rand(16, channels, 3, 3).bfloat16() + 0.5
+    where = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+    spec = SAMPLINGS[name]
+    for run in ("conv", "conv_transpose"):
+        if run == "conv":
+            found, expected = (
+                of(x, weight, None, spec, *where) for of in (torch.ops.quincunx.conv, reference.conv)
+            )
+        else:
+            count = forward_plan(spec, Geometry((3, 3), padding=(1, 1, 1, 1)), 12, 12).out_size
+            y = x.flatten(2)[:, :, : count[0] * count[1]].reshape(3, channels, *count)
+            y = y.contiguous(memory_format=torch.channels_last)
+            turned = weight.transpose(0, 1).contiguous()
+            found, expected = (
+                of(y, turned, None, (12, 12), spec, *where)
+                for of in (torch.ops.quincunx.conv_transpose, reference.conv_transpose)
+            )
+        assert torch.equal(found.isfinite(), expected.isfinite())

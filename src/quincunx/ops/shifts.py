@@ -1,9 +1,9 @@
 """Convolutions in which a tap is a shift: tables by which kernels read their inputs side by side.
 
 Positions of a grid can be laid out in *lines* such that the inputs behind a tap follow each other as the
-outputs do. The line of a dense map is its positions row by row, with a gap behind each row that stands for what
-lies outside; a lattice has a line for each of its residue classes. The inputs of 16 neighbouring outputs then
-lie side by side for every tap, and one copy of the input in this order serves all taps.
+outputs do. The line of a dense map is its positions row by row, with a gap behind each row that stands for
+what lies outside; a lattice has a line for each of its residue classes. The inputs of 16 neighbouring outputs
+then lie side by side for every tap, and one copy of the input in this order serves all taps.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def shift_table(reads: Reads) -> Tensor:
     """Return the lines of a convolution as one int32 table, empty if there are none or they are not worth it.
 
     The table is (classes, slots), for each class of outputs (taps, positions), for each class its taps, the
-    offset of each tap and the output of each position, and the input of each slot. Position q of a class reads
-    slot offsets[tap] + q. -1 is an output that nobody needs, or an input that there is none of.
+    offset of each tap and the output of each position, and the input of each slot. Position q of a class
+    reads slot offsets[tap] + q. -1 is an output that nobody needs, or an input that there is none of.
     """
     best = torch.zeros(0, dtype=torch.int32)
     if not reads.gathered:
