@@ -60,7 +60,7 @@ const void* values_of(const Tensor& t, const char* name, ScalarType type) {
 
 int64_t storage_bytes(const Tensor& t) {
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   return bytes;
 }
 
