@@ -221,8 +221,8 @@ class Program {
 
     const float* floats(int64_t number, const char* name, int64_t count) override {
       const Tensor& tensor = at(number);
-      const void* data = values_of(tensor, name, ScalarType::Float);
       STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " values, got ", tensor.numel());
+      const void* data = values_of(tensor, name, ScalarType::Float);
       if (floats_[number] == nullptr) floats_[number] = copied(data, 4 * count);
       return static_cast<const float*>(floats_[number]);
     }
