@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
                                        std::optional<Tensor> shift2, const Tensor& index, const Tensor& rows,
                                        const Tensor& taps, const Tensor& groups, std::vector<int64_t> out_size,
                                        int64_t out_channels, int64_t num_taps, int64_t channel_groups,
-                                       int64_t activation) {
+                                       int64_t activation, std::optional<Tensor> shifts) {
   const ScalarType type = map_type(x);
   const ForwardKernels& kernels = forward_of(type);
   const Map in = as_map(x, "x", type);
@@ -163,6 +163,7 @@ std::tuple<Tensor, Tensor> gather_gemm(Tensor x, const Tensor& packed, std::opti
   STD_TORCH_CHECK(activation != quincunx::kLeaky, "activation ", activation, " has a slope, which this has not");
   Operand index_table(index), rows_table(rows), taps_table(taps), groups_table(groups);
   set_tables(g, {index_table, rows_table, taps_table, groups_table});
+  if (shifts) quincunx::check_shifts(g, Operand(*shifts).table("shifts"));
   g.weight = Operand(packed).weight(kernels, packed_size(kernels, g));
   for (auto* channels : {&bias, &scale2, &shift2}) {
     if (*channels && (*channels)->scalar_type() == ScalarType::BFloat16) {
@@ -401,7 +402,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
   m.def(
       "gather_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? scale2, Tensor? shift2, "
       "Tensor index, Tensor rows, Tensor taps, Tensor groups, int[] out_size, int out_channels, int num_taps, "
-      "int channel_groups, int activation) -> (Tensor, Tensor)");
+      "int channel_groups, int activation, Tensor? shifts=None) -> (Tensor, Tensor)");
   m.def("weight_grad(Tensor x, Tensor gy, Tensor index, int num_taps, int channel_groups, bool channels_last) -> Tensor");
   m.def(
       "lookup_conv(Tensor x, Tensor codebooks, Tensor assignments, Tensor? bias, Tensor slots, "

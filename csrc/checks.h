@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -143,6 +144,44 @@ inline void check_tables(GatherGemm& g, Table& index, Table& rows, Table& taps, 
     require(std::adjacent_find(of_group, end, std::greater_equal<int32_t>()) == end,
             "taps of a group must ascend");
   }
+}
+
+// Checks the table of shifts of a gather GEMM whose other tables were checked: every slot that a class reads exists, and
+// every output row is in one class.
+inline void check_shifts(GatherGemm& g, const Table& shifts) {
+  const int32_t* head = shifts.data;
+  require(shifts.count >= 2 && head[0] >= 1 && head[0] <= kMostShiftClasses && head[1] >= 0 &&
+              shifts.count >= 2 + 2 * int64_t{head[0]},
+          "shifts must begin with at most ", kMostShiftClasses, " classes and the number of slots");
+  const int64_t classes = head[0], slots = head[1];
+  int64_t length = 2 + 2 * classes + slots;
+  for (int64_t c = 0; c < classes; ++c) {
+    const int64_t taps = head[2 + 2 * c], positions = head[3 + 2 * c];
+    require(taps >= 0 && taps <= kMostShiftTaps && positions >= 0, "a class of shifts has at most ", kMostShiftTaps,
+            " taps");
+    length += 2 * taps + positions;
+  }
+  require(length == shifts.count, "shifts must have as many entries as their classes say, ", length, ", got ",
+          shifts.count);
+  const int32_t* body = head + 2 + 2 * classes;
+  std::vector<int32_t> rows;
+  rows.reserve(g.rows_out);
+  for (int64_t c = 0; c < classes; ++c) {
+    const int64_t taps = head[2 + 2 * c], positions = head[3 + 2 * c];
+    for (int64_t t = 0; t < taps; ++t) {
+      require(body[t] >= 0 && body[t] < g.num_taps && (t == 0 || body[t] > body[t - 1]),
+              "taps of a class of shifts must ascend below ", g.num_taps);
+      require(body[taps + t] >= 0 && body[taps + t] + positions <= slots, "a class of shifts reads beyond its ", slots,
+              " slots");
+    }
+    std::copy_if(body + 2 * taps, body + 2 * taps + positions, std::back_inserter(rows),
+                 [](int32_t row) { return row != -1; });
+    body += 2 * taps + positions;
+  }
+  Table(rows.data(), static_cast<int64_t>(rows.size())).within("rows of shifts", 0, g.rows_out);
+  Table(rows.data(), static_cast<int64_t>(rows.size())).each_once("rows of shifts", g.rows_out);
+  Table(body, slots).within("slots of shifts", -1, g.rows_in);
+  g.shifts = shifts.data;
 }
 
 // Checks the tables of a reduction over windows: positions + 1 ascending starts in a list of input rows.

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "int8_gemm.h"
-#include "tile_gemm.h"
+#include "tile_shifts.h"
 
 namespace quincunx {
 namespace QX_ISA {
@@ -66,6 +66,7 @@ struct QuadTiles {
     constexpr int kVectors = TILES * kTileOutputs / kLanes;
     finish_simply<kVectors>(u.e, [&](const auto& row) __attribute__((always_inline)) {
       for (int64_t r = u.done; r < last; ++r) {
+        if (u.place[r] < 0) continue;
         vu sums[kVectors];
         for (int v = 0; v < kVectors; ++v) sums[v] = load_ints(u.sums + r * u.width + v * kLanes);
         row.finish(sums, u.place[r], u.residual[r]);
@@ -74,8 +75,12 @@ struct QuadTiles {
   }
   static void finish(const Unfinished<QuadTiles>& u, int64_t last) {
     if (!u.full) {
-      finish_bytes_partly(u.e, u.place + u.done, u.residual + u.done, last - u.done, u.width / kLanes,
-                          reinterpret_cast<const char*>(u.sums + u.done * u.width));
+      for (int64_t r = u.done, next; r < last; r = next + 1) {
+        for (next = r; next < last && u.place[next] >= 0;) ++next;
+        if (next == r) continue;
+        finish_bytes_partly(u.e, u.place + r, u.residual + r, next - r, u.width / kLanes,
+                            reinterpret_cast<const char*>(u.sums + r * u.width));
+      }
     } else if (u.width > kTileOutputs) {
       finish_full<2>(u, last);
     } else {

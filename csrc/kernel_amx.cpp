@@ -17,6 +17,7 @@
 #define QX_GRAD_ROWS 16, 12
 #define QX_NARROW_BF16(v) ((vh)_mm512_cvtneps_pbh((__m512)(v)))
 #define QX_WIDEN_BF16(h) ((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(h)))
+#define QX_NARROW_TWO_BF16(a, b) ((vu)_mm512_cvtne2ps_pbh((__m512)(b), (__m512)(a)))
 #define QX_HARDWARE_TILES
 #include "tile_bf16.h"
 #include "depthwise.h"

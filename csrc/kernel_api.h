@@ -44,6 +44,7 @@ struct GatherGemm {
   const int32_t* rows;    // group after group, [positions]
   const int32_t* taps;    // group after group, [taps]
   const int32_t* groups;  // [num_groups, 2]: positions, taps
+  const int32_t* shifts;  // the same as lines (ops/shifts.py), or null; for kernels that gain from it
   void* out;   // [batch, rows_out, out_channels]
   void* out2;
   int64_t batch, rows_in, rows_out, residual_size;
@@ -52,6 +53,9 @@ struct GatherGemm {
   int32_t activation;
   const Quantised* quantised;  // of the kernels in eight bits
 };
+
+// What a table of shifts may have at most.
+constexpr int64_t kMostShiftClasses = 32, kMostShiftTaps = 64;
 
 // [groups, out_channels / groups, channels, taps] with any strides, counted in elements
 struct Weight {

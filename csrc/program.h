@@ -17,7 +17,8 @@ namespace quincunx {
 enum BufferField : int64_t { kKind, kChannels, kHeight, kWidth, kOffset, kBufferFields };
 enum StepField : int64_t {
   kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kTapIndex, kRows, kTaps,
-  kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kSlope, kWork, kStepFields
+  kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kSlope, kWork, kShifts,
+  kStepFields
 };
 
 // The tensors of a program, by number. Each function refuses a number or a tensor that does not fit.
@@ -159,6 +160,7 @@ inline void set_convolution(GatherGemm& g, const int64_t* f, int64_t number, con
   }
   g.weight = operands.weight(f[kWeight], g.out_channels, g.in_channels / g.channel_groups, g.num_taps,
                              g.channel_groups, bytes);
+  if (f[kShifts] >= 0) check_shifts(g, operands.table(f[kShifts], "shifts"));
   if (f[kBias] >= 0) g.bias = operands.floats(f[kBias], "bias", g.out_channels);
   set_slope(g, f, number, operands);
   set_second(g, f, number, layout, operands);

@@ -57,8 +57,8 @@ Header read_header(const char* bytes, size_t size) {
   require(size >= sizeof header && std::memcmp(bytes, kMagic, sizeof kMagic) == 0, "these ", size,
           " bytes are no program of quincunx");
   std::memcpy(&header, bytes, sizeof header);
-  require(header.version == kFileVersion || header.version == kInt8FileVersion, "the program has version ",
-          header.version, "; this library reads versions ", kFileVersion, " and ", kInt8FileVersion);
+  require(header.version >= 1 && header.version <= kInt8FileVersion, "the program has version ", header.version,
+          "; this library reads versions 1 to ", kInt8FileVersion);
   require(header.size == size, "the program is incomplete: it should have ", header.size, " bytes, got ", size);
   const uint32_t found = crc32(crc32(0, bytes, offsetof(Header, checksum)), bytes + sizeof header, size - sizeof header);
   require(found == header.checksum, "the program is damaged: its checksum is wrong");
@@ -66,6 +66,18 @@ Header read_header(const char* bytes, size_t size) {
   for (const char c : header.zeros) zeros = zeros && c == 0;
   require(zeros && header.dtype <= 1, "the program is damaged: its header names a type or a field that is unknown");
   return header;
+}
+
+// Of steps without their last field: it names nothing.
+std::vector<int64_t> with_last_field(const std::vector<int64_t>& code, size_t steps) {
+  std::vector<int64_t> whole;
+  whole.reserve(steps * kStepFields);
+  for (size_t i = 0; i < steps; ++i) {
+    const auto own = code.begin() + static_cast<std::ptrdiff_t>(i * (kStepFields - 1));
+    whole.insert(whole.end(), own, own + (kStepFields - 1));
+    whole.push_back(-1);
+  }
+  return whole;
 }
 
 std::vector<MapGrid> grids_of(const std::vector<GridEntry>& entries) {
@@ -228,8 +240,10 @@ ProgramFile::ProgramFile(const void* data, size_t size) {
   front.take<Header>(1, "header");
   const auto ranks = front.take<int64_t>(header.outputs, "outputs");
   const auto buffers = front.take<int64_t>(uint64_t{header.maps} * kBufferFields, "maps");
-  const auto code = front.take<int64_t>(uint64_t{header.steps} * kStepFields, "steps");
-  const bool int8 = header.version == kInt8FileVersion;
+  const bool before = header.version <= kVersionsBefore;
+  auto code = front.take<int64_t>(uint64_t{header.steps} * (kStepFields - before), "steps");
+  if (before) code = with_last_field(code, header.steps);
+  const bool int8 = header.version + (before ? kVersionsBefore : 0) == kInt8FileVersion;
   const auto grid_entries = front.take<GridEntry>(int8 ? header.maps : 0, "grids");
   const auto multipliers = front.take<int64_t>(int8 ? header.steps : 0, "multipliers");
   const auto entries = front.take<Entry>(header.tensors, "tensors");

@@ -1,7 +1,7 @@
 // The gather GEMM on tiles in bfloat16, with float32 sums.
 #pragma once
 
-#include "tile_gemm.h"
+#include "tile_shifts.h"
 
 namespace quincunx {
 namespace QX_ISA {
@@ -34,21 +34,42 @@ struct PairTiles {
   static QX_INLINE End end(const GatherGemm& g, int64_t o0, int64_t count) { return epilogue<uint16_t>(g, o0, count); }
   static QX_INLINE bool full(const End& e) { return (!e.residual || e.added >= e.count) && e.activation <= kRelu6; }
 
-  template <bool ADDED, bool SECOND>
+  // NV vectors side by side: all of a row
+  template <int NV, bool ADDED, bool SECOND>
   static QX_INLINE void finish_full(const Unfinished<PairTiles>& u, int64_t last) {
     const End& e = u.e;
     const Bounds bounds(e.activation);
-    for (int64_t at = 0; at < u.width; at += kLanes) {
-      const vf bias = e.bias ? load(e.bias + at) : vf{};
-      const vf scale = SECOND ? load(e.scale + at) : vf{}, shift = SECOND ? load(e.shift + at) : vf{};
-      for (int64_t r = u.done; r < last; ++r) {
-        vf value = load(u.sums + r * u.width + at) + bias;
-        if (ADDED && (!SECOND || e.residual)) value += load(e.residual + u.residual[r] + at);
-        value = bounds.of(value);
-        if (!SECOND || e.out) store(e.out + u.place[r] + at, value);
-        if (SECOND) store(e.out2 + u.place[r] + at, at_least(value * scale + shift, 0.0f));
+    vf bias[NV], scale[NV], shift[NV];
+    for (int v = 0; v < NV; ++v) {
+      bias[v] = e.bias ? load(e.bias + v * kLanes) : vf{};
+      scale[v] = SECOND ? load(e.scale + v * kLanes) : vf{};
+      shift[v] = SECOND ? load(e.shift + v * kLanes) : vf{};
+    }
+    for (int64_t r = u.done; r < last; ++r) {
+      if (u.place[r] < 0) continue;
+      vf value[NV];
+      for (int v = 0; v < NV; ++v) {
+        value[v] = load(u.sums + r * u.width + v * kLanes) + bias[v];
+        if (ADDED && (!SECOND || e.residual)) value[v] += load(e.residual + u.residual[r] + v * kLanes);
+        value[v] = bounds.of(value[v]);
+      }
+      if (!SECOND || e.out) store_all(e.out + u.place[r], value);
+      if (SECOND) {
+        for (int v = 0; v < NV; ++v) value[v] = at_least(value[v] * scale[v] + shift[v], 0.0f);
+        store_all(e.out2 + u.place[r], value);
       }
     }
+  }
+  template <int NV>
+  static QX_INLINE void store_all(uint16_t* to, const vf (&values)[NV]) {
+#ifdef QX_NARROW_TWO_BF16
+    if constexpr (NV == 2) {
+      typedef uint32_t Loose __attribute__((vector_size(QX_BYTES), aligned(2), may_alias));
+      *reinterpret_cast<Loose*>(to) = QX_NARROW_TWO_BF16(values[0], values[1]);
+      return;
+    }
+#endif
+    for (int v = 0; v < NV; ++v) store(to + v * kLanes, values[v]);
   }
 
   static QX_INLINE void finish_some(const Unfinished<PairTiles>& u, int64_t r) {
@@ -67,15 +88,26 @@ struct PairTiles {
     }
   }
 
-  static QX_INLINE void finish(const Unfinished<PairTiles>& u, int64_t last) {
-    if (!u.full) {
-      for (int64_t r = u.done; r < last; ++r) finish_some(u, r);
-    } else if (u.e.out2) {
-      finish_full<true, true>(u, last);
+  template <int NV>
+  static QX_INLINE void finish_full(const Unfinished<PairTiles>& u, int64_t last) {
+    if (u.e.out2) {
+      finish_full<NV, true, true>(u, last);
     } else if (u.e.residual) {
-      finish_full<true, false>(u, last);
+      finish_full<NV, true, false>(u, last);
     } else {
-      finish_full<false, false>(u, last);
+      finish_full<NV, false, false>(u, last);
+    }
+  }
+  static QX_INLINE void finish(const Unfinished<PairTiles>& u, int64_t last) {
+    constexpr int kOfTile = kTileOutputs / kLanes;
+    if (!u.full) {
+      for (int64_t r = u.done; r < last; ++r) {
+        if (u.place[r] >= 0) finish_some(u, r);
+      }
+    } else if (u.width > kTileOutputs) {
+      finish_full<2 * kOfTile>(u, last);
+    } else {
+      finish_full<kOfTile>(u, last);
     }
   }
 

@@ -30,7 +30,7 @@ constexpr int64_t kStepChannels = kTileBytes / int64_t{sizeof(typename K::Input)
 template <class K>
 constexpr int64_t kTileElements = kTileSize / int64_t{sizeof(typename K::Input)};
 constexpr int64_t kPanelTiles = 2, kMostTiles = 4;  // of outputs side by side, of rows one below the other
-constexpr int64_t kSliceTaps = 64;                  // taps at a time
+constexpr int64_t kSliceTaps = kMostShiftTaps;      // taps at a time
 constexpr int64_t kPairRows = 2 * kTileHeight;      // of a register tile of 32 outputs
 constexpr int64_t kChunkTiles = 32;                 // tiles of rows that share one pass over the weights
 constexpr int64_t kCopyAhead = 2;                   // steps from copying a tile to reading it
@@ -559,27 +559,6 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
     }
   }
   TileUnit::release();
-}
-
-template <class K>
-__attribute__((noinline)) void tile_run_on_stack(const GatherGemm& g, Cut cut, int64_t part) {
-  alignas(64) char memory[kJointBytes + kLeastBytes];
-  tile_run_in<K>(g, cut, part, memory, kLeastBytes);
-}
-
-template <class K>
-void tile_run(const GatherGemm* g, Cut cut, int64_t part) {
-  if (!g->weight) return K::mean(*g, cut, part);
-  // half of the second-level cache for copied inputs, the rest for weights and maps
-  const int64_t copy_bytes = most(kLeastBytes, level2_bytes() / 2);
-  char* memory = thread_scratch(kJointBytes + copy_bytes);
-  if (memory == nullptr) return tile_run_on_stack<K>(*g, cut, part);
-  tile_run_in<K>(*g, cut, part, memory, copy_bytes);
-}
-
-template <class K>
-constexpr ForwardKernels tile_kernels() {
-  return ForwardKernels{sizeof(typename K::Input) == 2, &tile_packed_size<K>, &tile_pack<K>, &tile_cut<K>, &tile_run<K>};
 }
 
 }  // namespace

@@ -96,6 +96,7 @@ void check_bytes(const std::string& name, const Int8Kernels& int8, const Case& c
   g.rows = c.rows.data();
   g.taps = c.tap_list.data();
   g.groups = c.sizes.data();
+  g.shifts = c.shifts.empty() ? nullptr : c.shifts.data();
   const bool first = generator() % 4, second = !first || generator() % 2;
   g.out = first ? result.data.get() : nullptr;
   g.out2 = second ? result2.data.get() : nullptr;

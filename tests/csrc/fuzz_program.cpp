@@ -120,7 +120,7 @@ int main(int argc, char** argv) {
     const Bytes& seed = seeds[i % seeds.size()];
     Header header;
     std::memcpy(&header, seed.data(), sizeof header);
-    size_t front = sizeof header + 8 * header.outputs + 40 * header.maps + 152 * header.steps + 48 * header.tensors;
+    size_t front = sizeof header + 8 * header.outputs + 40 * header.maps + 8 * kStepFields * header.steps + 48 * header.tensors;
     if (header.version == kInt8FileVersion) front += sizeof(GridEntry) * header.maps + 8 * header.steps;
     Bytes bytes = seed;
     mutate(bytes, front);

@@ -103,7 +103,7 @@ void compare(const std::string& what, double got, double want, double scale, dou
 
 struct Case {
   int64_t groups, in_per, out_per, taps, batch, rows_in, residual_channels, residual_size;
-  std::vector<int32_t> index, rows, tap_list, sizes, residual_rows;
+  std::vector<int32_t> index, rows, tap_list, sizes, residual_rows, shifts;
   int64_t in() const { return groups * in_per; }
   int64_t out() const { return groups * out_per; }
 };
@@ -141,7 +141,14 @@ Case random_case() {
   return c;
 }
 
+// Whatever a thread's memory holds from before must not reach a result.
+void spoil_scratch() {
+  constexpr int64_t kBytes = 1 << 21;
+  if (char* memory = thread_scratch(kBytes)) std::memset(memory, 0xff, kBytes);
+}
+
 void check_forward(const std::string& name, const ForwardKernels& kernels, bool bf16, const Case& c) {
+  spoil_scratch();
   const int64_t out = c.out(), rows_out = c.rows.size();
   Array x(c.batch * c.rows_in * c.in(), bf16), weight(out * c.in_per * c.taps, bf16);
   Array bias(out, false), scale(out, false), shift(out, false), slope(out, false);
@@ -199,6 +206,7 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   g.rows = c.rows.data();
   g.taps = c.tap_list.data();
   g.groups = c.sizes.data();
+  g.shifts = c.shifts.empty() ? nullptr : c.shifts.data();
   const bool first = generator() % 4, second = !first || generator() % 2;
   g.out = first ? result.bytes.get() : nullptr;
   g.out2 = second ? result2.bytes.get() : nullptr;
@@ -297,6 +305,54 @@ Case few_case() {
   std::shuffle(c.rows.begin(), c.rows.end(), generator);
   for (size_t i = 0; i < c.rows.size(); ++i) c.residual_rows.push_back(generator() % c.residual_size);
   for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows}) *table = exact(*table);
+  return c;
+}
+
+// Taps that are shifts: classes of outputs that read lines of slots, and the tables that say the same.
+Case shifted_case() {
+  Case c = random_case();
+  c.groups = 1, c.taps = pick({2, 5, 9, 25}), c.batch = pick({1, 1, 2, 3, 11, 70});
+  c.residual_channels = pick({0, c.out(), (c.out() + 1) / 2});
+  c.index.clear(), c.rows.clear(), c.tap_list.clear(), c.sizes.clear(), c.residual_rows.clear();
+  struct Class {
+    std::vector<int32_t> taps, offsets;
+    int64_t positions;
+  };
+  std::vector<Class> classes(pick({1, 1, 2, 4}));
+  int64_t slots = pick({0, 3});
+  for (Class& own : classes) {
+    own.positions = pick({1, 15, 33, 70, 300});
+    const int64_t line = pick({3, 19}), first = pick({0, 5});
+    for (int64_t t = 0; t < c.taps; ++t) {
+      if (generator() % 5 == 0) continue;
+      own.taps.push_back(int32_t(t));
+      own.offsets.push_back(int32_t(first + t / 3 * line + t % 3));
+      slots = std::max<int64_t>(slots, own.offsets.back() + own.positions);
+    }
+  }
+  std::vector<int32_t> inputs(slots), outputs, body;
+  for (int32_t& row : inputs) row = int32_t(generator() % (c.rows_in + 1)) - 1;
+  c.shifts = {int32_t(classes.size()), int32_t(slots)};
+  for (const Class& own : classes) {
+    c.shifts.insert(c.shifts.end(), {int32_t(own.taps.size()), int32_t(own.positions)});
+    body.insert(body.end(), own.taps.begin(), own.taps.end());
+    body.insert(body.end(), own.offsets.begin(), own.offsets.end());
+    int32_t count = 0;
+    for (int64_t q = 0; q < own.positions; ++q) {
+      const bool needed = generator() % 6 > 0;
+      body.push_back(needed ? int32_t(c.rows.size()) : -1);
+      if (!needed) continue;
+      ++count;
+      c.rows.push_back(int32_t(c.rows.size()));
+      for (const int32_t offset : own.offsets) c.index.push_back(inputs[offset + q]);
+    }
+    c.sizes.insert(c.sizes.end(), {count, int32_t(own.taps.size())});
+    c.tap_list.insert(c.tap_list.end(), own.taps.begin(), own.taps.end());
+  }
+  c.shifts.insert(c.shifts.end(), body.begin(), body.end());
+  c.shifts.insert(c.shifts.end(), inputs.begin(), inputs.end());
+  for (size_t i = 0; i < c.rows.size(); ++i) c.residual_rows.push_back(generator() % c.residual_size);
+  for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows, &c.shifts}) *table = exact(*table);
   return c;
 }
 
@@ -658,22 +714,24 @@ void spoil(std::vector<int32_t>& v, int32_t limit) {
 
 // Whatever the checks let through stays inside its arrays, and leaves no output unwritten.
 void check_spoilt(const std::string& name, const ForwardKernels& kernels, bool bf16) {
-  Case c = random_case();
+  Case c = generator() % 2 ? random_case() : shifted_case();
   c.in_per = pick({1, 3, 17}), c.out_per = pick({1, 15, 33}), c.batch = pick({1, 2});
   const int64_t out = c.out(), rows_out = c.rows.size();
   for (int64_t times = generator() % 3; times > 0; --times) {
-    switch (generator() % 4) {
+    switch (generator() % (c.shifts.empty() ? 4 : 8)) {
       case 0: spoil(c.index, c.rows_in); break;
       case 1: spoil(c.rows, rows_out); break;
       case 2: spoil(c.tap_list, c.taps); break;
-      default: spoil(c.sizes, rows_out);
+      case 3: spoil(c.sizes, rows_out); break;
+      default: spoil(c.shifts, pick({c.rows_in, rows_out, c.taps}));
     }
   }
-  Entries index(c.index), rows(c.rows), taps(c.tap_list), sizes(c.sizes);
+  Entries index(c.index), rows(c.rows), taps(c.tap_list), sizes(c.sizes), shifts(c.shifts);
   GatherGemm g{};
   g.batch = c.batch, g.rows_in = c.rows_in, g.rows_out = rows_out;
   g.in_channels = c.in(), g.out_channels = out, g.channel_groups = c.groups, g.num_taps = c.taps;
   if (!passes([&] { check_tables(g, index.table, rows.table, taps.table, sizes.table); })) return;
+  if (!c.shifts.empty() && !passes([&] { check_shifts(g, shifts.table); })) return;
   Array x(c.batch * c.rows_in * c.in(), bf16), weight(out * c.in_per * c.taps, bf16);
   Array result(c.batch * rows_out * out, bf16, false);
   Array packed(kernels.packed_size(out, c.in_per, c.taps, c.groups), kernels.packs_bf16, false);
@@ -939,6 +997,9 @@ int main(int argc, char** argv) {
       check_forward(name + " few channels float32", kernels.f32, false, few);
       check_forward(name + " few channels bfloat16", kernels.bf16, true, few);
       check_bytes(name + " few channels int8", kernels.int8, few);
+      const Case shifted = shifted_case();
+      check_forward(name + " shifts bfloat16", kernels.bf16, true, shifted);
+      check_bytes(name + " shifts int8", kernels.int8, shifted);
       if (i % 5 == 0) check_forward(name + " deep bfloat16", kernels.bf16, true, deep_case(i / 5));
       if (i % 10 == 5) {
         const int64_t before = std::exchange(scratch_limit, 0);
@@ -976,11 +1037,13 @@ int main(int argc, char** argv) {
     for (int i = 0; i < rounds / 2; ++i) {
       check_forward("trapped amx", qx_bf16_amx, true, random_case());
       check_forward("trapped amx depthwise", qx_bf16_amx, true, depthwise_case());
+      check_forward("trapped amx shifts", qx_bf16_amx, true, shifted_case());
       if (i % 10 == 0) check_forward("trapped amx deep", qx_bf16_amx, true, deep_case(i / 10));
       check_mean("trapped amx", qx_bf16_amx, true);
       check_spoilt("trapped amx", qx_bf16_amx, true);
       check_bytes("trapped amx int8", qx_int8_amx, random_case());
       check_bytes("trapped amx int8 depthwise", qx_int8_amx, depthwise_case());
+      check_bytes("trapped amx int8 shifts", qx_int8_amx, shifted_case());
       check_bytes("trapped amx int8 few channels", qx_int8_amx, few_case());
       if (i % 10 == 0) check_bytes("trapped amx int8 deep", qx_int8_amx, deep_case(i / 10));
       check_bytes_mean("trapped amx int8", qx_int8_amx.forward);

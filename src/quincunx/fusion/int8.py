@@ -56,7 +56,7 @@ from quincunx.fusion.steps import (
     shortcut_rows,
     tables,
 )
-from quincunx.ops import native_int8
+from quincunx.ops import native, native_int8
 from quincunx.ops.int8 import Grid, accumulate, dequantise, end, fill, finish, quantise
 from quincunx.ops.plan import fill_plan, forward_plan, window_plan
 
@@ -282,7 +282,8 @@ def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], rea
         assert step.integers is not None  # noqa: S101  # the caller asked
         return INT8_WEIGHTS, native_int8.pack(step.integers, step.groups, step.kind == "transposed")
 
-    lines = [made for line in stage.lines for made in kernel_lines(line, maps, grids, packed)]
+    in_lines = native.reads_shifts(torch.uint8)
+    lines = [made for line in stage.lines for made in kernel_lines(line, maps, grids, packed, in_lines)]
     written = list(dict.fromkeys(name for line in lines for name in line.writes))
     inputs = list(dict.fromkeys(name for line in lines for name in line.reads if name not in written))
     shapes = {name: maps[map_of(name)] for name in (*inputs, *written)}
@@ -322,6 +323,7 @@ def kernel_lines(
     maps: Mapping[str, Map],
     grids: Mapping[str, Grid],
     weight_of: Callable[[Int8Step], tuple[int, Tensor]],
+    in_lines: bool = True,
 ) -> list[Line]:
     """Return a line as the kernels run it, with tables and tensors, among them the "multiplier" of sums.
 
@@ -329,6 +331,7 @@ def kernel_lines(
         line: names of maps.
         maps, grids: of the maps, by name without form.
         weight_of: a step's integers as the lines hold them, and what kind of tensor that is.
+        in_lines: add tables of shifts.
     """
     made = Line(line.work, line.x, line.out, line.out2, line.residual)
     if line.work == COPY:
@@ -357,6 +360,8 @@ def kernel_lines(
         made.tensors |= {"weight": weight_of(step), "multiplier": (FLOATS, multiplier)}
         made.tensors |= floats(bias=step.bias)
         made.values["channel_groups"] = step.groups
+        if in_lines and step.groups == 1 and step.taps > 1 and len(plan.shifts):
+            made.tensors["shifts"] = (TABLE, plan.shifts)
     made.tensors |= floats(scale2=step.scale2, shift2=step.shift2, slope=step.slope)
     made.values["activation"] = int(step.activation)
     if line.residual is not None and step.shortcut is not None:

@@ -82,6 +82,10 @@ class Lines:
         """A convolution's weight as the lines hold it."""
         raise NotImplementedError
 
+    def in_lines(self, step: Step) -> bool:
+        """Whether a step's kernel gains from a table of shifts; where it is not known, one is made."""
+        return True
+
     def step(self, step: Step) -> None:
         if step.filling is not None:
             return self.fitted(step)
@@ -94,6 +98,8 @@ class Lines:
                 bias=step.bias, scale2=step.scale2, shift2=step.shift2, slope=step.slope
             )
             line.values |= {"channel_groups": step.groups, "activation": int(step.activation)}
+            if step.groups == 1 and step.taps > 1 and self.in_lines(step) and len(plan.shifts):
+                line.tensors["shifts"] = (TABLE, plan.shifts)
         if step.shortcut is not None:
             source = self.maps[step.shortcut.source]
             line.residual = step.shortcut.source

@@ -108,6 +108,7 @@ class StepCode(NamedTuple):
     activation: int
     slope: int
     work: int = 0
+    shifts: int = -1
 
 
 def coded(line: Line, numbers: Mapping[str, int]) -> StepCode:
@@ -203,6 +204,9 @@ _CALLS: WeakValueDictionary[int, NativeCall] = WeakValueDictionary()
 
 class _Packed(Lines):
     """With weights as the kernels of this processor read them."""
+
+    def in_lines(self, step: Step) -> bool:
+        return native.reads_shifts(step.weight.dtype)
 
     def weight_of(self, step: Step) -> Tensor:
         return native.pack(step.weight, step.groups, step.kind == "transposed")

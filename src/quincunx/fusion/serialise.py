@@ -52,7 +52,7 @@ from quincunx.ops.plan import window_plan
 
 __all__ = ["NativePiece", "TorchPiece", "load_program", "pieces", "program_bytes", "programs"]
 
-_MAGIC, _VERSION, _INT8_VERSION = b"QUINCUNX", 1, 2
+_MAGIC, _VERSION, _INT8_VERSION = b"QUINCUNX", 3, 4
 _HEADER = struct.Struct("<8s2I5II Q12sI")
 _ENTRY = struct.Struct("<2I4qq")
 _GRID = struct.Struct("<2ifI")

@@ -89,6 +89,13 @@ def tile_formats() -> str:
     return str(torch.ops.quincunx_native.tile_formats())
 
 
+@lru_cache(maxsize=8)
+def reads_shifts(dtype: torch.dtype) -> bool:
+    """Return whether the chosen kernels gain from ``Plan.shifts`` for maps of this type."""
+    name = {torch.bfloat16: "bfloat16", torch.uint8: "int8"}.get(dtype)
+    return name is not None and name in tile_formats().split(" and ")
+
+
 def tiles_refused() -> str:
     """Return why this process cannot multiply on AMX tiles; empty if it can."""
     return str(torch.ops.quincunx_native.tiles_refused())
@@ -233,6 +240,7 @@ def _gather_gemm(
     groups: int,
     residual: Tensor | None = None,
 ) -> Tensor:
+    in_lines = groups == 1 and taps > 1 and reads_shifts(x.dtype) and len(plan.shifts) > 0
     out, _ = torch.ops.quincunx_native.gather_gemm(
         x,
         packed,
@@ -249,6 +257,7 @@ def _gather_gemm(
         taps,
         groups,
         0,
+        plan.shifts if in_lines else None,
     )
     result: Tensor = out
     return result

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count as counter
 from operator import itemgetter
 from typing import TypeVar
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quincunx.ops.geometry import Geometry
+from quincunx.ops.shifts import Reads, shift_table
 from quincunx.sampling import Cosets, Sampling, from_spec
 
 __all__ = [
@@ -64,6 +65,7 @@ class Plan:
         groups: [G, 2]; (positions, taps) of each group.
         out_size: the output map's (height, width).
         in_rows: number of rows of the input map.
+        reads_of: makes the same by rows and columns.
     """
 
     index: Tensor
@@ -72,6 +74,15 @@ class Plan:
     groups: Tensor
     out_size: tuple[int, int]
     in_rows: int
+    reads_of: Callable[[], Reads] | None = None
+
+    @cached_property
+    def shifts(self) -> Tensor:
+        """The table of :func:`quincunx.ops.shifts.shift_table`; made when it is first asked for."""
+        if self.reads_of is None:
+            return torch.zeros(0, dtype=torch.int32)
+        with torch.inference_mode(False):
+            return shift_table(self.reads_of())
 
     @property
     def reads(self) -> int:
@@ -130,17 +141,37 @@ def _nearest(mask: Tensor) -> Tensor:
     return result.flatten()
 
 
-def _input_rows(geometry: Geometry, positions: Tensor, grid_width: int, height: int, width: int) -> Tensor:
-    """Return the input row behind each tap of each output position, [len(positions), taps], -1 outside."""
+def _taps(geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """The rows and the columns of the taps, as distances from the first."""
     kh, kw = geometry.kernel
-    row = torch.div(positions, grid_width, rounding_mode="floor")
-    col = positions - row * grid_width
-    tap_r = (torch.arange(kh) * geometry.dilation[0]).repeat_interleave(kw)
-    tap_c = (torch.arange(kw) * geometry.dilation[1]).repeat(kh)
+    rows = (torch.arange(kh) * geometry.dilation[0]).repeat_interleave(kw)
+    return rows, (torch.arange(kw) * geometry.dilation[1]).repeat(kh)
+
+
+def _two(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    row = torch.div(positions, width, rounding_mode="floor")
+    return row, positions - row * width
+
+
+def _read_positions(geometry: Geometry, positions: Tensor, grid_width: int) -> tuple[Tensor, Tensor]:
+    """Return row and column behind each tap of each output position, [len(positions), taps], also outside."""
+    (row, col), (tap_r, tap_c) = _two(positions, grid_width), _taps(geometry)
     r = row[:, None] * geometry.stride[0] - geometry.padding[0] + tap_r
     c = col[:, None] * geometry.stride[1] - geometry.padding[2] + tap_c
+    return r, c
+
+
+def _input_rows(geometry: Geometry, positions: Tensor, grid_width: int, height: int, width: int) -> Tensor:
+    """Return the input row behind each tap of each output position, [len(positions), taps], -1 outside."""
+    r, c = _read_positions(geometry, positions, grid_width)
     inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
     return torch.where(inside, r * width + c, -1)
+
+
+def _period(spec: str) -> int:
+    """Of the lattice of a sampling; 1 for one without."""
+    sampling = from_spec(spec) if spec else None
+    return sampling.period if isinstance(sampling, Cosets) else 1
 
 
 @_kept
@@ -170,6 +201,13 @@ def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source:
         in_rows = int(position_index(source, height, width).shape[0])
     taps = geometry.kernel[0] * geometry.kernel[1]
     count = int(positions.shape[0])
+
+    def reads() -> Reads:
+        outputs = torch.stack(_two(positions, grid[1]), -1)
+        inputs = torch.stack(_read_positions(geometry, positions, grid[1]), -1)
+        rows, entries = torch.arange(count), table.numel()
+        return Reads(outputs, inputs, table, rows, entries, geometry.stride, _period(spec), False)
+
     return Plan(
         index=table.flatten().int(),
         rows=torch.arange(count, dtype=torch.int32),
@@ -177,6 +215,7 @@ def forward_plan(spec: str, geometry: Geometry, height: int, width: int, source:
         groups=torch.tensor([[count, taps]], dtype=torch.int32),
         out_size=out_size,
         in_rows=in_rows,
+        reads_of=reads,
     )
 
 
@@ -215,6 +254,16 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
         blocks.append(table[members][:, active].flatten())
         tap_lists.append(active)
         meta.append((count, int(active.shape[0])))
+
+    def reads() -> Reads:
+        own, (tap_r, tap_c) = torch.stack(_two(torch.arange(height * width), width), -1), _taps(geometry)
+        top, _, left, _ = geometry.padding
+        # where a tap lies between two rows or columns, no output of its class reads it
+        r = (own[:, :1] + top - tap_r).div(geometry.stride[0], rounding_mode="floor")
+        c = (own[:, 1:] + left - tap_c).div(geometry.stride[1], rounding_mode="floor")
+        rows, entries = torch.arange(height * width), sum(map(torch.numel, blocks))
+        return Reads(own, torch.stack((r, c), -1), table, rows, entries, geometry.stride, _period(spec), True)
+
     return Plan(
         index=torch.cat(blocks).int(),
         rows=order.int(),
@@ -222,6 +271,7 @@ def adjoint_plan(spec: str, geometry: Geometry, height: int, width: int) -> Plan
         groups=torch.tensor(meta, dtype=torch.int32),
         out_size=(height, width),
         in_rows=m,
+        reads_of=reads,
     )
 
 

@@ -1,0 +1,417 @@
+// The gather GEMM on tiles where taps are shifts (ops/shifts.py): a part's inputs are copied once in the order of the
+// table's slots, and every tile of 16 outputs is read in place there, whatever the tap. tile_gemm.h is the general form:
+// it copies a tile for each tap, but has no rows of a tile that nobody needs.
+#pragma once
+
+#include "tile_gemm.h"
+
+namespace quincunx {
+namespace QX_ISA {
+namespace {
+
+constexpr int64_t kMostRanges = kMostShiftClasses * kSliceTaps, kMostSegments = 64;
+// What a step of a tile takes, in products of a panel whose inputs lie in lines: one of copied tiles, which come from a
+// farther cache; to copy a tile, and to copy a slot.
+constexpr double kCopiedStep = 1.25, kTileCopy = 1.5, kSlotCopy = 0.1;
+
+// A part of an image's outputs, for all classes: positions [first, last).
+struct Segment {
+  int64_t image, first, last;
+};
+
+// The table, and how a part's slots lie in memory: pieces of the slots, each as many as `length` outputs read.
+struct ShiftPlan {
+  struct Class {
+    int64_t taps, count;
+    const int32_t *tap, *offset, *row;
+  };
+  struct Range {
+    int64_t first, last, place;  // slots [first, last + reach), from slot `place` of the memory on
+  };
+  Class classes[kMostShiftClasses];
+  int64_t num_classes, num_slots, longest = 0, reach = 0, slots_used = 0, num_ranges = 0;
+  const int32_t* slots;
+  Range ranges[kMostRanges];
+
+  explicit ShiftPlan(const GatherGemm& g) {
+    const int32_t *head = g.shifts, *body = head + 2 + 2 * head[0];
+    num_classes = head[0];
+    num_slots = head[1];
+    for (int64_t c = 0; c < num_classes; ++c) {
+      Class& own = classes[c];
+      own.taps = head[2 + 2 * c];
+      own.count = head[3 + 2 * c];
+      own.tap = body;
+      own.offset = body + own.taps;
+      own.row = own.offset + own.taps;
+      body = own.row + own.count;
+      longest = most(longest, own.count);
+    }
+    slots = body;
+  }
+
+  // what outputs [q, q + positions) of every class read, whatever q, and as many slots more as the last step reads
+  void cover(int64_t positions, int64_t joined) {
+    reach = positions + joined - 1;
+    num_ranges = 0;
+    for (int64_t c = 0; c < num_classes; ++c) {
+      for (int64_t t = 0; t < classes[c].taps; ++t) add(classes[c].offset[t]);
+    }
+    slots_used = 0;
+    for (int64_t r = 0; r < num_ranges; ++r) {
+      ranges[r].place = slots_used;
+      slots_used += ranges[r].last - ranges[r].first + reach;
+    }
+    slots_used += 2 * kTileHeight;  // what the last tile has too many, and the last row of it
+  }
+  QX_INLINE int64_t place_of(int64_t offset) const {
+    for (int64_t r = 0;; ++r) {
+      if (offset <= ranges[r].last) return ranges[r].place + offset - ranges[r].first;
+    }
+  }
+
+ private:
+  // keeps ranges apart and in order
+  void add(int64_t offset) {
+    int64_t r = 0;
+    while (r < num_ranges && ranges[r].last + reach < offset) ++r;
+    if (r == num_ranges || offset + reach < ranges[r].first) {
+      for (int64_t i = num_ranges++; i > r; --i) ranges[i] = ranges[i - 1];
+      ranges[r] = Range{offset, offset, 0};
+      return;
+    }
+    ranges[r].first = least(ranges[r].first, offset);
+    ranges[r].last = most(ranges[r].last, offset);
+    if (r + 1 < num_ranges && ranges[r].last + reach >= ranges[r + 1].first) {
+      ranges[r].last = most(ranges[r].last, ranges[r + 1].last);
+      --num_ranges;
+      for (int64_t i = r + 1; i < num_ranges; ++i) ranges[i] = ranges[i + 1];
+    }
+  }
+};
+
+// The steps of a class: a tap each, or taps whose slots follow each other.
+struct ShiftSteps {
+  int64_t count = 0;
+  int64_t first[kSliceTaps], taps[kSliceTaps], leading[kSliceTaps];  // leading: taps before the first, not multiplied again
+
+  ShiftSteps(const ShiftPlan::Class& c, int64_t joined) {
+    for (int64_t t = 0; t < c.taps;) {
+      int64_t run = 1;
+      while (t + run < c.taps && c.offset[t + run] == c.offset[t] + run) ++run;
+      for (int64_t at = 0; at < run; at += joined, ++count) {
+        // a step that would reach beyond its run starts before it
+        const int64_t back = least(at, most(0, at + joined - run));
+        first[count] = t + at - back;
+        leading[count] = back;
+        taps[count] = least(joined, run - at) + back;
+      }
+      t += run;
+    }
+  }
+};
+
+// Whether all values are finite: weights of 0 do not make up for others.
+template <class Input>
+bool all_finite(const Input* values, int64_t count) {
+  if constexpr (sizeof(Input) == 2) {
+    Input infinite = 0;
+    for (int64_t i = 0; i < count; ++i) infinite |= (values[i] & 0x7f80) == 0x7f80;
+    return infinite == 0;
+  }
+  return true;
+}
+
+template <class K>
+struct Slots {
+  typedef typename K::Input Input;
+  const GatherGemm& g;
+  const ShiftPlan& plan;
+  const TileDepth<K>& depth;
+  const int64_t pitch;
+  const char* outside;
+
+  // copy(from, to, missing) for each slot of the segment
+  template <class Copy>
+  QX_INLINE void each(const Segment& segment, char* memory, const Copy& copy) const {
+    const int64_t row_bytes = g.in_channels * int64_t{sizeof(Input)};
+    const char* image = static_cast<const char*>(g.x) + segment.image * g.rows_in * row_bytes;
+    for (int64_t r = 0; r < plan.num_ranges; ++r) {
+      const ShiftPlan::Range& range = plan.ranges[r];
+      // weights of 0 do not make up for what memory may hold
+      const int64_t last = range.last + segment.last + depth.joined - 1;
+      char* to = memory + range.place * pitch;
+      for (int64_t slot = range.first + segment.first; slot < last; ++slot, to += pitch) {
+        const int64_t row = slot < plan.num_slots ? plan.slots[slot] : -1;
+        copy(row < 0 ? outside : image + row * row_bytes, to, row < 0);
+      }
+    }
+  }
+  // of fewer channels than a tile's row has
+  template <int BYTES>
+  void narrow(const Segment& segment, char* memory) const {
+    typedef Piece<Input, BYTES> P;
+    typename P::Type kept;
+    P::mask(g.in_channels, kept);
+    const uintptr_t end = the_end();
+    const int64_t channels = g.in_channels;
+    each(segment, memory, [&](const char* from, char* to, bool) __attribute__((always_inline)) {
+      P::copy(from, to, channels, kept, end);
+    });
+  }
+  void wide(const Segment& segment, char* memory) const {
+    typedef Piece<Input, kTileBytes> P;
+    typedef typename P::Loose Loose;
+    const int64_t lines = g.in_channels / kStepChannels<K>, left = g.in_channels % kStepChannels<K>;
+    const uintptr_t end = the_end();
+    typename P::Type kept;
+    P::mask(left, kept);
+    each(segment, memory, [&](const char* from, char* to, bool missing) __attribute__((always_inline)) {
+      const int64_t step = missing ? 0 : kTileBytes;
+      for (int64_t line = 0; line < lines; ++line, from += step, to += kTileBytes) {
+        *reinterpret_cast<Loose*>(to) = *reinterpret_cast<const Loose*>(from);
+      }
+      if (left) P::copy(from, to, left, kept, end);
+    });
+  }
+  void copy(const Segment& segment, char* memory) const {
+    switch (pitch) {
+      case 4: return narrow<4>(segment, memory);
+      case 8: return narrow<8>(segment, memory);
+      case 16: return narrow<16>(segment, memory);
+      case 32: return narrow<32>(segment, memory);
+      default: return wide(segment, memory);
+    }
+  }
+  uintptr_t the_end() const {
+    return reinterpret_cast<uintptr_t>(static_cast<const Input*>(g.x) + g.batch * g.rows_in * g.in_channels);
+  }
+};
+
+// The rows of up to kMostTiles tiles: where each writes, -1 for what nobody needs.
+struct ShiftRows {
+  int64_t place[kMostTiles * kTileHeight], residual[kMostTiles * kTileHeight];
+
+  // of a map of so many rows and channels
+  static QX_INLINE void places(int64_t image, int64_t map_rows, int64_t channels, const int32_t* rows, int64_t count,
+                               int64_t* to) {
+    constexpr int64_t kRows = 8;
+    typedef int32_t Rows __attribute__((vector_size(4 * kRows)));
+    typedef int32_t LooseRows __attribute__((vector_size(4 * kRows), aligned(4), may_alias));
+    typedef int64_t Places __attribute__((vector_size(8 * kRows)));
+    typedef int64_t LoosePlaces __attribute__((vector_size(8 * kRows), aligned(8), may_alias));
+    int32_t buffer[kTileHeight];
+    if (count < kTileHeight) {
+      for (int64_t r = 0; r < kTileHeight; ++r) buffer[r] = r < count ? rows[r] : -1;
+      rows = buffer;
+    }
+    const int64_t first = image * map_rows * channels;
+    for (int64_t r = 0; r < kTileHeight; r += kRows) {
+      const Rows own = *reinterpret_cast<const LooseRows*>(rows + r);
+      const Places wide = __builtin_convertvector(own, Places), place = wide * channels + first;
+      *reinterpret_cast<LoosePlaces*>(to + r) = place | (wide < 0);
+    }
+  }
+  QX_INLINE void set(const GatherGemm& g, int64_t tile, int64_t image, const int32_t* rows, int64_t count) {
+    int64_t *to = place + tile * kTileHeight, *from = residual + tile * kTileHeight;
+    places(image, g.rows_out, g.out_channels, rows, count, to);
+    if (!g.residual) return;
+    if (!g.residual_rows) return places(image, g.residual_size, g.residual_channels, rows, count, from);
+    for (int64_t r = 0; r < count; ++r) {
+      if (rows[r] < 0) continue;
+      from[r] = (image * g.residual_size + g.residual_rows[rows[r]]) * g.residual_channels;
+    }
+  }
+};
+
+// How long the outputs of a segment are: as long as they fit, and short enough for as many parts as are asked for.
+// The plan covers them then; 0 where not even a few fit.
+int64_t segment_length(ShiftPlan& plan, int64_t joined, int64_t batch, int64_t parts, int64_t slots) {
+  const int64_t wanted = ceil_div(ceil_div(plan.longest, ceil_div(parts, most(1, batch))), kPairRows) * kPairRows;
+  for (int64_t length = most(wanted, kPairRows);; length = ceil_div(length / 2, kPairRows) * kPairRows) {
+    plan.cover(length, joined);
+    if (plan.slots_used <= slots) return length;
+    if (length == kPairRows) return 0;
+  }
+}
+
+template <class K>
+int64_t slot_pitch(const GatherGemm& g, const TileDepth<K>& depth) {
+  if (depth.joined > 1) return depth.unit * int64_t{sizeof(typename K::Input)};
+  const int64_t bytes = depth.blocks * kTileBytes;
+  // an odd number of lines, so that neighbours fall into different sets of a cache
+  return bytes % (2 * kTileBytes) ? bytes : bytes + kTileBytes;
+}
+
+// Whether tiles in lines take less time than copied ones, of which there are fewer.
+template <class K>
+bool shifts_pay(const GatherGemm& g, const ShiftPlan& plan, const Cut& cut) {
+  const TileDepth<K> depth(g.in_channels, g.num_taps);
+  double in_lines = 0, copied = 0;
+  for (int64_t c = 0; c < plan.num_classes; ++c) {
+    const ShiftSteps steps(plan.classes[c], depth.joined);
+    if (steps.count > kSliceTaps / 2 && depth.joined > 1) return false;
+    in_lines += double(g.batch * ceil_div(plan.classes[c].count, kTileHeight) * steps.count);
+  }
+  for (int64_t i = 0; i < g.num_groups; ++i) {
+    copied += double(ceil_div(g.batch * g.groups[2 * i], kTileHeight) * depth.inner(g.groups[2 * i + 1]));
+  }
+  const double panels = double(ceil_div(ceil_div(g.out_channels, kTileOutputs * kPanelTiles), cut.outputs));
+  return in_lines * panels + kSlotCopy * double(g.batch * plan.num_slots) <
+         copied * (kCopiedStep * panels + kTileCopy * double(depth.joined));
+}
+
+template <class K>
+struct ShiftRun {
+  const GatherGemm& g;
+  const ShiftPlan& plan;
+  const TileDepth<K> depth;
+  const int64_t pitch;
+  char *joint, *copies;
+  Operands operands{};
+  typename K::Start start;
+  alignas(64) typename K::Sum sums[2][kMostTiles * kTileHeight * kTileOutputs];
+  ShiftRows rows[2];
+  Unfinished<K> before{};
+  int turn = 0;
+  int64_t offsets[kSliceTaps];  // of the steps of a class, in bytes
+  Source sources[kMostTiles][kSliceTaps];
+
+  ShiftRun(const GatherGemm& problem, const ShiftPlan& shifts, char* weights, char* memory, int64_t bytes)
+      : g(problem), plan(shifts), depth(problem.in_channels, problem.num_taps), pitch(slot_pitch<K>(problem, depth)),
+        joint(weights), copies(memory) {
+    operands.copies = operands.map = Area{memory, memory + bytes};
+  }
+
+  // The weights of a class's steps; of joined taps side by side.
+  void find_weights(const ShiftPlan::Class& c, const ShiftSteps& steps, const char* panel, int64_t width,
+                    const Area& all) {
+    const int64_t step_bytes = width * kTileSize, tap_bytes = depth.unit / K::kTogether * kTileBytes;
+    operands.weight_area = depth.joined == 1 ? all : Area{joint, joint + kJointBytes};
+    operands.weights_advance = depth.joined == 1 ? depth.taps * step_bytes : 0;
+    for (int64_t s = 0; s < steps.count; ++s) {
+      if (depth.joined == 1) {
+        operands.weights[s] = panel + c.tap[steps.first[s]] * step_bytes;
+        continue;
+      }
+      char* to = joint + s * step_bytes;
+      operands.weights[s] = to;
+      __builtin_memset(to, 0, step_bytes);
+      for (int64_t j = steps.leading[s]; j < steps.taps[s]; ++j) {
+        const int64_t tap = c.tap[steps.first[s] + j];
+        const char* from = panel + tap / depth.joined * step_bytes + tap % depth.joined * tap_bytes;
+        for (int64_t n = 0; n < width; ++n) {
+          __builtin_memcpy(to + n * kTileSize + j * tap_bytes, from + n * kTileSize, tap_bytes);
+        }
+      }
+    }
+  }
+
+  void run(const Segment* segments, int64_t count, int64_t first_panel, int64_t last_panel) {
+    const int64_t tiles = ceil_div(g.out_channels, kTileOutputs), all_steps = depth.steps();
+    const char* packed = static_cast<const char*>(g.weight);
+    const char* more = packed + tiles * all_steps * kTileSize;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t width = panel_width(tiles, panel), o = panel * kPanelTiles * kTileOutputs;
+      const int64_t outputs = least(width * kTileOutputs, g.out_channels - o);
+      const char* weights = packed + panel * kPanelTiles * all_steps * kTileSize;
+      const typename K::End e = K::end(g, o, outputs);
+      const bool full = outputs == width * kTileOutputs && K::full(e);
+      const int64_t high = kMostTiles / width;
+      for (int64_t number = 0; number < plan.num_classes; ++number) {
+        const ShiftPlan::Class& c = plan.classes[number];
+        const ShiftSteps steps(c, depth.joined);
+        find_weights(c, steps, weights, width, Area{packed, more});
+        start.find(g, more, c.tap, c.taps, o, tiles * kTileOutputs, width);
+        for (int64_t s = 0; s < steps.count; ++s) offsets[s] = plan.place_of(c.offset[steps.first[s]]) * pitch;
+        const Slice slice{0, steps.count, steps.count, 0, depth.blocks};
+        int64_t height = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          const Segment& segment = segments[i];
+          const char* base = copies + i * plan.slots_used * pitch;
+          for (int64_t q = segment.first; q < least(segment.last, c.count); q += kTileHeight) {
+            const char* own = base + (q - segment.first) * pitch;
+            for (int64_t s = 0; s < steps.count; ++s) sources[height][s] = Source{own + offsets[s], pitch, kTileBytes};
+            rows[turn].set(g, height, segment.image, c.row + q, least(kTileHeight, c.count - q));
+            if (++height < high) continue;
+            multiply_tiles(slice, width, height, e, full);
+            height = 0;
+          }
+        }
+        if (height) multiply_tiles(slice, width, height, e, full);
+      }
+    }
+  }
+
+  void multiply_tiles(const Slice& slice, int64_t width, int64_t height, const typename K::End& e, bool full) {
+    for (int64_t i = 0; i < height; ++i) operands.sources[i] = sources[i];
+    kMultiply<K>[width][height](operands, slice, nullptr, before, start, sums[turn], true, true);
+    before = Unfinished<K>{sums[turn], width * kTileOutputs, e, rows[turn].place, rows[turn].residual,
+                           height * kTileHeight, 0, full};
+    turn ^= 1;
+  }
+};
+
+// The outputs of one part; false if it has to be computed in the general form. memory: of `bytes`, behind kJointBytes
+template <class K>
+bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_t bytes) {
+  typedef typename K::Input Input;
+  ShiftPlan plan(g);
+  if (!shifts_pay<K>(g, plan, cut)) return false;
+  alignas(64) Input outside[kStepChannels<K>];
+  for (Input& number : outside) number = K::outside(g);
+  ShiftRun<K> run(g, plan, joint, joint + kJointBytes, bytes);
+  const int64_t length = segment_length(plan, run.depth.joined, g.batch, cut.positions, bytes / run.pitch);
+  if (length == 0) return false;
+  const int64_t together = most(1, least(kMostSegments, bytes / run.pitch / plan.slots_used));
+  const int64_t each = ceil_div(plan.longest, length), units = g.batch * each, number = part / cut.outputs;
+  const int64_t panels = ceil_div(ceil_div(g.out_channels, kTileOutputs), kPanelTiles), po = part % cut.outputs;
+  const int64_t first = units * number / cut.positions, last = units * (number + 1) / cut.positions;
+  if (run.depth.joined > 1 && !K::kZerosSuffice && last > first) {
+    // a step may read a slot of which its outputs need nothing
+    const int64_t image = first / each, images = (last - 1) / each + 1 - image, values = g.rows_in * g.in_channels;
+    if (!all_finite(static_cast<const Input*>(g.x) + image * values, images * values)) return false;
+  }
+  const Slots<K> slots{g, plan, run.depth, run.pitch, reinterpret_cast<const char*>(outside)};
+  TileUnit::configure(kFullTiles);
+  for (int64_t unit = first; unit < last; unit += together) {
+    Segment segments[kMostSegments];
+    const int64_t count = least(together, last - unit);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (unit + i) % each * length;
+      segments[i] = Segment{(unit + i) / each, at, least(plan.longest, at + length)};
+      slots.copy(segments[i], run.copies + i * plan.slots_used * run.pitch);
+    }
+    run.run(segments, count, panels * po / cut.outputs, panels * (po + 1) / cut.outputs);
+    finish(run.before, run.before.rows);  // what comes next has other slots
+  }
+  TileUnit::release();
+  return true;
+}
+
+template <class K>
+__attribute__((noinline)) void tile_run_on_stack(const GatherGemm& g, Cut cut, int64_t part) {
+  alignas(64) char memory[kJointBytes + kLeastBytes];
+  tile_run_in<K>(g, cut, part, memory, kLeastBytes);
+}
+
+template <class K>
+void tile_run(const GatherGemm* g, Cut cut, int64_t part) {
+  if (!g->weight) return K::mean(*g, cut, part);
+  // half of the second-level cache for copied inputs, the rest for weights and maps
+  const int64_t copy_bytes = most(kLeastBytes, level2_bytes() / 2);
+  char* memory = thread_scratch(kJointBytes + copy_bytes);
+  if (memory == nullptr) return tile_run_on_stack<K>(*g, cut, part);
+  const bool in_lines = g->shifts && g->channel_groups == 1 && g->num_taps > 1;
+  if (in_lines && run_shifted<K>(*g, cut, part, memory, copy_bytes)) return;
+  tile_run_in<K>(*g, cut, part, memory, copy_bytes);
+}
+
+template <class K>
+constexpr ForwardKernels tile_kernels() {
+  return ForwardKernels{sizeof(typename K::Input) == 2, &tile_packed_size<K>, &tile_pack<K>, &tile_cut<K>, &tile_run<K>};
+}
+
+}  // namespace
+}  // namespace QX_ISA
+}  // namespace quincunx
