@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "kept.h"
 #include "maps.h"
 #include "permission.h"
 #include "program.h"
@@ -30,7 +31,6 @@ using quincunx::ForwardKernels;
 using quincunx::GatherGemm;
 using quincunx::kInt32Max;
 using quincunx::Kernels;
-using quincunx::Layout;
 using quincunx::LookupConv;
 using quincunx::Map;
 using quincunx::map_type;
@@ -389,73 +389,6 @@ Tensor fitted_fill(Tensor x, const Tensor& weight, const std::optional<Tensor>& 
   return out;
 }
 
-// The tensors of a program; weights come packed.
-class Tensors final : public quincunx::Operands {
- public:
-  Tensors(const std::vector<Tensor>& tensors, const ForwardKernels& kernels)
-      : kernels_(kernels), tensors_(tensors), operands_(tensors.begin(), tensors.end()) {}
-
-  Table& table(int64_t number, const char* name) override { return at(number).table(name); }
-  const float* floats(int64_t number, const char* name, int64_t count) override {
-    return at(number).channels(name, count);
-  }
-  int64_t first_size(int64_t number, const char* name) override {
-    at(number);
-    STD_TORCH_CHECK(tensors_[number].dim() > 0, name, " must have a size");
-    return tensors_[number].sizes()[0];
-  }
-  const void* weight(int64_t number, int64_t outputs, int64_t channels, int64_t taps, int64_t groups, bool) override {
-    return at(number).weight(kernels_, kernels_.packed_size(outputs, channels, taps, groups));
-  }
-
- private:
-  Operand& at(int64_t number) {
-    STD_TORCH_CHECK(number >= 0 && number < static_cast<int64_t>(operands_.size()), "code names a tensor ", number,
-                    " that does not exist");
-    return operands_[number];
-  }
-
-  const ForwardKernels& kernels_;
-  const std::vector<Tensor>& tensors_;
-  std::vector<Operand> operands_;
-};
-
-std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> tensors,
-                                std::vector<int64_t> buffers, std::vector<int64_t> code) {
-  STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "a program needs an input [N, C, H, W]");
-  constexpr int64_t kBuffer = quincunx::kBufferFields, kStep = quincunx::kStepFields;
-  STD_TORCH_CHECK(buffers.size() % kBuffer == 0, "buffers must have ", kBuffer, " integers each");
-  STD_TORCH_CHECK(code.size() % kStep == 0, "code must have ", kStep, " integers for each step");
-  const ScalarType type = map_type(inputs[0]);
-  const Engine engine = engine_of(type);
-  const int64_t batch = inputs[0].sizes()[0], given = inputs.size();
-  Layout layout = quincunx::read_layout(buffers.data(), buffers.size() / kBuffer, given, batch);
-  std::vector<quincunx::Place> places = layout.places(size_of(type));
-  std::vector<Tensor> outputs;
-  for (size_t i = 0; i < layout.maps.size(); ++i) {
-    const Layout::Size& size = layout.maps[i];
-    if (size.kind == quincunx::Flow::kInput) {
-      const Map map = as_map(inputs[i], "input", type);
-      STD_TORCH_CHECK(map.batch == batch && map.channels == size.channels && map.height == size.height &&
-                          map.width == size.width,
-                      "input ", i, " must be [", batch, ", ", size.channels, ", ", size.height, ", ", size.width, "]");
-      places[i].base = map.data;
-    } else if (size.kind == quincunx::Flow::kOutput) {
-      outputs.push_back(empty({batch, size.channels, size.height, size.width}, type, MemoryFormat::ChannelsLast));
-      places[i].base = static_cast<char*>(outputs.back().data_ptr());
-    }
-  }
-  Tensors operands(tensors, engine.forward());
-  const auto calls = quincunx::read_steps(code.data(), code.size() / kStep, layout, operands, batch);
-  std::optional<Tensor> arena;
-  quincunx::run_calls(calls, places, layout.arena * size_of(type), batch, engine, quincunx::torch_host(),
-                      [&](int64_t bytes) {
-                        arena = empty({bytes / size_of(type)}, type);
-                        return static_cast<char*>(arena->data_ptr());
-                      });
-  return outputs;
-}
-
 std::string isa() { return quincunx::isa(); }
 int64_t level2_bytes() { return quincunx::level2_bytes(); }
 std::string tile_formats() { return quincunx::tile_formats(); }
@@ -474,7 +407,6 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
   m.def(
       "lookup_conv(Tensor x, Tensor codebooks, Tensor assignments, Tensor? bias, Tensor slots, "
       "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");
-  m.def("run_program(Tensor[] inputs, Tensor[] tensors, int[] buffers, int[] code) -> Tensor[]");
   m.def("window_max(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def("window_sum(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def(
@@ -492,7 +424,6 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
   m.impl("gather_gemm", TORCH_BOX(&gather_gemm));
   m.impl("weight_grad", TORCH_BOX(&weight_grad));
   m.impl("lookup_conv", TORCH_BOX(&lookup_conv));
-  m.impl("run_program", TORCH_BOX(&run_program));
   m.impl("window_max", TORCH_BOX(&window_max));
   m.impl("window_sum", TORCH_BOX(&window_sum));
   m.impl("fitted_fill", TORCH_BOX(&fitted_fill));
@@ -506,9 +437,19 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {
   m.impl("tiles_refused", TORCH_BOX(&tiles_refused));
 }
 
+// Not an operator: an object that is freed may be freed within whatever mode of torch.
+PyObject* drop_program(PyObject*, PyObject* number) {
+  const long long value = PyLong_AsLongLong(number);
+  if (value == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  quincunx::drop_program(value);
+  Py_RETURN_NONE;
+}
+
 // importing the module registers the operators and does nothing else
 PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr,
+  static PyMethodDef methods[] = {{"drop_program", drop_program, METH_O, "Forget a program that was kept."},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods,
                                nullptr,               nullptr,   nullptr, nullptr};
   return PyModule_Create(&module);
 }

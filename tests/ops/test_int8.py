@@ -395,7 +395,7 @@ SPOILT = {
     "NaN": (lambda a: {"scales": a["scales"] * float("nan")}, "scale must be positive and finite, got nan"),
     "doubles": (lambda a: {"scales": a["scales"].double()}, "scales must be Float"),
     "a type": (lambda a: {"types": _changed(a["types"], 0, 3)}, "type must be 0 to 2, got 3"),
-    "another type": (lambda a: {"types": _changed(a["types"], 0, 0)}, "input 0 must be a map"),
+    "another type": (lambda a: {"types": _changed(a["types"], 0, 0)}, "step 0 reads a map that is not uint8"),
     "too few": (lambda a: {"zeros": a["zeros"][1:]}, "must have 3 entries"),
     "packed": (lambda a: {"tensors": [a["tensors"][0][1:], *a["tensors"][1:]]}, "packed weight must have"),
     "no multiplier": (lambda a: {"multipliers": [-1]}, "a convolution, and nothing else, has multipliers"),
@@ -415,9 +415,13 @@ SPOILT = {
         lambda a: {"inputs": [a["inputs"][0], a["inputs"][1][:, :5]]},
         r"input 1 must be \[1, 6, 4, 4\]",
     ),
+    "real numbers": (
+        lambda a: {"inputs": [a["inputs"][0].float(), a["inputs"][1]]},
+        r"input 0 must be a map \[N, C, H, W\] of Byte",
+    ),
     "floats": (
         lambda a: {"types": _changed(a["types"], 0, 0), "inputs": [a["inputs"][0].float(), a["inputs"][1]]},
-        "reads a map that is not uint8",
+        "step 0 reads a map that is not uint8",
     ),
 }
 

@@ -34,6 +34,7 @@ from quincunx.fusion.lines import (
 )
 from quincunx.fusion.program import (
     BufferCode,
+    NativeCall,
     Program,
     Stage,
     _mean_segment,
@@ -276,25 +277,7 @@ class Divider:
 # ---------------------------------------------------------------- natively
 
 
-@dataclass
-class _Call:
-    """Lines as one native call: its arguments."""
-
-    inputs: list[str]
-    outputs: list[str]
-    grids: list[Grid | torch.dtype] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    buffers: list[int] = field(default_factory=list)
-    code: list[int] = field(default_factory=list)
-    multipliers: list[int] = field(default_factory=list)
-
-    def run(self, values: dict[str, Tensor]) -> None:
-        maps = [values[name] for name in self.inputs]
-        found = native_int8.run(maps, self.tensors, self.buffers, self.code, self.grids, self.multipliers)
-        values.update(zip(self.outputs, found, strict=True))
-
-
-def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], real: torch.dtype) -> _Call:
+def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], real: torch.dtype) -> NativeCall:
     def packed(step: Int8Step) -> tuple[int, Tensor]:
         assert step.integers is not None  # noqa: S101  # the caller asked
         return INT8_WEIGHTS, native_int8.pack(step.integers, step.groups, step.kind == "transposed")
@@ -306,13 +289,15 @@ def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], rea
     shapes = {name: maps[map_of(name)] for name in (*inputs, *written)}
     scratch = [name for name in written if name not in stage.wanted]
     offsets = arena(lines, scratch, shapes, {})
-    call = _Call(inputs, [name for name in written if name in stage.wanted])
+    call = NativeCall(inputs, [name for name in written if name in stage.wanted])
+    made_of: list[Grid | torch.dtype] = []
+    multipliers: list[int] = []
     numbers: dict[str, int] = {}
     for name in (*inputs, *written):
         kind = 0 if name in inputs else 2 if name in stage.wanted else 1
         numbers[name] = len(numbers)
         call.buffers += BufferCode(kind, shapes[name].channels, *shapes[name].stored, offsets.get(name, 0))
-        call.grids.append(grids[map_of(name)] if name.endswith(":q") else real)
+        made_of.append(grids[map_of(name)] if name.endswith(":q") else real)
     known: dict[int, tuple[int, Tensor]] = {}
 
     def number(kind: int, tensor: Tensor) -> int:
@@ -327,8 +312,9 @@ def _call(stage: _Lines, maps: Mapping[str, Map], grids: Mapping[str, Grid], rea
         named = {name: getattr(line, name) for name in ("x", "residual", "out", "out2")}
         maps_of = {name: -1 if other is None else numbers[other] for name, other in named.items()}
         tensors = {name: number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
-        call.multipliers.append(tensors.pop("multiplier", -1))
+        multipliers.append(tensors.pop("multiplier", -1))
         call.code += coded(line, maps_of | tensors)
+    call.keep(native_int8.keep(call.tensors, call.buffers, call.code, made_of, multipliers))
     return call
 
 
@@ -544,8 +530,10 @@ class Int8Program(Program):
     ) -> Callable[[dict[str, Tensor]], None]:
         """A step in real numbers, by whoever is faster at it."""
         if isinstance(step, Follower):
+            if step.kind == "mean" and natively:
+                return partial(_mean_natively, step, _mean_segment(step, maps, self.dtype))
             if step.kind == "mean":
-                return partial(_mean_natively if natively else _mean_by_reference, step, maps)
+                return partial(_mean_by_reference, step, maps)
             return partial(pool if natively and step.kind == "maxpool" else follow, step, maps)
         if not natively:
             return partial(_reference_stage, step, maps)
@@ -560,9 +548,9 @@ class Int8Program(Program):
         return _segment([step], maps, set(step.writes)).run
 
 
-def _mean_natively(step: Follower, maps: dict[str, Map], values: dict[str, Tensor]) -> None:
+def _mean_natively(step: Follower, call: NativeCall, values: dict[str, Tensor]) -> None:
     """As a program file has it, so that both give the same bits; torch's own adds in another order."""
-    _mean_segment(step, maps).run(values)
+    call.run(values)
     if not step.keepdim:
         values[step.out] = values[step.out].flatten(1)
 

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quincunx.fusion import launches
@@ -121,15 +122,16 @@ def _in_records(kind: Callable[..., Any], numbers: Sequence[int], length: int) -
     return [kind(*numbers[at : at + length]) for at in range(0, len(numbers), length)]
 
 
-def _program_flops(inputs: Any, tensors: Any, buffers: Any, code: Any, *_: Any, **__: Any) -> int:
-    """Two for each multiply-add of a program; arguments as shapes and integers."""
-    maps = _in_records(BufferCode, buffers, len(BufferCode._fields))
+def _program_flops(inputs: Any, number: int, *_: Any, **__: Any) -> int:
+    """Two for each multiply-add of a program; inputs as shapes."""
+    call = _CALLS[number]
+    maps = _in_records(BufferCode, call.buffers, len(BufferCode._fields))
     total = 0
-    for step in _in_records(StepCode, code, len(StepCode._fields)):
+    for step in _in_records(StepCode, call.code, len(StepCode._fields)):
         if step.weight < 0:
             continue  # means multiply nothing
         out = maps[step.out if step.out >= 0 else step.out2]
-        reads = tensors[step.tap_index][0]
+        reads = call.tensors[step.tap_index].shape[0]
         if step.work:
             # a fill; a class with fewer taps than another counts as many
             skipped = out.height * out.width - maps[step.x].height * maps[step.x].width
@@ -147,7 +149,7 @@ def _fill_flops(x: Any, weight: Any, bias: Any, residual: Any, index: Any, *_: A
 
 @lru_cache(maxsize=1)
 def _count_flops() -> None:
-    counted_by(_program_flops, torch.ops.quincunx_native.run_program)
+    counted_by(_program_flops, torch.ops.quincunx_native.run_kept)
     counted_by(_fill_flops, torch.ops.quincunx_native.fitted_fill)
 
 
@@ -155,20 +157,49 @@ def _count_flops() -> None:
 
 
 @dataclass
-class _Segment:
-    """Consecutive steps as one native call: its arguments."""
+class NativeCall:
+    """Consecutive steps as one native call: names of its maps, and what is kept as a program."""
 
     inputs: list[str]
     outputs: list[str]
     tensors: list[Tensor] = field(default_factory=list)
     buffers: list[int] = field(default_factory=list)
     code: list[int] = field(default_factory=list)
+    kept: native.Kept = field(init=False)
+
+    def keep(self, kept: native.Kept) -> None:
+        self.kept = kept
+        _CALLS[kept.number] = self
 
     def run(self, values: dict[str, Tensor]) -> None:
-        found = torch.ops.quincunx_native.run_program(
-            [values[name] for name in self.inputs], self.tensors, self.buffers, self.code
-        )
+        found = self.kept.run([values[name] for name in self.inputs])
         values.update(zip(self.outputs, found, strict=True))
+
+    def between(
+        self, arguments: Sequence[str], results: Sequence[str], crossing: bool
+    ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None:
+        """The call as a function from arguments to results; None if it has not all of them.
+
+        Args:
+            arguments, results: names of maps.
+            crossing: as of :meth:`quincunx.ops.native.Kept.run`.
+        """
+        if not (set(self.inputs) <= set(arguments) and set(results) <= set(self.outputs)):
+            return None
+        if self.inputs == list(arguments) and self.outputs == list(results):
+            return lambda given: tuple(self.kept.run(given, crossing))
+        reads = [arguments.index(name) for name in self.inputs]
+        writes = [self.outputs.index(name) for name in results]
+
+        def chosen(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            found = self.kept.run([given[number] for number in reads], crossing)
+            return tuple([found[number] for number in writes])
+
+        return chosen
+
+
+# native calls by the numbers of their programs
+_CALLS: WeakValueDictionary[int, NativeCall] = WeakValueDictionary()
 
 
 class _Packed(Lines):
@@ -181,28 +212,28 @@ class _Packed(Lines):
         return native.pack(step.weight, step.groups, step.kind == "transposed")
 
 
-def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> _Segment:
+def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> NativeCall:
     """Tables, packed weights, buffers and code of consecutive steps."""
     packed = _Packed(maps)
     for step in steps:
         packed.step(step)
-    return _of_lines(packed, wanted)
+    return _of_lines(packed, wanted, steps[0].weight.dtype)
 
 
-def _mean_segment(step: Follower, maps: dict[str, Map]) -> _Segment:
+def _mean_segment(step: Follower, maps: dict[str, Map], dtype: torch.dtype) -> NativeCall:
     """The mean over all positions as a native call; its result is [N, C, 1, 1]."""
     packed = _Packed(maps)
     packed.read(step.sources[0], step.out, mean_index(maps[step.sources[0]]))
-    return _of_lines(packed, {step.out})
+    return _of_lines(packed, {step.out}, dtype)
 
 
-def _of_lines(packed: Lines, wanted: set[str]) -> _Segment:
+def _of_lines(packed: Lines, wanted: set[str], dtype: torch.dtype) -> NativeCall:
     lines, maps = packed.done, packed.maps
     written = list(dict.fromkeys(name for line in lines for name in line.writes))
     outputs = [name for name in written if name in wanted]
     scratch = [name for name in written if name not in wanted]
     offsets = arena(lines, scratch, maps, replaced(lines, scratch, maps))
-    segment = _Segment(unwritten(lines), outputs)
+    segment = NativeCall(unwritten(lines), outputs)
     numbers: dict[str, int] = {}
     for name in (*segment.inputs, *written):
         kind = 0 if name in segment.inputs else 2 if name in wanted else 1
@@ -224,6 +255,7 @@ def _of_lines(packed: Lines, wanted: set[str]) -> _Segment:
         maps_of = {name: -1 if other is None else numbers[other] for name, other in named.items()}
         tensors = {name: number(kind, tensor) for name, (kind, tensor) in line.tensors.items()}
         segment.code += coded(line, maps_of | tensors)
+    segment.keep(native.keep(segment.tensors, segment.buffers, segment.code, dtype))
     return segment
 
 
@@ -282,6 +314,8 @@ class Program(nn.Module):
         if backend().name == "native":
             _count_flops()  # a counter reads the formulas that are there when it is made
         self._compiled: dict[tuple[Any, ...], list[Stage]] = {}
+        # those of one native call, as functions of the arguments
+        self._single: dict[tuple[Any, ...], Callable[[Sequence[Tensor]], tuple[Tensor, ...]]] = {}
         self._graphs: dict[tuple[Any, ...], launches.Recorded] = {}
         self._key = _new_key(self)
 
@@ -301,7 +335,7 @@ class Program(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # what was compiled for shapes and threads seen here is made again where it is needed
-        return {**self.__dict__, "_compiled": {}, "_graphs": {}, "_key": ""}
+        return {**self.__dict__, "_compiled": {}, "_single": {}, "_graphs": {}, "_key": ""}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -315,7 +349,9 @@ class Program(nn.Module):
             from quincunx.fusion.exported import exported_outputs
 
             return exported_outputs(self._key, *arguments)
-        return self._hidden(arguments)
+        if torch.compiler.is_compiling() or get_eval_frame_callback() is not None or is_tracing():
+            return self._hidden(arguments)
+        return self._answer(arguments)
 
     def _hidden(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What compilers call and do not look into."""
@@ -325,20 +361,35 @@ class Program(nn.Module):
         return self._answer(arguments)
 
     def _answer(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        single = self._single.get(self._shapes(arguments))
+        # to enter a context takes as long as a small convolution
+        if (
+            single is not None
+            and all([t.dtype == self.outside and t.is_cpu and not t.requires_grad for t in arguments])  # noqa: C419
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return single(arguments)
         device = self._weight.device.type
         if torch.is_autocast_enabled(device):
             # what stands between programs may have answered in autocast's type
             arguments = tuple(t.to(self.dtype) if t.is_floating_point() else t for t in arguments)
-        elif self.outside != self.dtype:
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return self._computed(arguments)
+        if not torch.is_grad_enabled():
+            return self._computed(arguments)
+        with torch.no_grad():
+            return self._computed(arguments)
+
+    def _computed(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if self.outside != self.dtype:
             arguments = tuple(self._brought_inside(t) for t in arguments)
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            if not self._fits(arguments):
-                values = self._plain(dict(zip(self.inputs, arguments, strict=True)))
-                found = tuple(values[name] for name in self.outputs)
-            elif self._weight.is_cuda and self._serving() == "triton":
-                found = self._recorded(arguments)
-            else:
-                found = self._through(self._stages_for(arguments), arguments)
+        if not self._fits(arguments):
+            values = self._plain(dict(zip(self.inputs, arguments, strict=True)))
+            found = tuple(values[name] for name in self.outputs)
+        elif self._weight.is_cuda and self._serving() == "triton":
+            found = self._recorded(arguments)
+        else:
+            found = self._through(self._stages_for(arguments), arguments)
         return found if self.outside == self.dtype else tuple(t.to(self.outside) for t in found)
 
     def _brought_inside(self, value: Tensor) -> Tensor:
@@ -420,7 +471,7 @@ class Program(nn.Module):
 
     @staticmethod
     def _shapes(arguments: Sequence[Tensor]) -> tuple[Any, ...]:
-        return (torch.get_num_threads(), *(tuple(tensor.shape) for tensor in arguments))
+        return (torch.get_num_threads(), *[tensor.shape for tensor in arguments])
 
     def _stages_for(self, arguments: Sequence[Tensor]) -> list[Stage]:
         key = self._shapes(arguments)
@@ -430,6 +481,11 @@ class Program(nn.Module):
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                 stages = self._compile([tuple(tensor.shape) for tensor in arguments])
             self._compiled[key] = stages
+            call = getattr(stages[0].run, "__self__", None) if len(stages) == 1 else None
+            if isinstance(call, NativeCall) and self.outside in native.DTYPES:
+                single = call.between(self.inputs, self.outputs, self.outside != self.dtype)
+                if single is not None:
+                    self._single[key] = single
         return stages
 
     def settle(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from quincunx.ops.plan import (
 
 __all__ = [
     "DTYPES",
+    "Kept",
     "binary_conv",
     "binary_unavailable",
     "collect",
@@ -45,6 +47,7 @@ __all__ = [
     "fill_fitted",
     "filled_by",
     "isa",
+    "keep",
     "load",
     "lookup",
     "norm_act",
@@ -185,6 +188,46 @@ def _pack(weight: Tensor, groups: int, transposed: bool, low: bool = False) -> T
         flat = flat.view(groups, outputs // groups, inputs, taps).transpose(1, 2)
     packed: Tensor = torch.ops.quincunx_native.pack_weight(flat, groups, low)
     return packed
+
+
+class Kept:
+    """A program that the kernels have checked and hold for as long as this object lives.
+
+    Its tables are copies of its own; packed weights are held.
+
+    Args:
+        number: what ``keep_program`` returned.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._run = torch.ops.quincunx_native.run_kept.default
+        # what a process leaves behind goes with it
+        finalize(self, import_module("quincunx._native").drop_program, number).atexit = False
+
+    def run(self, inputs: Sequence[Tensor], crossing: bool = False) -> list[Tensor]:
+        """Return its outputs.
+
+        Args:
+            inputs: maps [N, C, H, W] in channels_last; others are turned.
+            crossing: real maps outside have the other one of float32 and bfloat16.
+        """
+        found: list[Tensor] = self._run(inputs, self.number, crossing)
+        return found
+
+
+def keep(tensors: Sequence[Tensor], buffers: Sequence[int], code: Sequence[int], dtype: torch.dtype) -> Kept:
+    """Return a program that was checked.
+
+    Args:
+        tensors, buffers, code: as of ``run_program``.
+        dtype: of its maps.
+
+    Raises:
+        RuntimeError: something does not fit.
+    """
+    number = torch.ops.quincunx_native.keep_program(tensors, buffers, code, dtype == torch.bfloat16)
+    return Kept(number)
 
 
 def _gather_gemm(

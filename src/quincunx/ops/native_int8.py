@@ -18,7 +18,7 @@ from quincunx.ops.geometry import Geometry
 from quincunx.ops.int8 import Grid, check_products
 from quincunx.ops.plan import Plan, adjoint_plan, forward_plan
 
-__all__ = ["TYPES", "convolve", "pack", "run"]
+__all__ = ["TYPES", "convolve", "keep", "pack", "run"]
 
 # MapType in csrc/kernel_api.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
@@ -57,13 +57,36 @@ def run(
         grids: of each buffer: what its uint8 numbers mean, or the type of its real numbers.
         multipliers: for each step the number of the tensor with its multipliers, or -1.
     """
+    found: list[Tensor] = torch.ops.quincunx_native.run_int8_program(
+        list(inputs), list(tensors), list(buffers), list(code), *_given(grids), list(multipliers)
+    )
+    return found
+
+
+def keep(
+    tensors: Sequence[Tensor],
+    buffers: Sequence[int],
+    code: Sequence[int],
+    grids: Sequence[Grid | torch.dtype],
+    multipliers: Sequence[int],
+) -> native.Kept:
+    """Return a program in eight bits that was checked; arguments as of :func:`run`.
+
+    Raises:
+        RuntimeError: something does not fit.
+    """
+    number = torch.ops.quincunx_native.keep_int8_program(
+        list(tensors), list(buffers), list(code), *_given(grids), list(multipliers)
+    )
+    return native.Kept(number)
+
+
+def _given(grids: Sequence[Grid | torch.dtype]) -> tuple[list[int], list[int], Tensor]:
+    """Types, zero points and scales of buffers."""
     types = [TYPES[g.dtype if isinstance(g, Grid) else g] for g in grids]
     zeros = [g.zero if isinstance(g, Grid) else 0 for g in grids]
     scales = torch.tensor([g.scale if isinstance(g, Grid) else 1.0 for g in grids], dtype=torch.float32)
-    found: list[Tensor] = torch.ops.quincunx_native.run_int8_program(
-        list(inputs), list(tensors), list(buffers), list(code), types, zeros, scales, list(multipliers)
-    )
-    return found
+    return types, zeros, scales
 
 
 def _unsigned(q: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
