@@ -33,6 +33,7 @@ constexpr int64_t kPanelTiles = 2, kMostTiles = 4;  // of outputs side by side, 
 constexpr int64_t kSliceTaps = kMostShiftTaps;      // taps at a time
 constexpr int64_t kPairRows = 2 * kTileHeight;      // of a register tile of 32 outputs
 constexpr int64_t kChunkTiles = 32;                 // tiles of rows that share one pass over the weights
+constexpr int64_t kNearTiles = 8;                   // the same where weights are near: outputs are written row by row
 constexpr int64_t kCopyAhead = 2;                   // steps from copying a tile to reading it
 constexpr int64_t kJointBytes = kSliceTaps / 2 * kPanelTiles * kTileSize;  // of weights whose taps are brought together
 constexpr int64_t kLeastBytes = 64 * kTileSize;     // of copied tiles, without memory for more
@@ -499,7 +500,8 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
     const bool kept = num_taps <= kSliceTaps && fitting >= 2;
     const Slices slices(depth, num_taps, kept ? most(1, all_steps) : copy_bytes / kTileSize / kMostTiles);
     const int64_t pairs = ceil_div(q_last - q_first, kPairRows);
-    const int64_t chunks = ceil_div(pairs, (kept ? least(fitting, kChunkTiles) : kChunkTiles) / 2);
+    const int64_t most_tiles = more - packed <= level2_bytes() / 2 ? kNearTiles : kChunkTiles;
+    const int64_t chunks = ceil_div(pairs, (kept ? least(fitting, most_tiles) : most_tiles) / 2);
     // one image after the other, so that a tile's rows are often equally far apart
     Walk walk(g.batch, 1, positions);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
