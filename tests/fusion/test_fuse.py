@@ -111,7 +111,7 @@ def test_a_mean_with_anything_else_is_refused(change):
     """Fields of the code: bias 2, second output 6, 7 and 13, output 12, taps 14, groups 15, the rest 16."""
     table = forward_plan("", Geometry((2, 2), padding=(0, 1, 0, 1)), 4, 4)
     tensors = [torch.zeros(2), table.index, table.rows, table.taps, table.groups]
-    code = [0, -1, -1, -1, -1, 0, -1, -1, 1, 2, 3, 4, 1, -1, 4, 1, 0, -1, 0]
+    code = [0, -1, -1, -1, -1, 0, -1, -1, 1, 2, 3, 4, 1, -1, 4, 1, 0, -1, 0, -1]
     x = torch.randn(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
     arguments = ([x], tensors, [0, 2, 4, 4, 0, 2, 2, 4, 4, 0])
     (means,) = torch.ops.quincunx_native.run_program(*arguments, code)
