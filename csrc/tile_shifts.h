@@ -10,6 +10,7 @@ namespace QX_ISA {
 namespace {
 
 constexpr int64_t kMostRanges = kMostShiftClasses * kSliceTaps, kMostSegments = 64;
+constexpr int64_t kLineTiles = 8;  // tiles of rows whose places are found together
 // What a step of a tile takes, in products of a panel whose inputs lie in lines: one of copied tiles, which come from a
 // farther cache; to copy a tile, and to copy a slot.
 constexpr double kCopiedStep = 1.25, kTileCopy = 1.5, kSlotCopy = 0.1;
@@ -207,41 +208,36 @@ struct Slots {
   }
 };
 
-// The rows of up to kMostTiles tiles: where each writes, -1 for what nobody needs.
-struct ShiftRows {
-  int64_t place[kMostTiles * kTileHeight], residual[kMostTiles * kTileHeight];
-
-  // of a map of so many rows and channels
-  static QX_INLINE void places(int64_t image, int64_t map_rows, int64_t channels, const int32_t* rows, int64_t count,
-                               int64_t* to) {
-    constexpr int64_t kRows = 8;
-    typedef int32_t Rows __attribute__((vector_size(4 * kRows)));
-    typedef int32_t LooseRows __attribute__((vector_size(4 * kRows), aligned(4), may_alias));
-    typedef int64_t Places __attribute__((vector_size(8 * kRows)));
-    typedef int64_t LoosePlaces __attribute__((vector_size(8 * kRows), aligned(8), may_alias));
-    int32_t buffer[kTileHeight];
-    if (count < kTileHeight) {
-      for (int64_t r = 0; r < kTileHeight; ++r) buffer[r] = r < count ? rows[r] : -1;
-      rows = buffer;
-    }
-    const int64_t first = image * map_rows * channels;
-    for (int64_t r = 0; r < kTileHeight; r += kRows) {
-      const Rows own = *reinterpret_cast<const LooseRows*>(rows + r);
-      const Places wide = __builtin_convertvector(own, Places), place = wide * channels + first;
-      *reinterpret_cast<LoosePlaces*>(to + r) = place | (wide < 0);
-    }
+// Where the rows of a tile lie in a map of so many rows and channels, -1 for what nobody needs.
+QX_INLINE void set_places(int64_t image, int64_t map_rows, int64_t channels, const int32_t* rows, int64_t count,
+                          int64_t* to) {
+  constexpr int64_t kRows = 8;
+  typedef int32_t Rows __attribute__((vector_size(4 * kRows)));
+  typedef int32_t LooseRows __attribute__((vector_size(4 * kRows), aligned(4), may_alias));
+  typedef int64_t Places __attribute__((vector_size(8 * kRows)));
+  typedef int64_t LoosePlaces __attribute__((vector_size(8 * kRows), aligned(8), may_alias));
+  int32_t buffer[kTileHeight];
+  if (count < kTileHeight) {
+    for (int64_t r = 0; r < kTileHeight; ++r) buffer[r] = r < count ? rows[r] : -1;
+    rows = buffer;
   }
-  QX_INLINE void set(const GatherGemm& g, int64_t tile, int64_t image, const int32_t* rows, int64_t count) {
-    int64_t *to = place + tile * kTileHeight, *from = residual + tile * kTileHeight;
-    places(image, g.rows_out, g.out_channels, rows, count, to);
-    if (!g.residual) return;
-    if (!g.residual_rows) return places(image, g.residual_size, g.residual_channels, rows, count, from);
-    for (int64_t r = 0; r < count; ++r) {
-      if (rows[r] < 0) continue;
-      from[r] = (image * g.residual_size + g.residual_rows[rows[r]]) * g.residual_channels;
-    }
+  const int64_t first = image * map_rows * channels;
+  for (int64_t r = 0; r < kTileHeight; r += kRows) {
+    const Rows own = *reinterpret_cast<const LooseRows*>(rows + r);
+    const Places wide = __builtin_convertvector(own, Places), place = wide * channels + first;
+    *reinterpret_cast<LoosePlaces*>(to + r) = place | (wide < 0);
   }
-};
+}
+QX_INLINE void set_rows(const GatherGemm& g, int64_t image, const int32_t* rows, int64_t count, int64_t* place,
+                        int64_t* residual) {
+  set_places(image, g.rows_out, g.out_channels, rows, count, place);
+  if (!g.residual) return;
+  if (!g.residual_rows) return set_places(image, g.residual_size, g.residual_channels, rows, count, residual);
+  for (int64_t r = 0; r < count; ++r) {
+    if (rows[r] < 0) continue;
+    residual[r] = (image * g.residual_size + g.residual_rows[rows[r]]) * g.residual_channels;
+  }
+}
 
 // How long the outputs of a segment are: as long as they fit, and short enough for as many parts as are asked for.
 // The plan covers them then; 0 where not even a few fit.
@@ -290,11 +286,7 @@ struct ShiftRun {
   Operands operands{};
   typename K::Start start;
   alignas(64) typename K::Sum sums[2][kMostTiles * kTileHeight * kTileOutputs];
-  ShiftRows rows[2];
   Unfinished<K> before{};
-  int turn = 0;
-  int64_t offsets[kSliceTaps];  // of the steps of a class, in bytes
-  Source sources[kMostTiles][kSliceTaps];
 
   ShiftRun(const GatherGemm& problem, const ShiftPlan& shifts, char* weights, char* memory, int64_t bytes)
       : g(problem), plan(shifts), depth(problem.in_channels, problem.num_taps), pitch(slot_pitch<K>(problem, depth)),
@@ -302,11 +294,83 @@ struct ShiftRun {
     operands.copies = operands.map = Area{memory, memory + bytes};
   }
 
-  // The weights of a class's steps; of joined taps side by side.
-  void find_weights(const ShiftPlan::Class& c, const ShiftSteps& steps, const char* panel, int64_t width,
-                    const Area& all) {
+  // Panels [first, last) of the segments' outputs.
+  void run(const Segment* segments, int64_t count, int64_t first, int64_t last) {
+    const int64_t tiles = ceil_div(g.out_channels, kTileOutputs);
+    const int64_t weight_bytes = tiles * depth.steps() * kTileSize;
+    // near weights are read again for a few tiles, whose inputs and outputs then stay in the first cache
+    const bool near = depth.joined == 1 && weight_bytes <= level2_bytes() / 2;
+    const int64_t together = near ? most(1, last - first) : 1;
+    for (int64_t panel = first; panel < last; panel += together) {
+      for (int64_t c = 0; c < plan.num_classes; ++c) run_class(plan.classes[c], segments, count, panel, panel + together);
+    }
+  }
+
+ private:
+  // Tiles of outputs whose sources and rows are found once for all panels.
+  struct Chunk {
+    int64_t tiles = 0;
+    Source sources[kLineTiles][kSliceTaps];
+    int64_t place[kLineTiles * kTileHeight], residual[kLineTiles * kTileHeight];
+  };
+
+  void run_class(const ShiftPlan::Class& c, const Segment* segments, int64_t count, int64_t first, int64_t last) {
+    const ShiftSteps steps(c, depth.joined);
+    int64_t offsets[kSliceTaps];  // of the steps, in bytes
+    for (int64_t s = 0; s < steps.count; ++s) offsets[s] = plan.place_of(c.offset[steps.first[s]]) * pitch;
+    // of several panels each chunk finds its own
+    if (last - first == 1) find_weights(c, steps, first);
+    chunks[turn].tiles = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Segment& segment = segments[i];
+      const char* base = copies + i * plan.slots_used * pitch;
+      for (int64_t q = segment.first; q < least(segment.last, c.count); q += kTileHeight) {
+        Chunk& chunk = chunks[turn];
+        const char* own = base + (q - segment.first) * pitch;
+        for (int64_t s = 0; s < steps.count; ++s) {
+          chunk.sources[chunk.tiles][s] = Source{own + offsets[s], pitch, kTileBytes};
+        }
+        set_rows(g, segment.image, c.row + q, least(kTileHeight, c.count - q), chunk.place + chunk.tiles * kTileHeight,
+                 chunk.residual + chunk.tiles * kTileHeight);
+        if (++chunk.tiles == kLineTiles) multiply_chunk(c, steps, first, last);
+      }
+    }
+    if (chunks[turn].tiles) multiply_chunk(c, steps, first, last);
+  }
+
+  void multiply_chunk(const ShiftPlan::Class& c, const ShiftSteps& steps, int64_t first, int64_t last) {
+    const int64_t tiles = ceil_div(g.out_channels, kTileOutputs);
+    const Slice slice{0, steps.count, steps.count, 0, depth.blocks};
+    const Chunk& chunk = chunks[turn];
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t width = panel_width(tiles, panel), o = panel * kPanelTiles * kTileOutputs;
+      const int64_t outputs = least(width * kTileOutputs, g.out_channels - o), high = kMostTiles / width;
+      const typename K::End e = K::end(g, o, outputs);
+      const bool full = outputs == width * kTileOutputs && K::full(e);
+      if (last - first > 1) find_weights(c, steps, panel);
+      for (int64_t tile = 0; tile < chunk.tiles; tile += high) {
+        const int64_t height = least(high, chunk.tiles - tile);
+        for (int64_t i = 0; i < height; ++i) operands.sources[i] = chunk.sources[tile + i];
+        kMultiply<K>[width][height](operands, slice, nullptr, before, start, sums[sums_turn], true, true);
+        before = Unfinished<K>{sums[sums_turn], width * kTileOutputs, e, chunk.place + tile * kTileHeight,
+                               chunk.residual + tile * kTileHeight, height * kTileHeight, 0, full};
+        sums_turn ^= 1;
+      }
+    }
+    // the rows of what is not finished yet stay as they are
+    turn ^= 1;
+    chunks[turn].tiles = 0;
+  }
+
+  // The weights of a class's steps, of joined taps side by side, and what their sums start with.
+  void find_weights(const ShiftPlan::Class& c, const ShiftSteps& steps, int64_t number) {
+    const int64_t tiles = ceil_div(g.out_channels, kTileOutputs), width = panel_width(tiles, number);
     const int64_t step_bytes = width * kTileSize, tap_bytes = depth.unit / K::kTogether * kTileBytes;
-    operands.weight_area = depth.joined == 1 ? all : Area{joint, joint + kJointBytes};
+    const char* packed = static_cast<const char*>(g.weight);
+    const char* more = packed + tiles * depth.steps() * kTileSize;
+    const char* panel = packed + number * kPanelTiles * depth.steps() * kTileSize;
+    start.find(g, more, c.tap, c.taps, number * kPanelTiles * kTileOutputs, tiles * kTileOutputs, width);
+    operands.weight_area = depth.joined == 1 ? Area{packed, more} : Area{joint, joint + kJointBytes};
     operands.weights_advance = depth.joined == 1 ? depth.taps * step_bytes : 0;
     for (int64_t s = 0; s < steps.count; ++s) {
       if (depth.joined == 1) {
@@ -326,49 +390,8 @@ struct ShiftRun {
     }
   }
 
-  void run(const Segment* segments, int64_t count, int64_t first_panel, int64_t last_panel) {
-    const int64_t tiles = ceil_div(g.out_channels, kTileOutputs), all_steps = depth.steps();
-    const char* packed = static_cast<const char*>(g.weight);
-    const char* more = packed + tiles * all_steps * kTileSize;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t width = panel_width(tiles, panel), o = panel * kPanelTiles * kTileOutputs;
-      const int64_t outputs = least(width * kTileOutputs, g.out_channels - o);
-      const char* weights = packed + panel * kPanelTiles * all_steps * kTileSize;
-      const typename K::End e = K::end(g, o, outputs);
-      const bool full = outputs == width * kTileOutputs && K::full(e);
-      const int64_t high = kMostTiles / width;
-      for (int64_t number = 0; number < plan.num_classes; ++number) {
-        const ShiftPlan::Class& c = plan.classes[number];
-        const ShiftSteps steps(c, depth.joined);
-        find_weights(c, steps, weights, width, Area{packed, more});
-        start.find(g, more, c.tap, c.taps, o, tiles * kTileOutputs, width);
-        for (int64_t s = 0; s < steps.count; ++s) offsets[s] = plan.place_of(c.offset[steps.first[s]]) * pitch;
-        const Slice slice{0, steps.count, steps.count, 0, depth.blocks};
-        int64_t height = 0;
-        for (int64_t i = 0; i < count; ++i) {
-          const Segment& segment = segments[i];
-          const char* base = copies + i * plan.slots_used * pitch;
-          for (int64_t q = segment.first; q < least(segment.last, c.count); q += kTileHeight) {
-            const char* own = base + (q - segment.first) * pitch;
-            for (int64_t s = 0; s < steps.count; ++s) sources[height][s] = Source{own + offsets[s], pitch, kTileBytes};
-            rows[turn].set(g, height, segment.image, c.row + q, least(kTileHeight, c.count - q));
-            if (++height < high) continue;
-            multiply_tiles(slice, width, height, e, full);
-            height = 0;
-          }
-        }
-        if (height) multiply_tiles(slice, width, height, e, full);
-      }
-    }
-  }
-
-  void multiply_tiles(const Slice& slice, int64_t width, int64_t height, const typename K::End& e, bool full) {
-    for (int64_t i = 0; i < height; ++i) operands.sources[i] = sources[i];
-    kMultiply<K>[width][height](operands, slice, nullptr, before, start, sums[turn], true, true);
-    before = Unfinished<K>{sums[turn], width * kTileOutputs, e, rows[turn].place, rows[turn].residual,
-                           height * kTileHeight, 0, full};
-    turn ^= 1;
-  }
+  Chunk chunks[2];
+  int turn = 0, sums_turn = 0;
 };
 
 // Whether a step reads a slot that its outputs need nothing of.
