@@ -224,7 +224,7 @@ Tensor weight_grad(Tensor x, Tensor gy, const Tensor& index, int64_t num_taps, i
   g.grad = static_cast<float*>(grad.data_ptr());
   const auto& kernels = quincunx::kernels().grad;
   const int64_t macs = g.batch * g.positions * grad.numel();
-  const int64_t parts = quincunx::parts_for(macs, 300000);
+  const int64_t parts = quincunx::parts_for(macs, kernels.least_part(&g));
   Tensor partial = empty({kernels.partial_floats(&g, parts)}, ScalarType::Float);
   g.partial = static_cast<float*>(partial.data_ptr());
   quincunx::parallel(parts, [&](int64_t part) { kernels.run(&g, part, parts); });

@@ -14,6 +14,7 @@
 #define QX_X86
 extern const quincunx::ForwardKernels qx_bf16_amx;
 extern const quincunx::ForwardKernels qx_bf16_avx512bf16;
+extern const quincunx::GradKernels qx_grad_amx;
 extern const quincunx::GradKernels qx_grad_avx512bf16;
 extern const quincunx::NormKernels qx_norm_avx512bf16;
 extern const quincunx::Kernels qx_kernels_avx512;
@@ -27,6 +28,7 @@ extern const quincunx::Int8Kernels qx_int8_avx2;
 extern const quincunx::Int8Kernels qx_int8_baseline;
 extern const quincunx::Kernels qx_kernels_baseline;
 extern const quincunx::ForwardKernels qx_bf16_amx_emulated;
+extern const quincunx::GradKernels qx_grad_amx_emulated;
 extern const quincunx::Int8Kernels qx_int8_amx_emulated;
 
 namespace quincunx {
@@ -38,8 +40,9 @@ struct Choice {
   const char* tiles = "";  // what is multiplied on tiles
 };
 
-Kernels with_bf16(Kernels kernels, const ForwardKernels& bf16) {
+Kernels with_tiles(Kernels kernels, const ForwardKernels& bf16, const GradKernels& grad) {
   kernels.bf16 = bf16;
+  kernels.grad = grad;
   return kernels;
 }
 
@@ -65,14 +68,15 @@ std::vector<Choice> find_available() {
     with_grad.grad = qx_grad_avx512bf16;
     with_grad.norm_bf16 = qx_norm_avx512bf16;
     if (tiles_refused().empty()) {
-      const Kernels tiles = with_bf16(with_grad, qx_bf16_amx);
+      const Kernels tiles = with_tiles(with_grad, qx_bf16_amx, qx_grad_amx);
       if (vnni && tiles_multiply_bytes()) {
         found.push_back({"amx", with_int8(tiles, qx_int8_amx), "bfloat16 and int8"});
       } else {
         found.push_back({"amx", tiles, "bfloat16"});
       }
     }
-    found.push_back({"avx512bf16", with_bf16(with_grad, qx_bf16_avx512bf16)});
+    with_grad.bf16 = qx_bf16_avx512bf16;
+    found.push_back({"avx512bf16", with_grad});
   }
   // the two with VNNI differ from the ones behind them in eight bits only
   if (vnni && avx2) found.push_back({"avx512vnni", with_int8(qx_kernels_avx512, qx_int8_avx512vnni)});
@@ -85,7 +89,7 @@ std::vector<Choice> find_available() {
   const Kernels baseline = with_int8(qx_kernels_baseline, qx_int8_baseline);
   found.push_back({"baseline", baseline});
   // to test the tables and loops of amx where there is none
-  found.push_back({"amx-emulated", with_int8(with_bf16(baseline, qx_bf16_amx_emulated), qx_int8_amx_emulated),
+  found.push_back({"amx-emulated", with_int8(with_tiles(baseline, qx_bf16_amx_emulated, qx_grad_amx_emulated), qx_int8_amx_emulated),
                    "bfloat16 and int8"});
   return found;
 }

@@ -130,6 +130,7 @@ struct Int8Kernels {
 
 // The gradient depends on the number of parts only in its rounding.
 struct GradKernels {
+  int64_t (*least_part)(const WeightGrad*);  // multiply-adds that pay for another thread
   int64_t (*partial_floats)(const WeightGrad*, int64_t parts);
   void (*run)(const WeightGrad*, int64_t part, int64_t parts);
   // after every part of run: adds the partial sums in a fixed order and writes grad

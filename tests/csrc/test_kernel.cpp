@@ -28,6 +28,7 @@
 
 #ifdef QX_TRAPS
 extern const quincunx::ForwardKernels qx_bf16_amx;
+extern const quincunx::GradKernels qx_grad_amx;
 extern const quincunx::Int8Kernels qx_int8_amx;
 #endif
 
@@ -391,8 +392,20 @@ void check_released(const std::string& name) {
   if (in_use) compare(name + " leaves tiles in use", 1, 0, 0, 0);
 }
 
+// few maps, as many positions as its tiles are made for at a time, and more outputs than share one pass
+Case wide_case() {
+  Case c{};
+  c.groups = 1;
+  c.in_per = pick({16, 48, 81});
+  c.out_per = pick({16, 560, 1040});
+  c.taps = pick({1, 3});
+  c.batch = pick({2, 5});
+  c.rows_in = 70;
+  return c;
+}
+
 void check_grad(const std::string& name, const GradKernels& kernels, bool bf16, const Case& c) {
-  const int64_t positions = pick({0, 1, 9, 300}), parts = pick({1, 2, 5});
+  const int64_t positions = pick({0, 1, 9, 31, 64, 300}), parts = pick({1, 2, 5});
   Array x(c.batch * c.rows_in * c.in(), bf16), gy(c.batch * positions * c.out(), bf16);
   Array grad(c.out() * c.in_per * c.taps, false, false);
   std::vector<int32_t> index;
@@ -1017,8 +1030,17 @@ int main(int argc, char** argv) {
       if (i % 4 == 0) check_lookup(name, kernels.lookup);
       check_binary(name, kernels.binary, c);
       check_border(name + " border", kernels);
+      if (i % 10 == 4) {
+        const int64_t before = std::exchange(scratch_limit, i % 20 == 4 ? 0 : scratch_limit);
+        check_grad(name + " wide", kernels.grad, true, wide_case());
+        check_grad(name + " without scratch", kernels.grad, true, c);
+        check_released(name);
+        scratch_limit = before;
+      }
+      check_grad(name + " depthwise", kernels.grad, true, narrow);
       for (bool bf16 : {false, true}) {
         check_grad(name, kernels.grad, bf16, c);
+        check_released(name);
         check_windows(name + " max", kernels.max, bf16, false);
         check_windows(name + " sum", kernels.sum, bf16, true);
         check_fill(name + " fill", kernels.fill, bf16);
@@ -1039,6 +1061,7 @@ int main(int argc, char** argv) {
       check_forward("trapped amx depthwise", qx_bf16_amx, true, depthwise_case());
       check_forward("trapped amx shifts", qx_bf16_amx, true, shifted_case());
       if (i % 10 == 0) check_forward("trapped amx deep", qx_bf16_amx, true, deep_case(i / 10));
+      check_grad("trapped amx", qx_grad_amx, true, random_case());
       check_mean("trapped amx", qx_bf16_amx, true);
       check_spoilt("trapped amx", qx_bf16_amx, true);
       check_bytes("trapped amx int8", qx_int8_amx, random_case());

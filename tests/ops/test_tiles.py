@@ -120,6 +120,45 @@ for o in outputs({}):
     assert len(found) == 1
 
 
+# narrow, odd and wide maps, groups, more outputs than share one pass
+GRADIENTS = """
+import torch, quincunx as qx
+from quincunx.ops import native, reference
+assert native.load() is None
+torch.set_num_threads({threads})
+generator = torch.Generator().manual_seed(0)
+def normal(*sizes):
+    return torch.randn(sizes, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
+def sums(x, y, kernel, sampling, stride, padding, dilation, groups):
+    if sampling:
+        return reference.conv_weight(x, y, kernel, sampling, stride, padding, dilation, groups)
+    shape = y.shape[1], x.shape[1] // groups, *kernel
+    return torch.nn.grad.conv2d_weight(x, shape, y, stride, padding[0], dilation, groups)
+for inputs, outputs, side, kernel, stride, groups, sampling in [
+    (33, 64, 23, 3, 1, 1, qx.CHESSBOARD.spec), (64, 20, 23, 1, 1, 1, ""), (3, 16, 40, 3, 1, 1, ""),
+    (16, 16, 40, 3, 2, 1, ""), (24, 48, 19, 3, 1, 2, ""), (8, 8, 19, 3, 1, 8, qx.QUARTER.spec),
+    (80, 560, 9, 3, 1, 1, ""),
+]:
+    where = [kernel] * 2, sampling, [stride] * 2, [kernel // 2] * 4, [1, 1], groups
+    x, w = normal(3, inputs, side, side), normal(outputs, inputs // groups, kernel, kernel)
+    y = native.conv(x, w, None, *where[1:])
+    found = [native.conv_weight(x, y, *where, last, True) for last in (False, True, False)]
+    # the same number of threads gives the same bits, in either layout
+    assert all(torch.equal(f, found[0]) for f in found), where
+    x, y = x.double(), y.double()
+    error, size = (found[0] - sums(x, y, *where)).abs(), sums(x.abs(), y.abs(), *where)
+    assert (error <= 2e-6 * (1 + size)).all(), where
+"""
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(("threads", "cache"), [(1, 1 << 21), (1, 1 << 18), (3, 1 << 20)])
+def test_weight_gradients_are_the_sums_of_the_reference(isa, threads, cache):
+    """The cache's size decides how many positions are taken at a time."""
+    run = python(GRADIENTS.format(threads=threads), QUINCUNX_ISA=isa, QUINCUNX_L2=str(cache))
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("isa", SETS)
 def test_forked_and_spawned_processes_compute_the_same(isa, tmp_path):
     script = tmp_path / "workers.py"
