@@ -7,6 +7,7 @@
 #include <openvino/core/parallel.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
 #include <openvino/op/constant.hpp>
+#include <openvino/op/convert.hpp>
 #include <openvino/op/op.hpp>
 
 #include <memory>
@@ -38,6 +39,18 @@ qx_map map_of(const ov::Tensor& tensor) {
   return qx_map{const_cast<void*>(static_cast<const void*>(tensor.data())), tensor.get_byte_size(), dtype, QX_NCHW};
 }
 
+// programs read and write no float16, to which OpenVINO converts all maps of a model where it computes in it
+ov::Tensor float32_for(const ov::Tensor& tensor) {
+  return tensor.get_element_type() == ov::element::f16 ? ov::Tensor(ov::element::f32, tensor.get_shape()) : tensor;
+}
+
+void convert(const ov::Tensor& from, const ov::Tensor& to) {
+  if (from.get_element_type() == to.get_element_type()) return;  // the same tensor
+  ov::TensorVector outputs{to};
+  OPENVINO_ASSERT(ov::op::v0::Convert().evaluate(outputs, {from}), "quincunx: cannot convert ",
+                  from.get_element_type(), " to ", to.get_element_type());
+}
+
 // in the threads of the stream that runs the model
 void in_stream_threads(void*, int64_t count, void (*body)(void*, int64_t), void* argument) {
   ov::parallel_for(count, [&](int64_t index) { body(argument, index); });
@@ -65,7 +78,7 @@ class Program : public ov::op::Op {
       const ov::PartialShape wanted{ov::Dimension::dynamic(), inputs[i].channels, inputs[i].height, inputs[i].width};
       OPENVINO_ASSERT(given.compatible(wanted), "quincunx: map ", i, " must be ", wanted, ", got ", given);
       OPENVINO_ASSERT(served(get_input_element_type(i + 1)), "quincunx: map ", i,
-                      " must be float32 or bfloat16, got ", get_input_element_type(i + 1));
+                      " must be float32, bfloat16 or float16, got ", get_input_element_type(i + 1));
       if (given.rank().is_static() && given[0].is_static()) batch = given[0];
     }
     set_output_size(outputs.size());
@@ -88,25 +101,33 @@ class Program : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    ov::TensorVector given, results;
     std::vector<qx_map> in, out;
-    for (size_t i = 1; i < inputs.size(); ++i) in.push_back(map_of(inputs[i]));
+    for (size_t i = 1; i < inputs.size(); ++i) {
+      given.push_back(float32_for(inputs[i]));
+      convert(inputs[i], given.back());
+      in.push_back(map_of(given.back()));
+    }
     const std::vector<qx_shape> shapes = shapes_of(program_, true);
     const size_t batch = inputs[1].get_shape()[0];
     for (size_t i = 0; i < shapes.size(); ++i) {
       ov::Shape sizes{batch, size_t(shapes[i].channels), size_t(shapes[i].height), size_t(shapes[i].width)};
       sizes.resize(shapes[i].rank);
       outputs[i].set_shape(sizes);
-      out.push_back(map_of(outputs[i]));
+      results.push_back(float32_for(outputs[i]));
+      out.push_back(map_of(results.back()));
     }
     const qx_host host{parallel_get_max_threads(), nullptr, &in_stream_threads};
     const int code = qx_run(program_.get(), &host, int64_t(batch), in.data(), in.size(), out.data(), out.size());
     OPENVINO_ASSERT(code == QX_OK, "quincunx: ", qx_error());
+    for (size_t i = 0; i < results.size(); ++i) convert(results[i], outputs[i]);
     return true;
   }
 
  private:
   static bool served(const ov::element::Type& type) {
-    return type == ov::element::f32 || type == ov::element::bf16 || type == ov::element::dynamic;
+    return type == ov::element::f32 || type == ov::element::bf16 || type == ov::element::f16 ||
+           type == ov::element::dynamic;
   }
 
   Loaded program_;

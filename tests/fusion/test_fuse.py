@@ -105,21 +105,35 @@ def test_means_in_bfloat16_and_of_a_map_that_others_read_too():
 
 @pytest.mark.skipif(backend().name != "native", reason="a program's code is the native back end's")
 @pytest.mark.parametrize(
-    "change", [{2: 0}, {6: 0, 7: 0, 13: 1}, {16: 1}, {15: 2}, {14: 3}, {12: -1, 13: 1}, {17: 0}], ids=str
+    "change",
+    [
+        {"bias": 0},
+        {"scale2": 0, "shift2": 0, "out2": 1},
+        {"activation": 1},
+        {"channel_groups": 2},
+        {"num_taps": 3},
+        {"out": -1, "out2": 1},
+        {"slope": 0},
+    ],
+    ids="-".join,
 )
 def test_a_mean_with_anything_else_is_refused(change):
-    """Fields of the code: bias 2, second output 6, 7 and 13, output 12, taps 14, groups 15, the rest 16."""
     table = forward_plan("", Geometry((2, 2), padding=(0, 1, 0, 1)), 4, 4)
     tensors = [torch.zeros(2), table.index, table.rows, table.taps, table.groups]
-    code = [0, -1, -1, -1, -1, 0, -1, -1, 1, 2, 3, 4, 1, -1, 4, 1, 0, -1, 0, -1]
+    fields = dict.fromkeys(program.StepCode._fields, -1) | {
+        "residual_channels": 0,
+        "activation": 0,
+        "work": 0,
+    }
+    fields |= {"x": 0, "tap_index": 1, "rows": 2, "taps": 3, "groups": 4}
+    fields |= {"out": 1, "num_taps": 4, "channel_groups": 1}
+    mean = program.StepCode(**fields)
     x = torch.randn(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
     arguments = ([x], tensors, [0, 2, 4, 4, 0, 2, 2, 4, 4, 0])
-    (means,) = torch.ops.quincunx_native.run_program(*arguments, code)
+    (means,) = torch.ops.quincunx_native.run_program(*arguments, list(mean))
     torch.testing.assert_close(means, window_means(x, 2))
-    for place, value in change.items():
-        code[place] = value
     with pytest.raises(RuntimeError, match=r"a mean has|taps"):
-        torch.ops.quincunx_native.run_program(*arguments, code)
+        torch.ops.quincunx_native.run_program(*arguments, list(mean._replace(**change)))
 
 
 class Net(nn.Module):

@@ -29,11 +29,12 @@ def node_of(*arguments):
     return onnx.helper.make_node(OPERATOR, *arguments, domain=DOMAIN)
 
 
-def model_of(inputs, outputs, nodes, constants=()):
+def model_of(inputs, outputs, nodes, constants=(), dtype="FLOAT"):
     onnx = pytest.importorskip("onnx")
+    kind = onnx.TensorProto.DataType.Value(dtype)
 
     def info(name, shape):
-        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *shape])
+        return onnx.helper.make_tensor_value_info(name, kind, ["N", *shape])
 
     graph = onnx.helper.make_graph(
         nodes,
@@ -49,11 +50,11 @@ def model_of(inputs, outputs, nodes, constants=()):
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
-def of_piece(piece, data=None):
+def of_piece(piece, data=None, dtype="FLOAT"):
     node = node_of(["bytes", *piece.inputs], list(piece.outputs))
     inputs = zip(piece.inputs, piece.input_shapes, strict=True)
     outputs = zip(piece.outputs, piece.output_shapes, strict=True)
-    return model_of(inputs, outputs, [node], [("bytes", piece.data if data is None else data)])
+    return model_of(inputs, outputs, [node], [("bytes", piece.data if data is None else data)], dtype)
 
 
 def single(name, batch=None):
@@ -67,11 +68,17 @@ def single(name, batch=None):
     return piece, [a.contiguous().numpy() for a in arguments], [y.numpy() for y in results]
 
 
-def close(found, wanted):
+def close(found, wanted, rtol=1e-4):
     assert len(found) == len(wanted)
     for got, expected in zip(found, wanted, strict=True):
         assert got.shape == expected.shape
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=1e-5)
+
+
+def rounded(piece, arguments, dtype):
+    """The program's results for maps in ``dtype``, and the error of rounding these to it in turn."""
+    given = [torch.from_numpy(a).to(dtype).float() for a in arguments]
+    return [y.numpy() for y in load_program(piece.data)(*given)], 1e-4 + torch.finfo(dtype).eps / 2
 
 
 # ---------------------------------------------------------------- ONNX Runtime
@@ -182,14 +189,23 @@ def compiled(data, folder, register, hint="f32"):
     return core.compile_model(core.read_model(folder / "model.onnx"), "CPU", settings)
 
 
+def answers(made, piece, arguments, results):
+    """Compare a compiled model's answer with the program's."""
+    openvino = pytest.importorskip("openvino")
+    found, slack = made(dict(zip(piece.inputs, arguments, strict=True))), {}
+    # what it computes in: the hint, if the processor has that. Maps of programs stay in float32 under bf16
+    if made.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f16:
+        results, slack["rtol"] = rounded(piece, arguments, torch.float16)
+    close([found[name] for name in piece.outputs], results, **slack)
+
+
 @pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("name", ONE_PIECE)
 def test_openvino_answers_as_torch(name, hint, tmp_path):
     for batch in (1, 7):
         piece, arguments, results = single(name, batch)
         made = compiled(of_piece(piece), tmp_path, lambda core: qx.openvino.register(core, 2), hint)
-        found = made(dict(zip(piece.inputs, arguments, strict=True)))
-        close([found[name] for name in piece.outputs], results)
+        answers(made, piece, arguments, results)
 
 
 @pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
@@ -197,10 +213,32 @@ def test_openvino_answers_as_torch(name, hint, tmp_path):
 def test_the_extension_in_cpp_answers_as_torch(name, hint, extension, tmp_path):
     piece, arguments, results = single(name, 3)
     made = compiled(of_piece(piece), tmp_path, lambda core: core.add_extension(str(extension)), hint)
-    found = made(dict(zip(piece.inputs, arguments, strict=True)))
-    close([found[name] for name in piece.outputs], results)
+    answers(made, piece, arguments, results)
     with pytest.raises(Exception, match="its checksum is wrong"):
         compiled(of_piece(piece, piece.data[:-1] + b"?"), tmp_path, lambda c: c.add_extension(str(extension)))
+
+
+@pytest.mark.parametrize(("language", "kind"), [("python", "f16"), ("c++", "f16"), ("c++", "bf16")])
+@pytest.mark.parametrize("name", ["mean", "two"])
+def test_openvinos_maps_in_half_precision(name, language, kind, request, tmp_path):
+    """By the model's own ``evaluate``, which does not ask what the processor has."""
+    openvino = pytest.importorskip("openvino")
+    piece, arguments, _ = single(name, 3)
+    dtype, onnxs = {"f16": (torch.float16, "FLOAT16"), "bf16": (torch.bfloat16, "BFLOAT16")}[kind]
+    results, slack = rounded(piece, arguments, dtype)
+    (tmp_path / "model.onnx").write_bytes(of_piece(piece, dtype=onnxs))
+    core, kind = openvino.Core(), getattr(openvino.Type, kind)
+    if language == "python":
+        qx.openvino.register(core, 2)
+    else:
+        core.add_extension(str(request.getfixturevalue("extension")))
+    model = core.read_model(tmp_path / "model.onnx")
+    assert [y.get_element_type() for y in model.outputs] == [kind] * len(results)
+    # numpy has no bfloat16
+    given = [torch.from_numpy(a).to(dtype).view(torch.int16).numpy() for a in arguments]
+    found = [np.empty(y.shape, np.int16) for y in results]
+    assert model.evaluate(*([openvino.Tensor(a, a.shape, kind) for a in half] for half in (found, given)))
+    close([torch.from_numpy(y).view(dtype).float().numpy() for y in found], results, rtol=slack)
 
 
 def test_openvinos_own_format_and_parallel_requests(tmp_path):

@@ -28,8 +28,9 @@ __all__ = ["register"]
 def register(core: Any, threads: int | None = None) -> None:
     """Let a core read models with programs, from ONNX files and from OpenVINO's own.
 
-    Maps arrive in float32 whatever precision the device was asked for; a program that was made in bfloat16
-    computes in it. A second request at the same time runs its programs in its own thread alone.
+    A program computes in what it was made in, whatever precision the device was asked for. Maps arrive in
+    float32, or where the device computes in float16, rounded to that. A second request at the same time runs
+    its programs in its own thread alone.
 
     Args:
         core: an ``openvino.Core``.
@@ -107,11 +108,13 @@ def _operation(threads: int) -> Any:
                 if given.rank.is_static and given[0].is_static:
                     batch = given[0]
                 kind = self.get_input_element_type(number + 1)
-                if kind not in (Type.f32, Type.dynamic):
-                    raise ValueError(f"quincunx: map {number} must be float32, got {kind}")
+                if kind not in (Type.f32, Type.f16, Type.dynamic):
+                    raise ValueError(f"quincunx: map {number} must be float32 or float16, got {kind}")
+            # a device that computes in float16 converts the maps of the whole model
+            kind = Type.f16 if self.get_input_element_type(1) == Type.f16 else Type.f32
             self.set_output_size(len(self.program.output_shapes))
             for number, shape in enumerate(self.program.output_shapes):
-                self.set_output_type(number, Type.f32, PartialShape([batch, *shape]))
+                self.set_output_type(number, kind, PartialShape([batch, *shape]))
 
         def clone_with_new_inputs(self, new_inputs: Sequence[Any]) -> QuincunxProgram:
             return QuincunxProgram(new_inputs, self.program)
@@ -120,10 +123,15 @@ def _operation(threads: int) -> Any:
             return True
 
         def evaluate(self, outputs: Any, inputs: Any) -> bool:
-            maps = [tensor.data for tensor in inputs[1:]]
+            maps = [tensor.data.astype(np.float32, copy=False) for tensor in inputs[1:]]
             for tensor, shape in zip(outputs, self.program.output_shapes, strict=True):
                 tensor.shape = [maps[0].shape[0], *shape]
-            self.program.run(maps, [tensor.data for tensor in outputs], threads)
+            arrays = [tensor.data for tensor in outputs]
+            results = [y if y.dtype == np.float32 else np.empty(y.shape, np.float32) for y in arrays]
+            self.program.run(maps, results, threads)
+            for y, result in zip(arrays, results, strict=True):
+                if y is not result:
+                    y[...] = result
             return True
 
         def visit_attributes(self, visitor: Any) -> bool:
