@@ -94,12 +94,18 @@ struct ShiftPlan {
 // The steps of a class: a tap each, or taps whose slots follow each other.
 struct ShiftSteps {
   int64_t count = 0;
-  int64_t first[kSliceTaps], taps[kSliceTaps], leading[kSliceTaps];  // leading: taps before the first, not multiplied again
+  int64_t order[kSliceTaps];  // the class's taps, by their slots where they are joined
+  int64_t first[kSliceTaps], taps[kSliceTaps], leading[kSliceTaps];  // leading: those of the step before, not multiplied again
 
   ShiftSteps(const ShiftPlan::Class& c, int64_t joined) {
+    for (int64_t t = 0; t < c.taps; ++t) {
+      int64_t at = t;
+      for (; joined > 1 && at > 0 && c.offset[order[at - 1]] > c.offset[t]; --at) order[at] = order[at - 1];
+      order[at] = t;
+    }
     for (int64_t t = 0; t < c.taps;) {
       int64_t run = 1;
-      while (t + run < c.taps && c.offset[t + run] == c.offset[t] + run) ++run;
+      while (t + run < c.taps && c.offset[order[t + run]] == c.offset[order[t]] + run) ++run;
       for (int64_t at = 0; at < run; at += joined, ++count) {
         // a step that would reach beyond its run starts before it
         const int64_t back = least(at, most(0, at + joined - run));
@@ -317,7 +323,9 @@ struct ShiftRun {
   void run_class(const ShiftPlan::Class& c, const Segment* segments, int64_t count, int64_t first, int64_t last) {
     const ShiftSteps steps(c, depth.joined);
     int64_t offsets[kSliceTaps];  // of the steps, in bytes
-    for (int64_t s = 0; s < steps.count; ++s) offsets[s] = plan.place_of(c.offset[steps.first[s]]) * pitch;
+    for (int64_t s = 0; s < steps.count; ++s) {
+      offsets[s] = plan.place_of(c.offset[steps.order[steps.first[s]]]) * pitch;
+    }
     // of several panels each chunk finds its own
     if (last - first == 1) find_weights(c, steps, first);
     chunks[turn].tiles = 0;
@@ -374,14 +382,14 @@ struct ShiftRun {
     operands.weights_advance = depth.joined == 1 ? depth.taps * step_bytes : 0;
     for (int64_t s = 0; s < steps.count; ++s) {
       if (depth.joined == 1) {
-        operands.weights[s] = panel + c.tap[steps.first[s]] * step_bytes;
+        operands.weights[s] = panel + c.tap[steps.order[steps.first[s]]] * step_bytes;
         continue;
       }
       char* to = joint + s * step_bytes;
       operands.weights[s] = to;
       __builtin_memset(to, 0, step_bytes);
       for (int64_t j = steps.leading[s]; j < steps.taps[s]; ++j) {
-        const int64_t tap = c.tap[steps.first[s] + j];
+        const int64_t tap = c.tap[steps.order[steps.first[s] + j]];
         const char* from = panel + tap / depth.joined * step_bytes + tap % depth.joined * tap_bytes;
         for (int64_t n = 0; n < width; ++n) {
           __builtin_memcpy(to + n * kTileSize + j * tap_bytes, from + n * kTileSize, tap_bytes);
