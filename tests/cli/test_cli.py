@@ -75,9 +75,11 @@ def test_train_evaluate_report(tmp_path):
     low = document("evaluate", folder, "--dtype", "int8", "--calibration", 64, "--max-drop", 100)
     assert (low["dtype"], low["int8"]["images"], low["images"]) == ("int8", 64, 360)
     assert low["error"] == pytest.approx(result["test_error"], abs=0.1)
-    said = call("evaluate", folder, "--dtype", "int8", "--max-drop", 100).stdout
-    kept = f"fused in int8 ({', '.join(low['int8']['kept'])} in "
-    assert any(f"{kept}{kind})" in " ".join(said.split()) for kind in ("bfloat16", "float32"))
+    said = call("evaluate", folder, "--dtype", "int8", "--calibration", 64, "--max-drop", 100).stdout
+    # whether layers are kept depends on what was trained, and its last digits on the processor
+    kept = f" ({', '.join(low['int8']['kept'])} in {low['int8']['rest']})" if low["int8"]["kept"] else ""
+    assert low["int8"]["rest"] in ("bfloat16", "float32")
+    assert f"fused in int8{kept}: test error" in " ".join(said.split())
     assert "observer='best'" in refused("evaluate", folder, "--dtype", "int8", "--observer", "best")
     small = qx.calibrate(qx.load(folder / "model"), torch.rand(16, 1, 8, 8), max_drop=100)
     qx.save(small, tmp_path / "small", info=read_spec(folder / "model")["info"])
