@@ -292,3 +292,23 @@ def test_whole_networks_are_timed_beside_smaller_images():
     assert free.startswith("rrn8 at 1")
     assert free_ratio == pytest.approx(ratio, rel=0.25)
     assert make(1)().shape == (2, 10)
+
+
+def test_an_engine_that_does_not_compile_a_network_is_left_out_and_named(monkeypatch):
+    def timed(runs, **_):
+        return {name: Timing(name, 1, (1.0,) * 3) for name in runs}
+
+    def refuses(_):
+        raise RuntimeError("no suitable\nimplementations")
+
+    monkeypatch.setattr(bench, "measure", timed)
+    ours = {"rSB 2/4": (lambda _: lambda: None, 2.0)}
+    case = bench.Case("a block", 1, {"one": lambda _: lambda: None, "other": refuses}, ours)
+    row = bench._run_case(case, 1, 3, 0.01)
+    assert row["best_dense"] == "one"
+    assert "other" not in row["timings"]
+    assert row["refused"] == {"other": "no suitable implementations"}
+    with pytest.raises(RuntimeError, match="a block: no engine runs the dense network"):
+        bench._run_case(bench.Case("a block", 1, {"other": refuses}, ours), 1, 3, 0.01)
+    with pytest.raises(RuntimeError, match="no suitable"):
+        bench._run_case(bench.Case("a block", 1, case.dense, {"ours": (refuses, 2.0)}), 1, 3, 0.01)

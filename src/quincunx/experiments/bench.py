@@ -30,7 +30,7 @@ from quincunx.methods import Espace
 from quincunx.networks.preresnet import RegularBlock, RegularSBBlock
 from quincunx.ops import backend
 from quincunx.ops.geometry import Geometry
-from quincunx.reading import read_json
+from quincunx.reading import one_line, read_json
 from quincunx.sampling import CHESSBOARD, QUARTER, Random, Sampling
 from quincunx.writing import write_json
 
@@ -581,12 +581,24 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
         **{name: make for name, (make, _) in case.ours.items()},
         **{compiled[name]: make for name, make in case.compiled.items()},
     }
-    runs = {name: make(threads) for name, make in makers.items()}
+    runs: dict[str, Run] = {}
+    refused: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            runs[name] = make(threads)
+        except RuntimeError as error:  # noqa: PERF203
+            # another engine may not compile a network on some processor
+            if name not in case.dense:
+                raise
+            refused[name] = one_line(error)
     runs[_REFERENCE] = _matrix_product(case.dtype)
     found = measure(
         runs, threads=threads, rounds=rounds, round_seconds=round_seconds, rest=REST if threads > 1 else 0.0
     )
     full = case.baselines or [name for name in case.dense if "bfloat16" not in name]
+    full = [name for name in full if name in runs]
+    if not full:
+        raise RuntimeError(f"{case.name}: no engine runs the dense network: {refused}")
     best = min(full, key=lambda name: found[name].median)
     candidates: dict[str, dict[str, Any]] = {}
     for name, (_, mac_ratio) in case.ours.items():
@@ -612,6 +624,7 @@ def _run_case(case: Case, threads: int, rounds: int, round_seconds: float) -> di
         "threads": threads,
         "best_dense": best,
         "candidates": candidates,
+        "refused": refused,
         "timings": {name: timing.to_dict() for name, timing in found.items()},
         "slow_rounds": _slow_rounds(found[_REFERENCE].seconds),
         **case.facts(),
