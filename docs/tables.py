@@ -61,8 +61,12 @@ def demo() -> str:
     return table(header, cells) + "\n\n" + "\n".join(f"- {said}" for said in verdicts(rows))
 
 
-def bench(suite: str) -> str:
-    result = read(f"bench-{suite}.json")
+# the folder of what was measured on Intel's processors with AMX
+AMX = "sapphire-rapids"
+
+
+def bench(suite: str, *folder: str) -> str:
+    result = read(*folder, f"bench-{suite}.json")
     header = ["ours / the fastest dense", "threads", "cases", "MAC ratio", "speed-up (geo. mean)", "worst"]
     cells = [
         [
@@ -79,12 +83,12 @@ def bench(suite: str) -> str:
     return table(header, cells)
 
 
-def low_networks() -> str:
+def low_networks(*folder: str) -> str:
     """Whole networks in bfloat16: each over the fastest dense candidate in bfloat16."""
     header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
     header += ["ms", "dense, ms", "OpenVINO float32, ms"]
     cells = []
-    for row in read("bench-networks-bfloat16.json")["rows"]:
+    for row in read(*folder, "bench-networks-bfloat16.json")["rows"]:
         [(name, found)] = row["candidates"].items()
         times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
         speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
@@ -94,12 +98,12 @@ def low_networks() -> str:
     return table(header, cells)
 
 
-def int8_networks() -> str:
+def int8_networks(*folder: str) -> str:
     """Whole networks in eight bits: each over the fastest dense candidate in eight bits."""
     header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
     header += ["ms", "dense, ms", "our dense, ms", "in bfloat16, ms"]
     cells = []
-    for row in read("bench-networks-int8.json")["rows"]:
+    for row in read(*folder, "bench-networks-int8.json")["rows"]:
         name, found = next(iter(row["candidates"].items()))
         times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
         speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
@@ -791,6 +795,11 @@ MADE = {
     "networks-bfloat16": low_networks,
     "blocks-int8": lambda: bench("blocks-int8"),
     "networks-int8": int8_networks,
+    "amx-blocks-bfloat16": lambda: bench("blocks-bfloat16", AMX),
+    "amx-networks-bfloat16": lambda: low_networks(AMX),
+    "amx-blocks-int8": lambda: bench("blocks-int8", AMX),
+    "amx-networks-int8": lambda: int8_networks(AMX),
+    "amx-training": lambda: bench("training", AMX),
     "plugins": plugins,
     "format-front": format_front,
     "format-accuracy": format_accuracy,
