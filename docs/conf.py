@@ -68,6 +68,7 @@ CONTENTS = {
         "how-we-measure",
         "measured/overview",
         "measured/speed",
+        "measured/amx",
         "measured/gpu",
         "measured/targets",
         "measured/methods",

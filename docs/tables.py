@@ -98,12 +98,12 @@ def low_networks(*folder: str) -> str:
     return table(header, cells)
 
 
-def int8_networks(*folder: str) -> str:
+def int8_networks() -> str:
     """Whole networks in eight bits: each over the fastest dense candidate in eight bits."""
     header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
     header += ["ms", "dense, ms", "our dense, ms", "in bfloat16, ms"]
     cells = []
-    for row in read(*folder, "bench-networks-int8.json")["rows"]:
+    for row in read("bench-networks-int8.json")["rows"]:
         name, found = next(iter(row["candidates"].items()))
         times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
         speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
@@ -798,8 +798,6 @@ MADE = {
     "amx-blocks-bfloat16": lambda: bench("blocks-bfloat16", AMX),
     "amx-networks-bfloat16": lambda: low_networks(AMX),
     "amx-blocks-int8": lambda: bench("blocks-int8", AMX),
-    "amx-networks-int8": lambda: int8_networks(AMX),
-    "amx-training": lambda: bench("training", AMX),
     "plugins": plugins,
     "format-front": format_front,
     "format-accuracy": format_accuracy,
