@@ -8,7 +8,6 @@ then lie side by side for every tap, and one copy of the input in this order ser
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,22 +79,21 @@ def shift_table(reads: Reads) -> Tensor:
     if not reads.gathered:
         return best
     least = _WASTE * reads.gathered / _TILE
-    for lines in _candidates(reads):
-        found = _in_lines(reads, lines, least)
-        if found is not None:
-            least, best = found
-    return best
-
-
-def _candidates(reads: Reads) -> Iterator[_Lines]:
-    """Lattices with positions in every row first, then those with the same columns in each so many-th row."""
     coarse, fine = (reads.inputs, reads.outputs) if reads.transposed else (reads.outputs, reads.inputs)
     across, along = (int(of[..., 1].max() - of[..., 1].min()) + 1 for of in (coarse, fine))
     narrowest = int(coarse[..., 1].max()) + 1
     widest = max(across, -(-along // reads.stride[1])) + 2 * reads.period
+    # lattices with positions in every row, then those with the same columns in each so many-th row
     for rows in dict.fromkeys((1, reads.period)):
+        last = widest
         for pitch in range(narrowest, widest + 1):
-            yield _Lines(rows, reads.period, pitch)
+            if pitch > last:
+                break  # what follows has the same lines with longer gaps
+            found = _in_lines(reads, _Lines(rows, reads.period, pitch), least)
+            if found is not None:
+                least, best = found
+                last = min(last, pitch + reads.period - 1)
+    return best
 
 
 def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] | None:
