@@ -274,7 +274,8 @@ def test_the_shares_of_the_test_images_are_put_in_their_order(world, monkeypatch
 
     monkeypatch.setattr(Ranks, "gathered", lambda self, _: [score(rank, world) for rank in range(world)])
     found = score_shared(score, len(DATA.test), 256, Ranks(0, world))
-    torch.testing.assert_close(found.losses, alone.losses)
+    # a batch of one image is computed in another order than one of many
+    torch.testing.assert_close(found.losses, alone.losses, rtol=1e-5, atol=1e-6)
     assert torch.equal(found.scores, alone.scores)
     assert found.sums.keys() == alone.sums.keys()
     for name, value in found.sums.items():
