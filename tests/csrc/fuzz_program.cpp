@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "program.h"
 #include "program_file.h"
 
 namespace {
@@ -120,7 +121,8 @@ int main(int argc, char** argv) {
     const Bytes& seed = seeds[i % seeds.size()];
     Header header;
     std::memcpy(&header, seed.data(), sizeof header);
-    size_t front = sizeof header + 8 * header.outputs + 40 * header.maps + 8 * kStepFields * header.steps + 48 * header.tensors;
+    size_t front = sizeof header + 8 * header.outputs + 8 * kBufferFields * header.maps + 48 * header.tensors;
+    front += 8 * kStepFields * header.steps;
     if (header.version == kInt8FileVersion) front += sizeof(GridEntry) * header.maps + 8 * header.steps;
     Bytes bytes = seed;
     mutate(bytes, front);
