@@ -77,7 +77,7 @@ format: $(STAMP)
 
 # the kernels on arrays of exactly their size, and damaged program files, under AddressSanitizer and UBSan
 sanitize: build/asan/test_kernel fuzz-short
-	build/asan/test_kernel
+	build/asan/test_kernel 60
 
 SANITIZED := -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
