@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
-#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -165,7 +164,6 @@ inline void check_shifts(GatherGemm& g, const Table& shifts) {
           shifts.count);
   const int32_t* body = head + 2 + 2 * classes;
   std::vector<int32_t> rows;
-  rows.reserve(g.rows_out);
   for (int64_t c = 0; c < classes; ++c) {
     const int64_t taps = head[2 + 2 * c], positions = head[3 + 2 * c];
     for (int64_t t = 0; t < taps; ++t) {
@@ -174,12 +172,12 @@ inline void check_shifts(GatherGemm& g, const Table& shifts) {
       require(body[taps + t] >= 0 && body[taps + t] + positions <= slots, "a class of shifts reads beyond its ", slots,
               " slots");
     }
-    std::copy_if(body + 2 * taps, body + 2 * taps + positions, std::back_inserter(rows),
-                 [](int32_t row) { return row != -1; });
+    rows.insert(rows.end(), body + 2 * taps, body + 2 * taps + positions);
     body += 2 * taps + positions;
   }
-  Table(rows.data(), static_cast<int64_t>(rows.size())).within("rows of shifts", 0, g.rows_out);
-  Table(rows.data(), static_cast<int64_t>(rows.size())).each_once("rows of shifts", g.rows_out);
+  Table named(rows.data(), static_cast<int64_t>(rows.size()));
+  named.within("rows of shifts", -1, g.rows_out);
+  named.each_once("rows of shifts", g.rows_out);
   Table(body, slots).within("slots of shifts", -1, g.rows_in);
   g.shifts = shifts.data;
 }

@@ -1001,24 +1001,32 @@ struct GradLayout {
   }
 };
 
-// parts = units' parts times positions' parts
-QX_INLINE Cut split_grad(const WeightGrad& g, const GradLayout& layout, int64_t parts) {
-  const int64_t total = g.batch * g.positions;
+// The cheapest split of parts into units' parts times positions' parts, of which each has at least so many positions.
+// cost(units' parts, positions' parts)
+template <class Cost>
+QX_INLINE Cut cheapest_split(int64_t positions, int64_t units, int64_t least_positions, int64_t parts, const Cost& cost) {
   Cut best{1, 1};
   double best_cost = -1;
   for (int64_t p = 1; p <= parts; ++p) {
-    const int64_t u = least(parts / p, layout.units);
-    if (p > 1 && total / p < kGradChunk) break;
-    const double unit_macs = double(layout.size) / layout.units;
-    // adding up a set of partial sums costs about as much as this many multiply-adds a float
-    const double cost = double(ceil_div(layout.units, u)) * unit_macs * ceil_div(total, p) +
-                        (p > 1 ? 32.0 * (p + 1) * layout.size / parts : 0.0);
-    if (best_cost < 0 || cost < best_cost) {
-      best_cost = cost;
+    const int64_t u = least(parts / p, units);
+    if (p > 1 && positions / p < least_positions) break;
+    const double its_cost = cost(u, p);
+    if (best_cost < 0 || its_cost < best_cost) {
+      best_cost = its_cost;
       best = Cut{u, p};
     }
   }
   return best;
+}
+
+QX_INLINE Cut split_grad(const WeightGrad& g, const GradLayout& layout, int64_t parts) {
+  const int64_t total = g.batch * g.positions;
+  return cheapest_split(total, layout.units, kGradChunk, parts, [&](int64_t u, int64_t p) {
+    const double unit_macs = double(layout.size) / layout.units;
+    // adding up a set of partial sums costs about as much as this many multiply-adds a float
+    return double(ceil_div(layout.units, u)) * unit_macs * ceil_div(total, p) +
+           (p > 1 ? 32.0 * (p + 1) * layout.size / parts : 0.0);
+  });
 }
 
 // Units at a time: whole jobs where they fit, since a gradient whose taps are neighbours is written job by job.

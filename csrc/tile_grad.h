@@ -111,25 +111,14 @@ struct TileGradLayout {
   }
 };
 
-// parts = units' parts times positions' parts
 QX_INLINE Cut split_tile_grad(const WeightGrad& g, const TileGradLayout& layout, int64_t parts) {
   const int64_t total = g.batch * g.positions;
-  Cut best{1, 1};
-  double best_cost = -1;
-  for (int64_t p = 1; p <= parts; ++p) {
-    const int64_t u = least(parts / p, layout.units);
-    if (p > 1 && total / p < kBlockPositions) break;
+  return cheapest_split(total, layout.units, kBlockPositions, parts, [&](int64_t u, int64_t p) {
     // In cycles: a step of a square takes 64; every part makes the tiles of gy that it needs. A partial sum is written
     // and read again.
     const double steps = double(ceil_div(ceil_div(total, p), kGradStep)) * layout.most_pairs();
-    const double cost =
-        (ceil_div(layout.units, u) + 2) * steps * 64 + (p > 1 ? double(p + 1) * layout.size() / parts : 0.0);
-    if (best_cost < 0 || cost < best_cost) {
-      best_cost = cost;
-      best = Cut{u, p};
-    }
-  }
-  return best;
+    return (ceil_div(layout.units, u) + 2) * steps * 64 + (p > 1 ? double(p + 1) * layout.size() / parts : 0.0);
+  });
 }
 
 // ---------------------------------------------------------------- tiles
@@ -146,7 +135,6 @@ QX_INLINE void in_turns(const V& a, const V& b, int second, V& found) {
   }
 #if defined(__clang__)
   for (int l = 0; l < kCount; ++l) found[l] = from[l] < kCount ? a[from[l]] : b[from[l] - kCount];
-  return found;
 #else
   found = __builtin_shuffle(a, b, from);
 #endif
