@@ -360,8 +360,8 @@ def kernel_lines(
         made.tensors |= {"weight": weight_of(step), "multiplier": (FLOATS, multiplier)}
         made.tensors |= floats(bias=step.bias)
         made.values["channel_groups"] = step.groups
-        if in_lines and step.groups == 1 and step.taps > 1 and len(plan.shifts):
-            made.tensors["shifts"] = (TABLE, plan.shifts)
+        if in_lines and (shifts := plan.lines(step.taps, step.groups)) is not None:
+            made.tensors["shifts"] = (TABLE, shifts)
     made.tensors |= floats(scale2=step.scale2, shift2=step.shift2, slope=step.slope)
     made.values["activation"] = int(step.activation)
     if line.residual is not None and step.shortcut is not None:

@@ -98,8 +98,8 @@ class Lines:
                 bias=step.bias, scale2=step.scale2, shift2=step.shift2, slope=step.slope
             )
             line.values |= {"channel_groups": step.groups, "activation": int(step.activation)}
-            if step.groups == 1 and step.taps > 1 and self.in_lines(step) and len(plan.shifts):
-                line.tensors["shifts"] = (TABLE, plan.shifts)
+            if self.in_lines(step) and (shifts := plan.lines(step.taps, step.groups)) is not None:
+                line.tensors["shifts"] = (TABLE, shifts)
         if step.shortcut is not None:
             source = self.maps[step.shortcut.source]
             line.residual = step.shortcut.source

@@ -240,7 +240,6 @@ def _gather_gemm(
     groups: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    in_lines = groups == 1 and taps > 1 and reads_shifts(x.dtype) and len(plan.shifts) > 0
     out, _ = torch.ops.quincunx_native.gather_gemm(
         x,
         packed,
@@ -257,7 +256,7 @@ def _gather_gemm(
         taps,
         groups,
         0,
-        plan.shifts if in_lines else None,
+        plan.lines(taps, groups) if reads_shifts(x.dtype) else None,
     )
     result: Tensor = out
     return result

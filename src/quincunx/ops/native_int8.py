@@ -152,10 +152,10 @@ def convolve(
     given.append(stored)
     buffers += [2, outputs, *plan.out_size, 0]
     code = [0, 0, numbers[0], 1 if residual is not None else -1, -1, channels, -1, -1, 2, 3, 4, 5]
-    in_lines = groups == 1 and taps > 1 and native.reads_shifts(torch.uint8) and len(plan.shifts) > 0
-    code += [len(inputs), -1, taps, groups, activation, numbers[1], 0, len(tensors) if in_lines else -1]
-    if in_lines:
-        tensors.append(plan.shifts)
+    shifts = plan.lines(taps, groups) if native.reads_shifts(torch.uint8) else None
+    code += [len(inputs), -1, taps, groups, activation, numbers[1], 0, -1 if shifts is None else len(tensors)]
+    if shifts is not None:
+        tensors.append(shifts)
     maps = [t.contiguous(memory_format=CHANNELS_LAST) for t in inputs]
     (found,) = run(maps, tensors, buffers, code, given, [1])
     return (found ^ 128).view(torch.int8) if stored is not out else found

@@ -84,6 +84,10 @@ class Plan:
         with torch.inference_mode(False):
             return shift_table(self.reads_of())
 
+    def lines(self, taps: int, groups: int) -> Tensor | None:
+        """``shifts`` where a kernel reads it: of several taps in one channel group, if there are lines."""
+        return self.shifts if groups == 1 and taps > 1 and len(self.shifts) else None
+
     @property
     def reads(self) -> int:
         """The number of rows read, including border taps: MACs = reads * C * O / channel groups."""
