@@ -201,12 +201,12 @@ struct Slots {
       default: wide(segment, memory); return true;
     }
   }
-  // whether the values of images [first, last) are
-  bool finite(int64_t first, int64_t last) const {
+  // whether the values of an image are
+  bool finite(int64_t image) const {
     const int64_t values = g.rows_in * g.in_channels;
-    const Input* map = static_cast<const Input*>(g.x) + first * values;
+    const Input* map = static_cast<const Input*>(g.x) + image * values;
     Input infinite = 0;
-    for (int64_t i = 0; i < (last - first) * values; ++i) infinite |= (map[i] & 0x7f80) == 0x7f80;
+    for (int64_t i = 0; i < values; ++i) infinite |= (map[i] & 0x7f80) == 0x7f80;
     return infinite == 0;
   }
   uintptr_t the_end() const {
@@ -446,11 +446,28 @@ bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
   const int64_t first = units * number / cut.positions, last = units * (number + 1) / cut.positions;
   const Slots<K> slots{g, plan, run.depth, run.pitch, reinterpret_cast<const char*>(outside)};
   const bool strict = !K::kZerosSuffice && reads_more<K>(plan, run.depth.joined);
-  if (strict && each > 1 && last > first && !slots.finite(first / each, (last - 1) / each + 1)) return false;
+  // Whole images with values that are not finite, in the general form.
+  const auto in_general = [&](int64_t image, int64_t count) {
+    tile_run_in<K>(images_of<Input>(g, image, count), Cut{cut.outputs, 1}, po, joint, bytes);
+    TileUnit::configure(kFullTiles);
+  };
   TileUnit::configure(kFullTiles);
-  for (int64_t unit = first; unit < last; unit += together) {
+  int64_t known = 0;  // images before it, from the part's first on, are finite
+  for (int64_t unit = first; unit < last;) {
+    const int64_t image = unit / each;
+    int64_t end = last;
+    if (strict && each > 1) {
+      end = least(last, (image + 1) * each);
+      if (image >= known && !slots.finite(image)) {
+        // every part that has some of the image finds the same; the one that has its first segment computes it
+        if (unit % each == 0) in_general(image, 1);
+        unit = end;
+        continue;
+      }
+      known = image + 1;
+    }
     Segment segments[kMostSegments];
-    const int64_t count = least(together, last - unit);
+    const int64_t count = least(together, end - unit);
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (unit + i) % each * length;
@@ -458,12 +475,12 @@ bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
       finite &= slots.copy(segments[i], run.copies + i * plan.slots_used * run.pitch);
     }
     if (strict && !finite && each == 1) {
-      tile_run_in<K>(images_of<Input>(g, unit, count), Cut{cut.outputs, 1}, po, joint, bytes);
-      TileUnit::configure(kFullTiles);
-      continue;
+      in_general(unit, count);
+    } else {
+      run.run(segments, count, panels * po / cut.outputs, panels * (po + 1) / cut.outputs);
+      finish(run.before, run.before.rows);  // what comes next has other slots
     }
-    run.run(segments, count, panels * po / cut.outputs, panels * (po + 1) / cut.outputs);
-    finish(run.before, run.before.rows);  // what comes next has other slots
+    unit += count;
   }
   TileUnit::release();
   return true;
