@@ -1,6 +1,7 @@
 #include "scratch.h"
 
 #include <cstdlib>
+#include <mutex>
 
 namespace quincunx {
 namespace {
@@ -15,6 +16,10 @@ struct Owned {
 
 thread_local Owned own;
 
+std::mutex one_at_a_time;
+// costs nothing until it is used
+alignas(kPage) char reserve[Scratch::kMost];
+
 }  // namespace
 
 int64_t scratch_limit = INT64_MAX;
@@ -28,6 +33,16 @@ char* thread_scratch(int64_t bytes) {
     own.bytes = own.memory == nullptr ? 0 : size;
   }
   return static_cast<char*>(own.memory);
+}
+
+Scratch::Scratch(int64_t bytes) : data(thread_scratch(bytes)), reserved_(data == nullptr) {
+  if (!reserved_) return;
+  one_at_a_time.lock();
+  data = reserve;
+}
+
+Scratch::~Scratch() {
+  if (reserved_) one_at_a_time.unlock();
 }
 
 }  // namespace quincunx

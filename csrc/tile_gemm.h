@@ -36,7 +36,6 @@ constexpr int64_t kChunkTiles = 32;                 // tiles of rows that share 
 constexpr int64_t kNearTiles = 8;                   // the same where weights are near: outputs are written row by row
 constexpr int64_t kCopyAhead = 2;                   // steps from copying a tile to reading it
 constexpr int64_t kJointBytes = kSliceTaps / 2 * kPanelTiles * kTileSize;  // of weights whose taps are brought together
-constexpr int64_t kLeastBytes = 64 * kTileSize;     // of copied tiles, without memory for more
 // Lines of a tile read in place that may share a set of a first-level cache, which has one set for each line of a
 // page: more displace each other, and a copy is faster.
 constexpr int64_t kSetBytes = 4096, kLinesOfSet = 2;

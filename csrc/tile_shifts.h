@@ -487,21 +487,14 @@ bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
 }
 
 template <class K>
-__attribute__((noinline)) void tile_run_on_stack(const GatherGemm& g, Cut cut, int64_t part) {
-  alignas(64) char memory[kJointBytes + kLeastBytes];
-  tile_run_in<K>(g, cut, part, memory, kLeastBytes);
-}
-
-template <class K>
 void tile_run(const GatherGemm* g, Cut cut, int64_t part) {
   if (!g->weight) return K::mean(*g, cut, part);
   // half of the second-level cache for copied inputs, the rest for weights and maps
-  const int64_t copy_bytes = most(kLeastBytes, level2_bytes() / 2);
-  char* memory = thread_scratch(kJointBytes + copy_bytes);
-  if (memory == nullptr) return tile_run_on_stack<K>(*g, cut, part);
+  const int64_t copy_bytes = least(level2_bytes() / 2, Scratch::kMost - kJointBytes);
+  const Scratch memory(kJointBytes + copy_bytes);
   const bool in_lines = g->shifts && g->channel_groups == 1 && g->num_taps > 1;
-  if (in_lines && run_shifted<K>(*g, cut, part, memory, copy_bytes)) return;
-  tile_run_in<K>(*g, cut, part, memory, copy_bytes);
+  if (in_lines && run_shifted<K>(*g, cut, part, memory.data, copy_bytes)) return;
+  tile_run_in<K>(*g, cut, part, memory.data, copy_bytes);
 }
 
 template <class K>

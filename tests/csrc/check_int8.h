@@ -117,7 +117,7 @@ void check_bytes(const std::string& name, const Int8Kernels& int8, const Case& c
   g.quantised = &maps;
   Cut cut = kernels.cut(&g, pick({1, 2, 16}));
   if (generator() % 2) cut = Cut{pick({1, 2, 7}), pick({1, 3, 50})};
-  for (int64_t part = cut.outputs * cut.positions; part-- > 0;) kernels.run(&g, cut, part);
+  run_parts(kernels, g, cut);
 
   const int32_t *index = g.index, *row = g.rows, *taps = g.taps;
   for (int64_t group = 0; group < g.num_groups; ++group) {
