@@ -160,3 +160,26 @@ def test_a_copy_made_in_inference_mode_can_be_trained() -> None:
         net(torch.randn(2, 3, 5, 5)).sum().backward()
         assert all(p.grad is not None for p in net.parameters())
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_copy_that_shares_has_layers_of_its_own_and_parameters_in_the_same_memory() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3))
+    net[2].weight = net[0].weight
+    made = copied(net, share=True).requires_grad_(False).eval()
+    assert made[2].weight is made[0].weight
+    assert made[0].weight is not net[0].weight
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+    with torch.no_grad():
+        net[0].weight.fill_(2)
+        net[1].running_mean.fill_(2)
+    assert made[0].weight.eq(2).all()
+    assert not made[1].running_mean.any()
+    made[0].weight = nn.Parameter(torch.zeros(3, 3, 3, 3))
+    assert net[0].weight.eq(2).all()
+
+
+def test_a_shared_copy_of_what_was_made_in_inference_mode_has_ordinary_tensors() -> None:
+    with torch.inference_mode():
+        net = nn.Linear(2, 2)
+    assert not any(p.is_inference() for p in copied(net, share=True).parameters())

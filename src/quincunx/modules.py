@@ -118,8 +118,13 @@ def forward_hooks(module: nn.Module) -> int:
     return sum(len(getattr(module, name)) for name in _HOOKS)
 
 
-def copied(model: M) -> M:
+def copied(model: M, share: bool = False) -> M:
     """Return a deep copy of a network, with ordinary tensors also in inference mode.
+
+    Args:
+        model: the network.
+        share: parameters keep their memory, for a copy that nobody trains; buffers are copied all the same,
+            since a forward may write to them.
 
     Raises:
         TypeError: a part cannot be copied, for whatever reason, or a lazy layer has no weights
@@ -134,7 +139,7 @@ def copied(model: M) -> M:
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with outside:
         try:
-            made = copy.deepcopy(model)
+            made = copy.deepcopy(model, _aliases(model) if share else None)
         except Exception as error:
             # too deep nesting starts at the network's own path
             at = "" if isinstance(error, RecursionError) else _uncopied(model)
@@ -147,6 +152,12 @@ def copied(model: M) -> M:
                 f"model: its part {name!r}, a {type(module).__name__}, cannot be copied (its copy is itself)"
             )
     return made
+
+
+def _aliases(model: nn.Module) -> dict[int, Any]:
+    """Return, by a parameter's identity, another one in the same memory."""
+    plain = [p for p in model.parameters() if type(p) is nn.Parameter and type(p.data) is torch.Tensor]
+    return {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain if not p.is_inference()}
 
 
 def _without_weights(model: nn.Module) -> nn.Module | None:

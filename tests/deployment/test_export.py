@@ -120,6 +120,53 @@ def test_weights_beyond_the_limit_or_if_asked_go_to_a_second_file(tmp_path, monk
         assert difference(found.answers[0], [network()(x)]) < 1e-4
 
 
+def test_weights_beyond_the_limit_reach_openvino_by_a_second_file(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(writers, "EXTERNAL_ABOVE", 1000)
+    made = qx.export(network(), tmp_path / "net.xml", torch.randn(1, 3, 16, 16), rounds=0)
+    assert max(made.difference.values()) < 1e-4
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["net.bin", "net.xml"]
+
+
+def test_a_second_place_gets_the_weights_that_are_in_the_first_ones_file(tmp_path):
+    net, x = network(), torch.randn(2, 3, 16, 16)
+    write = writers.onnx_writer(writers.trace_for_export(net, [x], ["x"], ["y"], False), 18, True)
+    for place in (tmp_path / "a.onnx", tmp_path / "a.onnx", tmp_path / "b.onnx"):
+        write(place, {"at": place.name})
+    (tmp_path / "a.onnx.data").unlink()
+    found = run_apart(
+        [Candidate("b", str(tmp_path / "b.onnx"), "onnxruntime")], [[x]], [x], threads=1, rounds=0
+    )
+    with torch.no_grad():
+        assert difference(found.answers[0], [net(x)]) < 1e-4
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_the_network_stays_as_it_was(tmp_path, plugin):
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3)),
+        qx.SpatialBottleneck2d(8, 8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    before = {
+        name: (t, t.clone(), t.requires_grad, t._version)
+        for name, t in net.state_dict(keep_vars=True).items()
+    }
+    qx.export(net, tmp_path / "net.onnx", torch.randn(2, 3, 16, 16), plugin=plugin, force=True, rounds=3)
+    after = net.state_dict(keep_vars=True)
+    assert net.training
+    assert after.keys() == before.keys()
+    for name, (same, value, asked, version) in before.items():
+        assert after[name] is same, name
+        assert same.equal(value), name
+        assert (same.requires_grad, same._version) == (asked, version), name
+
+
 def test_several_inputs_and_outputs_and_a_fixed_batch(tmp_path):
     class Two(nn.Module):
         def __init__(self):

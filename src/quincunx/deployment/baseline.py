@@ -37,7 +37,7 @@ def dense_twin(model: nn.Module) -> nn.Module | None:
         >>> {type(m).__name__ for m in twin.modules() if "Paired" in type(m).__name__}
         set()
     """
-    own, found = copied(model), False
+    own, found = copied(model, share=True), False
     for name, layer in list(own.named_modules()):
         if not isinstance(layer, _KINDS):
             continue

@@ -20,7 +20,7 @@ from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, decoded, low
 from quincunx.deployment.usage import lines_to_use
 from quincunx.deployment.verification import Candidate, Found, difference, run_apart
 from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, onnx_writer, trace_for_export
-from quincunx.fusion.fuse import fuse
+from quincunx.fusion.fuse import fuse, fuse_shared
 from quincunx.fusion.fused import Fused
 from quincunx.measure.cost import cost
 from quincunx.measure.environment import environment
@@ -212,11 +212,15 @@ def export(
     _check_settings(kind, plugin, dtype, calibration, external_data, rounds)
     limit = tolerance if tolerance is not None else 1e-4 if dtype in (None, torch.float32) else 0.05
     workers = torch.get_num_threads() if threads is None else threads
-    own = copied(model).eval().requires_grad_(False)
+    own = copied(model, share=True).eval().requires_grad_(False)
     answer = _answer(own, examples)
     inputs, results = _names(own, examples, answer, input_names, output_names)
     engines = decoded(own)
-    fused = fuse(engines, dtype, calibration=calibration, force=True) if dtype is not None else fuse(engines)
+    fused = (
+        fuse(engines, dtype, calibration=calibration, force=True)
+        if dtype is not None
+        else fuse_shared(engines)
+    )
     used = fused.meta["dtype"]["used"] if dtype is not None else "float32"
     node = _NODES[kind.name] if plugin else None
     twin = baseline if baseline is not None else dense_twin(own)
@@ -462,12 +466,12 @@ def _dense_candidates(
     opset: int,
 ) -> list[Candidate]:
     """The dense network in the same format, and where OpenVINO is installed in its formats."""
-    own = copied(dense).eval().requires_grad_(False)
+    own = copied(dense, share=True).eval().requires_grad_(False)
     names = [f"input{number}" for number in range(len(examples))]
     with torch.no_grad():
         count = len(_tensors(own(*examples)))
     outputs = [f"output{number}" for number in range(count)]
-    traced = trace_for_export(lower(fuse(own), examples), examples, names, outputs, dynamic)
+    traced = trace_for_export(lower(fuse_shared(own), examples), examples, names, outputs, dynamic)
     place = folder / f"dense.{kind.name}{kind.suffix}"
     WRITERS[kind.name](traced, opset)(place, {})
     found = [Candidate("dense", str(place), kind.engine)]

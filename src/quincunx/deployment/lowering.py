@@ -204,7 +204,7 @@ def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> n
             root.add_module(name, made or PluginProgram(module, shapes, node))  # type: ignore[arg-type]
         else:
             untraced.add_module(name, decoded(module))
-            root.add_module(name, copied(untraced.get_submodule(name)))
+            root.add_module(name, copied(untraced.get_submodule(name), share=True))
     root._parameters |= fused._parameters
     root._buffers |= fused._buffers
     # what no forward calls is in no file
@@ -248,7 +248,7 @@ def decoded(module: nn.Module) -> nn.Module:
             )
     kinds = (QuantConv2d, BinaryConv2d, PackedConv2d, QuantLinear, BinaryLinear, PackedLinear)
     if any(isinstance(layer, kinds) for layer in module.modules()):
-        module = copied(module)
+        module = copied(module, share=True)
     for name, layer in list(module.named_modules()):
         if isinstance(layer, kinds):
             module = set_module(module, name, _dense(layer))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -136,27 +139,51 @@ def onnx_writer(traced: Traced, opset: int = 18, external: bool = False) -> Writ
     import onnx
 
     proto = _onnx_proto(traced, opset)
+    apart = external or _is_large(proto)
+    kept: list[Path] = []  # where the weights are, once they are no longer in the model
 
     def write(path: Path, metadata: Mapping[str, Any]) -> None:
-        from onnx.external_data_helper import convert_model_to_external_data
-
         proto.producer_name = "quincunx"
         proto.producer_version = str(metadata.get("quincunx", ""))
         onnx.helper.set_model_props(proto, {METADATA: json.dumps(metadata, sort_keys=True)})
-        size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
         outside = path.with_name(f"{path.name}.data")
-        outside.unlink(missing_ok=True)
-        if size <= EXTERNAL_ABOVE and not external:
+        if not apart:
+            outside.unlink(missing_ok=True)
             onnx.save_model(proto, str(path))
-            return
-        copied = onnx.ModelProto()
-        copied.CopyFrom(proto)
-        convert_model_to_external_data(copied, all_tensors_to_one_file=True, location=outside.name)
-        onnx.save_model(copied, str(path))
-        # it is written for its owner alone
-        outside.chmod(path.stat().st_mode)
+        elif not kept:
+            _save_apart(proto, path, outside)
+            kept.append(outside)
+        else:
+            _name_outside(proto, outside.name)
+            path.write_bytes(proto.SerializeToString())
+            if kept[0] != outside:
+                shutil.copyfile(kept[0], outside)
+        if apart:
+            # it is written for its owner alone
+            outside.chmod(path.stat().st_mode)
 
     return write
+
+
+def _is_large(proto: Any) -> bool:
+    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > EXTERNAL_ABOVE
+
+
+def _save_apart(proto: Any, path: Path, outside: Path) -> None:
+    """Write a model and its weights, which move from memory into the second file: twice would be too much."""
+    import onnx
+    from onnx.external_data_helper import convert_model_to_external_data
+
+    outside.unlink(missing_ok=True)
+    convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=outside.name)
+    onnx.save_model(proto, str(path))
+
+
+def _name_outside(proto: Any, name: str) -> None:
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
 
 
 # ---------------------------------------------------------------- OpenVINO
@@ -170,12 +197,22 @@ def openvino_writer(traced: Traced, opset: int = 18) -> Write:
     core = openvino.Core()
     if any(node.domain == DOMAIN for node in proto.graph.node):
         register(core)
-    model = core.read_model(io.BytesIO(proto.SerializeToString()))
+    # OpenVINO reads weights of a second file when it needs them
+    folder = mkdtemp(prefix="quincunx-") if _is_large(proto) else None
+    if folder is None:
+        model = core.read_model(io.BytesIO(proto.SerializeToString()))
+    else:
+        place = Path(folder) / "network.onnx"
+        _save_apart(proto, place, place.with_name("network.onnx.data"))
+        model = core.read_model(str(place))
+    del proto
 
     def write(path: Path, metadata: Mapping[str, Any]) -> None:
         model.set_rt_info(json.dumps(metadata, sort_keys=True), [METADATA])
         openvino.save_model(model, str(path), compress_to_fp16=False)
 
+    if folder is not None:
+        weakref.finalize(write, shutil.rmtree, folder, ignore_errors=True)
     return write
 
 

@@ -190,9 +190,18 @@ def fuse(
     return _fuse(model, None, check)
 
 
-def _fuse(model: nn.Module, dtype: torch.dtype | None, check: Any, joins: bool = False) -> Fused:
+def fuse_shared(model: nn.Module) -> Fused:
+    """Return what :func:`fuse` does, in float32, with parameters in the network's own memory where a step
+    takes them as they are: for a fused network that lives no longer than the network stays as it is.
+    """
+    return _fuse(model, None, None, share=True)
+
+
+def _fuse(
+    model: nn.Module, dtype: torch.dtype | None, check: Any, joins: bool = False, share: bool = False
+) -> Fused:
     with torch.inference_mode(False), torch.no_grad():
-        own = pack_binary(copied(model)).eval().requires_grad_(False)
+        own = pack_binary(copied(model, share)).eval().requires_grad_(False)
         _make_permanent(own)
         if is_leaf(own):
             own = nn.Sequential(own)  # a single layer is a network too
