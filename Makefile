@@ -77,7 +77,7 @@ format: $(STAMP)
 
 # the kernels on arrays of exactly their size, and damaged program files, under AddressSanitizer and UBSan
 sanitize: build/asan/test_kernel fuzz-short
-	build/asan/test_kernel 60
+	build/asan/test_kernel 30
 
 SANITIZED := -Icsrc -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -92,8 +92,9 @@ build/asan/%: tests/csrc/%.cpp $(CORE:%=build/asan/%.o)
 	$(CXX) $(SANITIZED) $^ -pthread -o $@
 
 # each is refused by a sentence or runs; the seed is another one every day
-fuzz: build/asan/fuzz_program build/seeds
+fuzz: build/asan/fuzz_program build/asan/test_kernel build/seeds
 	build/asan/fuzz_program 20000 $(shell date +%Y%m%d) build/seeds/*
+	build/asan/test_kernel 60 $(shell date +%Y%m%d)
 
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m soak.interruptions --kills 50 --full-disks 20
