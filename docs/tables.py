@@ -98,12 +98,12 @@ def low_networks(*folder: str) -> str:
     return table(header, cells)
 
 
-def int8_networks() -> str:
+def int8_networks(*folder: str) -> str:
     """Whole networks in eight bits: each over the fastest dense candidate in eight bits."""
     header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
     header += ["ms", "dense, ms", "our dense, ms", "in bfloat16, ms"]
     cells = []
-    for row in read("bench-networks-int8.json")["rows"]:
+    for row in read(*folder, "bench-networks-int8.json")["rows"]:
         name, found = next(iter(row["candidates"].items()))
         times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
         speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
@@ -157,8 +157,23 @@ def format_accuracy() -> str:
     return table(header, cells)
 
 
-def networks() -> str:
-    result = read("bench-networks.json")
+def exports(*folder: str) -> str:
+    """Our kernels in ONNX Runtime, over the dense network there and over OpenVINO's in bfloat16."""
+    header = ["network", "format", "batch", "MAC ratio", "ms", "over the dense network in ONNX Runtime"]
+    header += ["over the dense network in OpenVINO, bfloat16"]
+    cells = []
+    for row in read(*folder, "exports.json")["rows"]:
+        if not row["plugin"]:
+            continue
+        ms = row["ms"]
+        numbers = [str(row["batch"]), f"{row['mac_ratio']:.2f}", f"{ms['ours']:.2f}"]
+        low = ms["OpenVINO bfloat16 of the dense network"] / ms["ours"]
+        cells.append([row["network"], row["dtype"], *numbers, f"{row['speedup']:.2f}x", f"{low:.2f}x"])
+    return table(header, cells)
+
+
+def networks(*folder: str) -> str:
+    result = read(*folder, "bench-networks.json")
     header = ["network", "batch", "threads", "MAC ratio", "speed-up over the dense one, fused"]
     header += ["the dense one on smaller images", "ms", "dense, ms"]
     first = result["rows"][0]
@@ -798,6 +813,10 @@ MADE = {
     "amx-blocks-bfloat16": lambda: bench("blocks-bfloat16", AMX),
     "amx-networks-bfloat16": lambda: low_networks(AMX),
     "amx-blocks-int8": lambda: bench("blocks-int8", AMX),
+    "amx-networks-int8": lambda: int8_networks(AMX),
+    "amx-blocks": lambda: bench("blocks", AMX),
+    "amx-exports": lambda: exports(AMX),
+    "amx-training": lambda: bench("training", AMX),
     "plugins": plugins,
     "format-front": format_front,
     "format-accuracy": format_accuracy,

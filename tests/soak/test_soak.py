@@ -1,5 +1,7 @@
 """The short form of the campaign in interruptions.py."""
 
+import tempfile
+
 import pytest
 
 from soak.interruptions import campaign, same
@@ -7,7 +9,9 @@ from soak.interruptions import campaign, same
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_what_is_killed_or_meets_a_full_disk_ends_as_if_undisturbed():
+def test_what_is_killed_or_meets_a_full_disk_ends_as_if_undisturbed(tmp_path, monkeypatch):
+    # a campaign keeps its folders, to look at what went wrong
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert campaign(["accelerate"], kills=1, full_disks=1, seed=0) == []
 
 
