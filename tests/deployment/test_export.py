@@ -129,10 +129,8 @@ def test_weights_beyond_the_limit_reach_openvino_by_a_second_file(tmp_path, monk
 
 
 def test_a_second_place_gets_the_weights_that_are_in_the_first_ones_file(tmp_path):
-    net, x = (
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4)),
-        torch.randn(2, 3, 16, 16),
-    )
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+    x = torch.randn(2, 3, 16, 16)
     write = writers.onnx_writer(writers.trace_for_export(net, [x], ["x"], ["y"], False), 18, True)
     for place in (tmp_path / "a.onnx", tmp_path / "a.onnx", tmp_path / "b.onnx"):
         write(place, {"at": place.name})

@@ -150,7 +150,8 @@ def onnx_writer(traced: Traced, opset: int = 18, external: bool = False) -> Writ
         if not apart:
             outside.unlink(missing_ok=True)
             onnx.save_model(proto, str(path))
-        elif not kept:
+            return
+        if not kept:
             _save_apart(proto, path, outside)
             kept.append(outside)
         else:
@@ -158,9 +159,8 @@ def onnx_writer(traced: Traced, opset: int = 18, external: bool = False) -> Writ
             path.write_bytes(proto.SerializeToString())
             if kept[0] != outside:
                 shutil.copyfile(kept[0], outside)
-        if apart:
-            # it is written for its owner alone
-            outside.chmod(path.stat().st_mode)
+        # it is written for its owner alone
+        outside.chmod(path.stat().st_mode)
 
     return write
 
