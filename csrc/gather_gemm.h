@@ -706,8 +706,8 @@ Cut cut_outputs(const GatherGemm& g, int64_t threads, int64_t tiles_per_group, c
       const double part_tiles = ceil_div(tiles, o);
       const double part = part_tiles * macs_per_tile / p +
                           costs.byte * (part_tiles * tile_bytes + map_bytes / p) + costs.part;
-      // threads take turns, and on the average one of them comes late by some of a part
-      const double cost = part * (ceil_div(o * p, threads) + 0.25);
+      // threads take turns, and on the average one of them comes late by some of a part; a single one waits for nobody
+      const double cost = part * (ceil_div(o * p, threads) + (threads > 1 ? 0.25 : 0.0));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
         best = Cut{o, p};

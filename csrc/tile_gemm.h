@@ -11,9 +11,10 @@
 //   kCosts, mean(..)     as of gather_gemm.h
 //
 // A tile of inputs holds 16 output rows and one step of K: 64 bytes of channels of one tap (32 bfloat16 numbers, 64
-// bytes), or several taps of at most half as many channels. Where the 16 rows are equally far apart in the map it is read in place; otherwise its rows are copied
-// side by side, two steps before they are multiplied, and used again by all output channels. A register tile is up to
-// 2 x 2 tiles of sums, or 4 x 1 where only 16 output channels are left. Its epilogue runs between the products of the next one.
+// bytes), or several taps of at most half as many channels. Where the 16 rows are equally far apart in the map it is read
+// in place; otherwise its rows are copied side by side, two steps before they are multiplied, and used again by all
+// output channels. A register tile is up to 2 x 2 tiles of sums, or 4 x 1 where only 16 output channels are left. Its
+// epilogue runs between the products of the next one, behind all of them where all tiles are read in place.
 #pragma once
 
 #include "gather_gemm.h"
@@ -37,8 +38,8 @@ constexpr int64_t kNearTiles = 8;                   // the same where weights ar
 constexpr int64_t kCopyAhead = 2;                   // steps from copying a tile to reading it
 constexpr int64_t kJointBytes = kSliceTaps / 2 * kPanelTiles * kTileSize;  // of weights whose taps are brought together
 // Lines of a tile read in place that may share a set of a first-level cache, which has one set for each line of a
-// page: more displace each other, and a copy is faster.
-constexpr int64_t kSetBytes = 4096, kLinesOfSet = 2;
+// page: more displace each other, and a copy is faster. Rows that follow each other share it better.
+constexpr int64_t kSetBytes = 4096, kLinesOfSet = 2, kLinesOfSetInOrder = 8;
 constexpr TileConfig kFullTiles = TileConfig::full();
 
 // The steps of K of one channel group: for each block of channels each tap, or `joined` taps in each step.
@@ -226,12 +227,55 @@ struct CopySteps {
   }
 };
 
+constexpr int32_t kRowItself = 0;
+
 // The output rows of a chunk: where each reads and writes.
 struct TileRows {
   const char* x[kChunkTiles * kTileHeight];         // the image's first row
   const int32_t* index[kChunkTiles * kTileHeight];  // the position's taps
   int64_t place[kChunkTiles * kTileHeight], residual[kChunkTiles * kTileHeight];  // as in Rows
+
+  // rows [q0, q1) of a tap group, one image after the other, so that a tile's rows are often equally far apart
+  QX_INLINE void find(const GatherGemm& g, const PartOfGroups& own, int64_t q0, int64_t q1, const char* map,
+                      int64_t row_bytes) {
+    Walk walk(g.batch, 1, own.positions);
+    walk.go_to(q0);
+    for (int64_t r = 0; r < q1 - q0; ++r) {
+      const int64_t row = own.rows[walk.position];
+      x[r] = map + walk.image * g.rows_in * row_bytes;
+      index[r] = own.index + walk.position * own.num_taps;
+      place[r] = (walk.image * g.rows_out + row) * g.out_channels;
+      if (g.residual) {
+        const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
+        residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
+      }
+      walk.step();
+    }
+  }
+  // where all are in order
+  QX_INLINE void follow(const GatherGemm& g, int64_t q0, int64_t q1, const char* map, int64_t row_bytes) {
+    for (int64_t r = 0; r < q1 - q0; ++r) {
+      x[r] = map + (q0 + r) * row_bytes;
+      index[r] = &kRowItself;
+      place[r] = (q0 + r) * g.out_channels;
+      residual[r] = (q0 + r) * g.residual_channels;
+    }
+  }
 };
+
+// Whether the outputs of a tap group follow each other as their inputs do, through all images: a dense 1 x 1.
+QX_INLINE bool all_in_order(const GatherGemm& g, const PartOfGroups& own) {
+  if (own.num_taps != 1 || own.positions != g.rows_out || own.positions != g.rows_in) return false;
+  if (g.residual && (g.residual_rows || g.residual_size != g.rows_out)) return false;
+  int32_t differs = 0;
+  for (int32_t i = 0; i < own.positions; ++i) differs |= (own.index[i] ^ i) | (own.rows[i] ^ i);
+  return differs == 0;
+}
+
+// Rows lie in sets at multiples of the greatest power of two in their distance.
+QX_INLINE int64_t lines_of_set(int64_t stride) {
+  return kTileHeight * least(stride & -stride, kSetBytes) / kSetBytes;
+}
 
 // Finds the rows of one tile and decides, tap by tap, whether it is read in place.
 template <class K>
@@ -253,13 +297,11 @@ void locate(Copying<K>& c, int64_t tile, const TileRows& rows, int64_t q, int64_
     const int64_t stride = from[1] - from[0];
     int64_t differs = 0;
     for (int64_t r = 2; r < kTileHeight; ++r) differs |= (from[r] - from[r - 1]) ^ stride;
-    // rows lie in sets at multiples of the greatest power of two in the stride
-    const int64_t lines_of_set = kTileHeight * least(stride & -stride, kSetBytes) / kSetBytes;
     // what a last block has too many of is multiplied by zeros, where it can be read at all
     const uintptr_t last = reinterpret_cast<uintptr_t>(stride < 0 ? from[0] : from[kTileHeight - 1]);
     const bool readable = whole || (K::kZerosSuffice && inside == kTileHeight &&
                                     c.end - last >= static_cast<uintptr_t>(depth.blocks * kTileBytes));
-    const bool in_place = readable && inside == kTileHeight && differs == 0 && lines_of_set <= kLinesOfSet;
+    const bool in_place = readable && inside == kTileHeight && differs == 0 && lines_of_set(stride) <= kLinesOfSet;
     c.copied[tile][t] = inside > 0 && !in_place;
     if (inside == 0) {
       sources[t] = Source{c.outside, 0, 0};
@@ -308,60 +350,48 @@ struct Operands {
   }
 };
 
-template <int TILE>
-QX_INLINE void load_inputs(const Operands& o, int64_t tile, int64_t inner, int64_t outer) {
-  const Source& s = o.sources[tile][inner];
-  TileUnit::load<TILE>(s.base + outer * s.advance, s.stride, o.area(s));
+// ROWS x OUTS tiles of sums: tiles 0 to 3 hold them, 4 and 5 inputs, 6 and 7 weights.
+template <int ROWS, int OUTS, class Start>
+QX_INLINE void begin(const Start& start) {
+  static_assert(ROWS * OUTS <= 4, "there are four tiles of sums");
+  start.template put<0>(0);
+  if constexpr (ROWS * OUTS > 1) start.template put<1>(OUTS == 2);
+  if constexpr (ROWS * OUTS > 2) start.template put<2>(0);
+  if constexpr (ROWS * OUTS > 3) start.template put<3>(OUTS == 2);
 }
 
-// ROWS x OUTS tiles of sums: tiles 0 to 3 hold them, 4 and 5 inputs, 6 and 7 weights.
-template <class K, int ROWS, int OUTS>
-void multiply(const Operands& o, const Slice& slice, const Copying<K>* copying, Unfinished<K>& before,
-              const typename K::Start& start, typename K::Sum* sums, bool first, bool last) {
-  static_assert(ROWS * OUTS <= 4, "there are four tiles of sums");
-  if (first) {
-    start.template put<0>(0);
-    if constexpr (ROWS * OUTS > 1) start.template put<1>(OUTS == 2);
-    if constexpr (ROWS * OUTS > 2) start.template put<2>(0);
-    if constexpr (ROWS * OUTS > 3) start.template put<3>(OUTS == 2);
-  }
-  const int64_t steps = slice.steps(), rows_a_step = ceil_div(before.rows - before.done, most(1, steps));
-  CopySteps ahead;
-  while (copying && ahead.step < least(kCopyAhead, steps)) ahead.copy(*copying, ROWS);
-  for (int64_t outer = 0; outer < slice.outer; ++outer) {
-    for (int64_t inner = 0; inner < slice.inner; ++inner) {
-      if (copying && ahead.step < steps) ahead.copy(*copying, ROWS);
-      const char* weights = o.weights[inner] + outer * o.weights_advance;
-      TileUnit::load<6>(weights, kTileBytes, o.weight_area);
-      load_inputs<4>(o, 0, inner, outer);
-      K::template dot<0, 4, 6>();
-      if constexpr (OUTS == 2) {
-        TileUnit::load<7>(weights + kTileSize, kTileBytes, o.weight_area);
-        K::template dot<1, 4, 7>();
-        if constexpr (ROWS == 2) {
-          load_inputs<5>(o, 1, inner, outer);
-          K::template dot<2, 5, 6>();
-          K::template dot<3, 5, 7>();
-        }
-      } else {
-        if constexpr (ROWS > 1) {
-          load_inputs<5>(o, 1, inner, outer);
-          K::template dot<1, 5, 6>();
-        }
-        if constexpr (ROWS > 2) {
-          load_inputs<4>(o, 2, inner, outer);
-          K::template dot<2, 4, 6>();
-        }
-        if constexpr (ROWS > 3) {
-          load_inputs<5>(o, 3, inner, outer);
-          K::template dot<3, 5, 6>();
-        }
-      }
-      finish(before, before.done + rows_a_step);
+// One step; inputs.template load<T>(i) loads the i-th tile of rows.
+template <class K, int ROWS, int OUTS, class Inputs>
+QX_INLINE void products(const char* weights, const Area& area, const Inputs& inputs) {
+  TileUnit::load<6>(weights, kTileBytes, area);
+  inputs.template load<4>(0);
+  K::template dot<0, 4, 6>();
+  if constexpr (OUTS == 2) {
+    TileUnit::load<7>(weights + kTileSize, kTileBytes, area);
+    K::template dot<1, 4, 7>();
+    if constexpr (ROWS == 2) {
+      inputs.template load<5>(1);
+      K::template dot<2, 5, 6>();
+      K::template dot<3, 5, 7>();
+    }
+  } else {
+    if constexpr (ROWS > 1) {
+      inputs.template load<5>(1);
+      K::template dot<1, 5, 6>();
+    }
+    if constexpr (ROWS > 2) {
+      inputs.template load<4>(2);
+      K::template dot<2, 4, 6>();
+    }
+    if constexpr (ROWS > 3) {
+      inputs.template load<5>(3);
+      K::template dot<3, 5, 6>();
     }
   }
-  if (!last) return;
-  finish(before, before.rows);
+}
+
+template <int ROWS, int OUTS, class Sum>
+QX_INLINE void store_sums(Sum* sums) {
   constexpr int64_t kWidth = OUTS * kTileOutputs, kStride = kWidth * 4, kBelow = kTileHeight * kWidth;
   TileUnit::store<0>(sums, kStride);
   if constexpr (OUTS == 2) {
@@ -377,6 +407,35 @@ void multiply(const Operands& o, const Slice& slice, const Copying<K>* copying, 
   }
 }
 
+struct AnyInputs {  // of one step
+  const Operands& operands;
+  int64_t inner, outer;
+  template <int TILE>
+  QX_INLINE void load(int64_t i) const {
+    const Source& s = operands.sources[i][inner];
+    TileUnit::load<TILE>(s.base + outer * s.advance, s.stride, operands.area(s));
+  }
+};
+
+template <class K, int ROWS, int OUTS>
+void multiply(const Operands& o, const Slice& slice, const Copying<K>* copying, Unfinished<K>& before,
+              const typename K::Start& start, typename K::Sum* sums, bool first, bool last) {
+  if (first) begin<ROWS, OUTS>(start);
+  const int64_t steps = slice.steps(), rows_a_step = ceil_div(before.rows - before.done, most(1, steps));
+  CopySteps ahead;
+  while (copying && ahead.step < least(kCopyAhead, steps)) ahead.copy(*copying, ROWS);
+  for (int64_t outer = 0; outer < slice.outer; ++outer) {
+    for (int64_t inner = 0; inner < slice.inner; ++inner) {
+      if (copying && ahead.step < steps) ahead.copy(*copying, ROWS);
+      products<K, ROWS, OUTS>(o.weights[inner] + outer * o.weights_advance, o.weight_area, AnyInputs{o, inner, outer});
+      finish(before, before.done + rows_a_step);
+    }
+  }
+  if (!last) return;
+  finish(before, before.rows);
+  store_sums<ROWS, OUTS>(sums);
+}
+
 template <class K>
 using MultiplyFunction = void (*)(const Operands&, const Slice&, const Copying<K>*, Unfinished<K>&,
                                   const typename K::Start&, typename K::Sum*, bool, bool);
@@ -386,6 +445,48 @@ constexpr MultiplyFunction<K> kMultiply[kPanelTiles + 1][kMostTiles + 1] = {
     {},
     {nullptr, &multiply<K, 1, 1>, &multiply<K, 2, 1>, &multiply<K, 3, 1>, &multiply<K, 4, 1>},
     {nullptr, &multiply<K, 1, 2>, &multiply<K, 2, 2>, nullptr, nullptr}};
+
+// A register tile whose tiles of inputs are all read in place, with one distance of rows and of blocks of channels.
+// Fewer instructions lie between the loads than in the general form, so that more of them are under way at a time.
+struct InPlace {
+  const char* const* rows[kMostTiles];  // of each tile of rows, by inner step
+  const char* const* weights;           // by inner step
+  int64_t inner, outer, stride, weights_advance;
+  Area map, weight_area;
+};
+
+struct InputsInPlace {  // of one step
+  const InPlace& tiles;
+  int64_t inner, moved;
+  template <int TILE>
+  QX_INLINE void load(int64_t i) const {
+    TileUnit::load<TILE>(tiles.rows[i][inner] + moved, tiles.stride, tiles.map);
+  }
+};
+
+template <class K, int ROWS, int OUTS>
+void multiply_in_place(const InPlace& of, Unfinished<K>& before, const typename K::Start& start,
+                       typename K::Sum* sums) {
+  const InPlace tiles = of;  // memory may change with each load as the compiler sees it, what is here cannot
+  begin<ROWS, OUTS>(start);
+  for (int64_t outer = 0; outer < tiles.outer; ++outer) {
+    for (int64_t inner = 0; inner < tiles.inner; ++inner) {
+      products<K, ROWS, OUTS>(tiles.weights[inner] + outer * tiles.weights_advance, tiles.weight_area,
+                              InputsInPlace{tiles, inner, outer * kTileBytes});
+    }
+  }
+  finish(before, before.rows);
+  store_sums<ROWS, OUTS>(sums);
+}
+
+template <class K>
+using MultiplyInPlaceFunction = void (*)(const InPlace&, Unfinished<K>&, const typename K::Start&, typename K::Sum*);
+template <class K>
+constexpr MultiplyInPlaceFunction<K> kMultiplyInPlace[kPanelTiles + 1][kMostTiles + 1] = {
+    {},
+    {nullptr, &multiply_in_place<K, 1, 1>, &multiply_in_place<K, 2, 1>, &multiply_in_place<K, 3, 1>,
+     &multiply_in_place<K, 4, 1>},
+    {nullptr, &multiply_in_place<K, 1, 2>, &multiply_in_place<K, 2, 2>, nullptr, nullptr}};
 
 // ---------------------------------------------------------------- driver
 
@@ -490,8 +591,8 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
   TileUnit::configure(kFullTiles);
   int turn = 0;
   for (PartOfGroups own(g, cut.positions, part / cut.outputs, kPairRows); own.next();) {
-    const int64_t positions = own.positions, num_taps = own.num_taps, q_first = own.first, q_last = own.last;
-    const int32_t *index = own.index, *out_rows = own.rows, *taps = own.taps;
+    const int64_t num_taps = own.num_taps, q_first = own.first, q_last = own.last;
+    const int32_t* taps = own.taps;
     // Copied tiles are kept for all output channels if a chunk of at least two tiles fits; otherwise each register
     // tile copies its own, slice after slice.
     const int64_t all_steps = depth.blocks * depth.inner(num_taps);
@@ -501,23 +602,20 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
     const int64_t pairs = ceil_div(q_last - q_first, kPairRows);
     const int64_t most_tiles = more - packed <= level2_bytes() / 2 ? kNearTiles : kChunkTiles;
     const int64_t chunks = ceil_div(pairs, (kept ? least(fitting, most_tiles) : most_tiles) / 2);
-    // one image after the other, so that a tile's rows are often equally far apart
-    Walk walk(g.batch, 1, positions);
+    const bool in_order = all_in_order(g, own);
+    // whole tiles of such rows need no search
+    const bool in_place =
+        in_order && depth.channels % kStepChannels<K> == 0 && lines_of_set(row_bytes) <= kLinesOfSetInOrder;
+    const Slice all{0, 1, 1, 0, depth.blocks}, first_slice = slices.at(0);
+    const int64_t number = slices.count();
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t q0 = q_first + pairs * chunk / chunks * kPairRows;
       const int64_t q1 = least(q_last, q_first + pairs * (chunk + 1) / chunks * kPairRows);
       const int64_t chunk_tiles = ceil_div(q1 - q0, kTileHeight);
-      walk.go_to(q0);
-      for (int64_t r = 0; r < q1 - q0; ++r) {
-        const int64_t row = out_rows[walk.position];
-        rows.x[r] = x + walk.image * image_bytes;
-        rows.index[r] = index + walk.position * num_taps;
-        rows.place[r] = (walk.image * g.rows_out + row) * g.out_channels;
-        if (g.residual) {
-          const int64_t from = g.residual_rows ? g.residual_rows[row] : row;
-          rows.residual[r] = (walk.image * g.residual_size + from) * g.residual_channels;
-        }
-        walk.step();
+      if (in_order) {
+        rows.follow(g, q0, q1, x, row_bytes);
+      } else {
+        rows.find(g, own, q0, q1, x, row_bytes);
       }
       int64_t located = -1;  // the channel group whose tiles are kept
       for (int64_t job = job_first; job < job_last; ++job) {
@@ -532,25 +630,39 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
         const bool full = count == width * kTileOutputs && K::full(e);
         start.find(g, more, taps, num_taps, (channel_group * tiles + panel * kPanelTiles) * kTileOutputs,
                    g.channel_groups * tiles * kTileOutputs, width);
-        if (kept) find_weights(operands, depth, slices.at(0), taps, weights, width, joint, packed_area);
+        if (kept || in_place) {
+          find_weights(operands, depth, in_place ? all : first_slice, taps, weights, width, joint, packed_area);
+        }
         const int64_t high = kMostTiles / width;
         for (int64_t tile = 0; tile < chunk_tiles; tile += high) {
-          const int64_t height = least(high, chunk_tiles - tile), number = slices.count();
-          for (int64_t s = 0; s < number; ++s) {
-            const Slice slice = slices.at(s);
+          const int64_t height = least(high, chunk_tiles - tile), q = tile * kTileHeight;
+          const bool whole = q + height * kTileHeight <= q1 - q0;
+          if (in_place && whole) {
+            const char* first_rows[kMostTiles];
+            InPlace in{{},        operands.weights, 1, depth.blocks, row_bytes, operands.weights_advance,
+                       operands.map, packed_area};
             for (int64_t i = 0; i < height; ++i) {
-              const int64_t slot = kept ? tile + i : i, q = (tile + i) * kTileHeight;
+              first_rows[i] = x + (q0 + q + i * kTileHeight) * row_bytes + group_bytes;
+              in.rows[i] = first_rows + i;
+              // a narrower panel may join this tile with one that is not whole
+              if (kept) sources[tile + i][0] = Source{first_rows[i], row_bytes, kTileBytes};
+            }
+            kMultiplyInPlace<K>[width][height](in, before, start, sums[turn]);
+          }
+          for (int64_t s = 0; s < number && !(in_place && whole); ++s) {
+            const Slice slice = number == 1 ? first_slice : slices.at(s);
+            for (int64_t i = 0; i < height; ++i) {
+              const int64_t slot = kept ? tile + i : i, own_q = q + i * kTileHeight;
               operands.sources[i] = sources[slot];
               if (!fresh) continue;
               copying.slice = slice;
               copying.tiles[i] = copies + slot * slice.steps() * kTileSize;
-              locate(copying, i, rows, q, least(kTileHeight, q1 - q0 - q), row_bytes, group_bytes, sources[slot]);
+              locate(copying, i, rows, own_q, least(kTileHeight, q1 - q0 - own_q), row_bytes, group_bytes, sources[slot]);
             }
             if (!kept) find_weights(operands, depth, slice, taps, weights, width, joint, packed_area);
             kMultiply<K>[width][height](operands, slice, fresh ? &copying : nullptr, before, start, sums[turn], s == 0,
                                         s == number - 1);
           }
-          const int64_t q = tile * kTileHeight;
           before = Unfinished<K>{sums[turn], width * kTileOutputs, e, rows.place + q, rows.residual + q,
                                  least(height * kTileHeight, q1 - q0 - q), 0, full};
           turn ^= 1;

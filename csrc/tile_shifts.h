@@ -289,15 +289,19 @@ struct ShiftRun {
   const TileDepth<K> depth;
   const int64_t pitch;
   char *joint, *copies;
-  Operands operands{};
+  const char* weights[kSliceTaps];
+  InPlace in_place{};
   typename K::Start start;
   alignas(64) typename K::Sum sums[2][kMostTiles * kTileHeight * kTileOutputs];
   Unfinished<K> before{};
 
-  ShiftRun(const GatherGemm& problem, const ShiftPlan& shifts, char* weights, char* memory, int64_t bytes)
+  ShiftRun(const GatherGemm& problem, const ShiftPlan& shifts, char* weight_memory, char* memory, int64_t bytes)
       : g(problem), plan(shifts), depth(problem.in_channels, problem.num_taps), pitch(slot_pitch<K>(problem, depth)),
-        joint(weights), copies(memory) {
-    operands.copies = operands.map = Area{memory, memory + bytes};
+        joint(weight_memory), copies(memory) {
+    in_place.map = Area{memory, memory + bytes};
+    in_place.stride = pitch;
+    in_place.weights = weights;
+    in_place.outer = depth.blocks;
   }
 
   // Panels [first, last) of the segments' outputs.
@@ -316,7 +320,7 @@ struct ShiftRun {
   // Tiles of outputs whose sources and rows are found once for all panels.
   struct Chunk {
     int64_t tiles = 0;
-    Source sources[kLineTiles][kSliceTaps];
+    const char* rows[kLineTiles][kSliceTaps];
     int64_t place[kLineTiles * kTileHeight], residual[kLineTiles * kTileHeight];
   };
 
@@ -336,7 +340,7 @@ struct ShiftRun {
         Chunk& chunk = chunks[turn];
         const char* own = base + (q - segment.first) * pitch;
         for (int64_t s = 0; s < steps.count; ++s) {
-          chunk.sources[chunk.tiles][s] = Source{own + offsets[s], pitch, kTileBytes};
+          chunk.rows[chunk.tiles][s] = own + offsets[s];
         }
         set_rows(g, segment.image, c.row + q, least(kTileHeight, c.count - q), chunk.place + chunk.tiles * kTileHeight,
                  chunk.residual + chunk.tiles * kTileHeight);
@@ -348,8 +352,8 @@ struct ShiftRun {
 
   void multiply_chunk(const ShiftPlan::Class& c, const ShiftSteps& steps, int64_t first, int64_t last) {
     const int64_t tiles = ceil_div(g.out_channels, kTileOutputs);
-    const Slice slice{0, steps.count, steps.count, 0, depth.blocks};
     const Chunk& chunk = chunks[turn];
+    in_place.inner = steps.count;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t width = panel_width(tiles, panel), o = panel * kPanelTiles * kTileOutputs;
       const int64_t outputs = least(width * kTileOutputs, g.out_channels - o), high = kMostTiles / width;
@@ -358,8 +362,8 @@ struct ShiftRun {
       if (last - first > 1) find_weights(c, steps, panel);
       for (int64_t tile = 0; tile < chunk.tiles; tile += high) {
         const int64_t height = least(high, chunk.tiles - tile);
-        for (int64_t i = 0; i < height; ++i) operands.sources[i] = chunk.sources[tile + i];
-        kMultiply<K>[width][height](operands, slice, nullptr, before, start, sums[sums_turn], true, true);
+        for (int64_t i = 0; i < height; ++i) in_place.rows[i] = chunk.rows[tile + i];
+        kMultiplyInPlace<K>[width][height](in_place, before, start, sums[sums_turn]);
         before = Unfinished<K>{sums[sums_turn], width * kTileOutputs, e, chunk.place + tile * kTileHeight,
                                chunk.residual + tile * kTileHeight, height * kTileHeight, 0, full};
         sums_turn ^= 1;
@@ -378,15 +382,15 @@ struct ShiftRun {
     const char* more = packed + tiles * depth.steps() * kTileSize;
     const char* panel = packed + number * kPanelTiles * depth.steps() * kTileSize;
     start.find(g, more, c.tap, c.taps, number * kPanelTiles * kTileOutputs, tiles * kTileOutputs, width);
-    operands.weight_area = depth.joined == 1 ? Area{packed, more} : Area{joint, joint + kJointBytes};
-    operands.weights_advance = depth.joined == 1 ? depth.taps * step_bytes : 0;
+    in_place.weight_area = depth.joined == 1 ? Area{packed, more} : Area{joint, joint + kJointBytes};
+    in_place.weights_advance = depth.joined == 1 ? depth.taps * step_bytes : 0;
     for (int64_t s = 0; s < steps.count; ++s) {
       if (depth.joined == 1) {
-        operands.weights[s] = panel + c.tap[steps.order[steps.first[s]]] * step_bytes;
+        weights[s] = panel + c.tap[steps.order[steps.first[s]]] * step_bytes;
         continue;
       }
       char* to = joint + s * step_bytes;
-      operands.weights[s] = to;
+      weights[s] = to;
       __builtin_memset(to, 0, step_bytes);
       for (int64_t j = steps.leading[s]; j < steps.taps[s]; ++j) {
         const int64_t tap = c.tap[steps.order[steps.first[s] + j]];

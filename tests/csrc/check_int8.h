@@ -91,7 +91,7 @@ void check_bytes(const std::string& name, const Int8Kernels& int8, const Case& c
   g.weight = packed.data.get();
   g.bias = generator() % 2 ? bias.floats() : nullptr;
   g.residual = c.residual_channels ? residual.data.get() : nullptr;
-  g.residual_rows = c.residual_rows.data();
+  g.residual_rows = c.residual_table();
   g.index = c.index.data();
   g.rows = c.rows.data();
   g.taps = c.tap_list.data();
@@ -136,7 +136,7 @@ void check_bytes(const std::string& name, const Int8Kernels& int8, const Case& c
       if (g.bias) value += bias[o];
       if (o < c.residual_channels) {
         value += real_of(residual, maps.residual,
-                         (n * c.residual_size + c.residual_rows[row[p]]) * c.residual_channels + o);
+                         (n * c.residual_size + c.residual_row(row[p])) * c.residual_channels + o);
       }
       if (g.activation == kLeaky) value = value > 0 ? value : value * slope[o];
       else if (g.activation != kNone && value < 0) value = 0;

@@ -107,6 +107,8 @@ struct Case {
   std::vector<int32_t> index, rows, tap_list, sizes, residual_rows, shifts;
   int64_t in() const { return groups * in_per; }
   int64_t out() const { return groups * out_per; }
+  const int32_t* residual_table() const { return residual_rows.empty() ? nullptr : residual_rows.data(); }
+  int64_t residual_row(int64_t row) const { return residual_rows.empty() ? row : residual_rows[row]; }
 };
 
 Case random_case() {
@@ -216,7 +218,7 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
   g.weight = packed.bytes.get();
   g.bias = generator() % 2 ? bias.floats() : nullptr;
   g.residual = c.residual_channels ? residual.bytes.get() : nullptr;
-  g.residual_rows = c.residual_rows.data();
+  g.residual_rows = c.residual_table();
   g.index = c.index.data();
   g.rows = c.rows.data();
   g.taps = c.tap_list.data();
@@ -262,7 +264,7 @@ void check_forward(const std::string& name, const ForwardKernels& kernels, bool 
           }
           size += std::abs(sum);
           if (o < c.residual_channels) {
-            sum += residual[(n * c.residual_size + c.residual_rows[row[p]]) * c.residual_channels + o];
+            sum += residual[(n * c.residual_size + c.residual_row(row[p])) * c.residual_channels + o];
           }
           size += std::abs(sum);
           sum = activated(sum, g.activation, slope[o]);
@@ -373,6 +375,32 @@ Case shifted_case() {
   if (large()) c.in_per = pick({3, 17, 33});
   for (size_t i = 0; i < c.rows.size(); ++i) c.residual_rows.push_back(generator() % c.residual_size);
   for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows, &c.shifts}) *table = exact(*table);
+  return c;
+}
+
+// Outputs in the order of their inputs, as of a dense 1 x 1, or with two of them exchanged.
+Case ordered_case() {
+  Case c = random_case();
+  c.in_per = pick({1, 17, 32, 64, 96, 128, 256, 512, 2048}), c.batch = pick({1, 1, 2, 3});
+  c.rows_in = pick({1, 15, 16, 49, 64, 200});
+  if (c.in_per > 200) c.groups = 1, c.rows_in = pick({16, 49});
+  c.index.resize(c.rows_in);
+  std::iota(c.index.begin(), c.index.end(), 0);
+  c.rows = c.index;
+  c.tap_list = {int32_t(generator() % c.taps)};
+  c.sizes = {int32_t(c.rows_in), 1};
+  c.residual_channels = pick({0, c.out(), (c.out() + 1) / 2});
+  c.residual_rows.clear();
+  c.residual_size = c.rows_in;
+  if (generator() % 4 == 0) {
+    auto& exchanged = generator() % 2 ? c.rows : c.index;
+    std::swap(exchanged[0], exchanged[c.rows_in / 2]);
+  }
+  if (generator() % 4 == 0) {
+    c.residual_rows = c.rows;
+    std::reverse(c.residual_rows.begin(), c.residual_rows.end());
+  }
+  for (auto* table : {&c.index, &c.rows, &c.tap_list, &c.sizes, &c.residual_rows}) *table = exact(*table);
   return c;
 }
 
@@ -1036,6 +1064,10 @@ int main(int argc, char** argv) {
       const Case shifted = shifted_case();
       check_forward(name + " shifts bfloat16", kernels.bf16, true, shifted);
       check_bytes(name + " shifts int8", kernels.int8, shifted);
+      const Case ordered = ordered_case();
+      check_forward(name + " in order float32", kernels.f32, false, ordered);
+      check_forward(name + " in order bfloat16", kernels.bf16, true, ordered);
+      check_bytes(name + " in order int8", kernels.int8, ordered);
       if (i % 5 == 0) check_forward(name + " deep bfloat16", kernels.bf16, true, deep_case(i / 5));
       if (i % 10 == 5) {
         const int64_t before = std::exchange(scratch_limit, 0);
