@@ -62,7 +62,7 @@ def demo() -> str:
 
 
 # the folder of what was measured on Intel's processors with AMX
-AMX = "sapphire-rapids"
+AMX = "emerald-rapids"
 
 
 def bench(suite: str, *folder: str) -> str:
