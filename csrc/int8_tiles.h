@@ -62,10 +62,10 @@ struct QuadTiles {
   static QX_INLINE bool full(const End& e) { return e.simple(); }
 
   template <int TILES>
-  static QX_INLINE void finish_full(const Unfinished<QuadTiles>& u, int64_t last) {
+  static QX_INLINE void finish_full(const Outputs<QuadTiles>& u) {
     constexpr int kVectors = TILES * kTileOutputs / kLanes;
     finish_simply<kVectors>(u.e, [&](const auto& row) __attribute__((always_inline)) {
-      for (int64_t r = u.done; r < last; ++r) {
+      for (int64_t r = 0; r < u.rows; ++r) {
         if (u.place[r] < 0) continue;
         vu sums[kVectors];
         for (int v = 0; v < kVectors; ++v) sums[v] = load_ints(u.sums + r * u.width + v * kLanes);
@@ -73,18 +73,18 @@ struct QuadTiles {
       }
     });
   }
-  static void finish(const Unfinished<QuadTiles>& u, int64_t last) {
+  static void finish(const Outputs<QuadTiles>& u) {
     if (!u.full) {
-      for (int64_t r = u.done, next; r < last; r = next + 1) {
-        for (next = r; next < last && u.place[next] >= 0;) ++next;
+      for (int64_t r = 0, next; r < u.rows; r = next + 1) {
+        for (next = r; next < u.rows && u.place[next] >= 0;) ++next;
         if (next == r) continue;
         finish_bytes_partly(u.e, u.place + r, u.residual + r, next - r, u.width / kLanes,
                             reinterpret_cast<const char*>(u.sums + r * u.width));
       }
     } else if (u.width > kTileOutputs) {
-      finish_full<2>(u, last);
+      finish_full<2>(u);
     } else {
-      finish_full<1>(u, last);
+      finish_full<1>(u);
     }
   }
 

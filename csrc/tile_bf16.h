@@ -36,7 +36,7 @@ struct PairTiles {
 
   // NV vectors side by side: all of a row
   template <int NV, bool ADDED, bool SECOND>
-  static QX_INLINE void finish_full(const Unfinished<PairTiles>& u, int64_t last) {
+  static QX_INLINE void finish_full(const Outputs<PairTiles>& u) {
     const End& e = u.e;
     const Bounds bounds(e.activation);
     vf bias[NV], scale[NV], shift[NV];
@@ -45,7 +45,7 @@ struct PairTiles {
       scale[v] = SECOND ? load(e.scale + v * kLanes) : vf{};
       shift[v] = SECOND ? load(e.shift + v * kLanes) : vf{};
     }
-    for (int64_t r = u.done; r < last; ++r) {
+    for (int64_t r = 0; r < u.rows; ++r) {
       if (u.place[r] < 0) continue;
       vf value[NV];
       for (int v = 0; v < NV; ++v) {
@@ -72,7 +72,7 @@ struct PairTiles {
     for (int v = 0; v < NV; ++v) store(to + v * kLanes, values[v]);
   }
 
-  static QX_INLINE void finish_some(const Unfinished<PairTiles>& u, int64_t r) {
+  static QX_INLINE void finish_some(const Outputs<PairTiles>& u, int64_t r) {
     const End& e = u.e;
     for (int64_t at = 0; at < e.count; at += kLanes) {
       const int64_t left = e.count - at, added = e.residual ? e.added - at : 0;
@@ -89,25 +89,25 @@ struct PairTiles {
   }
 
   template <int NV>
-  static QX_INLINE void finish_full(const Unfinished<PairTiles>& u, int64_t last) {
+  static QX_INLINE void finish_full(const Outputs<PairTiles>& u) {
     if (u.e.out2) {
-      finish_full<NV, true, true>(u, last);
+      finish_full<NV, true, true>(u);
     } else if (u.e.residual) {
-      finish_full<NV, true, false>(u, last);
+      finish_full<NV, true, false>(u);
     } else {
-      finish_full<NV, false, false>(u, last);
+      finish_full<NV, false, false>(u);
     }
   }
-  static QX_INLINE void finish(const Unfinished<PairTiles>& u, int64_t last) {
+  static QX_INLINE void finish(const Outputs<PairTiles>& u) {
     constexpr int kOfTile = kTileOutputs / kLanes;
     if (!u.full) {
-      for (int64_t r = u.done; r < last; ++r) {
+      for (int64_t r = 0; r < u.rows; ++r) {
         if (u.place[r] >= 0) finish_some(u, r);
       }
     } else if (u.width > kTileOutputs) {
-      finish_full<2 * kOfTile>(u, last);
+      finish_full<2 * kOfTile>(u);
     } else {
-      finish_full<kOfTile>(u, last);
+      finish_full<kOfTile>(u);
     }
   }
 

@@ -7,14 +7,15 @@
 //   Start                what the sums of a panel start with: find(..) it, then put<T>(tile of outputs, tile's first)
 //   dot<C, A, B>()       the products of tiles
 //   more(..), pack_more(..)       what lies behind the packed weights, and how long that is
-//   end(..), full(..), finish(..)  the epilogue, and whether it needs no questions for each vector
+//   end(..), full(..), finish(Outputs)  the epilogue, and whether it needs no questions for each vector
 //   kCosts, mean(..)     as of gather_gemm.h
 //
 // A tile of inputs holds 16 output rows and one step of K: 64 bytes of channels of one tap (32 bfloat16 numbers, 64
 // bytes), or several taps of at most half as many channels. Where the 16 rows are equally far apart in the map it is read
 // in place; otherwise its rows are copied side by side, two steps before they are multiplied, and used again by all
 // output channels. A register tile is up to 2 x 2 tiles of sums, or 4 x 1 where only 16 output channels are left. Its
-// epilogue runs between the products of the next one, behind all of them where all tiles are read in place.
+// epilogue follows it at once: the products of the next one do not wait for it, but stores of sums would wait for those
+// of an epilogue between or behind them.
 #pragma once
 
 #include "gather_gemm.h"
@@ -320,22 +321,14 @@ void locate(Copying<K>& c, int64_t tile, const TileRows& rows, int64_t q, int64_
 // ---------------------------------------------------------------- register tile
 
 template <class K>
-struct Unfinished {  // sums whose epilogue is still to come
-  const typename K::Sum* sums;
+struct Outputs {  // of a register tile
+  typename K::Sum* sums;
   int64_t width;  // of a row of sums
   typename K::End e;
   const int64_t *place, *residual;
-  int64_t rows, done;
+  int64_t rows;
   bool full;
 };
-
-template <class K>
-QX_INLINE void finish(Unfinished<K>& u, int64_t upto) {
-  const int64_t last = least(upto, u.rows);
-  if (u.done >= last) return;
-  K::finish(u, last);
-  u.done = last;
-}
 
 // What a register tile reads; areas are for the emulation alone.
 struct Operands {
@@ -418,27 +411,26 @@ struct AnyInputs {  // of one step
 };
 
 template <class K, int ROWS, int OUTS>
-void multiply(const Operands& o, const Slice& slice, const Copying<K>* copying, Unfinished<K>& before,
-              const typename K::Start& start, typename K::Sum* sums, bool first, bool last) {
+void multiply(const Operands& o, const Slice& slice, const Copying<K>* copying, const typename K::Start& start,
+              const Outputs<K>& outputs, bool first, bool last) {
   if (first) begin<ROWS, OUTS>(start);
-  const int64_t steps = slice.steps(), rows_a_step = ceil_div(before.rows - before.done, most(1, steps));
+  const int64_t steps = slice.steps();
   CopySteps ahead;
   while (copying && ahead.step < least(kCopyAhead, steps)) ahead.copy(*copying, ROWS);
   for (int64_t outer = 0; outer < slice.outer; ++outer) {
     for (int64_t inner = 0; inner < slice.inner; ++inner) {
       if (copying && ahead.step < steps) ahead.copy(*copying, ROWS);
       products<K, ROWS, OUTS>(o.weights[inner] + outer * o.weights_advance, o.weight_area, AnyInputs{o, inner, outer});
-      finish(before, before.done + rows_a_step);
     }
   }
   if (!last) return;
-  finish(before, before.rows);
-  store_sums<ROWS, OUTS>(sums);
+  store_sums<ROWS, OUTS>(outputs.sums);
+  K::finish(outputs);
 }
 
 template <class K>
-using MultiplyFunction = void (*)(const Operands&, const Slice&, const Copying<K>*, Unfinished<K>&,
-                                  const typename K::Start&, typename K::Sum*, bool, bool);
+using MultiplyFunction = void (*)(const Operands&, const Slice&, const Copying<K>*, const typename K::Start&,
+                                  const Outputs<K>&, bool, bool);
 // by tiles of outputs and of rows
 template <class K>
 constexpr MultiplyFunction<K> kMultiply[kPanelTiles + 1][kMostTiles + 1] = {
@@ -465,8 +457,7 @@ struct InputsInPlace {  // of one step
 };
 
 template <class K, int ROWS, int OUTS>
-void multiply_in_place(const InPlace& of, Unfinished<K>& before, const typename K::Start& start,
-                       typename K::Sum* sums) {
+void multiply_in_place(const InPlace& of, const typename K::Start& start, const Outputs<K>& outputs) {
   const InPlace tiles = of;  // memory may change with each load as the compiler sees it, what is here cannot
   begin<ROWS, OUTS>(start);
   for (int64_t outer = 0; outer < tiles.outer; ++outer) {
@@ -475,12 +466,12 @@ void multiply_in_place(const InPlace& of, Unfinished<K>& before, const typename 
                               InputsInPlace{tiles, inner, outer * kTileBytes});
     }
   }
-  finish(before, before.rows);
-  store_sums<ROWS, OUTS>(sums);
+  store_sums<ROWS, OUTS>(outputs.sums);
+  K::finish(outputs);
 }
 
 template <class K>
-using MultiplyInPlaceFunction = void (*)(const InPlace&, Unfinished<K>&, const typename K::Start&, typename K::Sum*);
+using MultiplyInPlaceFunction = void (*)(const InPlace&, const typename K::Start&, const Outputs<K>&);
 template <class K>
 constexpr MultiplyInPlaceFunction<K> kMultiplyInPlace[kPanelTiles + 1][kMostTiles + 1] = {
     {},
@@ -560,12 +551,11 @@ QX_INLINE void find_weights(Operands& o, const TileDepth<K>& depth, const Slice&
 template <class K>
 void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_t copy_bytes) {
   typedef typename K::Input Input;
-  alignas(64) typename K::Sum sums[2][kMostTiles * kTileHeight * kTileOutputs];
+  alignas(64) typename K::Sum sums[kMostTiles * kTileHeight * kTileOutputs];
   alignas(64) Input outside[kStepChannels<K>];
   TileRows rows;
   Copying<K> copying;
   Source sources[kChunkTiles][kSliceTaps];
-  Unfinished<K> before{};
   typename K::Start start;
 
   char* copies = joint + kJointBytes;
@@ -589,7 +579,6 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
   operands.copies = Area{copies, copies + copy_bytes};
 
   TileUnit::configure(kFullTiles);
-  int turn = 0;
   for (PartOfGroups own(g, cut.positions, part / cut.outputs, kPairRows); own.next();) {
     const int64_t num_taps = own.num_taps, q_first = own.first, q_last = own.last;
     const int32_t* taps = own.taps;
@@ -637,6 +626,8 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
         for (int64_t tile = 0; tile < chunk_tiles; tile += high) {
           const int64_t height = least(high, chunk_tiles - tile), q = tile * kTileHeight;
           const bool whole = q + height * kTileHeight <= q1 - q0;
+          const Outputs<K> outputs{sums, width * kTileOutputs, e, rows.place + q, rows.residual + q,
+                                   least(height * kTileHeight, q1 - q0 - q), full};
           if (in_place && whole) {
             const char* first_rows[kMostTiles];
             InPlace in{{},        operands.weights, 1, depth.blocks, row_bytes, operands.weights_advance,
@@ -647,7 +638,7 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
               // a narrower panel may join this tile with one that is not whole
               if (kept) sources[tile + i][0] = Source{first_rows[i], row_bytes, kTileBytes};
             }
-            kMultiplyInPlace<K>[width][height](in, before, start, sums[turn]);
+            kMultiplyInPlace<K>[width][height](in, start, outputs);
           }
           for (int64_t s = 0; s < number && !(in_place && whole); ++s) {
             const Slice slice = number == 1 ? first_slice : slices.at(s);
@@ -660,15 +651,11 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
               locate(copying, i, rows, own_q, least(kTileHeight, q1 - q0 - own_q), row_bytes, group_bytes, sources[slot]);
             }
             if (!kept) find_weights(operands, depth, slice, taps, weights, width, joint, packed_area);
-            kMultiply<K>[width][height](operands, slice, fresh ? &copying : nullptr, before, start, sums[turn], s == 0,
+            kMultiply<K>[width][height](operands, slice, fresh ? &copying : nullptr, start, outputs, s == 0,
                                         s == number - 1);
           }
-          before = Unfinished<K>{sums[turn], width * kTileOutputs, e, rows.place + q, rows.residual + q,
-                                 least(height * kTileHeight, q1 - q0 - q), 0, full};
-          turn ^= 1;
         }
       }
-      finish(before, before.rows);  // the next chunk has other rows
     }
   }
   TileUnit::release();

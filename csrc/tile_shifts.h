@@ -292,8 +292,7 @@ struct ShiftRun {
   const char* weights[kSliceTaps];
   InPlace in_place{};
   typename K::Start start;
-  alignas(64) typename K::Sum sums[2][kMostTiles * kTileHeight * kTileOutputs];
-  Unfinished<K> before{};
+  alignas(64) typename K::Sum sums[kMostTiles * kTileHeight * kTileOutputs];
 
   ShiftRun(const GatherGemm& problem, const ShiftPlan& shifts, char* weight_memory, char* memory, int64_t bytes)
       : g(problem), plan(shifts), depth(problem.in_channels, problem.num_taps), pitch(slot_pitch<K>(problem, depth)),
@@ -332,12 +331,11 @@ struct ShiftRun {
     }
     // of several panels each chunk finds its own
     if (last - first == 1) find_weights(c, steps, first);
-    chunks[turn].tiles = 0;
+    chunk.tiles = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Segment& segment = segments[i];
       const char* base = copies + i * plan.slots_used * pitch;
       for (int64_t q = segment.first; q < least(segment.last, c.count); q += kTileHeight) {
-        Chunk& chunk = chunks[turn];
         const char* own = base + (q - segment.first) * pitch;
         for (int64_t s = 0; s < steps.count; ++s) {
           chunk.rows[chunk.tiles][s] = own + offsets[s];
@@ -347,12 +345,11 @@ struct ShiftRun {
         if (++chunk.tiles == kLineTiles) multiply_chunk(c, steps, first, last);
       }
     }
-    if (chunks[turn].tiles) multiply_chunk(c, steps, first, last);
+    if (chunk.tiles) multiply_chunk(c, steps, first, last);
   }
 
   void multiply_chunk(const ShiftPlan::Class& c, const ShiftSteps& steps, int64_t first, int64_t last) {
     const int64_t tiles = ceil_div(g.out_channels, kTileOutputs);
-    const Chunk& chunk = chunks[turn];
     in_place.inner = steps.count;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t width = panel_width(tiles, panel), o = panel * kPanelTiles * kTileOutputs;
@@ -363,15 +360,13 @@ struct ShiftRun {
       for (int64_t tile = 0; tile < chunk.tiles; tile += high) {
         const int64_t height = least(high, chunk.tiles - tile);
         for (int64_t i = 0; i < height; ++i) in_place.rows[i] = chunk.rows[tile + i];
-        kMultiplyInPlace<K>[width][height](in_place, before, start, sums[sums_turn]);
-        before = Unfinished<K>{sums[sums_turn], width * kTileOutputs, e, chunk.place + tile * kTileHeight,
-                               chunk.residual + tile * kTileHeight, height * kTileHeight, 0, full};
-        sums_turn ^= 1;
+        kMultiplyInPlace<K>[width][height](
+            in_place, start,
+            Outputs<K>{sums, width * kTileOutputs, e, chunk.place + tile * kTileHeight,
+                       chunk.residual + tile * kTileHeight, height * kTileHeight, full});
       }
     }
-    // the rows of what is not finished yet stay as they are
-    turn ^= 1;
-    chunks[turn].tiles = 0;
+    chunk.tiles = 0;
   }
 
   // The weights of a class's steps, of joined taps side by side, and what their sums start with.
@@ -402,8 +397,7 @@ struct ShiftRun {
     }
   }
 
-  Chunk chunks[2];
-  int turn = 0, sums_turn = 0;
+  Chunk chunk;
 };
 
 // Whether a step reads a slot that its outputs need nothing of.
@@ -482,7 +476,6 @@ bool run_shifted(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
       in_general(unit, count);
     } else {
       run.run(segments, count, panels * po / cut.outputs, panels * (po + 1) / cut.outputs);
-      finish(run.before, run.before.rows);  // what comes next has other slots
     }
     unit += count;
   }
