@@ -109,7 +109,7 @@ build/seeds: tests/csrc/write_seeds.py tests/helpers/programs.py $(wildcard src/
 
 # on a processor with AMX: the kernels' test, then operators and fused networks, all forced to its tiles
 amx: $(STAMP) sanitize
-	QUINCUNX_ISA=amx QUINCUNX_BACKEND=native $(BIN)/python -m pytest -n auto --dist worksteal tests/ops tests/fusion
+	QUINCUNX_ISA=amx $(BIN)/python -m pytest -n auto --dist worksteal tests/ops tests/fusion
 
 # the same test for 64-bit ARM: needs g++-aarch64-linux-gnu and qemu-user (packages of Debian and Ubuntu)
 aarch64: build/test_kernel_aarch64

@@ -20,9 +20,11 @@ SETS = ["amx-emulated", *(["amx"] if native.load() is None and not native.tiles_
 
 
 def python(code, **environment):
+    """Run code; a variable that is None is not set, though it is set for this process."""
+    variables = {**os.environ, "QUINCUNX_BACKEND": "native", **environment}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "QUINCUNX_BACKEND": "native", **environment},
+        env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
     )
@@ -223,7 +225,7 @@ from quincunx.ops import native
 print(qx.backend().isa)
 print(native.tiles_refused())
 """
-    run = python(refuse)
+    run = python(refuse, QUINCUNX_ISA=None)
     assert run.returncode == 0, run.stderr
     isa, reason = run.stdout.splitlines()
     assert isa != "amx"
