@@ -20,7 +20,7 @@ _NUMBERS = {
 
 @lru_cache(maxsize=1)
 def cpu_name() -> str:
-    """Return the processor's name as reported by the system, with the numbers of its generation where they are told.
+    """Return the processor's name as the system reports it, with the numbers of its generation if told.
 
     A virtual machine may name all generations alike ("AMD EPYC"); the numbers tell them apart.
     """
@@ -34,7 +34,9 @@ def cpu_name() -> str:
 def described(cpuinfo: str) -> str:
     """Return the name of the first processor in the text of /proc/cpuinfo, "" if it tells nothing."""
     first, *_ = cpuinfo.strip().split("\n\n")
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
     numbers = ", ".join(f"{word} {facts[key]}" for key, word in _NUMBERS.items() if facts.get(key))
     name = facts.get("model name", "")
     return f"{name} ({numbers})" if name and numbers else name or numbers
