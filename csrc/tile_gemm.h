@@ -594,8 +594,8 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
     const bool in_order = all_in_order(g, own);
     // whole tiles of such rows need no search
     const bool in_place =
-        in_order && depth.channels % kStepChannels<K> == 0 && lines_of_set(row_bytes) <= kLinesOfSetInOrder;
-    const Slice all{0, 1, 1, 0, depth.blocks}, first_slice = slices.at(0);
+        kept && in_order && depth.channels % kStepChannels<K> == 0 && lines_of_set(row_bytes) <= kLinesOfSetInOrder;
+    const Slice first_slice = slices.at(0);
     const int64_t number = slices.count();
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t q0 = q_first + pairs * chunk / chunks * kPairRows;
@@ -619,9 +619,7 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
         const bool full = count == width * kTileOutputs && K::full(e);
         start.find(g, more, taps, num_taps, (channel_group * tiles + panel * kPanelTiles) * kTileOutputs,
                    g.channel_groups * tiles * kTileOutputs, width);
-        if (kept || in_place) {
-          find_weights(operands, depth, in_place ? all : first_slice, taps, weights, width, joint, packed_area);
-        }
+        if (kept) find_weights(operands, depth, first_slice, taps, weights, width, joint, packed_area);
         const int64_t high = kMostTiles / width;
         for (int64_t tile = 0; tile < chunk_tiles; tile += high) {
           const int64_t height = least(high, chunk_tiles - tile), q = tile * kTileHeight;
@@ -630,17 +628,18 @@ void tile_run_in(const GatherGemm& g, Cut cut, int64_t part, char* joint, int64_
                                    least(height * kTileHeight, q1 - q0 - q), full};
           if (in_place && whole) {
             const char* first_rows[kMostTiles];
-            InPlace in{{},        operands.weights, 1, depth.blocks, row_bytes, operands.weights_advance,
-                       operands.map, packed_area};
+            InPlace in{{},           operands.weights, first_slice.inner, first_slice.outer, row_bytes,
+                       operands.weights_advance, operands.map, packed_area};
             for (int64_t i = 0; i < height; ++i) {
               first_rows[i] = x + (q0 + q + i * kTileHeight) * row_bytes + group_bytes;
               in.rows[i] = first_rows + i;
               // a narrower panel may join this tile with one that is not whole
-              if (kept) sources[tile + i][0] = Source{first_rows[i], row_bytes, kTileBytes};
+              sources[tile + i][0] = Source{first_rows[i], row_bytes, kTileBytes};
             }
             kMultiplyInPlace<K>[width][height](in, start, outputs);
+            continue;
           }
-          for (int64_t s = 0; s < number && !(in_place && whole); ++s) {
+          for (int64_t s = 0; s < number; ++s) {
             const Slice slice = number == 1 ? first_slice : slices.at(s);
             for (int64_t i = 0; i < height; ++i) {
               const int64_t slot = kept ? tile + i : i, own_q = q + i * kTileHeight;
