@@ -27,6 +27,12 @@ constexpr Counting kCounting{};
 
 // pieces that overlap, so that none is copied byte by byte
 QX_INLINE void copy_piece(char* to, const char* from, int64_t bytes) {
+#ifdef QX_MASKED
+  for (; bytes > 0; bytes -= 64, to += 64, from += 64) {
+    const __mmask64 some = bytes < 64 ? (uint64_t{1} << bytes) - 1 : ~uint64_t{0};
+    _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
+  }
+#else
   if (bytes >= 16) {
     for (int64_t i = 0; i + 16 <= bytes; i += 16) __builtin_memcpy(to + i, from + i, 16);
     __builtin_memcpy(to + bytes - 16, from + bytes - 16, 16);
@@ -39,6 +45,7 @@ QX_INLINE void copy_piece(char* to, const char* from, int64_t bytes) {
   } else {
     for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
   }
+#endif
 }
 
 // Copies what a position of one tap group reads, which names each tap once. Most positions read the same rows

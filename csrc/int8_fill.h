@@ -48,7 +48,7 @@ QX_INLINE void fill_byte_channels(const GatherGemm& g, const uint8_t* map, const
     if (g.out) write_real(g.out, maps.out, out + at, value, left);
     if (g.out2) {
       const vf second = value * load_some(g.scale2 + at, left) + load_some(g.shift2 + at, left);
-      write_real(g.out2, maps.out2, out + at, at_least(second, 0.0f), left);
+      write_real(g.out2, maps.out2, out + at, at_least(second, g.low2), left);
     }
   }
 }

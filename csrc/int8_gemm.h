@@ -341,6 +341,7 @@ class RowOfBytes {
     bias_ = g.bias ? g.bias + e.o0 : kZeros;
     scale_ = g.scale2 + e.o0;
     shift_ = g.shift2 + e.o0;
+    low2_ = g.low2;
     added_ = ADDED ? static_cast<const uint8_t*>(g.residual) + e.o0 : nullptr;
     added_grid_ = g.quantised->residual;
     out_ = g.out ? static_cast<uint8_t*>(g.out) + e.o0 : nullptr;
@@ -358,7 +359,7 @@ class RowOfBytes {
       if (SECOND) {
         value = bounds_.of(value);
         const vf scaled = value * load(scale_ + v * kLanes);
-        bytes2[v] = stored2_.of(greater(vf{}, scaled + load(shift_ + v * kLanes)));
+        bytes2[v] = stored2_.of(greater(vf{} + low2_, scaled + load(shift_ + v * kLanes)));
       } else if (MOVED) {
         value = greater(vf{} + bounds_.low, value);
       }
@@ -372,6 +373,7 @@ class RowOfBytes {
   ByteBounds bounds_;
   Stored stored_, stored2_;
   const float *multiplier_, *bias_, *scale_, *shift_;
+  float low2_;
   const uint8_t* added_;
   MapGrid added_grid_;
   uint8_t *out_, *out2_;
@@ -435,7 +437,7 @@ void finish_bytes_partly(const ByteEpilogue& e, const int64_t* place, const int6
       if (added > 0) value += read_real(g.residual, maps.residual, residual[r] + o, added);
       value = activated(value, g.activation, slope);
       if (g.out) write_real(g.out, maps.out, place[r] + o, value, left);
-      if (g.out2) write_real(g.out2, maps.out2, place[r] + o, at_least(value * scale + shift, 0.0f), left);
+      if (g.out2) write_real(g.out2, maps.out2, place[r] + o, at_least(value * scale + shift, g.low2), left);
     }
   }
 }

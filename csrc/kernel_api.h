@@ -26,7 +26,7 @@ struct Quantised {
 };
 
 // out[n, rows[p], o] = act(sum over t, c of x[n, index[p, t], c] W[o, c, taps[t]] + bias[o] + residual)
-// out2 = relu(out * scale2 + shift2)
+// out2 = max(out * scale2 + shift2, low2)
 // Maps are rows of channels: [batch, rows, channels]. An index of -1 reads zeros. Either of out and
 // out2 may be null, and either may lie exactly on the residual.
 // Without a weight: out[n, rows[p], c] = the mean over t of x[n, index[p, t], c], over the existing rows.
@@ -39,6 +39,7 @@ struct GatherGemm {
   const int32_t* residual_rows;  // [rows_out]: the residual's row for each output row; null: the same row
   const float* scale2;
   const float* shift2;
+  float low2;             // 0 for ReLU, minus infinity for no activation
   const float* slope;     // [out_channels], of kLeaky: what negative values are multiplied by
   const int32_t* index;   // group after group, [positions, taps]
   const int32_t* rows;    // group after group, [positions]

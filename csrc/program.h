@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,7 @@ enum BufferField : int64_t { kKind, kChannels, kHeight, kWidth, kOffset, kBuffer
 enum StepField : int64_t {
   kX, kWeight, kBias, kResidual, kResidualRows, kResidualChannels, kScale2, kShift2, kTapIndex, kRows, kTaps,
   kGroups, kOut, kOut2, kNumTaps, kChannelGroups, kActivation, kSlope, kWork, kShifts,
-  kStepFields
+  kActivation2, kStepFields
 };
 
 // The tensors of a program, by number. Each function refuses a number or a tensor that does not fit.
@@ -144,6 +145,9 @@ inline void set_second(GatherGemm& g, const int64_t* f, int64_t number, const La
           ": out and out2 must have one size");
   g.scale2 = operands.floats(f[kScale2], "scale2", g.out_channels);
   g.shift2 = operands.floats(f[kShift2], "shift2", g.out_channels);
+  require(f[kActivation2] == kNone || f[kActivation2] == kRelu, "step ", number,
+          ": the activation of the second output must be 0 (none) or 1 (ReLU), got ", f[kActivation2]);
+  g.low2 = f[kActivation2] == kNone ? -std::numeric_limits<float>::infinity() : 0.0f;
 }
 
 // `bytes`: in eight bits, as below

@@ -68,14 +68,17 @@ Header read_header(const char* bytes, size_t size) {
   return header;
 }
 
-// Of steps without their last field: it names nothing.
-std::vector<int64_t> with_last_field(const std::vector<int64_t>& code, size_t steps) {
+// Steps of `fields` fields with those that later versions added.
+std::vector<int64_t> with_later_fields(const std::vector<int64_t>& code, size_t steps, int64_t fields) {
+  constexpr std::array<std::pair<StepField, int64_t>, 2> kLater{{{kShifts, -1}, {kActivation2, kRelu}}};
   std::vector<int64_t> whole;
   whole.reserve(steps * kStepFields);
   for (size_t i = 0; i < steps; ++i) {
-    const auto own = code.begin() + static_cast<std::ptrdiff_t>(i * (kStepFields - 1));
-    whole.insert(whole.end(), own, own + (kStepFields - 1));
-    whole.push_back(-1);
+    const auto own = code.begin() + static_cast<std::ptrdiff_t>(i) * fields;
+    whole.insert(whole.end(), own, own + fields);
+    for (const auto& [field, value] : kLater) {
+      if (field >= fields) whole.push_back(value);
+    }
   }
   return whole;
 }
@@ -240,10 +243,9 @@ ProgramFile::ProgramFile(const void* data, size_t size) {
   front.take<Header>(1, "header");
   const auto ranks = front.take<int64_t>(header.outputs, "outputs");
   const auto buffers = front.take<int64_t>(uint64_t{header.maps} * kBufferFields, "maps");
-  const bool before = header.version <= kVersionsBefore;
-  auto code = front.take<int64_t>(uint64_t{header.steps} * (kStepFields - before), "steps");
-  if (before) code = with_last_field(code, header.steps);
-  const bool int8 = header.version + (before ? kVersionsBefore : 0) == kInt8FileVersion;
+  const int64_t fields = step_fields(header.version);
+  const auto code = with_later_fields(front.take<int64_t>(uint64_t{header.steps} * fields, "steps"), header.steps, fields);
+  const bool int8 = has_int8(header.version);
   const auto grid_entries = front.take<GridEntry>(int8 ? header.maps : 0, "grids");
   const auto multipliers = front.take<int64_t>(int8 ? header.steps : 0, "multipliers");
   const auto entries = front.take<Entry>(header.tensors, "tensors");

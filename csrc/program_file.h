@@ -5,14 +5,15 @@
 //   interface  an int64 for each output: its rank, 4 for [N, C, H, W], 2 for [N, C] of a map of one position
 //   maps       kBufferFields int64 each: first the inputs, then the others; outputs in their order
 //   steps      kStepFields int64 each
-//   grids      of version 4: GridEntry below for each map, whose offsets are bytes then
-//   factors    of version 4: for each step the number of the tensor of its multipliers as an int64, -1 for none
+//   grids      of an even version: GridEntry below for each map, whose offsets are bytes then
+//   factors    of an even version: for each step the number of the tensor of its multipliers as an int64, -1 for none
 //   tensors    Entry below each
 //   data       at multiples of 64; tables int32, float32, weights [groups, O / groups, C / groups, taps] in the
 //              program's type or int8 and unpacked, so that any processor packs them as its kernels want
-// Version 3 is a program in one type of real numbers. Version 4 has maps and steps in eight bits too: a step is in eight
-// bits where one of its maps is not of the program's type (int8_program.h). Versions 1 and 2 are the same without the
-// last field of each step, the table of shifts.
+// An odd version is a program in one type of real numbers. An even one has maps and steps in eight bits too: a step is in
+// eight bits where one of its maps is not of the program's type (int8_program.h). Versions 5 and 6 are written. Steps of
+// 3 and 4 lack the last field, the activation of the second output, which was ReLU; those of 1 and 2 also the one
+// before it, the table of shifts, and have none.
 // Nothing in it depends on the batch, the number of threads or the instruction set.
 #pragma once
 
@@ -22,12 +23,17 @@
 #include <mutex>
 #include <vector>
 
+#include "program.h"
 #include "runner.h"
 
 namespace quincunx {
 
 constexpr char kMagic[8] = {'Q', 'U', 'I', 'N', 'C', 'U', 'N', 'X'};
-constexpr uint32_t kFileVersion = 3, kInt8FileVersion = 4, kVersionsBefore = 2;
+constexpr uint32_t kFileVersion = 5, kInt8FileVersion = 6;
+
+// Whether a version has eight bits, and how many fields of kStepFields its steps have.
+constexpr bool has_int8(uint32_t version) { return version % 2 == 0; }
+constexpr int64_t step_fields(uint32_t version) { return kStepFields - (kInt8FileVersion - version) / 2; }
 
 struct Header {
   char magic[8];

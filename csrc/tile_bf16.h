@@ -55,7 +55,7 @@ struct PairTiles {
       }
       if (!SECOND || e.out) store_all(e.out + u.place[r], value);
       if (SECOND) {
-        for (int v = 0; v < NV; ++v) value[v] = at_least(value[v] * scale[v] + shift[v], 0.0f);
+        for (int v = 0; v < NV; ++v) value[v] = at_least(value[v] * scale[v] + shift[v], e.low2);
         store_all(e.out2 + u.place[r], value);
       }
     }
@@ -83,7 +83,7 @@ struct PairTiles {
       if (e.out) store_some(e.out + u.place[r] + at, value, left);
       if (e.out2) {
         value = value * load_some(e.scale + at, left) + load_some(e.shift + at, left);
-        store_some(e.out2 + u.place[r] + at, at_least(value, 0.0f), left);
+        store_some(e.out2 + u.place[r] + at, at_least(value, e.low2), left);
       }
     }
   }

@@ -9,12 +9,12 @@ float apart(float product) {
 }
 
 struct Bytes {
-  explicit Bytes(int64_t count) : count(count), data(new uint8_t[count]) {}
+  explicit Bytes(int64_t count) : count(count), data(exactly<uint8_t>(count)) {}
   void randomise(int low = 0) {
     for (int64_t i = 0; i < count; ++i) data[i] = uint8_t(generator() % 8 == 0 ? (generator() % 2 ? 255 : low) : generator());
   }
   int64_t count;
-  std::unique_ptr<uint8_t[]> data;
+  Exactly<uint8_t> data;
 };
 
 MapGrid random_grid(bool bytes) {
@@ -102,6 +102,7 @@ void check_bytes(const std::string& name, const Int8Kernels& int8, const Case& c
   g.out2 = second ? result2.data.get() : nullptr;
   g.scale2 = scale.floats();
   g.shift2 = shift.floats();
+  g.low2 = generator() % 2 ? 0 : -INFINITY;
   g.batch = c.batch;
   g.rows_in = c.rows_in;
   g.rows_out = rows_out;
@@ -145,7 +146,7 @@ void check_bytes(const std::string& name, const Int8Kernels& int8, const Case& c
       if (first) compare(name + " out", found(result, maps.out, at), stored(value, maps.out), 0, 0);
       float value2 = apart(value * scale[o]);
       value2 += shift[o];
-      if (value2 < 0) value2 = 0;
+      if (value2 < g.low2) value2 = g.low2;
       if (second) compare(name + " out2", found(result2, maps.out2, at), stored(value2, maps.out2), 0, 0);
     }
     index += positions * used;
@@ -282,6 +283,7 @@ void check_bytes_fill(const std::string& name, const Int8Kernels& int8) {
   g.out2 = second ? result2.data.get() : nullptr;
   g.scale2 = scale.floats();
   g.shift2 = shift.floats();
+  g.low2 = generator() % 2 ? 0 : -INFINITY;
   g.batch = batch;
   g.rows_in = rows_in;
   g.rows_out = positions;
@@ -311,7 +313,7 @@ void check_bytes_fill(const std::string& name, const Int8Kernels& int8) {
     if (first) compare(name + " out", found(result, maps.out, i), stored(value, maps.out), 0, 0);
     float value2 = apart(value * scale[c]);
     value2 += shift[c];
-    if (value2 < 0) value2 = 0;
+    if (value2 < g.low2) value2 = g.low2;
     if (second) compare(name + " out2", found(result2, maps.out2, i), stored(value2, maps.out2), 0, 0);
   }
 }

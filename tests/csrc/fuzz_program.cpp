@@ -122,8 +122,8 @@ int main(int argc, char** argv) {
     Header header;
     std::memcpy(&header, seed.data(), sizeof header);
     size_t front = sizeof header + 8 * header.outputs + 8 * kBufferFields * header.maps + 48 * header.tensors;
-    front += 8 * kStepFields * header.steps;
-    if (header.version == kInt8FileVersion) front += sizeof(GridEntry) * header.maps + 8 * header.steps;
+    front += 8 * step_fields(header.version) * header.steps;
+    if (has_int8(header.version)) front += sizeof(GridEntry) * header.maps + 8 * header.steps;
     Bytes bytes = seed;
     mutate(bytes, front);
     const bool sound = pick(10) > 0;  // else its checksum tells

@@ -72,6 +72,69 @@ def test_our_networks_are_one_program(name, settings, convolutions, monkeypatch)
         torch.testing.assert_close(fused(x), model(x), **CLOSE)
 
 
+class Behind(nn.Module):
+    """What is read behind a sum, whose readers differ."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.first, self.short, self.last = (nn.Conv2d(5, 5, size, padding=size // 2) for size in (3, 1, 3))
+        self.norm, self.other = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.read(self, x)
+
+
+# what stands there, and how many calls torch has left
+BEHIND = {
+    "a norm of a sum that a shortcut reads": (lambda m, x: m.last(m.norm(y := m.first(x) + x)) + y, 0),
+    "a norm behind an activation": (lambda m, x: m.last(m.norm(torch.relu(m.first(x)))) + x, 0),
+    "a norm that two read": (lambda m, x: m.last(z := m.norm(torch.relu(m.first(x)))) + z, 0),
+    "one with an activation before one without": (
+        lambda m, x: m.last(torch.relu(m.other(y := m.first(x) + x))) + m.short(m.norm(y)),
+        1,
+    ),
+    "two norms": (lambda m, x: m.last(m.norm(y := m.first(x) + x)) + m.short(m.other(y)), 1),
+    "a norm of a norm": (lambda m, x: m.last(m.norm(m.other(torch.relu(m.first(x))))), 1),
+    "one norm twice": (lambda m, x: m.last(m.norm(F.relu6(m.short(m.norm(F.silu(m.first(x))))))), 0),
+    "a norm that the caller gets": (lambda m, x: m.norm(m.first(x) + x), 0),
+}
+
+
+@pytest.mark.parametrize("what", BEHIND)
+def test_a_norm_that_no_weight_can_take_is_a_second_output(what, monkeypatch):
+    monkeypatch.setattr(program, "_prefers_torch", lambda *_: False)
+    torch.manual_seed(3)
+    read, left = BEHIND[what]
+    model = settled(Behind(read))
+    fused = fuse(model)
+    calls = [call for call in left_in_torch(fused) if "getitem" not in call]
+    assert len(calls) == left, calls
+    for shape in ((2, 5, 9, 8), (1, 5, 4, 3)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(fused(x), model(x), **CLOSE)
+        for dtype, near in ((torch.bfloat16, 0.03), (torch.int8, 0.08)):
+            given = {"calibration": torch.randn(32, *shape[1:]), "max_drop": 100.0, "keep_ends": False}
+            low = fuse(model, dtype, force=True, **(given if dtype == torch.int8 else {}))
+            assert (low(x) - model(x)).norm() < near * model(x).norm()
+
+
+@pytest.mark.parametrize("name", ["pyramidnet20-a12", "sb-pyramidnet20-a12", "sb-pyramidnet119-a4"])
+def test_a_network_whose_blocks_begin_with_a_norm_is_a_program_for_each_pooling(name):
+    """Shortcuts of pooled maps with zero channels are added by the steps."""
+    torch.manual_seed(4)
+    model = settled(qx.networks.build(name))
+    fused = fuse(model)
+    assert len(steps(fused)) == 3
+    assert [call for call in left_in_torch(fused) if "getitem" not in call] == [
+        *["<built-in function avg_pool2d>"] * 2,
+        "mean",
+        "classifier",
+    ]
+    x = torch.randn(2, 3, 16, 15)
+    torch.testing.assert_close(fused(x), model(x), **CLOSE)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("sampling", ["2/4", "1/4", "cosets:3:0,0;1,2"])
 def test_the_average_pooling_form(sampling, batch, monkeypatch):

@@ -72,6 +72,13 @@ def _preactivation(m, x):
     return m.last(m.one(F.relu(m.norm(y))) + y)
 
 
+def _normalised(m, x):
+    """Norms without an activation: of a sum that a shortcut reads too, and behind an activation."""
+    y = m.norm(m.first(x)) + x
+    z = m.second(m.before(y)) + F.pad(F.avg_pool2d(y, 2, ceil_mode=True), (0, 0, 0, 0, 0, 2))
+    return m.last(m.between(F.relu(m.third(z))) + z)
+
+
 def _fitted(m, x):
     y = F.relu(m.second(F.relu(m.first(x))) + m.short(x))
     return m.last(F.relu(m.norm(m.third(y) + y)))
@@ -120,6 +127,19 @@ def examples():
         "added": (Net(_added, first=sampled(), last=conv(6, 3, 3)), (x,)),
         "preactivation": (
             Net(_preactivation, first=conv(6, 6, 3), norm=nn.BatchNorm2d(6), one=sampled(), last=conv()),
+            (odd,),
+        ),
+        "normalised": (
+            Net(
+                _normalised,
+                first=conv(6, 6, 3),
+                norm=nn.BatchNorm2d(6),
+                before=nn.BatchNorm2d(6),
+                second=conv(6, 8, 3, stride=2),
+                third=conv(8, 8, 3),
+                between=nn.BatchNorm2d(8),
+                last=conv(8, 5),
+            ),
             (odd,),
         ),
         "fitted": (

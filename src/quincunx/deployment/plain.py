@@ -515,17 +515,18 @@ class _Epilogue(_Call):
 
 
 class _Second(_Call):
-    """relu(out scale2 + shift2)."""
+    """act2(out scale2 + shift2)."""
 
     def __init__(self, step: Step, rows: bool, source: str, out: str) -> None:
         super().__init__([source], out)
+        self.kind = int(step.activation2)
         for name, value in (("scale", step.scale2), ("shift", step.shift2)):
             self.keep(name, value if rows or value is None else value.view(-1, 1, 1))
 
     def forward(self, out: Any) -> Any:
         if isinstance(out, (tuple, list)):
-            return tuple(F.relu(x * self.scale + self.shift) for x in out)
-        return F.relu(out * self.scale + self.shift)
+            return tuple(self.forward(x) for x in out)
+        return apply(self.kind, out * self.scale + self.shift)
 
 
 # ---------------------------------------------------------------- from steps to calls

@@ -2,7 +2,7 @@
 
 The network is traced with torch.fx. Each convolution takes along what can ride on its output: batch
 norm is folded into its weight, a residual addition and an activation go into its epilogue, and so does
-the batch norm and ReLU that a pre-activation block puts in front of the next convolution. What is left
+the batch norm, with or without ReLU, that a block puts in front of its first convolution. What is left
 runs in torch as it was.
 """
 
@@ -523,6 +523,10 @@ def _folded(step: Step, scale: Tensor, shift: Tensor) -> Step:
     return replace(step, weight=weight.to(step.weight.dtype), bias=bias.float())
 
 
+def _with_second(step: Step, affine: tuple[Tensor, Tensor], kind: Activation) -> Step:
+    return replace(step, scale2=affine[0].float(), shift2=affine[1].float(), activation2=kind)
+
+
 @dataclass
 class _Fused:
     """A step and the nodes it stands for."""
@@ -565,9 +569,7 @@ class _Absorber:
             step, value = activated, user
         self.claimed.add(value)
         before = set(self.claimed)
-        second = None
-        if step.activation == Activation.NONE:
-            step, second = self._pre_activation(step, value)
+        step, second = self._second(step, value)
         # what another step has claimed still reads this one
         readers = set(value.users) - (self.claimed - before)
         step = replace(
@@ -623,25 +625,26 @@ class _Absorber:
             return None
         return replace(step, shortcut=Shortcut(base.name, stride, padded, into)), user, [(base, at)]
 
-    def _pre_activation(self, step: Step, value: fx.Node) -> tuple[Step, fx.Node | None]:
-        """The batch norm and ReLU, or the ReLU alone, that some block puts in front of its first
-        convolution."""
+    def _second(self, step: Step, value: fx.Node) -> tuple[Step, fx.Node | None]:
+        """A step with what some block puts in front of its first convolution: a ReLU, a batch norm with one,
+        or a batch norm alone, the first of these that there is."""
         if value in self.effects.changed:
             return step, None
-        for user in value.users:
-            if not self._reads_as_made(value, user):
-                continue
-            if user not in self.claimed and activation(self.model, user) == 1:
-                self.claimed.add(user)
+        readers = [n for n in value.users if n not in self.claimed and self._reads_as_made(value, n)]
+        for relu in readers:
+            if step.activation != Activation.RELU and activation(self.model, relu) == Activation.RELU:
+                self.claimed.add(relu)
                 ones = torch.ones(step.out_channels)
-                return replace(step, scale2=ones, shift2=torch.zeros_like(ones)), user
-        for norm in value.users:
-            affine, relu = self._affine(norm, step), self._only_user(norm)
-            if not self._reads_as_made(value, norm):
-                continue
-            if affine is not None and relu is not None and activation(self.model, relu) == 1:
+                return replace(step, scale2=ones, shift2=torch.zeros_like(ones)), relu
+        norms = [(n, affine) for n in readers if (affine := self._affine(n, step)) is not None]
+        for norm, affine in norms:
+            relu = self._only_user(norm)
+            if relu is not None and activation(self.model, relu) == Activation.RELU:
                 self.claimed.update((norm, relu))
-                return replace(step, scale2=affine[0].float(), shift2=affine[1].float()), relu
+                return _with_second(step, affine, Activation.RELU), relu
+        for norm, affine in norms:
+            self.claimed.add(norm)
+            return _with_second(step, affine, Activation.NONE), norm
         return step, None
 
     def _reads_as_made(self, value: fx.Node, user: fx.Node) -> bool:

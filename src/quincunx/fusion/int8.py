@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from quincunx.fusion.epilogues import Activation
+from quincunx.fusion.epilogues import Activation, apply
 from quincunx.fusion.lines import (
     CONVOLVE,
     COPY,
@@ -363,7 +362,7 @@ def kernel_lines(
         if in_lines and (shifts := plan.lines(step.taps, step.groups)) is not None:
             made.tensors["shifts"] = (TABLE, shifts)
     made.tensors |= floats(scale2=step.scale2, shift2=step.shift2, slope=step.slope)
-    made.values["activation"] = int(step.activation)
+    made.values |= {"activation": int(step.activation), "activation2": int(step.activation2)}
     if line.residual is not None and step.shortcut is not None:
         source, out = maps[map_of(line.residual)], output(step, everything)
         made.values["residual_channels"] = source.channels
@@ -453,7 +452,8 @@ def _step_by_reference(
     if line.out is not None:
         values[line.out] = _in_form(y, line.out, grids, real)
     if line.out2 is not None and step.scale2 is not None and step.shift2 is not None:
-        second = F.relu(y * step.scale2.view(-1, 1, 1) + step.shift2.view(-1, 1, 1))
+        second = y * step.scale2.view(-1, 1, 1) + step.shift2.view(-1, 1, 1)
+        second = apply(step.activation2, second, own=True)
         values[line.out2] = _in_form(second, line.out2, grids, real)
 
 

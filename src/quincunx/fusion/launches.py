@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quincunx.fusion.epilogues import apply
 from quincunx.fusion.steps import (
     Follower,
     Map,
@@ -99,6 +100,7 @@ def _convolve(step: Step, weight: Tensor, layout: Any, rows: Tensor | None, valu
         activation=step.activation,
         scale2=step.scale2 if step.out2 is not None else None,
         shift2=step.shift2 if step.out2 is not None else None,
+        activation2=step.activation2,
         keep=step.out is not None,
     )
     if step.out is not None:
@@ -195,7 +197,7 @@ def _cudnn_fused(step: Step, weight: Tensor, bias: Tensor, where: tuple[Any, ...
         values[step.out] = out
     if step.out2 is not None and step.scale2 is not None and step.shift2 is not None:
         scale, shift = (t.to(out.dtype).view(-1, 1, 1) for t in (step.scale2, step.shift2))
-        values[step.out2] = F.relu(torch.addcmul(shift, out, scale))
+        values[step.out2] = apply(step.activation2, torch.addcmul(shift, out, scale), own=True)
 
 
 def _cudnn_plain(step: Step, maps: dict[str, Map], values: Values) -> None:

@@ -98,6 +98,7 @@ class Lines:
                 bias=step.bias, scale2=step.scale2, shift2=step.shift2, slope=step.slope
             )
             line.values |= {"channel_groups": step.groups, "activation": int(step.activation)}
+            line.values["activation2"] = int(step.activation2)
             if self.in_lines(step) and (shifts := plan.lines(step.taps, step.groups)) is not None:
                 line.tensors["shifts"] = (TABLE, shifts)
         if step.shortcut is not None:
@@ -148,7 +149,7 @@ class Lines:
         if step.out2 is not None:
             scales = {"scale": step.scale2, "shift": step.shift2}
             self.maps[step.out2] = self.maps[name]
-            self.pointwise(name, step.out2, None, Activation.RELU, **scales)
+            self.pointwise(name, step.out2, None, step.activation2, **scales)
 
     # ------------------------------------------------ lines
 

@@ -62,6 +62,8 @@ _FUNCTIONS: dict[Any, Activation] = {
 }
 _GELUS = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# of the rank of their first argument
+_KEEP_RANK = {F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.pad, F.batch_norm, torch.batch_norm}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout1d, nn.AlphaDropout)
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout}
 
@@ -294,6 +296,8 @@ def is_map(model: nn.Module, node: fx.Node) -> bool:
         return True
     if activation(model, node) or addition(node) is not None:
         return any(is_map(model, a) for a in node.all_input_nodes)
+    if node.target in _KEEP_RANK and node.args and isinstance(node.args[0], fx.Node):
+        return is_map(model, node.args[0])
     return any(surely(module_of(model, user), *maps) for user in node.users)
 
 

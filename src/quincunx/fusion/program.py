@@ -84,7 +84,7 @@ class StepCode(NamedTuple):
     """A step as ``run_program`` reads it; ``StepField`` in csrc/program.h has the same names.
 
     ``x``, ``residual``, ``out`` and ``out2`` are numbers of buffers, ``residual_channels``, ``num_taps``,
-    ``channel_groups`` and ``activation`` are values, all others are numbers of tensors; -1 is none. ``work``
+    ``channel_groups``, ``activation`` and ``activation2`` are values, all others are numbers of tensors; -1 is none. ``work``
     says what it computes (``Work`` in csrc/runner.h): 0 a convolution or mean, 1 the maximum of windows,
     2 a fill, 3 a part of a concatenation, 4 a pointwise operation.
     """
@@ -109,12 +109,14 @@ class StepCode(NamedTuple):
     slope: int
     work: int = 0
     shifts: int = -1
+    activation2: int = 0
 
 
 def coded(line: Line, numbers: Mapping[str, int]) -> StepCode:
     """A line as numbers; ``numbers`` are those of its maps and tensors."""
     fields = dict.fromkeys(StepCode._fields, -1)
-    fields |= {"residual_channels": 0, "num_taps": 1, "channel_groups": 1, "activation": 0}
+    fields |= {"residual_channels": 0, "num_taps": 1, "channel_groups": 1}
+    fields |= {"activation": 0, "activation2": 0}
     return StepCode(**(fields | line.values | {"work": line.work} | dict(numbers)))
 
 

@@ -52,7 +52,7 @@ from quincunx.ops.plan import window_plan
 
 __all__ = ["NativePiece", "TorchPiece", "load_program", "pieces", "program_bytes", "programs"]
 
-_MAGIC, _VERSION, _INT8_VERSION = b"QUINCUNX", 3, 4
+_MAGIC, _VERSION, _INT8_VERSION = b"QUINCUNX", 5, 6
 _HEADER = struct.Struct("<8s2I5II Q12sI")
 _ENTRY = struct.Struct("<2I4qq")
 _GRID = struct.Struct("<2ifI")
@@ -242,8 +242,9 @@ class _Writer(Lines):
         x, out = step.sources[0], step.out
         if len(maps) == 1:
             if isinstance(function, partial) and function.func is _second:
-                scales = {"scale": function.args[0].scale2, "shift": function.args[0].shift2}
-                return partial(self.pointwise, x, out, None, Activation.RELU, **scales)
+                behind: Step = function.args[0]
+                scales = {"scale": behind.scale2, "shift": behind.shift2}
+                return partial(self.pointwise, x, out, None, behind.activation2, **scales)
             if target in _RELUS or (isinstance(target, nn.Module) and surely(target, nn.ReLU)):
                 return partial(self.pointwise, x, out, None, Activation.RELU)
             if isinstance(target, nn.BatchNorm2d) and (found := _affine(target)) is not None:

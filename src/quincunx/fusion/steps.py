@@ -117,7 +117,7 @@ class Filling:
 class Step:
     """One convolution and its epilogue, or the means that a convolution reads.
 
-    out = act(conv(source) + bias + shortcut), out2 = relu(out scale2 + shift2).
+    out = act(conv(source) + bias + shortcut), out2 = act2(out scale2 + shift2).
 
     Attributes:
         kind: "dense", "sampled" (to a sampled map), "filled" (sampled, read by others as if filled
@@ -128,6 +128,7 @@ class Step:
             empty, [C, 0, kh, kw].
         activation: one of :class:`quincunx.fusion.epilogues.Activation`.
         slope: of a leaky ReLU, for each channel, float32.
+        activation2: of the second output, NONE or RELU.
         like: of "transposed", the map whose height and width the output has.
         like_behind: the convolution of that map whose grid the output has instead, if there is one.
         out, out2: names of the outputs, None for one that nobody reads.
@@ -154,6 +155,7 @@ class Step:
     out2: str | None = None
     scale2: Tensor | None = None
     shift2: Tensor | None = None
+    activation2: int = Activation.RELU
     resize_masks: bool | None = None
     filling: Filling | None = None
     same: bool = False
@@ -390,7 +392,7 @@ def _made_whole(step: Step, filling: Filling, y: Tensor, size: tuple[int, int]) 
 def _second(step: Step, out: Tensor) -> Tensor:
     found = (t for t in (step.scale2, step.shift2) if t is not None)
     scale, shift = (t.to(out.dtype).view(-1, 1, 1) for t in found)
-    return F.relu(out * scale + shift)
+    return apply(step.activation2, out * scale + shift)
 
 
 def parted(step: Step, shortcut: Shortcut) -> list[Step | Follower]:

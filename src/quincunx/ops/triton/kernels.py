@@ -57,7 +57,7 @@ def _activated(value, ACT: constexpr):
 def _ended(
     acc, bias, residual, res_table, scale2, shift2, out, out2,
     image, row, ok, channels, ok_n, out_rows, out_channels, res_rows, res_channels,
-    ACT: constexpr, WIDE: constexpr,
+    ACT: constexpr, ACT2: constexpr, WIDE: constexpr,
 ):  # fmt: skip
     """Bias, shortcut, activation and the second output of a tile, and its stores."""
     if bias is not None:
@@ -84,7 +84,7 @@ def _ended(
     if out2 is not None:
         scale = tl.load(scale2 + channels, mask=ok_n, other=0.0).to(tl.float32)
         shift = tl.load(shift2 + channels, mask=ok_n, other=0.0).to(tl.float32)
-        second = _activated(acc * scale[None, :] + shift[None, :], 1)
+        second = _activated(acc * scale[None, :] + shift[None, :], ACT2)
         tl.store(out2 + place, second.to(out2.dtype.element_ty), mask=stored)
 
 
@@ -99,7 +99,7 @@ def gather_gemm(
     batch, class_count, tiles_n, in_rows, out_rows,
     x_channels, out_channels, res_rows, res_channels,
     C: constexpr, O: constexpr, TAPS: constexpr, TRANSPOSED: constexpr, AFFINE: constexpr,
-    ACT: constexpr, WIDE: constexpr, PRECISION: constexpr, SPLIT: constexpr,
+    ACT: constexpr, ACT2: constexpr, WIDE: constexpr, PRECISION: constexpr, SPLIT: constexpr,
     BM: constexpr, BN: constexpr, BK: constexpr,
 ):  # fmt: skip
     """A tile of BM rows and BN output channels of one channel group; one part of SPLIT of its sum."""
@@ -191,7 +191,7 @@ def gather_gemm(
         _ended(
             acc, bias, residual, res_table, scale2, shift2, out, out2,
             image, row, ok, channels, ok_n, out_rows, out_channels, res_rows, res_channels,
-            ACT, WIDE,
+            ACT, ACT2, WIDE,
         )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def gather_gemm(
 def finish(
     workspace, bias, residual, res_table, scale2, shift2, out, out2,
     batch, out_rows, out_channels, res_rows, res_channels,
-    ACT: constexpr, WIDE: constexpr, SPLIT: constexpr, BM: constexpr, BN: constexpr,
+    ACT: constexpr, ACT2: constexpr, WIDE: constexpr, SPLIT: constexpr, BM: constexpr, BN: constexpr,
 ):  # fmt: skip
     """Adds the parts of a split sum, in their order, and ends it as ``gather_gemm`` does."""
     number = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -218,7 +218,7 @@ def finish(
     _ended(
         acc, bias, residual, res_table, scale2, shift2, out, out2,
         image, number - image * out_rows, ok, channels, ok_n, out_rows, out_channels, res_rows, res_channels,
-        ACT, WIDE,
+        ACT, ACT2, WIDE,
     )  # fmt: skip
 
 
@@ -228,7 +228,8 @@ def depthwise(
     classes, taps, index, rows,
     batch, class_count, in_rows, out_rows,
     all_channels, res_rows, res_channels,
-    TAPS: constexpr, AFFINE: constexpr, ACT: constexpr, WIDE: constexpr, BM: constexpr, BN: constexpr,
+    TAPS: constexpr, AFFINE: constexpr, ACT: constexpr, ACT2: constexpr, WIDE: constexpr, BM: constexpr,
+    BN: constexpr,
 ):  # fmt: skip
     """A tile of BM rows and BN channels of a convolution in which each channel has its own kernel."""
     tile = tl.program_id(0)
@@ -277,7 +278,7 @@ def depthwise(
     _ended(
         acc, bias, residual, res_table, scale2, shift2, out, out2,
         image, row, ok, channels, ok_n, out_rows, all_channels, res_rows, res_channels,
-        ACT, WIDE,
+        ACT, ACT2, WIDE,
     )  # fmt: skip
 
 

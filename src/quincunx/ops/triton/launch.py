@@ -57,10 +57,11 @@ def convolve(
     activation: int = 0,
     scale2: Tensor | None = None,
     shift2: Tensor | None = None,
+    activation2: int = 1,
     keep: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute out = act(conv(x) + bias + residual) and, with ``scale2``, out2 = relu(out scale2 + shift2).
+    """Compute out = act(conv(x) + bias + residual) and, with ``scale2``, out2 = act2(out scale2 + shift2).
 
     Args:
         x: map [N, C, ...] whose rows the layout reads.
@@ -74,6 +75,7 @@ def convolve(
         activation: 0 for none, 1 for ReLU, 2 for ReLU6.
         scale2: [O] or None.
         shift2: [O] or None.
+        activation2: of ``out2``, as ``activation``.
         keep: whether to return ``out``.
         config: tiles; by default from the table or the rule.
 
@@ -106,8 +108,8 @@ def convolve(
                 x, weight, *ends, layout.classes, layout.taps, layout.index, layout.rows,
                 batch, len(layout.shape), layout.in_rows, layout.out_rows,
                 outputs, res_rows, res_channels, TAPS=taps,
-                AFFINE=layout.affine, ACT=activation, WIDE=wide, BM=config.rows, BN=config.columns,
-                num_warps=config.warps, num_stages=config.stages,
+                AFFINE=layout.affine, ACT=activation, ACT2=activation2, WIDE=wide,
+                BM=config.rows, BN=config.columns, num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
             return out, out2
         config = config or for_gemm(x.dtype, batch, inner, outer, groups, layout)
@@ -122,15 +124,15 @@ def convolve(
             batch, len(layout.shape), tiles_n, layout.in_rows, layout.out_rows,
             channels, outputs, res_rows, res_channels,
             C=inner, O=outer, TAPS=taps, TRANSPOSED=transposed, AFFINE=layout.affine, ACT=activation,
-            WIDE=wide, PRECISION=precision(x.dtype), SPLIT=config.split, BM=config.rows,
+            ACT2=activation2, WIDE=wide, PRECISION=precision(x.dtype), SPLIT=config.split, BM=config.rows,
             BN=config.columns, BK=config.depth, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if workspace is not None:
             columns = min(64, power(outputs))
             kernels.finish[-(-batch * layout.out_rows // 32), -(-outputs // columns)](
                 workspace, *ends, batch, layout.out_rows, outputs, res_rows, res_channels,
-                ACT=activation, WIDE=wide or _wide(workspace.numel()), SPLIT=config.split, BM=32, BN=columns,
-                num_warps=4,
+                ACT=activation, ACT2=activation2, WIDE=wide or _wide(workspace.numel()),
+                SPLIT=config.split, BM=32, BN=columns, num_warps=4,
             )  # fmt: skip
     return out, out2
 
