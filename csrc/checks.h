@@ -149,27 +149,31 @@ inline void check_tables(GatherGemm& g, Table& index, Table& rows, Table& taps, 
 // every output row is in one class.
 inline void check_shifts(GatherGemm& g, const Table& shifts) {
   const int32_t* head = shifts.data;
-  require(shifts.count >= 2 && head[0] >= 1 && head[0] <= kMostShiftClasses && head[1] >= 0 &&
-              shifts.count >= 2 + 2 * int64_t{head[0]},
+  require(shifts.count >= kShiftHead && head[0] >= 1 && head[0] <= kMostShiftClasses && head[1] >= 0 &&
+              shifts.count >= kShiftHead + 2 * int64_t{head[0]},
           "shifts must begin with at most ", kMostShiftClasses, " classes and the number of slots");
-  const int64_t classes = head[0], slots = head[1];
-  int64_t length = 2 + 2 * classes + slots;
+  const int64_t classes = head[0], slots = head[1], apart = head[2];
+  require(apart >= 1 && apart <= kMostShiftTaps, "outputs of shifts must lie 1 to ", kMostShiftTaps,
+          " slots apart, got ", apart);
+  const int32_t* sizes = head + kShiftHead;
+  int64_t length = kShiftHead + 2 * classes + slots;
   for (int64_t c = 0; c < classes; ++c) {
-    const int64_t taps = head[2 + 2 * c], positions = head[3 + 2 * c];
+    const int64_t taps = sizes[2 * c], positions = sizes[2 * c + 1];
     require(taps >= 0 && taps <= kMostShiftTaps && positions >= 0, "a class of shifts has at most ", kMostShiftTaps,
             " taps");
     length += 2 * taps + positions;
   }
   require(length == shifts.count, "shifts must have as many entries as their classes say, ", length, ", got ",
           shifts.count);
-  const int32_t* body = head + 2 + 2 * classes;
+  const int32_t* body = sizes + 2 * classes;
   std::vector<int32_t> rows;
   for (int64_t c = 0; c < classes; ++c) {
-    const int64_t taps = head[2 + 2 * c], positions = head[3 + 2 * c];
+    const int64_t taps = sizes[2 * c], positions = sizes[2 * c + 1];
+    const int64_t read = positions > 0 ? apart * (positions - 1) + 1 : 0;
     for (int64_t t = 0; t < taps; ++t) {
       require(body[t] >= 0 && body[t] < g.num_taps && (t == 0 || body[t] > body[t - 1]),
               "taps of a class of shifts must ascend below ", g.num_taps);
-      require(body[taps + t] >= 0 && body[taps + t] + positions <= slots, "a class of shifts reads beyond its ", slots,
+      require(body[taps + t] >= 0 && body[taps + t] + read <= slots, "a class of shifts reads beyond its ", slots,
               " slots");
     }
     rows.insert(rows.end(), body + 2 * taps, body + 2 * taps + positions);

@@ -55,8 +55,9 @@ struct GatherGemm {
   const Quantised* quantised;  // of the kernels in eight bits
 };
 
-// What a table of shifts may have at most.
-constexpr int64_t kMostShiftClasses = 32, kMostShiftTaps = 64;
+// What a table of shifts may have at most, and how many numbers it begins with: classes, slots, slots from one output to
+// the next.
+constexpr int64_t kMostShiftClasses = 32, kMostShiftTaps = 64, kShiftHead = 3;
 
 // [groups, out_channels / groups, channels, taps] with any strides, counted in elements
 struct Weight {

@@ -79,6 +79,8 @@ std::vector<int64_t> with_later_fields(const std::vector<int64_t>& code, size_t 
     for (const auto& [field, value] : kLater) {
       if (field >= fields) whole.push_back(value);
     }
+    // their tables of shifts say less
+    if (fields < kStepFields) whole[i * kStepFields + kShifts] = -1;
   }
   return whole;
 }

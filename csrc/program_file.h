@@ -12,8 +12,8 @@
 //              program's type or int8 and unpacked, so that any processor packs them as its kernels want
 // An odd version is a program in one type of real numbers. An even one has maps and steps in eight bits too: a step is in
 // eight bits where one of its maps is not of the program's type (int8_program.h). Versions 5 and 6 are written. Steps of
-// 3 and 4 lack the last field, the activation of the second output, which was ReLU; those of 1 and 2 also the one
-// before it, the table of shifts, and have none.
+// 3 and 4 lack the last field, the activation of the second output, which was ReLU, and their tables of shifts, which are
+// another way to say what the others do, are not used; those of 1 and 2 also lack the field of these tables.
 // Nothing in it depends on the batch, the number of threads or the instruction set.
 #pragma once
 

@@ -30,18 +30,19 @@ struct ShiftPlan {
     int64_t first, last, place;  // slots [first, last + reach), from slot `place` of the memory on
   };
   Class classes[kMostShiftClasses];
-  int64_t num_classes, num_slots, longest = 0, reach = 0, slots_used = 0, num_ranges = 0;
+  int64_t num_classes, num_slots, apart, longest = 0, reach = 0, slots_used = 0, num_ranges = 0;
   const int32_t* slots;
   Range ranges[kMostRanges];
 
   explicit ShiftPlan(const GatherGemm& g) {
-    const int32_t *head = g.shifts, *body = head + 2 + 2 * head[0];
+    const int32_t *head = g.shifts, *sizes = head + kShiftHead, *body = sizes + 2 * head[0];
     num_classes = head[0];
     num_slots = head[1];
+    apart = head[2];
     for (int64_t c = 0; c < num_classes; ++c) {
       Class& own = classes[c];
-      own.taps = head[2 + 2 * c];
-      own.count = head[3 + 2 * c];
+      own.taps = sizes[2 * c];
+      own.count = sizes[2 * c + 1];
       own.tap = body;
       own.offset = body + own.taps;
       own.row = own.offset + own.taps;
@@ -53,7 +54,7 @@ struct ShiftPlan {
 
   // what outputs [q, q + positions) of every class read, whatever q, and as many slots more as the last step reads
   void cover(int64_t positions, int64_t joined) {
-    reach = positions + joined - 1;
+    reach = apart * (positions - 1) + joined;
     num_ranges = 0;
     for (int64_t c = 0; c < num_classes; ++c) {
       for (int64_t t = 0; t < classes[c].taps; ++t) add(classes[c].offset[t]);
@@ -63,7 +64,7 @@ struct ShiftPlan {
       ranges[r].place = slots_used;
       slots_used += ranges[r].last - ranges[r].first + reach;
     }
-    slots_used += 2 * kTileHeight;  // what the last tile has too many, and the last row of it
+    slots_used += (apart + 1) * kTileHeight;  // what the last tile has too many, and the last row of it
   }
   QX_INLINE int64_t place_of(int64_t offset) const {
     for (int64_t r = 0;; ++r) {
@@ -154,9 +155,9 @@ struct Slots {
     for (int64_t r = 0; r < plan.num_ranges; ++r) {
       const ShiftPlan::Range& range = plan.ranges[r];
       // weights of 0 do not make up for what memory may hold
-      const int64_t last = range.last + segment.last + depth.joined - 1;
+      const int64_t last = range.last + plan.apart * (segment.last - 1) + depth.joined;
       char* to = memory + range.place * pitch;
-      for (int64_t slot = range.first + segment.first; slot < last; ++slot, to += pitch) {
+      for (int64_t slot = range.first + plan.apart * segment.first; slot < last; ++slot, to += pitch) {
         const int64_t row = slot < plan.num_slots ? plan.slots[slot] : -1;
         copy(row < 0 ? outside : image + row * row_bytes, to, row < 0);
       }
@@ -298,7 +299,7 @@ struct ShiftRun {
       : g(problem), plan(shifts), depth(problem.in_channels, problem.num_taps), pitch(slot_pitch<K>(problem, depth)),
         joint(weight_memory), copies(memory) {
     in_place.map = Area{memory, memory + bytes};
-    in_place.stride = pitch;
+    in_place.stride = plan.apart * pitch;
     in_place.weights = weights;
     in_place.outer = depth.blocks;
   }
@@ -336,7 +337,7 @@ struct ShiftRun {
       const Segment& segment = segments[i];
       const char* base = copies + i * plan.slots_used * pitch;
       for (int64_t q = segment.first; q < least(segment.last, c.count); q += kTileHeight) {
-        const char* own = base + (q - segment.first) * pitch;
+        const char* own = base + (q - segment.first) * in_place.stride;
         for (int64_t s = 0; s < steps.count; ++s) {
           chunk.rows[chunk.tiles][s] = own + offsets[s];
         }
@@ -400,13 +401,14 @@ struct ShiftRun {
   Chunk chunk;
 };
 
-// Whether a step reads a slot that its outputs need nothing of.
+// Whether a step multiplies a slot by weights of 0: one that its outputs need nothing of, or that another step has
+// multiplied. An infinite value would become none.
 template <class K>
 bool reads_more(const ShiftPlan& plan, int64_t joined) {
   for (int64_t c = 0; joined > 1 && c < plan.num_classes; ++c) {
     const ShiftSteps steps(plan.classes[c], joined);
     for (int64_t s = 0; s < steps.count; ++s) {
-      if (steps.taps[s] < joined) return true;
+      if (steps.taps[s] < joined || steps.leading[s] > 0) return true;
     }
   }
   return false;

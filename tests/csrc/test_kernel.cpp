@@ -372,6 +372,7 @@ Case shifted_case() {
   };
   std::vector<Class> classes(pick({1, 1, 2, 4}));
   int64_t slots = pick({0, 3});
+  const int64_t apart = pick({1, 1, 2, 3});
   for (Class& own : classes) {
     own.positions = pick({1, 15, 33, 70, 300});
     const int64_t line = pick({3, 19}), first = pick({0, 5});
@@ -380,12 +381,12 @@ Case shifted_case() {
       if (&own != &classes[0] && generator() % 5 == 0) continue;
       own.taps.push_back(int32_t(t));
       own.offsets.push_back(int32_t(first + t / 3 * line + t % 3));
-      slots = std::max<int64_t>(slots, own.offsets.back() + own.positions);
+      slots = std::max<int64_t>(slots, own.offsets.back() + apart * (own.positions - 1) + 1);
     }
   }
   std::vector<int32_t> inputs(slots), outputs, body;
   for (int32_t& row : inputs) row = int32_t(generator() % (c.rows_in + 1)) - 1;
-  c.shifts = {int32_t(classes.size()), int32_t(slots)};
+  c.shifts = {int32_t(classes.size()), int32_t(slots), int32_t(apart)};
   for (const Class& own : classes) {
     c.shifts.insert(c.shifts.end(), {int32_t(own.taps.size()), int32_t(own.positions)});
     body.insert(body.end(), own.taps.begin(), own.taps.end());
@@ -397,7 +398,7 @@ Case shifted_case() {
       if (!needed) continue;
       ++count;
       c.rows.push_back(int32_t(c.rows.size()));
-      for (const int32_t offset : own.offsets) c.index.push_back(inputs[offset + q]);
+      for (const int32_t offset : own.offsets) c.index.push_back(inputs[offset + apart * q]);
     }
     c.sizes.insert(c.sizes.end(), {count, int32_t(own.taps.size())});
     c.tap_list.insert(c.tap_list.end(), own.taps.begin(), own.taps.end());

@@ -80,6 +80,7 @@ def gemm(
         "O": ("is", outer),
         "AFFINE": ("is", affine),
         "ACT": ("is", 1),
+        "ACT2": ("is", 1),
         "WIDE": ("is", wide),
         "PRECISION": ("is", precision),
         "SPLIT": ("is", config.split),

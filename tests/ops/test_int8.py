@@ -269,7 +269,7 @@ def filled_natively(q, grid, weight, bias, spec, size, reach, added=None, added_
         buffers += [0, added.shape[1], *added.shape[2:], 0]
     buffers += [2, channels, *size, 0]
     code = [0, *numbers, 1 if added is not None else -1, -1, 0 if added is None else added.shape[1]]
-    code += [-1, -1, 0, 1, -1, -1, len(inputs), -1, max(1, plan.taps), 1, act, -1, 2, -1]
+    code += [-1, -1, 0, 1, -1, -1, len(inputs), -1, max(1, plan.taps), 1, act, -1, 2, -1, 0]
     maps = [m.contiguous(memory_format=torch.channels_last) for m in inputs]
     (found,) = native_int8.run(maps, tensors, buffers, code, [*grids, out], [-1])
     return found
@@ -440,7 +440,7 @@ def test_sums_that_do_not_fit_are_refused_by_the_kernels_too():
     x, w = torch.zeros(1, channels, 1, 1, dtype=torch.uint8), torch.zeros(1, channels, 1, 1, dtype=torch.int8)
     packed, table = native_int8.pack(w, 1, False), torch.zeros(1, dtype=torch.int32)
     tensors = [packed, torch.ones(1), table, torch.tensor([[1, 1]], dtype=torch.int32)]
-    code = [0, 0, -1, -1, -1, 0, -1, -1, 2, 2, 2, 3, 1, -1, 1, 1, 0, -1, 0, -1]
+    code = [0, 0, -1, -1, -1, 0, -1, -1, 2, 2, 2, 3, 1, -1, 1, 1, 0, -1, 0, -1, 0]
     buffers = [0, channels, 1, 1, 0, 2, 1, 1, 1, 0]
     with pytest.raises(RuntimeError, match="sums of more than 65536 products do not fit 32 bits"):
         native_int8.run([x], tensors, buffers, code, [Grid(1.0), torch.float32], [1])

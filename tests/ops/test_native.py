@@ -332,7 +332,7 @@ class Small:
 
     def step(self, x, out, residual=-1, residual_rows=-1, out2=-1, activation=0, slope=-1):
         self.code += [x, 0, -1, residual, residual_rows, 2, 4, 5, 1, 1, 2, 3, out, out2, 1, 1]
-        self.code += [activation, slope, 0, -1]
+        self.code += [activation, slope, 0, -1, 1]
         return self
 
     def run(self, x):

@@ -124,9 +124,12 @@ def test_operators_equal_the_reference(interpreted: SimpleNamespace, case: dict[
 
 @pytest.mark.parametrize("spec", [qx.CHESSBOARD.spec, MASK.spec])
 @pytest.mark.parametrize(
-    "config", [Config(16, 16, 16, 4, 5), Config(32, 32, 32, 4, 5, 3), Config(64, 16, 16, 8, 7, 4)]
+    ("config", "activation2"),
+    [(Config(16, 16, 16, 4, 5), 1), (Config(32, 32, 32, 4, 5, 3), 0), (Config(64, 16, 16, 8, 7, 4), 1)],
 )
-def test_tiles_and_parts_change_nothing(interpreted: SimpleNamespace, spec: str, config: Config) -> None:
+def test_tiles_and_parts_change_nothing(
+    interpreted: SimpleNamespace, spec: str, config: Config, activation2: int
+) -> None:
     geometry, device = Geometry((3, 3), padding=(1, 1, 1, 1)), torch.device("cpu")
     x, weight, bias = torch.randn(2, 40, 8, 7), torch.randn(24, 40, 3, 3), torch.randn(24)
     layout = layouts.forward_layout(spec, geometry, 8, 7, None, device)
@@ -143,13 +146,15 @@ def test_tiles_and_parts_change_nothing(interpreted: SimpleNamespace, spec: str,
         activation=2,
         scale2=scale,
         shift2=shift,
+        activation2=activation2,
         config=config,
     )
     y = reference.conv(x, weight, bias, spec, (1, 1), (1, 1, 1, 1), (1, 1), 1)
     y[:, :20] += other[:, :, rows.long()]
     wanted = y.clamp(0, 6)
     _close(out, wanted)
-    _close(second, torch.relu(wanted * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)))
+    wanted = wanted * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    _close(second, torch.relu(wanted) if activation2 else wanted)
 
 
 def test_what_is_not_a_number_stays_so(interpreted: SimpleNamespace) -> None:

@@ -359,7 +359,10 @@ def kernel_lines(
         made.tensors |= {"weight": weight_of(step), "multiplier": (FLOATS, multiplier)}
         made.tensors |= floats(bias=step.bias)
         made.values["channel_groups"] = step.groups
-        if in_lines and (shifts := plan.lines(step.taps, step.groups)) is not None:
+        if (
+            in_lines
+            and (shifts := plan.lines(step.taps, step.groups, maps[step.source].channels)) is not None
+        ):
             made.tensors["shifts"] = (TABLE, shifts)
     made.tensors |= floats(scale2=step.scale2, shift2=step.shift2, slope=step.slope)
     made.values |= {"activation": int(step.activation), "activation2": int(step.activation2)}

@@ -99,7 +99,11 @@ class Lines:
             )
             line.values |= {"channel_groups": step.groups, "activation": int(step.activation)}
             line.values["activation2"] = int(step.activation2)
-            if self.in_lines(step) and (shifts := plan.lines(step.taps, step.groups)) is not None:
+            if (
+                self.in_lines(step)
+                and (shifts := plan.lines(step.taps, step.groups, self.maps[step.source].channels))
+                is not None
+            ):
                 line.tensors["shifts"] = (TABLE, shifts)
         if step.shortcut is not None:
             source = self.maps[step.shortcut.source]

@@ -84,9 +84,9 @@ class StepCode(NamedTuple):
     """A step as ``run_program`` reads it; ``StepField`` in csrc/program.h has the same names.
 
     ``x``, ``residual``, ``out`` and ``out2`` are numbers of buffers, ``residual_channels``, ``num_taps``,
-    ``channel_groups``, ``activation`` and ``activation2`` are values, all others are numbers of tensors; -1 is none. ``work``
-    says what it computes (``Work`` in csrc/runner.h): 0 a convolution or mean, 1 the maximum of windows,
-    2 a fill, 3 a part of a concatenation, 4 a pointwise operation.
+    ``channel_groups``, ``activation`` and ``activation2`` are values, all others are numbers of tensors; -1
+    is none. ``work`` says what it computes (``Work`` in csrc/runner.h): 0 a convolution or mean, 1 the
+    maximum of windows, 2 a fill, 3 a part of a concatenation, 4 a pointwise operation.
     """
 
     x: int

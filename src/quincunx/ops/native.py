@@ -256,7 +256,7 @@ def _gather_gemm(
         taps,
         groups,
         0,
-        plan.lines(taps, groups) if reads_shifts(x.dtype) else None,
+        plan.lines(taps, groups, x.shape[1]) if reads_shifts(x.dtype) else None,
     )
     result: Tensor = out
     return result

@@ -152,8 +152,18 @@ def convolve(
     given.append(stored)
     buffers += [2, outputs, *plan.out_size, 0]
     code = [0, 0, numbers[0], 1 if residual is not None else -1, -1, channels, -1, -1, 2, 3, 4, 5]
-    shifts = plan.lines(taps, groups) if native.reads_shifts(torch.uint8) else None
-    code += [len(inputs), -1, taps, groups, activation, numbers[1], 0, -1 if shifts is None else len(tensors)]
+    shifts = plan.lines(taps, groups, x.shape[1]) if native.reads_shifts(torch.uint8) else None
+    code += [
+        len(inputs),
+        -1,
+        taps,
+        groups,
+        activation,
+        numbers[1],
+        0,
+        -1 if shifts is None else len(tensors),
+        0,
+    ]
     if shifts is not None:
         tensors.append(shifts)
     maps = [t.contiguous(memory_format=CHANNELS_LAST) for t in inputs]

@@ -46,6 +46,9 @@ __all__ = [
 ]
 
 
+# as csrc/tile_gemm.h: a step has the channels of at least four taps of so few
+_FEW_CHANNELS = 8
+
 F_ = TypeVar("F_", bound=Callable[..., object])
 
 
@@ -79,14 +82,29 @@ class Plan:
     @cached_property
     def shifts(self) -> Tensor:
         """The table of :func:`quincunx.ops.shifts.shift_table`; made when it is first asked for."""
+        return self._shifts(apart=False)
+
+    @cached_property
+    def shifts_apart(self) -> Tensor:
+        """The same with inputs side by side as they lie in the map, where a stride sets outputs apart."""
+        return self._shifts(apart=True)
+
+    def _shifts(self, apart: bool) -> Tensor:
         if self.reads_of is None:
             return torch.zeros(0, dtype=torch.int32)
         with torch.inference_mode(False):
-            return shift_table(self.reads_of())
+            return shift_table(self.reads_of(), apart)
 
-    def lines(self, taps: int, groups: int) -> Tensor | None:
-        """``shifts`` where a kernel reads it: of several taps in one channel group, if there are lines."""
-        return self.shifts if groups == 1 and taps > 1 and len(self.shifts) else None
+    def lines(self, taps: int, groups: int, channels: int) -> Tensor | None:
+        """The table of shifts that a kernel reads: of several taps in one channel group, if there are lines.
+
+        Several taps of few channels are one step where their inputs lie side by side.
+        """
+        if groups != 1 or taps == 1:
+            return None
+        if channels <= _FEW_CHANNELS and len(self.shifts_apart):
+            return self.shifts_apart
+        return self.shifts if len(self.shifts) else None
 
     @property
     def reads(self) -> int:

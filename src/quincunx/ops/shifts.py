@@ -56,9 +56,9 @@ class _Lines:
     step: int
     pitch: int
 
-    def finer(self, stride: tuple[int, int]) -> _Lines:
-        """The same on the other side, whose neighbours are nearer to each other."""
-        return _Lines(stride[0] * self.rows, stride[1] * self.step, stride[1] * self.pitch)
+    def finer(self, stride: tuple[int, int], step: int) -> _Lines:
+        """The same on the other side, whose neighbours are nearer to each other, or as far as a step."""
+        return _Lines(stride[0] * self.rows, stride[1] // step * self.step, stride[1] * self.pitch)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The number of each position's line, and its place there."""
@@ -68,16 +68,21 @@ class _Lines:
         return line, flat.div(self.step, rounding_mode="floor")
 
 
-def shift_table(reads: Reads) -> Tensor:
+def shift_table(reads: Reads, apart: bool = False) -> Tensor:
     """Return the lines of a convolution as one int32 table, empty if there are none or they are not worth it.
 
-    The table is (classes, slots), for each class of outputs (taps, positions), for each class its taps, the
-    offset of each tap and the output of each position, and the input of each slot. Position q of a class
-    reads slot offsets[tap] + q. -1 is an output that nobody needs, or an input that there is none of.
+    The table is (classes, slots, step), for each class of outputs (taps, positions), for each class its taps,
+    the offset of each tap and the output of each position, and the input of each slot. Position q of a class
+    reads slot offsets[tap] + step q. -1 is an output that nobody needs, or an input that there is none of.
+
+    Args:
+        apart: whether the inputs of a row stay side by side where the convolution has a horizontal stride,
+            which is the step then; empty where it has none. Otherwise the step is 1.
     """
     best = torch.zeros(0, dtype=torch.int32)
-    if not reads.gathered:
+    if not reads.gathered or (apart and (reads.transposed or not 1 < reads.stride[1] <= _MOST_TAPS)):
         return best
+    step = reads.stride[1] if apart else 1
     least = _WASTE * reads.gathered / _TILE
     coarse, fine = (reads.inputs, reads.outputs) if reads.transposed else (reads.outputs, reads.inputs)
     across, along = (int(of[..., 1].max() - of[..., 1].min()) + 1 for of in (coarse, fine))
@@ -89,17 +94,17 @@ def shift_table(reads: Reads) -> Tensor:
         for pitch in range(narrowest, widest + 1):
             if pitch > last:
                 break  # what follows has the same lines with longer gaps
-            found = _in_lines(reads, _Lines(rows, reads.period, pitch), least)
+            found = _in_lines(reads, _Lines(rows, reads.period, pitch), least, step)
             if found is not None:
                 least, best = found
                 last = min(last, pitch + reads.period - 1)
     return best
 
 
-def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] | None:
+def _in_lines(reads: Reads, lines: _Lines, most: float, step: int) -> tuple[float, Tensor] | None:
     """The cost of these lines in tiles times taps, and their table; None if it is not below ``most``, or
     if an input would have two slots' worth of meaning."""
-    finer = lines.finer(reads.stride)
+    finer = lines.finer(reads.stride, step)
     of_outputs, of_inputs = (finer, lines) if reads.transposed else (lines, finer)
     line, place = of_outputs(reads.outputs)
     _, member = line.unique(return_inverse=True)  # type: ignore[no-untyped-call]
@@ -111,7 +116,7 @@ def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] 
     if classes > _MOST_CLASSES or int(used.sum(1).max()) > _MOST_TAPS or cost >= most:
         return None
     plane, slot = of_inputs(reads.inputs)
-    shift, wanted = slot - place[:, None], used[member]
+    shift, wanted = slot - step * place[:, None], used[member]
     # one line and one shift for each tap of a class
     cells = (member[:, None] * taps + torch.arange(taps))[wanted]
     both = []
@@ -126,14 +131,14 @@ def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] 
             return None
         both.append(lowest.view(classes, taps))
     plane_of, shift_of = both
-    offsets, slots = _planes(plane_of, shift_of, counts, used)
+    offsets, slots = _planes(plane_of, shift_of, step * (counts - 1) + 1, used)
     inputs = torch.full((slots,), -1)
-    at = (offsets[member] + place[:, None])[wanted]
+    at = (offsets[member] + step * place[:, None])[wanted]
     found = reads.table[wanted]
     inputs[at[found >= 0]] = found[found >= 0]
     if not torch.equal(inputs[at], found):
         return None  # the gap behind a row is too short
-    head, body = [torch.tensor([classes, slots])], []
+    head, body = [torch.tensor([classes, slots, step])], []
     for number in range(classes):
         own = used[number].nonzero().flatten()
         outputs = torch.full((int(counts[number]),), -1)
@@ -143,12 +148,15 @@ def _in_lines(reads: Reads, lines: _Lines, most: float) -> tuple[float, Tensor] 
     return cost, torch.cat([*head, *body, inputs]).int()
 
 
-def _planes(plane_of: Tensor, shift_of: Tensor, counts: Tensor, used: Tensor) -> tuple[Tensor, int]:
-    """The slots of the inputs, line after line: the offsets [classes, taps], and how many there are."""
+def _planes(plane_of: Tensor, shift_of: Tensor, reach: Tensor, used: Tensor) -> tuple[Tensor, int]:
+    """The slots of the inputs, line after line: the offsets [classes, taps], and how many there are.
+
+    ``reach``: from the first slot that a class's positions read through a tap to behind the last, [classes].
+    """
     offsets, slots = torch.zeros_like(shift_of), 0
     for plane in sorted(set(plane_of[used].tolist())):
         here = used & (plane_of == plane)
         first = int(shift_of[here].min())
         offsets[here] = shift_of[here] - first + slots
-        slots += int((shift_of + counts[:, None])[here].max()) - first
+        slots += int((shift_of + reach[:, None])[here].max()) - first
     return offsets, slots
