@@ -98,6 +98,22 @@ def low_networks(*folder: str) -> str:
     return table(header, cells)
 
 
+def float_networks(*folder: str) -> str:
+    """Whole networks in float32: each over the fastest dense candidate."""
+    header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
+    header += ["the dense one on smaller images", "ms", "dense, ms", "our dense, ms"]
+    cells = []
+    for row in read(*folder, "bench-networks.json")["rows"]:
+        (name, found), *rest = row["candidates"].items()
+        times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
+        speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
+        numbers = [str(row["batch"]), str(row["threads"]), f"{found['mac_ratio']:.2f}", speedup]
+        smaller = "".join(f"{entry['speedup']:.2f}x ({n.rpartition(' ')[2]})" for n, entry in rest)
+        dense = row["best_dense"]
+        cells.append([row["case"], *numbers, dense, smaller, times[name], times[dense], times["ours, dense"]])
+    return table(header, cells)
+
+
 def int8_networks(*folder: str) -> str:
     """Whole networks in eight bits: each over the fastest dense candidate in eight bits."""
     header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
@@ -815,6 +831,8 @@ MADE = {
     "amx-blocks-int8": lambda: bench("blocks-int8", AMX),
     "amx-networks-int8": lambda: int8_networks(AMX),
     "amx-blocks": lambda: bench("blocks", AMX),
+    "amx-networks": lambda: float_networks(AMX),
+    "amx-espace": lambda: layers("espace", f"{AMX}/bench-methods.json"),
     "amx-exports": lambda: exports(AMX),
     "amx-training": lambda: bench("training", AMX),
     "plugins": plugins,

@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 from hypothesis import settings
 
+from quincunx.fusion.faster import speed_ratio
 from quincunx.measure.latency import measure
 
 if not torch.cuda.is_available():
@@ -21,6 +22,9 @@ if not torch.cuda.is_available():
 # no test judges a time, so rounds of timing may be short
 assert measure.__kwdefaults__["round_seconds"] == 0.05
 measure.__kwdefaults__["round_seconds"] = 0.01
+# each fused network times its convolutions at their first map
+assert speed_ratio.__kwdefaults__["round_seconds"] == 0.005
+speed_ratio.__kwdefaults__["round_seconds"] = 0.0005
 
 # what is measured here is no other process's business
 os.environ["QUINCUNX_CACHE"] = ""

@@ -638,14 +638,15 @@ class _Absorber:
                 return replace(step, scale2=ones, shift2=torch.zeros_like(ones)), relu
         norms = [(n, affine) for n in readers if (affine := self._affine(n, step)) is not None]
         for norm, affine in norms:
-            relu = self._only_user(norm)
-            if relu is not None and activation(self.model, relu) == Activation.RELU:
-                self.claimed.update((norm, relu))
-                return _with_second(step, affine, Activation.RELU), relu
-        for norm, affine in norms:
-            self.claimed.add(norm)
-            return _with_second(step, affine, Activation.NONE), norm
-        return step, None
+            user = self._only_user(norm)
+            if user is not None and activation(self.model, user) == Activation.RELU:
+                self.claimed.update((norm, user))
+                return _with_second(step, affine, Activation.RELU), user
+        if not norms:
+            return step, None
+        norm, affine = norms[0]
+        self.claimed.add(norm)
+        return _with_second(step, affine, Activation.NONE), norm
 
     def _reads_as_made(self, value: fx.Node, user: fx.Node) -> bool:
         return user not in self.effects.changed and not self.effects.between(value, value, user)
