@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -83,51 +84,59 @@ def bench(suite: str, *folder: str) -> str:
     return table(header, cells)
 
 
-def low_networks(*folder: str) -> str:
-    """Whole networks in bfloat16: each over the fastest dense candidate in bfloat16."""
-    header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
-    header += ["ms", "dense, ms", "OpenVINO float32, ms"]
+def _over_dense(
+    place: Sequence[str], header: Sequence[str], more: Callable[[dict[str, Any], dict[str, str]], list[str]]
+) -> str:
+    """Return whole networks of a result, each over the fastest dense candidate, and more of each row.
+
+    Args:
+        place: of the result.
+        header: of the columns that ``more`` makes, of a row and its medians in milliseconds.
+    """
+    first = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
     cells = []
-    for row in read(*folder, "bench-networks-bfloat16.json")["rows"]:
-        [(name, found)] = row["candidates"].items()
+    for row in read(*place)["rows"]:
+        found = next(iter(row["candidates"].values()))
         times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
         speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
         numbers = [str(row["batch"]), str(row["threads"]), f"{found['mac_ratio']:.2f}", speedup]
-        dense = row["best_dense"]
-        cells.append([row["case"], *numbers, dense, times[name], times[dense], times["OpenVINO"]])
-    return table(header, cells)
+        cells.append([row["case"], *numbers, row["best_dense"], *more(row, times)])
+    return table([*first, *header], cells)
+
+
+def low_networks(*folder: str) -> str:
+    """Whole networks in bfloat16: each over the fastest dense candidate in bfloat16."""
+
+    def more(row: dict[str, Any], times: dict[str, str]) -> list[str]:
+        [name] = row["candidates"]
+        return [times[key] for key in (name, row["best_dense"], "OpenVINO")]
+
+    return _over_dense(
+        (*folder, "bench-networks-bfloat16.json"), ["ms", "dense, ms", "OpenVINO float32, ms"], more
+    )
 
 
 def float_networks(*folder: str) -> str:
     """Whole networks in float32: each over the fastest dense candidate."""
-    header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
-    header += ["the dense one on smaller images", "ms", "dense, ms", "our dense, ms"]
-    cells = []
-    for row in read(*folder, "bench-networks.json")["rows"]:
-        (name, found), *rest = row["candidates"].items()
-        times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
-        speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
-        numbers = [str(row["batch"]), str(row["threads"]), f"{found['mac_ratio']:.2f}", speedup]
+
+    def more(row: dict[str, Any], times: dict[str, str]) -> list[str]:
+        (name, _), *rest = row["candidates"].items()
         smaller = "".join(f"{entry['speedup']:.2f}x ({n.rpartition(' ')[2]})" for n, entry in rest)
-        dense = row["best_dense"]
-        cells.append([row["case"], *numbers, dense, smaller, times[name], times[dense], times["ours, dense"]])
-    return table(header, cells)
+        return [smaller, *(times[key] for key in (name, row["best_dense"], "ours, dense"))]
+
+    header = ["the dense one on smaller images", "ms", "dense, ms", "our dense, ms"]
+    return _over_dense((*folder, "bench-networks.json"), header, more)
 
 
 def int8_networks(*folder: str) -> str:
     """Whole networks in eight bits: each over the fastest dense candidate in eight bits."""
-    header = ["network / dense", "batch", "threads", "MAC ratio", "speed-up", "fastest dense"]
-    header += ["ms", "dense, ms", "our dense, ms", "in bfloat16, ms"]
-    cells = []
-    for row in read(*folder, "bench-networks-int8.json")["rows"]:
-        name, found = next(iter(row["candidates"].items()))
-        times = {key: f"{1e3 * timing['median_s']:.2f}" for key, timing in row["timings"].items()}
-        speedup = f"{found['speedup']:.2f}x ({found['q1']:.2f} to {found['q3']:.2f})"
-        numbers = [str(row["batch"]), str(row["threads"]), f"{found['mac_ratio']:.2f}", speedup]
-        dense = row["best_dense"]
-        shown = (name, dense, "ours, dense int8", f"{name} in bfloat16")
-        cells.append([row["case"], *numbers, dense, *(times[key] for key in shown)])
-    return table(header, cells)
+
+    def more(row: dict[str, Any], times: dict[str, str]) -> list[str]:
+        name = next(iter(row["candidates"]))
+        return [times[k] for k in (name, row["best_dense"], "ours, dense int8", f"{name} in bfloat16")]
+
+    header = ["ms", "dense, ms", "our dense, ms", "in bfloat16, ms"]
+    return _over_dense((*folder, "bench-networks-int8.json"), header, more)
 
 
 def plugins() -> str:
