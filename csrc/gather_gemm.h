@@ -807,6 +807,11 @@ void mean_of_rows(const GatherGemm& g, Cut cut, int64_t part) {
     const int32_t* index = g.index + p * g.num_taps;
     const S* map = static_cast<const S*>(g.x) + image * g.rows_in * g.in_channels;
     S* out = static_cast<S*>(g.out) + (image * g.rows_out + g.rows[p]) * g.in_channels;
+    if (g.num_taps == 1 && index[0] >= 0) {
+      // one row is what a map is filled with
+      __builtin_memcpy(out, map + int64_t{index[0]} * g.in_channels, g.in_channels * sizeof(S));
+      continue;
+    }
     int64_t count = 0;
     for (int32_t t = 0; t < g.num_taps; ++t) count += index[t] >= 0;
     const vf share = vf{} + 1.0f / float(most(1, count));

@@ -10,7 +10,7 @@ between them stay compact in one arena. Between convolutions there may be what e
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -214,11 +214,15 @@ class _Packed(Lines):
         return native.pack(step.weight, step.groups, step.kind == "transposed")
 
 
-def _segment(steps: Sequence[Step], maps: dict[str, Map], wanted: set[str]) -> NativeCall:
-    """Tables, packed weights, buffers and code of consecutive steps."""
+def _segment(
+    steps: Sequence[Step], maps: dict[str, Map], wanted: set[str], whole: Iterable[str] = ()
+) -> NativeCall:
+    """Tables, packed weights, buffers and code of consecutive steps; of those it writes, ``whole`` are filled."""
     packed = _Packed(maps)
     for step in steps:
         packed.step(step)
+    for name in whole:
+        packed.end_whole(name)
     return _of_lines(packed, wanted, steps[0].weight.dtype)
 
 
@@ -572,6 +576,7 @@ class Program(nn.Module):
     ) -> list[Stage]:
         stages: list[Stage] = []
         segment: list[Step] = []
+        filled = {name for name in self.outputs if maps[name].fill}
         for number, step in enumerate(steps):
             alone: Stage | None = None
             if isinstance(step, Step) and step.filling is not None and self._serving() != "native":
@@ -588,15 +593,18 @@ class Program(nn.Module):
             if segment and (alone is not None or number == len(steps) - 1):
                 # a step that stands alone reads what the segment before it wrote
                 rest = steps[number if alone is not None else number + 1 :]
-                later = {name for other in rest for name in other.reads} | set(self.outputs)
-                native_call = _segment(segment, maps, later)
+                read = {name for other in rest for name in other.reads}
+                ends = filled.intersection(name for step in segment for name in step.writes) - read
+                native_call = _segment(segment, maps, read | set(self.outputs), sorted(ends))
+                filled -= ends
                 stages.append(Stage(native_call.run, frozenset(native_call.inputs)))
                 segment = []
             if alone is not None:
                 stages.append(alone)
-        filled = [(name, maps[name]) for name in self.outputs if maps[name].fill]
         if filled:
-            stages.append(Stage(partial(fill_maps, filled), frozenset(name for name, _ in filled)))
+            # others read them in compact form
+            left = [(name, maps[name]) for name in sorted(filled)]
+            stages.append(Stage(partial(fill_maps, left), frozenset(filled)))
         wanted = frozenset(self.outputs)
         for number in reversed(range(len(stages))):
             stages[number] = replace(stages[number], spent=stages[number].reads - wanted)
