@@ -170,6 +170,25 @@ def test_positions_with_equal_taps_share_a_group(sampling, kernel, groups):
     assert [len(t) for t in tap_sets] == [taps for _, taps in plan.groups.tolist()]
 
 
+@pytest.mark.parametrize(("size", "left_out"), [((13, 14), 0.3), ((28, 28), 0.55), ((56, 40), 0.7)])
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.75])
+def test_positions_of_a_mask_are_grouped_by_what_they_read(rate, size, left_out):
+    """In groups of at least a tile; the more positions there are, the fewer missing ones are read."""
+    plan = adjoint_plan(Random(rate, 3).spec, Geometry((3, 3), padding=(1,) * 4), *size)
+    positions, taps = plan.groups.T
+    assert positions.min() >= 16
+    assert sorted(plan.rows.tolist()) == list(range(size[0] * size[1]))
+    at = 0
+    for count, width in plan.groups.tolist():
+        block = plan.index[at : at + count * width].view(count, width)
+        assert (block >= 0).any(0).all()  # no tap that nobody has
+        at += count * width
+    assert at == plan.reads == int(positions @ taps)
+    together = 9 * size[0] * size[1]
+    existing = int((plan.index >= 0).sum())
+    assert existing <= plan.reads < together - left_out * (together - existing)
+
+
 @pytest.mark.parametrize(
     "sampling", [QUARTER, CHESSBOARD, THREE_QUARTERS, Cosets(4, [(0, 0), (2, 1)]), Cosets(4, [(3, 3)])]
 )

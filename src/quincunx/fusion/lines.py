@@ -198,7 +198,7 @@ class Lines:
         return whole
 
     def end_whole(self, name: str) -> None:
-        """Leave a map that is stored in compact form whole under its name; lines so far have it as another one."""
+        """Make a compact map whole under its own name; the lines so far have it under another one."""
         shape = self.maps[name]
         compact = self.new(f"{name}.compact", shape)
         for line in self.done:

@@ -217,7 +217,11 @@ class _Packed(Lines):
 def _segment(
     steps: Sequence[Step], maps: dict[str, Map], wanted: set[str], whole: Iterable[str] = ()
 ) -> NativeCall:
-    """Tables, packed weights, buffers and code of consecutive steps; of those it writes, ``whole`` are filled."""
+    """Tables, packed weights, buffers and code of consecutive steps.
+
+    Args:
+        whole: compact maps that are filled behind the steps, which write them.
+    """
     packed = _Packed(maps)
     for step in steps:
         packed.step(step)

@@ -49,6 +49,9 @@ __all__ = [
 # as csrc/tile_gemm.h: a step has the channels of at least four taps of so few
 _FEW_CHANNELS = 8
 
+# positions of a mask that are computed together, in tiles of as many rows
+_LEAST_ALIKE = 16
+
 F_ = TypeVar("F_", bound=Callable[..., object])
 
 
@@ -302,21 +305,39 @@ def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, u
 
     For cosets the taps are the union over the positions with equal residues modulo the period
     (in input coordinates, period times stride), which joins border and interior positions. Other
-    samplings have no period: a position's own taps are its signature, unless the groups would have too few
-    positions to pay off; then all positions share one group with every tap.
+    samplings have no period: positions that use similar taps form a group.
     """
     sampling = from_spec(spec) if spec else None
-    if sampling is None or isinstance(sampling, Cosets):
-        period = sampling.period if isinstance(sampling, Cosets) else 1
-        step_r, step_c = period * geometry.stride[0], period * geometry.stride[1]
-        residue = (torch.arange(height) % step_r)[:, None] * step_c + torch.arange(width) % step_c
-        flat = residue.flatten()
-        union = torch.zeros(step_r * step_c, used.shape[1], dtype=torch.int32)
-        union.index_add_(0, flat, used.int())
-        return union[flat] > 0
-    if len(used.unique(dim=0)) * 8 <= len(used):  # type: ignore[no-untyped-call]
-        return used
-    return torch.ones_like(used)
+    if sampling is not None and not isinstance(sampling, Cosets):
+        return _alike(used)
+    period = sampling.period if isinstance(sampling, Cosets) else 1
+    step_r, step_c = period * geometry.stride[0], period * geometry.stride[1]
+    residue = (torch.arange(height) % step_r)[:, None] * step_c + torch.arange(width) % step_c
+    flat = residue.flatten()
+    union = torch.zeros(step_r * step_c, used.shape[1], dtype=torch.int32)
+    union.index_add_(0, flat, used.int())
+    return union[flat] > 0
+
+
+def _alike(used: Tensor) -> Tensor:
+    """Return the taps of each position's group: at least a tile of positions that use similar taps.
+
+    A group is divided by the tap that most of its positions do without.
+    """
+    found = used.clone()
+    todo = [torch.arange(len(used))]
+    while todo:
+        members = todo.pop()
+        own = used[members]
+        having = own.sum(0)
+        without = len(members) - having
+        allowed = (having >= _LEAST_ALIKE) & (without >= _LEAST_ALIKE)
+        if not bool(allowed.any()):
+            found[members] = having > 0
+            continue
+        has = own[:, int(torch.where(allowed, without, -1).argmax())]
+        todo += [members[has], members[~has]]
+    return found
 
 
 @dataclass(frozen=True)
