@@ -179,15 +179,22 @@ def _packed(conv: nn.Conv2d, x: Tensor) -> Callable[[int], Run]:
     return make
 
 
+_SAMPLED = {
+    "rSB 2/4": CHESSBOARD,
+    "rSB 1/4": QUARTER,
+    "random 0.5": Random(0.5, 0),
+    "random 0.25": Random(0.25, 0),
+}
+
+
 def blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
     """Residual blocks in inference: rSB against rRB, cSB against cRB, in float32 and bfloat16."""
     for channels, side, batch in shapes:
         torch.manual_seed(0)
         x, half = _map(batch, channels, side), _map(batch, channels, side, torch.bfloat16)
         dense = Dense(channels).eval()
-        pairs = {"rSB 2/4": CHESSBOARD, "rSB 1/4": QUARTER}
         ours = {"rRB": (_fused(dense, x), 1.0)}
-        for name, sampling in pairs.items():
+        for name, sampling in _SAMPLED.items():
             block = Regular(channels, sampling).eval()
             ours[name] = (_fused(block, x), _ratio(dense, block, x))
         low = Regular(channels, CHESSBOARD).eval().bfloat16()
@@ -222,9 +229,8 @@ def low_blocks(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case
         torch.manual_seed(0)
         x, half = _map(batch, channels, side), _map(batch, channels, side, torch.bfloat16)
         dense = Dense(channels).eval()
-        samplings = {"rSB 2/4": CHESSBOARD, "rSB 1/4": QUARTER, "random 0.5": Random(0.5, 0)}
         ours = {"rRB": (_fused(copy.deepcopy(dense).bfloat16(), half), 1.0)}
-        for name, sampling in samplings.items():
+        for name, sampling in _SAMPLED.items():
             block = Regular(channels, sampling).eval()
             ratio = _ratio(dense, block, x)
             ours[name] = (_fused(copy.deepcopy(block).bfloat16(), half), ratio)
