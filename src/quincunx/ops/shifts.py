@@ -19,8 +19,9 @@ __all__ = ["Reads", "shift_table"]
 _MOST_CLASSES, _MOST_TAPS = 32, 64
 # outputs that share a tile
 _TILE = 16
-# how many times the tiles that tables need without lines may be needed with them
-_WASTE = 2.0
+# how many times the tiles that tables need without lines may be needed with them; the kernels weigh the two
+# by the channels that they meet: copies of narrow maps are dear
+_WASTE = 4.0
 
 
 @dataclass(frozen=True)
