@@ -197,17 +197,6 @@ class Lines:
             self.read(name, whole, nearest_index(shape.fill, *shape.size).view(-1, 1))
         return whole
 
-    def end_whole(self, name: str) -> None:
-        """Make a compact map whole under its own name; the lines so far have it under another one."""
-        shape = self.maps[name]
-        compact = self.new(f"{name}.compact", shape)
-        for line in self.done:
-            for place in ("x", "out", "out2", "residual"):
-                if getattr(line, place) == name:
-                    setattr(line, place, compact)
-        self.maps[name] = Map(shape.channels, shape.size)
-        self.read(compact, name, nearest_index(shape.fill, *shape.size).view(-1, 1))
-
     def every(self, name: str, stride: int) -> str:
         """Each so many-th position of a whole map, in both directions."""
         shape, fewer = self.maps[name], f"{name}.every{stride}"

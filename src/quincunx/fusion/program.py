@@ -220,14 +220,15 @@ def _segment(
     """Tables, packed weights, buffers and code of consecutive steps.
 
     Args:
-        whole: compact maps that are filled behind the steps, which write them.
+        whole: compact maps that the steps write and the call returns filled.
     """
     packed = _Packed(maps)
     for step in steps:
         packed.step(step)
-    for name in whole:
-        packed.end_whole(name)
-    return _of_lines(packed, wanted, steps[0].weight.dtype)
+    names = {packed.whole(name): name for name in whole}
+    call = _of_lines(packed, (wanted - set(names.values())) | set(names), steps[0].weight.dtype)
+    call.outputs = [names.get(name, name) for name in call.outputs]
+    return call
 
 
 def _mean_segment(step: Follower, maps: dict[str, Map], dtype: torch.dtype) -> NativeCall:

@@ -310,7 +310,7 @@ def _residue_signature(spec: str, geometry: Geometry, height: int, width: int, u
     sampling = from_spec(spec) if spec else None
     if sampling is not None and not isinstance(sampling, Cosets):
         return _alike(used)
-    period = sampling.period if isinstance(sampling, Cosets) else 1
+    period = 1 if sampling is None else sampling.period
     step_r, step_c = period * geometry.stride[0], period * geometry.stride[1]
     residue = (torch.arange(height) % step_r)[:, None] * step_c + torch.arange(width) % step_c
     flat = residue.flatten()
@@ -324,7 +324,7 @@ def _alike(used: Tensor) -> Tensor:
 
     A group is divided by the tap that most of its positions do without.
     """
-    found = used.clone()
+    found = torch.empty_like(used)
     todo = [torch.arange(len(used))]
     while todo:
         members = todo.pop()
