@@ -61,7 +61,8 @@ Accumulator.add = noting
 def run(case, out):
     told = []
     options = dict(SHORT, tell=told.append, ranks=ranks)
-    search = Search(Target(macs="75%"), ("auto",))
+    # few candidates of many kinds
+    search = Search(Target(macs="75%"), ("spatialbottleneck", "espace"))
     options["calibration"] = 60 if case in ("method", "budget") else 40
     if case == "method":
         found = accelerate_trained(network(), METHOD, DATA, out, recipe=RECIPE, **options)
@@ -71,7 +72,8 @@ def run(case, out):
         found = accelerate_trained(network(), search, DATA, out, **options)
     elif case == "plan":
         del options["normalisation"], options["rounds"]
-        found = plan_for_target(network(), search, DATA, out, **options)
+        lines = Search(Target(macs="75%"), ("lowrank", "perforate"))
+        found = plan_for_target(network(), lines, DATA, out, **options)
     elif case == "bfloat16":
         found = accelerate_trained(network(), METHOD, DATA, out, dtype=torch.bfloat16, **options)
     elif case == "int8":

@@ -149,4 +149,3 @@ def test_no_color_is_honoured(tmp_path):
     assert not COLOUR.search(plain)
     # https://no-color.org: set to nothing is not set
     assert COLOUR.search(in_a_terminal("train", *TINY, "--out", tmp_path / "c", NO_COLOR=""))
-    assert not COLOUR.search(in_a_terminal("cost", "rrn8", NO_COLOR="1"))

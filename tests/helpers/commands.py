@@ -40,12 +40,12 @@ def refused(*arguments, code=2):
     return errors[0]
 
 
-def check_under(isa, file, pattern):
-    """Run a file's tests of a name by the kernels of an instruction set: it is chosen once a process."""
+def check_under(isa, pattern, *files):
+    """Run files' tests of some names by the kernels of an instruction set: it is chosen once a process."""
     if os.environ.get("QUINCUNX_ISA"):
         pytest.skip("already inside such a process")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", pattern],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", pattern],
         env={**os.environ, "QUINCUNX_ISA": isa, "QUINCUNX_BACKEND": "native"},
         capture_output=True,
         text=True,

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import oracle
-from helpers.commands import check_under
 from quincunx.ops import int8, native, native_int8
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.int8 import (
@@ -444,13 +443,3 @@ def test_sums_that_do_not_fit_are_refused_by_the_kernels_too():
     buffers = [0, channels, 1, 1, 0, 2, 1, 1, 1, 0]
     with pytest.raises(RuntimeError, match="sums of more than 65536 products do not fit 32 bits"):
         native_int8.run([x], tensors, buffers, code, [Grid(1.0), torch.float32], [1])
-
-
-# a set that differs from another one in float32 or bfloat16 alone has the other's kernels of eight bits
-@pytest.mark.parametrize(
-    "isa", ["amx", "amx-emulated", "avx512vnni", "avx512", "avxvnni", "avx2", "baseline"]
-)
-def test_every_instruction_set_gives_the_bits_of_the_reference(isa):
-    if isa not in torch.ops.quincunx_native.available_isas().split(","):
-        pytest.skip(f"this processor has no {isa}")
-    check_under(isa, __file__, "give_the_bits")

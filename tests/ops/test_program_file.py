@@ -23,6 +23,7 @@ from quincunx.ops.libraries import LoadedProgram
 
 pytestmark = pytest.mark.skipif(backend().name != "native", reason="programs run in native kernels")
 ROOT = Path(__file__).resolve().parents[2]
+ISAS = torch.ops.quincunx_native.available_isas().split(",") if backend().name == "native" else []
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -177,33 +178,45 @@ def small():
     return program_bytes(program, *(a.shape for a in arguments)), arguments, results
 
 
-def answers_by_instruction_set(folder, data, x):
-    """What a program's bytes give in a process of their own, by each instruction set of this machine."""
-    (folder / "program").write_bytes(data)
-    np.save(folder / "x.npy", x.numpy())
-    code = (
-        "import sys, numpy as np; from quincunx.ops.libraries import LoadedProgram\n"
-        "program = LoadedProgram(open(sys.argv[1] + '/program', 'rb').read())\n"
-        "np.save(sys.argv[1] + '/y.npy', program.run([np.load(sys.argv[1] + '/x.npy')], threads=2)[0])"
-    )
-    for isa in torch.ops.quincunx_native.available_isas().split(","):
-        environment = {**os.environ, "QUINCUNX_ISA": isa}
-        subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=True)
-        yield np.load(folder / "y.npy")
-
-
-def test_every_instruction_set_reads_the_same_bytes(tmp_path):
-    data, arguments, results = small()
-    for found in answers_by_instruction_set(tmp_path, data, arguments[0]):
-        np.testing.assert_allclose(found, results[0], rtol=1e-4, atol=1e-5)
-
-
-def test_every_instruction_set_gives_the_same_bits_in_eight_bits(tmp_path):
+@pytest.fixture(scope="module")
+def programs():
+    """Programs as bytes with what torch's network gives for an input, by number format."""
     model, x = examples()["fitted"]
     [(program, arguments, results)] = low(model, x)
-    data = program_bytes(program, *(a.shape for a in arguments))
-    for found in answers_by_instruction_set(tmp_path, data, arguments[0]):
-        np.testing.assert_array_equal(found, results[0].numpy())
+    in_eight = program_bytes(program, *(a.shape for a in arguments))
+    data, given, wanted = small()
+    return {
+        "float32": (data, given[0].numpy(), wanted[0].numpy()),
+        "int8": (in_eight, arguments[0].numpy(), results[0].numpy()),
+    }
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_can_be_forced_and_reads_the_same_bytes(isa, programs, tmp_path):
+    """In a process of its own, as it is chosen once."""
+    for name, (data, x, _) in programs.items():
+        (tmp_path / name).write_bytes(data)
+        np.save(tmp_path / f"{name}.npy", x)
+    code = (
+        "import sys, numpy as np, quincunx as qx; from quincunx.ops.libraries import LoadedProgram\n"
+        "for name in sys.argv[1:]:\n"
+        "    x = np.load(name + '.npy')\n"
+        "    program = LoadedProgram(open(name, 'rb').read())\n"
+        "    np.save(name + '-y.npy', program.run([x], threads=2)[0])\n"
+        "print(qx.backend().name, qx.backend().isa)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *programs],
+        cwd=tmp_path,
+        env={**os.environ, "QUINCUNX_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["native", isa]
+    found = {name: np.load(tmp_path / f"{name}-y.npy") for name in programs}
+    np.testing.assert_allclose(found["float32"], programs["float32"][2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found["int8"], programs["int8"][2])
 
 
 def test_bad_calls_are_refused_in_a_sentence():

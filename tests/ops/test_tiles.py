@@ -105,7 +105,7 @@ def test_fused_networks_equal_the_reference(isa):
 
 @pytest.mark.parametrize("isa", SETS)
 def test_networks_in_eight_bits_have_the_bits_of_the_reference(isa):
-    check_under(isa, TESTS / "fusion" / "test_fuse_int8.py", "same_bits or batch_or_threads")
+    check_under(isa, "same_bits or batch_or_threads", TESTS / "fusion" / "test_fuse_int8.py")
 
 
 @pytest.mark.parametrize("isa", SETS)
