@@ -67,8 +67,13 @@ _has_autocast = torch.amp.is_autocast_available
 _WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if _has_autocast(kind))
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast all to autocast's dtype if it is on, as torch's own convolutions do; float64 does not change."""
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, packed: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast all to autocast's dtype if it is on, as torch's own convolutions do; float64 does not change.
+
+    A weight that the operator has ``packed`` may stay wide.
+    """
     kind = x.device.type
     # some devices, such as "meta", have no autocast, and asking them raises; compilers cannot ask
     if kind not in _WITH_AUTOCAST and (torch.compiler.is_compiling() or not _has_autocast(kind)):
@@ -80,7 +85,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     def cast(value: Tensor) -> Tensor:
         return value if value.dtype == torch.float64 else value.to(dtype)
 
-    wide = x.dtype != torch.float64 and _stays_wide(weight)
+    wide = packed and x.dtype != torch.float64 and _stays_wide(weight)
     return cast(x), weight if wide else cast(weight), None if bias is None else cast(bias)
 
 

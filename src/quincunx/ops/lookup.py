@@ -169,7 +169,7 @@ def lookup_conv2d(
         [2.0, 20.0, 20.0]
     """
     _check_map("x", x)
-    x, codebooks, bias = _autocast(x, codebooks, bias)
+    x, codebooks, bias = _autocast(x, codebooks, bias, packed=False)
     kernel, strides = two_integers("kernel_size", kernel_size, 1), two_integers("stride", stride, 1)
     dilations = two_integers("dilation", dilation, 1)
     paddings = expand_padding(padding, kernel, strides, dilations)

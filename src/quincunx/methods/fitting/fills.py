@@ -42,6 +42,8 @@ _LESS = (1.0, 1e-2, 1e-4, 0.0)
 # share of the mean weight of a half's channels in the answers; rarely used channels take no long steps
 _WEIGHED = 1e-3
 _TINY = torch.finfo(torch.float64).tiny ** 0.5
+# share of the mean square of values in float32 below which their variance is rounding
+_ROUNDING = 1e-10
 # bytes of inputs and responses that are kept instead of computed again
 _MOST_KEPT = 1 << 30
 # doubles of one block of taps; what stays in a near cache is added up fastest
@@ -178,6 +180,7 @@ class FillMoments:
         """
         n = self.count.clamp_min(1)
         gram, cross = self.gram / n[..., None, None], self.cross / n[..., None]
+        squares = gram.diagonal(dim1=2, dim2=3)
         mean_tap, mean_response = self.sum_tap / n[..., None], self.sum_response / n
         if not self.shared:
             gram = gram - mean_tap[..., :, None] * mean_tap[..., None, :]
@@ -192,8 +195,9 @@ class FillMoments:
         best[..., 0] = 1
         bias = torch.zeros_like(mean_response)
         lowest = self.errors(best, bias)
-        # unknowns that no data speaks of, such as taps that a class has not, keep the start
-        silent = _TINY + diagonal.amax(2) * 1e-12
+        # unknowns that no data speaks of keep the start: taps that a class has not, and maps that differ by
+        # the rounding of float32 alone, as those of a channel that is never active
+        silent = _TINY + squares.amax(2) * _ROUNDING
         done = torch.zeros_like(lowest, dtype=torch.bool)
         for less in _LESS:
             ridge = (scale * less + silent)[..., None, None] * torch.eye(gram.shape[2]).to(gram)
@@ -201,7 +205,7 @@ class FillMoments:
             found = start + torch.linalg.solve(gram + ridge, rest[..., None]).squeeze(3)
             offset = mean_response - (found * mean_tap).sum(2)
             errors = self.errors(found, offset)
-            better = (errors <= lowest) & ~done & found.isfinite().all(2)
+            better = (errors <= lowest) & ~done & found.float().isfinite().all(2)
             best, bias = found.where(better[..., None], best), offset.where(better, bias)
             done |= better
         return best, bias
