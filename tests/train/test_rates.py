@@ -35,16 +35,14 @@ def test_rates_are_judged_on_images_set_aside(model, data, tmp_path, monkeypatch
 
     def short(model, parts, recipe, folder, **settings):
         seen.append((parts, recipe))
-        if recipe.lr == pytest.approx(0.15):
-            raise Diverged("at once")
         return {"test_loss": abs(recipe.lr - 0.014) if recipe.lr < 0.05 else float("nan")}
 
     monkeypatch.setattr(rates, "fit", short)
     before = copy.deepcopy(model.state_dict())
     found = find_rate(model, data, RECIPE, tmp_path / "rate.json", steps=3)
     assert found["lr"] == pytest.approx(0.015)
-    assert found["rates"] == pytest.approx([0.005, 0.015, 0.05, 0.15])
-    assert found["losses"][3] is None
+    assert found["rates"] == pytest.approx([0.005, 0.015, 0.05])
+    assert found["losses"][2] is None
     assert (found["judged"], found["trained"], found["steps"]) == (12, 24, 6)
     parts, recipe = seen[0]
     assert (len(parts.train), len(parts.test), recipe.find_lr) == (24, 12, False)
@@ -66,10 +64,10 @@ def test_rates_are_judged_on_images_set_aside(model, data, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("losses", "taken"),
     [
+        # rate: 0.005, 0.015, 0.05, 0.15
         ((1.0, 0.9, 0.98, 1.4), 0.05),
         ((1.0, 0.9, 0.995, 1.4), 0.015),
         ((0.95, 1.0, 1.04, 1.05), 0.05),
-        ((0.5, 1.0, 1.1, 1.2), 0.005),
         ((-1.0, -1.2, -1.1, -0.9), 0.05),
     ],
 )
@@ -81,6 +79,33 @@ def test_of_rates_that_are_about_as_good_the_largest_is_taken(
     found = find_rate(model, data, RECIPE, tmp_path / "rate.json", steps=3)
     assert found["lr"] == pytest.approx(taken)
     assert found["losses"] == list(losses)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rates_tried", "taken"),
+    [
+        # twice the lowest loss: no larger rate
+        ({0.005: 1.0, 0.015: 0.4, 0.05: 0.9}, (0.005, 0.015, 0.05), 0.015),
+        ({0.005: 0.4, 0.015: 0.9, 0.0015: 0.39}, (0.0015, 0.005, 0.015), 0.005),
+        # the smallest is the best: smaller ones
+        ({0.005: 0.8, 0.015: None, 0.0015: 0.4, 4.5e-4: 0.7}, (4.5e-4, 0.0015, 0.005, 0.015), 0.0015),
+        ({0.005: None, 0.0015: 1.0, 4.5e-4: 0.9, 1.35e-4: 0.5}, (1.35e-4, 4.5e-4, 0.0015, 0.005), 1.35e-4),
+    ],
+)
+def test_rates_that_are_too_large_are_not_tried_and_smaller_ones_are(
+    model, data, tmp_path, monkeypatch, losses, rates_tried, taken
+):
+    def short(model, parts, recipe, *_, **__):
+        [loss] = [loss for rate, loss in losses.items() if rate == pytest.approx(recipe.lr)]
+        if loss is None:
+            raise Diverged("at once")
+        return {"test_loss": loss}
+
+    monkeypatch.setattr(rates, "fit", short)
+    found = find_rate(model, data, RECIPE, tmp_path / "rate.json", steps=3)
+    assert found["lr"] == pytest.approx(taken)
+    assert found["rates"] == pytest.approx(list(rates_tried))
+    assert found["losses"] == [losses[min(losses, key=lambda r: abs(r - rate))] for rate in found["rates"]]
 
 
 def test_training_and_judging_images_are_apart_and_no_test_image_is_read(data):
@@ -123,7 +148,7 @@ def test_where_every_rate_diverges_the_error_says_so(model, data, tmp_path, monk
         raise Diverged("at once")
 
     monkeypatch.setattr(rates, "fit", short)
-    with pytest.raises(ValueError, match=r"lr=0\.05: training diverges at 0\.005, 0\.015, 0\.05, 0\.15"):
+    with pytest.raises(ValueError, match=r"lr=0\.05: training diverges at 0\.000135, .*, 0\.0015, 0\.005;"):
         find_rate(model, data, RECIPE, tmp_path / "rate.json")
     assert not (tmp_path / "rate.json").exists()
     one = ImageData(

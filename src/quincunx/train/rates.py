@@ -27,6 +27,10 @@ __all__ = ["find_rate"]
 _FACTORS, _STEPS, _JUDGING = (0.1, 0.3, 1.0, 3.0), 60, (0.2, 1000)
 # losses this share above the lowest count as equally good
 _CLOSE = 0.1
+# beyond a loss this share above the lowest no larger rate is tried
+_HOPELESS = 1.0
+# how often, and by which factor, one goes below the smallest rate while it is the one to take
+_BELOW, _LESS = 3, 0.3
 
 
 def find_rate(
@@ -46,6 +50,8 @@ def find_rate(
 
     A part of the training images is set aside and judges; no test image is used. From the same network, each
     rate trains for a few steps at its full height and as many as it falls in, as one short run of the recipe.
+    Beyond a rate that diverges or doubles the loss no larger one is tried; where the smallest is the best,
+    smaller ones are.
     The largest rate is taken whose loss on the images set aside is at most a tenth above the lowest: short
     runs favour small rates (Wu et al., arXiv:1803.02021), and so do images that the network was trained on
     once. A rate that diverges is left out.
@@ -94,9 +100,8 @@ def find_rate(
     )
     # a whole run in small: it falls once, so that a rate is not judged by its noise alone
     trial = replace(recipe, find_lr=False, epochs=2, milestones=(0.5,), gamma=0.1, every=0, warmup=0.0)
-    rates = [recipe.lr * factor for factor in factors]
-    losses: list[float | None] = []
-    for rate in rates:
+
+    def loss_at(rate: float) -> float | None:
         with TemporaryDirectory(prefix="quincunx-rate-") as folder:
             try:
                 found = fit(
@@ -109,19 +114,30 @@ def find_rate(
                     workers=workers,
                     task=task,
                 )
-                loss = float(found["test_loss"])
             except Diverged:
-                loss = math.nan
-        losses.append(loss if math.isfinite(loss) else None)
-    finite = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if loss is not None]
-    if not finite:
+                return None
+        loss = float(found["test_loss"])
+        return loss if math.isfinite(loss) else None
+
+    tried: dict[float, float | None] = {}
+    for rate in sorted(recipe.lr * factor for factor in factors):
+        tried[rate] = loss_at(rate)
+        lowest = min((loss for loss in tried.values() if loss is not None), default=math.inf)
+        loss = tried[rate]
+        if loss is None or loss > lowest + _HOPELESS * abs(lowest):
+            break
+    for _ in range(_BELOW):
+        if _taken(tried) not in (None, min(tried)):
+            break
+        tried[min(tried) * _LESS] = loss_at(min(tried) * _LESS)
+    rates = sorted(tried)
+    if (taken := _taken(tried)) is None:
         told = ", ".join(f"{rate:g}" for rate in rates)
         raise ValueError(f"lr={recipe.lr:g}: training diverges at {told}; give a smaller learning rate")
-    lowest = min(finite)[0]
     result = {
-        "lr": max(rate for loss, rate in finite if loss <= lowest + _CLOSE * abs(lowest)),
+        "lr": taken,
         "rates": rates,
-        "losses": losses,
+        "losses": [tried[rate] for rate in rates],
         "trained": training,
         "judged": judging,
         "steps": 2 * math.ceil(training / recipe.batch_size),
@@ -129,3 +145,10 @@ def find_rate(
     }
     write_json(file, result)
     return result
+
+
+def _taken(tried: dict[float, float | None]) -> float | None:
+    """Return the largest rate that is about as good as the best; None if all diverge."""
+    finite = {rate: loss for rate, loss in tried.items() if loss is not None}
+    lowest = min(finite.values(), default=0.0)
+    return max((rate for rate, loss in finite.items() if loss <= lowest + _CLOSE * abs(lowest)), default=None)
