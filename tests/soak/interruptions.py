@@ -4,8 +4,9 @@ Run by hand for a long campaign: PYTHONPATH=tests python -m soak.interruptions -
 Each command runs once undisturbed. Then it is killed with SIGKILL at a random moment, up to three times in
 one folder, and run again until it ends; and it meets a disk that is full at a random write, which has to be
 one sentence, and is run again. What it leaves must be what the undisturbed one left: weights to the bit,
-results but for times, and their numbers to 1e-5: a search that goes on computes the maps in front of a layer
-in other pieces, and their sums are rounded otherwise. The clock that searches read counts multiplications, so
+results but for times, and their numbers to 1e-5 or 1e-7 of one: a search that goes on computes the maps in
+front of a layer in other pieces, their sums are rounded otherwise, and a small loss is the difference of sums
+near one. The clock that searches read counts multiplications, so
 that a choice does not depend on how busy the machine is. What goes wrong is printed with the seed that
 repeats it.
 """
@@ -169,13 +170,13 @@ def left_in(folder: Path) -> dict[str, Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Return whether two values of JSON are equal, fractions to 1e-5 of themselves."""
+    """Return whether two values of JSON are equal, fractions to 1e-5 of themselves or 1e-7."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9)
+        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-7)
     return bool(one == other)
 
 
