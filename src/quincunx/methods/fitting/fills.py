@@ -295,7 +295,7 @@ def _gains(layer: PerforatedConv2d, pairs: Pairs) -> tuple[Tensor, Tensor, float
     n = max(1, count)
     mean_u, mean_r = sums[0] / n, sums[1] / n
     variance, covariance = sums[2] / n - mean_u**2, sums[3] / n - mean_u * mean_r
-    gain = torch.where(variance > 1e-12 * sums[2] / n, covariance / variance, torch.ones_like(variance))
+    gain = torch.where(variance > _ROUNDING * sums[2] / n, covariance / variance, torch.ones_like(variance))
     offset = mean_r - gain * mean_u
     left = sums[4] - 2 * (gain * sums[3] + offset * sums[1])
     left = left + gain**2 * sums[2] + 2 * gain * offset * sums[0] + n * offset**2
