@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
+from quincunx.acceleration.journal import FolderJournal
 from quincunx.methods.registry import METHODS
 
 # the last setting of a curve is the boldest
@@ -71,3 +72,28 @@ def test_channels_that_tell_nothing_are_fitted_like_others(point, level):
     assert after < 1000 * before
     near, far = (float((fast(x * s) - model(x * s)).norm() / model(x * s).norm()) for s in (1.0, 1.5))
     assert far < 2 * near + 0.1
+
+
+@pytest.mark.filterwarnings("ignore:calibration:UserWarning")
+@pytest.mark.parametrize("point", POINTS, ids=[point.folder for point in POINTS])
+def test_layers_that_a_journal_recalls_end_as_those_that_are_made(point, tmp_path):
+    """All of them, as of settings that share their fits, and the first ones, as after an interruption."""
+    model, x = network(), torch.randn(20, 3, 10, 10)
+
+    def made():
+        journal = FolderJournal(tmp_path / "layers", {})
+        torch.manual_seed(0)
+        fast = qx.accelerate(model, point.method, calibration=[x], journal=journal).model
+        return fast.state_dict(), journal.recalled
+
+    wanted, recalled = made()
+    assert not recalled
+    for keep in (None, 2):
+        files = sorted((tmp_path / "layers").glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for file in files[keep:] if keep else ():
+            file.unlink()
+            file.with_suffix(".json").unlink()
+        found, recalled = made()
+        assert len(recalled) == (keep or len(files))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())

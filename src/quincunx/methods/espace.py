@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -237,10 +237,11 @@ class Espace(SeparableFit):
         with_data = self.with_data(context)
         # what the loss says no gradient of is known, and labels are looked at, before any fit is spent
         unmasked = self._without_impact(layers, context) if self.mask in ESTIMATED and layers else set()
+        by_name = {layer.name: layer for layer in layers}
         layers = [layer for layer in layers if layer.name not in unmasked]
         wide = [layer for layer in layers if conv_of(layer).kernel_size != (1, 1)]
         ranks = self.ranks(wide, context, with_data) if wide else {}
-        return _EspaceWork(self, context, ranks, with_data, unmasked)
+        return _EspaceWork(self, context, by_name, ranks, with_data, unmasked)
 
     def _without_impact(self, layers: Sequence[Layer], context: Context) -> set[str]:
         """Names of the layers that the loss has no gradient to in the network as it was."""
@@ -259,10 +260,11 @@ class Espace(SeparableFit):
 class _EspaceWork:
     method: Espace
     context: Context
+    # all of them: a layer that a journal recalls is not asked to be replaced
+    layers: Mapping[str, Layer]
     ranks: dict[str, int]
     with_data: bool
     unmasked: set[str]
-    layers: dict[str, Layer] = field(default_factory=dict)
 
     def replace(self, layer: Layer) -> Replacement | str:
         """The layer of low rank, or of 1 x 1, without masks yet; or why it stays."""
@@ -271,7 +273,6 @@ class _EspaceWork:
                 "the loss has no gradient to it, so its positions have no impact; mask='uniform' needs none"
             )
         conv = conv_of(layer)
-        self.layers[layer.name] = layer
         if layer.name not in self.ranks:
             same = copy.deepcopy(conv)
             return Replacement(same, {"kind": "conv", **conv_settings(conv)}, {})
@@ -302,7 +303,7 @@ class _EspaceWork:
         return made
 
     def _masked(self, name: str, made: Replacement, found: dict[str, Tensor]) -> Replacement:
-        method, dense, layer = self.method, made.module, self.layers.get(name)
+        method, dense, layer = self.method, made.module, self.layers[name]
         seed = method.seed if method.mask_seed is None else method.mask_seed
         masks = {
             place: mask_of(method.mask, rate, seed=seed, place=place, impact=found.get(place))
@@ -313,10 +314,10 @@ class _EspaceWork:
         settings |= {"resize_masks": method.resize_masks, "fill": method.fill}
         if method.fill == "fitted":
             settings["fill_reach"] = method.reach
-        grid = None if layer is None or layer.output_shape is None else layer.grid
+        grid = None if layer.output_shape is None else layer.grid
         module: EspaceConv2d | MaskedConv2d
         if isinstance(dense, SeparableConv2d):
-            if method.fill == "fitted" and grid is not None and layer is not None:
+            if method.fill == "fitted" and grid is not None:
                 # a half of which nothing is skipped needs no fill, and the second reads it as it is
                 settings["fill"] = ["nearest" if mask.density == 1 else "fitted" for mask in samplings]
                 if "fitted" in settings["fill"]:
@@ -333,7 +334,7 @@ class _EspaceWork:
         record = {**made.record, "mask": method.mask, "rates": [mask.density for mask in samplings]}
         if method.fill != "nearest":
             record["fill"] = method.fill
-        if method.fill == "fitted" and self.context.calibration is not None and layer is not None:
+        if method.fill == "fitted" and self.context.calibration is not None:
             record |= self._fit_fills(layer, dense, module)
         maps = {f"impact{i}": found[place] for i, place in enumerate(masks, 1) if place in found}
         return Replacement(module, module.spec, record, maps)
