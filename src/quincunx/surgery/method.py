@@ -51,7 +51,9 @@ class Work(Protocol):
     def replace(self, layer: Layer) -> Replacement | str:
         """Return the replacement of one layer, or the reason for keeping it.
 
-        Called once per layer, in forward order; the replacements of earlier layers are in place.
+        Called at most once per layer, in forward order; the replacements of earlier layers are in place. A
+        layer that a journal recalls from an earlier run is not asked for, so nothing that ``finish`` needs
+        may be gathered here.
         """
 
     def finish(self, done: Mapping[str, Replacement]) -> Mapping[str, Replacement | str]:
