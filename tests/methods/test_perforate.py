@@ -343,3 +343,15 @@ def test_the_curves_of_a_comparison_have_fitted_fills():
     # a search's own must serve any size of input
     assert {method.mask for method in candidates_named("espace")} == {"lattice"}
     assert candidates_named("espace")[0].label() == "espace, rank 0.333, rate 1 and 0.5, lattice, fitted fill"
+
+
+@torch.no_grad()
+def test_weights_of_inputs_that_are_constant_do_not_grow():
+    """Between them only rounding decides, and large ones that cancel do not survive bfloat16."""
+    body = [nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 24, 1, groups=24)]
+    model = nn.Sequential(*body, nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 1)).eval()
+    model[1].weight[::3], model[1].bias[::3], model[4].weight[::4], model[4].bias[::4] = 1e-8, 1, 0, 1
+    x = torch.randn(64, 3, 16, 16)
+    made = qx.accelerate(model, qx.Perforate(sampling=qx.Random(0.5, 1)), calibration=[x])
+    assert "6" in made.replaced
+    assert made.model[6].weight.abs().max() < 10 * model[6].weight.abs().max()

@@ -44,6 +44,9 @@ _WEIGHED = 1e-3
 _TINY = torch.finfo(torch.float64).tiny ** 0.5
 # share of the mean square of values in float32 below which their variance is rounding
 _ROUNDING = 1e-10
+# share of the mean square of what a kernel reads that holds it where only rounding decides, as between
+# constant inputs: slopes are sums of many such values, and large weights that cancel do not survive bfloat16
+_HELD = 1e-4
 # bytes of inputs and responses that are kept instead of computed again
 _MOST_KEPT = 1 << 30
 # doubles of one block of taps; what stays in a near cache is added up fastest
@@ -498,8 +501,9 @@ def fit_perforated(
 
 
 def _factor(gram: Tensor, centred: Tensor) -> Tensor:
-    """Cholesky factor of second moments with a small ridge, a share of the centred ones."""
-    ridge = centred.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-5
+    """Cholesky factor of second moments with a small ridge, a share of them and of the centred ones."""
+    ridge, squares = (t.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] for t in (centred, gram))
+    ridge = ridge * 1e-5 + squares * _HELD
     unit = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     found: Tensor = torch.linalg.cholesky(gram + (ridge + _TINY) * unit)
     return found
