@@ -10,10 +10,11 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +29,14 @@ __all__ = [
     "Random",
     "Sampling",
     "Uniform",
+    "constant",
     "from_spec",
     "parse",
+    "undisturbed",
 ]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Sampling(ABC):
@@ -352,12 +358,34 @@ class Positions(Sampling):
             raise ValueError(f"mask: expected [H, W], got shape {tuple(tensor.shape)}")
         if not bool(tensor.any()):
             raise ValueError("mask: holds no position; an empty sampling computes nothing")
-        tensor = tensor.detach().cpu()
-        self._size = (int(tensor.shape[0]), int(tensor.shape[1]))
-        bits = "".join("1" if v else "0" for v in tensor.flatten().tolist())
+        bits = "".join("1" if v else "0" for v in tensor.detach().cpu().flatten().tolist())
         # one hexadecimal digit holds four positions, the last one padded with zeros
-        self._bits = f"{int(bits + '0' * (-len(bits) % 4), 2):0{(len(bits) + 3) // 4}x}"
-        self._describe(size=list(self._size), bits=self._bits)
+        digits = f"{int(bits + '0' * (-len(bits) % 4), 2):0{(len(bits) + 3) // 4}x}"
+        self._set((int(tensor.shape[0]), int(tensor.shape[1])), digits)
+
+    def _set(self, size: tuple[int, int], digits: str) -> None:
+        self._size, self._bits = size, digits
+        self._describe(size=list(size), bits=digits)
+
+    @classmethod
+    def _from_digits(cls, size: Sequence[int], digits: str) -> Positions:
+        """Return the sampling of a spec's fields, without a tensor: compilers and meta devices replace those.
+
+        Raises:
+            ValueError: a size that is not two positive integers, or digits that are no such mask.
+        """
+        height, width = size
+        _check_grid(height, width)
+        if len(digits) != (height * width + 3) // 4:
+            raise ValueError(f"bits: {len(digits)} digits for a grid of {height} x {width}")
+        bits = int(digits, 16)
+        if not bits:
+            raise ValueError("bits: hold no position; an empty sampling computes nothing")
+        if bits & ((1 << -height * width % 4) - 1):
+            raise ValueError("bits: a position beyond the grid's end")
+        made = cls.__new__(cls)
+        made._set((height, width), f"{bits:0{len(digits)}x}")
+        return made
 
     @property
     def size(self) -> tuple[int, int]:
@@ -409,6 +437,29 @@ _NAMED = {
 }
 
 
+def constant(function: F) -> F:
+    """Mark a function whose result ``torch.compile`` takes as it is, instead of following its steps."""
+    # torch.compiler.assume_constant_result, without its import of all of torch._dynamo
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def undisturbed(make: Callable[[], T]) -> T:
+    """Return what ``make`` returns where none of torch's modes is on: they belong to a thread.
+
+    A compiler that follows a forward has tensors without values in place of all that are made; a table of
+    positions must have values, and is kept for later calls.
+
+    Example:
+        >>> from torch._subclasses import FakeTensorMode
+        >>> with FakeTensorMode():
+        ...     undisturbed(lambda: QUARTER.positions(2, 4).tolist())
+        [[0, 0], [0, 2]]
+    """
+    with ThreadPoolExecutor(max_workers=1) as apart:
+        return apart.submit(make).result()
+
+
 @lru_cache(maxsize=4096)
 def from_spec(spec: str) -> Sampling:
     """Return the sampling that a JSON text from ``Sampling.spec`` describes.
@@ -431,11 +482,8 @@ def from_spec(spec: str) -> Sampling:
             # specs from before there were two rules have none
             return Uniform(fields["rate"], fields.get("rule", "even"))
         if kind == Positions.kind:
-            height, width = fields["size"]
-            bits = f"{int(fields['bits'], 16):0{4 * len(fields['bits'])}b}"
-            with torch.device("cpu"):  # also where a network is built of tensors without values
-                return Positions(torch.tensor([b == "1" for b in bits[: height * width]]).view(height, width))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            return Positions._from_digits(fields["size"], fields["bits"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"spec={spec!r}: not the description of a sampling ({error})") from error
     raise ValueError(f"spec={spec!r}: unknown kind {kind!r}")
 

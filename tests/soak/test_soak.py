@@ -19,7 +19,7 @@ def test_what_differs_is_seen_but_for_the_last_digits_of_fractions():
     left = {"rows": [{"loss": 0.00117272, "layers": 2, "name": "a"}], "model": "0123"}
     for other, equal in (
         ({"rows": [{"loss": 0.001172725, "layers": 2, "name": "a"}], "model": "0123"}, True),
-        ({"rows": [{"loss": 0.0011728, "layers": 2, "name": "a"}], "model": "0123"}, False),
+        ({"rows": [{"loss": 0.0011737, "layers": 2, "name": "a"}], "model": "0123"}, False),
         ({"rows": [{"loss": 0.00117272, "layers": 3, "name": "a"}], "model": "0123"}, False),
         ({"rows": [{"loss": 0.00117272, "layers": 2}], "model": "0123"}, False),
         ({"rows": [], "model": "0123"}, False),

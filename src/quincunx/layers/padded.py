@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quincunx.layers.attributes import ConvLike
 from quincunx.modules import padding_of
 from quincunx.ops.geometry import Geometry, two_integers
-from quincunx.sampling import Cosets, Positions, Sampling, from_spec
+from quincunx.sampling import Cosets, Positions, Sampling, constant, from_spec, undisturbed
 
 __all__ = [
     "MODES",
@@ -212,14 +212,33 @@ def continued(y: Tensor, spec: str, size: tuple[int, int], sides: Sides, mode: s
     Returns:
         [N, C, m', 1], at the positions of :func:`continued_sampling`.
 
+    Raises:
+        ValueError: ``y`` does not have m positions.
+
     Example:
         >>> y = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 4, 1)
         >>> continued(y, Cosets(2, [(0, 0)]).spec, (4, 4), (0, 0, 2, 0), "circular").flatten()
         tensor([2., 1., 2., 4., 3., 4.])
     """
-    return y[:, :, _rows(spec, (int(size[0]), int(size[1])), sides, mode, y.device)]
+    how = spec, (int(size[0]), int(size[1])), sides, mode
+    m = _count(*how[:2])
+    if y.shape[2] != m:
+        raise ValueError(
+            f"y: expected [N, C, m, 1] with m={m} positions on the {how[1][0]} x {how[1][1]} grid, "
+            f"got shape {tuple(y.shape)}"
+        )
+    if type(y) is Tensor and not torch.compiler.is_compiling():
+        return y[:, :, _rows_on(*how, y.device)]
+    # a map without values takes an index that is made beside it
+    return y[:, :, torch.tensor(_rows_of(*how), device=y.device)]
 
 
+@constant
+def _count(spec: str, size: tuple[int, int]) -> int:
+    return from_spec(spec).count(*size)
+
+
+@constant
 def continued_sampling(spec: str, size: tuple[int, int], sides: Sides, mode: str) -> Sampling:
     """Return the sampling, of the padded grid, of a continued map."""
     found = continued_cosets(from_spec(spec), sides, mode)
@@ -228,15 +247,29 @@ def continued_sampling(spec: str, size: tuple[int, int], sides: Sides, mode: str
 
 @lru_cache(maxsize=256)
 def _continued_positions(spec: str, size: tuple[int, int], sides: Sides, mode: str) -> Positions:
-    return Positions(_ranks(spec, size, sides, mode) >= 0)
+    return undisturbed(lambda: Positions(_ranks(spec, size, sides, mode) >= 0))
 
 
 @lru_cache(maxsize=256)
-def _rows(spec: str, size: tuple[int, int], sides: Sides, mode: str, device: torch.device) -> Tensor:
+def _rows(spec: str, size: tuple[int, int], sides: Sides, mode: str) -> list[int]:
     """Return the number of each value of a continued map among those of the map."""
-    with torch.inference_mode(False):
+
+    def make() -> list[int]:
         ranks = _ranks(spec, size, sides, mode).flatten()
-        return ranks[ranks >= 0].to(device)
+        return ranks[ranks >= 0].tolist()
+
+    return undisturbed(make)
+
+
+@constant
+def _rows_of(spec: str, size: tuple[int, int], sides: Sides, mode: str) -> list[int]:
+    return _rows(spec, size, sides, mode)
+
+
+@lru_cache(maxsize=256)
+def _rows_on(spec: str, size: tuple[int, int], sides: Sides, mode: str, device: torch.device) -> Tensor:
+    rows = _rows(spec, size, sides, mode)
+    return undisturbed(lambda: torch.tensor(rows, device=device))
 
 
 def _ranks(spec: str, size: tuple[int, int], sides: Sides, mode: str) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d, half_padding
 from quincunx.ops.geometry import Geometry, two_integers
-from quincunx.sampling import Sampling
+from quincunx.sampling import Sampling, constant
 
 __all__ = ["PairedDown2d", "PairedUp2d", "SampledMap", "first_half", "grid_size", "of_grid", "size_known"]
 
@@ -144,14 +144,11 @@ _KEYS = itertools.count()
 _COMPILED: set[str] = set()
 
 
+@constant
 def _note_compiled(key: str) -> bool:
     """Record the key; called once, while compiling."""
     _COMPILED.add(key)
     return True
-
-
-# torch.compiler.assume_constant_result, without its import of all of torch._dynamo
-_note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def grid_size(size: Sequence[int], *geometry: Sequence[int]) -> tuple[int, int]:
@@ -201,7 +198,7 @@ class PairedDown2d(SampledDown2d):
         size = grid_size(x.shape[2:], *self.changes)
         if torch.compiler.is_dynamo_compiling():
             _note_compiled(self.grid.key)
-        elif torch.compiler.is_compiling() or not all(type(value) is int for value in size):
+        elif type(y) is not Tensor or torch.compiler.is_compiling() or not all(type(v) is int for v in size):
             self.grid.symbols = size
         else:
             self.grid.see(y.shape[2], size)

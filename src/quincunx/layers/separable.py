@@ -13,7 +13,7 @@ from quincunx.layers.attributes import ConvLike, kernel_of_halves
 from quincunx.layers.sampled import PerforatedConv2d
 from quincunx.ops import filled_conv2d, sampled_conv2d
 from quincunx.ops.geometry import Padding, expand_padding, two_integers
-from quincunx.sampling import Positions, Sampling, from_spec
+from quincunx.sampling import Positions, Sampling, constant, from_spec, undisturbed
 
 __all__ = ["CPConv2d", "EspaceConv2d", "MaskedConv2d", "SeparableConv2d", "mask_at_size", "resized"]
 
@@ -398,21 +398,30 @@ def mask_at_size(mask: Sampling, size: tuple[int, int], resize: bool) -> Samplin
     return resized(mask.spec, *size)
 
 
-@lru_cache(maxsize=1024)
+@constant
 def resized(spec: str, height: int, width: int) -> Positions:
     """Explicit positions on another grid: each position is computed if its nearest one on theirs is."""
+    return _resized(spec, height, width)
+
+
+@lru_cache(maxsize=1024)
+def _resized(spec: str, height: int, width: int) -> Positions:
     mask = from_spec(spec)
     if not isinstance(mask, Positions):
         raise TypeError(f"spec={spec!r}: only explicit positions need resizing")
-    own = mask.mask(*mask.size)
-    rows = (2 * torch.arange(height) + 1) * mask.size[0] // (2 * height)
-    cols = (2 * torch.arange(width) + 1) * mask.size[1] // (2 * width)
-    kept = own[rows[:, None], cols]
-    if not bool(kept.any()):
-        # every computed position fell between those of a smaller grid; the first one stays
-        row, col = mask.positions(*mask.size)[0].tolist()
-        kept[row * height // mask.size[0], col * width // mask.size[1]] = True
-    return Positions(kept)
+
+    def make() -> Positions:
+        own = mask.mask(*mask.size)
+        rows = (2 * torch.arange(height) + 1) * mask.size[0] // (2 * height)
+        cols = (2 * torch.arange(width) + 1) * mask.size[1] // (2 * width)
+        kept = own[rows[:, None], cols]
+        if not bool(kept.any()):
+            # every computed position fell between those of a smaller grid; the first one stays
+            row, col = mask.positions(*mask.size)[0].tolist()
+            kept[row * height // mask.size[0], col * width // mask.size[1]] = True
+        return Positions(kept)
+
+    return undisturbed(make)
 
 
 def _check_rank(rank: int) -> None:

@@ -37,7 +37,7 @@ from quincunx.ops.geometry import Geometry
 from quincunx.ops.plan import adjoint_plan, fill_plan
 from quincunx.sampling import from_spec
 
-__all__ = ["CHANNELS_LAST", "OPERATORS", "implement", "sampled_count", "transposed_reads"]
+__all__ = ["CHANNELS_LAST", "OPERATORS", "check_count", "implement", "sampled_count", "transposed_reads"]
 
 CHANNELS_LAST = torch.channels_last
 
@@ -74,6 +74,20 @@ def sampled_count(sampling: str, height: int, width: int) -> int:
     return from_spec(sampling).count(height, width)
 
 
+def check_count(y: Tensor, sampling: str, grid: Sequence[int]) -> None:
+    """Refuse a map [N, C, m, 1] that does not hold the m positions of a sampling on a grid.
+
+    Raises:
+        ValueError: it has another number of rows, or the grid does not fit the sampling.
+    """
+    m = sampled_count(sampling, grid[0], grid[1])
+    if y.shape[2] != m or y.shape[3] != 1:
+        raise ValueError(
+            f"y: expected [N, C, m, 1] with m={m} positions of {from_spec(sampling)!r} on the "
+            f"{grid[0]} x {grid[1]} grid, got shape {tuple(y.shape)}"
+        )
+
+
 # ---------------------------------------------------------------- shapes
 
 
@@ -108,8 +122,9 @@ def _conv_transpose_fake(
     groups: int,
     shortcut: Tensor | None = None,
 ) -> Tensor:
-    shape = (y.shape[0], weight.shape[1] * groups, size[0], size[1])
-    return _empty_map(y, shape)
+    geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
+    check_count(y, sampling, geometry.grid(size[0], size[1]))
+    return _empty_map(y, (y.shape[0], weight.shape[1] * groups, size[0], size[1]))
 
 
 def _conv_weight_fake(
@@ -143,12 +158,14 @@ def _conv_filled_fake(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    check_count(y, source, size)
     geometry = Geometry.make(weight.shape[2:], stride, padding, dilation)
     m = sampled_count(sampling, *geometry.grid(size[0], size[1]))
     return _empty_map(y, (y.shape[0], weight.shape[0], m, 1))
 
 
 def _fill_fake(y: Tensor, sampling: str, size: Sequence[int]) -> Tensor:
+    check_count(y, sampling, size)
     return _empty_map(y, (y.shape[0], y.shape[1], size[0], size[1]))
 
 
@@ -160,7 +177,7 @@ def _collect_fake(z: Tensor, sampling: str) -> Tensor:
 def _fill_fitted_fake(
     y: Tensor, weight: Tensor, bias: Tensor | None, sampling: str, size: Sequence[int], reach: int
 ) -> Tensor:
-    return _empty_map(y, (y.shape[0], y.shape[1], size[0], size[1]))
+    return _fill_fake(y, sampling, size)
 
 
 def _collect_fitted_fake(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tensor:

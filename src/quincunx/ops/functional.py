@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quincunx.ops.contract import check_count, sampled_count
 from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
 from quincunx.ops.traced import as_tensor, is_tracing
 from quincunx.sampling import Sampling
@@ -161,10 +162,10 @@ def sampled_conv2d(
     strides, dilations = two_integers("stride", stride, 1), two_integers("dilation", dilation, 1)
     paddings = expand_padding(padding, weight.shape[2:], strides, dilations)
     _check_parameters("x", x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
-    if not is_tracing():  # the operator checks as well, with its own messages
+    if not is_tracing() and not torch.compiler.is_compiling():  # the operator checks as well
         grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(x.shape[2], x.shape[3])
         _check_grid(grid, x.shape[2:], weight)
-        sampling.count(*grid)  # refuses a grid that does not fit the sampling, by name
+        sampled_count(sampling.spec, *grid)  # refuses a grid that does not fit the sampling, by name
     result: Tensor = torch.ops.quincunx.conv(
         x, weight, bias, sampling.spec, strides, paddings, dilations, groups
     )
@@ -232,7 +233,8 @@ def sampled_conv_transpose2d(
     height, width = two_integers("size", size, 1)
     grid = Geometry.make(weight.shape[2:], (1, 1), paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
-    _check_count(y, sampling, grid)
+    if not torch.compiler.is_compiling():
+        check_count(y, sampling.spec, grid)
     if shortcut is not None:
         _check_shortcut(shortcut, y, (y.shape[0], weight.shape[1] * groups, height, width))
     result: Tensor = torch.ops.quincunx.conv_transpose(
@@ -282,7 +284,8 @@ def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tenso
         traced: Tensor = torch.ops.quincunx.traced_fill(y, sampling.spec, as_tensor(size))
         return traced
     height, width = two_integers("size", size, 1)
-    _check_count(y, sampling, (height, width))
+    if not torch.compiler.is_compiling():
+        check_count(y, sampling.spec, (height, width))
     result: Tensor = torch.ops.quincunx.fill(y, sampling.spec, (height, width))
     return result
 
@@ -344,7 +347,8 @@ def fill_fitted(
         )
         return traced
     height, width = two_integers("size", size, 1)
-    _check_count(y, sampling, (height, width))
+    if not torch.compiler.is_compiling():
+        check_count(y, sampling.spec, (height, width))
     result: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, sampling.spec, (height, width), reach)
     return result
 
@@ -374,15 +378,6 @@ def fill_zero(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:
     _check_sampling(sampling)
     _check_map("y", y)
     return fill_fitted(y, y.new_empty((0, 0, y.shape[1])), sampling=sampling, size=size, reach=0)
-
-
-def _check_count(y: Tensor, sampling: Sampling, grid: tuple[int, int]) -> None:
-    m = sampling.count(*grid)
-    if y.shape[2] != m or y.shape[3] != 1:
-        raise ValueError(
-            f"y: expected [N, C, m, 1] with m={m} positions of {sampling!r} on the {grid[0]} x {grid[1]} "
-            f"grid, got shape {tuple(y.shape)}"
-        )
 
 
 def filled_conv2d(
@@ -444,10 +439,11 @@ def filled_conv2d(
         )
         return traced
     height, width = two_integers("size", size, 1)
-    _check_count(y, source, (height, width))
     grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
-    sampling.count(*grid)
+    if not torch.compiler.is_compiling():
+        check_count(y, source.spec, (height, width))
+        sampled_count(sampling.spec, *grid)
     result: Tensor = torch.ops.quincunx.conv_filled(
         y, weight, bias, source.spec, (height, width), sampling.spec, *where
     )
