@@ -7,13 +7,15 @@ QUINCUNX_REQUIRE_NATIVE=1 makes that an error.
 
 For another processor than this machine's: CC and CXX name a cross compiler, _PYTHON_HOST_PLATFORM the target,
 such as linux-aarch64 (``make wheel-aarch64``). Every target has the same list of sources: each asks the
-compiler for its target, and the preprocessor leaves out what another instruction set needs.
+compiler for its target, and the preprocessor leaves out what another instruction set needs. CXXFLAGS come
+behind the flags that are chosen here.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -42,7 +44,9 @@ FOLDER = ("quincunx", "ops", "lib")
 # such as linux-aarch64; _PYTHON_HOST_PLATFORM changes it
 TARGET = sysconfig.get_platform()
 CROSS = TARGET.startswith("linux-") and f"linux-{platform.machine()}" != TARGET
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+# a builder's own flags come last, so that they win
+OWN_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", *OWN_FLAGS]
 
 
 def skip(reason: object) -> None:
@@ -185,7 +189,7 @@ def native() -> dict[str, Any]:
         depends=HEADERS,
         # torch 2.10: the oldest that has all of the stable ABI that is used here
         define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", *OWN_FLAGS],
         py_limited_api=True,
         optional=not REQUIRED,
     )

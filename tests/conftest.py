@@ -8,21 +8,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported, by children too. One worker a core: their second threads would wait for
     # each other's cores. Tests of several threads set their number.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# no test judges a time, so rounds of timing may be short, in children too
+os.environ["QUINCUNX_ROUND_SCALE"] = "0.1"
 
 import torch
 from hypothesis import settings
 
 from quincunx.fusion.faster import speed_ratio
-from quincunx.measure.latency import measure
 
 if not torch.cuda.is_available():
     # read when Triton is imported, which any library may do first: its kernels then run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"
 
-# no test judges a time, so rounds of timing may be short
-assert measure.__kwdefaults__["round_seconds"] == 0.05
-measure.__kwdefaults__["round_seconds"] = 0.01
-# each fused network times its convolutions at their first map
+# and each fused network times its convolutions at their first map
 assert speed_ratio.__kwdefaults__["round_seconds"] == 0.005
 speed_ratio.__kwdefaults__["round_seconds"] = 0.0005
 

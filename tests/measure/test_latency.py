@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from quincunx.fusion import faster
 from quincunx.fusion.faster import speed_ratio
@@ -19,8 +21,16 @@ from quincunx.measure.latency import (
     Timing,
     measure,
     measure_models,
+    round_scale,
     using_threads,
 )
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it(monkeypatch):
+    """Elsewhere rounds are short."""
+    monkeypatch.delenv("QUINCUNX_ROUND_SCALE")
+
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30)
 
@@ -217,6 +227,29 @@ def test_one_slow_round_decides_nothing(monkeypatch):
 def test_too_few_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds=2: expected at least 3"):
         speed_ratio(lambda: None, lambda: None, rounds=2)
+
+
+@pytest.mark.parametrize("scale", [None, "", "0.25", "4"])
+def test_rounds_are_as_long_as_asked_for(monkeypatch, scale):
+    if scale is not None:
+        monkeypatch.setenv("QUINCUNX_ROUND_SCALE", scale)
+    factor = float(scale or 1)
+    calls = []
+    # a millisecond by the clock, so that a round is 50 calls
+    clock = iter(range(10**6))
+    monkeypatch.setattr(latency, "Timer", partial(Timer, timer=lambda: 5e-4 * next(clock)))
+    measure({"a": lambda: (calls.append(1), next(clock))}, rounds=3, warmup=0)
+    # with some that warm up
+    assert len(calls) == pytest.approx(3 * 50 * factor, abs=25)
+    assert environment().get("round_scale") == (None if factor == 1 else factor)
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "fast", "nan", "inf"])
+def test_a_scale_that_is_no_number_above_zero_is_refused(monkeypatch, scale):
+    monkeypatch.setenv("QUINCUNX_ROUND_SCALE", scale)
+    for ask in (round_scale, lambda: measure({"a": lambda: None})):
+        with pytest.raises(ValueError, match=f"QUINCUNX_ROUND_SCALE='{scale}': expected a number above 0"):
+            ask()
 
 
 # ---- what is put back

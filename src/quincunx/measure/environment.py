@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from quincunx.measure.latency import round_scale
 from quincunx.measure.version import commit, own_version
 from quincunx.ops.processor import cpu_name
 
@@ -19,7 +20,11 @@ __all__ = ["environment"]
 
 
 def environment() -> dict[str, Any]:
-    """Return the facts about the environment for a result file. JSON-ready."""
+    """Return the facts about the environment for a result file. JSON-ready.
+
+    ``round_scale`` is there only where rounds of timing were not of the usual length.
+    """
+    scale = round_scale()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         # python -m names the file it runs
@@ -33,4 +38,5 @@ def environment() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({} if scale == 1 else {"round_scale": scale}),
     }

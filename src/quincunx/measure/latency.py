@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,12 @@ __all__ = [
     "Timing",
     "measure",
     "measure_models",
+    "round_scale",
     "using_threads",
 ]
+
+# how many times as long as otherwise a round is
+SCALE = "QUINCUNX_ROUND_SCALE"
 
 # a difference that is this likely by chance does not count
 _BY_CHANCE = 0.05
@@ -74,7 +79,7 @@ class Timing:
         """Return whether it was faster in more rounds than chance explains at 5%: a sign test, which assumes
         nothing about the distribution of the noise. Fewer than five rounds are never enough."""
         rounds, won = len(self.seconds), sum(a < b for a, b in zip(self.seconds, other.seconds, strict=True))
-        at_least = sum(comb(rounds, i) for i in range(won, rounds + 1))
+        at_least = sum(math.comb(rounds, i) for i in range(won, rounds + 1))
         return at_least <= _BY_CHANCE * float(2**rounds)
 
     def and_more(self, later: Timing) -> Timing:
@@ -108,6 +113,26 @@ def using_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def round_scale() -> float:
+    """Return what ``QUINCUNX_ROUND_SCALE`` says: rounds of timing are so many times as long, by default once.
+
+    Raises:
+        ValueError: the variable is not a number above 0.
+
+    Example:
+        >>> round_scale() > 0
+        True
+    """
+    given = os.environ.get(SCALE, "").strip()
+    try:
+        scale = float(given or 1)
+    except ValueError:
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{SCALE}={given!r}: expected a number above 0")
+    return scale
+
+
 def measure(
     candidates: Mapping[str, Callable[[], object]],
     *,
@@ -123,7 +148,7 @@ def measure(
         candidates: name -> function without arguments. ``torch.utils.benchmark`` synchronises devices.
         threads: intra-op threads; by default torch's current number.
         rounds: how often each is timed.
-        round_seconds: approximate duration of a round of one candidate.
+        round_seconds: approximate duration of a round of one candidate; times ``QUINCUNX_ROUND_SCALE``.
         warmup: calls of each before timing starts.
         rest: seconds of sleep before each turn. Threads of an engine wait for more work, and take a processor
             from the next candidate, for about 0.05 seconds.
@@ -139,6 +164,7 @@ def measure(
         raise ValueError("candidates={}: nothing to measure")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1")
+    round_seconds *= round_scale()
     count = torch.get_num_threads() if threads is None else threads
     with using_threads(count):
         timers = {
