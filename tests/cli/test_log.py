@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from helpers.commands import call, refused
 from quincunx.cli import cost as cost_verb
