@@ -379,7 +379,7 @@ class Positions(Sampling):
         if len(digits) != (height * width + 3) // 4:
             raise ValueError(f"bits: {len(digits)} digits for a grid of {height} x {width}")
         bits = int(digits, 16)
-        if not bits:
+        if bits < 1:
             raise ValueError("bits: hold no position; an empty sampling computes nothing")
         if bits & ((1 << -height * width % 4) - 1):
             raise ValueError("bits: a position beyond the grid's end")
