@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     # read when Triton is imported, which any library may do first: its kernels then run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"
 
-# and each fused network times its convolutions at their first map
+# nor what a fused network decides when it times its convolutions at their first map
 assert speed_ratio.__kwdefaults__["round_seconds"] == 0.005
 speed_ratio.__kwdefaults__["round_seconds"] = 0.0005
 

@@ -156,7 +156,7 @@ cross_compiler = pytest.mark.skipif(
 def arm(tmp_path_factory):
     """All that setup.py compiles, for 64-bit ARM."""
     folder = tmp_path_factory.mktemp("aarch64")
-    # nothing is measured: what is not optimised is compiled in a third of the time
+    # nothing is measured: what is not optimised is compiled in half of the time
     env = {**os.environ, **FOR_ARM, "QUINCUNX_REQUIRE_NATIVE": "1", "CXXFLAGS": "-O0"}
     command = ["build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
     run(sys.executable, "setup.py", "-q", *command, cwd=ROOT, env=env)

@@ -233,8 +233,7 @@ def sampled_conv_transpose2d(
     height, width = two_integers("size", size, 1)
     grid = Geometry.make(weight.shape[2:], (1, 1), paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
-    if not torch.compiler.is_compiling():
-        check_count(y, sampling.spec, grid)
+    _check_count(y, sampling, grid)
     if shortcut is not None:
         _check_shortcut(shortcut, y, (y.shape[0], weight.shape[1] * groups, height, width))
     result: Tensor = torch.ops.quincunx.conv_transpose(
@@ -284,8 +283,7 @@ def fill_nearest(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tenso
         traced: Tensor = torch.ops.quincunx.traced_fill(y, sampling.spec, as_tensor(size))
         return traced
     height, width = two_integers("size", size, 1)
-    if not torch.compiler.is_compiling():
-        check_count(y, sampling.spec, (height, width))
+    _check_count(y, sampling, (height, width))
     result: Tensor = torch.ops.quincunx.fill(y, sampling.spec, (height, width))
     return result
 
@@ -347,8 +345,7 @@ def fill_fitted(
         )
         return traced
     height, width = two_integers("size", size, 1)
-    if not torch.compiler.is_compiling():
-        check_count(y, sampling.spec, (height, width))
+    _check_count(y, sampling, (height, width))
     result: Tensor = torch.ops.quincunx.fill_fitted(y, weight, bias, sampling.spec, (height, width), reach)
     return result
 
@@ -378,6 +375,12 @@ def fill_zero(y: Tensor, *, sampling: Sampling, size: Sequence[int]) -> Tensor:
     _check_sampling(sampling)
     _check_map("y", y)
     return fill_fitted(y, y.new_empty((0, 0, y.shape[1])), sampling=sampling, size=size, reach=0)
+
+
+def _check_count(y: Tensor, sampling: Sampling, grid: tuple[int, int]) -> None:
+    """Refuse another number of positions; for a compiler, which cannot read a sampling, the operator does."""
+    if not torch.compiler.is_compiling():
+        check_count(y, sampling.spec, grid)
 
 
 def filled_conv2d(
@@ -439,10 +442,10 @@ def filled_conv2d(
         )
         return traced
     height, width = two_integers("size", size, 1)
+    _check_count(y, source, (height, width))
     grid = Geometry.make(weight.shape[2:], strides, paddings, dilations).grid(height, width)
     _check_grid(grid, (height, width), weight)
     if not torch.compiler.is_compiling():
-        check_count(y, source.spec, (height, width))
         sampled_count(sampling.spec, *grid)
     result: Tensor = torch.ops.quincunx.conv_filled(
         y, weight, bias, source.spec, (height, width), sampling.spec, *where
