@@ -78,8 +78,9 @@ class Exported:
         difference: the largest deviation from the network, relative to the largest value of an
             output, by batch.
         times: median milliseconds by candidate: "ours", "dense", and others that run here.
-        speedup: time of the dense network over ours in the same engine, median of the rounds; None if nothing
-            was timed, since the network has no layer of this package and the file no kernel of it.
+        speedup: time of the dense network over ours in the same engine, median of the rounds; None if the
+            network has no layer of this package and the file no kernel of it, with ``rounds=0``, or if the
+            engine does not run the dense network.
         faster: other candidates that were faster than ours, and by which factor.
         lines: how to load it, for "Python" and "C++".
         dtype: what our kernels compute in.
@@ -110,10 +111,12 @@ class Exported:
         engine = _ENGINES[self.format]
         how = "with our kernels" if self.plugin else "as plain operators"
         how += "" if self.dtype == "float32" else f" in {self.dtype}"
-        if self.speedup is None:
-            text = f"{self.path}: dense operators for {engine}"
-        else:
+        if self.speedup is not None:
             text = f"{self.path}: {self.speedup:.2f}x as fast as the dense network in {engine}, {how}"
+        elif self.plugin or "dense" in self.macs:
+            text = f"{self.path}: for {engine}, {how}, not timed beside the dense network"
+        else:
+            text = f"{self.path}: dense operators for {engine}"
         for name, factor in self.faster.items():
             text += f"; {name} is {factor:.2f}x as fast as this here"
         return text
