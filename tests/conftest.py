@@ -1,6 +1,8 @@
 """What every test starts from: the same random numbers, and hypothesis without a clock."""
 
+import functools
 import os
+import sys
 
 import pytest
 
@@ -35,6 +37,19 @@ settings.load_profile("quincunx")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _operators_of_onnx_are_read_once(monkeypatch):
+    """At each export torch.onnx parses the sources of some 500 operators anew, which takes a second."""
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith("onnxscript._framework_apis.") and hasattr(module, "get_torchlib_ops"):
+            monkeypatch.setattr(module, "get_torchlib_ops", _operators_of(module.get_torchlib_ops))
+
+
+@functools.cache
+def _operators_of(get_torchlib_ops):
+    return functools.cache(get_torchlib_ops)
 
 
 @pytest.fixture(scope="module")
