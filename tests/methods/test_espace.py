@@ -272,6 +272,13 @@ def test_a_layer_refuses(error, match, change):
         qx.EspaceConv2d(6, 8, **{**arguments, **change})
 
 
+def test_a_map_without_a_batch_is_refused_by_a_sentence():
+    for fill in ("nearest", "zero"):
+        layer = qx.EspaceConv2d(6, 8, 3, rank=2, masks=(qx.QUARTER, qx.QUARTER), fill=fill)
+        with pytest.raises(ValueError, match=r"expected 4 dimensions, got shape \(6, 9, 8\)"):
+            layer(torch.randn(6, 9, 8))
+
+
 def test_a_separable_layer_refuses_padding_that_torch_has_no_word_for():
     with pytest.raises(ValueError, match=r"padding=\(0, 1, 0, 1\)"):
         qx.SeparableConv2d(2, 2, 3, rank=1, padding=(0, 1, 0, 1))

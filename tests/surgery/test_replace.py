@@ -243,6 +243,17 @@ def depthwise():
     return nn.Sequential(nn.Conv2d(3, 6, 3, groups=3))
 
 
+class OfTheMean(nn.Module):
+    """The second layer sees one map [C, H, W], which ``nn.Conv2d`` takes as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).mean(0))
+
+
 def old_norm():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -267,6 +278,7 @@ def new_norm():
 SKIPPED = {
     "unused": (Unused, {"unused": "never called for this input"}),
     "by keyword": (Unused, {"used": "called with or returns something else than one tensor"}),
+    "no batch": (OfTheMean, {"second": "called with a map [4, 6, 6] without a batch dimension, which"}),
     "shared": (Shared, {"first": "called 2 times in a forward: there is no one input to fit it to"}),
     "tied": (tied, {"0": "its weight is shared with 1", "1": "its weight is shared with 0"}),
     "subclass": (subclassed, {"0": "a Standardised, whose forward may be another one"}),

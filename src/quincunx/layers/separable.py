@@ -278,7 +278,7 @@ class EspaceConv2d(ConvLike):
         if isinstance(x, fx.Proxy) or self.vertical.fill != "nearest":
             # a tracer is shown two perforated convolutions; programs join such without filling
             return self.horizontal(self.vertical(x))  # type: ignore[no-any-return]
-        between = self.vertical.grid(x.shape[2], x.shape[3])
+        between = self.vertical.grid(x.shape[-2], x.shape[-1])
         y = self.vertical(x, compact=True)
         return self.horizontal(y, source=self.vertical.mask_at_size(between), size=between)  # type: ignore[no-any-return]
 
@@ -366,7 +366,7 @@ class MaskedConv2d(PerforatedConv2d):
 
         With ``compact`` the result is a sampled map as well.
         """
-        grid = self.grid(x.shape[2], x.shape[3]) if size is None else self.grid(*size)
+        grid = self.grid(x.shape[-2], x.shape[-1]) if size is None else self.grid(*size)
         mask = self.mask_at_size(grid)
         where: dict[str, Any] = {
             "sampling": mask,

@@ -184,4 +184,7 @@ def reason_of(layer: Layer, ran: bool) -> str | None:
     """Return why no method can replace a layer, or None."""
     if ran and not (layer.input_shape and layer.output_shape):
         return "called with or returns something else than one tensor"
+    shape = list(layer.input_shape or ())
+    if isinstance(layer.module, nn.Conv2d) and len(shape) == 3:
+        return f"called with a map {shape} without a batch dimension, which unsqueeze(0) adds"
     return None
