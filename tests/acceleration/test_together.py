@@ -69,7 +69,7 @@ def run(case, out):
     elif case == "budget":
         found = accelerate_trained(network(), qx.LowRank(budget=0.5), DATA, out, **options)
     elif case in ("search", "kill"):
-        found = accelerate_trained(network(), search, DATA, out, **options)
+        found = accelerate_trained(network(), search, DATA, out, layers=["layer[12].*"], **options)
     elif case == "plan":
         del options["normalisation"], options["rounds"]
         lines = Search(Target(macs="75%"), ("lowrank", "perforate"))

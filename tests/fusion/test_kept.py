@@ -305,15 +305,15 @@ def layouts(x):
 
 
 @FORMATS
-@pytest.mark.parametrize("shape", [(2, 8, 6, 6), (1, 8, 6, 6), (0, 8, 6, 6), (3, 8, 5, 34)], ids=str)
-def test_every_memory_order_gives_the_same_bits(dtype, shape):
+def test_every_memory_order_gives_the_same_bits(dtype):
     fused, _, _ = made(dtype)
-    x = torch.randn(shape)
-    with torch.inference_mode():
-        found = [fused(one) for one in layouts(x)]
-    assert all(torch.equal(one, found[0]) and one.dtype == torch.float32 for one in found)
-    assert found[0].shape == x.shape
-    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    for shape in ((2, 8, 6, 6), (1, 8, 6, 6), (0, 8, 6, 6), (3, 8, 5, 34)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            found = [fused(one) for one in layouts(x)]
+        assert all(torch.equal(one, found[0]) and one.dtype == torch.float32 for one in found), shape
+        assert found[0].shape == x.shape
+        assert found[1].is_contiguous(memory_format=torch.channels_last), shape
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 33])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import quincunx as qx
+from helpers.forked import forked
 from helpers.programs import Net, called, conv, examples, in_eight_bits, sampled
 from quincunx.fusion.program import BufferCode, Program, StepCode
 from quincunx.fusion.serialise import NativePiece, load_program, pieces, program_bytes
@@ -191,32 +192,26 @@ def programs():
     }
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_can_be_forced_and_reads_the_same_bytes(isa, programs, tmp_path):
-    """In a process of its own, as it is chosen once."""
+def test_every_instruction_set_can_be_forced_and_reads_the_same_bytes(programs, tmp_path):
+    """Each in a process of its own, as it is chosen once."""
     for name, (data, x, _) in programs.items():
         (tmp_path / name).write_bytes(data)
         np.save(tmp_path / f"{name}.npy", x)
     code = (
-        "import sys, numpy as np, quincunx as qx; from quincunx.ops.libraries import LoadedProgram\n"
-        "for name in sys.argv[1:]:\n"
+        "import numpy as np, quincunx as qx; from quincunx.ops.libraries import LoadedProgram\n"
+        f"for name in {[*programs]}:\n"
         "    x = np.load(name + '.npy')\n"
         "    program = LoadedProgram(open(name, 'rb').read())\n"
-        "    np.save(name + '-y.npy', program.run([x], threads=2)[0])\n"
+        "    np.save(name + '-' + qx.backend().isa + '.npy', program.run([x], threads=2)[0])\n"
         "print(qx.backend().name, qx.backend().isa)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *programs],
-        cwd=tmp_path,
-        env={**os.environ, "QUINCUNX_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["native", isa]
-    found = {name: np.load(tmp_path / f"{name}-y.npy") for name in programs}
-    np.testing.assert_allclose(found["float32"], programs["float32"][2], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(found["int8"], programs["int8"][2])
+    done = forked([(code, {"QUINCUNX_ISA": isa}) for isa in ISAS], "torch", cwd=tmp_path)
+    for isa, (status, said, errors) in zip(ISAS, done, strict=True):
+        assert status == 0, errors
+        assert said.split() == ["native", isa]
+        found = {name: np.load(tmp_path / f"{name}-{isa}.npy") for name in programs}
+        np.testing.assert_allclose(found["float32"], programs["float32"][2], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found["int8"], programs["int8"][2])
 
 
 def test_bad_calls_are_refused_in_a_sentence():

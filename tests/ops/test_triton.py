@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import quincunx as qx
 from helpers import ROOT
+from helpers.commands import refused
 from quincunx.experiments import tuning
 from quincunx.fusion import program
 from quincunx.layers.sampled import PerforatedConv2d
@@ -295,17 +296,16 @@ def test_fused_networks(interpreted: SimpleNamespace, monkeypatch: pytest.Monkey
 
 def test_importing_neither_needs_nor_imports_triton() -> None:
     names = "quincunx.fusion.launches, quincunx.experiments.tuning"
-    code = f"import sys, quincunx, {names}; print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+    # that the package can be imported where Triton cannot is test_surface's
     code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import quincunx\n"
+        f"import sys, quincunx, {names}\n"
+        "print('triton' in sys.modules)\n"
+        "sys.modules['triton'] = None\n"
         "from quincunx.ops import triton\n"
         "print(triton.load())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Triton is not installed")
+    assert done.stdout.startswith("False\nTriton is not installed")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -391,11 +391,7 @@ def test_tuning_keeps_the_fastest(
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_tune_refuses(words: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "quincunx", "tune", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
+    assert message in refused("tune", *words)
 
 
 def test_shapes_of_tune() -> None:
@@ -411,8 +407,10 @@ def test_shapes_of_tune() -> None:
 def test_compiles_for_cards_that_are_not_here(architecture: int, tmp_path: Path) -> None:
     """Machine code for each architecture, with matrix instructions and memory that the card has."""
     script = ROOT / "tests" / "helpers" / "triton_compile.py"
+    # elsewhere an eighth of the kernels, another one for each
+    part = () if os.environ.get("CI") else ({80: "1", 90: "3", 100: "6"}[architecture], "8")
     done = subprocess.run(
-        [sys.executable, str(script), str(architecture), *(() if os.environ.get("CI") else ("0", "4"))],
+        [sys.executable, str(script), str(architecture), *part],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
@@ -420,7 +418,7 @@ def test_compiles_for_cards_that_are_not_here(architecture: int, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) > 10
+    assert len(rows) > 5
     most = {80: 163, 90: 227, 100: 227}[architecture] * 1024
     for row in rows:
         assert row["shared"] <= most, row

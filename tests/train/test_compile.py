@@ -40,8 +40,7 @@ def _nothing_compiled_before():
 
 def package_network(name):
     torch.manual_seed(0)
-    settings = {"width": 4} if "rsbn" in name or "rrn" in name else {}
-    return qx.networks.build(name, 3, **settings)
+    return qx.networks.build(name, 3, width=4)
 
 
 MAKERS = {
