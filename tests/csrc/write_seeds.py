@@ -17,7 +17,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     for name, (model, x) in examples().items():
-        copies = {"float32": qx.fuse(model), "bfloat16": qx.fuse(model, torch.bfloat16)}
+        copies = {"float32": qx.fuse(model), "bfloat16": qx.fuse(model, torch.bfloat16, force=True)}
         copies["int8"] = in_eight_bits(model, x)
         copies["mixed"] = in_eight_bits(model, x, torch.bfloat16, kept=True)
         for kind, fused in copies.items():
