@@ -79,8 +79,8 @@ format: $(STAMP)
 sanitize: build/asan/test_kernel fuzz-short
 	build/asan/test_kernel 10
 
-# What AddressSanitizer sees anyhow, and its checks written out at each access of large functions, take half of the
-# time of compiling
+# What AddressSanitizer sees anyhow, and its checks written out at each access of large functions, take more than
+# half of the time of compiling
 SANITIZED := -Icsrc -std=c++17 -O1 -g1 -fsanitize=address,undefined \
 	-fno-sanitize=null,object-size,vptr,pointer-overflow -fno-sanitize-recover=all \
 	--param asan-instrumentation-with-call-threshold=300

@@ -40,16 +40,13 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
-def _operators_of_onnx_are_read_once(monkeypatch):
+def _operators_of_onnx_are_read_once():
     """At each export torch.onnx parses the sources of some 500 operators anew, which takes a second."""
-    for name, module in tuple(sys.modules.items()):
-        if name.startswith("onnxscript._framework_apis.") and hasattr(module, "get_torchlib_ops"):
-            monkeypatch.setattr(module, "get_torchlib_ops", _operators_of(module.get_torchlib_ops))
-
-
-@functools.cache
-def _operators_of(get_torchlib_ops):
-    return functools.cache(get_torchlib_ops)
+    exporter = sys.modules.get("torch.onnx._internal._lazy_import")
+    if exporter is not None and "get_torchlib_ops" not in vars(exporter.onnxscript_apis):
+        lazy = exporter.onnxscript_apis
+        # its other attributes are those of the module that it imports when it is asked
+        lazy.get_torchlib_ops = functools.cache(lambda: lazy.__getattr__("get_torchlib_ops")())
 
 
 @pytest.fixture(scope="module")

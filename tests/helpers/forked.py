@@ -3,7 +3,7 @@
     python tests/helpers/forked.py MODULE ... < pieces.json
 
 To import torch takes a process some two seconds. This one imports the named modules once and forks for each
-piece {"code", "environment"}; nothing of quincunx may be among them, which reads its variables as it is
+piece [code, environment]; nothing of quincunx may be among them, which reads its variables as it is
 imported. It prints a JSON list of [exit status, standard output, standard error].
 """
 
@@ -21,7 +21,7 @@ def forked(pieces, *modules, cwd=None):
     """The exit status, output and errors of each piece (code, environment), after imports of modules."""
     run = subprocess.run(
         [sys.executable, __file__, *modules],
-        input=json.dumps([{"code": code, "environment": environment} for code, environment in pieces]),
+        input=json.dumps(pieces),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -54,12 +54,12 @@ def main():
     for name in sys.argv[1:]:
         importlib.import_module(name)
     assert not any(name.partition(".")[0] == "quincunx" for name in sys.modules)
-    for piece in pieces:
+    for code, environment in pieces:
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             with out.open("w") as o, err.open("w") as e:
                 if (pid := os.fork()) == 0:
-                    child(piece["code"], piece["environment"], o, e)
+                    child(code, environment, o, e)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             found.append([status, out.read_text(), err.read_text()])
     print(json.dumps(found))  # noqa: T201 - what the tests read

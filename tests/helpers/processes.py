@@ -1,11 +1,7 @@
 """Jobs of several processes on this machine."""
 
-import atexit
-import functools
 import json
 import os
-import select
-import signal
 import subprocess
 import sys
 
@@ -59,11 +55,10 @@ with joined() as ranks:
         run(os.path.join(sys.argv[1], case), case, ranks)
 """
 
-# starts jobs as torchrun does, one after the other, but their processes begin as copies of this one, which
-# has imported torch and what a run imports of it late: that takes longer than most runs. torchrun itself
-# starts those of launched()
+# starts a job as torchrun does, but its processes begin as copies of this one, which has imported torch and
+# what a run imports of it late: that takes longer than most runs. torchrun itself starts those of launched()
 LAUNCHER = """
-import json, os, runpy, sys
+import runpy, sys
 import torch._dynamo, torch.utils.benchmark
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import helpers.acceleration, helpers.training
@@ -73,52 +68,13 @@ def work(script, *given):
     sys.argv = [script, *given]
     runpy.run_path(script, run_name="__main__")
 
-def start(processes, restarts, variables, printed, given):
-    os.environ.clear()
-    os.environ.update(variables)
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=restarts, monitor_interval=0.1,
-        start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=printed,
-    )
-    elastic_launch(config, work)(*given)
-
-while line := sys.stdin.readline():
-    child = os.fork()
-    if not child:
-        start(*json.loads(line))
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+processes, restarts, script, *given = sys.argv[1:]
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=int(processes), max_restarts=int(restarts), monitor_interval=0.1,
+    start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=script,
+)
+elastic_launch(config, work)(script, *given)
 """
-
-
-@functools.cache
-def launcher():
-    """The process that starts the jobs of this process."""
-    started = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    atexit.register(end, started)
-    return started
-
-
-def end(started):
-    """End the launcher and the processes that it started."""
-    if started.poll() is None:
-        os.killpg(started.pid, signal.SIGKILL)
-    started.communicate()
-
-
-def environment():
-    paths = [str(ROOT / "tests"), str(ROOT / "src")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def launch(folder, cases, processes, *, restarts=0, worker=WORKER):
@@ -128,26 +84,25 @@ def launch(folder, cases, processes, *, restarts=0, worker=WORKER):
         (folder / case).mkdir()
     script = folder / "worker.py"
     script.write_text(worker)
-    printed, started = folder / "printed", launcher()
-    given = [str(script), str(folder), *cases]
-    started.stdin.write(json.dumps([processes, restarts, environment(), str(printed), given]) + "\n")
-    started.stdin.flush()
-    if not select.select([started.stdout], [], [], 240)[0]:
-        launcher.cache_clear()
-        end(started)
-        raise TimeoutError(printed.read_text())
-    return int(started.stdout.readline()), printed.read_text()
+    return ended(["-c", LAUNCHER, str(processes), str(restarts), str(script), str(folder), *cases])
 
 
 def launched(command, processes, *, cwd=None):
     """The exit code, and what the job printed, of a command under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
+    return ended([*torchrun, "--nproc-per-node", str(processes), *command], cwd)
+
+
+def ended(arguments, cwd=None):
+    """The exit code and all output of Python with arguments."""
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"),
-            *("--nproc-per-node", str(processes), *command),
-        ],
+        [sys.executable, *arguments],
         cwd=cwd,
-        env=environment(),
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")]),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=240,

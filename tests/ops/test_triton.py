@@ -407,8 +407,8 @@ def test_shapes_of_tune() -> None:
 def test_compiles_for_cards_that_are_not_here(architecture: int, tmp_path: Path) -> None:
     """Machine code for each architecture, with matrix instructions and memory that the card has."""
     script = ROOT / "tests" / "helpers" / "triton_compile.py"
-    # elsewhere an eighth of the kernels, another one for each
-    part = () if os.environ.get("CI") else ({80: "1", 90: "3", 100: "6"}[architecture], "8")
+    # elsewhere a quarter of the kernels, another one for each
+    part = () if os.environ.get("CI") else ({80: "0", 90: "1", 100: "2"}[architecture], "4")
     done = subprocess.run(
         [sys.executable, str(script), str(architecture), *part],
         capture_output=True,
@@ -418,7 +418,7 @@ def test_compiles_for_cards_that_are_not_here(architecture: int, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) > 5
+    assert len(rows) > 10
     most = {80: 163, 90: 227, 100: 227}[architecture] * 1024
     for row in rows:
         assert row["shared"] <= most, row

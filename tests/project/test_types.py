@@ -6,16 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import quincunx as qx
 from helpers import ROOT
 
 FILE = Path(__file__).with_name("typed_use.py")
-NATIVE = Path(qx.__file__).with_name("_native.abi3.so")
 
 
-@pytest.mark.skipif(NATIVE.is_file(), reason="test_wheel asks the same of a wheel, where one can be built")
 def test_strict_types_accept_a_users_file_and_refuse_a_wrong_one(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text(

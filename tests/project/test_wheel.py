@@ -131,10 +131,7 @@ def test_the_quick_start_runs_from_a_wheel_without_a_compiler(installed, tmp_pat
 @built_here
 def test_strict_types_accept_a_users_file_over_a_wheel(installed, tmp_path):
     shutil.copy(ROOT / "tests" / "project" / "typed_use.py", tmp_path / "use.py")
-    (tmp_path / "wrong.py").write_text(
-        "import torch\nimport quincunx as qx\n"
-        "qx.cost(torch.nn.Identity(), torch.zeros(1)).macs.upper()\nqx.Uniform('half')\n"
-    )
+    (tmp_path / "wrong.py").write_text("import quincunx as qx\nqx.Uniform('half')\n")
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", installed]
     env = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
     done = subprocess.run(
@@ -142,10 +139,8 @@ def test_strict_types_accept_a_users_file_over_a_wheel(installed, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env=env,
     )  # fmt: skip
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
-    assert len(errors) == 2, done.stdout + done.stderr
-    assert errors[0].startswith("wrong.py:3: error: ")
-    assert '"int" has no attribute "upper"' in errors[0]
-    assert errors[1].startswith("wrong.py:4: error: Argument 1 to ")
+    assert len(errors) == 1, done.stdout + done.stderr
+    assert errors[0].startswith("wrong.py:2: error: Argument 1 to ")
 
 
 # ---------------------------------------------------------------- 64-bit ARM
