@@ -25,6 +25,7 @@
 namespace {
 
 using quincunx::as_map;
+using quincunx::FillGrad;
 using quincunx::FittedFill;
 using quincunx::Engine;
 using quincunx::ForwardKernels;
@@ -389,6 +390,41 @@ Tensor fitted_fill(Tensor x, const Tensor& weight, const std::optional<Tensor>& 
   return out;
 }
 
+Tensor fill_grad(Tensor x, Tensor z, const Tensor& index, const Tensor& order, const Tensor& starts, int64_t num_taps) {
+  const ScalarType type = map_type(x);
+  const Map in = as_map(x, "x", type), out = as_map(z, "z", type);
+  STD_TORCH_CHECK(in.batch == out.batch && in.channels == out.channels, "x and z must have the same batch size and channels");
+  STD_TORCH_CHECK(num_taps >= 0 && num_taps <= kInt32Max, "num_taps must be a count, got ", num_taps);
+  Operand index_operand(index), order_operand(order), starts_operand(starts);
+  Table &index_table = index_operand.table("index"), &order_table = order_operand.table("order");
+  const Table& starts_table = starts_operand.table("starts");
+  quincunx::check_fill_grad(in.rows(), out.rows(), num_taps, index_table, order_table, starts_table);
+  FillGrad g{};
+  g.x = in.data;
+  g.z = out.data;
+  g.index = index_table.data;
+  g.order = order_table.data;
+  g.starts = starts_table.data;
+  g.batch = in.batch;
+  g.rows_in = in.rows();
+  g.positions = out.rows();
+  g.channels = in.channels;
+  g.num_taps = num_taps;
+  g.kinds = starts_table.count - 1;
+  // by the problem alone, so that sums do not depend on the number of threads: enough for many of them, few to add
+  const int64_t rows = g.batch * order_table.count, most = 64;
+  g.shares = std::clamp<int64_t>(std::min(most / std::max<int64_t>(g.kinds, 1), rows / 1024), 1, most);
+  STD_TORCH_CHECK(quincunx::countable({g.shares, g.kinds, num_taps, in.channels}), "the sums are too large");
+  Tensor partial = empty({g.shares, g.kinds, num_taps, in.channels}, ScalarType::Float);
+  g.partial = static_cast<float*>(partial.data_ptr());
+  const auto run = type == ScalarType::Float ? quincunx::kernels().fill.grad_f32 : quincunx::kernels().fill.grad_bf16;
+  const int64_t least_work = 100000;
+  const int64_t parts = std::min(quincunx::parts_for(rows * (num_taps + 1) * g.channels, least_work),
+                                 std::max<int64_t>(g.shares * g.kinds, 1));
+  quincunx::parallel(parts, [&](int64_t part) { run(&g, part, parts); });
+  return partial;
+}
+
 std::string isa() { return quincunx::isa(); }
 int64_t level2_bytes() { return quincunx::level2_bytes(); }
 std::string tile_formats() { return quincunx::tile_formats(); }
@@ -409,6 +445,7 @@ STABLE_TORCH_LIBRARY(quincunx_native, m) {
       "Tensor offsets, Tensor rows, int[] out_size, int channel_groups) -> Tensor");
   m.def("window_max(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
   m.def("window_sum(Tensor x, Tensor index, Tensor starts, int[] out_size) -> Tensor");
+  m.def("fill_grad(Tensor x, Tensor z, Tensor index, Tensor order, Tensor starts, int num_taps) -> Tensor");
   m.def(
       "fitted_fill(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor index, Tensor kinds, "
       "int[] out_size, int activation) -> Tensor");
@@ -427,6 +464,7 @@ STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CPU, m) {
   m.impl("window_max", TORCH_BOX(&window_max));
   m.impl("window_sum", TORCH_BOX(&window_sum));
   m.impl("fitted_fill", TORCH_BOX(&fitted_fill));
+  m.impl("fill_grad", TORCH_BOX(&fill_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quincunx_native, CompositeExplicitAutograd, m) {

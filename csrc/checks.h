@@ -213,6 +213,21 @@ inline void check_fill(int64_t rows_in, int64_t positions, int64_t num_taps, int
   }
 }
 
+// Checks the tables of its derivative: each kind's positions, one kind after another.
+inline void check_fill_grad(int64_t rows_in, int64_t positions, int64_t num_taps, Table& index, Table& order,
+                            const Table& starts) {
+  const int64_t stride = std::max<int64_t>(num_taps, 1);
+  require(index.count / stride == positions && index.count % stride == 0, "index must have ", positions, " x ", stride,
+          " entries, got ", index.count);
+  require(starts.count > 0 && starts.data[0] == 0 && starts.data[starts.count - 1] == order.count &&
+              std::is_sorted(starts.data, starts.data + starts.count),
+          "starts must ascend from 0 to the ", order.count, " entries of order");
+  index.within("index", -1, std::max<int64_t>(rows_in, 0));
+  // an empty map has no position to refer to
+  require(order.count == 0 || positions > 0, "z has no positions");
+  order.within("order", 0, std::max<int64_t>(positions, 1));
+}
+
 // Checks the maps of a program step by step: nothing is read before it is written, no
 // step writes where it reads other rows, no input is written, and every output is.
 class Flow {

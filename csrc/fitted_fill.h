@@ -67,7 +67,72 @@ void fitted_fill(const FittedFill* problem, int64_t part, int64_t parts) {
   }
 }
 
-constexpr FillKernels kFill = {&fitted_fill<float>, &fitted_fill<uint16_t>};
+constexpr int64_t kFillRows = 64;  // positions whose products are summed in registers
+constexpr int kFillTaps = 4;       // that are summed side by side
+
+template <class S>
+struct FillRow {
+  const S *map, *z;  // of an image, and of a position in it
+  const int32_t* taps;
+};
+
+template <class S, int kTaps, int kVectors>
+QX_INLINE void grad_channels(const FillGrad& g, const FillRow<S>* rows, int64_t count, int64_t t, int64_t c, float* sums) {
+  vf sum[kTaps][kVectors] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    vf z[kVectors];
+    for (int v = 0; v < kVectors; ++v) z[v] = load_some(rows[r].z + c + v * kLanes, g.channels - c - v * kLanes);
+    for (int i = 0; i < kTaps; ++i) {
+      if (rows[r].taps[t + i] < 0) continue;
+      const S* x = rows[r].map + rows[r].taps[t + i] * g.channels + c;
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += load_some(x + v * kLanes, g.channels - c - v * kLanes) * z[v];
+    }
+  }
+  for (int i = 0; i < kTaps; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + i * g.channels + c + v * kLanes;
+      const int64_t left = g.channels - c - v * kLanes;
+      store_some(to, load_some(to, left) + sum[i][v], left);
+    }
+  }
+}
+
+template <class S, int kTaps>
+QX_INLINE void grad_taps(const FillGrad& g, const FillRow<S>* rows, int64_t count, int64_t t, float* sums) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= g.channels; c += 2 * kLanes) grad_channels<S, kTaps, 2>(g, rows, count, t, c, sums);
+  for (; c < g.channels; c += kLanes) grad_channels<S, kTaps, 1>(g, rows, count, t, c, sums);
+}
+
+// One share of one kind is one piece of work; which part does it changes nothing in its sums.
+template <class S>
+void fill_grad(const FillGrad* problem, int64_t part, int64_t parts) {
+  const FillGrad& g = *problem;
+  const int64_t items = g.shares * g.kinds, stride = g.num_taps > 0 ? g.num_taps : 1;
+  FillRow<S> rows[kFillRows];
+  for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
+    const int64_t share = item / g.kinds, kind = item % g.kinds, begin = g.starts[kind];
+    const int64_t each = g.starts[kind + 1] - begin, total = g.batch * each;
+    float* sums = g.partial + item * g.num_taps * g.channels;
+    for (int64_t i = 0; i < g.num_taps * g.channels; ++i) sums[i] = 0;
+    const int64_t end = total * (share + 1) / g.shares;
+    for (int64_t first = total * share / g.shares; first < end; first += kFillRows) {
+      const int64_t count = end - first < kFillRows ? end - first : kFillRows;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t n = (first + r) / each, p = g.order[begin + (first + r) % each];
+        rows[r] = {static_cast<const S*>(g.x) + n * g.rows_in * g.channels,
+                   static_cast<const S*>(g.z) + (n * g.positions + p) * g.channels, g.index + p * stride};
+      }
+      int64_t t = 0;
+      for (; t + kFillTaps <= g.num_taps; t += kFillTaps) {
+        grad_taps<S, kFillTaps>(g, rows, count, t, sums + t * g.channels);
+      }
+      for (; t < g.num_taps; ++t) grad_taps<S, 1>(g, rows, count, t, sums + t * g.channels);
+    }
+  }
+}
+
+constexpr FillKernels kFill = {&fitted_fill<float>, &fitted_fill<uint16_t>, &fill_grad<float>, &fill_grad<uint16_t>};
 
 }  // namespace
 }  // namespace QX_ISA

@@ -204,10 +204,24 @@ struct FittedFill {
   int32_t activation;
 };
 
+// The derivative of a fitted fill by its weight: partial[s, k, t, c] = sum of x[n, index[p, t], c] z[n, p, c] over the
+// share s of all images n and positions p of kind k. An index of -1 adds nothing.
+struct FillGrad {
+  const void* x;          // [batch, rows_in, channels]
+  const void* z;          // [batch, positions, channels]
+  const int32_t* index;   // [positions, at least 1 and num_taps]
+  const int32_t* order;   // positions of the first kind, then of the next one
+  const int32_t* starts;  // [kinds + 1], where each kind begins in order
+  float* partial;         // [shares, kinds, num_taps, channels]
+  int64_t batch, rows_in, positions, channels, num_taps, kinds, shares;
+};
+
 // Parts may run in any order and at the same time.
 struct FillKernels {
   void (*f32)(const FittedFill*, int64_t part, int64_t parts);
   void (*bf16)(const FittedFill*, int64_t part, int64_t parts);
+  void (*grad_f32)(const FillGrad*, int64_t part, int64_t parts);
+  void (*grad_bf16)(const FillGrad*, int64_t part, int64_t parts);
 };
 
 // out[r, c] = act(x[r, c] scale[c] + shift[c] + residual[r, c])

@@ -770,6 +770,70 @@ void check_fill(const std::string& name, const FillKernels& kernels, bool bf16) 
   }
 }
 
+// rows that no position names hold NaN, and so do sums before
+void check_fill_grad(const std::string& name, const FillKernels& kernels, bool bf16) {
+  const int64_t batch = pick({0, 1, 3}), rows_in = pick({1, 7, 40}), positions = pick({1, 5, 30, 300});
+  const int64_t channels = pick({1, 3, 15, 16, 17, 64, 100}), taps = pick({0, 1, 2, 5, 9}), kinds = pick({1, 3, 12});
+  const int64_t stride = std::max<int64_t>(taps, 1), shares = pick({1, 2, 7}), parts = pick({1, 2, 5});
+  Array x(batch * rows_in * channels, bf16), z(batch * positions * channels, bf16);
+  Array sums(shares * kinds * taps * channels, false, false);
+  std::vector<int32_t> index, order, starts{0};
+  for (int64_t i = 0; i < positions * stride; ++i) index.push_back(int32_t(generator() % (rows_in + 1)) - 1);
+  // each position in one kind or, where it is computed, in none
+  std::vector<std::vector<int32_t>> members(kinds);
+  for (int64_t p = 0; p < positions; ++p) {
+    const int64_t kind = int64_t(generator() % (kinds + 1)) - 1;
+    if (kind >= 0) members[kind].push_back(p);
+  }
+  std::vector<char> named(rows_in, 0), skipped(positions, 0);
+  for (const auto& list : members) {
+    for (const int32_t p : list) {
+      skipped[p] = 1;
+      order.push_back(p);
+      for (int64_t t = 0; t < taps; ++t) {
+        if (index[p * stride + t] >= 0) named[index[p * stride + t]] = 1;
+      }
+    }
+    starts.push_back(order.size());
+  }
+  index = exact(index), order = exact(order), starts = exact(starts);
+  for (int64_t i = 0; i < x.count; ++i) {
+    if (!named[i / channels % rows_in]) x.set(i, std::nanf(""));
+  }
+  for (int64_t i = 0; i < z.count; ++i) {
+    if (!skipped[i / channels % positions]) z.set(i, std::nanf(""));
+  }
+  FillGrad g{};
+  g.x = x.bytes.get();
+  g.z = z.bytes.get();
+  g.index = index.data();
+  g.order = order.data();
+  g.starts = starts.data();
+  g.partial = sums.floats();
+  g.batch = batch;
+  g.rows_in = rows_in;
+  g.positions = positions;
+  g.channels = channels;
+  g.num_taps = taps;
+  g.kinds = kinds;
+  g.shares = shares;
+  for (int64_t part = parts; part-- > 0;) (bf16 ? kernels.grad_bf16 : kernels.grad_f32)(&g, part, parts);
+  for (int64_t i = 0; i < kinds * taps * channels; ++i) {
+    const int64_t c = i % channels, t = i / channels % taps, kind = i / channels / taps;
+    double want = 0, scale = 0, got = 0;
+    for (int64_t s = 0; s < shares; ++s) got += sums[s * kinds * taps * channels + i];
+    for (int64_t n = 0; n < batch; ++n) {
+      for (const int32_t p : members[kind]) {
+        const int32_t row = index[p * stride + t];
+        if (row < 0) continue;
+        const double product = double(x[(n * rows_in + row) * channels + c]) * z[(n * positions + p) * channels + c];
+        want += product, scale += std::abs(product);
+      }
+    }
+    compare(name, got, want, scale, 2e-6);
+  }
+}
+
 // ---------------------------------------------------------------- arguments that no caller should pass
 
 int refused = 0, taken = 0;
@@ -1135,6 +1199,7 @@ int main(int argc, char** argv) {
         check_windows(name + " max", kernels.max, bf16, false);
         check_windows(name + " sum", kernels.sum, bf16, true);
         check_fill(name + " fill", kernels.fill, bf16);
+        check_fill_grad(name + " fill's weight", kernels.fill, bf16);
         check_pointwise(name + " pointwise", kernels.pointwise, bf16);
         check_norm(name + " norm", bf16 ? kernels.norm_bf16 : kernels.norm_f32, bf16);
         check_mean(name, bf16 ? kernels.bf16 : kernels.f32, bf16);

@@ -185,16 +185,81 @@ def test_the_adjoint_is_the_references(sampling, size, reach, channels):
             torch.testing.assert_close(got, want, rtol=eps, atol=8 * eps)
 
 
+# the last ones are summed in several shares, some with fewer positions than classes
 @pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
-def test_training_calls_the_kernel(monkeypatch):
-    """The derivative by the sampled map is not left to the reference."""
+@pytest.mark.parametrize(
+    ("sampling", "size", "reach"), [*CASES, (CHESSBOARD, (41, 30), 1), (QUARTER, (29, 44), 2)], ids=str
+)
+@pytest.mark.parametrize("channels", [1, 17, 64])
+def test_the_weights_derivative_is_the_references(sampling, size, reach, channels):
+    for dtype, eps in ((torch.float32, 2**-19), (torch.bfloat16, 2**-7)):
+        _, y, weight, _ = values(sampling, size, reach, channels, dtype, batch=5)
+        planar = torch.randn(5, channels, *size).to(dtype)
+        for z in (planar, planar.contiguous(memory_format=torch.channels_last)):
+            where = (sampling.spec, reach, weight.shape)
+            want = reference.fill_fitted_weight(y.double(), z.double(), *where)
+            got = native.fill_fitted_weight(y, z, *where)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), want, rtol=eps, atol=64 * 2**-19)
+
+
+@pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
+def test_the_weights_derivative_is_the_same_on_any_number_of_threads():
+    sampling, size, reach = CHESSBOARD, (41, 30), 1
+    _, y, weight, _ = values(sampling, size, reach, 33, torch.float32, batch=9)
+    z, before, found = torch.randn(9, 33, *size), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native.fill_fitted_weight(y, z, sampling.spec, reach, weight.shape))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 4, 1)}, "same batch size and channels"),
+        ({"x": torch.zeros(1, 2, 4, 1)}, "same batch size and channels"),
+        ({"num_taps": -1}, "num_taps must be a count"),
+        ({"num_taps": 3}, "index must have 6 x 3 entries"),
+        ({"index": torch.full((6, 2), 4)}, "index"),
+        ({"index": torch.full((6, 2), -2)}, "index"),
+        ({"order": torch.tensor([0, 6])}, "order"),
+        ({"order": torch.tensor([-1, 2])}, "order"),
+        ({"starts": torch.tensor([0, 2, 1, 2])}, "starts must ascend from 0 to the 2 entries"),
+        ({"starts": torch.tensor([0, 1])}, "starts must ascend"),
+        ({"starts": torch.tensor([1, 2])}, "starts must ascend"),
+        ({"starts": torch.tensor([], dtype=torch.int)}, "starts must ascend"),
+        ({"z": torch.zeros(1, 3, 0, 3)}, "index must have 0 x 2"),
+    ],
+)
+def test_wrong_tables_of_the_weights_derivative(changed, message):
+    given = {"x": torch.zeros(1, 3, 4, 1), "z": torch.zeros(1, 3, 2, 3), "index": torch.zeros(6, 2)}
+    given |= {"order": torch.tensor([1, 4]), "starts": torch.tensor([0, 1, 2]), "num_taps": 2} | changed
+    for name in ("index", "order", "starts"):
+        given[name] = given[name].int()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.quincunx_native.fill_grad(*given.values())
+
+
+@pytest.mark.skipif(backend().name != "native", reason="the native back end is not built")
+def test_training_calls_the_kernels(monkeypatch):
+    """No derivative of a fill is left to the reference."""
     sampling, size, reach = CASES[1]
     _, y, weight, bias = values(*CASES[1], dtype=torch.float32)
-    y.requires_grad_()
-    real, calls = native.collect_fitted, []
-    monkeypatch.setattr(native, "collect_fitted", lambda *a: calls.append(a) or real(*a))
+    calls = []
+    for name in ("collect_fitted", "fill_fitted_weight"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    for value in (y, weight, bias):
+        value.requires_grad_()
     fill_fitted(y, weight, bias, sampling=sampling, size=size, reach=reach).square().sum().backward()
-    assert len(calls) == 1
+    # a bias is the coefficient of a map of ones
+    assert sorted(calls) == ["collect_fitted", "fill_fitted_weight", "fill_fitted_weight"]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's remarks on tracing

@@ -28,6 +28,7 @@ from quincunx.ops.plan import (
     adjoint_plan,
     collect_plan,
     fill_adjoint_plan,
+    fill_kinds_plan,
     fill_plan,
     forward_plan,
     shift_plan,
@@ -45,6 +46,7 @@ __all__ = [
     "conv_transpose",
     "conv_weight",
     "fill_fitted",
+    "fill_fitted_weight",
     "filled_by",
     "isa",
     "keep",
@@ -397,6 +399,18 @@ def collect_fitted(z: Tensor, weight: Tensor, sampling: str, reach: int) -> Tens
     result: Tensor = torch.ops.quincunx_native.fitted_fill(
         z, wide[back.rows], None, None, back.index, back.kinds, (len(plan.computed), 1), 0
     )
+    return result
+
+
+def fill_fitted_weight(y: Tensor, z: Tensor, sampling: str, reach: int, shape: Sequence[int]) -> Tensor:
+    """Sums are float32, in shares that depend on the sizes alone, and rounded once."""
+    plan = fill_plan(sampling, z.shape[2], z.shape[3], reach)
+    plan.check(shape, None, y.shape)
+    if not plan.taps:
+        return y.new_zeros(tuple(shape))
+    order, starts = fill_kinds_plan(sampling, z.shape[2], z.shape[3], reach)
+    shares = torch.ops.quincunx_native.fill_grad(y, z, plan.index, order, starts, plan.taps)
+    result: Tensor = shares.sum(0).to(y.dtype)
     return result
 
 

@@ -540,6 +540,16 @@ def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
     return FillPlan(index, kinds, classes, taps, computed, skipped, distance, (height, width))
 
 
+@_kept
+def fill_kinds_plan(spec: str, height: int, width: int, reach: int) -> tuple[Tensor, Tensor]:
+    """The skipped positions of :func:`fill_plan`, kind by kind, and where each kind begins: int32 [s], [R + 1]."""
+    plan = fill_plan(spec, height, width, reach)
+    kinds = plan.kinds[plan.skipped]
+    order = plan.skipped[kinds.argsort(stable=True)]
+    starts = F.pad(torch.bincount(kinds, minlength=plan.count).cumsum(0), (1, 0))
+    return order.int(), starts.int()
+
+
 @dataclass(frozen=True)
 class FillAdjoint:
     """The fill read backwards, int32: which positions of the grid each computed position's value went to.
