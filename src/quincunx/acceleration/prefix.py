@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.program import Program
 from quincunx.layers.graph import trace
-from quincunx.layers.tracing import as_module
+from quincunx.layers.parts import between, call_of, live
 from quincunx.modules import inference_mode_of
 from quincunx.surgery.calibration import MOST_KEPT, Batch
 
@@ -40,14 +40,14 @@ class Tails:
         """Keep the values that the first call of a layer with these names, and all later nodes, read."""
         if self.graph is None:
             return
-        at = _call_of(self.graph, names) or 0
+        at = call_of(self.graph, names) or 0
         if at == self.wanted:
             return
         self.wanted = at
         if at < self.at:
             self.at, self.kept = 0, []
-        read = _live(self.graph, at)
-        part = _between(self.model, self.graph, self.graph, self.at, at, tuple(read)) if at else None
+        read = live(self.graph, at)
+        part = between(self.model, self.graph, self.graph, self.at, at, tuple(read)) if at else None
         if part is None:
             return
         head, kept, held = _fused(part), [], 0
@@ -64,7 +64,7 @@ class Tails:
         graph = None if self.graph is None else _traced(network)
         tail = None
         if self.graph is not None and graph is not None:
-            tail = _between(network, self.graph, graph, self.at)
+            tail = between(network, self.graph, graph, self.at)
         if tail is None:
             yield from (network(batch.input) for batch in self.data)
             return
@@ -82,12 +82,12 @@ class Tails:
             None if the position is already past the layer, or the network has to run whole.
         """
         graph = None if self.graph is None else self.graph if network is self.model else _traced(network)
-        if self.graph is None or graph is None or (stop := _call_of(graph, names)) is None:
+        if self.graph is None or graph is None or (stop := call_of(graph, names)) is None:
             return None
         part = None
         read = list(graph.nodes)[stop].args[0]
         if stop >= self.at and isinstance(read, fx.Node):
-            part = _between(network, self.graph, graph, self.at, stop, read)
+            part = between(network, self.graph, graph, self.at, stop, read)
         if part is None:
             return None
         # the part up to here does not read every value that the rest of the network reads
@@ -132,56 +132,3 @@ def _traced(model: nn.Module) -> fx.Graph | None:
         return trace(model)
     except TypeError:
         return None
-
-
-def _call_of(graph: fx.Graph, names: Sequence[str]) -> int | None:
-    """Return the position of the first call of a module with these names."""
-    places = (i for i, n in enumerate(graph.nodes) if n.op == "call_module" and n.target in names)
-    return next(places, None)
-
-
-def _between(
-    network: nn.Module,
-    original: fx.Graph,
-    graph: fx.Graph,
-    start: int,
-    stop: int | None = None,
-    wanted: fx.Node | tuple[fx.Node, ...] = (),
-) -> fx.GraphModule | None:
-    """Return the nodes of a network from ``start`` on, and before ``stop``, as a function of their inputs.
-
-    Args:
-        original: the graph whose nodes before ``start`` were run.
-        graph: the network's own graph, with the same nodes up to there.
-        wanted: the values to return at ``stop``.
-
-    Returns:
-        The function; it returns the network's output, or ``wanted`` at ``stop``. None if the
-        graphs differ before ``start``, or if a value that is read was not kept.
-    """
-    before = list(original.nodes)[:start]
-    nodes = list(graph.nodes)
-    if [_description(node) for node in nodes[:start]] != [_description(node) for node in before]:
-        return None
-    result = fx.Graph()
-    own = dict(zip(before, nodes, strict=False))
-    copied = {own[node]: result.placeholder(node.name) for node in _live(original, start)}
-    try:
-        for node in nodes[start:stop]:
-            copied[node] = result.node_copy(node, lambda n: copied[n])
-        if stop is not None:
-            result.output(fx.map_arg(wanted, lambda n: copied[n]))
-    except KeyError:
-        return None
-    return as_module(network, result, getattr(graph, "constants", {}))
-
-
-def _description(node: fx.Node) -> tuple[str, str, str]:
-    return node.op, node.name, str(node.target)
-
-
-def _live(graph: fx.Graph, at: int) -> list[fx.Node]:
-    """Return the nodes before a position that a later node reads."""
-    nodes = list(graph.nodes)
-    later = set(nodes[at:])
-    return [node for node in nodes[:at] if later.intersection(node.users)]

@@ -183,14 +183,14 @@ class Scores:
         held = 0
         with inference_mode_of(model):
             for batch in self.context.data:
-                self.marks.append(_mark(batch.input))
+                self.marks.append(batch.mark)
                 self.counts.append(len(batch.input))
                 answer = self._first_answer(model, batch)
                 held += sum(t.nbytes for _, t in tensors_in(answer))
                 # many large maps are computed again each time
                 kept = None if kept is None or held > MOST_KEPT else [*kept, answer]
         self.kept = kept
-        if [_mark(batch.input) for batch in self.context.data] != self.marks:
+        if [batch.mark for batch in self.context.data] != self.marks:
             raise ValueError(
                 "calibration: gives other batches each time it is read, so candidates cannot be compared; "
                 "turn off shuffling and augmentation"
@@ -639,11 +639,6 @@ def _macs_saved(layer: Layer, made: Replacement) -> int:
     shape = layer.input_shape or ()
     after = made.record.get("macs_after")
     return layer_macs(layer.module, shape) - (layer_macs(made.module, shape) if after is None else int(after))
-
-
-def _mark(x: Tensor) -> str:
-    """Return a digest of the values."""
-    return hashlib.sha256(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextmanager

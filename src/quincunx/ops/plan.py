@@ -542,7 +542,7 @@ def fill_plan(spec: str, height: int, width: int, reach: int) -> FillPlan:
 
 @_kept
 def fill_kinds_plan(spec: str, height: int, width: int, reach: int) -> tuple[Tensor, Tensor]:
-    """The skipped positions of :func:`fill_plan`, kind by kind, and where each kind begins: int32 [s], [R + 1]."""
+    """Skipped positions of :func:`fill_plan`, kind by kind; where each kind begins: int32 [s], [R + 1]."""
     plan = fill_plan(spec, height, width, reach)
     kinds = plan.kinds[plan.skipped]
     order = plan.skipped[kinds.argsort(stable=True)]

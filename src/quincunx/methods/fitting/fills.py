@@ -130,11 +130,13 @@ class FillMoments:
         plan, device = self.plan, y.device
         # position by position, as maps lie in memory
         rows, flat = y.squeeze(3).transpose(1, 2), response.permute(0, 2, 3, 1).flatten(1, 2)
-        here = flat.index_select(1, plan.computed.to(device)).double()
-        self.computed += float((rows.double() - here).square().sum())
-        wide = flat.double()
-        self.sums[0] += wide.square().sum((0, 1))
-        self.sums[1] += wide.sum((0, 1))
+        computed = plan.computed.to(device)
+        # an image at a time, which a cache holds also in float64
+        for row, one in zip(rows, flat, strict=True):
+            wide = one.double()
+            self.computed += float((row.double() - wide.index_select(0, computed)).square().sum())
+            self.sums[0] += wide.square().sum(0)
+            self.sums[1] += wide.sum(0)
         self.sums[2] += len(flat) * flat.shape[1]
         index, kinds = plan.index[plan.skipped].long().to(device), plan.kinds[plan.skipped].to(device)
         skipped = plan.skipped.to(device)
@@ -321,6 +323,14 @@ def _answered(
     return whole
 
 
+@torch.no_grad()
+def _squares(maps: Tensor) -> float:
+    """The sum of the squares of maps [N, C, H, W], without a copy of them in another format."""
+    wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    # in the order of channels_last, in which they lie
+    return sum(float(torch.dot(row, row)) for row in wide.permute(0, 2, 3, 1).flatten(1))
+
+
 class _Kernel:
     """A layer's kernel and bias as one unknown of a linear least squares problem, given its fill.
 
@@ -364,7 +374,7 @@ class _Kernel:
                 found = torch.autograd.grad(rest, (kernel, bias), rest.detach())
             for total, slope in zip(slopes, found, strict=True):
                 total += slope
-            squares += float(rest.detach().double().square().sum())
+            squares += _squares(rest)
         return slopes[0], slopes[1], squares
 
     def conditioned(self, kernel: Tensor) -> Tensor:
