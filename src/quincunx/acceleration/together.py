@@ -23,6 +23,7 @@ from quincunx.measure.tasks import Task
 from quincunx.modules import copied
 from quincunx.surgery.calibration import Calibration, Context, Pass, Pool
 from quincunx.surgery.method import Method
+from quincunx.surgery.walks import Walk
 from quincunx.train.evaluation import Scored, images_at_once, score_shared
 from quincunx.train.loop import Diverged, RunFailed, fit
 from quincunx.train.processes import Ranks, as_known
@@ -73,8 +74,9 @@ class Team:
     layers: Sequence[str] = ()
     calibration: int = 500
     seed: int = 0
-    # of another process than the first: what a search scores, by its settings
+    # of another process than the first: what a search scores, by its settings, and the original's walk
     scores: dict[str, Scores] = field(default_factory=dict)
+    walk: Walk = field(default_factory=Walk)
 
     def directed(self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns on the first process; the others compute what it asks for meanwhile.
@@ -135,7 +137,7 @@ class Team:
         """
         network = _packed(context.network) if context.changed else None
         self._say("totals", (network, _pickled(work), self.marks))
-        return self._totalled(context.original, context.network, context.changed, work)
+        return self._totalled(context.original, context.network, context.changed, work, context.walks)
 
     @cached_property
     def images(self) -> Drawn:
@@ -179,7 +181,13 @@ class Team:
         return [one for part in parts for one in part]
 
     def _totalled(
-        self, original: nn.Module, network: nn.Module, changed: bool, work: Pass, marks: str = ""
+        self,
+        original: nn.Module,
+        network: nn.Module,
+        changed: bool,
+        work: Pass,
+        walks: tuple[Walk, Walk],
+        marks: str = "",
     ) -> dict[str, Tensor]:
         rank, world, count = self.ranks.rank, self.ranks.world, len(self.images)
         first = rank * count // world
@@ -192,6 +200,7 @@ class Team:
             if ours:
                 context = Context(original, network, Calibration(ours, original, first))
                 context.changed, context.loss = changed, self.task.impact_function
+                context.walks = walks
                 found.update(work(context))
             return {name: value.shape for name, value in found.items()}
 
@@ -229,7 +238,9 @@ class Team:
                 elif name == "totals":
                     sent, work, marks = given
                     network = copied(self.model).eval() if sent is None else _unpacked(sent)
-                    self._totalled(self.model, network, sent is not None, pickle.loads(work), marks)
+                    # the changed network is another object each time, from which no walk could go on
+                    walks = self.walk, Walk(0)
+                    self._totalled(self.model, network, sent is not None, pickle.loads(work), walks, marks)
                 else:
                     settings, numbers, seconds = given
                     self._measured(partial(self._scores_of, *settings), numbers, seconds)

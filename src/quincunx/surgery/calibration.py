@@ -526,11 +526,11 @@ class Responses:
         found: list[tuple[Tensor, Tensor]] = []
         before = None if known else self._shortcut(original)
         now = self._shortcut(network) if self.context.changed else None
-        alone = before is None and now is None
-        first = self.context.walks[0].leg(original, self.layer.names) if alone and not known else None
-        second = (
-            self.context.walks[1].leg(network, self.layer.names) if alone and self.context.changed else None
-        )
+        first = second = None
+        if self.context.shortcut is None:
+            names, walks = self.layer.names, self.context.walks
+            first = None if known else walks[0].leg(original, names)
+            second = walks[1].leg(network, names) if self.context.changed else None
         for batch in self.context.data:
             with evaluation(original), evaluation(network), torch.no_grad():
                 if known:
