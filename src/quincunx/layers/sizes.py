@@ -30,7 +30,15 @@ __all__ = [
     "Shape",
     "SizeGuard",
     "about_sizes",
+    "chunks_of",
+    "evaluate",
+    "identity",
+    "mark",
+    "only_dimensions",
+    "raised",
+    "raised_by_network",
     "settle",
+    "sizes_of",
 ]
 
 # runs of a forward that may be spent on its questions; what is left then stays undecided
@@ -89,6 +97,41 @@ def about_sizes(node: fx.Node) -> Shape | Made | None:
     return None if found is None else Made(node.target, found)
 
 
+def sizes_of(node: fx.Node) -> tuple[fx.Node, slice] | None:
+    """The value whose sizes a node holds, and which of them: ``x.shape``, ``x.size()``, a slice of these."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    first, *rest = node.args
+    if not isinstance(first, fx.Node) or node.kwargs:
+        return None
+    if (node.target is getattr and rest == ["shape"]) or (node.op == "call_method" and node.target == "size"):
+        return None if node.target == "size" and rest else (first, slice(None))
+    if node.target is not operator.getitem or not isinstance(rest[0], slice):
+        return None
+    ends = (rest[0].start, rest[0].stop, rest[0].step)
+    whole = sizes_of(first)
+    if whole is None or whole[1] != slice(None) or any(type(end) not in (int, type(None)) for end in ends):
+        return None
+    return whole[0], slice(*ends)
+
+
+def only_dimensions(expression: Any) -> set[str] | None:
+    """The values whose numbers of dimensions an expression is made of; None if it depends on more."""
+    if isinstance(expression, Shape):
+        return None
+    if not isinstance(expression, Made):
+        return set()
+    if expression.function is len and isinstance(expression.arguments[0], Shape):
+        return {expression.arguments[0].of}
+    names: set[str] = set()
+    for argument in expression.arguments:
+        found = only_dimensions(argument)
+        if found is None:
+            return None
+        names |= found
+    return names
+
+
 def _shape(value: object) -> Shape | None:
     return Shape(identity(value)) if isinstance(value, fx.Node) else None
 
@@ -121,6 +164,22 @@ def _by_method(node: fx.Node) -> Shape | Made | None:
         place = _converted(tuple(rest), alone=True)
         return shape if not rest else None if place is None else Made(operator.getitem, (shape, *place))
     return None if rest else Made(len, (shape,))
+
+
+def chunks_of(node: fx.Node) -> Made | None:
+    """How many pieces a call of ``chunk`` gives, by the size that it divides; None for any other node."""
+    if node.target != "chunk" and getattr(node.target, "__name__", "") != "chunk":
+        return None
+    given = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    shape, dim, number = _shape(given.get("input")), given.get("dim", 0), given.get("chunks")
+    if shape is None or type(dim) is not int or type(number) is not int:
+        return None
+    return Made(_chunks, (Made(operator.getitem, (shape, dim)), number))
+
+
+def _chunks(size: int, number: int) -> int:
+    each = -(-size // number)
+    return -(-size // each) if each else number
 
 
 def _product(shape: Any) -> int:

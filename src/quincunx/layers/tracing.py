@@ -29,20 +29,29 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from quincunx.layers.counts import count_of, dimensions_of, is_torchs, pieces_of
 from quincunx.layers.sizes import (
+    Made,
     Question,
+    Raised,
     Run,
     Settled,
+    Shape,
     SizeGuard,
     about_sizes,
+    chunks_of,
+    evaluate,
+    identity,
     mark,
+    only_dimensions,
     raised,
     raised_by_network,
     settle,
+    sizes_of,
 )
 from quincunx.modules import first_line, forward_hooks
 
-__all__ = ["Traced", "as_module", "pieces_of", "trace"]
+__all__ = ["Traced", "as_module", "trace"]
 
 # torch.fx exchanges nn.Module.__call__ while it traces, for all threads
 _LOCK = threading.RLock()
@@ -50,8 +59,6 @@ _AUGMENTED = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
     *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul"),
 )
-# modules that run as they are; a user's subclass lives elsewhere and is looked into
-_LEAVES = ("torch.nn", "torch.ao.nn", "torch.jit", "torch._dynamo")
 _isinstance = builtins.isinstance
 
 
@@ -72,7 +79,11 @@ class _Value(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
-        raise self.tracer.refusal("it asks for the length of a value that is known only when it runs")
+        number = count_of(self)
+        if number is None:
+            raise self.tracer.refusal("it asks for the length of a value that is known only when it runs")
+        self.tracer.guard_count(self.node, number)
+        return number
 
     def __int__(self) -> int:
         raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
@@ -108,43 +119,6 @@ def _augment(name: str) -> None:
 
 for _name in _AUGMENTED:
     _augment(_name)
-
-
-def pieces_of(value: fx.Proxy) -> list[fx.Proxy] | None:
-    """Return the pieces of a split tensor, where the call says how many; a forward may loop through these.
-
-    ``chunk`` gives fewer than it was asked for where the size is too small: the graph then raises an
-    IndexError at a missing piece that is used.
-
-    Returns:
-        As many stand-ins as ``chunk`` or ``split`` was asked for; None for any other value.
-
-    Example:
-        >>> tracer = fx.Tracer()
-        >>> tracer.graph = fx.Graph()
-        >>> x = tracer.proxy(tracer.graph.placeholder("x"))
-        >>> len(pieces_of(x.chunk(4, 1)) or []), pieces_of(x.relu())
-        (4, None)
-    """
-    node = value.node
-    if node.op == "call_function":
-        by_number, by_sizes = node.target is torch.chunk, node.target is torch.split
-    else:
-        method = node.op == "call_method"
-        by_number, by_sizes = method and node.target == "chunk", method and node.target == "split"
-    second = node.args[1] if len(node.args) > 1 else None
-    if by_number:
-        number = node.kwargs.get("chunks", second)
-    elif by_sizes:
-        sizes = node.kwargs.get("split_size_or_sections", node.kwargs.get("split_size", second))
-        number = len(sizes) if isinstance(sizes, (list, tuple)) else None
-    else:
-        return None
-    if type(number) is not int:
-        return None
-    return [
-        value.tracer.create_proxy("call_function", operator.getitem, (value, i), {}) for i in range(number)
-    ]
 
 
 def _surely_tensor(node: fx.Node) -> bool:
@@ -253,7 +227,7 @@ class _Tracer(fx.Tracer):
             self.create_node("call_function", guard, shapes, {})
             return known[0]
         if self.settled.is_barred(question.key, question.place):
-            return None
+            return self._by_dimensions(expression)
         if self.assumed is None:
             self.settled.met = True
             return None
@@ -264,6 +238,38 @@ class _Tracer(fx.Tracer):
             self.asked.append(question)
         return question.answer
 
+    def guard_count(self, node: fx.Node, number: int) -> None:
+        """Let the graph raise where a value has another number of pieces than it was traced for."""
+        expression: Made | None
+        if (sizes := about_sizes(node)) is not None:
+            expression, text = Made(len, (sizes,)), _OTHER_DIMENSIONS
+        else:
+            expression, text = chunks_of(node), "chunk gives other pieces than the network was traced for"
+        if expression is None or node.meta.get("counted"):
+            return
+        node.meta["counted"] = True
+        self._guard(expression, number, text)
+
+    def _guard(self, expression: Made | Shape, expected: object, text: str) -> None:
+        question = Made(operator.eq, (expression, expected))
+        guard, read = SizeGuard.of(question, True, Raised(IndexError, text), self.graph)
+        shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
+        self.create_node("call_function", guard, shapes, {})
+
+    def _by_dimensions(self, expression: Made | Shape) -> bool | None:
+        """The answer to a question about numbers of dimensions that are known; the graph asks it again."""
+        if (names := only_dimensions(expression)) is None:
+            return None
+        nodes = {identity(node): node for node in self.graph.nodes if node.op != "output"}
+        known = {name: dimensions_of(nodes[name], self.root) for name in names if name in nodes}
+        if len(known) < len(names) or None in known.values():
+            return None
+        answer = bool(evaluate(expression, {name: range(n or 0) for name, n in known.items()}))
+        self._guard(
+            Made(bool, (expression,)), answer, "a map of other dimensions than the network was traced for"
+        )
+        return answer
+
     def text_of(self, value: fx.Proxy, form: str = "") -> str:
         """What a text says of a size, where texts are needed for what the forward raises."""
         if self.assumed is None or threading.get_ident() != self.owner:
@@ -272,6 +278,10 @@ class _Tracer(fx.Tracer):
         return "" if expression is None else mark(self.values, expression, form)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        number = count_of(obj)
+        if number is not None and sizes_of(obj.node) is not None:
+            # a size that is not there would be asked for
+            self.guard_count(obj.node, number)
         if (pieces := pieces_of(obj)) is not None:
             return iter(pieces)
         raise self.refusal("it goes through a value in a loop, whose length is known only when it runs")
@@ -290,11 +300,11 @@ class _Tracer(fx.Tracer):
         tensors = name in module._parameters or name in module._buffers or name in module._modules
         plain = type(value) in (bool, int, float, str)
         same = plain and name in vars(module) and vars(module)[name] == value
-        if tensors or ((plain or _is_torchs(module)) and not same):
+        if tensors or ((plain or is_torchs(module)) and not same):
             raise self.refusal(f"it sets {name!r} of a {type(module).__name__}")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return forward_hooks(m) > 0 or self.leaf(m) or _is_torchs(m)
+        return forward_hooks(m) > 0 or self.leaf(m) or is_torchs(m)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if _autocast() != self.autocast:
@@ -424,6 +434,7 @@ class _Made:
         return self.kind(self.first, items)
 
 
+_OTHER_DIMENSIONS = "a map has other dimensions than the network was traced for, which was in batches"
 # that one run of a forward may ask
 _MOST_QUESTIONS = 10_000
 
@@ -437,10 +448,6 @@ def _place_in_code() -> tuple[str, int]:
     ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}", frame.f_lasti
-
-
-def _is_torchs(m: nn.Module) -> bool:
-    return type(m).__module__.startswith(_LEAVES) and not _isinstance(m, nn.Sequential)
 
 
 def _autocast() -> tuple[bool, torch.dtype]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
+from quincunx.layers.counts import Counted, pieces_of
 from quincunx.layers.padded import padding_at
-from quincunx.layers.tracing import pieces_of
 from quincunx.modules import copied, forward_hooks, surely
 
 __all__ = [
@@ -187,6 +187,9 @@ class _Tracer(fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Counted(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         pieces = pieces_of(obj)
