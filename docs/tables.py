@@ -369,7 +369,7 @@ CHOSEN = {
         ("compared-clothing-resnet18", "compared-clothing-resnet18-sb"),
         "drop",
     ),
-    "SqueezeNet, 227 x 227, two epochs, top-5": (("compared-squeezenet",), "top5_drop"),
+    "SqueezeNet, 227 x 227, four epochs, top-5": (("compared-squeezenet",), "top5_drop"),
 }
 
 
