@@ -131,6 +131,7 @@ def test_the_bar_of_a_search_says_when_it_begins_to_choose(monkeypatch, tmp_path
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_python_call_shows_how_far_it_is_where_it_is_asked_to(shown, capsys):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-    images = [torch.randn(8, 3, 8, 8)]
+    # enough for either layer: which one is chosen depends on times
+    images = [torch.randn(16, 3, 8, 8)]
     qx.accelerate(net, "spatialbottleneck", calibration=images, macs="99%", progress=shown)
     assert ("searching" in capsys.readouterr().err) is shown
