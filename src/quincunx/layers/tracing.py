@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 from quincunx.layers.counts import count_of, dimensions_of, is_torchs, pieces_of
 from quincunx.layers.sizes import (
+    Fork,
     Made,
     Question,
     Raised,
@@ -222,9 +223,7 @@ class _Tracer(fx.Tracer):
         question = Question(expression, False, _place_in_code())
         known = self.settled.answers.get(question.key)
         if known is not None:
-            guard, read = SizeGuard.of(expression, *known, self.graph)
-            shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
-            self.create_node("call_function", guard, shapes, {})
+            self._guard(expression, *known)
             return known[0]
         if self.settled.is_barred(question.key, question.place):
             return self._by_dimensions(expression)
@@ -248,11 +247,11 @@ class _Tracer(fx.Tracer):
         if expression is None or node.meta.get("counted"):
             return
         node.meta["counted"] = True
-        self._guard(expression, number, text)
+        self._guard(Made(operator.eq, (expression, number)), True, Raised(IndexError, text))
 
-    def _guard(self, expression: Made | Shape, expected: object, text: str) -> None:
-        question = Made(operator.eq, (expression, expected))
-        guard, read = SizeGuard.of(question, True, Raised(IndexError, text), self.graph)
+    def _guard(self, question: Shape | Made, answer: bool, otherwise: Fork | Raised) -> None:
+        """Let the graph ask a question at each call, and raise where it has another answer."""
+        guard, read = SizeGuard.of(question, answer, otherwise, self.graph)
         shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
         self.create_node("call_function", guard, shapes, {})
 
@@ -265,9 +264,7 @@ class _Tracer(fx.Tracer):
         if len(known) < len(names) or None in known.values():
             return None
         answer = bool(evaluate(expression, {name: range(n or 0) for name, n in known.items()}))
-        self._guard(
-            Made(bool, (expression,)), answer, "a map of other dimensions than the network was traced for"
-        )
+        self._guard(expression, answer, Raised(IndexError, _OTHER_DIMENSIONS))
         return answer
 
     def text_of(self, value: fx.Proxy, form: str = "") -> str:

@@ -21,8 +21,8 @@ __all__ = ["Leg", "Walk"]
 
 # bytes of values between layers that a walk keeps
 MOST_KEPT = 1 << 30
-# what makes a node's value: the node itself, the module or value that it names, and their tensors' versions
-_State = tuple[Any, ...]
+# what makes a node's value: the node with the versions of what it names, and these modules, tensors or values
+_State = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 @dataclass
@@ -171,32 +171,18 @@ def _all_same(ones: Sequence[object], others: Sequence[object]) -> bool:
 
 
 def _state(network: nn.Module, node: fx.Node) -> _State:
-    made: _State = (description(node), str(node.args), str(node.kwargs))
+    named: tuple[Any, ...] = ()
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
-        tensors = (*module.parameters(), *module.buffers())
-        return (*made, module, *((t, _version(t)) for t in tensors))
-    if node.op == "get_attr":
-        value = held_at(network, str(node.target))
-        return (*made, value, _version(value) if isinstance(value, Tensor) else 0)
-    return made
+        named = (module, *module.parameters(), *module.buffers())
+    elif node.op == "get_attr":
+        named = (held_at(network, str(node.target)),)
+    return (description(node), str(node.args), str(node.kwargs), *_versions(named)), named
 
 
 def _same(old: _State, new: _State) -> bool:
     """Return whether two states are of the same objects with the same versions."""
-    if len(old) != len(new):
-        return False
-    for a, b in zip(old, new, strict=True):
-        pair = isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], Tensor)
-        if pair:
-            if a[0] is not b[0] or a[1] != b[1]:
-                return False
-        elif isinstance(a, (Tensor, nn.Module)):
-            if a is not b:
-                return False
-        elif a is not b and a != b:
-            return False
-    return True
+    return old[0] == new[0] and _all_same(old[1], new[1])
 
 
 def _version(tensor: Tensor) -> int:
