@@ -240,7 +240,7 @@ def test_a_checkpoint_cannot_claim_more_numbers_than_it_stores(tmp_path, shape):
 def _timed(monkeypatch):
     """Times by the number of weights."""
 
-    def measure(models, example, *, rounds):
+    def measure(models, example, *, rounds, **_):
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         return {name: Timing(name, 1, (1e-6 * size,) * rounds) for name, size in sizes.items()}
 

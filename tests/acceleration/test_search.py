@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quincunx as qx
+from helpers.acceleration import one_image
 from quincunx.acceleration import scores
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate
@@ -28,9 +29,11 @@ from quincunx.acceleration.search import _Builder, search, shortfall
 from quincunx.acceleration.target import Target
 from quincunx.acceleration.watching import Watch
 from quincunx.measure.latency import Timing
+from quincunx.measure.tasks import classification
 from quincunx.methods.points import worded
 from quincunx.methods.registry import candidates_named
 from quincunx.report.acceleration import search_sentences
+from quincunx.surgery.calibration import Responses
 from quincunx.surgery.replace import layer_macs, prepare, temporarily_replaced
 
 # ---------------------------------------------------------------- the choice
@@ -193,9 +196,9 @@ def data(count=2, seed=0, labels=False):
     return [(x, torch.arange(16) % 5) for x in batches] if labels else batches
 
 
-def seconds(model):
+def seconds(model, given=None):
     """What the clock of these tests says."""
-    return 1e-9 * qx.cost(model, torch.zeros(1, 3, 8, 8)).macs + 1e-6
+    return 1e-9 * qx.cost(model, torch.zeros(1, 3, 8, 8) if given is None else given).macs + 1e-6
 
 
 @pytest.fixture(autouse=True)
@@ -203,9 +206,10 @@ def timed(monkeypatch):
     """Times by MACs; gives what was timed, call by call."""
     calls = []
 
-    def measure(models, example, *, rounds):
+    def measure(models, example, *, rounds, **_):
         calls.append(list(models))
-        return {name: Timing(name, 1, (seconds(model),) * rounds) for name, model in models.items()}
+        first = one_image(models, example)
+        return {name: Timing(name, 1, (seconds(m, first[name]),) * rounds) for name, m in models.items()}
 
     monkeypatch.setattr(scores, "measure_models", measure)
     monkeypatch.setattr(scores, "inference_form", lambda model, *_: copy.deepcopy(model).eval())
@@ -345,7 +349,7 @@ def test_drift_of_the_clock_changes_no_choice(monkeypatch, table):
     steady = run(TARGETS["speedup"], table=table())
     factors, measure = itertools.cycle([1.0, 1.3, 0.8, 1.15]), scores.measure_models
 
-    def drifting(models, example, *, rounds):
+    def drifting(models, example, *, rounds, **_):
         factor, timings = next(factors), measure(models, example, rounds=rounds)
         return {name: Timing(name, 1, (factor * t.median,) * rounds) for name, t in timings.items()}
 
@@ -579,6 +583,43 @@ def test_what_saves_no_time_is_never_used():
     assert (alone.met, alone.chosen) == (False, [])
     assert alone.result.skipped["c"] == "no gain, stays dense"
     assert shortfall(alone.record).endswith("no candidate can be used")
+
+
+def test_candidates_are_compared_on_the_first_images_and_whole_networks_on_all(monkeypatch, scored):
+    """8 x 8 maps of 72 weights want 72 images; 4 x 4 maps, 288."""
+    read = {"fit": [], "loss": [], "all": []}
+    distances, responses, loss_of = Scores._distance, Responses.__iter__, Scores.loss_of
+
+    def fitted(self):
+        if not whole:
+            read["fit"].append((self.layer.name, sum(len(b.input) for b in self.context.data)))
+        return responses(self)
+
+    def compared(self, network):
+        kind = "all" if whole else "loss"
+        read[kind].append(sum(len(batch.input) for batch in self.tails.data))
+        return distances(self, network)
+
+    def all_of_it(self, network):
+        whole.append(True)
+        return loss_of(self, network)
+
+    whole = []
+    monkeypatch.setattr(Responses, "__iter__", fitted)
+    monkeypatch.setattr(Scores, "_distance", compared)
+    monkeypatch.setattr(Scores, "loss_of", all_of_it)
+    images, model = data(20), net().eval()
+    found = run({"macs": "70%"}, model, images, candidates=[qx.Perforate()], dry_run=True)
+    assert dict(read["fit"]) == {"stem": 64, "a": 80, "b": 80, "c": 80, "point": 64, "wide": 288}
+    # by the first 256, or as many as the fit had
+    assert set(read["loss"]) == {256, 288}
+    row = next(row for row in found.rows if row.layers == ("c",))
+    alone = qx.accelerate(model, row.method, where=["c"], calibration=images[:5]).model.eval()
+    with torch.no_grad():
+        far = torch.cat([classification().distances(alone(x), model(x)) for x in images[:16]])
+    assert row.loss == pytest.approx(float(far.mean()), rel=1e-3)
+    run({"macs": "70%"}, model, images, candidates=[qx.Perforate()])
+    assert set(read["all"]) == {320}
 
 
 # ---------------------------------------------------------------- the table

@@ -86,7 +86,13 @@ def without_walks(monkeypatch):
 @pytest.mark.parametrize("most", [0, 5000, 1 << 30])
 @pytest.mark.parametrize(
     "method",
-    [qx.LowRank(rank=2, data=True), qx.Perforate(fill="fitted", pointwise=True), qx.SpatialBottleneck()],
+    [
+        qx.LowRank(rank=2, data=True),
+        qx.Perforate(fill="fitted", pointwise=True),
+        qx.SpatialBottleneck(),
+        # fitted again once all layers are replaced, each by a module of two convolutions
+        qx.Espace(rank=2, rate=0.5, mask="lattice", fill="fitted"),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_fits_are_those_of_whole_forwards(network, most, method, monkeypatch):
@@ -104,16 +110,18 @@ def test_fits_are_those_of_whole_forwards(network, most, method, monkeypatch):
         assert torch.equal(value, other[name]), name
 
 
-def forwards(network, monkeypatch, **arguments):
+def forwards(network, monkeypatch, method=None):
     """How often a fit ran a network from its own input to a layer."""
+    method = method or qx.LowRank(rank=2, data=True)
     model, calls, real = network().eval(), [], calibration._run_to
     monkeypatch.setattr(calibration, "_run_to", lambda *a: calls.append(a[1]) or real(*a))
-    replace_layers(model, qx.LowRank(rank=2, data=True), calibration=images(), **arguments)
+    replace_layers(model, method, calibration=images())
     return calls
 
 
 def test_networks_with_a_graph_do_not_start_again(monkeypatch):
     assert forwards(Plain, monkeypatch) == []
+    assert forwards(Plain, monkeypatch, qx.Espace(rank=2, rate=0.5, mask="lattice", fill="fitted")) == []
 
 
 def test_networks_without_a_graph_and_with_hooks_run_as_they_are(monkeypatch):

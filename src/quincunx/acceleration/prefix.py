@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.program import Program
 from quincunx.layers.graph import trace
-from quincunx.layers.parts import between, call_of, live
+from quincunx.layers.parts import between, call_of, live, read_by
 from quincunx.modules import inference_mode_of
 from quincunx.surgery.calibration import MOST_KEPT, Batch
 
@@ -35,6 +35,11 @@ class Tails:
             self.graph = None if _hooked(model) else _traced(model)
         self.wanted = self.at = 0
         self.kept: list[tuple[Any, ...]] = []
+
+    def read(self, data: Iterable[Batch]) -> None:
+        """Run these batches from now on."""
+        if data is not self.data:
+            self.data, self.wanted, self.at, self.kept = data, 0, 0, []
 
     def go_to(self, names: Sequence[str]) -> None:
         """Keep the values that the first call of a layer with these names, and all later nodes, read."""
@@ -85,8 +90,8 @@ class Tails:
         if self.graph is None or graph is None or (stop := call_of(graph, names)) is None:
             return None
         part = None
-        read = list(graph.nodes)[stop].args[0]
-        if stop >= self.at and isinstance(read, fx.Node):
+        read = read_by(graph, names)
+        if stop >= self.at and read is not None:
             part = between(network, self.graph, graph, self.at, stop, read)
         if part is None:
             return None

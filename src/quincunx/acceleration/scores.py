@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quincunx.acceleration.around import Around
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate, pair_name
 from quincunx.acceleration.prefix import Tails
@@ -39,8 +43,15 @@ from quincunx.writing import write_json
 __all__ = ["BUDGET", "Measured", "Scores", "Shared", "eager_form", "inference_form", "timed_clearly"]
 
 _ROUNDS = 11
+# seconds; a part of a network takes less than the whole
+_ROUND_OF_PART = 0.02
 # for the whole network of a choice: few are timed, and one of them decides
 _ATTEMPT_ROUNDS = 31
+# Images on which candidates are compared.
+_COMPARED_ON = 256
+# The fewest images on which a candidate is fitted for that, and output positions for each weight of an output
+# channel; what is chosen is fitted on all.
+_FITTED_ON, _ROWS = 64, 64
 BUDGET = "not scored: the time budget was used up"
 # the candidate saves no multiply-adds, or no time
 NO_GAIN = "no gain, stays dense"
@@ -174,7 +185,10 @@ class Scores:
         self.rows = [row for unit in self.units for row in self._rows_of(unit)]
         self.macs = cost(model, first[:1]).macs
         self.dense = inference_form(model, first[:1], dtype)
-        self.tails = self.context.shortcut = Tails(model, self.context.data)
+        self.data = self.context.data
+        # the first batches of the data, by how many they are
+        self.parts: dict[int, Calibration] = {}
+        self.tails = self.context.shortcut = Tails(model, self.data)
         self.specs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
         self.reference = 0.0
@@ -212,8 +226,15 @@ class Scores:
             yield from self.kept
             return
         with inference_mode_of(self.model):
-            for batch in self.context.data:
+            for batch in self.data:
                 yield self.model(batch.input)
+
+    def _first_images(self, count: int) -> Calibration:
+        """Return the first batches that hold so many images, if there are."""
+        batches = 1 + bisect_left(list(accumulate(self.counts)), count)
+        if batches >= len(self.counts):
+            return self.data
+        return self.parts.setdefault(batches, self.data.leading(batches))
 
     def _rows_of(self, unit: tuple[Layer, ...]) -> Iterator[Candidate]:
         for method in self.candidates:
@@ -326,6 +347,7 @@ class Scores:
 
     def loss_of(self, network: nn.Module) -> float:
         """Return the mean distance of a changed network's outputs from the original's."""
+        self.tails.read(self.data)
         with inference_mode_of(self.model):
             self.tails.go_to(())
         return self._distance(network)
@@ -336,7 +358,8 @@ class Scores:
     def _distance(self, network: nn.Module) -> float:
         total, count = 0.0, 0
         with inference_mode_of(network):
-            for given, answer in zip(self.tails.answers(network), self.answers, strict=True):
+            # the tails may read fewer batches
+            for given, answer in zip(self.tails.answers(network), self.answers, strict=False):
                 distances = self.task.distances(given, answer)
                 total += float(distances.sum())
                 count += len(distances)
@@ -356,22 +379,28 @@ class Scores:
             yield
 
     def _score(self, unit: tuple[Layer, ...], row: Candidate) -> None:
-        with inference_mode_of(self.model):
-            self.tails.go_to(unit[0].names)
-        with _excused(row), self._in_place(unit, row):
-            row.loss = self._loss(self.context.network)
-            if not np.isfinite(row.loss):
-                row.loss, row.why_not = None, "its answers are not finite"
+        fitted_on = max(_FITTED_ON, max(map(_images_for, unit)))
+        self.tails.read(self._first_images(max(_COMPARED_ON, fitted_on)))
+        self.context.calibration = self._first_images(fitted_on)
+        try:
+            with inference_mode_of(self.model):
+                self.tails.go_to(unit[0].names)
+            with _excused(row), self._in_place(unit, row):
+                row.loss = self._loss(self.context.network)
+                if not np.isfinite(row.loss):
+                    row.loss, row.why_not = None, "its answers are not finite"
+        finally:
+            self.context.calibration = self.data
 
     def _time_class(self, units: list[tuple[Layer, ...]]) -> None:
-        """Time each candidate on all units of one shape at once, in the whole network."""
+        """Time each candidate on all units of one shape at once, in the part of the network around them."""
         unit_of = {tuple(layer.name for layer in unit): unit for unit in units}
         rows = [r for r in self.rows if r.layers in unit_of and r.seconds_saved is None and r.why_not is None]
-        networks: dict[str, nn.Module] = {}
+        sketches: dict[str, nn.Module] = {}
         for row in rows:
             method = repr(row.method)
             # the first unit that the method can replace represents all
-            if method not in networks:
+            if method not in sketches:
                 self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
                 # several processes may have done so
                 if row.loss is None or (_shape_of(units[0]), method) not in self.specs:
@@ -379,18 +408,44 @@ class Scores:
                 if row.why_not is None:
                     specs = self.specs[_shape_of(units[0]), method]
                     with _excused(row):
-                        sketch = self._sketch([(unit, specs) for unit in units])
-                        networks[method] = inference_form(sketch, None, self.dtype)
-        if not networks:
+                        sketches[method] = self._sketch([(unit, specs) for unit in units])
+        if not sketches:
             return
-        timings = measure_models({"": self.dense, **networks}, self._timed_input(), rounds=_ROUNDS)
+        whole, before, after = self._timed(units, sketches)
         for row in rows:
-            if row.why_not is None and repr(row.method) in networks:
-                shares = _saved(timings[""], timings[repr(row.method)], len(units))
+            if row.why_not is None and repr(row.method) in after:
+                shares = _saved(whole, before, after[repr(row.method)], len(units))
                 low, middle, high = (share * self.reference for share in shares)
                 row.seconds_saved = (low, middle, high)
                 if row.seconds_saved[0] <= 0:
                     row.why_not = NO_GAIN
+
+    def _timed(
+        self, units: list[tuple[Layer, ...]], sketches: Mapping[str, nn.Module]
+    ) -> tuple[Timing, Timing, dict[str, Timing]]:
+        """Return the times of the dense network, and of its part around some units before and with each of
+        the sketches' layers; all are of the whole network where it has no such part."""
+        x = self._timed_input()
+        try:
+            if self.tails.graph is None or self.dtype == torch.int8:
+                # ranges of eight bits are the whole network's
+                raise LookupError("no parts")
+            names = [name for unit in units for layer in unit for name in layer.names]
+            around = Around(self.model, self.tails.graph, names, x)
+            parts = {key: around.of(network) for key, network in {"": self.model, **sketches}.items()}
+        except LookupError:
+            forms = {key: inference_form(network, None, self.dtype) for key, network in sketches.items()}
+            timings = measure_models({"": self.dense, **forms}, x, rounds=_ROUNDS)
+            before = timings.pop("")
+            return before, before, timings
+        forms = {key: inference_form(part, None, self.dtype) for key, part in parts.items()}
+        timings = measure_models(
+            {"whole network": self.dense, **forms},
+            {"whole network": x, **dict.fromkeys(forms, around.given)},
+            rounds=_ROUNDS,
+            round_seconds=_ROUND_OF_PART,
+        )
+        return timings.pop("whole network"), timings.pop(""), timings
 
     def _timed_input(self) -> Tensor:
         return self.example.contiguous(memory_format=torch.channels_last)
@@ -421,6 +476,7 @@ class Scores:
             "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16],
             "weights": weight_of(self.model),
             "images": hashlib.sha256("".join(self.marks).encode()).hexdigest()[:16],
+            **({"compared_on": _COMPARED_ON} if sum(self.counts) > _COMPARED_ON else {}),
             "example": list(self.example.shape),
             **({} if self.dtype is None else {"dtype": str(self.dtype)}),
             **({} if self.task.classifies else {"task": self.task.to_dict()}),
@@ -621,14 +677,20 @@ def _shape_of(unit: tuple[Layer, ...]) -> str:
     return " + ".join(f"{tuple(x.input_shape or ())[1:]} {x.module}" for x in unit)
 
 
-def _saved(before: Timing, after: Timing, units: int) -> tuple[float, float, float]:
-    """Return quartiles over the rounds of the share of the network's time that one unit saves.
+def _saved(whole: Timing, before: Timing, after: Timing, units: int) -> tuple[float, float, float]:
+    """Return quartiles over the rounds of the share of the whole network's time that one unit saves.
 
-    A round's two times are measured side by side, so the shares hold even if the machine's speed drifts.
+    A round's times are measured side by side, so the shares hold even if the machine's speed drifts.
     """
-    each = (1 - np.array(after.seconds) / np.array(before.seconds)) / units
+    each = (np.array(before.seconds) - np.array(after.seconds)) / np.array(whole.seconds) / units
     low, middle, high = np.percentile(each, [25, 50, 75])
     return float(low), float(middle), float(high)
+
+
+def _images_for(layer: Layer) -> int:
+    """Return how many images give a fit of a layer enough rows."""
+    columns = layer.module.get_parameter("weight")[0].numel()
+    return math.ceil(_ROWS * columns / max(math.prod((layer.output_shape or ())[2:]), 1))
 
 
 def _macs_of(units: Sequence[tuple[Layer, ...]]) -> int:

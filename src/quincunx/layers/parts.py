@@ -8,13 +8,25 @@ from torch import fx, nn
 
 from quincunx.layers.tracing import as_module
 
-__all__ = ["between", "call_of", "description", "live"]
+__all__ = ["between", "call_of", "description", "live", "read_by"]
 
 
 def call_of(graph: fx.Graph, names: Sequence[str]) -> int | None:
-    """Return the position of the first call of a module with these names."""
-    places = (i for i, n in enumerate(graph.nodes) if n.op == "call_module" and n.target in names)
-    return next(places, None)
+    """Return the position at which the first call of a module with these names begins."""
+    return next((i for i, node in enumerate(graph.nodes) if _within(node, names)), None)
+
+
+def read_by(graph: fx.Graph, names: Sequence[str]) -> fx.Node | None:
+    """Return what the first call of a module with these names reads; None if that is not a single value."""
+    inside = {node for node in graph.nodes if _within(node, names)}
+    read = {one for node in inside for one in node.all_input_nodes if one not in inside}
+    return read.pop() if len(read) == 1 else None
+
+
+def _within(node: fx.Node, names: Sequence[str]) -> bool:
+    """Return whether a node is the call of a module with one of these names, or a part of its first call."""
+    # a module of several layers is not a single node
+    return any(name in node.meta.get("nn_module_stack", ()) for name in names)
 
 
 def between(

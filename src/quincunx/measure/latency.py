@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch.utils import benchmark
 
 from quincunx.modules import inference_mode_of
 
@@ -145,7 +146,8 @@ def measure(
     """Time functions against each other: A B C A B C ..., after a warm-up of each.
 
     Args:
-        candidates: name -> function without arguments. ``torch.utils.benchmark`` synchronises devices.
+        candidates: name -> function without arguments. The clock of ``torch.utils.benchmark`` synchronises
+            devices.
         threads: intra-op threads; by default torch's current number.
         rounds: how often each is timed.
         round_seconds: approximate duration of a round of one candidate; times ``QUINCUNX_ROUND_SCALE``.
@@ -168,39 +170,45 @@ def measure(
     count = torch.get_num_threads() if threads is None else threads
     with using_threads(count):
         timers = {
-            name: Timer("run()", globals={"run": function}, num_threads=count)
+            name: timeit.Timer("run()", timer=benchmark.timer, globals={"run": function})
             for name, function in candidates.items()
         }
         calls: dict[str, int] = {}
         for name, timer in timers.items():
-            for _ in range(warmup):
-                timer.timeit(1)
+            if warmup:
+                timer.timeit(warmup)
             # on a busy machine one call may take ten times as long, and would make a round a single cold call
-            once = min(timer.timeit(1).mean for _ in range(_SIZED_BY))
+            once = min(timer.repeat(_SIZED_BY, 1))
             calls[name] = max(1, int(round_seconds / max(once, 1e-9)))
         seconds: dict[str, list[float]] = {name: [] for name in timers}
         for _ in range(rounds):
             for name, timer in timers.items():
                 if rest > 0:
                     time.sleep(rest)
-                seconds[name].append(float(timer.timeit(calls[name]).mean))
+                # what another candidate left in the caches is not this one's fault
+                timer.timeit(1)
+                seconds[name].append(timer.timeit(calls[name]) / calls[name])
     return {name: Timing(name, count, tuple(values)) for name, values in seconds.items()}
 
 
 def measure_models(
     models: Mapping[str, nn.Module],
-    example: Tensor | Mapping[str, Tensor],
+    example: Tensor | Mapping[str, Tensor | tuple[Any, ...]],
     others: Mapping[str, Callable[[], object]] | None = None,
     **options: Any,
 ) -> dict[str, Timing]:
     """Time networks on an input in evaluation mode without gradients; options as in :func:`measure`.
 
-    ``example`` is one input for all, or the input of each by name. ``others`` are functions to time in turn
-    with them.
+    ``example`` is one input for all, or the input or arguments of each by name. ``others`` are functions to
+    time in turn with them.
     """
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(inference_mode_of(model))
         inputs = dict.fromkeys(models, example) if isinstance(example, Tensor) else example
-        runs = {name: partial(model, inputs[name]) for name, model in models.items()}
+        runs = {name: partial(model, *_arguments(inputs[name])) for name, model in models.items()}
         return measure({**runs, **(others or {})}, **options)
+
+
+def _arguments(given: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,)

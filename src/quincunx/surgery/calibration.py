@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -109,6 +110,17 @@ class Batch:
     def ask(self, network: nn.Module) -> Any:
         """Return a network's output for this batch."""
         return network(*((self.input,) if self.arguments is None else self.arguments), **self.keywords)
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """The first elements of what can be read repeatedly."""
+
+    elements: Iterable[Any]
+    count: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.elements, self.count)
 
 
 # keys of a dictionary that hold targets, and keys that hold inputs
@@ -223,6 +235,10 @@ class Calibration:
     def first(self) -> Batch:
         """Return the first batch."""
         return next(iter(self))
+
+    def leading(self, count: int) -> Calibration:
+        """Return the first ``count`` batches alone."""
+        return Calibration(_Leading(self.batches, count), self.network, self.start)
 
     def _read(self, index: int, element: Any) -> Batch:
         arguments, keywords, target = self._parts(index, element)

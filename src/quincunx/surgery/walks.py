@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from quincunx.layers.graph import trace
-from quincunx.layers.parts import between, call_of, description, live
+from quincunx.layers.parts import between, call_of, description, live, read_by
 from quincunx.modules import evaluation, forward_hooks, held_at
 
 __all__ = ["Leg", "Walk"]
@@ -76,14 +76,11 @@ class Walk:
                 self.forget()
                 return None
         graph = self.traced[1]
-        at = call_of(graph, names)
-        if at is None:
-            return None
-        call = list(graph.nodes)[at]
-        if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], fx.Node):
+        at, read = call_of(graph, names), read_by(graph, names)
+        if at is None or read is None:
             return None
         self._remember(network, graph, at)
-        return Leg(self, network, graph, at)
+        return Leg(self, network, graph, at, read)
 
     def _remember(self, network: nn.Module, graph: fx.Graph, at: int) -> None:
         """Drop values that do not hold any more, or that are of later layers."""
@@ -120,10 +117,10 @@ class Walk:
 class Leg:
     """One pass of a :class:`Walk` to a layer."""
 
-    def __init__(self, walk: Walk, network: nn.Module, graph: fx.Graph, at: int) -> None:
+    def __init__(self, walk: Walk, network: nn.Module, graph: fx.Graph, at: int, read: fx.Node) -> None:
         self.walk, self.network, self.graph, self.at = walk, network, graph, at
         self.wanted = tuple(live(graph, at))
-        self.place = self.wanted.index(list(graph.nodes)[at].args[0])
+        self.place = self.wanted.index(read)
         self.parts: dict[int, Callable[..., Any] | None] = {}
 
     def input(self, index: int, given: Tensor, mark: str) -> Tensor | None:
