@@ -99,7 +99,8 @@ def search(
     Each candidate is put in the network on its own, fitted on 64 images or as many as its weights need. Its
     loss is the mean distance of the outputs from the original's on the first 256 images of the calibration
     data, as the task measures it (in classification the Kullback-Leibler divergence). Its time is measured
-    in place, in the part of the fused network around all layers of its shape at once. Candidates that save no time are dropped. The search then chooses at most one
+    in place, in the part of the fused network around all layers of its shape at once. Candidates that save
+    no time are dropped. The search then chooses at most one
     candidate for each layer,
 
     .. math:: \min_x \sum_c x_c \ell_c \quad\text{s.t.}\quad \sum_c x_c t_c \ge t_{\text{wanted}},
