@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.program import Program
 from quincunx.layers.graph import trace
+from quincunx.layers.kinds import suits
 from quincunx.layers.parts import between, call_of, live, read_by
 from quincunx.modules import inference_mode_of
 from quincunx.surgery.calibration import MOST_KEPT, Batch
@@ -21,8 +23,9 @@ __all__ = ["Tails"]
 class Tails:
     """Batches of a network up to some layer, from which changed copies of the network continue.
 
-    Both parts run fused, always by the same kernels. A network runs whole if torch.fx cannot trace it, if
-    it has hooks, which only its own forward calls, or if its values take too much memory to keep.
+    Both parts run fused, always by the same kernels. A network runs whole if torch.fx cannot trace it, or
+    not for data of this kind, if it has hooks, which only its own forward calls, or if its values take too
+    much memory to keep.
 
     Args:
         model: the unchanged network.
@@ -33,6 +36,11 @@ class Tails:
         self.model, self.data = model, data
         with inference_mode_of(model):
             self.graph = None if _hooked(model) else _traced(model)
+        # whether the graph is for inputs of this kind
+        graph = self.graph
+        self.suited = graph is None or all(suits(graph, batch.input) for batch in islice(data, 1))
+        if not self.suited:
+            self.graph = None
         self.wanted = self.at = 0
         self.kept: list[tuple[Any, ...]] = []
 

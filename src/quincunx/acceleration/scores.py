@@ -434,7 +434,7 @@ class Scores:
             around = Around(self.model, self.tails.graph, names, x)
             parts = {key: around.of(network) for key, network in {"": self.model, **sketches}.items()}
         except LookupError:
-            forms = {key: inference_form(network, None, self.dtype) for key, network in sketches.items()}
+            forms = {key: self._form(network) for key, network in sketches.items()}
             timings = measure_models({"": self.dense, **forms}, x, rounds=_ROUNDS)
             before = timings.pop("")
             return before, before, timings
@@ -596,7 +596,11 @@ class Scores:
         if not chosen:
             return self.dense
         sketch = self._sketch([(self._unit(row), self._specs_of(row)) for row in chosen])
-        return inference_form(sketch, None, self.dtype)
+        return self._form(sketch)
+
+    def _form(self, network: nn.Module) -> nn.Module:
+        """Return the form of a changed network that is timed, as that of the dense one."""
+        return inference_form(network, None, self.dtype) if self.tails.suited else eager_form(network)
 
     def _unit(self, row: Candidate) -> tuple[Layer, ...]:
         return tuple(self.layers[name] for name in row.layers)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from quincunx.layers.kinds import KindGuard
 from quincunx.layers.sizes import SizeGuard
 from quincunx.modules import forward_hooks, surely
 
@@ -221,8 +222,8 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def is_guard(node: fx.Node) -> bool:
-    """Whether a node gives nothing, and is there to raise for sizes that the graph is not for."""
-    return node.op == "call_function" and isinstance(node.target, SizeGuard)
+    """Whether a node gives nothing, and is there to raise for sizes and kinds that the graph is not for."""
+    return node.op == "call_function" and isinstance(node.target, (SizeGuard, KindGuard))
 
 
 def _name(node: fx.Node) -> str:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from quincunx.layers.sizes import about_sizes, sizes_of
 from quincunx.modules import forward_hooks
 
-__all__ = ["Counted", "count_in", "count_of", "dimensions_of", "is_torchs", "pieces_of"]
+__all__ = ["KEEPING", "Counted", "count_in", "count_of", "dimensions_of", "is_torchs", "pieces_of"]
 
 # tracing exchanges the function of this name
 _isinstance = builtins.isinstance
@@ -81,7 +81,13 @@ def count_in(node: fx.Node, root: nn.Module) -> int | None:
     parts: Any = next((node.kwargs[key] for key in _PARTS if key in node.kwargs), second)
     if _isinstance(parts, (list, tuple)):
         return None if name == "chunk" else len(parts) + (name == "tensor_split")
-    return parts if type(parts) is int and parts > 0 and name in ("chunk", "tensor_split") else None
+    if type(parts) is not int or parts < 1:
+        return None
+    if name == "split":
+        dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        size = channels_of(node.all_input_nodes[0], root) if dim == 1 else None
+        return None if size is None else max(1, -(-size // parts))
+    return parts if name in ("chunk", "tensor_split") else None
 
 
 def _name_of(node: fx.Node, root: nn.Module) -> str:
@@ -107,7 +113,7 @@ _KEEP_DIMENSIONS = (
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Softmax),
     *(nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d),
 )
-_KEEPING = {
+KEEPING = {
     *("relu", "relu_", "relu6", "silu", "gelu", "elu", "leaky_relu", "sigmoid", "tanh", "mish", "hardswish"),
     *("hardsigmoid", "hardtanh", "dropout", "softmax", "clamp", "contiguous", "clone", "float", "to", "cat"),
     *("add", "sub", "mul", "truediv", "div", "iadd", "isub", "imul", "add_", "mul_", "neg", "exp", "sqrt"),
@@ -142,12 +148,42 @@ def _dimensions(node: fx.Node, root: nn.Module) -> int | None:
     if name == "getitem":
         kept = type(node.args[1]) is int and _name_of(read[0], root) in _WHOLE
         return dimensions_of(read[0].all_input_nodes[0], root) if kept else None
-    if name not in _KEEPING or "keepdim" in node.kwargs:
+    if name not in KEEPING or "keepdim" in node.kwargs:
         return None
     found = [dimensions_of(other, root) for other in read]
     known = [one for one in found if one is not None]
     # what is joined has the dimensions of each; other operands may have more than those that are known
     return max(known, default=None) if name == "cat" or len(known) == len(found) else None
+
+
+def channels_of(node: fx.Node, root: nn.Module) -> int | None:
+    """Return the size of a map's second dimension, where its layers say it; None if unknown."""
+    if "channels" not in node.meta:
+        node.meta["channels"] = _channels(node, root)
+    found: int | None = node.meta["channels"]
+    return found
+
+
+def _channels(node: fx.Node, root: nn.Module) -> int | None:
+    read = list(node.all_input_nodes)
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if (_dimensions_behind(module, node, root) or 0) < 4 or type(module) is nn.PixelShuffle:
+            return None
+        own: Any = getattr(module, "out_channels", getattr(module, "num_features", None))
+        return own if type(own) is int else channels_of(read[0], root)
+    if node.op not in ("call_function", "call_method") or about_sizes(node) is not None:
+        return None
+    name = str(getattr(node.target, "__name__", node.target))
+    found = [channels_of(other, root) for other in read]
+    if name == "cat":
+        parts: Any = node.args[0] if node.args else None
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        listed = _isinstance(parts, (list, tuple)) and all(_isinstance(part, fx.Node) for part in parts)
+        each = [channels_of(part, root) for part in parts] if listed else [None]
+        return sum(each) if dim == 1 and None not in each else None  # type: ignore[arg-type]
+    kept = name in KEEPING and name not in ("pad", "permute", "conv2d")
+    return found[0] if kept and found and found == found[:1] * len(found) else None
 
 
 def _dimensions_behind(module: nn.Module, node: fx.Node, root: nn.Module) -> int | None:

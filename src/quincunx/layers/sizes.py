@@ -51,6 +51,7 @@ _FUNCTIONS: set[Callable[..., Any]] = {
     *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
     *(operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift),
     *(operator.iadd, operator.isub, operator.imul, operator.ifloordiv, operator.itruediv, operator.imod),
+    *(max, min, round),
 }
 
 
@@ -167,19 +168,28 @@ def _by_method(node: fx.Node) -> Shape | Made | None:
 
 
 def chunks_of(node: fx.Node) -> Made | None:
-    """How many pieces a call of ``chunk`` gives, by the size that it divides; None for any other node."""
-    if node.target != "chunk" and getattr(node.target, "__name__", "") != "chunk":
+    """How many pieces a call of ``chunk``, or of ``split`` into pieces of one size, gives, by the size that
+    it divides; None for any other node."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if name not in ("chunk", "split"):
         return None
-    given = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    shape, dim, number = _shape(given.get("input")), given.get("dim", 0), given.get("chunks")
-    if shape is None or type(dim) is not int or type(number) is not int:
+    number = "chunks" if name == "chunk" else "split_size_or_sections"
+    places = ("input" if name == "chunk" else "tensor", number, "dim")
+    given = dict(zip(places, node.args, strict=False)) | dict(node.kwargs)
+    shape, dim = _shape(given.get(places[0])), given.get("dim", 0)
+    pieces = given.get(number, given.get("split_size"))
+    if shape is None or type(dim) is not int or type(pieces) is not int or pieces < 1:
         return None
-    return Made(_chunks, (Made(operator.getitem, (shape, dim)), number))
+    return Made(_chunks if name == "chunk" else _splits, (Made(operator.getitem, (shape, dim)), pieces))
 
 
 def _chunks(size: int, number: int) -> int:
     each = -(-size // number)
     return -(-size // each) if each else number
+
+
+def _splits(size: int, each: int) -> int:
+    return max(1, -(-size // each))
 
 
 def _product(shape: Any) -> int:

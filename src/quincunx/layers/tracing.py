@@ -6,14 +6,16 @@ its hash, whether it is true), a number drawn by chance, autocast switched on wi
 from call to call end the tracing of the module that did so. Such a module becomes one node, which runs it as
 it is; where the network itself is such a module, there is no graph.
 
-One question is answered: whether a size is such that the forward raises (:mod:`quincunx.layers.sizes`). The
-graph asks it again at each call.
+Two kinds of questions are answered: whether a size is such that the forward raises
+(:mod:`quincunx.layers.sizes`), and of which format or on which device a map is
+(:mod:`quincunx.layers.kinds`). The graph asks them again at each call.
 """
 
 from __future__ import annotations
 
 import builtins
 import copy
+import functools
 import inspect
 import math
 import operator
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quincunx.layers.counts import count_of, dimensions_of, is_torchs, pieces_of
+from quincunx.layers.kinds import kind_answer
 from quincunx.layers.sizes import (
     Fork,
     Made,
@@ -85,6 +88,10 @@ class _Value(fx.Proxy):
             raise self.tracer.refusal("it asks for the length of a value that is known only when it runs")
         self.tracer.guard_count(self.node, number)
         return number
+
+    def __round__(self, digits: int | None = None) -> fx.Proxy:
+        given = (self,) if digits is None else (self, digits)
+        return self.tracer.create_proxy("call_function", round, given, {})
 
     def __int__(self) -> int:
         raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
@@ -160,6 +167,37 @@ def _watched_isinstance(value: Any, classes: Any) -> bool:
     raise value.tracer.refusal("it asks for the type of a value that is known only when it runs")
 
 
+def _largest_or_smallest(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``max`` or ``min`` while tracing: of sizes, a value that the graph works out at each call."""
+
+    @functools.wraps(function)
+    def watched(*given: Any, **named: Any) -> Any:
+        one: Any = given[0] if len(given) == 1 else None
+        if type(one) in (_Value, _Attribute) and not named and about_sizes(one.node) is not None:
+            return one.tracer.create_proxy("call_function", function, given, {})
+        of: Any = one if type(one) in (list, tuple) else given
+        values = [value for value in of if type(value) in (_Value, _Attribute)]
+        numbers = all(type(value) in (int, float, bool, _Value, _Attribute) for value in of)
+        if not values or not numbers or named or any(about_sizes(value.node) is None for value in values):
+            return function(*given, **named)
+        return values[0].tracer.create_proxy("call_function", function, tuple(of), {})
+
+    return watched
+
+
+def _made_of_sizes(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """``torch.zeros`` and the like while tracing, which take stand-ins in a tuple only."""
+
+    @functools.wraps(function)
+    def watched(*given: Any, **named: Any) -> Any:
+        values = [value for value in given if type(value) in (_Value, _Attribute)]
+        if not values:
+            return function(*given, **named)
+        return values[0].tracer.create_proxy("call_function", function, given, named)
+
+    return watched
+
+
 class _Tracer(fx.Tracer):
     """Torch's tracer, which falls back to running a module where it cannot look into it.
 
@@ -215,6 +253,12 @@ class _Tracer(fx.Tracer):
 
     def _answer(self, node: fx.Node) -> bool | None:
         """The answer to a question about sizes; None where none can be given."""
+        if (kind := kind_answer(node, self.root)) is not None:
+            answer, needed = kind
+            for of, guard in needed:
+                if all(user.target != guard for user in of.users):
+                    self.create_node("call_function", guard, (of,), {})
+            return answer
         expression = about_sizes(node)
         self.questions += 1
         # an assumed answer may be one with which a loop never ends
@@ -479,13 +523,19 @@ def _watching(tracer: _Tracer) -> Iterator[None]:
         tracer.note_set(module, name, None)
         delete_attribute(module, name)
 
-    builtins.isinstance = _watched_isinstance
+    exchanged: list[tuple[Any, str, Any]] = [(builtins, "isinstance", _watched_isinstance)]
+    exchanged += [(builtins, f.__name__, _largest_or_smallest(f)) for f in (max, min)]
+    exchanged += [(torch, f.__name__, _made_of_sizes(f)) for f in (torch.zeros, torch.ones, torch.empty)]
+    own = [(place, name, getattr(place, name)) for place, name, _ in exchanged]
+    for place, name, function in exchanged:
+        setattr(place, name, function)
     nn.Module.__setattr__ = watched_set  # type: ignore[method-assign, assignment]
     nn.Module.__delattr__ = watched_delete  # type: ignore[method-assign]
     try:
         yield
     finally:
-        builtins.isinstance = _isinstance
+        for place, name, function in own:
+            setattr(place, name, function)
         nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
         nn.Module.__delattr__ = delete_attribute  # type: ignore[method-assign]
 
