@@ -143,8 +143,8 @@ def test_images_in_bytes_are_fitted_as_they_are():
     """The network's own forward makes real numbers of them, which its graph does not."""
     net = made(lambda net, x: net.b(F.relu(net.a(x.float() / 255 if x.dtype == torch.uint8 else x))))
     images = [torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8) for _ in range(2)]
-    assert not suits(trace(net), images[0])
-    assert suits(trace(net), images[0].float())
+    assert not suits(trace(net), lambda: images[0])
+    assert suits(trace(net), lambda: images[0].float())
     assert Tails(net, Calibration(images, net)).graph is None
     assert Tails(net, Calibration([x.float() for x in images], net)).graph is not None
     made_of_bytes = qx.accelerate(net, qx.Perforate(), calibration=images)

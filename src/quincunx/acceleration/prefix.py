@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -37,8 +36,7 @@ class Tails:
         with inference_mode_of(model):
             self.graph = None if _hooked(model) else _traced(model)
         # whether the graph is for inputs of this kind
-        graph = self.graph
-        self.suited = graph is None or all(suits(graph, batch.input) for batch in islice(data, 1))
+        self.suited = self.graph is None or suits(self.graph, lambda: next(iter(data)).input)
         if not self.suited:
             self.graph = None
         self.wanted = self.at = 0

@@ -92,9 +92,12 @@ def kind_answer(node: fx.Node, root: nn.Module) -> tuple[bool, list[tuple[fx.Nod
     return (answer, list(kinds.needed)) if kinds.asked else None
 
 
-def suits(graph: fx.Graph, x: Tensor) -> bool:
-    """Return whether an input is of the kind that a network was traced for."""
-    guards = (node.target for node in graph.nodes if isinstance(node.target, KindGuard))
+def suits(graph: fx.Graph, first: Callable[[], Tensor]) -> bool:
+    """Return whether an input is of the kind that a network was traced for; it is asked for if that counts."""
+    guards = [node.target for node in graph.nodes if isinstance(node.target, KindGuard)]
+    if not guards:
+        return True
+    x = first()
     return not any(guard.differs(x) for guard in guards)
 
 
