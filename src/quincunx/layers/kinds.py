@@ -93,7 +93,7 @@ def kind_answer(node: fx.Node, root: nn.Module) -> tuple[bool, list[tuple[fx.Nod
 
 
 def suits(graph: fx.Graph, first: Callable[[], Tensor]) -> bool:
-    """Return whether an input is of the kind that a network was traced for; it is asked for if that counts."""
+    """Return whether an input is of the kind that a network was traced for; nothing is asked if any is."""
     guards = [node.target for node in graph.nodes if isinstance(node.target, KindGuard)]
     if not guards:
         return True
