@@ -580,6 +580,37 @@ def targets(*names: str) -> str:
     return table(header, cells)
 
 
+def of_all_candidates(*names: str) -> str:
+    """Return searches among all candidates: what was asked and measured, errors, and what was chosen."""
+    header = ["network", "asked", "predicted", "measured", "MAC ratio", "error before", "replaced"]
+    header += ["fine-tuned", "points lost", "of the first five", "p", "epochs", "layers", "scoring, min"]
+    cells = []
+    for name in names:
+        result = read(name, "accelerate.json")
+        cost, speed, search = result["cost"], result["whole"]["speedup"], result["search"]
+        stages = {stage["name"]: stage for stage in result["stages"]}
+        before, replaced, tuned = (stages[key] for key in ("before", "after replacing", "after fine-tuning"))
+        last = search["attempts"][-1]
+        layers = {row["layers"][0] for row in search["candidates"] if len(row["layers"]) == 1}
+        cells.append(
+            [
+                name,
+                f"{search['target']['speedup']:g}x",
+                f"{last['before'] / last['predicted']:.2f}x",
+                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
+                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *(f"{100 * stage['error']:.2f}%" for stage in (before, replaced, tuned)),
+                f"{100 * (tuned['error'] - before['error']):+.2f}",
+                f"{100 * (tuned['top5_error'] - before['top5_error']):+.2f}",
+                f"{tuned['p']:.2g}",
+                str(result["recipe"]["epochs"]),
+                f"{last['layers']} of {len(layers)}",
+                f"{search['seconds']['scoring'] / 60:.1f}",
+            ]
+        )
+    return table(header, cells)
+
+
 def with_drop(*names: str) -> str:
     """Return searches for a speed-up within a loss, one command each, and their results."""
     header = ["network", "asked", "points allowed", "measured", "MAC ratio", "error before", "replaced"]
@@ -859,6 +890,7 @@ MADE = {
     "clothing-small-128": lambda: trained("clothing-small-128"),
     "tiny-imagenet-50": lambda: trained("tiny-imagenet-50"),
     "targets": lambda: targets("resnet56-2x", "resnet56-1.5x", "clothing-resnet18-2x"),
+    "of-all-candidates": lambda: of_all_candidates("squeezenet-1.3x"),
     "with-drop": lambda: with_drop("resnet20-published-1.5x", "resnet20-jpeg-1.5x"),
     "masks-cifar-resnet20": lambda: compared("masks-cifar-resnet20"),
     "masks-cifar-resnet56": lambda: compared("masks-cifar-resnet56"),

@@ -362,6 +362,31 @@ def test_drift_of_the_clock_changes_no_choice(monkeypatch, table):
         assert attempt["predicted"] == pytest.approx(attempt["after"], rel=1e-6)
 
 
+def test_what_other_work_blurs_is_timed_again(monkeypatch):
+    """Savings whose quartiles lie far apart; no others, and not the part of the network before."""
+    asked, measure = [], scores.measure_models
+
+    def disturbed(models, example, *, rounds, **options):
+        asked.append((rounds, list(models)))
+        found = measure(models, example, rounds=rounds, **options)
+        for name, timing in found.items():
+            if "QUARTER" in name or "offsets=((0, 0),)" in name:
+                # in half of the rounds something else runs
+                seconds = [timing.median * (2 if i % 2 and rounds == 11 else 1) for i in range(rounds)]
+                found[name] = Timing(name, 1, tuple(seconds))
+        return found
+
+    monkeypatch.setattr(scores, "measure_models", disturbed)
+    steady, model = run({"macs": "60%"}, dry_run=True), net()
+    timed_again = [names for rounds, names in asked if rounds == 31 and "whole network" in names]
+    assert timed_again
+    assert all(names[:2] == ["whole network", ""] and len(names) == 3 for names in timed_again)
+    monkeypatch.setattr(scores, "measure_models", measure)
+    quiet = run({"macs": "60%"}, model, dry_run=True)
+    for one, other in zip(steady.rows, quiet.rows, strict=True):
+        assert one.seconds == pytest.approx(other.seconds)
+
+
 def test_latency_is_that_of_the_clock(table):
     """The targets above are between what the network needs and what the fastest does."""
     fastest = run({"speedup": 50}, table=table()).result.model
