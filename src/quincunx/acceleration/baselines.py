@@ -99,6 +99,15 @@ class Baselines:
             self.made[dtype] = ready_for(self.original, dtype, self.images, self.task)
         return self.made[dtype]
 
+    def _fused(self, dtype: torch.dtype | None) -> nn.Module:
+        """The network as it is judged in a format."""
+        if dtype is not None:
+            return fuse(self._ready(dtype), dtype, force=True)
+        try:
+            return fuse(self.original, check=self.one)
+        except TypeError:
+            return self.original
+
     def _added(self, choices: Sequence[FreeChoice]) -> list[dict[str, Any]]:
         if not choices:
             return self.rows
@@ -112,10 +121,7 @@ class Baselines:
             round_seconds=_SECONDS,
         )
         # fused once for all sizes of a format
-        networks = {
-            dtype: self.original if dtype is None else fuse(self._ready(dtype), dtype, force=True)
-            for dtype in dict.fromkeys(choice.dtype for choice in choices)
-        }
+        networks = {dtype: self._fused(dtype) for dtype in dict.fromkeys(choice.dtype for choice in choices)}
         for choice in choices:
             network = networks[choice.dtype]
             with scaled_inputs(network, choice.size):
