@@ -118,7 +118,7 @@ def test_questions_that_a_network_answers_with_an_error_of_its_own_keep_it():
 
 UNKNOWN = {
     "the images of a batch": lambda net, y: torch.stack([image for image in y]),  # noqa: C416
-    "unbind": lambda net, y: torch.stack([*y.unbind(1)], 1),
+    "unbind": lambda net, y: torch.stack([*y.unbind(2)], 2),
     "pieces of a size": lambda net, y: torch.cat([*y.split(3, 2)], 2),
     "a number of images": lambda net, y: y.view(len(y), -1),
     "behind a mean": lambda net, y: (lambda z: z.view(*z.shape))(y.mean(1)),

@@ -157,6 +157,46 @@ def test_images_in_bytes_are_fitted_as_they_are():
     assert [row.loss is not None for row in found.rows] == [True, True]
 
 
+CHANNELS = {
+    "one number": lambda net, y: net.b(y) if y.shape[1] == 8 else y,
+    "counted from the end": lambda net, y: net.b(y) if y.shape[-3] > 3 else y,
+    "two maps": lambda net, y: (lambda z: y + z if y.shape[1] == z.shape[1] else z)(net.b(y)),
+    "size()": lambda net, y: y if y.size(1) != 8 else net.b(y),
+    "an integer": lambda net, y: y.view(y.shape[0], 2, int(y.shape[1] / 2), *y.shape[2:]).transpose(1, 2),
+    "each": lambda net, y: torch.stack([i * part for i, part in enumerate(y.unbind(1))], 1),
+    "each, by torch": lambda net, y: torch.stack([*torch.unbind(F.relu(y), dim=1)][::-1], 1),
+    "of a join": lambda net, y: (lambda z: z if z.shape[1] == 16 else y)(torch.cat([y, net.norm(y)], 1)),
+}
+
+
+@pytest.mark.parametrize("case", CHANNELS)
+def test_channels_are_known_from_the_layers(case):
+    net = made(lambda net, x: CHANNELS[case](net, net.a(x)))
+    assert not trace(net).whole
+    fused = qx.fuse(net)
+    with torch.no_grad():
+        for shape in ((2, 3, 8, 8), (1, 3, 6, 20)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda net, x: (lambda y, z: y + z if y.shape == z.shape else y)(net.a(x), net.b(net.a(x))),
+        lambda net, x: (lambda y, z: y + z if y.shape[2:] == z.shape[2:] else y)(net.a(x), net.b(net.a(x))),
+        lambda net, x: net.b(net.a(x)) if x.shape[1] == 3 else net.a(x),
+        lambda net, x: net.a(x).view(int(x.shape[2] * x.shape[3]), -1),
+        lambda net, x: torch.stack([*net.a(x).unbind(0)]),
+        lambda net, x: torch.stack([*F.pad(net.a(x), (0, 0, 0, 0, 1, 0)).unbind(1)]),
+    ],
+    ids=["shapes", "sides", "an input's channels", "an area", "images", "padded channels"],
+)
+def test_what_no_layer_says_is_refused(run):
+    with pytest.raises(TypeError, match="cannot be traced"):
+        trace(made(run))
+
+
 SIZES = {
     "padded to a multiple": lambda net, y: F.pad(y, (0, max(0, 16 - y.shape[3]), 0, max(16 - y.shape[2], 0))),
     "as for a stride": lambda net, y: F.pad(y, [0, max((-(-y.shape[-1] // 2) - 1) * 2 + 3 - y.shape[-1], 0)]),
@@ -165,6 +205,9 @@ SIZES = {
     "rounded": lambda net, y: F.interpolate(y, size=(round(y.shape[2] * 0.7), round(y.shape[3] / 3))),
     "zeros": lambda net, y: torch.cat([y, torch.zeros(y.shape[0], 1, *y.shape[2:])], 1),
     "ones": lambda net, y: y + torch.ones(y.shape[0], 1, 1, 1, dtype=y.dtype, device=y.device),
+    "a tensor": lambda net, y: y / torch.tensor(y.shape[2] * 2.0) + torch.as_tensor(y.shape[3]),
+    "a tensor of several": lambda net, y: y * torch.tensor([y.shape[2], y.shape[3]]).float().mean(),
+    "the least number": lambda net, y: y / (y.norm(dim=1, keepdim=True) + torch.finfo(y.dtype).eps),
     "pieces of one size": lambda net, y: sum(y.split(4, 1)),
     "pieces with a rest": lambda net, y: torch.cat([2 * p for p in torch.split(y, 3, dim=1)], 1),
     "pieces of a join": lambda net, y: sum(torch.cat([y, F.relu(net.norm(y))], 1).split(4, dim=1)),
@@ -197,8 +240,20 @@ def test_what_only_a_run_knows_is_refused(run):
 
 
 def test_functions_of_python_are_themselves_again():
-    before = max, min, torch.zeros, torch.ones, torch.empty, isinstance
+    def now():
+        made_by = (
+            torch.zeros,
+            torch.ones,
+            torch.empty,
+            torch.tensor,
+            torch.as_tensor,
+            torch.finfo,
+            torch.iinfo,
+        )
+        return (max, min, isinstance, *made_by)
+
+    before = now()
     trace(made(KINDS["format"]))
     with pytest.raises(TypeError):
         trace(made(lambda net, x: net.a(x) if x.mean() > 0 else x))
-    assert before == (max, min, torch.zeros, torch.ones, torch.empty, isinstance)
+    assert before == now()

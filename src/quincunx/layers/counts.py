@@ -18,7 +18,16 @@ from torch import fx, nn
 from quincunx.layers.sizes import about_sizes, sizes_of
 from quincunx.modules import forward_hooks
 
-__all__ = ["KEEPING", "Counted", "count_in", "count_of", "dimensions_of", "is_torchs", "pieces_of"]
+__all__ = [
+    "KEEPING",
+    "Counted",
+    "channels_of",
+    "count_in",
+    "count_of",
+    "dimensions_of",
+    "is_torchs",
+    "pieces_of",
+]
 
 # tracing exchanges the function of this name
 _isinstance = builtins.isinstance
@@ -33,7 +42,7 @@ _PARTS = (
     *("indices_or_sections", "indices", "sections"),
 )
 _NAMES: dict[Any, str] = {
-    **{getattr(torch, name): name for name in (*_TWO, *_TWO_ALONG, *_IN_PIECES)},
+    **{getattr(torch, name): name for name in (*_TWO, *_TWO_ALONG, *_IN_PIECES, "unbind")},
     **{getattr(nn.functional, f"max_pool{n}d_with_indices"): "with_indices" for n in (1, 2, 3)},
     **{getattr(nn.functional, f"adaptive_max_pool{n}d_with_indices"): "with_indices" for n in (1, 2, 3)},
 }
@@ -76,6 +85,8 @@ def count_in(node: fx.Node, root: nn.Module) -> int | None:
         return 2
     if name in _TWO_ALONG:
         return 2 if type(node.kwargs.get("dim", second)) is int else None
+    if name == "unbind":
+        return channels_of(node.all_input_nodes[0], root) if node.kwargs.get("dim", second) == 1 else None
     if name not in _IN_PIECES:
         return None
     parts: Any = next((node.kwargs[key] for key in _PARTS if key in node.kwargs), second)

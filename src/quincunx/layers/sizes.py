@@ -33,8 +33,8 @@ __all__ = [
     "chunks_of",
     "evaluate",
     "identity",
+    "known",
     "mark",
-    "only_dimensions",
     "raised",
     "raised_by_network",
     "settle",
@@ -114,23 +114,6 @@ def sizes_of(node: fx.Node) -> tuple[fx.Node, slice] | None:
     if whole is None or whole[1] != slice(None) or any(type(end) not in (int, type(None)) for end in ends):
         return None
     return whole[0], slice(*ends)
-
-
-def only_dimensions(expression: Any) -> set[str] | None:
-    """The values whose numbers of dimensions an expression is made of; None if it depends on more."""
-    if isinstance(expression, Shape):
-        return None
-    if not isinstance(expression, Made):
-        return set()
-    if expression.function is len and isinstance(expression.arguments[0], Shape):
-        return {expression.arguments[0].of}
-    names: set[str] = set()
-    for argument in expression.arguments:
-        found = only_dimensions(argument)
-        if found is None:
-            return None
-        names |= found
-    return names
 
 
 def _shape(value: object) -> Shape | None:
@@ -236,6 +219,44 @@ def evaluate(expression: Any, shapes: Mapping[str, Any]) -> Any:
     if isinstance(expression, tuple):
         return tuple(evaluate(part, shapes) for part in expression)
     return expression
+
+
+class _Known:
+    """What is known of a shape: how many sizes it has, and the second of them."""
+
+    def __init__(self, of: str, dimensions: int | None, channels: int | None) -> None:
+        self.of, self.dimensions, self.channels = of, dimensions, channels
+
+    def __len__(self) -> int:
+        if self.dimensions is None:
+            raise _UnknownError(self.of)
+        return self.dimensions
+
+    def __getitem__(self, place: Any) -> int:
+        second = place == 1 or (type(place) is int and place < 0 and place == 1 - len(self))
+        if self.channels is None or not second:
+            raise _UnknownError(self.of)
+        return self.channels
+
+    def __eq__(self, other: object) -> bool:
+        raise _UnknownError(self.of)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def known(expression: Any, of: Callable[[str], tuple[int | None, int | None]]) -> Any:
+    """What an expression is, where numbers of dimensions and channels decide it; None where they do not.
+
+    Args:
+        of: these two numbers of a value by its name.
+    """
+    if isinstance(expression, Shape):
+        return None
+    try:
+        return evaluate(expression, {name: _Known(name, *of(name)) for name in _leaves(expression)})
+    except (_UnknownError, TypeError):
+        # a shape as a whole is asked for
+        return None
 
 
 def _leaves(expression: Any) -> set[str]:

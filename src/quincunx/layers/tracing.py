@@ -17,6 +17,7 @@ import builtins
 import copy
 import functools
 import inspect
+import itertools
 import math
 import operator
 import random
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from quincunx.layers.counts import count_of, dimensions_of, is_torchs, pieces_of
+from quincunx.layers.counts import channels_of, count_of, dimensions_of, is_torchs, pieces_of
 from quincunx.layers.kinds import kind_answer
 from quincunx.layers.sizes import (
     Fork,
@@ -44,10 +45,9 @@ from quincunx.layers.sizes import (
     SizeGuard,
     about_sizes,
     chunks_of,
-    evaluate,
     identity,
+    known,
     mark,
-    only_dimensions,
     raised,
     raised_by_network,
     settle,
@@ -94,7 +94,10 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_function", round, given, {})
 
     def __int__(self) -> int:
-        raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
+        value = self.tracer.number_of(self.node)
+        if value is None:
+            raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
+        return int(value)
 
     def __float__(self) -> float:
         raise self.tracer.refusal("it makes a number of a value that is known only when it runs")
@@ -185,17 +188,23 @@ def _largest_or_smallest(function: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
-def _made_of_sizes(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """``torch.zeros`` and the like while tracing, which take stand-ins in a tuple only."""
+def _made_of_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch that takes no stand-ins, while tracing."""
 
     @functools.wraps(function)
     def watched(*given: Any, **named: Any) -> Any:
-        values = [value for value in given if type(value) in (_Value, _Attribute)]
+        parts = itertools.chain(given, *(one for one in given if type(one) in (list, tuple)))
+        values = [value for value in parts if type(value) in (_Value, _Attribute)]
         if not values:
             return function(*given, **named)
         return values[0].tracer.create_proxy("call_function", function, given, named)
 
     return watched
+
+
+_NO_STAND_INS: tuple[Any, ...] = (
+    *(torch.zeros, torch.ones, torch.empty, torch.tensor, torch.as_tensor, torch.finfo, torch.iinfo),
+)
 
 
 class _Tracer(fx.Tracer):
@@ -270,7 +279,7 @@ class _Tracer(fx.Tracer):
             self._guard(expression, *known)
             return known[0]
         if self.settled.is_barred(question.key, question.place):
-            return self._by_dimensions(expression)
+            return self._by_numbers(expression)
         if self.assumed is None:
             self.settled.met = True
             return None
@@ -299,17 +308,37 @@ class _Tracer(fx.Tracer):
         shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
         self.create_node("call_function", guard, shapes, {})
 
-    def _by_dimensions(self, expression: Made | Shape) -> bool | None:
-        """The answer to a question about numbers of dimensions that are known; the graph asks it again."""
-        if (names := only_dimensions(expression)) is None:
-            return None
+    def number_of(self, node: fx.Node) -> Any:
+        """What a node is that is made of numbers of dimensions and channels; None if it is not. The graph
+        asks for it again."""
+        expression = about_sizes(node)
+        value = None if expression is None else self._known(expression)
+        if expression is not None and value is not None:
+            self._guard(Made(operator.eq, (expression, value)), True, Raised(IndexError, _OTHER_DIMENSIONS))
+        return value
+
+    def _known(self, expression: Made | Shape) -> Any:
         nodes = {identity(node): node for node in self.graph.nodes if node.op != "output"}
-        known = {name: dimensions_of(nodes[name], self.root) for name in names if name in nodes}
-        if len(known) < len(names) or None in known.values():
-            return None
-        answer = bool(evaluate(expression, {name: range(n or 0) for name, n in known.items()}))
-        self._guard(expression, answer, Raised(IndexError, _OTHER_DIMENSIONS))
-        return answer
+
+        def of(name: str) -> tuple[int | None, int | None]:
+            node = nodes.get(name)
+            return (
+                (None, None)
+                if node is None
+                else (
+                    dimensions_of(node, self.root),
+                    channels_of(node, self.root),
+                )
+            )
+
+        return known(expression, of)
+
+    def _by_numbers(self, expression: Made | Shape) -> bool | None:
+        """The answer to a question about dimensions and channels that are known; the graph asks it again."""
+        answer = self._known(expression)
+        if answer is not None:
+            self._guard(expression, bool(answer), Raised(IndexError, _OTHER_DIMENSIONS))
+        return None if answer is None else bool(answer)
 
     def text_of(self, value: fx.Proxy, form: str = "") -> str:
         """What a text says of a size, where texts are needed for what the forward raises."""
@@ -525,7 +554,7 @@ def _watching(tracer: _Tracer) -> Iterator[None]:
 
     exchanged: list[tuple[Any, str, Any]] = [(builtins, "isinstance", _watched_isinstance)]
     exchanged += [(builtins, f.__name__, _largest_or_smallest(f)) for f in (max, min)]
-    exchanged += [(torch, f.__name__, _made_of_sizes(f)) for f in (torch.zeros, torch.ones, torch.empty)]
+    exchanged += [(torch, f.__name__, _made_of_values(f)) for f in _NO_STAND_INS]
     own = [(place, name, getattr(place, name)) for place, name, _ in exchanged]
     for place, name, function in exchanged:
         setattr(place, name, function)
