@@ -276,8 +276,16 @@ def of_values_and_sizes(m, x):
     return m.layers(x)
 
 
-GOING_ON = [two_ways, two_ways_and_an_error, an_error_behind_two_ways, smaller, larger, one_image, caught]
+GOING_ON = [two_ways, two_ways_and_an_error, an_error_behind_two_ways, one_image, caught]
 GOING_ON += [repeated, measured, both_raise, of_values, of_values_and_sizes, endless]
+
+
+@pytest.mark.parametrize("run", [smaller, larger])
+def test_the_smaller_and_the_larger_of_sizes_are_no_branch(run):
+    model = Net(run).eval()
+    fused = fuse(model)
+    assert guards(fused) == 0
+    assert alike(model, [fused, pickle.loads(pickle.dumps(fused))])["errors"] == 0
 
 
 @pytest.mark.parametrize("run", GOING_ON)

@@ -9,24 +9,25 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from quincunx.fusion.effects import module_of
-from quincunx.layers.padded import continued, continued_cosets, padded_by_size, sides_of, without_padding
+from quincunx.layers.padded import (
+    continued,
+    continued_cosets,
+    padded_by_size,
+    pads_by_size,
+    sides_of,
+    without_padding,
+)
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.sampled import SampledConvTranspose2d, SampledDown2d
 from quincunx.modules import forward_hooks, surely
 
 __all__ = ["know_by_size", "pad_apart"]
 
-# the convolution of timm whose zeros depend on its map's size; known by its name, since timm is not needed
-_BY_SIZE = ("timm.layers.conv2d_same", "Conv2dSame")
-
 
 def know_by_size(model: nn.Module) -> None:
     """Exchange timm's convolutions that pad by the size of their map for our own, which are known."""
     for module in list(model.modules()):
-        made = type(module)
-        if not isinstance(module, nn.Conv2d) or (made.__module__, made.__qualname__) != _BY_SIZE:
-            continue
-        if forward_hooks(module):
+        if not pads_by_size(module) or forward_hooks(module):
             continue
         ours = padded_by_size(module)
         # a module in several places stays one

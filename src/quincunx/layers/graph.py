@@ -6,6 +6,7 @@ from torch import nn
 
 from quincunx.layers import tracing
 from quincunx.layers.blocks import PairedFill2d
+from quincunx.layers.padded import pads_by_size
 from quincunx.layers.paired import PairedDown2d, PairedUp2d
 from quincunx.layers.quantised import QuantConv2d, QuantLinear
 from quincunx.layers.sampled import (
@@ -27,8 +28,8 @@ _WHOLE = (QuantConv2d, QuantLinear, PairedFill2d)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Return whether a module of ours is one node of a graph."""
-    return surely(module, *CONVS, *_WHOLE)
+    """Return whether a module is one node of a graph: of ours, or one that ours stands for."""
+    return surely(module, *CONVS, *_WHOLE) or pads_by_size(module)
 
 
 def trace(model: nn.Module) -> tracing.Traced:

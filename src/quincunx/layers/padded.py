@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,13 @@ __all__ = [
     "padded_by_size",
     "padded_like",
     "padding_at",
+    "pads_by_size",
     "sides_of",
     "without_padding",
 ]
 
+# the convolution of timm whose zeros depend on its map's size; known by its name, since timm is not needed
+_BY_SIZE = ("timm.layers.conv2d_same", "Conv2dSame")
 MODES = ("zeros", "reflect", "replicate", "circular")
 Sides = tuple[int, int, int, int]
 
@@ -92,6 +95,11 @@ class PaddedBySize2d(nn.Conv2d):
         return F.conv2d(
             pad_map(input, sides, "zeros"), self.weight, self.bias, stride, 0, dilation, self.groups
         )
+
+
+def pads_by_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a convolution of another library that :class:`PaddedBySize2d` stands for."""
+    return isinstance(module, nn.Conv2d) and (type(module).__module__, type(module).__qualname__) == _BY_SIZE
 
 
 def padded_by_size(conv: nn.Conv2d) -> PaddedBySize2d:
