@@ -365,6 +365,7 @@ def compared(name: str, figure: str = "drop-speed") -> str:
 # networks of the comparisons: the folders with their points, what is counted as lost
 CHOSEN = {
     "ResNet-20, 32 x 32, one epoch of fine-tuning": (("compared-cifar-resnet20",), "drop"),
+    "ResNet-56, 32 x 32, one epoch of fine-tuning": (("compared-cifar-resnet56",), "drop"),
     "resnet18, 128 x 128, two epochs": (
         ("compared-clothing-resnet18", "compared-clothing-resnet18-sb"),
         "drop",
@@ -902,6 +903,7 @@ MADE = {
     "fills": fills,
     "fills-layers": fills_by_kind,
     "compared-cifar-resnet20": lambda: compared("compared-cifar-resnet20"),
+    "compared-cifar-resnet56": lambda: compared("compared-cifar-resnet56"),
     "compared-clothing-resnet18": lambda: compared("compared-clothing-resnet18"),
     "compared-clothing-resnet18-sb": lambda: compared("compared-clothing-resnet18-sb"),
     "compared-squeezenet": lambda: compared("compared-squeezenet", "top5-drop-speed"),
