@@ -181,6 +181,21 @@ def test_channels_are_known_from_the_layers(case):
 
 
 @pytest.mark.parametrize(
+    "case", ["an integer", "each", "each, by torch", "one number", "pieces", "last pieces"]
+)
+def test_an_image_without_a_batch_has_other_channels_and_is_never_answered_wrongly(case):
+    """Its second size is a height."""
+    loops = {
+        "pieces": lambda net, y: torch.cat([p.sum(0, keepdim=True) for p in y.split(4, 1)]),
+        "last pieces": lambda net, y: sum(p.sum() for p in y.split(2, dim=1)[1:]),
+    }
+    net = made(lambda net, x: {**CHANNELS, **loops}[case](net, net.a(x)))
+    for graph in (fx.GraphModule(net, trace(net)), qx.fuse(net)):
+        with pytest.raises((IndexError, ValueError), match=r"other dimensions than|images in batches"):
+            graph(torch.randn(3, 12, 12))
+
+
+@pytest.mark.parametrize(
     "run",
     [
         lambda net, x: (lambda y, z: y + z if y.shape == z.shape else y)(net.a(x), net.b(net.a(x))),

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import builtins
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from quincunx.layers.sizes import about_sizes, sizes_of
+from quincunx.layers.sizes import about_sizes, known, pieces_by_size, sizes_of
 from quincunx.modules import forward_hooks
 
 __all__ = [
     "KEEPING",
     "Counted",
-    "channels_of",
     "count_in",
     "count_of",
-    "dimensions_of",
     "is_torchs",
+    "numbers_of",
     "pieces_of",
 ]
 
@@ -85,20 +85,16 @@ def count_in(node: fx.Node, root: nn.Module) -> int | None:
         return 2
     if name in _TWO_ALONG:
         return 2 if type(node.kwargs.get("dim", second)) is int else None
-    if name == "unbind":
-        return channels_of(node.all_input_nodes[0], root) if node.kwargs.get("dim", second) == 1 else None
-    if name not in _IN_PIECES:
+    if name not in (*_IN_PIECES, "unbind"):
         return None
     parts: Any = next((node.kwargs[key] for key in _PARTS if key in node.kwargs), second)
     if _isinstance(parts, (list, tuple)):
         return None if name == "chunk" else len(parts) + (name == "tensor_split")
-    if type(parts) is not int or parts < 1:
-        return None
-    if name == "split":
-        dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        size = channels_of(node.all_input_nodes[0], root) if dim == 1 else None
-        return None if size is None else max(1, -(-size // parts))
-    return parts if name in ("chunk", "tensor_split") else None
+    if name in ("chunk", "tensor_split"):
+        return parts if type(parts) is int and parts > 0 else None
+    pieces = pieces_by_size(node)
+    found: int | None = known(pieces, lambda _: numbers_of(node.all_input_nodes[0], root))
+    return found
 
 
 def _name_of(node: fx.Node, root: nn.Module) -> str:
@@ -135,10 +131,16 @@ KEEPING = {
 
 def dimensions_of(node: fx.Node, root: nn.Module) -> int | None:
     """Return how many dimensions a value has, if its images come in batches as is usual; None if unknown."""
+    return _noted("dimensions", _dimensions, node, root)
+
+
+def _noted(
+    what: str, work: Callable[[fx.Node, nn.Module], int | None], node: fx.Node, root: nn.Module
+) -> int | None:
     # asked again for each way to a value, of which there are many
-    if "dimensions" not in node.meta:
-        node.meta["dimensions"] = _dimensions(node, root)
-    found: int | None = node.meta["dimensions"]
+    if what not in node.meta:
+        node.meta[what] = work(node, root)
+    found: int | None = node.meta[what]
     return found
 
 
@@ -169,10 +171,12 @@ def _dimensions(node: fx.Node, root: nn.Module) -> int | None:
 
 def channels_of(node: fx.Node, root: nn.Module) -> int | None:
     """Return the size of a map's second dimension, where its layers say it; None if unknown."""
-    if "channels" not in node.meta:
-        node.meta["channels"] = _channels(node, root)
-    found: int | None = node.meta["channels"]
-    return found
+    return _noted("channels", _channels, node, root)
+
+
+def numbers_of(node: fx.Node, root: nn.Module) -> tuple[int | None, int | None]:
+    """Return how many dimensions and channels a value has; None for what is unknown."""
+    return dimensions_of(node, root), channels_of(node, root)
 
 
 def _channels(node: fx.Node, root: nn.Module) -> int | None:

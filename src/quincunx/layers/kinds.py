@@ -33,7 +33,7 @@ _MOVES = {"to", "cpu", "cuda", "type", "type_as", "xpu", "ipu"}
 _ON = {"is_cuda": "cuda", "is_cpu": "cpu", "is_mps": "mps", "is_xpu": "xpu", "is_meta": "meta"}
 _OF_FORMAT = ("is_floating_point", "is_complex")
 _COMPARING: tuple[Callable[..., Any], ...] = (
-    *(operator.eq, operator.ne, operator.and_, operator.or_, operator.xor, operator.contains),
+    *(operator.eq, operator.ne, operator.and_, operator.or_, operator.xor),
 )
 
 

@@ -30,11 +30,11 @@ __all__ = [
     "Shape",
     "SizeGuard",
     "about_sizes",
-    "chunks_of",
     "evaluate",
     "identity",
     "known",
     "mark",
+    "pieces_by_size",
     "raised",
     "raised_by_network",
     "settle",
@@ -150,20 +150,22 @@ def _by_method(node: fx.Node) -> Shape | Made | None:
     return None if rest else Made(len, (shape,))
 
 
-def chunks_of(node: fx.Node) -> Made | None:
-    """How many pieces a call of ``chunk``, or of ``split`` into pieces of one size, gives, by the size that
-    it divides; None for any other node."""
+def pieces_by_size(node: fx.Node) -> Made | None:
+    """How many pieces a call of ``chunk``, ``unbind``, or ``split`` into pieces of one size gives, by the
+    size that it divides; None for any other node."""
     name = str(getattr(node.target, "__name__", node.target))
-    if name not in ("chunk", "split"):
+    if name not in _DIVIDING:
         return None
-    number = "chunks" if name == "chunk" else "split_size_or_sections"
-    places = ("input" if name == "chunk" else "tensor", number, "dim")
-    given = dict(zip(places, node.args, strict=False)) | dict(node.kwargs)
-    shape, dim = _shape(given.get(places[0])), given.get("dim", 0)
-    pieces = given.get(number, given.get("split_size"))
-    if shape is None or type(dim) is not int or type(pieces) is not int or pieces < 1:
+    parameters, count = _DIVIDING[name]
+    given = dict(zip(parameters, node.args, strict=False)) | dict(node.kwargs)
+    first, *how = (given.get(parameter) for parameter in parameters[:-1])
+    if name == "split":
+        how = [given.get("split_size", *how)]
+    shape, dim = _shape(first), given.get("dim", 0)
+    if shape is None or type(dim) is not int or any(type(one) is not int or one < 1 for one in how):
         return None
-    return Made(_chunks if name == "chunk" else _splits, (Made(operator.getitem, (shape, dim)), pieces))
+    size = Made(operator.getitem, (shape, dim))
+    return size if count is None else Made(count, (size, *how))
 
 
 def _chunks(size: int, number: int) -> int:
@@ -173,6 +175,14 @@ def _chunks(size: int, number: int) -> int:
 
 def _splits(size: int, each: int) -> int:
     return max(1, -(-size // each))
+
+
+# what calls that divide a map are given, and how many pieces that makes of a size; of ``unbind`` each
+_DIVIDING: dict[str, tuple[tuple[str, ...], Callable[..., int] | None]] = {
+    "chunk": (("input", "chunks", "dim"), _chunks),
+    "split": (("tensor", "split_size_or_sections", "dim"), _splits),
+    "unbind": (("input", "dim"), None),
+}
 
 
 def _product(shape: Any) -> int:

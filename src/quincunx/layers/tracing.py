@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from quincunx.layers.counts import channels_of, count_of, dimensions_of, is_torchs, pieces_of
+from quincunx.layers.counts import count_in, count_of, is_torchs, numbers_of, pieces_of
 from quincunx.layers.kinds import kind_answer
 from quincunx.layers.sizes import (
     Fork,
@@ -44,14 +44,13 @@ from quincunx.layers.sizes import (
     Shape,
     SizeGuard,
     about_sizes,
-    chunks_of,
     identity,
     known,
     mark,
+    pieces_by_size,
     raised,
     raised_by_network,
     settle,
-    sizes_of,
 )
 from quincunx.modules import first_line, forward_hooks
 
@@ -86,7 +85,7 @@ class _Value(fx.Proxy):
         number = count_of(self)
         if number is None:
             raise self.tracer.refusal("it asks for the length of a value that is known only when it runs")
-        self.tracer.guard_count(self.node, number)
+        self.tracer.guard_count(self.node)
         return number
 
     def __round__(self, digits: int | None = None) -> fx.Proxy:
@@ -94,7 +93,7 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_function", round, given, {})
 
     def __int__(self) -> int:
-        value = self.tracer.number_of(self.node)
+        value = self.tracer.number_of(about_sizes(self.node))
         if value is None:
             raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
         return int(value)
@@ -279,7 +278,8 @@ class _Tracer(fx.Tracer):
             self._guard(expression, *known)
             return known[0]
         if self.settled.is_barred(question.key, question.place):
-            return self._by_numbers(expression)
+            answer = self.number_of(expression)
+            return None if answer is None else bool(answer)
         if self.assumed is None:
             self.settled.met = True
             return None
@@ -290,17 +290,22 @@ class _Tracer(fx.Tracer):
             self.asked.append(question)
         return question.answer
 
-    def guard_count(self, node: fx.Node, number: int) -> None:
+    def guard_count(self, node: fx.Node) -> None:
         """Let the graph raise where a value has another number of pieces than it was traced for."""
         expression: Made | None
+        text = _OTHER_DIMENSIONS
         if (sizes := about_sizes(node)) is not None:
-            expression, text = Made(len, (sizes,)), _OTHER_DIMENSIONS
+            expression = Made(len, (sizes,))
         else:
-            expression, text = chunks_of(node), "chunk gives other pieces than the network was traced for"
+            node = _sliced(node)
+            expression = pieces_by_size(node)
+            if _is_chunk(node):
+                text = "chunk gives other pieces than the network was traced for"
         if expression is None or node.meta.get("counted"):
             return
         node.meta["counted"] = True
-        self._guard(Made(operator.eq, (expression, number)), True, Raised(IndexError, text))
+        question = Made(operator.eq, (expression, count_in(node, self.root)))
+        self._guard(question, True, Raised(IndexError, text))
 
     def _guard(self, question: Shape | Made, answer: bool, otherwise: Fork | Raised) -> None:
         """Let the graph ask a question at each call, and raise where it has another answer."""
@@ -308,37 +313,16 @@ class _Tracer(fx.Tracer):
         shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
         self.create_node("call_function", guard, shapes, {})
 
-    def number_of(self, node: fx.Node) -> Any:
-        """What a node is that is made of numbers of dimensions and channels; None if it is not. The graph
-        asks for it again."""
-        expression = about_sizes(node)
-        value = None if expression is None else self._known(expression)
-        if expression is not None and value is not None:
+    def number_of(self, expression: Made | Shape | None) -> Any:
+        """What an expression is that numbers of dimensions and channels decide; None if they do not. The
+        graph asks again."""
+        nodes = {identity(node): node for node in self.graph.nodes if node.op != "output"}
+        value = known(
+            expression, lambda of: numbers_of(nodes[of], self.root) if of in nodes else (None, None)
+        )
+        if value is not None:
             self._guard(Made(operator.eq, (expression, value)), True, Raised(IndexError, _OTHER_DIMENSIONS))
         return value
-
-    def _known(self, expression: Made | Shape) -> Any:
-        nodes = {identity(node): node for node in self.graph.nodes if node.op != "output"}
-
-        def of(name: str) -> tuple[int | None, int | None]:
-            node = nodes.get(name)
-            return (
-                (None, None)
-                if node is None
-                else (
-                    dimensions_of(node, self.root),
-                    channels_of(node, self.root),
-                )
-            )
-
-        return known(expression, of)
-
-    def _by_numbers(self, expression: Made | Shape) -> bool | None:
-        """The answer to a question about dimensions and channels that are known; the graph asks it again."""
-        answer = self._known(expression)
-        if answer is not None:
-            self._guard(expression, bool(answer), Raised(IndexError, _OTHER_DIMENSIONS))
-        return None if answer is None else bool(answer)
 
     def text_of(self, value: fx.Proxy, form: str = "") -> str:
         """What a text says of a size, where texts are needed for what the forward raises."""
@@ -348,10 +332,9 @@ class _Tracer(fx.Tracer):
         return "" if expression is None else mark(self.values, expression, form)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        number = count_of(obj)
-        if number is not None and sizes_of(obj.node) is not None:
-            # a size that is not there would be asked for
-            self.guard_count(obj.node, number)
+        # a chunk that is missing raises by itself; of other pieces and sizes there may be more, or fewer
+        if count_of(obj) is not None and not _is_chunk(_sliced(obj.node)):
+            self.guard_count(obj.node)
         if (pieces := pieces_of(obj)) is not None:
             return iter(pieces)
         raise self.refusal("it goes through a value in a loop, whose length is known only when it runs")
@@ -502,6 +485,17 @@ class _Made:
 
     def __call__(self, items: Any) -> Any:
         return self.kind(self.first, items)
+
+
+def _sliced(node: fx.Node) -> fx.Node:
+    """What a node is a slice of, of a slice too; itself if it is none."""
+    while node.target is operator.getitem and _isinstance(node.args[1], slice):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_chunk(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__name__", node.target)) == "chunk"
 
 
 _OTHER_DIMENSIONS = "a map has other dimensions than the network was traced for, which was in batches"
