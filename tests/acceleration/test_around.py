@@ -8,7 +8,7 @@ from torch import fx, nn
 
 import quincunx as qx
 from quincunx import networks
-from quincunx.acceleration.around import Around
+from quincunx.acceleration.around import Around, NoPart
 from quincunx.layers.graph import trace
 from quincunx.modules import inference_mode_of, set_module
 from quincunx.surgery.replace import replace_layers
@@ -105,7 +105,7 @@ def test_all_calls_of_a_layer_and_all_layers_are_within():
 @pytest.mark.parametrize("names", [["0"], ["0", "4"], ["elsewhere"]])
 def test_a_part_that_is_the_whole_is_none(names):
     model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(5 if "4" in names else 3))).eval()
-    with pytest.raises(LookupError):
+    with pytest.raises(NoPart):
         Around(model, trace(model), names, torch.randn(1, 3, 4, 4))
 
 
@@ -115,5 +115,5 @@ def test_a_network_that_differs_elsewhere_has_no_such_part():
     before = set_module(copy.deepcopy(model), "1", nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
     after = model[:5]
     for other in (before, after):
-        with pytest.raises(LookupError):
+        with pytest.raises(NoPart):
             around.of(other)

@@ -815,6 +815,23 @@ def test_a_mistake_in_a_method_is_no_lack_of_memory():
         run({"speedup": 2}, candidates=[Failing(error=RuntimeError("shapes differ"))])
 
 
+@pytest.mark.parametrize("error", [ValueError("too narrow"), MemoryError()])
+def test_a_candidate_whose_form_cannot_be_made_is_left_out(error, monkeypatch):
+    made = scores.inference_form
+
+    def failing(network, *given):
+        # of low rank: the two halves of a layer
+        if any(name.endswith("vertical") for name, _ in network.named_modules()):
+            raise error
+        return made(network, *given)
+
+    monkeypatch.setattr(scores, "inference_form", failing)
+    found = run({"macs": "70%"}, dry_run=True)
+    low = [row for row in found.rows if isinstance(row.method, qx.LowRank) and row.layers != ("point",)]
+    assert {row.why_not for row in low} == {str(error) or "not enough memory for it"}
+    assert found.chosen
+
+
 def test_answers_that_are_not_finite_rule_a_candidate_out(monkeypatch):
     loss = Scores._loss
     monkeypatch.setattr(

@@ -7,16 +7,20 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from quincunx.layers.graph import trace
+from quincunx.layers.graph import traced
 from quincunx.layers.parts import between, live
 from quincunx.modules import inference_mode_of
 
-__all__ = ["Around"]
+__all__ = ["Around", "NoPart"]
 
 # What a replaced layer changes for its neighbours, as maps that stay compact, is within the part: it begins
 # with the layer before the first one, and ends behind so many layers after the last.
 _AFTER = 2
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+class NoPart(Exception):
+    """A network has no part around some layers, or not the same as another."""
 
 
 class Around:
@@ -32,7 +36,7 @@ class Around:
         given: the values that the part reads, for this input.
 
     Raises:
-        LookupError: the part would be the whole network, or cannot be cut out.
+        NoPart: the part would be the whole network, or cannot be cut out.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, names: Sequence[str], example: Tensor) -> None:
@@ -40,16 +44,15 @@ class Around:
         calls = [i for i, node in enumerate(nodes) if _is_layer(model, node)]
         own = [i for i, node in enumerate(nodes) if node.op == "call_module" and node.target in names]
         if not own:
-            raise LookupError("no call of the layers")
+            raise NoPart("no call of the layers")
         before, after = [i for i in calls if i < own[0]], [i for i in calls if i > own[-1]]
         self.graph, self.start = graph, before[-1] if before else own[0]
-        self.stop = nodes[after[_AFTER]] if len(after) > _AFTER else None
-        read = live(graph, self.start)
+        self.stop = nodes[after[_AFTER]].name if len(after) > _AFTER else None
         if self.stop is None and all(node.op == "placeholder" for node in nodes[: self.start]):
-            raise LookupError("the part is the whole network")
-        head = between(model, graph, graph, 0, self.start, tuple(read))
+            raise NoPart("the part is the whole network")
+        head = between(model, graph, graph, 0, self.start, tuple(live(graph, self.start)))
         if head is None:
-            raise LookupError("nothing to cut out")
+            raise NoPart("nothing to cut out")
         with inference_mode_of(model):
             self.given: tuple[Any, ...] = head(example)
 
@@ -57,23 +60,20 @@ class Around:
         """Return this part of a copy of the network that differs only in the layers.
 
         Raises:
-            LookupError: it has no such part.
+            NoPart: it has no such part.
         """
-        try:
-            graph = trace(network)
-        except TypeError as error:
-            raise LookupError("the copy cannot be traced") from error
+        if (graph := traced(network)) is None:
+            raise NoPart("the copy cannot be traced")
         stop: int | None = None
         wanted: tuple[fx.Node, ...] = ()
         if self.stop is not None:
-            nodes = list(graph.nodes)
-            stop = next((i for i, node in enumerate(nodes) if node.name == self.stop.name), None)
+            stop = next((i for i, node in enumerate(graph.nodes) if node.name == self.stop), None)
             if stop is None:
-                raise LookupError("the copy has other layers")
+                raise NoPart("the copy has other layers")
             wanted = tuple(live(graph, stop))
         part = between(network, self.graph, graph, self.start, stop, wanted)
         if part is None:
-            raise LookupError("the copy begins otherwise")
+            raise NoPart("the copy begins otherwise")
         return part
 
 

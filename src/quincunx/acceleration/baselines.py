@@ -21,6 +21,7 @@ from quincunx.acceleration.free import (
 )
 from quincunx.acceleration.judge import JudgedStage, score_on
 from quincunx.acceleration.lowered import ready_for
+from quincunx.acceleration.scores import inference_form
 from quincunx.acceleration.target import Search
 from quincunx.acceleration.timing import cost_record, format_served, time_free
 from quincunx.fusion.fuse import fuse
@@ -101,12 +102,9 @@ class Baselines:
 
     def _fused(self, dtype: torch.dtype | None) -> nn.Module:
         """The network as it is judged in a format."""
-        if dtype is not None:
-            return fuse(self._ready(dtype), dtype, force=True)
-        try:
-            return fuse(self.original, check=self.one)
-        except TypeError:
-            return self.original
+        if dtype is None:
+            return inference_form(self.original, self.one)
+        return fuse(self._ready(dtype), dtype, force=True)
 
     def _added(self, choices: Sequence[FreeChoice]) -> list[dict[str, Any]]:
         if not choices:

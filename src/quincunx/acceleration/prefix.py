@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.program import Program
-from quincunx.layers.graph import trace
+from quincunx.layers.graph import traced
 from quincunx.layers.kinds import suits
 from quincunx.layers.parts import between, call_of, live, read_by
 from quincunx.modules import inference_mode_of
@@ -34,7 +34,7 @@ class Tails:
     def __init__(self, model: nn.Module, data: Iterable[Batch]) -> None:
         self.model, self.data = model, data
         with inference_mode_of(model):
-            self.graph = None if _hooked(model) else _traced(model)
+            self.graph = None if _hooked(model) else traced(model)
         # whether the graph is for inputs of this kind
         self.suited = self.graph is None or suits(self.graph, lambda: next(iter(data)).input)
         if not self.suited:
@@ -72,7 +72,7 @@ class Tails:
 
     def answers(self, network: nn.Module) -> Iterator[Any]:
         """Yield the outputs of a network, equal to the model up to the layer, for each batch."""
-        graph = None if self.graph is None else _traced(network)
+        graph = None if self.graph is None else traced(network)
         tail = None
         if self.graph is not None and graph is not None:
             tail = between(network, self.graph, graph, self.at)
@@ -92,7 +92,7 @@ class Tails:
         Returns:
             None if the position is already past the layer, or the network has to run whole.
         """
-        graph = None if self.graph is None else self.graph if network is self.model else _traced(network)
+        graph = None if self.graph is None else self.graph if network is self.model else traced(network)
         if self.graph is None or graph is None or (stop := call_of(graph, names)) is None:
             return None
         part = None
@@ -136,10 +136,3 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _hooked(model: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _traced(model: nn.Module) -> fx.Graph | None:
-    try:
-        return trace(model)
-    except TypeError:
-        return None

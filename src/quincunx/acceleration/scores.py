@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quincunx.acceleration.around import Around
+from quincunx.acceleration.around import Around, NoPart
 from quincunx.acceleration.assigned import Assigned
 from quincunx.acceleration.candidates import Candidate, pair_name
 from quincunx.acceleration.prefix import Tails
@@ -47,8 +47,6 @@ _ROUNDS = 11
 _ROUND_OF_PART = 0.02
 # for the whole network of a choice: few are timed, and one of them decides
 _ATTEMPT_ROUNDS = 31
-# the dense network among the parts that are timed
-_WHOLE = "whole network"
 # share of its time below which no difference between quartiles counts
 _BLURRED = 0.01
 # Images on which candidates are compared.
@@ -400,22 +398,14 @@ class Scores:
         """Time each candidate on all units of one shape at once, in the part of the network around them."""
         unit_of = {tuple(layer.name for layer in unit): unit for unit in units}
         rows = [r for r in self.rows if r.layers in unit_of and r.seconds_saved is None and r.why_not is None]
-        sketches: dict[str, nn.Module] = {}
-        for row in rows:
-            method = repr(row.method)
-            # the first unit that the method can replace represents all
-            if method not in sketches:
-                self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
-                # several processes may have done so
-                if row.loss is None or (_shape_of(units[0]), method) not in self.specs:
-                    self._score(unit_of[row.layers], row)
-                if row.why_not is None:
-                    specs = self.specs[_shape_of(units[0]), method]
-                    with _excused(row):
-                        sketches[method] = self._sketch([(unit, specs) for unit in units])
-        if not sketches:
+        around = self._around(units)
+        try:
+            forms = self._forms(unit_of, rows, around)
+        except NoPart:
+            around, forms = None, self._forms(unit_of, rows, None)
+        if not forms:
             return
-        timings = self._timed(units, sketches)
+        timings = self._timed(forms, around)
         for row in rows:
             if row.why_not is None and repr(row.method) in timings:
                 shares = _saved(*timings[repr(row.method)], len(units))
@@ -424,40 +414,63 @@ class Scores:
                 if row.seconds_saved[0] <= 0:
                     row.why_not = NO_GAIN
 
-    def _timed(
-        self, units: list[tuple[Layer, ...]], sketches: Mapping[str, nn.Module]
-    ) -> dict[str, tuple[Timing, Timing, Timing]]:
-        """Return times by sketch: of the dense network, of its part around some units, and of this part with
-        the sketch's layers; all are of the whole network where it has no such part. What other work blurs is
-        timed again, for longer."""
-        x = self._timed_input()
-        options: dict[str, Any] = {}
+    def _around(self, units: list[tuple[Layer, ...]]) -> Around | None:
+        """Return the part of the network that is timed; None for the whole."""
+        # ranges of eight bits are the whole network's
+        if self.tails.graph is None or self.dtype == torch.int8:
+            return None
+        names = [name for unit in units for layer in unit for name in layer.names]
         try:
-            if self.tails.graph is None or self.dtype == torch.int8:
-                # ranges of eight bits are the whole network's
-                raise LookupError("no parts")
-            names = [name for unit in units for layer in unit for name in layer.names]
-            around = Around(self.model, self.tails.graph, names, x)
-            parts = {key: around.of(network) for key, network in {"": self.model, **sketches}.items()}
-        except LookupError:
-            forms = {"": self.dense, **{key: self._form(network) for key, network in sketches.items()}}
-            inputs: dict[str, Any] = dict.fromkeys(forms, x)
-        else:
-            forms = {key: inference_form(part, None, self.dtype) for key, part in parts.items()}
-            forms[_WHOLE] = self.dense
-            inputs = {**dict.fromkeys(forms, around.given), _WHOLE: x}
-            options = {"round_seconds": _ROUND_OF_PART}
-        whole = _WHOLE if _WHOLE in forms else ""
-        timings = measure_models(forms, inputs, rounds=_ROUNDS, **options)
-        found = {key: (timings[whole], timings[""], timings[key]) for key in sketches}
-        blurred = [key for key, times in found.items() if _blurred(*times)]
-        if blurred:
-            again = measure_models(
-                {key: forms[key] for key in (whole, "", *blurred)}, inputs, rounds=_ATTEMPT_ROUNDS, **options
-            )
-            for key in blurred:
-                one, two, three = found[key]
-                found[key] = one.and_more(again[whole]), two.and_more(again[""]), three.and_more(again[key])
+            return Around(self.model, self.tails.graph, names, self._timed_input())
+        except NoPart:
+            return None
+
+    def _forms(
+        self,
+        unit_of: Mapping[tuple[str, ...], tuple[Layer, ...]],
+        rows: list[Candidate],
+        around: Around | None,
+    ) -> dict[str, nn.Module]:
+        """Return what is timed, by method: the network, or its part, with it in all units."""
+        forms: dict[str, nn.Module] = {}
+        shape = _shape_of(next(iter(unit_of.values())))
+        for row in rows:
+            method = repr(row.method)
+            # the first unit that the method can replace represents all
+            if method not in forms:
+                self.tell(f"timing {row.label} in {pair_name(row.layers)}", -1.0)
+                # several processes may have done so
+                if row.loss is None or (shape, method) not in self.specs:
+                    self._score(unit_of[row.layers], row)
+                if row.why_not is None:
+                    specs = self.specs[shape, method]
+                    with _excused(row):
+                        sketch = self._sketch([(unit, specs) for unit in unit_of.values()])
+                        forms[method] = self._form(sketch if around is None else around.of(sketch))
+        if forms and around is not None:
+            forms[""] = self._form(around.of(self.model))
+        return forms
+
+    def _timed(
+        self, forms: Mapping[str, nn.Module], around: Around | None
+    ) -> dict[str, tuple[Timing, Timing, Timing]]:
+        """Return times by form: of the dense network, of its part, and of the form; without a part the first
+        two are one. What other work blurs is timed again, for longer."""
+        x = self._timed_input()
+        inputs: dict[str, Any] = dict.fromkeys(forms, x if around is None else around.given)
+        whole = "" if around is None else "whole network"
+        options: dict[str, Any] = {} if around is None else {"round_seconds": _ROUND_OF_PART}
+
+        def times(methods: Sequence[str], rounds: int) -> dict[str, tuple[Timing, Timing, Timing]]:
+            networks = {whole: self.dense, **{key: forms[key] for key in ("", *methods) if key in forms}}
+            found = measure_models(networks, {**inputs, whole: x}, rounds=rounds, **options)
+            return {method: (found[whole], found[""], found[method]) for method in methods}
+
+        found = times([method for method in forms if method], _ROUNDS)
+        if blurred := [method for method in found if _blurred(*found[method])]:
+            for method, later in times(blurred, _ATTEMPT_ROUNDS).items():
+                one, two, three = (a.and_more(b) for a, b in zip(found[method], later, strict=True))
+                found[method] = one, two, three
         return found
 
     def _timed_input(self) -> Tensor:

@@ -18,7 +18,7 @@ from quincunx.layers.sampled import (
 from quincunx.layers.separable import MaskedConv2d
 from quincunx.modules import surely
 
-__all__ = ["CONVS", "TRANSPOSED", "is_conv", "is_leaf", "trace"]
+__all__ = ["CONVS", "TRANSPOSED", "is_conv", "is_leaf", "trace", "traced"]
 
 _SAMPLED = (SampledConv2d, PerforatedConv2d, MaskedConv2d, SampledDown2d, PairedDown2d)
 TRANSPOSED = (SampledConvTranspose2d, PairedUp2d)
@@ -35,6 +35,14 @@ def is_leaf(module: nn.Module) -> bool:
 def trace(model: nn.Module) -> tracing.Traced:
     """Return a network's graph for its required arguments; see :func:`quincunx.layers.tracing.trace`."""
     return tracing.trace(model, is_leaf)
+
+
+def traced(model: nn.Module) -> tracing.Traced | None:
+    """Return a network's graph; None if it cannot be traced."""
+    try:
+        return trace(model)
+    except TypeError:
+        return None
 
 
 def is_conv(module: nn.Module | None) -> bool:

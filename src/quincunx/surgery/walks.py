@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from quincunx.layers.graph import trace
+from quincunx.layers.graph import traced
 from quincunx.layers.parts import between, call_of, description, live, read_by
 from quincunx.modules import evaluation, forward_hooks, held_at
 
@@ -69,12 +69,12 @@ class Walk:
         if self.lost or any(map(forward_hooks, modules)):
             return None
         if self.traced is None or not _all_same(self.traced[0], modules):
-            try:
-                with evaluation(network):
-                    self.traced = modules, trace(network)
-            except TypeError:
+            with evaluation(network):
+                found = traced(network)
+            if found is None:
                 self.forget()
                 return None
+            self.traced = modules, found
         graph = self.traced[1]
         at, read = call_of(graph, names), read_by(graph, names)
         if at is None or read is None:
