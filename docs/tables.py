@@ -551,6 +551,17 @@ def span(rows: list[dict[str, Any]], key: str) -> str:
     return f"{fmean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
 
 
+def reached(result: dict[str, Any]) -> list[str]:
+    """Return a search's speed-up as asked for, predicted and measured, and the ratio of MACs."""
+    cost, speed, last = result["cost"], result["whole"]["speedup"], result["search"]["attempts"][-1]
+    return [
+        f"{result['search']['target']['speedup']:g}x",
+        f"{last['before'] / last['predicted']:.2f}x",
+        f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
+        f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+    ]
+
+
 def targets(*names: str) -> str:
     """Return searches for a speed-up: asked, predicted and measured, and the error at each stage."""
     header = ["network", "asked", "predicted", "measured", "MAC ratio", "error before", "replaced"]
@@ -562,16 +573,12 @@ def targets(*names: str) -> str:
         first = (
             read(name, "first-run.json") if (ROOT / "results" / name / "first-run.json").exists() else result
         )
-        cost, speed, stages = result["cost"], result["whole"]["speedup"], result["stages"]
-        last = result["search"]["attempts"][-1]
+        stages = result["stages"]
         errors = [f"{100 * stage['error']:.2f}%" for stage in stages]
         cells.append(
             [
                 name,
-                f"{result['search']['target']['speedup']:g}x",
-                f"{last['before'] / last['predicted']:.2f}x",
-                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
-                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *reached(result),
                 *errors,
                 str(result["recipe"]["epochs"]),
                 f"{stages[-1]['p']:.2g}",
@@ -588,24 +595,20 @@ def of_all_candidates(*names: str) -> str:
     cells = []
     for name in names:
         result = read(name, "accelerate.json")
-        cost, speed, search = result["cost"], result["whole"]["speedup"], result["search"]
+        search = result["search"]
         stages = {stage["name"]: stage for stage in result["stages"]}
         before, replaced, tuned = (stages[key] for key in ("before", "after replacing", "after fine-tuning"))
-        last = search["attempts"][-1]
         layers = {row["layers"][0] for row in search["candidates"] if len(row["layers"]) == 1}
         cells.append(
             [
                 name,
-                f"{search['target']['speedup']:g}x",
-                f"{last['before'] / last['predicted']:.2f}x",
-                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
-                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                *reached(result),
                 *(f"{100 * stage['error']:.2f}%" for stage in (before, replaced, tuned)),
                 f"{100 * (tuned['error'] - before['error']):+.2f}",
                 f"{100 * (tuned['top5_error'] - before['top5_error']):+.2f}",
                 f"{tuned['p']:.2g}",
                 str(result["recipe"]["epochs"]),
-                f"{last['layers']} of {len(layers)}",
+                f"{search['attempts'][-1]['layers']} of {len(layers)}",
                 f"{search['seconds']['scoring'] / 60:.1f}",
             ]
         )
@@ -619,15 +622,15 @@ def with_drop(*names: str) -> str:
     cells = []
     for name in names:
         result = read(name, "accelerate.json")
-        cost, speed, stages = result["cost"], result["whole"]["speedup"], result["stages"]
+        stages, (_, _, measured, ratio) = result["stages"], reached(result)
         asked = {part["what"]: part for part in result["verdict"]["parts"]}
         cells.append(
             [
                 name,
                 f"{asked['speedup']['asked']:g}x",
                 f"{asked['max_drop']['asked']:g}",
-                f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
-                f"{cost['before']['macs'] / cost['after']['macs']:.2f}",
+                measured,
+                ratio,
                 *(f"{100 * stages[i]['error']:.2f}%" for i in (0, 1, -1)),
                 f"{asked['max_drop']['found']:+.2f}",
                 f"{stages[-1]['p']:.2g}",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import quincunx as qx
+from helpers.fused import same_answers
 from quincunx.acceleration.prefix import Tails
 from quincunx.acceleration.search import search
 from quincunx.acceleration.target import Target
@@ -173,11 +174,7 @@ CHANNELS = {
 def test_channels_are_known_from_the_layers(case):
     net = made(lambda net, x: CHANNELS[case](net, net.a(x)))
     assert not trace(net).whole
-    fused = qx.fuse(net)
-    with torch.no_grad():
-        for shape in ((2, 3, 8, 8), (1, 3, 6, 20)):
-            x = torch.randn(shape)
-            torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-5)
+    same_answers(qx.fuse(net), net, ((2, 3, 8, 8), (1, 3, 6, 20)))
 
 
 @pytest.mark.parametrize(
@@ -233,11 +230,7 @@ SIZES = {
 def test_what_is_worked_out_from_sizes_is_worked_out_at_each_call(case):
     net = made(lambda net, x: SIZES[case](net, net.a(x)))
     assert not trace(net).whole
-    fused = qx.fuse(net)
-    with torch.no_grad():
-        for shape in ((2, 3, 8, 8), (1, 3, 6, 20), (3, 3, 31, 9)):
-            x = torch.randn(shape)
-            torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-5)
+    same_answers(qx.fuse(net), net, ((2, 3, 8, 8), (1, 3, 6, 20), (3, 3, 31, 9)))
 
 
 @pytest.mark.parametrize(
