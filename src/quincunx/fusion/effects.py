@@ -12,15 +12,26 @@ import inspect
 import operator
 from collections.abc import Iterable
 from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from quincunx.layers.changes import (
+    ASKS_LAYOUT,
+    AUGMENTED,
+    changes,
+    is_opaque,
+    is_torchs_function,
+    module_of,
+    name_of,
+    nodes_in,
+    parameter_of,
+    submodule,
+)
 from quincunx.layers.kinds import KindGuard
 from quincunx.layers.sizes import SizeGuard
-from quincunx.modules import forward_hooks, surely
+from quincunx.modules import surely
 
 __all__ = [
     "Effects",
@@ -29,17 +40,10 @@ __all__ = [
     "drop_unread",
     "forget_layout",
     "is_guard",
-    "is_opaque",
     "make_pure",
-    "module_of",
     "surely_changes",
 ]
 
-_AUGMENTED = {
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
-    *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
-    *(operator.imatmul, operator.setitem),
-}
 # elementwise; with an inplace flag that makes them change their input
 _SWITCHED = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish),
@@ -65,11 +69,6 @@ _FRESH = {
 _FACTS = {"shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "numel", "layout", "requires_grad"}
 # a view or a copy, depending on the memory layout
 _BY_LAYOUT = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "view", "view_as", "unflatten"}
-# operations that reveal the layout
-_ASKS_LAYOUT = {
-    *("as_strided", "stride", "is_contiguous", "storage", "untyped_storage", "data_ptr"),
-    *("resize_", "resize_as_", "set_"),
-}
 _PURE_METHODS = {"relu_": "relu", "sigmoid_": "sigmoid", "tanh_": "tanh"}
 _PURE_FUNCTIONS = {
     torch.relu_: torch.relu,
@@ -82,18 +81,6 @@ _PURE_FUNCTIONS = {
     F.celu_: F.celu,
     F.hardtanh_: F.hardtanh,
 }
-_OWN = "quincunx."
-
-
-def _submodule(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls, with or without hooks."""
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls if only its forward runs, without hooks; None otherwise."""
-    module = _submodule(model, node)
-    return module if module is not None and not forward_hooks(module) else None
 
 
 def added_to(changed: Tensor, other: Tensor) -> Tensor:
@@ -112,92 +99,9 @@ def added_to(changed: Tensor, other: Tensor) -> Tensor:
 # ---------------------------------------------------------------- changed and shared memory
 
 
-def _parameter(node: fx.Node, name: str) -> Any:
-    """Return the value of a parameter in a call of one of torch's Python functions; None without one."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    if node.op != "call_function" or not inspect.isfunction(node.target):
-        return None
-    names = list(inspect.signature(node.target).parameters)
-    place = names.index(name) if name in names else len(node.args)
-    return node.args[place] if place < len(node.args) else None
-
-
-def _nodes(values: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(values, found.append)
-    return found
-
-
-def _is_torchs(function: Any) -> bool:
-    home = getattr(function, "__module__", None) or ""
-    known = home.split(".")[0] in ("torch", "math", "_operator", "operator", "quincunx", "")
-    return (
-        known
-        or function is getattr
-        or isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-    )
-
-
-def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """Return the values that a node may change in place."""
-    if node.op == "call_module":
-        module = module_of(model, node)
-        if module is None or not _known(module):
-            return node.all_input_nodes
-        return _nodes(node.args[:1]) if getattr(module, "inplace", False) is True else []
-    if node.op == "call_method":
-        name = str(node.target)
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name == "__setitem__" or not hasattr(Tensor, name):
-            return _nodes(node.args[:1]) + _nodes(node.kwargs.get("out"))
-        return _nodes(node.kwargs.get("out"))
-    if node.op != "call_function" or isinstance(node.target, type):
-        return []
-    if node.target in _AUGMENTED:
-        return _nodes(node.args[:1])
-    if not _is_torchs(node.target):
-        return node.all_input_nodes
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return _written(node)
-    found = _nodes(node.kwargs.get("out"))
-    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-    if (name.endswith("_") and not name.endswith("__")) or _parameter(node, "inplace"):
-        found += _nodes(node.args[:1]) or _nodes(node.kwargs)[:1]
-    if name in ("instance_norm", "native_batch_norm") or node.target is torch.batch_norm:
-        found += [n for n in node.all_input_nodes if n.op == "get_attr"]  # running statistics are among them
-    elif name == "batch_norm" and (_parameter(node, "training") or (len(node.args) > 5 and node.args[5])):
-        found += _nodes(node.args[1:3]) + _nodes(
-            [node.kwargs.get(k) for k in ("running_mean", "running_var")]
-        )
-    return found
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments that an operator of torch's dispatcher declares as written."""
-    overloads = [node.target]
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        overloads = [getattr(node.target, name) for name in node.target.overloads()]  # type: ignore[no-untyped-call]
-    found: list[fx.Node] = []
-    for overload in overloads:
-        for place, argument in enumerate(overload._schema.arguments):  # type: ignore[union-attr]
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-                found += _nodes(given)
-    return found
-
-
 def surely_changes(model: nn.Module, node: fx.Node) -> bool:
     """Return whether a node certainly changes a value: a function that cannot be inspected might not."""
     return not is_opaque(model, node) and bool(changes(model, node))
-
-
-def is_opaque(model: nn.Module, node: fx.Node) -> bool:
-    """Return whether a node runs code that cannot be inspected: a user's module, or one with hooks."""
-    if node.op == "call_module":
-        module = module_of(model, node)
-        return module is None or not _known(module)
-    return node.op == "call_function" and not isinstance(node.target, type) and not _is_torchs(node.target)
 
 
 def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
@@ -209,8 +113,8 @@ def forget_layout(model: nn.Module, graph: fx.Graph) -> None:
     """
     effects, origins = Effects(model, graph), _Origins(model, graph)
     for node in graph.nodes:
-        name = _name(node)
-        if name in _ASKS_LAYOUT and any(n.op != "get_attr" for n in node.all_input_nodes):
+        name = name_of(node)
+        if name in ASKS_LAYOUT and any(n.op != "get_attr" for n in node.all_input_nodes):
             raise TypeError(
                 f"model: {type(model).__name__} cannot be fused: its forward asks for the layout of a map in "
                 f"memory ({name}), which is another one here"
@@ -226,16 +130,10 @@ def is_guard(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, (SizeGuard, KindGuard))
 
 
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    return str(getattr(node.target, "__name__", "")).split(".")[0] if node.op == "call_function" else ""
-
-
 def _lies_by_layout(model: nn.Module, node: fx.Node) -> bool:
     """Return whether a value is a view or a copy of another one, depending on the memory layout."""
-    moved = _name(node) == "to" and "memory_format" in node.kwargs
-    return moved or _name(node) in _BY_LAYOUT or surely(_submodule(model, node), nn.Flatten, nn.Unflatten)
+    moved = name_of(node) == "to" and "memory_format" in node.kwargs
+    return moved or name_of(node) in _BY_LAYOUT or surely(submodule(model, node), nn.Flatten, nn.Unflatten)
 
 
 class _Origins:
@@ -290,11 +188,6 @@ def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _known(module: nn.Module) -> bool:
-    """Return whether a module is one of torch's or ours, which change their input only by a flag."""
-    return type(module).__module__.startswith(("torch.nn.", _OWN)) and "forward" not in vars(module)
-
-
 def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
     """Return the values whose memory a node's result may share."""
     if node.op in ("placeholder", "get_attr", "output") or is_guard(node):
@@ -302,17 +195,17 @@ def _shares(model: nn.Module, node: fx.Node) -> list[fx.Node]:
     if node.op == "call_module":
         module = module_of(model, node)
         home = type(module).__module__ if module is not None else ""
-        own = home.startswith(_OWN) and not home.startswith("quincunx.networks")
+        own = home.startswith("quincunx.") and not home.startswith("quincunx.networks")
         fresh = module is not None and (own or surely(module, *_FRESH_MODULES))
         switched = module is not None and surely(module, *_SWITCHED) and not getattr(module, "inplace", False)
         return [] if fresh or switched else node.all_input_nodes
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
     if node.target is getattr:
         return [] if node.args[1] in _FACTS else node.all_input_nodes
-    if name in _FACTS or (name in _FRESH and not changes(model, node) and _is_torchs(node.target)):
+    if name in _FACTS or (name in _FRESH and not changes(model, node) and is_torchs_function(node.target)):
         return []
-    if node.op == "call_method" or node.target in _AUGMENTED or node.target is operator.getitem:
-        return _nodes(node.args[:1])  # only its own tensor, whatever else it reads
+    if node.op == "call_method" or node.target in AUGMENTED or node.target is operator.getitem:
+        return nodes_in(node.args[:1])  # only its own tensor, whatever else it reads
     return node.all_input_nodes
 
 
@@ -382,7 +275,7 @@ def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
     if node.op == "call_function" and node.target in _PURE_FUNCTIONS:
         node.target = _PURE_FUNCTIONS[node.target]
         return True
-    if node.op == "call_function" and inspect.isfunction(node.target) and _parameter(node, "inplace"):
+    if node.op == "call_function" and inspect.isfunction(node.target) and parameter_of(node, "inplace"):
         if getattr(F, node.target.__name__, None) is not node.target or "dropout" in node.target.__name__:
             return False
         place = list(inspect.signature(node.target).parameters).index("inplace")

@@ -30,9 +30,7 @@ from quincunx.fusion.effects import (
     drop_unread,
     forget_layout,
     is_guard,
-    is_opaque,
     make_pure,
-    module_of,
     surely_changes,
 )
 from quincunx.fusion.epilogues import Activation
@@ -72,6 +70,7 @@ from quincunx.fusion.steps import (
 )
 from quincunx.fusion.verified import Comparison
 from quincunx.layers.binary import pack_binary
+from quincunx.layers.changes import is_opaque, module_of
 from quincunx.layers.eightbits import quantisation_of, round_weights
 from quincunx.layers.graph import is_conv, is_leaf, trace
 from quincunx.layers.padded import PaddedBySize2d

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.fusion.effects import added_to, module_of
+from quincunx.fusion.effects import added_to
 from quincunx.fusion.epilogues import Activation
 from quincunx.layers.activations import ACTIVATIONS
 from quincunx.layers.blocks import PairedFill2d
+from quincunx.layers.changes import module_of
 from quincunx.layers.graph import CONVS
 from quincunx.layers.padded import PaddedBySize2d
 from quincunx.layers.paired import PairedDown2d, PairedUp2d, grid_size

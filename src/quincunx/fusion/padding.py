@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from quincunx.fusion.effects import module_of
+from quincunx.layers.changes import module_of
 from quincunx.layers.padded import (
     continued,
     continued_cosets,
