@@ -117,7 +117,6 @@ UNKNOWN = {
     "the images of a batch": lambda net, y: torch.stack([image for image in y]),  # noqa: C416
     "unbind": lambda net, y: torch.stack([*y.unbind(2)], 2),
     "pieces of a size": lambda net, y: torch.cat([*y.split(3, 2)], 2),
-    "a number of images": lambda net, y: y.view(len(y), -1),
     "behind a mean": lambda net, y: (lambda z: z.view(*z.shape))(y.mean(1)),
     "the sizes of windows": lambda net, y: (lambda z: z.view(*z.shape))(F.unfold(y, 3)),
 }

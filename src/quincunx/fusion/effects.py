@@ -31,6 +31,7 @@ from quincunx.layers.changes import (
 )
 from quincunx.layers.kinds import KindGuard
 from quincunx.layers.sizes import SizeGuard
+from quincunx.layers.ways import Either
 from quincunx.modules import surely
 
 __all__ = [
@@ -39,8 +40,8 @@ __all__ = [
     "added_to",
     "drop_unread",
     "forget_layout",
-    "is_guard",
     "make_pure",
+    "may_raise",
     "surely_changes",
 ]
 
@@ -68,7 +69,11 @@ _FRESH = {
 # attributes of a tensor that share none of its memory
 _FACTS = {"shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "numel", "layout", "requires_grad"}
 # a view or a copy, depending on the memory layout
-_BY_LAYOUT = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "view", "view_as", "unflatten"}
+_BY_LAYOUT = {
+    *("reshape", "reshape_as", "flatten", "ravel", "contiguous", "view", "view_as", "unflatten"),
+    # what it does may be one of these
+    "either",
+}
 _PURE_METHODS = {"relu_": "relu", "sigmoid_": "sigmoid", "tanh_": "tanh"}
 _PURE_FUNCTIONS = {
     torch.relu_: torch.relu,
@@ -130,6 +135,11 @@ def is_guard(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, (SizeGuard, KindGuard))
 
 
+def may_raise(node: fx.Node) -> bool:
+    """Whether a node raises for sizes and kinds that the graph is not for, whoever reads what it gives."""
+    return is_guard(node) or (isinstance(node.target, Either) and node.target.raises)
+
+
 def _lies_by_layout(model: nn.Module, node: fx.Node) -> bool:
     """Return whether a value is a view or a copy of another one, depending on the memory layout."""
     moved = name_of(node) == "to" and "memory_format" in node.kwargs
@@ -184,7 +194,7 @@ def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
     """Remove values that no node reads, such as the values of assertions."""
     for node in reversed(list(graph.nodes)):
         value = node.op in ("call_function", "call_method", "get_attr")
-        if value and not node.users and not is_guard(node) and not changes(model, node):
+        if value and not node.users and not may_raise(node) and not changes(model, node):
             graph.erase_node(node)
 
 

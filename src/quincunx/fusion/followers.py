@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quincunx.fusion.effects import added_to
-from quincunx.fusion.fused import found_at, path_of
 from quincunx.fusion.nodes import (
     affine_of,
     in_place,
@@ -20,6 +19,7 @@ from quincunx.fusion.nodes import (
 from quincunx.fusion.steps import Follower
 from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from quincunx.layers.changes import module_of
+from quincunx.layers.names import found_at, path_of
 from quincunx.modules import surely
 from quincunx.ops.geometry import Geometry
 

@@ -29,8 +29,8 @@ from quincunx.fusion.effects import (
     added_to,
     drop_unread,
     forget_layout,
-    is_guard,
     make_pure,
+    may_raise,
     surely_changes,
 )
 from quincunx.fusion.epilogues import Activation
@@ -675,7 +675,7 @@ def _lower(
         owner = fused.get(node) or seconds.get(node)
         return [by_name[n] for n in owner.step.needs] if owner else node.all_input_nodes
 
-    kept = [n for n in graph.nodes if n.op == "output" or n in effects.changed or is_guard(n)]
+    kept = [n for n in graph.nodes if n.op == "output" or n in effects.changed or may_raise(n)]
     live, todo = set(), kept
     while todo:
         node = todo.pop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from quincunx.layers.names import found_at, path_of
+
 __all__ = [
     "Fused",
     "copied_argument",
-    "found_at",
     "match_layout",
-    "path_of",
     "same_argument",
     "tensor_argument",
 ]
@@ -118,28 +117,6 @@ def _plain(values: Any) -> Any:
     if isinstance(values, list):
         return [_plain(value) for value in values]
     return {k: _plain(v) for k, v in values.items()} if isinstance(values, dict) else values
-
-
-def path_of(function: Any) -> Any:
-    """Return the import path of a function; pickle cannot name functions that torch defines inside others."""
-    path = fx.node._get_qualified_name(function) if callable(function) else ""
-    try:
-        return path if found_at(path) is function else function
-    except (ImportError, AttributeError):
-        return function  # pickle reports the error
-
-
-def found_at(path: str) -> Any:
-    parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ImportError:
-            continue
-        for part in parts[cut:]:
-            found = getattr(found, part)
-        return found
-    raise ImportError(path)
 
 
 def _rebuilt(parts: Mapping[str, Any]) -> Fused:

@@ -21,6 +21,7 @@ from quincunx.modules import forward_hooks
 
 __all__ = [
     "KEEPING",
+    "KEEPING_LAYERS",
     "Counted",
     "count_in",
     "count_of",
@@ -120,6 +121,10 @@ _KEEP_DIMENSIONS = (
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Softmax),
     *(nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d),
 )
+# layers whose map is as large as the one they read
+KEEPING_LAYERS = {
+    *(nn.BatchNorm2d, nn.BatchNorm3d, *_KEEP_DIMENSIONS),
+} - {nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d}
 KEEPING = {
     *("relu", "relu_", "relu6", "silu", "gelu", "elu", "leaky_relu", "sigmoid", "tanh", "mish", "hardswish"),
     *("hardsigmoid", "hardtanh", "dropout", "softmax", "clamp", "contiguous", "clone", "float", "to", "cat"),
@@ -217,14 +222,23 @@ def _dimensions_behind(module: nn.Module, node: fx.Node, root: nn.Module) -> int
 
 def _number_of_sizes(value: fx.Node, part: slice, root: nn.Module) -> int | None:
     dimensions = dimensions_of(value, root)
-    if dimensions is not None:
-        return len(range(dimensions)[part])
-    if part.step not in (None, 1):
-        return None
-    start, stop = part.start or 0, part.stop
-    if stop is None:
-        return -start if start < 0 else None
-    return max(0, stop - start) if (start < 0) == (stop < 0) else None
+    start: int = part.start or 0
+    stop: int | None = part.stop
+    if dimensions is None and part.step in (None, 1):
+        if stop is None and start < 0:
+            return -start
+        if stop is not None and (start < 0) == (stop < 0):
+            return max(0, stop - start)
+    if dimensions is None:
+        dimensions = _dimensions_of_images(root) if value.op == "placeholder" else None
+    return None if dimensions is None else len(range(dimensions)[part])
+
+
+def _dimensions_of_images(root: nn.Module) -> int | None:
+    """How many dimensions a network's images have by its convolutions, in batches; None without any."""
+    kernels: Any = (getattr(m, "kernel_size", None) for m in root.modules() if hasattr(m, "out_channels"))
+    found = {len(kernel) + 2 for kernel in kernels if type(kernel) is tuple}
+    return found.pop() if len(found) == 1 else None
 
 
 def pieces_of(value: fx.Proxy) -> list[fx.Proxy] | None:

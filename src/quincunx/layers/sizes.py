@@ -14,6 +14,7 @@ import dis
 import math
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +31,10 @@ __all__ = [
     "Shape",
     "SizeGuard",
     "about_sizes",
+    "by_identity",
     "evaluate",
     "identity",
+    "is_library",
     "known",
     "mark",
     "pieces_by_size",
@@ -51,7 +54,8 @@ _FUNCTIONS: set[Callable[..., Any]] = {
     *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
     *(operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift),
     *(operator.iadd, operator.isub, operator.imul, operator.ifloordiv, operator.itruediv, operator.imod),
-    *(max, min, round),
+    *(max, min, round, int, float),
+    *(math.ceil, math.floor, math.trunc, math.sqrt, math.log, math.log2, math.pow),
 }
 
 
@@ -122,12 +126,31 @@ def _shape(value: object) -> Shape | None:
 
 def identity(node: fx.Node) -> str:
     """A node's name that does not depend on what was recorded before it and taken back."""
+    name, before = _called(node), 0
+    for other in node.graph.nodes if node.op != "placeholder" else ():
+        if other is node:
+            break
+        before += _called(other) == name
+    return _named(node, before)
+
+
+def _named(node: fx.Node, before: int) -> str:
     # what was changed in place since may have another shape
     changes = sum(u.op == "call_method" and str(u.target).endswith("_") for u in node.users)
-    if node.op == "placeholder":
-        return f"{node.target}" + "'" * changes
-    alike = [other for other in node.graph.nodes if _called(other) == _called(node)]
-    return f"{_called(node)}#{alike.index(node)}" + "'" * changes
+    own = str(node.target) if node.op == "placeholder" else f"{_called(node)}#{before}"
+    return own + "'" * changes
+
+
+def by_identity(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The values of a graph by the names that :func:`identity` gives them."""
+    found: dict[str, fx.Node] = {}
+    before: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op != "output":
+            name = _called(node)
+            found[_named(node, before[name])] = node
+            before[name] += 1
+    return found
 
 
 def _called(node: fx.Node) -> str:
@@ -364,11 +387,16 @@ def raised_by_network(error: BaseException) -> bool:
     if last is None:
         return False
     home = str(last.tb_frame.f_globals.get("__name__", ""))
-    package = home.split(".")[0]
-    library = package in sys.stdlib_module_names or package in ("torch", "numpy")
-    if library or (package == "quincunx" and not home.startswith("quincunx.networks")):
+    if is_library(home):
         return False
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+
+
+def is_library(home: str) -> bool:
+    """Whether a module is Python's, torch's, or a part of this library that holds no networks."""
+    package = home.split(".")[0]
+    library = package in sys.stdlib_module_names or package in ("torch", "numpy")
+    return library or (package == "quincunx" and not home.startswith("quincunx.networks"))
 
 
 # ---------------------------------------------------------------- guards
@@ -397,7 +425,7 @@ class SizeGuard:
     ) -> tuple[SizeGuard, tuple[fx.Node, ...]]:
         """A guard, and the nodes whose shapes it reads."""
         wanted = sorted(_leaves(question) | _leaves(otherwise))
-        there = {identity(node): node for node in graph.nodes if node.op != "output"} if wanted else {}
+        there = by_identity(graph) if wanted else {}
         reads = tuple(name for name in wanted if name in there)
         return cls(question, answer, otherwise, reads), tuple(there[name] for name in reads)
 

@@ -15,6 +15,7 @@ import operator
 import random
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from quincunx.layers.alike import decided
+from quincunx.layers.conversions import STAND_INS, convertible, namespaces
 from quincunx.layers.counts import count_in, count_of, is_torchs, numbers_of, pieces_of
 from quincunx.layers.kinds import kind_answer
 from quincunx.layers.sizes import (
@@ -35,12 +38,13 @@ from quincunx.layers.sizes import (
     Shape,
     SizeGuard,
     about_sizes,
-    identity,
+    by_identity,
     known,
     mark,
     pieces_by_size,
     raised_by_network,
 )
+from quincunx.layers.ways import Asked, Ways
 from quincunx.modules import first_line, forward_hooks
 
 __all__ = [
@@ -87,11 +91,22 @@ class _Value(fx.Proxy):
         given = (self,) if digits is None else (self, digits)
         return self.tracer.create_proxy("call_function", round, given, {})
 
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        this: Any = self
+        return this // other, this % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        this: Any = self
+        return other // this, other % this
+
     def __int__(self) -> int:
         value = self.tracer.number_of(about_sizes(self.node))
         if value is None:
             raise self.tracer.refusal("it makes an integer of a value that is known only when it runs")
         return int(value)
+
+    def __index__(self) -> int:
+        return int(self)
 
     def __float__(self) -> float:
         raise self.tracer.refusal("it makes a number of a value that is known only when it runs")
@@ -211,6 +226,7 @@ class Tracer(fx.Tracer):
         settled: what is known about the forward's questions about sizes.
         assumed: answers to others, to see what follows; then those that nothing is known about get one too,
             and what the forward raises is let through. None to leave them unanswered.
+        ways: what is answered where both ways go on; None to leave that unanswered.
 
     Attributes:
         whole: name of a module that runs as it is -> why, for those that were tried.
@@ -226,12 +242,13 @@ class Tracer(fx.Tracer):
         numbers: bool,
         settled: Settled,
         assumed: Mapping[str, bool] | None = None,
+        ways: Ways | None = None,
     ) -> None:
         super().__init__()
-        self.settled, self.assumed = settled, assumed
+        self.settled, self.assumed, self.ways = settled, assumed, ways
         self.asked: list[Question] = []
         self.values: list[tuple[Any, str]] = []
-        self.questions = 0
+        self.questions, self.times = 0, Counter[str]()
         self.leaf, self.numbers = leaf, numbers
         self.fixed: dict[str, Any] = {}
         self.owner = threading.get_ident()
@@ -239,6 +256,13 @@ class Tracer(fx.Tracer):
         self.refused = ""
         self.parameters: dict[str, fx.Proxy] = {}
         self.autocast = _autocast()
+        # whether layers run now, on values
+        self.running = False
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether somebody else calls what the tracer exchanged: another thread, or a layer that runs."""
+        return self.running or threading.get_ident() != self.owner
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -268,13 +292,18 @@ class Tracer(fx.Tracer):
         if expression is None or self.questions > _MOST_QUESTIONS:
             return None
         question = Question(expression, False, _place_in_code())
+        self.times[question.key] += 1
+        if self.times[question.key] > _MOST_TIMES:
+            return None
         known = self.settled.answers.get(question.key)
         if known is not None:
             self._guard(expression, *known)
             return known[0]
-        if self.settled.is_barred(question.key, question.place):
+        if (sure := decided(expression, self.graph, self.root)) is not None:
+            return sure
+        if self.ways is not None or self.settled.is_barred(question.key, question.place):
             answer = self.number_of(expression)
-            return None if answer is None else bool(answer)
+            return self._way(node, question) if answer is None else bool(answer)
         if self.assumed is None:
             self.settled.met = True
             return None
@@ -284,6 +313,28 @@ class Tracer(fx.Tracer):
         if all(question.key != other.key for other in self.asked):
             self.asked.append(question)
         return question.answer
+
+    def _way(self, node: fx.Node, question: Question) -> bool | None:
+        """The answer to a question with which the forward goes on either way; None where none is given."""
+        ways, key = self.ways, question.key
+        if ways is None or key in ways.closed:
+            self.settled.met = True
+            return None
+        if (answer := ways.fixed.get(key)) is not None:
+            self._guard(question.expression, answer, Raised(ValueError, _OTHER_SIZES))
+            return answer
+        if key not in ways.met:
+            if (answer := self.told(node, key)) is None:
+                return None
+            ways.met[key] = ways.told[key] = answer
+            ways.places[key] = question.place
+        self.create_node("call_function", Asked(key), (node,), {})
+        return ways.met[key]
+
+    def told(self, node: fx.Node, key: str) -> bool | None:
+        """What a question with two ways is answered in this run; None where it is not known."""
+        ways = self.ways or Ways()
+        return ways.path.get(key, ways.usual.get(key))
 
     def guard_count(self, node: fx.Node) -> None:
         """Let the graph raise where a value has another number of pieces than it was traced for."""
@@ -308,10 +359,17 @@ class Tracer(fx.Tracer):
         shapes = tuple(self.create_node("call_function", getattr, (n, "shape"), {}) for n in read)
         self.create_node("call_function", guard, shapes, {})
 
+    def length_of(self, value: Any) -> Any:
+        """``len`` of a value: a number where it is known how many pieces there are, or of a map the first of
+        its sizes, which the graph reads at each call."""
+        if count_of(value) is not None or not _surely_tensor(value.node):
+            return len(value)
+        return value.shape[0]
+
     def number_of(self, expression: Made | Shape | None) -> Any:
         """What an expression is that numbers of dimensions and channels decide; None if they do not. The
         graph asks again."""
-        nodes = {identity(node): node for node in self.graph.nodes if node.op != "output"}
+        nodes = by_identity(self.graph)
         value = known(
             expression, lambda of: numbers_of(nodes[of], self.root) if of in nodes else (None, None)
         )
@@ -343,7 +401,7 @@ class Tracer(fx.Tracer):
         Raises:
             TraceError: of the kind that the copy would not follow: a setting, a tensor, a number that counts.
         """
-        if module not in (self.submodule_paths or {}) or threading.get_ident() != self.owner:
+        if module not in (self.submodule_paths or {}) or self.elsewhere:
             return
         tensors = name in module._parameters or name in module._buffers or name in module._modules
         plain = type(value) in (bool, int, float, str)
@@ -360,7 +418,7 @@ class Tracer(fx.Tracer):
         return super().create_node(kind, target, *args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if threading.get_ident() != self.owner:
+        if self.elsewhere:
             return attr_val
         self.parameters = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -392,8 +450,10 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self.owner:
+        if self.elsewhere:
             return forward(*args, **kwargs)
+        if m not in (self.submodule_paths or {}):
+            return self._call_made(m, forward, args, kwargs)
         name, calls_as_modules_do = self.path_of_module(m), called_as_modules_are(m)
         if name in self.whole or self.is_leaf_module(m, name):
             if not calls_as_modules_do:
@@ -405,7 +465,7 @@ class Tracer(fx.Tracer):
                 result.node.meta["tensor"] = True
             return result
         last, states = next(iter(reversed(self.graph.nodes)), None), random_states()
-        asked = len(self.asked)
+        asked, met = len(self.asked), list(self.ways.met) if self.ways is not None else []
         stack = dict(self.module_stack)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -414,10 +474,13 @@ class Tracer(fx.Tracer):
             return result
         except Exception as error:
             # what follows from an answer that was only assumed is seen by whoever called this
-            follows = len(self.asked) > asked and not self.refused and raised_by_network(error)
+            assumed = len(self.asked) > asked or (self.ways is not None and len(self.ways.met) > len(met))
+            follows = assumed and not self.refused and raised_by_network(error)
             if not calls_as_modules_do or follows:
                 raise
             del self.asked[asked:]
+            if self.ways is not None:
+                self.ways.met = {key: self.ways.met[key] for key in met}
             # what was recorded of it goes; it runs as it is
             for node in reversed(list(self.graph.nodes)):
                 if node is last:
@@ -430,6 +493,18 @@ class Tracer(fx.Tracer):
             self.whole[name] = reason(error)
             self.refused = ""
             return self.create_proxy("call_module", name, args, kwargs)
+
+    def _call_made(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A module that is none of the network's: one that the forward makes, ``nn.ReLU()(x)``."""
+        if next(itertools.chain(m.parameters(), m.buffers()), None) is not None:
+            raise self.refusal(
+                f"it calls a {type(m).__name__} with parameters that is not one of its modules"
+            )
+        if forward_hooks(m) or not called_as_modules_are(m):
+            raise self.refusal(f"it makes a {type(m).__name__} with hooks or a __call__ of its own")
+        return forward(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """Containers keep their type: torch.fx would make a plain dict, list or tuple of every subclass."""
@@ -493,9 +568,12 @@ def _is_chunk(node: fx.Node) -> bool:
     return str(getattr(node.target, "__name__", node.target)) == "chunk"
 
 
+_OTHER_SIZES = "the network goes another way for images of this size than for those it was traced for"
 _OTHER_DIMENSIONS = "a map has other dimensions than the network was traced for, which was in batches"
 # that one run of a forward may ask
 _MOST_QUESTIONS = 10_000
+# that one question may be asked in a run; a loop that waits for another answer never ends
+_MOST_TIMES = 300
 
 
 def _place_in_code() -> tuple[str, int]:
@@ -530,7 +608,7 @@ def drew(states: tuple[Any, Any, Tensor]) -> bool:
 
 
 @contextmanager
-def watching(tracer: Tracer) -> Iterator[None]:
+def watching(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     set_attribute, delete_attribute = nn.Module.__setattr__, nn.Module.__delattr__
 
     def watched_set(module: nn.Module, name: str, value: Any) -> None:
@@ -547,6 +625,9 @@ def watching(tracer: Tracer) -> Iterator[None]:
     own = [(place, name, getattr(place, name)) for place, name, _ in exchanged]
     for place, name, function in exchanged:
         setattr(place, name, function)
+    numbers = [(names, kind) for names in namespaces(model) for kind in convertible(names)]
+    for names, kind in numbers:
+        names[kind.__name__] = STAND_INS[kind]
     nn.Module.__setattr__ = watched_set  # type: ignore[method-assign, assignment]
     nn.Module.__delattr__ = watched_delete  # type: ignore[method-assign]
     try:
@@ -554,6 +635,8 @@ def watching(tracer: Tracer) -> Iterator[None]:
     finally:
         for place, name, function in own:
             setattr(place, name, function)
+        for names, kind in numbers:
+            del names[kind.__name__]
         nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
         nn.Module.__delattr__ = delete_attribute  # type: ignore[method-assign]
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from quincunx.layers.sizes import Run, Settled, raised, raised_by_network, settle
+from quincunx.layers.sizes import Raised, Run, Settled, raised, raised_by_network, settle
 from quincunx.layers.tracer import (
     Tracer,
     called_as_modules_are,
@@ -32,8 +32,13 @@ from quincunx.layers.tracer import (
     restore_random_states,
     watching,
 )
+from quincunx.layers.tried import SIZES, Trying, channels_to_try
+from quincunx.layers.ways import ApartError, Ways, join
 
 __all__ = ["Traced", "as_module", "trace"]
+
+# traces that may be made of a forward that goes two ways, and their nodes
+_MOST_WAYS, _MOST_NODES = 256, 40_000
 
 _LOCK = threading.RLock()
 
@@ -110,7 +115,7 @@ def _trace_settled(
         tracer = Tracer(leaf, {}, numbers, known, assumed)
         scratch = _scratch(model)
         error = None
-        with watching(tracer):
+        with watching(tracer, scratch):
             try:
                 tracer.trace(scratch)
             except Exception as e:  # noqa: BLE001 - whatever a forward raises
@@ -118,11 +123,172 @@ def _trace_settled(
         network = error is not None and not tracer.refused and raised_by_network(error)
         return Run(tracer.asked, raised(error, tracer.values) if error is not None and network else None)
 
-    return _trace_twice(model, leaf, numbers, settle(run))
+    known = settle(run)
+    known.met = False
+    try:
+        found = _trace_twice(model, leaf, numbers, known)
+    except Exception:
+        both = _both_ways(model, leaf, numbers, known) if known.met else None
+        if both is None:
+            raise
+        return both
+    return (_both_ways(model, leaf, numbers, known) if known.met else None) or found
+
+
+def _both_ways(
+    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled
+) -> tuple[Traced, Traced] | None:
+    """The graph of a forward that goes on both ways of a branch; None where there is none.
+
+    A branch that cannot be in a graph (it has layers with parameters, say) is answered as images of all sizes
+    that were tried have it, and guarded; where they differ, what asks is left to run as it is.
+    """
+    tried = _tried(model, leaf, numbers, settled)
+    seen: dict[str, set[bool]] = {}
+    for ways in tried:
+        for key, answer in ways.told.items():
+            seen.setdefault(key, set()).add(answer)
+    usual = {key: answer for ways in reversed(tried) for key, answer in ways.told.items()}
+    places = {key: place for ways in tried for key, place in ways.places.items()}
+    fixed: dict[str, bool] = {}
+    closed: set[str] = set()
+    while tried:
+        runs = _Runs(model, leaf, numbers, settled, Ways(usual=usual, fixed=fixed, closed=frozenset(closed)))
+        try:
+            return runs.all()
+        except _RaisesError as error:
+            key, found = error.settles
+            settled.answers[key] = found
+        except ApartError as error:
+            here = [key for key in seen if places[key] == places.get(error.key)]
+            both = len(set().union(*(seen[key] for key in here))) > 1
+            if len(seen.get(error.key, ())) != 1 or (error.ended and not both):
+                closed.add(error.key)
+            else:
+                # of the same code, such as a block's that is there many times, others will not do either
+                fixed.update({k: usual[k] for k in here if len(seen[k]) == 1 and k not in closed})
+        except _ManyError:
+            same = {key: usual[key] for key in seen if len(seen[key]) == 1 and key not in closed}
+            if same.keys() <= fixed.keys():
+                return None
+            fixed.update(same)
+        except fx.proxy.TraceError:
+            return None
+    return None
+
+
+def _tried(
+    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled
+) -> list[Ways]:
+    """What a forward's questions are for images of several sizes, of those that the network takes."""
+
+    def run(channels: int, images: int, *sides: int) -> Ways | None:
+        tracer = Trying((images, channels, *sides), leaf, {}, numbers, settled, ways=Ways())
+        scratch = _scratch(model)
+        with watching(tracer, scratch):
+            try:
+                tracer.trace(scratch)
+            except Exception:  # noqa: BLE001 - whatever a forward raises
+                return None
+        return None if tracer.refused or tracer.failed else tracer.ways
+
+    for channels in channels_to_try(model):
+        found = [ways for size in SIZES if (ways := run(channels, *size)) is not None]
+        if found:
+            return found
+    return []
+
+
+class _ManyError(Exception):
+    """A forward goes more ways than are tried."""
+
+
+class _RaisesError(Exception):
+    """A forward raises on one of its ways, with one answer to a question that is asked there only."""
+
+    def __init__(self, key: str, answer: bool, otherwise: Raised) -> None:
+        super().__init__(key)
+        self.settles = key, (answer, otherwise)
+
+
+class _Runs:
+    """The ways that a forward goes, each traced, and made one graph.
+
+    Args:
+        given: the network, and what is known of its questions.
+        ways: what is answered where nothing else is said.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        leaf: Callable[[nn.Module], bool],
+        numbers: bool,
+        settled: Settled,
+        ways: Ways,
+    ) -> None:
+        self.model, self.given, self.ways = model, (leaf, numbers, settled), ways
+        self.whole: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.count = self.nodes = 0
+
+    def all(self) -> tuple[Traced, Traced]:
+        """
+        Raises:
+            ApartError: a question whose two ways cannot be in one graph.
+            _ManyError: there are too many.
+            TraceError: the forward cannot be traced.
+        """
+        leaf, numbers, settled = self.given
+        made: list[Ways] = []
+
+        def ways() -> Ways:
+            made.append(self.ways.again({}))
+            return made[-1]
+
+        graph, again = _trace_twice(self.model, leaf, numbers, settled, ways)
+        self.whole, self.constants = graph.whole, graph.constants
+        if _text(graph) == _text(again):
+            self._join(graph, {}, made[-2].met)
+            return graph, graph
+        return graph, again
+
+    def _join(self, graph: Traced, path: dict[str, bool], met: Mapping[str, bool]) -> None:
+        """Let a graph of one path do what the network does on all that begin like it."""
+        asked = list(met.items())
+        for place in reversed(range(len(path), len(asked))):
+            key, answer = asked[place]
+            other, _ = self._run(key, {**dict(asked[:place]), key: not answer})
+            join(graph, other, key, answer, self.model)
+
+    def _run(self, key: str, path: dict[str, bool]) -> tuple[Traced, Mapping[str, bool]]:
+        leaf, numbers, settled = self.given
+        ways = self.ways.again(path)
+        self.count += 1
+        if self.count > _MOST_WAYS or self.nodes > _MOST_NODES:
+            raise _ManyError
+        # with assumed answers it is noted what texts say of sizes
+        tracer = Tracer(leaf, self.whole, numbers, settled, {}, ways)
+        try:
+            graph = _trace_once(_scratch(self.model), tracer)
+        except Exception as error:
+            if raised_by_network(error) and not tracer.refused and [*ways.met] == [*path]:
+                raise _RaisesError(key, not path[key], raised(error, tracer.values)) from error
+            raise ApartError(key, ended=True) from error
+        self.nodes += len(graph.nodes)
+        alike = graph.whole.keys() == self.whole.keys() and _equal(graph.constants, self.constants)
+        if not alike or list(ways.met)[: len(path)] != [*path]:
+            raise ApartError(key, ended=True)
+        self._join(graph, path, ways.met)
+        return graph, ways.met
 
 
 def _trace_twice(
-    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled
+    model: nn.Module,
+    leaf: Callable[[nn.Module], bool],
+    numbers: bool,
+    settled: Settled,
+    ways: Callable[[], Ways | None] = lambda: None,
 ) -> tuple[Traced, Traced]:
     """Two traces of one copy: what it keeps from one call to the next shows in the second.
 
@@ -131,7 +297,8 @@ def _trace_twice(
     whole: dict[str, str] = {}
     while True:
         scratch = _scratch(model)
-        first, second = (_trace_once(scratch, leaf, whole, numbers, settled) for _ in range(2))
+        tracers = (Tracer(leaf, whole, numbers, settled, ways=ways()) for _ in range(2))
+        first, second = (_trace_once(scratch, tracer) for tracer in tracers)
         found = {**second.whole, **first.whole}
         if set(found) == set(whole) or set(first.whole) == set(second.whole):
             return first, second
@@ -153,16 +320,9 @@ def _scratch(model: nn.Module) -> nn.Module:
     return scratch
 
 
-def _trace_once(
-    scratch: nn.Module,
-    leaf: Callable[[nn.Module], bool],
-    whole: dict[str, str],
-    numbers: bool,
-    settled: Settled,
-) -> Traced:
-    tracer = Tracer(leaf, whole, numbers, settled)
+def _trace_once(scratch: nn.Module, tracer: Tracer) -> Traced:
     states, kept, known = random_states(), _versions(scratch), set(vars(scratch))
-    with watching(tracer):
+    with watching(tracer, scratch):
         graph = cast(Traced, tracer.trace(scratch))
     if tracer.refused:
         raise fx.proxy.TraceError(tracer.refused)

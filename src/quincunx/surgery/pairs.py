@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from quincunx.layers.counts import Counted, pieces_of
+from quincunx.layers.graph import traced
 from quincunx.layers.padded import padding_at
 from quincunx.modules import copied, forward_hooks, surely
 
@@ -144,17 +145,30 @@ def search(
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on a proxy
+        if (whole := traced(module)) is not None:
+            # it branches on sizes, say
+            _add(name, match(module, whole), found, within)
+            for part in whole.whole:
+                search(module.get_submodule(part), _joined(name, part), match, found, within, untraced)
+            return
         if getattr(type(module), "forward", None) is not _NO_FORWARD:  # a list of modules is none of its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             # what follows the first sentence is about torch.fx
             reason = reason.partition(". ")[0]
             untraced[name] = f"{type(module).__name__} cannot be traced by torch.fx ({reason})"
         for child_name, child in module.named_children():
-            path = f"{name}.{child_name}" if name else child_name
-            search(child, path, match, found, within, untraced)
+            search(child, _joined(name, child_name), match, found, within, untraced)
         return
-    for first, second in match(module, graph):
-        ends = [f"{name}.{end}" if name else end for end in (first, second)]
+    _add(name, match(module, graph), found, within)
+
+
+def _joined(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _add(name: str, pairs: Iterator[tuple[str, str]], found: dict[str, str], within: dict[str, str]) -> None:
+    for first, second in pairs:
+        ends = [_joined(name, end) for end in (first, second)]
         if not {*found, *found.values()} & set(ends):
             found[ends[0]] = ends[1]
             within[ends[0]] = name
