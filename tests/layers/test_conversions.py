@@ -1,6 +1,5 @@
 """``int`` and ``float`` of sizes are worked out at each call, and mean what they mean everywhere else."""
 
-import builtins
 import types
 
 import pytest
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
-from quincunx.layers.conversions import convertible, namespaces
+from quincunx.layers.conversions import exchanged
 from quincunx.layers.graph import trace
 
 SIDES = [(16, 16), (17, 20), (9, 31), (40, 12)]
@@ -51,13 +50,10 @@ def divided(m, x):
 
 def kept_apart(m, x):
     assert isinstance(3, int)
+    assert isinstance(True, (float, int))
     assert not isinstance(3.0, int)
-    three: object = m.conv.kernel_size[0]
-    assert type(three) in (int, float)
-    assert {int: "whole"}[type(three)] == "whole"
     assert int("12", 16) == 18
-    assert int.from_bytes(b"\1", "big") == 1
-    assert issubclass(bool, int)
+    assert len([1, 2]) == 2
     return m.last(m.conv(x)) * int(2.5)
 
 
@@ -119,9 +115,10 @@ def test_sizes_are_converted_at_each_call(run):
 
 def test_names_are_given_back():
     trace(Net(doubled).eval())
-    assert int is builtins.int
-    assert "int" not in globals()
-    assert "float" not in globals()
+    assert not {"int", "float", "len"} & set(globals())
+    with pytest.raises(TypeError):
+        trace(Net(lambda m, x: [m.conv(x) for _ in range(int(x.shape[2]))]).eval())
+    assert not {"int", "float", "len"} & set(globals())
 
 
 @pytest.mark.parametrize("make", [lambda x: int(x.sum()), lambda x: float(x.mean())])
@@ -147,17 +144,51 @@ def test_a_name_with_a_meaning_of_its_own_is_left_alone():
     assert own.int is round
 
 
-def test_code_that_compares_types_by_is_keeps_its_types():
-    text = "def run(m, x):\n    return m.last(m.conv(x)) * (2 if type(3) {} int else 5)\n"
-    for how, names in (("is", [float, len]), ("==", [int, float, len])):
-        own = module(text.format(how))
-        assert convertible(vars(own)) == names
-        model = Net(own.run).eval()
-        torch.testing.assert_close(
-            qx.fuse(model)(x := torch.ones(1, 3, 8, 8)), model(x), rtol=1e-4, atol=1e-5
-        )
+HANDED_ON = {
+    "(2 if type(3) is int else 5)": [float, len],
+    "(2 if type(3) in (int, float) else 5)": [len],
+    "torch.ones(1, dtype=float).to(x.dtype)": [int, len],
+    "int.from_bytes(b'\\1', 'big')": [float, len],
+    "sum(map(len, ['a', 'bc']))": [int, float],
+    "{int: 3}[type(2)]": [float, len],
+    "(int(2.5) if isinstance(2.5, (int, float)) else 7)": [int, float, len],
+}
+
+
+@pytest.mark.parametrize("factor", HANDED_ON)
+def test_code_that_hands_a_type_on_keeps_it(factor):
+    own = module(f"import torch\ndef run(m, x):\n    return m.last(m.conv(x)) * {factor}\n")
+    model, x = Net(own.run).eval(), torch.ones(1, 3, 8, 8)
+    assert [kind for names, kind in exchanged(model) if names is vars(own)] == HANDED_ON[factor]
+    torch.testing.assert_close(qx.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_list_instead_of_a_map_is_refused_by_name():
+    fused = qx.fuse(Net(counted_images).eval())
+    with pytest.raises(TypeError, match="this network was fused for a tensor, got list"):
+        fused([torch.ones(3, 8, 8)])
 
 
 def test_only_the_networks_own_code_is_changed():
-    found = {names["__name__"] for names in namespaces(Net(by_a_helper))}
-    assert found == {__name__}
+    assert {names["__name__"] for names, _ in exchanged(Net(by_a_helper))} == {__name__}
+
+
+def test_what_else_is_in_the_file_does_not_matter():
+    """As of a script that has a network and its arguments in one file."""
+    text = "def run(m, x):\n    return m.last(m.conv(x)) * int(x.shape[2] / 4)\n"
+    own = module(text + "def main(parser):\n    parser.add_argument('--epochs', type=int)\n")
+    model, x = Net(own.run).eval(), torch.ones(1, 3, 12, 8)
+    torch.testing.assert_close(qx.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_helper_in_another_file():
+    own = module("def third(size):\n    return int(size / 3)\n")
+    helpers = types.ModuleType("helpers_of_a_user")
+    helpers.third = own.third
+    run = module("def run(m, x):\n    return m.last(m.conv(x))[..., : tools.third(x.shape[3])]\n")
+    run.tools = helpers
+    model = Net(run.run).eval()
+    fused = qx.fuse(model)
+    for sides in SIDES:
+        x = torch.randn(2, 3, *sides)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)

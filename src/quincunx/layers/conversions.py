@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MethodType
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import fx, nn
 
 from quincunx.layers.sizes import about_sizes, is_library
 
-__all__ = ["STAND_INS", "convertible", "namespaces"]
+__all__ = ["STAND_INS", "exchanged"]
 
 
 class _Conversion(type):
@@ -67,47 +68,54 @@ def _length(value: Any) -> Any:
     return tracer.length_of(value)
 
 
+# instructions between the name of isinstance and those of the types that it is given
+_FEW = 12
+
 STAND_INS: dict[Callable[..., Any], Any] = {int: _Int, float: _Float, len: _length}
 
 
-def namespaces(model: nn.Module) -> list[dict[str, Any]]:
-    """The global names of a network's own code: of its modules' classes and of the functions they name."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    todo = [value for kind in kinds if not is_library(kind.__module__) for value in vars(kind).values()]
-    todo += [value for module in model.modules() for value in vars(module).values()]
-    found: dict[int, dict[str, Any]] = {}
-    seen: set[Any] = set()
-    while todo:
-        function = _function(todo.pop())
-        if function is None or function in seen:
-            continue
-        seen.add(function)
+def exchanged(model: nn.Module) -> list[tuple[dict[str, Any], Callable[..., Any]]]:
+    """What is exchanged while a network is traced: global names of a file, and a function or type of Python.
+
+    The files are those of the network's modules and of the functions that these name. A file keeps a name to
+    which it gives a meaning of its own, or with which this code does anything but call it, and ask by
+    ``isinstance``.
+    """
+    found: dict[int, tuple[dict[str, Any], list[CodeType]]] = {}
+    for function in _functions(model):
         names = function.__globals__
-        if not is_library(str(names.get("__name__", ""))):
-            found[id(names)] = names
-            todo += [names[name] for name in _names(function.__code__) if name in names]
-    return list(found.values())
-
-
-def convertible(names: dict[str, Any]) -> list[Callable[..., Any]]:
-    """What may be exchanged in a namespace: it gives its name no meaning of its own, and asks nowhere whether
-    something is the very type."""
-    own = [value for value in names.values() if isinstance(value, (FunctionType, type))]
-    codes = {code for value in own for code in _codes(value, str(names.get("__name__", "")))}
+        found.setdefault(id(names), (names, []))[1].extend(_inside(function.__code__))
     return [
-        kind
+        (names, kind)
+        for names, codes in found.values()
         for kind in STAND_INS
-        if kind.__name__ not in names and not any(_is_asked(c, kind) for c in codes)
+        if kind.__name__ not in names and not any(_is_handed_on(code, kind) for code in codes)
     ]
 
 
-def _codes(value: Any, home: str) -> Iterator[CodeType]:
-    """The code that a module defines in a function or a class."""
-    if getattr(value, "__module__", None) != home:
-        return
-    for one in vars(value).values() if isinstance(value, type) else (value,):
-        if (function := _function(one)) is not None:
-            yield from _inside(function.__code__)
+def _functions(model: nn.Module) -> list[FunctionType]:
+    """A network's own code: methods of its modules, functions that they hold, and those that these name."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    held: list[Mapping[str, Any]] = [vars(kind) for kind in kinds if not is_library(kind.__module__)]
+    held += [vars(module) for module in model.modules()]
+    todo = [value for names in held for name, value in names.items() if name != "__init__"]
+    found: dict[FunctionType, None] = {}
+    while todo:
+        function = _function(todo.pop())
+        if function is None or function in found or is_library(_home(function)):
+            continue
+        found[function] = None
+        names = {name for code in _inside(function.__code__) for name in code.co_names}
+        here = [function.__globals__[name] for name in names if name in function.__globals__]
+        files = [
+            vars(value) for value in here if isinstance(value, ModuleType) and not is_library(value.__name__)
+        ]
+        todo += here + [file[name] for file in files for name in names if name in file]
+    return list(found)
+
+
+def _home(function: FunctionType) -> str:
+    return str(function.__globals__.get("__name__", ""))
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -127,16 +135,23 @@ def _inside(code: CodeType) -> Iterator[CodeType]:
             yield from _inside(constant)
 
 
-def _names(code: CodeType) -> set[str]:
-    return {name for one in _inside(code) for name in one.co_names}
-
-
-def _is_asked(code: CodeType, kind: Callable[..., Any]) -> bool:
-    """Whether code compares something with a function or a type by ``is``."""
+def _is_handed_on(code: CodeType, kind: Callable[..., Any]) -> bool:
+    """Whether code does something else with a function or a type than to call it: ``x.to(float)``,
+    ``type(x) is int``."""
     if kind.__name__ not in code.co_names:
         return False
     steps = list(dis.get_instructions(code))
-    loads = [
-        i for i, step in enumerate(steps) if step.opname == "LOAD_GLOBAL" and step.argval == kind.__name__
-    ]
-    return any(steps[i + 1].opname == "IS_OP" for i in loads if i + 1 < len(steps))
+    for i, step in enumerate(steps):
+        if step.opname == "LOAD_GLOBAL" and step.argval == kind.__name__ and not _is_called(steps, i):
+            before = [other.argval for other in steps[max(0, i - _FEW) : i] if other.opname == "LOAD_GLOBAL"]
+            if "isinstance" not in before:
+                return True
+    return False
+
+
+def _is_called(steps: list[dis.Instruction], at: int) -> bool:
+    """Whether what an instruction loads is loaded to be called."""
+    if sys.version_info >= (3, 11):
+        # the lowest bit says that a call follows
+        return bool((steps[at].arg or 0) & 1)
+    return steps[at + 1].opname not in ("IS_OP", "LOAD_ATTR", "LOAD_METHOD", "COMPARE_OP", "BUILD_TUPLE")

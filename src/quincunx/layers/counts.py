@@ -230,7 +230,8 @@ def _number_of_sizes(value: fx.Node, part: slice, root: nn.Module) -> int | None
         if stop is not None and (start < 0) == (stop < 0):
             return max(0, stop - start)
     if dimensions is None:
-        dimensions = _dimensions_of_images(root) if value.op == "placeholder" else None
+        inputs = [node for node in value.graph.nodes if node.op == "placeholder"]
+        dimensions = _dimensions_of_images(root) if inputs == [value] else None
     return None if dimensions is None else len(range(dimensions)[part])
 
 

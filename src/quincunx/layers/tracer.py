@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quincunx.layers.alike import decided
-from quincunx.layers.conversions import STAND_INS, convertible, namespaces
+from quincunx.layers.conversions import STAND_INS, exchanged
 from quincunx.layers.counts import count_in, count_of, is_torchs, numbers_of, pieces_of
 from quincunx.layers.kinds import kind_answer
 from quincunx.layers.sizes import (
@@ -364,6 +364,7 @@ class Tracer(fx.Tracer):
         its sizes, which the graph reads at each call."""
         if count_of(value) is not None or not _surely_tensor(value.node):
             return len(value)
+        value.node.meta["asked"] = True
         return value.shape[0]
 
     def number_of(self, expression: Made | Shape | None) -> Any:
@@ -619,14 +620,14 @@ def watching(tracer: Tracer, model: nn.Module) -> Iterator[None]:
         tracer.note_set(module, name, None)
         delete_attribute(module, name)
 
-    exchanged: list[tuple[Any, str, Any]] = [(builtins, "isinstance", _watched_isinstance)]
-    exchanged += [(builtins, f.__name__, _largest_or_smallest(f)) for f in (max, min)]
-    exchanged += [(torch, f.__name__, _made_of_values(f)) for f in _NO_STAND_INS]
-    own = [(place, name, getattr(place, name)) for place, name, _ in exchanged]
-    for place, name, function in exchanged:
+    patches: list[tuple[Any, str, Any]] = [(builtins, "isinstance", _watched_isinstance)]
+    patches += [(builtins, f.__name__, _largest_or_smallest(f)) for f in (max, min)]
+    patches += [(torch, f.__name__, _made_of_values(f)) for f in _NO_STAND_INS]
+    own = [(place, name, getattr(place, name)) for place, name, _ in patches]
+    for place, name, function in patches:
         setattr(place, name, function)
-    numbers = [(names, kind) for names in namespaces(model) for kind in convertible(names)]
-    for names, kind in numbers:
+    own_names = exchanged(model)
+    for names, kind in own_names:
         names[kind.__name__] = STAND_INS[kind]
     nn.Module.__setattr__ = watched_set  # type: ignore[method-assign, assignment]
     nn.Module.__delattr__ = watched_delete  # type: ignore[method-assign]
@@ -635,7 +636,7 @@ def watching(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     finally:
         for place, name, function in own:
             setattr(place, name, function)
-        for names, kind in numbers:
+        for names, kind in own_names:
             del names[kind.__name__]
         nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
         nn.Module.__delattr__ = delete_attribute  # type: ignore[method-assign]
