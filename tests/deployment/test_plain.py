@@ -189,7 +189,7 @@ def test_the_fused_network_stays_as_it_is():
 
 
 class Hidden(nn.Module):
-    """torch.fx cannot trace it: it asks for the height as a number. What it calls can be traced."""
+    """torch.fx cannot trace it: it counts up to the height. What it calls can be traced."""
 
     def __init__(self, inner, calls=((0, 0),)):
         super().__init__()
@@ -197,7 +197,7 @@ class Hidden(nn.Module):
 
     def forward(self, x):
         for top, left in self.calls:
-            x = self.inner(x[:, :, top : int(x.shape[2]), left:])
+            x = self.inner(x[:, :, top : len(range(x.shape[2])), left:])
         return x * 2
 
 

@@ -826,7 +826,7 @@ def rebound(m, x):
 
 def caught(m, x):
     try:
-        n = int(x.shape[1])
+        n = len(range(x.shape[2]))
     except Exception:  # noqa: BLE001 - as others wrote it
         n = 1
     return m.a(x) * n
@@ -834,7 +834,7 @@ def caught(m, x):
 
 def caught_length(m, x):
     try:
-        return m.a(x) * len(x)
+        return m.a(x) * float(x.sum())
     except Exception:  # noqa: BLE001 - as others wrote it
         return m.a(x)
 

@@ -80,6 +80,7 @@ class Net(nn.Module):
         self.run = run
         self.one, self.two, self.up = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(3, 6, 1)
         self.norm, self.pool = nn.BatchNorm2d(6), nn.MaxPool2d(2)
+        self.averaged, self.drop = Averaged(), nn.Dropout()
 
     def forward(self, x):
         return self.run(self, x)
@@ -178,7 +179,88 @@ def raising_behind_two_ways(m, x):
     return m.two(m.layers(x))
 
 
+def smallest_sides(m, x):
+    h, w = x.shape[2:]
+    if h < 20 or w < 20:
+        x = F.pad(x, (0, max(0, 20 - w), 0, max(0, 20 - h)))
+    return m.two(m.layers(x))
+
+
+def rounded(m, x):
+    y = m.layers(x)
+    if x.shape[2] > 20:
+        y = F.interpolate(y, size=(round(y.shape[2] * 0.7), 8))
+    return m.two(y)
+
+
+def up_to_a_multiple(m, x):
+    h, w = x.shape[2:]
+    if h % 4:
+        h += 4 - h % 4
+    return m.two(F.interpolate(m.layers(x), size=(h, w)))
+
+
+def a_constant_chosen(m, x):
+    factor = 2 if x.shape[2] > 20 else 1
+    y = m.two(F.avg_pool2d(m.layers(x), factor))
+    return F.interpolate(y, scale_factor=factor)
+
+
+def counted(m, x):
+    x, times = m.layers(x), 0
+    while x.shape[-1] > 8:
+        x, times = m.pool(x), times + 1
+    return m.two(x) * times
+
+
+def a_map_or_none(m, x):
+    y = m.layers(x)
+    aux = F.max_pool2d(y, 2) if y.shape[2] > 10 else None
+    return m.two(y), aux
+
+
+def signed_zero(m, x):
+    return m.two(m.layers(x)) / (0.0 if x.shape[2] > 20 else -0.0)
+
+
+class Averaged(nn.Module):
+    """Settings that the layers do not print."""
+
+    def __init__(self):
+        super().__init__()
+        self.some, self.others = (nn.AvgPool2d(3, 1, 1, count_include_pad=how) for how in (True, False))
+
+    def forward(self, y):
+        if y.shape[2] > 10:
+            return self.some(y) if y.shape[3] > 10 else y
+        return self.others(y) if y.shape[3] > 10 else y
+
+
+def by_what_is_not_printed(m, x):
+    return m.two(m.averaged(m.layers(x)))
+
+
+def dropped(m, x):
+    y = m.layers(x)
+    return m.two(m.drop(y) if y.shape[2] > 10 else y)
+
+
+def one_name_for_two_maps(m, x):
+    y = m.layers(x)
+    if x.shape[2] > 20:
+        y = F.max_pool2d(y, 2)
+        if y.shape[3] == 9:
+            raise ValueError("nine")
+    else:
+        y = F.max_pool2d(y, 1)
+        if y.shape[3] == 9:
+            y = F.pad(y, (0, 1))
+    return m.two(y)
+
+
 GOING_ON = [
+    *(smallest_sides, rounded, up_to_a_multiple, a_constant_chosen, counted, a_map_or_none, signed_zero),
+    *(by_what_is_not_printed, dropped, one_name_for_two_maps),
     *(
         pooled_until_small,
         padded_and_cut,
@@ -329,6 +411,121 @@ def test_a_value_of_one_way_that_a_later_branch_reads():
         assert "control flow" in str(error)  # noqa: PT017 - either is right, a wrong answer is not
     else:
         assert_alike(model, [fused])
+
+
+STATE = {"calls": 0}
+
+
+class Keeping(nn.Module):
+    """Keeps something from call to call, on one of its ways."""
+
+    def __init__(self, keep, first):
+        super().__init__()
+        self.conv, self.keep, self.first, self.seen = nn.Conv2d(3, 4, 3, 1, 1), keep, first, []
+
+    def forward(self, x):
+        y = self.conv(x)
+        if (y.shape[2] > 8) == self.first:
+            return y
+        return y * self.keep(self)
+
+
+def grow(m):
+    m.seen.append(1)
+    return len(m.seen)
+
+
+def count(m):
+    STATE["calls"] += 1
+    return STATE["calls"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("keep", [grow, count])
+def test_what_is_kept_from_call_to_call_on_one_way_is_refused(keep, first):
+    with pytest.raises(TypeError, match=r"^model: Keeping cannot be traced by torch\.fx"):
+        qx.fuse(Keeping(keep, first).eval())
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (torch.tensor(float("nan")), torch.tensor(0.0)),
+        (torch.tensor(float("inf")), torch.tensor(torch.finfo(torch.float32).max)),
+        (torch.ones(1), torch.ones(1, dtype=torch.int64)),
+        (torch.tensor(0.0), torch.tensor(-0.0)),
+    ],
+    ids=["no number", "infinite", "type", "sign"],
+)
+def test_constants_of_two_ways_are_two(pair):
+    def filled(m, x):
+        fill = torch.tensor(pair[0].tolist(), dtype=pair[0].dtype) if x.shape[2] > 20 else pair[1].clone()
+        return torch.cat([m.two(m.layers(x)).flatten()[:2].clamp(0, 1), 1 / fill.reshape(1)])
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Net(filled)).eval()
+    fused = qx.fuse(model)
+    for side in (16, 32):
+        x = torch.randn(1, 3, side, side)
+        torch.testing.assert_close(fused(x), model(x), equal_nan=True)
+
+
+def test_pruned_layers_are_asked_for_their_weights():
+    class Pruned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.conv, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 9, 1), nn.Conv2d(6, 6, 3, 1, 1)
+            for name in ("weight", "bias"):
+                setattr(self.conv, name, nn.Parameter(getattr(self.conv, name)[:6].detach()))
+            self.last.weight = nn.Parameter(self.last.weight[:, :, 1:2, 1:2].detach())
+
+        def forward(self, x):
+            y = self.up(x)
+            z = self.conv(y)
+            if y.shape != z.shape:
+                y = y * 10
+            after = self.last(z)
+            if after.shape[2:] != z.shape[2:]:
+                z = F.pad(z, (1, 1, 1, 1))
+            return y.mean() + after + z
+
+    model = Pruned().eval()
+    assert_alike(model, [qx.fuse(model)])
+
+
+def test_a_users_function_of_a_known_name_keeps_nothing():
+    model = Net(by_a_users_exp).eval()
+    graph = trace(model)
+    assert_alike(model, [as_module(model, graph, graph.constants)])
+
+
+@fx.wrap
+def exp(x):
+    return x[:, :, ::2]
+
+
+def by_a_users_exp(m, x):
+    y = m.layers(x)
+    z = exp(y)
+    return m.two(y if y.shape == z.shape else y * 3)
+
+
+def test_shortcuts_without_parameters():
+    """As in the ResNets of CIFAR-10: pooling and zero channels."""
+
+    class Padded(Block):
+        def forward(self, x):
+            y = self.two(F.relu(self.norm(self.one(x))))
+            if x.shape[2] != y.shape[2] or x.shape[3] != y.shape[3]:
+                x = F.avg_pool2d(x, 2, ceil_mode=True)
+            if x.shape[1] != y.shape[1]:
+                x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+            return F.relu(x + y)
+
+    blocks = (Padded(8, 8, 1), Padded(8, 16, 2), Padded(16, 16, 1), Padded(16, 32, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), *blocks).eval()
+    fused = qx.fuse(model)
+    assert fused.meta["whole"] == {}
+    assert_alike(model, copies_of(fused))
 
 
 def test_more_ways_than_are_tried_are_refused():

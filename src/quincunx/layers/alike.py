@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from quincunx.layers.attributes import ConvLike
+from quincunx.layers.changes import is_torchs_function
 from quincunx.layers.counts import KEEPING, KEEPING_LAYERS, channels_of
 from quincunx.layers.padded import padding_at
 from quincunx.layers.paired import PairedUp2d
@@ -122,7 +123,8 @@ def _keeps(node: fx.Node, root: nn.Module) -> bool:
     """Whether what a node gives has the sides of what it reads."""
     if node.op != "call_module":
         name = str(getattr(node.target, "__name__", node.target))
-        return node.op in ("call_function", "call_method") and name in KEEPING - _CHANGING
+        torchs = node.op == "call_method" or (node.op == "call_function" and is_torchs_function(node.target))
+        return torchs and name in KEEPING - _CHANGING
     module = root.get_submodule(str(node.target))
     if forward_hooks(module) or "forward" in vars(module):
         return False
@@ -137,4 +139,7 @@ def _keeps(node: fx.Node, root: nn.Module) -> bool:
         return isinstance(module, PairedUp2d)
     reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     top, bottom, left, right = padding_at(conv)
-    return set(conv.stride) == {1} and [top + bottom, left + right] == reach
+    # a kernel that was exchanged may have another size
+    weight = module._parameters.get("weight")
+    own = ours or (weight is not None and tuple(weight.shape[2:]) == conv.kernel_size)
+    return own and set(conv.stride) == {1} and [top + bottom, left + right] == reach

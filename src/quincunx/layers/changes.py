@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quincunx.layers.sizes import about_sizes
 from quincunx.modules import forward_hooks
 
 __all__ = [
@@ -93,7 +94,7 @@ def changes(model: nn.Module, node: fx.Node) -> list[fx.Node]:
         if in_place or name == "__setitem__" or not hasattr(Tensor, name):
             return nodes_in(node.args[:1]) + nodes_in(node.kwargs.get("out"))
         return nodes_in(node.kwargs.get("out"))
-    if node.op != "call_function" or isinstance(node.target, type):
+    if node.op != "call_function" or isinstance(node.target, type) or about_sizes(node) is not None:
         return []
     if node.target in AUGMENTED:
         return nodes_in(node.args[:1])
@@ -133,11 +134,8 @@ def is_opaque(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = module_of(model, node)
         return module is None or not _known(module)
-    return (
-        node.op == "call_function"
-        and not isinstance(node.target, type)
-        and not is_torchs_function(node.target)
-    )
+    called = node.op == "call_function" and not isinstance(node.target, type)
+    return called and not is_torchs_function(node.target) and about_sizes(node) is None
 
 
 def _known(module: nn.Module) -> bool:

@@ -1,16 +1,20 @@
-"""``int`` and ``float`` of sizes and ``len`` of maps, while a forward is traced with stand-ins.
+"""``int``, ``float`` and ``len`` while a forward is traced with stand-ins.
 
-``int(x)`` gives a number whatever ``x`` is, so a stand-in cannot answer it. In the network's own code these
-names mean something else while it is traced: of a size they make a value that the graph works out at each
-call.
+``int(x)`` gives a number whatever ``x`` is, so a stand-in cannot answer it. In the functions that a network's
+forward runs these names mean something else while it is traced: of a size they make a value that the graph
+works out at each call. The functions keep their code but for the name that is looked up; nobody else's code
+in the same file changes.
 """
 
 from __future__ import annotations
 
+import builtins
 import dis
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,7 +22,9 @@ from torch import fx, nn
 
 from quincunx.layers.sizes import about_sizes, is_library
 
-__all__ = ["STAND_INS", "exchanged"]
+__all__ = ["converting", "functions_of", "handed_on"]
+
+_PREFIX = "__quincunx_"
 
 
 class _Conversion(type):
@@ -40,18 +46,6 @@ class _Conversion(type):
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, cls.kind)
 
-    def __subclasscheck__(cls, other: type) -> bool:
-        return issubclass(other, cls.kind)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.kind
-
-    def __hash__(cls) -> int:
-        return hash(cls.kind)
-
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(cls.kind, name)
-
 
 class _Int(metaclass=_Conversion):
     kind = int
@@ -68,32 +62,57 @@ def _length(value: Any) -> Any:
     return tracer.length_of(value)
 
 
-# instructions between the name of isinstance and those of the types that it is given
-_FEW = 12
+def _of_a_size(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def watched(value: Any) -> Any:
+        if isinstance(value, fx.Proxy) and about_sizes(value.node) is not None:
+            return value.tracer.create_proxy("call_function", function, (value,), {})
+        return function(value)
 
-STAND_INS: dict[Callable[..., Any], Any] = {int: _Int, float: _Float, len: _length}
+    return watched
 
 
-def exchanged(model: nn.Module) -> list[tuple[dict[str, Any], Callable[..., Any]]]:
-    """What is exchanged while a network is traced: global names of a file, and a function or type of Python.
+_STAND_INS: dict[Any, Any] = {int: _Int, float: _Float, len: _length}
+_STAND_INS.update({f: _of_a_size(f) for f in (math.ceil, math.floor, math.trunc, math.sqrt)})
 
-    The files are those of the network's modules and of the functions that these name. A file keeps a name to
-    which it gives a meaning of its own, or with which this code does anything but call it, and ask by
-    ``isinstance``.
+
+@contextmanager
+def converting(model: nn.Module) -> Iterator[None]:
+    """Let the functions that a network's forward runs make values of the graph by ``int`` and the like.
+
+    A function keeps a name that its file gives another meaning, or with which it does anything but call it,
+    and ask by ``isinstance``.
     """
-    found: dict[int, tuple[dict[str, Any], list[CodeType]]] = {}
-    for function in _functions(model):
-        names = function.__globals__
-        found.setdefault(id(names), (names, []))[1].extend(_inside(function.__code__))
-    return [
-        (names, kind)
-        for names, codes in found.values()
-        for kind in STAND_INS
-        if kind.__name__ not in names and not any(_is_handed_on(code, kind) for code in codes)
-    ]
+    own: list[tuple[FunctionType, CodeType]] = []
+    added: list[tuple[dict[str, Any], str]] = []
+    try:
+        for function in functions_of(model) if sys.version_info >= (3, 11) else ():
+            meant = {name: _STAND_INS[value] for name, value in _meanings(function)}
+            if meant:
+                own.append((function, function.__code__))
+                for name, value in meant.items():
+                    if _PREFIX + name not in function.__globals__:
+                        added.append((function.__globals__, _PREFIX + name))
+                        function.__globals__[_PREFIX + name] = value
+                function.__code__ = _renamed(function.__code__, set(meant))
+        yield
+    finally:
+        for function, code in own:
+            function.__code__ = code
+        for names, name in added:
+            del names[name]
 
 
-def _functions(model: nn.Module) -> list[FunctionType]:
+def _meanings(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The names in a function that mean what can be converted."""
+    codes = list(_inside(function.__code__))
+    for name in {name for code in codes for name in code.co_names}:
+        value = function.__globals__.get(name, getattr(builtins, name, None))
+        known = isinstance(value, (type, FunctionType)) or inspect.isbuiltin(value)
+        if known and value in _STAND_INS and not any(handed_on(code, name) for code in codes):
+            yield name, value
+
+
+def functions_of(model: nn.Module) -> list[FunctionType]:
     """A network's own code: methods of its modules, functions that they hold, and those that these name."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     held: list[Mapping[str, Any]] = [vars(kind) for kind in kinds if not is_library(kind.__module__)]
@@ -107,9 +126,7 @@ def _functions(model: nn.Module) -> list[FunctionType]:
         found[function] = None
         names = {name for code in _inside(function.__code__) for name in code.co_names}
         here = [function.__globals__[name] for name in names if name in function.__globals__]
-        files = [
-            vars(value) for value in here if isinstance(value, ModuleType) and not is_library(value.__name__)
-        ]
+        files = [vars(v) for v in here if isinstance(v, ModuleType) and not is_library(v.__name__)]
         todo += here + [file[name] for file in files for name in names if name in file]
     return list(found)
 
@@ -129,29 +146,42 @@ def _function(value: Any) -> FunctionType | None:
 
 
 def _inside(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _inside(constant)
 
 
-def _is_handed_on(code: CodeType, kind: Callable[..., Any]) -> bool:
-    """Whether code does something else with a function or a type than to call it: ``x.to(float)``,
-    ``type(x) is int``."""
-    if kind.__name__ not in code.co_names:
-        return False
-    steps = list(dis.get_instructions(code))
+def _renamed(code: CodeType, names: set[str]) -> CodeType:
+    constants = tuple(_renamed(one, names) if isinstance(one, CodeType) else one for one in code.co_consts)
+    renamed = tuple(_PREFIX + name if name in names else name for name in code.co_names)
+    return code.replace(co_names=renamed, co_consts=constants)
+
+
+def handed_on(code: CodeType, name: str) -> bool:
+    """Whether code does something else with a global name than to call what it means, or to ask
+    ``isinstance`` for it: ``x.to(float)``, ``type(x) is int``; also where it has another meaning as well, as
+    in ``x.float()``."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("PRECALL", "CACHE")]
+    called = None
     for i, step in enumerate(steps):
-        if step.opname == "LOAD_GLOBAL" and step.argval == kind.__name__ and not _is_called(steps, i):
-            before = [other.argval for other in steps[max(0, i - _FEW) : i] if other.opname == "LOAD_GLOBAL"]
-            if "isinstance" not in before:
+        calls = step.opname == "LOAD_GLOBAL" and bool((step.arg or 0) & 1)
+        if step.argval == name and step.opname != "LOAD_CONST":
+            if step.opname != "LOAD_GLOBAL":
                 return True
+            if not calls and not (called == "isinstance" and _ends_call(steps[i + 1 :])):
+                return True
+        called = step.argval if calls else called
     return False
 
 
-def _is_called(steps: list[dis.Instruction], at: int) -> bool:
-    """Whether what an instruction loads is loaded to be called."""
-    if sys.version_info >= (3, 11):
-        # the lowest bit says that a call follows
-        return bool((steps[at].arg or 0) & 1)
-    return steps[at + 1].opname not in ("IS_OP", "LOAD_ATTR", "LOAD_METHOD", "COMPARE_OP", "BUILD_TUPLE")
+def _ends_call(steps: list[dis.Instruction]) -> bool:
+    """Whether a type that was loaded is the last of what a call of two arguments is given, alone or in a
+    tuple."""
+    for step in steps:
+        if step.opname == "CALL":
+            return step.arg == 2
+        if step.opname not in ("LOAD_GLOBAL", "LOAD_ATTR", "BUILD_TUPLE"):
+            return False
+    return False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from quincunx.layers.changes import is_torchs_function
 from quincunx.layers.sizes import about_sizes, known, pieces_by_size, sizes_of
 from quincunx.modules import forward_hooks
 
@@ -166,7 +167,8 @@ def _dimensions(node: fx.Node, root: nn.Module) -> int | None:
     if name == "getitem":
         kept = type(node.args[1]) is int and _name_of(read[0], root) in _WHOLE
         return dimensions_of(read[0].all_input_nodes[0], root) if kept else None
-    if name not in KEEPING or "keepdim" in node.kwargs:
+    own = node.op == "call_function" and not is_torchs_function(node.target)
+    if name not in KEEPING or "keepdim" in node.kwargs or own:
         return None
     found = [dimensions_of(other, root) for other in read]
     known = [one for one in found if one is not None]
@@ -191,10 +193,19 @@ def _channels(node: fx.Node, root: nn.Module) -> int | None:
         if (_dimensions_behind(module, node, root) or 0) < 4 or type(module) is nn.PixelShuffle:
             return None
         own: Any = getattr(module, "out_channels", getattr(module, "num_features", None))
+        # torch.fx gives a stand-in for the attribute
+        weight = module._parameters.get("weight")
+        if is_torchs(module) and type(own) is int and weight is not None:
+            # as the weight has it, which may have been pruned
+            groups: Any = getattr(module, "groups", 1)
+            transposed = getattr(module, "transposed", False)
+            return int(weight.shape[1] * groups if transposed else weight.shape[0])
         return own if type(own) is int else channels_of(read[0], root)
     if node.op not in ("call_function", "call_method") or about_sizes(node) is not None:
         return None
     name = str(getattr(node.target, "__name__", node.target))
+    if node.op == "call_function" and not is_torchs_function(node.target):
+        return None
     found = [channels_of(other, root) for other in read]
     if name == "cat":
         parts: Any = node.args[0] if node.args else None

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quincunx.layers.alike import decided
-from quincunx.layers.conversions import STAND_INS, exchanged
+from quincunx.layers.conversions import converting
 from quincunx.layers.counts import count_in, count_of, is_torchs, numbers_of, pieces_of
 from quincunx.layers.kinds import kind_answer
 from quincunx.layers.sizes import (
@@ -213,7 +214,9 @@ def _made_of_values(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _NO_STAND_INS: tuple[Any, ...] = (
     *(torch.zeros, torch.ones, torch.empty, torch.tensor, torch.as_tensor, torch.finfo, torch.iinfo),
+    *(torch.full, torch.eye),
 )
+_NO_SIZES: tuple[Any, ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
 class Tracer(fx.Tracer):
@@ -320,6 +323,9 @@ class Tracer(fx.Tracer):
         if ways is None or key in ways.closed:
             self.settled.met = True
             return None
+        if (known := ways.ends.get((key, question.place))) is not None:
+            self._guard(question.expression, *known)
+            return known[0]
         if (answer := ways.fixed.get(key)) is not None:
             self._guard(question.expression, answer, Raised(ValueError, _OTHER_SIZES))
             return answer
@@ -623,21 +629,18 @@ def watching(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     patches: list[tuple[Any, str, Any]] = [(builtins, "isinstance", _watched_isinstance)]
     patches += [(builtins, f.__name__, _largest_or_smallest(f)) for f in (max, min)]
     patches += [(torch, f.__name__, _made_of_values(f)) for f in _NO_STAND_INS]
+    patches += [(F, f.__name__, _made_of_values(f)) for f in _NO_SIZES]
     own = [(place, name, getattr(place, name)) for place, name, _ in patches]
     for place, name, function in patches:
         setattr(place, name, function)
-    own_names = exchanged(model)
-    for names, kind in own_names:
-        names[kind.__name__] = STAND_INS[kind]
     nn.Module.__setattr__ = watched_set  # type: ignore[method-assign, assignment]
     nn.Module.__delattr__ = watched_delete  # type: ignore[method-assign]
     try:
-        yield
+        with converting(model):
+            yield
     finally:
         for place, name, function in own:
             setattr(place, name, function)
-        for names, kind in own_names:
-            del names[kind.__name__]
         nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
         nn.Module.__delattr__ = delete_attribute  # type: ignore[method-assign]
 

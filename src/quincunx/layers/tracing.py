@@ -39,6 +39,8 @@ __all__ = ["Traced", "as_module", "trace"]
 
 # traces that may be made of a forward that goes two ways, and their nodes
 _MOST_WAYS, _MOST_NODES = 256, 40_000
+# sizes in a row that show nothing new, after which no more are tried
+_USELESS = 7
 
 _LOCK = threading.RLock()
 
@@ -143,32 +145,31 @@ def _both_ways(
     A branch that cannot be in a graph (it has layers with parameters, say) is answered as images of all sizes
     that were tried have it, and guarded; where they differ, what asks is left to run as it is.
     """
-    tried = _tried(model, leaf, numbers, settled)
+    tried, others = _tried(model, leaf, numbers, settled)
     seen: dict[str, set[bool]] = {}
-    for ways in tried:
+    for ways in (*tried, *others):
         for key, answer in ways.told.items():
             seen.setdefault(key, set()).add(answer)
     usual = {key: answer for ways in reversed(tried) for key, answer in ways.told.items()}
     places = {key: place for ways in tried for key, place in ways.places.items()}
     fixed: dict[str, bool] = {}
     closed: set[str] = set()
+    ends: dict[tuple[str, tuple[str, int]], tuple[bool, Raised]] = {}
     while tried:
-        runs = _Runs(model, leaf, numbers, settled, Ways(usual=usual, fixed=fixed, closed=frozenset(closed)))
+        ways = Ways(usual=usual, fixed=fixed, closed=frozenset(closed), ends=ends)
         try:
-            return runs.all()
+            return _Runs(model, leaf, numbers, settled, ways).all()
         except _RaisesError as error:
-            key, found = error.settles
-            settled.answers[key] = found
+            ends.update(error.ends)
         except ApartError as error:
-            here = [key for key in seen if places[key] == places.get(error.key)]
-            both = len(set().union(*(seen[key] for key in here))) > 1
-            if len(seen.get(error.key, ())) != 1 or (error.ended and not both):
-                closed.add(error.key)
-            else:
+            if len(seen.get(error.key, ())) == 1 and error.key in usual:
                 # of the same code, such as a block's that is there many times, others will not do either
-                fixed.update({k: usual[k] for k in here if len(seen[k]) == 1 and k not in closed})
+                alike = [k for k in usual if places[k] == places[error.key] and len(seen[k]) == 1]
+                fixed.update({key: usual[key] for key in alike if key not in closed})
+            else:
+                closed.add(error.key)
         except _ManyError:
-            same = {key: usual[key] for key in seen if len(seen[key]) == 1 and key not in closed}
+            same = {key: usual[key] for key in usual if len(seen[key]) == 1 and key not in closed}
             if same.keys() <= fixed.keys():
                 return None
             fixed.update(same)
@@ -179,24 +180,41 @@ def _both_ways(
 
 def _tried(
     model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled
-) -> list[Ways]:
-    """What a forward's questions are for images of several sizes, of those that the network takes."""
+) -> tuple[list[Ways], list[Ways]]:
+    """What a forward's questions are for images of several sizes: of those that the network takes, and of
+    those for which it raises or cannot be followed."""
+    taken: list[Ways] = []
+    ended: list[Ways] = []
 
     def run(channels: int, images: int, *sides: int) -> Ways | None:
-        tracer = Trying((images, channels, *sides), leaf, {}, numbers, settled, ways=Ways())
+        ways = Ways()
+        tracer = Trying((images, channels, *sides), leaf, {}, numbers, settled, ways=ways)
         scratch = _scratch(model)
         with watching(tracer, scratch):
             try:
                 tracer.trace(scratch)
             except Exception:  # noqa: BLE001 - whatever a forward raises
-                return None
-        return None if tracer.refused or tracer.failed else tracer.ways
+                refused = True
+            else:
+                refused = bool(tracer.refused)
+        if refused and not tracer.failed:
+            ended.append(ways)
+        return None if refused or tracer.failed else ways
 
     for channels in channels_to_try(model):
-        found = [ways for size in SIZES if (ways := run(channels, *size)) is not None]
-        if found:
-            return found
-    return []
+        known: set[tuple[str, bool]] = set()
+        useless = 0
+        for size in SIZES:
+            ways = run(channels, *size)
+            if ways is not None:
+                taken.append(ways)
+                useless = 0 if set(ways.told.items()) - known else useless + 1
+                known.update(ways.told.items())
+            if useless == _USELESS:
+                break
+        if taken:
+            break
+    return taken, ended
 
 
 class _ManyError(Exception):
@@ -206,9 +224,9 @@ class _ManyError(Exception):
 class _RaisesError(Exception):
     """A forward raises on one of its ways, with one answer to a question that is asked there only."""
 
-    def __init__(self, key: str, answer: bool, otherwise: Raised) -> None:
+    def __init__(self, key: str, place: tuple[str, int], answer: bool, otherwise: Raised) -> None:
         super().__init__(key)
-        self.settles = key, (answer, otherwise)
+        self.ends = {(key, place): (answer, otherwise)}
 
 
 class _Runs:
@@ -270,15 +288,23 @@ class _Runs:
         # with assumed answers it is noted what texts say of sizes
         tracer = Tracer(leaf, self.whole, numbers, settled, {}, ways)
         try:
-            graph = _trace_once(_scratch(self.model), tracer)
+            scratch = _scratch(self.model)
+            graph = _trace_once(scratch, tracer)
+            # what it keeps from one call to the next shows in the second
+            again = _trace_once(
+                scratch, Tracer(leaf, self.whole, numbers, settled, {}, self.ways.again(path))
+            )
         except Exception as error:
             if raised_by_network(error) and not tracer.refused and [*ways.met] == [*path]:
-                raise _RaisesError(key, not path[key], raised(error, tracer.values)) from error
-            raise ApartError(key, ended=True) from error
+                end = raised(error, tracer.values)
+                raise _RaisesError(key, ways.places[key], not path[key], end) from error
+            raise ApartError(key) from error
         self.nodes += len(graph.nodes)
+        if _text(graph) != _text(again) or not _equal(graph.constants, again.constants):
+            raise fx.proxy.TraceError("it does not do the same at every call")
         alike = graph.whole.keys() == self.whole.keys() and _equal(graph.constants, self.constants)
         if not alike or list(ways.met)[: len(path)] != [*path]:
-            raise ApartError(key, ended=True)
+            raise ApartError(key)
         self._join(graph, path, ways.met)
         return graph, ways.met
 
@@ -351,13 +377,22 @@ def _versions(module: nn.Module) -> dict[str, tuple[Tensor, int, int]]:
     return found
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, where it has any: values that are no number are not equal to themselves."""
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return (
+        tensor.detach().resolve_conj().reshape(-1).view(torch.uint8) if dense and tensor.numel() else tensor
+    )
+
+
 def _text(graph: fx.Graph) -> list[str]:
     return [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
 
 
 def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     def same(a: Tensor, b: Tensor) -> bool:
-        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        alike = (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
+        return alike and torch.equal(_bits(a), _bits(b))
 
     return some.keys() == others.keys() and all(same(some[name], others[name]) for name in some)
 

@@ -12,7 +12,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, Union
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,12 +21,14 @@ from quincunx.layers.changes import ASKS_LAYOUT, changes, is_opaque, name_of, no
 from quincunx.layers.counts import is_torchs
 from quincunx.layers.kinds import KindGuard
 from quincunx.layers.names import found_at, path_of
-from quincunx.layers.sizes import SizeGuard
+from quincunx.layers.sizes import Raised, SizeGuard
 
 __all__ = ["ApartError", "Asked", "Either", "Ways", "join"]
 
+_Read = Union["fx.Node", "_Constant"]
 # what these do depends on a mode that copies of them would not follow, or on the layout in memory
-_NOT_COPIED = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.Unflatten)
+_BY_MODE = (nn.modules.dropout._DropoutNd, nn.RReLU)
+_NOT_COPIED = (nn.FractionalMaxPool2d, nn.Unflatten)
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Ways:
         usual: question -> the answer to those that are not in ``path``.
         fixed: question -> its one answer; the graph raises where it has the other.
         closed: questions that are left unanswered.
+        ends: question, and where it is asked -> the answer with which the network goes on, and what it raises
+            with the other.
         met: the questions of this run that were answered by ``path`` or ``usual``, in order, each once.
         told: what ``met`` holds, and what was asked in parts that turned out to run as they are.
         places: question -> where in the code it is asked.
@@ -47,13 +51,14 @@ class Ways:
     usual: Mapping[str, bool] = field(default_factory=dict)
     fixed: Mapping[str, bool] = field(default_factory=dict)
     closed: frozenset[str] = frozenset()
+    ends: Mapping[tuple[str, tuple[str, int]], tuple[bool, Raised]] = field(default_factory=dict)
     met: dict[str, bool] = field(default_factory=dict)
     told: dict[str, bool] = field(default_factory=dict)
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def again(self, path: Mapping[str, bool]) -> Ways:
         """The same for another run."""
-        return Ways(path, self.usual, self.fixed, self.closed)
+        return Ways(path, self.usual, self.fixed, self.closed, self.ends)
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,30 @@ class _Value:
     place: int
 
 
+@dataclass(frozen=True)
+class _Constant:
+    """A constant that the other way has another value for."""
+
+    kind: type
+    text: str
+    value: Any = field(compare=False)
+
+
+# that a branch may choose: a factor, a size, that there is no map
+_CHOSEN = (int, float, bool, str, type(None), torch.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Arm:
     """What a network does on one way of a branch.
 
     Attributes:
         steps: what is called, in order: a function, the name of a method, or a layer without parameters.
-        results: places of the values that are read behind the branch.
+        results: what is read behind the branch: places of values, and constants.
     """
 
     steps: tuple[tuple[Any, tuple[Any, ...], Mapping[str, Any]], ...]
-    results: tuple[int, ...]
+    results: tuple[Any, ...]
 
     def __call__(self, given: Sequence[Any]) -> tuple[Any, ...]:
         values = list(given)
@@ -105,7 +123,7 @@ class Arm:
                 values.append(getattr(args[0], target)(*args[1:], **kwargs))
             else:
                 values.append(target(*args, **kwargs))
-        return tuple(values[place] for place in self.results)
+        return tuple(filled(result) for result in self.results)
 
     def __reduce__(self) -> Any:
         steps = [
@@ -121,7 +139,7 @@ class Arm:
         return any(isinstance(t, (SizeGuard, KindGuard)) or getattr(t, "raises", False) for t in found)
 
 
-def _arm(steps: Any, results: tuple[int, ...]) -> Arm:
+def _arm(steps: Any, results: tuple[Any, ...]) -> Arm:
     def target(is_method: bool, name: Any) -> Any:
         return name if is_method or not isinstance(name, str) else found_at(name)
 
@@ -179,12 +197,11 @@ class ApartError(Exception):
 
     Args:
         key: the question that they answer differently.
-        ended: whether one of them could not be followed, as for a question that is not understood.
     """
 
-    def __init__(self, key: str, ended: bool = False) -> None:
+    def __init__(self, key: str) -> None:
         super().__init__(key)
-        self.key, self.ended = key, ended
+        self.key = key
 
 
 # ---------------------------------------------------------------- two graphs as one
@@ -267,6 +284,8 @@ class _Join:
             if not self._same_call(own, other) or found is None:
                 return False
             for one, another in found:
+                if isinstance(one, _Constant) or isinstance(another, _Constant):
+                    continue
                 partners.setdefault(one, set()).add(another)
                 partners.setdefault(another, set()).add(one)
             return True
@@ -305,8 +324,11 @@ class _Join:
         return (
             self._same_call(own, other)
             and found is not None
-            and all(self.twin.get(another) is one for one, another in found)
+            and all(self._same_value(one, another) for one, another in found)
         )
+
+    def _same_value(self, own: _Read, other: _Read) -> TypeGuard[fx.Node]:
+        return isinstance(own, fx.Node) and isinstance(other, fx.Node) and self.twin.get(other) is own
 
     def _same_call(self, own: fx.Node, other: fx.Node) -> bool:
         return own.op == other.op and _same(own.target, other.target)
@@ -316,7 +338,7 @@ class _Join:
     def write(self, answer: bool) -> None:
         joined = self._joined()
         places = {node: i for i, node in enumerate(self.graph.nodes)}
-        made: dict[tuple[int, fx.Node, fx.Node], fx.Node] = {}
+        made: dict[tuple[int, _Read, _Read], fx.Node] = {}
         arms = {number: self._arms(number, pairs, places) for number, pairs in joined.items()}
         for number, (inputs, own, other) in arms.items():
             asked = self.own[number - 1][-1]
@@ -336,9 +358,10 @@ class _Join:
             i, j = self.ends[number]
             for own_node, other_node in zip(self.own[number][i:], self.others[number][j:], strict=True):
 
-                def value(one: fx.Node, another: fx.Node, number: int = number) -> fx.Node:
-                    same = self.twin.get(another) is one
-                    return one if same else made[self._made_in(number, one, another), one, another]
+                def value(one: _Read, another: _Read, number: int = number) -> fx.Node:
+                    if self._same_value(one, another):
+                        return one
+                    return made[self._made_in(number, one, another), one, another]
 
                 own_node.args, own_node.kwargs = _replaced(
                     (own_node.args, dict(own_node.kwargs)),
@@ -354,26 +377,27 @@ class _Join:
         start = self.starts[number]
         return self.own[number][start - 1] if start else self.own[number - 1][-1]
 
-    def _joined(self) -> dict[int, list[tuple[fx.Node, fx.Node]]]:
+    def _joined(self) -> dict[int, list[tuple[_Read, _Read]]]:
         """For each branch the values that are read behind it: one of the graph's, one of the other's."""
-        found: dict[int, dict[tuple[fx.Node, fx.Node], None]] = {n: {} for n in range(1, len(self.own))}
+        found: dict[int, dict[tuple[_Read, _Read], None]] = {n: {} for n in range(1, len(self.own))}
         for number in found:
             i, j = self.ends[number]
             for own, other in zip(self.own[number][i:], self.others[number][j:], strict=True):
                 for one, another in _pairs(_arguments(own), _arguments(other)) or ():
-                    if self.twin.get(another) is not one:
+                    if not self._same_value(one, another):
                         found[self._made_in(number, one, another)][one, another] = None
         return {number: list(pairs) for number, pairs in found.items()}
 
-    def _made_in(self, number: int, own: fx.Node, other: fx.Node) -> int:
+    def _made_in(self, number: int, own: _Read, other: _Read) -> int:
         """The branch behind which a value is chosen that a node behind branch ``number`` reads."""
-        of = {self.branch[node] for node in (own, other) if node in self.branch}
+        nodes = (one for one in (own, other) if isinstance(one, fx.Node))
+        of = {self.branch[node] for node in nodes if node in self.branch}
         if len(of) > 1:
             raise self._apart()
         return of.pop() if of else number
 
     def _arms(
-        self, number: int, pairs: list[tuple[fx.Node, fx.Node]], places: Mapping[fx.Node, int]
+        self, number: int, pairs: list[tuple[_Read, _Read]], places: Mapping[fx.Node, int]
     ) -> tuple[list[fx.Node], Arm, Arm]:
         """What a branch does in either graph, and the values of the graph that it reads."""
         start, (i, j) = self.starts[number], self.ends[number]
@@ -384,15 +408,16 @@ class _Join:
         )
         for nodes, results in sides:
             inside = set(nodes)
-            for read in (*results, *nodes_in([_arguments(node) for node in nodes])):
+            given = [one for one in results if isinstance(one, fx.Node)]
+            for read in (*given, *nodes_in([_arguments(node) for node in nodes])):
                 if read not in inside:
                     inputs[self._outside(read)] = None
         before = places[self._before(number)]
         if any(places[node] > before for node in inputs):
             raise self._apart()
-        given = list(inputs)
-        own, other = (self._arm(nodes, results, given) for nodes, results in sides)
-        return given, own, other
+        read_outside = list(inputs)
+        own, other = (self._arm(nodes, results, read_outside) for nodes, results in sides)
+        return read_outside, own, other
 
     def _outside(self, node: fx.Node) -> fx.Node:
         """The graph's own node for a value that was made in front of a branch."""
@@ -400,7 +425,7 @@ class _Join:
             raise self._apart()
         return self.twin.get(node, node)
 
-    def _arm(self, nodes: list[fx.Node], results: list[fx.Node], given: list[fx.Node]) -> Arm:
+    def _arm(self, nodes: list[fx.Node], results: list[_Read], given: list[fx.Node]) -> Arm:
         place: dict[fx.Node, int] = {node: i for i, node in enumerate(given)}
         steps: list[tuple[Any, Any, Any]] = []
 
@@ -413,7 +438,8 @@ class _Join:
             target = self._target(node)
             steps.append((target, *_mapped(_arguments(node), value)))
             place[node] = len(given) + len(steps) - 1
-        return Arm(tuple(steps), tuple(value(node).place for node in results))
+        chosen = (one.value if isinstance(one, _Constant) else value(one) for one in results)
+        return Arm(tuple(steps), tuple(chosen))
 
     def _target(self, node: fx.Node) -> Any:
         """What an arm calls.
@@ -429,7 +455,8 @@ class _Join:
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             held = next(iter(module.state_dict(keep_vars=True)), None)
-            if held is not None or not is_torchs(module) or isinstance(module, _NOT_COPIED):
+            by_mode = isinstance(module, _BY_MODE) and module.training
+            if held is not None or not is_torchs(module) or isinstance(module, _NOT_COPIED) or by_mode:
                 raise self._apart()
             return copy.deepcopy(module)
         if node.op == "call_method" and node.target in ("view", "view_as"):
@@ -452,17 +479,21 @@ def _children(value: Any) -> list[Any] | None:
     return [value.start, value.stop, value.step] if isinstance(value, slice) else None
 
 
-def _pairs(one: Any, another: Any) -> list[tuple[fx.Node, fx.Node]] | None:
-    """The nodes in the same places of two nodes' arguments; None where these differ otherwise."""
-    if isinstance(one, fx.Node) and isinstance(another, fx.Node):
-        return [(one, another)]
+def _pairs(one: Any, another: Any) -> list[tuple[_Read, _Read]] | None:
+    """The nodes in the same places of two nodes' arguments, and the constants that are not the same there;
+    None where these differ otherwise."""
     parts, others = _children(one), _children(another)
+    if parts is None and others is None:
+        if not isinstance(one, fx.Node) and not isinstance(another, fx.Node) and _same(one, another):
+            return []
+        both = [_read(one), _read(another)]
+        return [(both[0], both[1])] if None not in both else None  # type: ignore[list-item]
     if parts is None or others is None:
-        return [] if parts is None and others is None and _same(one, another) else None
+        return None
     keys = isinstance(one, dict) and list(one) != list(another)
     if type(one) is not type(another) or len(parts) != len(others) or keys:
         return None
-    found: list[tuple[fx.Node, fx.Node]] = []
+    found: list[tuple[_Read, _Read]] = []
     for part, other in zip(parts, others, strict=True):
         if (inside := _pairs(part, other)) is None:
             return None
@@ -470,14 +501,19 @@ def _pairs(one: Any, another: Any) -> list[tuple[fx.Node, fx.Node]] | None:
     return found
 
 
-def _replaced(one: Any, another: Any, value: Any) -> Any:
-    """The first of two equal forms of arguments, each node exchanged for what a function makes of both."""
-    if isinstance(one, fx.Node):
-        return value(one, another)
+def _read(value: Any) -> _Read | None:
+    if isinstance(value, fx.Node):
+        return value
+    return _Constant(type(value), repr(value), value) if isinstance(value, _CHOSEN) else None
+
+
+def _replaced(one: Any, another: Any, value: Callable[[_Read, _Read], fx.Node]) -> Any:
+    """The first of two equal forms of arguments, with what a function makes of both where they read
+    something, or have other constants."""
     parts, others = _children(one), _children(another)
     if parts is None or others is None:
-        # a constant
-        return one
+        pairs = _pairs(one, another)
+        return value(*pairs[0]) if pairs else one
     made = [_replaced(part, other, value) for part, other in zip(parts, others, strict=True)]
     if isinstance(one, dict):
         return dict(zip(one, made, strict=True))
@@ -491,13 +527,17 @@ def _same(one: Any, another: Any) -> bool:
     if isinstance(one, (Either, Arm)):
         return type(one) is type(another) and all(map(_same, _contents(one), _contents(another)))
     if isinstance(one, nn.Module):
-        return type(one) is type(another) and repr(one) == repr(another)
+        return type(one) is type(another) and _same(vars(one), vars(another))
+    if isinstance(one, dict) and isinstance(another, dict) and list(one) != list(another):
+        return False
     parts, others = _children(one), _children(another)
     if parts is not None and others is not None:
         return type(one) is type(another) and len(parts) == len(others) and all(map(_same, parts, others))
     if isinstance(one, Tensor) or isinstance(another, Tensor):
         return one is another
-    return type(one) is type(another) and bool(one == another)
+    # zeros of both signs are equal
+    written = isinstance(one, (float, complex)) and repr(one) != repr(another)
+    return type(one) is type(another) and bool(one == another) and not written
 
 
 def _contents(of: Either | Arm) -> Iterator[Any]:
