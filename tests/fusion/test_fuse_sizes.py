@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.helpers.asserting import asserted, careful
+from tests.helpers.fused import answer
 from torch import fx, nn
 
 from quincunx.fusion.fuse import fuse
@@ -35,14 +36,6 @@ class Net(nn.Module):
 
     def layers(self, x):
         return F.relu(self.norm(self.conv(x)))
-
-
-def answer(model, x):
-    try:
-        with torch.no_grad():
-            return model(x)
-    except Exception as error:  # noqa: BLE001 - whatever a forward raises
-        return error
 
 
 def alike(model, copies):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.fused import answer
 from torch import fx, nn
 
 import quincunx as qx
@@ -271,14 +272,6 @@ GOING_ON = [
     ),
     *(no_value_changes, by_turns, answers, in_inner_function, viewed, raising_behind_two_ways),
 ]
-
-
-def answer(model, x):
-    try:
-        with torch.no_grad():
-            return model(x)
-    except Exception as error:  # noqa: BLE001 - whatever a forward raises
-        return error
 
 
 def assert_alike(model, copies):

@@ -202,6 +202,53 @@ class Helper:
         return int
 
 
+class Sizes:
+    factor = 2
+
+    def of(self, y):
+        return int(y.shape[2] * self.factor), int(y.shape[3] / self.factor)
+
+
+@pytest.mark.parametrize("how", ["closure", "partial", "object", "nested", "list", "recursive"])
+def test_code_that_is_found_in_other_ways(how):
+    def resized(y, sides):
+        return F.interpolate(y, size=(int(sides[0] / 2), int(sides[1] * 2)))
+
+    def in_closure(m, x):
+        return m.last(resized(m.conv(x), x.shape[2:]))
+
+    def in_partial(m, x):
+        return m.last(m.resize(m.conv(x), x.shape[2:]))
+
+    def in_object(m, x):
+        y = m.conv(x)
+        return m.last(F.interpolate(y, size=m.sizes.of(y)))
+
+    def nested(m, x):
+        def inner(size):
+            return int(size / 2)
+
+        return m.last(m.conv(x)[..., : inner(x.shape[3])])
+
+    def in_list(m, x):
+        return m.last(m.several[0]["third"](m.conv(x)))
+
+    def recursive(m, x):
+        def halved(size, times):
+            return halved(int(size / 2), times - 1) if times else int(size)
+
+        return m.last(m.conv(x)[..., : 1 + halved(x.shape[3], 3)])
+
+    runs = {"closure": in_closure, "partial": in_partial, "object": in_object, "nested": nested}
+    model = Net({**runs, "list": in_list, "recursive": recursive}[how]).eval()
+    model.several = [{"third": lambda y: y[:, :, : int(y.shape[2] / 3) + 1]}, 3]
+    model.resize, model.sizes = partial(resized), Sizes()
+    fused = qx.fuse(model)
+    for sides in SIDES:
+        x = torch.randn(2, 3, *sides)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "hidden",
     [

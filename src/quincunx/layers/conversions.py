@@ -15,7 +15,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType, FunctionType, MethodType, ModuleType
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import fx, nn
@@ -113,11 +114,13 @@ def _meanings(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def functions_of(model: nn.Module) -> list[FunctionType]:
-    """A network's own code: methods of its modules, functions that they hold, and those that these name."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    """A network's own code: methods of its modules, and of other objects and functions that they hold, and
+    the functions that these name."""
+    objects = [*model.modules()]
+    objects += [one for module in model.modules() for value in vars(module).values() for one in _parts(value)]
+    kinds = {kind for one in objects for kind in type(one).__mro__}
     held: list[Mapping[str, Any]] = [vars(kind) for kind in kinds if not is_library(kind.__module__)]
-    held += [vars(module) for module in model.modules()]
-    todo = [value for names in held for name, value in names.items() if name != "__init__"]
+    todo = [value for names in held for name, value in names.items() if name != "__init__"] + objects
     found: dict[FunctionType, None] = {}
     while todo:
         function = _function(todo.pop())
@@ -128,7 +131,24 @@ def functions_of(model: nn.Module) -> list[FunctionType]:
         here = [function.__globals__[name] for name in names if name in function.__globals__]
         files = [vars(v) for v in here if isinstance(v, ModuleType) and not is_library(v.__name__)]
         todo += here + [file[name] for file in files for name in names if name in file]
+        todo += [value for cell in function.__closure__ or () for value in _contents(cell)]
     return list(found)
+
+
+def _parts(value: Any, depth: int = 3) -> list[Any]:
+    """What an attribute holds: itself, or what is in it."""
+    if not isinstance(value, (list, tuple, dict)) or not depth:
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value
+    return [part for one in inside for part in _parts(one, depth - 1)]
+
+
+def _contents(cell: CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        # it is empty still
+        return []
 
 
 def _home(function: FunctionType) -> str:
@@ -137,10 +157,10 @@ def _home(function: FunctionType) -> str:
 
 def _function(value: Any) -> FunctionType | None:
     """The function behind a method, a property or a decorator; None for what is none of these."""
-    kinds = (FunctionType, MethodType, staticmethod, classmethod, property)
+    kinds = (FunctionType, MethodType, staticmethod, classmethod, property, partial)
     if not isinstance(value, kinds):
         return None
-    value = getattr(value, "__func__", getattr(value, "fget", value))
+    value = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
     value = inspect.unwrap(value) if callable(value) else value
     return value if isinstance(value, FunctionType) else None
 
