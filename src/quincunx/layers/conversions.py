@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -179,6 +179,7 @@ def _renamed(code: CodeType, names: set[str]) -> CodeType:
     return code.replace(co_names=renamed, co_consts=constants)
 
 
+@lru_cache(maxsize=4096)
 def handed_on(code: CodeType, name: str) -> bool:
     """Whether code does something else with a global name than to call what it means, or to ask
     ``isinstance`` for it: ``x.to(float)``, ``type(x) is int``; also where it has another meaning as well, as

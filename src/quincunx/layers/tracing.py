@@ -32,7 +32,7 @@ from quincunx.layers.tracer import (
     restore_random_states,
     watching,
 )
-from quincunx.layers.tried import SIZES, Trying, channels_to_try
+from quincunx.layers.tried import SIZES, Trying, channels_to_try, without_values
 from quincunx.layers.ways import ApartError, Ways, join
 
 __all__ = ["Traced", "as_module", "trace"]
@@ -40,7 +40,7 @@ __all__ = ["Traced", "as_module", "trace"]
 # traces that may be made of a forward that goes two ways, and their nodes
 _MOST_WAYS, _MOST_NODES = 256, 40_000
 # sizes in a row that show nothing new, after which no more are tried
-_USELESS = 7
+_USELESS = 4
 
 _LOCK = threading.RLock()
 
@@ -162,17 +162,18 @@ def _both_ways(
         except _RaisesError as error:
             ends.update(error.ends)
         except ApartError as error:
+            # of the same code, such as a block's that is there many times, others will not do either
+            alike = [key for key in usual if places[key] == places.get(error.key)]
             if len(seen.get(error.key, ())) == 1 and error.key in usual:
-                # of the same code, such as a block's that is there many times, others will not do either
-                alike = [k for k in usual if places[k] == places[error.key] and len(seen[k]) == 1]
-                fixed.update({key: usual[key] for key in alike if key not in closed})
+                same = [key for key in alike if len(seen[key]) == 1 and key not in closed]
+                fixed.update({key: usual[key] for key in same})
             else:
-                closed.add(error.key)
+                closed.update((error.key, *(key for key in alike if len(seen[key]) > 1)))
         except _ManyError:
-            same = {key: usual[key] for key in usual if len(seen[key]) == 1 and key not in closed}
-            if same.keys() <= fixed.keys():
+            certain = {key: usual[key] for key in usual if len(seen[key]) == 1 and key not in closed}
+            if certain.keys() <= fixed.keys():
                 return None
-            fixed.update(same)
+            fixed.update(certain)
         except fx.proxy.TraceError:
             return None
     return None
@@ -185,10 +186,11 @@ def _tried(
     those for which it raises or cannot be followed."""
     taken: list[Ways] = []
     ended: list[Ways] = []
+    mode = without_values()
 
     def run(channels: int, images: int, *sides: int) -> Ways | None:
         ways = Ways()
-        tracer = Trying((images, channels, *sides), leaf, {}, numbers, settled, ways=ways)
+        tracer = Trying((images, channels, *sides), mode, leaf, {}, numbers, settled, ways=ways)
         scratch = _scratch(model)
         with watching(tracer, scratch):
             try:

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from quincunx.layers.counts import KEEPING_LAYERS
 from quincunx.layers.tracer import Tracer
-from quincunx.modules import held_at
+from quincunx.modules import forward_hooks, held_at
 
-__all__ = ["SIZES", "Trying", "channels_to_try"]
+__all__ = ["SIZES", "Trying", "channels_to_try", "without_values"]
 
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 # images, height, width; sides that halve often and others, so that branches on them go both ways
 SIZES = (
-    *((2, 64, 64), (2, 65, 97), (1, 64, 97), (2, 97, 64), (2, 224, 224), (1, 33, 47), (2, 16, 16), (1, 8, 8)),
-    *((1, 512, 768), (2, 2048, 1024), (1, 225, 223), (2, 128, 192), (2, 90, 90), (1, 32, 32), (2, 384, 384)),
-    (1, 800, 1333),
+    *((2, 64, 64), (2, 65, 97), (1, 64, 97), (2, 97, 64), (2, 2048, 1024), (2, 16, 16), (2, 224, 224)),
+    *((1, 33, 47), (1, 8, 8), (1, 512, 768), (1, 225, 223), (2, 128, 192), (2, 90, 90), (1, 32, 32)),
+    *((2, 384, 384), (1, 800, 1333)),
 )
 
 
@@ -31,18 +32,23 @@ def channels_to_try(model: nn.Module) -> Iterator[int]:
     yield from dict.fromkeys((found, 3, 1))
 
 
+def without_values() -> FakeTensorMode:
+    """A mode in which tensors have sizes, formats and devices alone."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 class Trying(Tracer):
     """A tracer that answers questions about sizes by what they are for some images.
 
     Args:
         size: images, channels, height and width of each input.
+        mode: in which tensors have no values; of all runs of a network, so that it meets each parameter once.
         given: what :class:`Tracer` takes.
     """
 
-    def __init__(self, size: tuple[int, ...], *given: Any, **named: Any) -> None:
+    def __init__(self, size: tuple[int, ...], mode: FakeTensorMode, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.size = size
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.size, self.mode = size, mode
         # whether a layer would not take what it was given
         self.failed = False
 
@@ -76,6 +82,9 @@ class Trying(Tracer):
         function: Any = node.target
         if node.op == "call_module":
             function = self.root.get_submodule(str(node.target))
+            if type(function) in KEEPING_LAYERS and len(args) == 1 and not forward_hooks(function):
+                # its sizes are all that is asked for
+                return args[0]
         return function(*args, **kwargs)
 
     def _input(self, node: fx.Node) -> Any:
