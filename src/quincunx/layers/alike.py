@@ -20,7 +20,7 @@ from quincunx.layers.paired import PairedUp2d
 from quincunx.layers.sizes import Made, Shape, about_sizes, by_identity
 from quincunx.modules import forward_hooks
 
-__all__ = ["decided"]
+__all__ = ["compares_maps", "decided"]
 
 # of the calls that keep the number of dimensions, those that may change a map's sides
 _CHANGING = {
@@ -60,18 +60,24 @@ def decided(expression: Any, graph: fx.Graph, root: nn.Module) -> bool | None:
     Returns:
         None where the layers do not say it.
     """
-    if not isinstance(expression, Made) or expression.function not in (operator.eq, operator.ne):
+    if not compares_maps(expression):
         return None
-    (one, place), (other, place_of_other) = map(_read, expression.arguments)
-    if one is None or other is None or place != place_of_other:
-        return None
+    (one, place), (other, _) = map(_read, expression.arguments)
     nodes = by_identity(graph)
-    if one.of not in nodes or other.of not in nodes:
+    if one is None or other is None or one.of not in nodes or other.of not in nodes:
         return None
     if any(node.op == "call_method" and node.target in _RESHAPING for node in nodes.values()):
         return None
     equal = _equal(nodes[one.of], nodes[other.of], place, root)
     return None if equal is None else equal == (expression.function is operator.eq)
+
+
+def compares_maps(expression: Any) -> bool:
+    """Return whether a question is whether two maps have the same sizes, or one of them."""
+    if not isinstance(expression, Made) or expression.function not in (operator.eq, operator.ne):
+        return False
+    (one, place), (other, place_of_other) = map(_read, expression.arguments)
+    return one is not None and other is not None and place == place_of_other
 
 
 def _read(value: Any) -> tuple[Shape | None, Any]:

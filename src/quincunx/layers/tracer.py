@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.layers.alike import decided
+from quincunx.layers.alike import compares_maps, decided
 from quincunx.layers.conversions import converting
 from quincunx.layers.counts import count_in, count_of, is_torchs, numbers_of, pieces_of
 from quincunx.layers.kinds import kind_answer
@@ -334,6 +334,8 @@ class Tracer(fx.Tracer):
                 return None
             ways.met[key] = ways.told[key] = answer
             ways.places[key] = question.place
+            if compares_maps(question.expression):
+                ways.comparing.add(key)
         self.create_node("call_function", Asked(key), (node,), {})
         return ways.met[key]
 

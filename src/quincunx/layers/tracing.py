@@ -40,7 +40,9 @@ __all__ = ["Traced", "as_module", "trace"]
 # traces that may be made of a forward that goes two ways, and their nodes
 _MOST_WAYS, _MOST_NODES = 256, 40_000
 # sizes in a row that show nothing new, after which no more are tried
-_USELESS = 4
+_USELESS = 6
+# sizes that a network has to take for what they have in common to be taken for what all have
+_ENOUGH = 12
 
 _LOCK = threading.RLock()
 
@@ -142,16 +144,41 @@ def _both_ways(
 ) -> tuple[Traced, Traced] | None:
     """The graph of a forward that goes on both ways of a branch; None where there is none.
 
-    A branch that cannot be in a graph (it has layers with parameters, say) is answered as images of all sizes
-    that were tried have it, and guarded; where they differ, what asks is left to run as it is.
+    A branch that cannot be in a graph (it has layers with parameters, say) is guarded: where it asks whether
+    two maps are as large as each other, it is answered as images of all sizes that were tried have it. If
+    they differ, or are few, and where it asks anything else, what asks is left to run as it is. Only where
+    that is the network itself, all questions are answered in that way.
     """
-    tried, others = _tried(model, leaf, numbers, settled)
+    try:
+        return _followed(model, leaf, numbers, settled, asks_alone=False)
+    except fx.proxy.TraceError:
+        # what asks is the network itself
+        pass
+    try:
+        return _followed(model, leaf, numbers, settled, asks_alone=True)
+    except fx.proxy.TraceError:
+        return None
+
+
+def _followed(
+    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled, asks_alone: bool
+) -> tuple[Traced, Traced] | None:
+    """
+    Args:
+        asks_alone: whether all questions are answered as the sizes that were tried have it.
+
+    Raises:
+        TraceError: the network itself asks what is left unanswered.
+    """
+    tried, others = _tried(model, leaf, numbers, settled, asks_alone)
     seen: dict[str, set[bool]] = {}
     for ways in (*tried, *others):
         for key, answer in ways.told.items():
             seen.setdefault(key, set()).add(answer)
     usual = {key: answer for ways in reversed(tried) for key, answer in ways.told.items()}
     places = {key: place for ways in tried for key, place in ways.places.items()}
+    comparing = {key for ways in tried for key in ways.comparing} if len(tried) >= _ENOUGH else set()
+    sure = {key for key in usual if len(seen[key]) == 1 and (asks_alone or key in comparing)}
     fixed: dict[str, bool] = {}
     closed: set[str] = set()
     ends: dict[tuple[str, tuple[str, int]], tuple[bool, Raised]] = {}
@@ -163,24 +190,20 @@ def _both_ways(
             ends.update(error.ends)
         except ApartError as error:
             # of the same code, such as a block's that is there many times, others will not do either
-            alike = [key for key in usual if places[key] == places.get(error.key)]
-            if len(seen.get(error.key, ())) == 1 and error.key in usual:
-                same = [key for key in alike if len(seen[key]) == 1 and key not in closed]
-                fixed.update({key: usual[key] for key in same})
+            alike = {key for key in usual if places[key] == places.get(error.key)} | {error.key}
+            if error.key in sure:
+                fixed.update({key: usual[key] for key in alike & sure})
             else:
-                closed.update((error.key, *(key for key in alike if len(seen[key]) > 1)))
+                closed |= alike - sure
         except _ManyError:
-            certain = {key: usual[key] for key in usual if len(seen[key]) == 1 and key not in closed}
-            if certain.keys() <= fixed.keys():
+            if sure <= fixed.keys():
                 return None
-            fixed.update(certain)
-        except fx.proxy.TraceError:
-            return None
+            fixed.update({key: usual[key] for key in sure})
     return None
 
 
 def _tried(
-    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled
+    model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled, everything: bool
 ) -> tuple[list[Ways], list[Ways]]:
     """What a forward's questions are for images of several sizes: of those that the network takes, and of
     those for which it raises or cannot be followed."""
@@ -212,7 +235,9 @@ def _tried(
                 taken.append(ways)
                 useless = 0 if set(ways.told.items()) - known else useless + 1
                 known.update(ways.told.items())
-            if useless == _USELESS:
+            compared = {key for ways in taken for key in ways.comparing}
+            both = all({(key, True), (key, False)} <= known for key in compared)
+            if useless >= _USELESS and both and not everything:
                 break
         if taken:
             break

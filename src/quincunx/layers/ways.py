@@ -45,6 +45,7 @@ class Ways:
         met: the questions of this run that were answered by ``path`` or ``usual``, in order, each once.
         told: what ``met`` holds, and what was asked in parts that turned out to run as they are.
         places: question -> where in the code it is asked.
+        comparing: the questions whether two maps have the same sizes.
     """
 
     path: Mapping[str, bool] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Ways:
     met: dict[str, bool] = field(default_factory=dict)
     told: dict[str, bool] = field(default_factory=dict)
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
+    comparing: set[str] = field(default_factory=set)
 
     def again(self, path: Mapping[str, bool]) -> Ways:
         """The same for another run."""
