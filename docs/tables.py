@@ -908,6 +908,7 @@ MADE = {
     "compared-cifar-resnet20": lambda: compared("compared-cifar-resnet20"),
     "compared-cifar-resnet56": lambda: compared("compared-cifar-resnet56"),
     "compared-clothing-resnet18": lambda: compared("compared-clothing-resnet18"),
+    "compared-clothing-resnet18-fitted": lambda: compared("compared-clothing-resnet18-fitted"),
     "compared-clothing-resnet18-sb": lambda: compared("compared-clothing-resnet18-sb"),
     "compared-squeezenet": lambda: compared("compared-squeezenet", "top5-drop-speed"),
     **{
