@@ -163,7 +163,8 @@ def _both_ways(
 def _followed(
     model: nn.Module, leaf: Callable[[nn.Module], bool], numbers: bool, settled: Settled, asks_alone: bool
 ) -> tuple[Traced, Traced] | None:
-    """
+    """The graph of a forward as images of several sizes have it; None where there is none.
+
     Args:
         asks_alone: whether all questions are answered as the sizes that were tried have it.
 
@@ -260,7 +261,10 @@ class _Runs:
     """The ways that a forward goes, each traced, and made one graph.
 
     Args:
-        given: the network, and what is known of its questions.
+        model: the network.
+        leaf: whether a module is one node.
+        numbers: whether arguments whose default is a number stay arguments.
+        settled: what is known of its questions.
         ways: what is answered where nothing else is said.
     """
 
@@ -303,10 +307,11 @@ class _Runs:
         asked = list(met.items())
         for place in reversed(range(len(path), len(asked))):
             key, answer = asked[place]
-            other, _ = self._run(key, {**dict(asked[:place]), key: not answer})
+            other = self._run(key, {**dict(asked[:place]), key: not answer})
             join(graph, other, key, answer, self.model)
 
-    def _run(self, key: str, path: dict[str, bool]) -> tuple[Traced, Mapping[str, bool]]:
+    def _run(self, key: str, path: dict[str, bool]) -> Traced:
+        """The graph of the paths that begin with some answers, the last of which is to a question."""
         leaf, numbers, settled = self.given
         ways = self.ways.again(path)
         self.count += 1
@@ -333,7 +338,7 @@ class _Runs:
         if not alike or list(ways.met)[: len(path)] != [*path]:
             raise ApartError(key)
         self._join(graph, path, ways.met)
-        return graph, ways.met
+        return graph
 
 
 def _trace_twice(
