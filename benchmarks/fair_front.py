@@ -4,6 +4,7 @@
     python benchmarks/fair_front.py sizes --data tiny      # one part: settings of equal time, by timing
     python benchmarks/fair_front.py train --data tiny --seeds 0
     python benchmarks/fair_front.py collect                # what is there, into results/fair-front-*.json
+    python benchmarks/fair_front.py --width 32 --passes 0.6  # narrower, fewer epochs, own folders
     python benchmarks/fair_front.py --short --out /tmp/ff  # all of it on small digits, in under a minute
 
 For each set (tiny-imagenet-50 and clothing-small-128, in ../shared/data or in --photographs): a resnet18,
@@ -106,16 +107,22 @@ def _scaled(data: ImageData, side: int) -> ImageData:
     return replace(data, train=part(data.train), test=part(data.test))
 
 
-def settings_of(short: bool, folder: Path) -> list[Setting]:
+def settings_of(short: bool, folder: Path, width: int = 64, passes: float = 1.0) -> list[Setting]:
+    """Return the settings; ``passes`` is a share of the epochs."""
     if short:
         few = Recipe(name="short", epochs=1, batch_size=64, lr=0.1)
         return [Setting("digits", "digits", 40, "resnet18", 8, few, 1, 0.01, 100, 3, 400)]
+
+    def epochs(number: int) -> int:
+        return max(1, round(passes * number))
+
     base = recipe_with(by_name("short"), precision="bfloat16")
     tiny, clothing = (str(folder / f"{name}.tar.gz") for name in ("tiny-imagenet-50", "clothing-small-128"))
-    longer = recipe_with(base, epochs=30, batch_size=32, lr=0.05)
+    shorter = recipe_with(base, epochs=epochs(20))
+    longer = recipe_with(base, epochs=epochs(30), batch_size=32, lr=0.05)
     return [
-        Setting("tiny", tiny, 64, "resnet18", 64, recipe_with(base, epochs=20), 10, 0.02),
-        Setting("clothing", clothing, 128, "resnet18", 64, longer, 15, 0.01),
+        Setting("tiny", tiny, 64, "resnet18", width, shorter, epochs(10), 0.02),
+        Setting("clothing", clothing, 128, "resnet18", width, longer, epochs(15), 0.01),
     ]
 
 
@@ -354,15 +361,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts of networks' names, with commas; and dense")
     parser.add_argument("--batch", type=int, default=8, help="images of the timed inputs")
     parser.add_argument("--threads", type=int, help="of training and timing")
+    parser.add_argument("--width", type=int, default=64, help="channels of the network")
+    parser.add_argument("--passes", type=float, default=1.0, help="share of the epochs, such as 0.5")
     parser.add_argument("--short", action="store_true", help="small digits and narrow networks")
     given = parser.parse_args()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    found = {setting.name: setting for setting in settings_of(given.short, given.photographs)}
+    found = {
+        setting.name: setting
+        for setting in settings_of(given.short, given.photographs, given.width, given.passes)
+    }
     if given.data and given.data not in found:
         parser.error(f"--data {given.data}: expected one of {', '.join(found)}")
     for setting in [found[given.data]] if given.data else found.values():
-        out = given.out / setting.name
+        label = setting.name
+        if not given.short and (given.width, given.passes) != (64, 1.0):
+            label += f"-width{given.width}-passes{given.passes:g}"
+        out = given.out / label
         out.mkdir(parents=True, exist_ok=True)
         sizes = find_sizes(setting, out, given.batch)
         if given.part in ("all", "train"):
@@ -373,9 +388,7 @@ def main() -> None:
                     if wanted or rival.name == "dense":
                         train(setting, rival, seed, out)
         if given.part in ("all", "collect"):
-            collect(
-                setting, sizes, out, (given.results or ROOT / "results") / f"fair-front-{setting.name}.json"
-            )
+            collect(setting, sizes, out, (given.results or ROOT / "results") / f"fair-front-{label}.json")
 
 
 if __name__ == "__main__":
