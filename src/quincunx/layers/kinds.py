@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quincunx.layers.counts import KEEPING, is_torchs
+from quincunx.layers.onecall import OneCall
 from quincunx.layers.sizes import about_sizes
 from quincunx.modules import forward_hooks, held_at
 
@@ -42,7 +43,7 @@ class _UnknownError(Exception):
 
 
 @dataclass(frozen=True)
-class KindGuard:
+class KindGuard(OneCall):
     """Raises where an input is of another format, or elsewhere, than a forward's branch was traced for.
 
     Attributes:
@@ -54,15 +55,12 @@ class KindGuard:
     kind: torch.dtype | str
     __name__ = "kind_guard"
 
-    def __call__(self, x: Any) -> None:
+    def run(self, x: Any) -> None:
         """
         Raises:
             TypeError: the input is of another kind.
         """
-        if isinstance(x, fx.Proxy):
-            # somebody traces the graph's own code
-            x.tracer.create_proxy("call_function", self, (x,), {})
-        elif self.differs(x):
+        if self.differs(x):
             found = x.device.type if isinstance(self.kind, str) else x.dtype
             raise TypeError(
                 f"{self.name}: the network goes another way for {found} than for {self.kind}, which it was "

@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import fx
 
+from quincunx.layers.onecall import OneCall
+
 __all__ = [
     "Fork",
     "Made",
@@ -403,7 +405,7 @@ def is_library(home: str) -> bool:
 
 
 @dataclass(frozen=True)
-class SizeGuard:
+class SizeGuard(OneCall):
     """Raises what the network raises for sizes that go another way than the one that was traced.
 
     Attributes:
@@ -429,16 +431,11 @@ class SizeGuard:
         reads = tuple(name for name in wanted if name in there)
         return cls(question, answer, otherwise, reads), tuple(there[name] for name in reads)
 
-    def __call__(self, *shapes: Any) -> None:
+    def run(self, *shapes: Any) -> None:
         """
         Raises:
             Exception: of the kind and with the text that the network has for these sizes.
         """
-        for shape in shapes:
-            if isinstance(shape, fx.Proxy):
-                # somebody traces the graph's own code
-                shape.tracer.create_proxy("call_function", self, shapes, {})
-                return
         known = dict(zip(self.reads, shapes, strict=True))
         if bool(evaluate(self.question, known)) != self.answer:
             raise self.otherwise.error(known)

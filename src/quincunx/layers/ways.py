@@ -21,6 +21,7 @@ from quincunx.layers.changes import ASKS_LAYOUT, changes, is_opaque, name_of, no
 from quincunx.layers.counts import is_torchs
 from quincunx.layers.kinds import KindGuard
 from quincunx.layers.names import found_at, path_of
+from quincunx.layers.onecall import OneCall
 from quincunx.layers.sizes import Raised, SizeGuard
 
 __all__ = ["ApartError", "Asked", "Either", "Ways", "join"]
@@ -64,7 +65,7 @@ class Ways:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(OneCall):
     """Where in a graph a forward asks a question about sizes; gives whether it is so.
 
     Attributes:
@@ -74,10 +75,7 @@ class Asked:
     key: str
     __name__ = "asked"
 
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, fx.Proxy):
-            # somebody traces the graph's own code
-            return value.tracer.create_proxy("call_function", self, (value,), {})
+    def run(self, value: Any) -> bool:
         return bool(value)
 
 
@@ -161,7 +159,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Either:
+class Either(OneCall):
     """What a network does behind a branch, on the way that is so.
 
     Attributes:
@@ -173,7 +171,7 @@ class Either:
     no: Arm
     __name__ = "either"
 
-    def __call__(self, truth: Any, *values: Any) -> Any:
+    def run(self, truth: Any, *values: Any) -> tuple[Any, ...]:
         """
         Args:
             truth: the answer.
@@ -182,10 +180,6 @@ class Either:
         Returns:
             As many values of each arm.
         """
-        for value in (truth, *values):
-            if isinstance(value, fx.Proxy):
-                # somebody traces the graph's own code
-                return value.tracer.create_proxy("call_function", self, (truth, *values), {})
         return (self.yes if truth else self.no)(values)
 
     @property
