@@ -36,6 +36,7 @@ from quincunx.fusion.fuse import fuse
 from quincunx.measure.environment import environment
 from quincunx.measure.latency import measure_models
 from quincunx.measure.tasks import mcnemar
+from quincunx.report.figures import Mark, Picture, draw_tradeoff
 from quincunx.sampling import parse
 from quincunx.train.evaluation import Scored, score_images
 from quincunx.train.loop import RESULT, fit
@@ -344,10 +345,23 @@ def collect(setting: Setting, sizes: dict[str, Any], out: Path, place: Path) -> 
             "environment": environment(),
         },
     )
+    place.with_suffix(".svg").write_bytes(drawn(rows).content)
     for row in rows:
         ms, speedup = 1e3 * row["timing"]["median_s"], row["speedup"][0]
         print(f"{row['network']:24} {100 * row['mean']:6.2f}% wrong {ms:8.2f} ms {speedup:5.2f}x", flush=True)
     print(f"wrote {place}", flush=True)
+
+
+def drawn(rows: list[dict[str, Any]]) -> Picture:
+    """Return the figure: points lost to the dense network of the same seed, against speed."""
+    dense = next(row["error"] for row in rows if row["network"] == "dense")
+    marks = []
+    for row in rows:
+        family, _, density = row["network"].rpartition(" ")
+        own = (family, density) if density in DENSITIES else (row["network"], "")
+        both = sorted(row["error"].keys() & dense.keys())
+        marks += [Mark(*own, row["speedup"][0], 100 * (row["error"][seed] - dense[seed])) for seed in both]
+    return draw_tradeoff(marks, [], "measured speed-up of the whole network")
 
 
 def main() -> None:

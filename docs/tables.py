@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from quincunx.experiments.bottleneck_paper import by_name
@@ -166,6 +166,31 @@ def format_front() -> str:
         cells.append([row["network"], row["format"], f"{row['macs'] / 1e6:.1f}", error, seconds])
         cells[-1].append(f"{row['speedup'][0]:.2f}x")
     return table(header, cells)
+
+
+def fair_front(setting: str) -> str:
+    """What else is as fast as a spatial bottleneck: what is wrong, of several seeds, and how fast it is."""
+    found = read(f"fair-front-{setting}.json")
+    dense = next(row for row in found["rows"] if row["network"] == "dense")
+    cells = []
+    for row in found["rows"]:
+        errors = [100 * error for error in row["error"].values()]
+        lost = [100 * (row["error"][seed] - dense["error"][seed]) for seed in row["error"]]
+        cells.append(
+            [
+                row["network"],
+                str(row["side"]),
+                str(row["epochs"] + (dense["epochs"] if row["fitted"] else 0)),
+                f"{row['macs'] / 1e6:.1f}",
+                f"{dense['macs'] / row['macs']:.2f}",
+                f"{row['speedup'][0]:.2f}x",
+                f"{fmean(errors):.2f}%" + (f" ± {stdev(errors):.2f}" if len(errors) > 1 else ""),
+                f"{fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})",
+            ]
+        )
+    header = ["network", "input", "epochs", "M MACs", "MAC ratio", "speed-up", "test error"]
+    figure = f"![points lost against measured speed-up](results/fair-front-{setting}.svg)"
+    return f"{table([*header, 'lost, points'], cells)}\n\n{figure}"
 
 
 def format_accuracy() -> str:

@@ -67,6 +67,7 @@ def test_it_goes_on_where_it_was_stopped_and_collects(front, monkeypatch, tmp_pa
         tested = found["data"]["test"]
         change = round(tested * (row["mean"] - rows["dense"]["mean"]))
         assert lost["lost"] - lost["won"] == change
+    assert b"low rank" in (tmp_path / "results" / "fair-front-digits.svg").read_bytes()
     assert "wrote" in capsys.readouterr().out
 
 
