@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quincunx as qx
+from quincunx.deployment.lowering import TorchNode, lower
 from quincunx.surgery.blocks import find_blocks
 
 ALL = qx.Cosets(2, [(0, 0), (0, 1), (1, 0), (1, 1)])
@@ -186,11 +187,53 @@ def test_what_is_no_block(case):
     assert find_blocks(Blend(NONE[case])) == ({}, {})
 
 
-def test_export_says_that_it_has_no_blocks(tmp_path):
-    x = torch.randn(1, 3, 16, 16)
-    made = qx.accelerate(network("torchvision"), qx.SpatialBlock(), example_input=x).model
-    with pytest.raises(TypeError, match=r"layer '1.block.5' is the end of a block at sampled positions"):
-        qx.export(made, tmp_path / "net.onnx", x, rounds=0)
+class Hidden(nn.Module):
+    """torch.fx cannot trace it: it counts up to the height."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x[:, :, : len(range(x.shape[2]))])
+
+
+def spoilt(model):
+    """Coefficients of fills, too, are no longer what they start with."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:accelerate. 1. Hidden:UserWarning")
+@pytest.mark.parametrize("node", [None, TorchNode], ids=["plain", "plugin"])
+@pytest.mark.parametrize("sampling", [qx.CHESSBOARD, qx.Cosets(3, [(0, 0), (1, 2)])], ids=str)
+@pytest.mark.parametrize("fill", ["fitted", "nearest"])
+@pytest.mark.parametrize("form", FORMS)
+def test_exporters_get_operators_that_they_have(form, fill, sampling, node):
+    x, seen = torch.randn(2, 3, 21, 26), network(form)
+    method = qx.SpatialBlock(sampling, fill=fill)
+    for model in (seen, nn.Sequential(seen[0], Hidden(seen[1]))):
+        made = spoilt(qx.accelerate(model.eval(), method, example_input=x).model)
+        lowered = lower(qx.fuse(made), (x,), node)
+        kinds = {type(module).__name__ for module in lowered.modules()}
+        assert not kinds & {"PairedFill2d", "PairedDown2d", "Program"}
+        for given in (x, torch.randn(5, 3, 21, 26)):
+            with torch.no_grad():
+                torch.testing.assert_close(lowered(given), made(given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix", "plugin"),
+    [("torchvision", "onnx", False), ("channels last", "onnx", True), ("channels first", "xml", True)],
+)
+def test_blocks_in_files(form, suffix, plugin, tmp_path):
+    x = torch.randn(1, 3, 16, 18)
+    made = spoilt(qx.accelerate(network(form), qx.SpatialBlock(), example_input=x).model)
+    report = qx.export(made, tmp_path / f"net.{suffix}", x, plugin=plugin, rounds=0)
+    assert max(report.difference.values()) < 1e-5
 
 
 def test_refusals():

@@ -52,8 +52,9 @@ def dense_twin(model: nn.Module) -> nn.Module | None:
 
 
 def _twin(layer: Any) -> nn.Module:
-    if isinstance(layer, _LINEAR):
-        outputs, inputs = layer.weight.shape
+    # a linear layer's channels are last
+    if isinstance(layer, _LINEAR) or getattr(layer, "channels", "") == "last":
+        outputs, inputs = layer.weight.shape[:2]
         return nn.Linear(inputs, outputs, layer.bias is not None)
     if isinstance(layer, SampledConvTranspose2d):
         made = nn.Conv2d(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from quincunx.deployment.plain import PlainProgram
+from quincunx.deployment.plain import PlainEnd, PlainProgram
 from quincunx.fusion.exported import TorchNode
 from quincunx.fusion.fuse import fuse
 from quincunx.fusion.fused import Fused, copied_argument, match_layout, same_argument, tensor_argument
@@ -142,6 +142,17 @@ class _ContinuedHalf(nn.Module):
         return self.step(y[:, :, self.rows], like)  # type: ignore[no-any-return]
 
 
+class _End(nn.Module):
+    """The end of a block at sampled positions, for one size."""
+
+    def __init__(self, end: PairedFill2d, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.made = PlainEnd(end, (shapes[1][0], shapes[1][1]))
+
+    def forward(self, y: Tensor, _: object) -> Tensor:
+        return self.made(y)  # type: ignore[no-any-return]
+
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -231,21 +242,12 @@ def decoded(module: nn.Module) -> nn.Module:
 
     Of one-bit layers :func:`quincunx.fuse` leaves operators without the layers, so that this comes first.
 
-    Raises:
-        TypeError: the end of a block at sampled positions, which no exporter has.
-
     Example:
         >>> model = nn.Sequential(qx.BinaryConv2d(3, 4, 3)).eval()
         >>> x = torch.randn(1, 3, 8, 8)
         >>> torch.allclose(lower(qx.fuse(decoded(model)), (x,))(x), model(x), atol=1e-5)
         True
     """
-    for name, layer in module.named_modules():
-        if isinstance(layer, PairedFill2d):
-            raise TypeError(
-                f"model: layer {name!r} is the end of a block at sampled positions (SpatialBlock), which "
-                "cannot be exported; choose another method for files"
-            )
     kinds = (QuantConv2d, BinaryConv2d, PackedConv2d, QuantLinear, BinaryLinear, PackedLinear)
     if any(isinstance(layer, kinds) for layer in module.modules()):
         module = copied(module, share=True)
@@ -313,12 +315,16 @@ def _lower_part(
     place = name
     while place:
         part, given = root.get_submodule(place), calls.get(place, [])
-        if given and _continues(part) and all(shapes == given[0] for shapes in given):
-            return place, _ContinuedHalf(part, given[0], node)
+        if given and len(given[0]) == 2 and all(shapes == given[0] for shapes in given):
+            if _continues(part):
+                return place, _ContinuedHalf(part, given[0], node)
+            if isinstance(part, PairedFill2d):
+                return place, _End(part, given[0])
         if given and all(len(shapes) == 1 and shapes[0][1:] == given[0][0][1:] for shapes in given):
             with suppress(TypeError):
                 fused = fuse(part)
-                if not _has_own(fused):
+                # what is left in it is lowered in its turn; a layer of ours that stays itself is not
+                if not _has_own(fused) or not _is_own(part):
                     dtype = next((p.dtype for p in part.parameters()), torch.float32)
                     return place, lower(fused, (torch.zeros(given[0][0], dtype=dtype),), node)
         place = place.rpartition(".")[0]

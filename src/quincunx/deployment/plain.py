@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from quincunx.fusion.epilogues import Activation, apply
 from quincunx.fusion.program import Program
 from quincunx.fusion.steps import Filling, Follower, Map, Step, keeps_compact, output, shortcut_rows
+from quincunx.layers.blocks import PairedFill2d
 from quincunx.layers.sampled import window_means
 from quincunx.ops.geometry import Geometry
 from quincunx.ops.plan import fill_plan, forward_plan, nearest_index, nearest_shares, position_index
 from quincunx.sampling import Cosets, from_spec
 
-__all__ = ["PlainProgram"]
+__all__ = ["PlainEnd", "PlainProgram"]
 
 Four = tuple[int, int, int, int]
 
@@ -400,14 +401,26 @@ class _Spread(_Call):
 
 
 class _Fitted(_Call):
-    """A fitted fill of rows: skipped positions class by class, then all positions in their places."""
+    """A fitted fill of rows: skipped positions class by class, then all positions in their places.
+
+    Args:
+        places: the row of each computed position; by default as rows are stored.
+    """
 
     def __init__(
-        self, filling: Filling, spec: str, size: tuple[int, int], channels: int, source: str, out: str
+        self,
+        filling: Filling,
+        spec: str,
+        size: tuple[int, int],
+        channels: int,
+        source: str = "",
+        out: str = "",
+        places: Tensor | None = None,
     ) -> None:
         super().__init__([source], out)
         self.size = size
-        plan, places = fill_plan(spec, *size, filling.reach), _places(spec, size)
+        plan = fill_plan(spec, *size, filling.reach)
+        places = _places(spec, size) if places is None else places
         plan.check(filling.weight.shape, None if filling.bias is None else filling.bias.shape, (0, channels))
         kinds, m = plan.kinds[plan.skipped].long(), len(places)
         order = kinds.argsort(stable=True)
@@ -460,6 +473,42 @@ class _Fitted(_Call):
                 parts.append(made if self.bias is None else made + self.bias[number])
             total = torch.cat(parts, 1)
         return _map_of(torch.cat([rows, total], 1).index_select(1, self.where), self.size)
+
+
+class PlainEnd(nn.Module):
+    """The end of a block at sampled positions as plain operators, for maps of one size and any batch.
+
+    Args:
+        end: with a fill other than zeros.
+        size: (H, W) of the grid.
+
+    Example:
+        >>> from quincunx.layers.blocks import PairedFill2d
+        >>> end = PairedFill2d(8, 4, sampling=qx.CHESSBOARD, partner="0").eval()
+        >>> y = torch.randn(2, 8, 18, 1)
+        >>> torch.allclose(PlainEnd(end, (6, 6))(y), end(y, (6, 6)), atol=1e-6)
+        True
+    """
+
+    def __init__(self, end: PairedFill2d, size: tuple[int, int]) -> None:
+        super().__init__()
+        spec = end.sampling.spec
+        self.last, self.size = end.channels == "last", size
+        with torch.no_grad():
+            self.rows = nn.Sequential(_Product(end.weight, end.bias, end.groups, "", ""))
+            if end.filling is None:
+                index = nearest_index(spec, *size)
+                self.rows.append(_Picked(index, len(index), "", ""))
+            else:
+                # the network's own layers between the halves keep the order of positions
+                order = torch.arange(end.sampling.count(*size))
+                self.rows.append(_Fitted(Filling.of(end), spec, size, end.out_channels, places=order))
+        self.is_map = end.filling is not None
+
+    def forward(self, y: Tensor) -> Tensor:
+        made = self.rows(y.flatten(1, 2) if self.last else _rows_of(y))
+        whole = made if self.is_map else _map_of(made, self.size)
+        return whole.permute(0, 2, 3, 1) if self.last else whole
 
 
 class _Means(_Call):

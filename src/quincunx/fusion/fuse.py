@@ -455,7 +455,7 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
         elif module.fill == "nearest":
             kind = "filled"
         else:
-            kind, filling = "fitted", _filling(module)
+            kind, filling = "fitted", Filling.of(module)
         geometry = Geometry(module.kernel_size, module.stride, module.borders, module.dilation)
         resize = module.resize_masks if surely(module, MaskedConv2d) else None
         spec = module.sampling.spec
@@ -465,16 +465,6 @@ def _start(model: nn.Module, node: fx.Node) -> Step | None:
     stride, dilation = _two(module.stride), _two(module.dilation)
     geometry = Geometry(_two(kernel), stride, padding_of(module), dilation)
     return Step("dense", source, weight, bias, geometry, module.groups, same=by_size)
-
-
-def _filling(module: Any) -> Filling:
-    """What stands at the positions that a perforated convolution skips."""
-    if module.filling is None:
-        return Filling(module.weight.new_empty((0, 0, module.out_channels)), None, 0)
-    weight, bias = (t.detach() for t in module.filling.coefficients())
-    # of a tap that a class has not any number may be there
-    present = module.filling.present[:, :, None].to(weight.device)
-    return Filling(weight.where(present, 0).contiguous(), bias.float().contiguous(), module.filling.reach)
 
 
 def _served(module: nn.Module | None) -> bool:

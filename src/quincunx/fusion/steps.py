@@ -103,6 +103,16 @@ class Filling:
     bias: Tensor | None
     reach: int
 
+    @classmethod
+    def of(cls, layer: Any) -> Filling:
+        """Return what stands at the positions that a perforated convolution skips."""
+        if layer.filling is None:
+            return cls(layer.weight.new_empty((0, 0, layer.out_channels)), None, 0)
+        weight, bias = (t.detach() for t in layer.filling.coefficients())
+        # of a tap that a class has not any number may be there
+        present = layer.filling.present[:, :, None].to(weight.device)
+        return cls(weight.where(present, 0).contiguous(), bias.float().contiguous(), layer.filling.reach)
+
     def scaled(self, scale: Tensor, shift: Tensor) -> Filling:
         """For a sampled map that is scaled and shifted, such as the filled map is to be.
 
