@@ -139,7 +139,7 @@ def copied(model: M, share: bool = False) -> M:
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with outside:
         try:
-            made = copy.deepcopy(model, _aliases(model) if share else None)
+            made = copy.deepcopy(model, computed_tensors(model) | (_aliases(model) if share else {}))
         except Exception as error:
             # too deep nesting starts at the network's own path
             at = "" if isinstance(error, RecursionError) else _uncopied(model)
@@ -152,6 +152,17 @@ def copied(model: M, share: bool = False) -> M:
                 f"model: its part {name!r}, a {type(module).__name__}, cannot be copied (its copy is itself)"
             )
     return made
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """Return, by its identity, a copy of each tensor that a forward left in a module with its history, which
+    torch does not copy: the weight of torch's older ``weight_norm``, a masked weight of ``prune``."""
+    found = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                found[id(value)] = value.detach().clone()
+    return found
 
 
 def _aliases(model: nn.Module) -> dict[int, Any]:

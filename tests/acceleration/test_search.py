@@ -1064,3 +1064,28 @@ def test_each_layer_has_its_own_method_in_the_result():
         "c": "spatialbottleneck",
     }
     assert result.skipped["b"] == "stays as it is: no method was chosen for it"
+
+
+def test_a_score_that_is_not_finite_is_named():
+    def loss(output, target):
+        return (output - target).square().mean(1)
+
+    task = qx.Task("mine", loss, lambda y, t: loss(y, t) * math.nan, qx.tasks.Scale("M", "", "lower"))
+    images = [(x, torch.zeros(len(x), 5)) for x in data()]
+    with pytest.raises(ValueError, match="calibration: batch 0: the score of task 'mine' is not finite"):
+        qx.accelerate(net(), calibration=images, macs="90%", max_drop=1.0, method="lowrank", task=task)
+
+
+def test_images_without_a_label_do_not_count_in_a_loss():
+    model, images = net().eval(), data()
+    with torch.no_grad():
+        labels = [model(x).argmax(1) for x in images]
+    hidden = [torch.where(torch.arange(len(y)) % 2 == 0, y, -100) for y in labels]
+    given = list(zip(images, hidden, strict=True))
+    found = qx.accelerate(model, calibration=given, macs="70%", max_drop=100.0, method="lowrank")
+    with torch.no_grad():
+        answers = torch.cat([found.model(x).argmax(1) for x in images])
+    known = torch.cat(hidden) != -100
+    wrong = float((answers != torch.cat(labels))[known].double().mean())
+    assert found.search["drop"] == pytest.approx(100 * wrong)
+    assert int(known.sum()) < len(known)

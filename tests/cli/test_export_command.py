@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import onnx
 import pytest
@@ -185,6 +186,44 @@ def test_an_onnx_file_of_free_sizes_takes_that_of_the_option(tmp_path):
     assert "leaves size 2 free" in refused(*given)
     assert "on the command line --input" in refused(*given)
     assert document(*given, "--input", "1x1x32x32")["images"] == 360
+
+
+def test_an_accelerated_file_of_free_sizes_is_exported_as_it_is_advised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ).eval()  # fmt: skip
+    sizes = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
+    with quiet():
+        torch.onnx.export(
+            net, (torch.zeros(2, 1, 8, 8),), "net.onnx", dynamo=True, dynamic_shapes=(sizes,), verbose=False
+        )
+    # as on a machine where it is not faster
+    monkeypatch.setattr("quincunx.deployment.verification.Found.ratio", lambda *_: 0.8)
+    done = call(
+        *("accelerate", "net.onnx", "--data", "digits", "--method", "spatialbottleneck", "--keep-slower"),
+        *("--calibration", 60, "--rounds", 3, "--input", "1x1x32x32", "--export", "onnx", "--out", "fast"),
+    )
+    assert done.exit_code == 1, done.stdout
+    advice = re.search(r"quincunx (export .* --force) writes it", " ".join(done.stderr.split()))[1]
+    assert advice == "export --model net.onnx --weights fast --input 1x1x32x32 --force"
+    done = call(*advice.split(), "--out", "fast.onnx", "--rounds", 3)
+    assert done.exit_code == 0, done.stderr
+    assert Path("fast.onnx").is_file()
+
+
+def test_a_file_of_fixed_sizes_says_them_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    qx.export(net, "net.onnx", torch.zeros(1, 1, 8, 8), rounds=0)
+    assert document("export", "net.onnx", "--out", "again.onnx", "--rounds", 0)["inputs"] == ["input"]
+    qx.export(net, "one.onnx", torch.zeros(1, 1, 8, 8), dynamic_batch=False, rounds=0)
+    said = refused("export", "one.onnx", "--out", "again.onnx", "--rounds", 0)
+    assert "--fixed-batch fixes the batch to the example's" in said
+    made = document("export", "one.onnx", "--out", "again.onnx", "--rounds", 0, "--fixed-batch")
+    assert not made["dynamic_batch"]
 
 
 def test_bad_onnx_files_and_formats_are_refused_before_any_work(tmp_path, monkeypatch):

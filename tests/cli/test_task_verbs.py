@@ -245,6 +245,9 @@ def test_outputs_of_any_structure_agree_with_the_originals(here):
     assert result["recipe"]["distill"] == 1
     assert result["maps"], "impact masks need no labels"
     fast = qx.load("fast/model", factory=__import__(here).network)
+    qx.save(__import__(here).network(), "own", factory=f"{here}:network")
+    judged = document("evaluate", "fast", *own, "--original", "own")
+    assert judged["score"] == pytest.approx(result["stages"][-1]["score"], rel=1e-4)
     assert set(fast(torch.zeros(1, 3, 16, 16))) == {"map", "boxes"}
     done = call("accelerate", *own, *FEW, "--macs", "90%", "--max-drop", "100", "--out", "searched",
                 "--method", "lowrank,spatialbottleneck")  # fmt: skip
@@ -329,3 +332,18 @@ def test_masks_of_another_size_are_named(here):
     told = refused("train", "--network", "unet", "--width", "4", "--data", "masked", "--task", "segmentation",
                    "--epochs", "1", "--out", "run")  # fmt: skip
     assert "masked/train/mask/3.png: a mask of 8 x 8 pixels, but the image 3.png has 16 x 16" in told
+
+
+def test_a_denoiser_of_grey_images(here):
+    recipe = ("--epochs", "1", "--batch-size", "4", "--width", "8")
+    done = call("train", "--network", "dncnn4", *NOISY, "--grey", *recipe, "--out", "run")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(Path("run/run.json").read_text())["data"]["in_channels"] == 1
+    said = refused("evaluate", "run", *NOISY)
+    assert "images of 3 channels, but the network takes 1; --grey makes images of one channel of them" in said
+    result = document("accelerate", "run", *NOISY, "--grey", *FEW, "--method", "lowrank", "--keep-slower")
+    assert result["stages"][-1]["score"] > 0
+    # of a streamed set nothing is known to be in memory
+    assert "grey: a data set of your function" in refused(
+        "evaluate", "run", "--data", f"{here}:data", "--grey"
+    )

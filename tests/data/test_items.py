@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from quincunx.data import batches, degraded, load_data, load_function, load_pairs
+from quincunx.data import batches, degraded, greyed, load_data, load_function, load_pairs
 from quincunx.data.items import Items, Pictures, item_batches
 from quincunx.measure.tasks import read_pair
+from quincunx.train.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -229,3 +230,80 @@ def test_workers_leave_the_signal_of_dead_children_alone():
     before = signal.getsignal(signal.SIGCHLD)
     assert len(list(item_batches(part, [[0], [1, 2]], None, 1))) == 2
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+@pytest.mark.parametrize(("high", "said"), [(255, "hold 0 and 255, which means no class"), (0, "hold 0")])
+def test_masks_of_one_class_are_refused(tmp_path, high, said):
+    for i in range(4):
+        write(tmp_path / "images" / f"{i}.png", drawn(seed=i))
+        write(tmp_path / "masks" / f"{i}.png", (drawn(seed=i, colours=0) > 100).astype(np.uint8) * high)
+    with pytest.raises(ValueError, match=f"the masks {said}, so there is one class only"):
+        load_pairs(tmp_path, masks=True)
+    (tmp_path / "classes.txt").write_text("ground\nsky\n")
+    assert load_pairs(tmp_path, masks=True).classes == ("ground", "sky")
+
+
+def test_images_of_floating_point_are_refused(tmp_path):
+    for i in range(4):
+        for folder in ("input", "target"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            pixels = np.random.default_rng(i).random((8, 8), dtype=np.float32)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.tif")
+    with pytest.raises(ValueError, match=r"0\.tif: not a readable image \(floating point values, expected 8"):
+        load_pairs(tmp_path)
+
+
+def test_inputs_in_double_precision_are_what_networks_take():
+    items = [(np.full((3, 4, 4), i / 7), i) for i in range(5)]
+    data = load_function("own", lambda: (items, items), read_pair, classes=5)
+    [(x, y)] = list(batches(data.test, data, 5))
+    assert x.dtype == torch.float32
+    assert x[:, 0, 0, 0].tolist() == pytest.approx([i / 7 for i in range(5)])
+    assert y.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_an_image_without_a_class_is_not_judged():
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+
+    items = [(torch.ones(3, 4, 4), label) for label in (0, 1, -100, 0)]
+    data = load_function("own", lambda: (items, items), read_pair, classes=2)
+    with pytest.raises(ValueError, match="own: an image with the label -100, no class, cannot be judged"):
+        evaluate(Means(), data.test, data)
+    known = load_function("own", lambda: (items, items[:2]), read_pair, classes=2)
+    assert evaluate(Means(), known.test, known).score == 0.5
+
+
+def test_grey_images_are_pillows(tmp_path):
+    def grey(pixels):
+        return torch.from_numpy(np.asarray(Image.fromarray(pixels).convert("L")).copy())
+
+    pairs = greyed(load_pairs(in_folders(tmp_path / "pairs")))
+    masks = greyed(load_pairs(in_folders(tmp_path / "masked", masks=True), masks=True))
+    for data in (pairs, masks):
+        assert data.in_channels == data.train.channels == data.test.channels == len(data.mean) == 1
+        [(x, y)] = list(batches(data.test, data, 10))
+        seen = (x * data.std[0] + data.mean[0]) * 255
+        for i in range(4):
+            torch.testing.assert_close(seen[i, 0], grey(drawn(seed=i)).float(), rtol=0, atol=1e-3)
+    assert y.shape == (4, 12, 10), "masks stay"
+    [(_, y)] = list(batches(pairs.test, pairs, 10))
+    torch.testing.assert_close(y[1, 0] * 255, grey(drawn(seed=51)).float(), rtol=0, atol=1e-3)
+    assert (pairs.mean, pairs.std) == ((0.0,), (1.0,))
+    assert greyed(pairs) is pairs
+    assert degraded(greyed(load_data(tmp_path / "pairs", labelled=False)), noise=25).in_channels == 1
+    assert pairs.train.facts != load_pairs(tmp_path / "pairs").train.facts
+
+
+def test_what_cannot_be_made_grey(tmp_path):
+    own = load_function("own", lambda: [(torch.ones(3, 4, 4), 0)] * 5, read_pair)
+    with pytest.raises(ValueError, match="grey: own says itself how many channels"):
+        greyed(own)
+    for i in range(4):
+        write(tmp_path / "a" / f"{i}.png", drawn((300, 300), seed=i))
+    with pytest.raises(ValueError, match="is streamed; --in-memory"):
+        greyed(load_data(tmp_path, stream=True, labelled=False))
+    two = load_function("own", lambda: [(torch.ones(2, 4, 4), 0)] * 5, read_pair)
+    with pytest.raises(ValueError, match="have 2 channels, expected 1 or 3"):
+        greyed(two)

@@ -5,15 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import quincunx as qx
 from helpers import ROOT
@@ -539,12 +541,20 @@ def test_differences_see_shapes_counts_and_nan():
     wanted = [torch.ones(2, 3)]
     assert difference([np.full((2, 3), 1.5)], wanted) == 0.5
     for answers, message in (
-        ([], "0 outputs, the network has 1"),
+        ([], "0 outputs instead of 1"),
         ([np.ones((3, 2))], r"shape \[3, 2\]"),
         ([np.full((2, 3), np.nan)], "not finite"),
+        ([np.array([[1, np.inf, 1], [1, 1, 1]])], "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             difference(answers, wanted)
+    wanted = [torch.tensor([[1.0, -torch.inf], [torch.nan, 2.0]])]
+    assert difference([np.array([[1, -np.inf], [np.nan, 1.0]])], wanted) == 0.5
+    for other in (np.array([[1, np.inf], [np.nan, 2]]), np.array([[1, -np.inf], [0, 2]])):
+        with pytest.raises(ValueError, match="output 0: other values that are not finite"):
+            difference([other], wanted)
+    with pytest.raises(ValueError, match="no value is finite, so that nothing can be compared"):
+        difference([np.full(2, np.nan)], [torch.full((2,), torch.nan)])
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -564,3 +574,113 @@ def test_the_page_on_deploying_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "fast.onnx").is_file()
     table = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
     assert table == list(FORMATS)
+
+
+class ByBatch(nn.Module):
+    """It answers one image as no file with a free batch does; zeros and what has no spread do not show it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+
+    def forward(self, x):
+        y = self.conv(x - x.mean())
+        return y if x.shape[0] == 1 else y - y.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.zeros(2, 3, 6, 6), torch.ones(1, 3, 6, 6), torch.randn(2, 3, 6, 6)]
+)
+def test_a_file_is_compared_on_values_that_differ(tmp_path, example):
+    with pytest.raises(ExportFailed, match=r"answers differ from the network's by \d"):
+        qx.export(ByBatch().eval(), tmp_path / "net.onnx", example, rounds=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_for_some_values_only(tmp_path):
+    class Gamma(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x.pow(1 / 2.2).log())
+
+    class Masked(nn.Module):
+        def forward(self, x):
+            return x.masked_fill(torch.arange(x.shape[-1]) > 3, -float("inf")) * 2
+
+    for model in (Gamma(), Masked()):
+        made = qx.export(model.eval(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8) + 0.1, rounds=0)
+        assert max(made.difference.values()) < 1e-4
+
+
+def test_names_that_the_exporter_gives_to_values_within(tmp_path):
+    """Default names of torch's exporter are those of operations, which the next file has too."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            y = self.first(x).relu()
+            return {"relu": self.second(y), "conv2d": y.mean((2, 3))}
+
+    x = torch.randn(1, 3, 9, 9)
+    for suffix in ("onnx", "xml"):
+        made = qx.export(Two().eval(), tmp_path / f"net.{suffix}", x, input_names="conv2d_1", rounds=0)
+        assert (made.inputs, made.outputs) == (("conv2d_1",), ("relu", "conv2d"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    assert [one.name for one in (*session.get_inputs(), *session.get_outputs())] == [
+        "conv2d_1",
+        "relu",
+        "conv2d",
+    ]
+    assert session.get_inputs()[0].shape[0] == "batch" == session.get_outputs()[1].shape[0]
+    with pytest.raises(ValueError, match="input_names, output_names: 'a' is in both"):
+        qx.export(Two().eval(), tmp_path / "net.onnx", x, input_names="a", output_names=["b", "a"], rounds=0)
+
+
+Pair = namedtuple("Pair", ["low", "high"])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_fields_of_a_named_tuple_are_names_of_outputs(tmp_path, suffix):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return Pair(high=y * 2, low=y)
+
+    made = qx.export(Both().eval(), tmp_path / f"net.{suffix}", torch.randn(1, 3, 8, 8), rounds=0)
+    assert made.outputs == ("low", "high")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weights_that_a_forward_computes_are_copied(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    for name, change in {
+        "weight_norm": nn.utils.weight_norm,
+        "prune": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    }.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
+        change(model[0])
+        with torch.no_grad():
+            model[0].bias.add_(1)
+            before = model(x)
+        model(x)
+        made = qx.export(model, tmp_path / "net.onnx", x, rounds=0)
+        assert max(made.difference.values()) < 1e-4, name
+        fused = qx.fuse(model, check=x)
+        torch.testing.assert_close(fused(x), before, rtol=1e-4, atol=1e-5)
+        fast = qx.accelerate(model, qx.SpatialBottleneck(), example_input=x).model
+        assert fast(x).shape == before.shape
+        # the original still learns
+        model(x).sum().backward()
+        assert any(p.grad is not None for p in model[0].parameters())

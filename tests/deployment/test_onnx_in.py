@@ -265,3 +265,94 @@ def test_a_split_of_an_axis_of_unknown_length_is_refused(tmp_path):
     graph([node, join], tmp_path / "net.onnx", opset=18)
     with pytest.raises(ValueError, match=r"Split \(opset 18\) in node 'apart'"):
         qx.from_onnx(tmp_path / "net.onnx")
+
+
+def constant(name, values, kind=np.float32):
+    return numpy_helper.from_array(np.array(values, kind), name)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "ones", "one position", "random"])
+def test_an_example_that_shows_little_lets_nothing_wrong_through(tmp_path, kind):
+    path = tmp_path / "net.onnx"
+    # as the converter reads it, positions are scaled in another way
+    resize = helper.make_node(
+        "Resize", ["x", "", "s"], ["y"], name="r", mode="linear", coordinate_transformation_mode="asymmetric"
+    )
+    graph([resize], path, [constant("s", [1, 1, 2, 2])], shape=("n", 3, "h", "w"))
+    example = {
+        "zeros": torch.zeros(1, 3, 8, 8),
+        "ones": torch.ones(1, 3, 8, 8),
+        "one position": torch.randn(1, 3, 1, 1),
+        "random": torch.randn(1, 3, 8, 8),
+    }[kind]
+    with pytest.raises(ValueError, match=r"answers otherwise than ONNX Runtime, by .* \(for an input of "):
+        qx.from_onnx(path, example)
+
+
+def test_sizes_that_a_file_is_not_for_are_no_hindrance(tmp_path):
+    path = tmp_path / "net.onnx"
+    # of 8 x 8 maps alone
+    flat = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    graph(flat, path, [constant("w", np.ones((192, 2)))], shape=("n", 3, "h", "w"))
+    read = qx.from_onnx(path, torch.randn(1, 3, 8, 8, requires_grad=True))
+    assert read(torch.ones(2, 3, 8, 8)).tolist() == [[192, 192]] * 2
+
+
+def test_values_that_are_not_finite_in_both_agree(tmp_path):
+    path = tmp_path / "net.onnx"
+    mask = np.zeros((1, 1, 8, 8), np.float32)
+    mask[..., 5:] = -np.inf
+    nodes = [helper.make_node("Log", ["x"], ["l"]), helper.make_node("Add", ["l", "m"], ["y"])]
+    graph(nodes, path, [constant("m", mask)])
+    found = qx.from_onnx(path)(torch.full((1, 3, 8, 8), -1.0))
+    assert found[..., :5].isnan().all()
+
+
+NEWER = {
+    "no lower bound": (13, [("Clip", ["x", "", "c"], {})], [constant("c", 0.5)]),
+    "slice of opset 9": (9, [("Slice", ["x"], {"axes": [2], "starts": [1], "ends": [7]})], []),
+    "upsample of opset 9": (
+        9,
+        [("Upsample", ["x", "s"], {"mode": "nearest"})],
+        [constant("s", [1, 1, 2, 2])],
+    ),
+    "resize of opset 18": (
+        18,
+        [("Resize", ["x", "", "s"], {"mode": "linear", "antialias": 0})],
+        [constant("s", [1, 1, 2, 2])],
+    ),
+    "gelu of opset 20": (20, [("Gelu", ["x"], {})], []),
+    "gelu twice": (20, [("Gelu", ["x"], {}), ("Gelu", ["n0"], {})], []),
+    "mish of opset 18": (18, [("Mish", ["x"], {})], []),
+}
+
+
+@pytest.mark.parametrize("case", NEWER)
+def test_operators_of_other_opsets(tmp_path, case):
+    opset, kinds, weights = NEWER[case]
+    path, source, nodes = tmp_path / "net.onnx", "x", []
+    for number, (kind, inputs, settings) in enumerate(kinds):
+        source = "y" if number == len(kinds) - 1 else f"n{number}"
+        nodes.append(helper.make_node(kind, inputs, [source], name=f"node{number}", **settings))
+    graph(nodes, path, weights, opset=opset)
+    # it is compared with ONNX Runtime
+    assert qx.from_onnx(path)(torch.randn(2, 3, 8, 8)).shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize("settings", [{"antialias": 1}, {"axes": [2, 3]}])
+def test_a_resize_that_only_newer_opsets_have_is_refused(tmp_path, settings):
+    path = tmp_path / "net.onnx"
+    node = helper.make_node("Resize", ["x", "", "s"], ["y"], name="r", mode="linear", **settings)
+    scales = [0.5, 0.5] if "axes" in settings else [1, 1, 0.5, 0.5]
+    graph([node], path, [constant("s", scales)], opset=18)
+    with pytest.raises(ValueError, match=r"operators that cannot be read: Resize \(opset 18\) in node 'r'"):
+        qx.from_onnx(path)
+
+
+def test_the_standards_domain_has_two_names(tmp_path):
+    path = tmp_path / "net.onnx"
+    graph([helper.make_node("Relu", ["x"], ["y"])], path)
+    proto = onnx.load(str(path))
+    proto.opset_import[0].domain = "ai.onnx"
+    onnx.save(proto, str(path))
+    assert qx.from_onnx(path)(-torch.ones(1, 3, 8, 8)).abs().max() == 0

@@ -63,7 +63,7 @@ def loss_on(
             if task.needs_original and original is not None:
                 with inference_mode_of(original):
                     target = task.taught_by(original(x))
-            total += float(task.losses(model(x), target).sum())
+            total += float(task.losses(model(x), target, len(x)).sum())
     return total
 
 
@@ -77,7 +77,7 @@ def score_on(
             if task.needs_original and original is not None:
                 with inference_mode_of(original):
                     target = task.taught_by(original(x))
-            total += float(task.scores(model(x), target).sum())
+            total += float(task.scores(model(x), target, len(x)).sum())
             count += len(x)
     return total / count
 

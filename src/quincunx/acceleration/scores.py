@@ -215,7 +215,7 @@ class Scores:
     def _first_answer(self, model: nn.Module, batch: Batch) -> Any:
         """Return the original's output, once it has been compared with itself."""
         answer = model(batch.input)
-        self.task.distances(answer, answer)
+        self.task.distances(answer, answer, images=len(batch.input))
         for _, part in tensors_in(answer):
             if part.is_floating_point() and not part.isfinite().all():
                 raise ValueError(f"calibration: batch {batch.index}: the answers are not finite")
@@ -505,7 +505,7 @@ class Scores:
             **({"compared_on": _COMPARED_ON} if sum(self.counts) > _COMPARED_ON else {}),
             "example": list(self.example.shape),
             **({} if self.dtype is None else {"dtype": str(self.dtype)}),
-            **({} if self.task.classifies else {"task": self.task.to_dict()}),
+            **({} if self.task.classifies else {"task": self.task.identity}),
             "threads": torch.get_num_threads(),
         }
 

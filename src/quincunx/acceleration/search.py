@@ -23,6 +23,7 @@ from quincunx.acceleration.scores import BUDGET, Scores, Shared
 from quincunx.acceleration.target import Target
 from quincunx.acceleration.watching import Watch
 from quincunx.measure.tasks import Task
+from quincunx.measure.tasks.classes import IGNORED
 from quincunx.measure.tasks.scale import scale_in
 from quincunx.methods.registry import candidates_named
 from quincunx.modules import copied, inference_mode_of
@@ -539,7 +540,7 @@ class _Builder:
         its own predictions.
         """
         task = self.scores.task
-        before = after = 0.0
+        scores: list[Tensor] = []
         with inference_mode_of(network):
             for batch, answer in zip(self.scores.context.data, self.scores.answers, strict=True):
                 if task.needs_original:
@@ -553,10 +554,17 @@ class _Builder:
                         f"calibration: batch {batch.index} has no target, which task {task.name!r} scores; "
                         "give targets, or the task qx.tasks.agreement()"
                     )
-                before += float(task.scores(answer, target).sum())
-                after += float(task.scores(network(batch.input), target).sum())
-        count = sum(self.scores.counts)
-        return task.scale.lost(before / count, after / count)
+                images = len(batch.input)
+                pair = (task.scores(found, target, images) for found in (answer, network(batch.input)))
+                scores.append(torch.stack(list(pair)))
+                if not scores[-1].isfinite().all():
+                    raise ValueError(
+                        f"calibration: batch {batch.index}: the score of task {task.name!r} is not finite"
+                    )
+                if task.classifies and isinstance(target, Tensor) and target.dim() == 1:
+                    scores[-1] = scores[-1][:, target != IGNORED]
+        before, after = torch.cat(scores, 1).mean(1).tolist()
+        return task.scale.lost(before, after)
 
 
 def _sum(rows: Sequence[Candidate]) -> float:

@@ -388,14 +388,17 @@ def _exported(
         RunFailed: it is not faster there, or cannot be exported; the artifact is there all the same.
     """
     own = network.model or (network.network if str(network.network).endswith(".onnx") else None)
-    model = build_own_network(own, out, seed).model if own is not None else read_artifact(out)
-    image = torch.randn((1, data.in_channels, *data.size), generator=torch.Generator().manual_seed(seed))
+    shape = (1, data.in_channels, *data.size)
+    model = build_own_network(own, out, seed, shape).model if own is not None else read_artifact(out)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     low = quantisation_of(model) is not None
     dtype = torch.int8 if low else None
     try:
         return qx.export(model, path, image, plugin=plugin or low, dtype=dtype, baseline=found.model)
     except NotFaster as error:
-        told = error.advising("--plugin", f"quincunx export {out} --force")
+        named = str(out) if own is None else f"--model {own} --weights {out}"
+        size = "" if getattr(model, "onnx_size", data.size) else f" --input {'x'.join(map(str, shape))}"
+        told = error.advising("--plugin", f"quincunx export {named}{size} --force")
         raise RunFailed(f"the artifact is in {out / 'model'}; export: {told}") from None
     except (ExportFailed, ValueError, TypeError) as error:
         raise RunFailed(f"the artifact is in {out / 'model'}; export: {error}") from None

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-import quincunx as qx
 from quincunx.acceleration.judge import sample_batches
 from quincunx.cli.network import NetworkOptions
 from quincunx.cli.options import (
@@ -86,7 +85,7 @@ def evaluate_command(
         found, task = network.load_to_score(), about.chosen()
         if task.needs_original and original is None:
             raise ValueError(f"original: task {task.name!r} compares with a network; give its artifact")
-        other = None if original is None else qx.load(artifact_in(original))
+        other = None if original is None else network.load_other(original)
         model = found.model
         record = quantisation_of(model)
         dtype = "int8" if dtype is None and record is not None else dtype

@@ -20,7 +20,6 @@ from quincunx.cli.options import (
     bad_input,
     example,
     format_named,
-    parse_input,
     running,
     use_threads,
     verb,
@@ -110,7 +109,7 @@ def export_command(
             seen = list(
                 inputs_of(sample_batches(read, calibration, seed=0, task=task, workers=images.workers))
             )
-        shape = parse_input(network.input_shape) if network.input_shape else _shape(found.model)
+        shape = found.shape or _shape(found.model)
         with running():
             try:
                 made = qx.export(
@@ -134,6 +133,8 @@ def export_command(
                 raise RunFailed(error.advising("--plugin", "--force")) from None
             except ExportFailed as error:
                 raise RunFailed(str(error)) from None
+            except ValueError as error:
+                raise ValueError(str(error).replace("dynamic_batch=False", "--fixed-batch")) from error
     if as_json:
         show(made.to_dict())
     else:

@@ -74,6 +74,16 @@ class NetworkOptions:
         place = None if self.network is None else Path(self.network)
         return score_network(place, self.weights, self.model, self.input_shape)
 
+    def load_other(self, folder: Path) -> nn.Module:
+        """Return the network of another artifact, which --model may have made as well.
+
+        Raises:
+            ValueError: as :func:`read_artifact`.
+        """
+        if self.model is not None and _maker_of(folder) is not None:
+            return build_own_network(self.model, folder).model
+        return read_artifact(folder)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -210,14 +220,20 @@ def read_artifact(folder: Path) -> nn.Module:
     Raises:
         ValueError: as ``qx.load``; an artifact of the user's own network says how to name its function.
     """
-    described = read_spec(artifact_in(folder)).get("model")
-    if isinstance(described, dict) and described.get("kind") == "factory":
-        named = described.get("onnx") or described.get("factory")
+    if (named := _maker_of(folder)) is not None:
         raise ValueError(
             f"{folder}: holds a network made by {named!r}, and nothing that a file names is imported; "
             f"if you trust that module: --model {named} --weights {folder}"
         )
     return qx.load(artifact_in(folder))
+
+
+def _maker_of(folder: Path) -> str | None:
+    """The function or the ONNX file that made the network of an artifact, if one did."""
+    described = read_spec(artifact_in(folder)).get("model")
+    if not isinstance(described, dict) or described.get("kind") != "factory":
+        return None
+    return str(described.get("onnx") or described.get("factory"))
 
 
 def build_own_network(

@@ -21,7 +21,8 @@ from typer.core import TyperCommand
 import quincunx as qx
 from quincunx.cli.completion import complete_values
 from quincunx.cli.printing import complain, note
-from quincunx.data import ImageData, load_data
+from quincunx.data import ImageData, greyed, load_data
+from quincunx.data.grey import grey_hint
 from quincunx.measure.environment import environment
 from quincunx.measure.version import version_line
 from quincunx.networks.spec import read_spec
@@ -108,6 +109,9 @@ class DataOptions:
     no_exif: Annotated[
         bool, typer.Option("--no-exif", help="Ignore the EXIF orientation of photographs.")
     ] = False
+    grey: Annotated[bool, typer.Option("--grey", help="Make images of one channel of those of three.")] = (
+        False
+    )
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -140,7 +144,7 @@ class DataOptions:
             )
         for text in loaded.notes:
             note(text)
-        return loaded
+        return greyed(loaded) if self.grey else loaded
 
 
 @dataclass(frozen=True)
@@ -539,10 +543,10 @@ def with_training_normalisation(images: ImageData, start: Path | None) -> ImageD
         raise ValueError(f"data={images.name!r}: its classes are not those that {start} was trained on")
     if "mean" not in trained_on:
         return images
-    if len(trained_on["mean"]) != images.in_channels:
+    if (taken := len(trained_on["mean"])) != images.in_channels:
         raise ValueError(
             f"data={images.name!r}: images of {images.in_channels} channels, but the network takes "
-            f"{len(trained_on['mean'])}"
+            f"{taken}{grey_hint(taken, images)}"
         )
     return replace(images, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
 

@@ -311,7 +311,7 @@ def reproduce_command(
 _ESPACE_TIMES = ("out", "batch", "rounds", "threads")
 
 
-_ESPACE_DATA = ("data", "test_data", "skip_bad", "no_exif", "stream", "workers")
+_ESPACE_DATA = ("data", "test_data", "skip_bad", "no_exif", "grey", "stream", "workers")
 
 
 _ESPACE_TAKES = ("weights", "epochs", "peers", *_ESPACE_TIMES, *_ESPACE_DATA)

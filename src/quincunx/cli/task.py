@@ -15,7 +15,7 @@ import typer
 
 from quincunx.cli.options import DataOptions
 from quincunx.cli.printing import note
-from quincunx.data import ImageData, degraded, load_function, load_pairs
+from quincunx.data import ImageData, degraded, greyed, load_function, load_pairs
 from quincunx.measure.tasks import READY, Task, classification, named
 from quincunx.networks.spec import check_factory
 
@@ -151,6 +151,7 @@ class TaskOptions:
                 exif=not images.no_exif,
                 seed=seed,
             )
+            loaded = greyed(loaded) if images.grey else loaded
         else:
             bare = self.worsened or task.needs_original
             # named sets bring labels, which are not read then
@@ -176,7 +177,7 @@ def _check_needless(images: DataOptions, function: bool) -> None:
     Raises:
         ValueError: such an option was given.
     """
-    for name in ("test_data", "skip_bad", "stream", *(("size", "no_exif") if function else ())):
+    for name in ("test_data", "skip_bad", "stream", *(("size", "no_exif", "grey") if function else ())):
         if getattr(images, name):
             kind = "a data set of your function" if function else "pairs"
             raise ValueError(f"{name}: {kind} cannot be read so; leave it out")

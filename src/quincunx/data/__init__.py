@@ -7,6 +7,7 @@ Larger ones, such as ImageNet, are decoded and augmented in worker processes.
 
 from quincunx.data.drawn import Drawn, draw
 from quincunx.data.epoch import AUGMENTATIONS, batches, normalised
+from quincunx.data.grey import greyed
 from quincunx.data.items import Items
 from quincunx.data.load import load_data
 from quincunx.data.pairs import degraded, load_function, load_pairs
@@ -29,6 +30,7 @@ __all__ = [
     "can_reside",
     "degraded",
     "draw",
+    "greyed",
     "load_data",
     "load_function",
     "load_pairs",

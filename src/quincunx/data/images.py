@@ -332,6 +332,8 @@ def _rgb(image: Image) -> Image:
 
     if image.mode == "RGB":
         return image
+    if image.mode == "F":
+        raise ValueError("floating point values, expected 8 or 16 bits a channel")
     if image.mode.startswith("I"):
         # Pillow would clip sixteen bits at 255 instead of scaling them
         image = pillow.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))

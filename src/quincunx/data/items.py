@@ -130,7 +130,7 @@ class Own:
         return len(self.items)  # type: ignore[arg-type]
 
     def batch(self, indices: Sequence[int], key: int | None) -> tuple[Tensor, Any]:
-        """Return inputs [B, C, H, W] and targets as they are read.
+        """Return inputs [B, C, H, W], float32 if they are float64, and targets as they are read.
 
         Raises:
             ValueError: an item cannot be read, items cannot be joined, or inputs are no images.
@@ -158,7 +158,8 @@ class Own:
                 f"{self.name}: the inputs of the items {some} are {got}, expected floats [N, C, H, W] as the "
                 "network takes them"
             )
-        return inputs, targets
+        # as NumPy makes them by default
+        return inputs.float() if inputs.dtype == torch.float64 else inputs, targets
 
 
 def _words(error: Exception) -> str:

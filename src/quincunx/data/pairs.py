@@ -215,6 +215,12 @@ def _classes(root: Path, masks: Tensor, found: Sequence[tuple[Path, Path, bool]]
     if not known.numel():
         raise ValueError(f"{root}: all pixels of all masks are {_IGNORED}, which means no class")
     most, place = int(known.max()), root / "classes.txt"
+    if not place.is_file() and most == 0:
+        ignored = f" and {_IGNORED}, which means no class" if len(known) < masks.numel() else ""
+        raise ValueError(
+            f"{root}: the masks hold 0{ignored}, so there is one class only and nothing to tell apart; "
+            "expected class numbers, such as 0 and 1, or a classes.txt with a name for each class"
+        )
     if not place.is_file():
         return tuple(map(str, range(most + 1)))
     names = tuple(line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip())

@@ -18,7 +18,7 @@ from quincunx.deployment.baseline import dense_twin, describe_layers
 from quincunx.deployment.formats import Format, format_for
 from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, decoded, lower
 from quincunx.deployment.usage import lines_to_use
-from quincunx.deployment.verification import Candidate, Found, difference, run_apart
+from quincunx.deployment.verification import Candidate, Found, difference, drawn_like, run_apart
 from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, onnx_writer, trace_for_export
 from quincunx.fusion.fuse import fuse, fuse_shared
 from quincunx.fusion.fused import Fused
@@ -157,9 +157,10 @@ def export(
     our library there. Sizes of maps are those of the example; the batch is free.
 
     The file is then loaded by its engine in a new process, with all of the engine's optimisations, and
-    compared with the network on random inputs in batches of 1, 2 and 7; a file in eight bits is compared with
-    the fused network in eight bits, whose integers it has. It is timed there beside the dense network in the
-    same format, in turn. A file that is not faster is not written unless forced.
+    compared with the network on inputs drawn from the example's values (normal ones around an example of one
+    value), in batches of 1, 2 and 7; a file in eight bits is compared with the fused network in eight bits,
+    whose integers it has. It is timed there beside the dense network in the same format, in turn. A file that
+    is not faster is not written unless forced.
 
     Args:
         model: a network on the CPU that :func:`quincunx.fuse` takes, with float32 weights.
@@ -176,8 +177,9 @@ def export(
             the same settings in place of each layer of this package.
         input_names: by default those of the ONNX file that the network was read from; else "input", or
             "input0" and so on.
-        output_names: likewise, or the keys of a dictionary that the network returns; else "output", or
-            "output0" and so on. A file has a list of tensors: lists, tuples and dictionaries are taken apart.
+        output_names: likewise, or the keys of a dictionary or the fields of a named tuple that the network
+            returns; else "output", or "output0" and so on. A file has a list of tensors: lists, tuples and
+            dictionaries are taken apart.
         dynamic_batch: whether the batch is free.
         opset: of ONNX, 18 to 23; ONNX Runtime optimises less from 22 on.
         external_data: of ONNX, weights in a second file <name>.data, as always beyond 2 GB. ONNX Runtime maps
@@ -406,7 +408,8 @@ def _names(
     results: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     kept, outputs = getattr(model, "onnx_names", {}), len(_tensors(answer))
-    keys = list(answer) if isinstance(answer, Mapping) and len(answer) == outputs else []
+    named = answer if isinstance(answer, Mapping) else getattr(answer, "_fields", ())
+    keys = list(named) if len(named) == outputs else []
     if results is None and keys and all(isinstance(key, str) and key.isidentifier() for key in keys):
         results = keys
     if given is None:
@@ -418,7 +421,10 @@ def _names(
             ["output"] if outputs == 1 else [f"output{number}" for number in range(outputs)]
         )
     inputs = check_names("input_names", given, len(examples))
-    return inputs, check_names("output_names", results, outputs)
+    names = check_names("output_names", results, outputs)
+    if both := set(inputs) & set(names):
+        raise ValueError(f"input_names, output_names: {min(both)!r} is in both")
+    return inputs, names
 
 
 def _normalisation(model: nn.Module) -> dict[str, Any]:
@@ -491,13 +497,7 @@ def _inputs(examples: Sequence[Tensor], dynamic: bool) -> list[tuple[Tensor, ...
     """Random inputs like the examples, in other batches where the batch is free."""
     source = torch.Generator().manual_seed(1)
     batches = _BATCHES if dynamic else (examples[0].shape[0],)
-    return [
-        tuple(
-            torch.randn((batch, *x.shape[1:]), generator=source) * x.std(unbiased=False) + x.mean()
-            for x in examples
-        )
-        for batch in batches
-    ]
+    return [tuple(drawn_like(x, (batch, *x.shape[1:]), source) for x in examples) for batch in batches]
 
 
 def _gaps(model: nn.Module, sets: Sequence[tuple[Tensor, ...]], found: Found) -> dict[int, float]:

@@ -168,7 +168,7 @@ _PACKED = (_packed_conv, _packed_linear)
 _PASSED_ON = (match_layout, tensor_argument, copied_argument)
 
 
-def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> nn.Module:
+def lower(fused: Fused, arguments: Sequence[Any], node: Node | None = None) -> fx.GraphModule:
     """Return a fused network without operators of this package, for inputs of one size and any batch.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quincunx.deployment.onnx_rewrites import fix_sizes, in_opset_17
-from quincunx.deployment.verification import difference
+from quincunx.deployment.verification import difference, drawn_like
 from quincunx.measure.engines import quiet
 
 __all__ = ["OnnxNetwork", "from_onnx"]
@@ -63,7 +63,7 @@ _KINDS = {1: OnnxNetwork, 2: _Two, 3: _Three}
 
 
 def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | None = None) -> nn.Module:
-    """Return the network of an ONNX file, compared with ONNX Runtime on random inputs.
+    """Return the network of an ONNX file, compared with ONNX Runtime on several inputs.
 
     It is read by onnx2torch (``pip install 'quincunx[onnx]'`` and ``pip install --no-deps onnx2torch``);
     convolutions, batch norm and activations become torch's modules, which :func:`quincunx.accelerate`
@@ -73,6 +73,8 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
     Args:
         path: the file; weights in other files are found beside it.
         example_input: inputs for the comparison; needed if the file leaves sizes other than the batch free.
+            It is also compared on random values drawn from the example's, in another batch and at other
+            sizes where these are free and ONNX Runtime takes them.
 
     Returns:
         A module in evaluation mode that maps float32 tensors in the order of the file's inputs to what the
@@ -111,7 +113,7 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
     examples = _examples(path, inputs, example_input)
     graph = _convert(path, proto)
     model = _KINDS[len(inputs)](graph, [value.name for value in inputs], outputs).eval().requires_grad_(False)
-    _compare(path, model, examples)
+    _compare(path, model, _sets(inputs, examples))
     sizes = tuple(entry.dim_value for entry in inputs[0].type.tensor_type.shape.dim[1:])
     model.onnx_size = sizes if len(inputs) == 1 and all(sizes) else None
     model.quincunx_spec = {  # type: ignore[assignment]
@@ -136,6 +138,7 @@ def _read(path: Path) -> Any:
         bare = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not an ONNX model") from error
+    _in_one_domain(bare)
     if not bare.graph.node:
         raise ValueError(f"{path}: not an ONNX model, or one without operators")
     for tensor in bare.graph.initializer:
@@ -157,10 +160,17 @@ def _read(path: Path) -> Any:
             raise ValueError(f"{path}: {location!r} is shorter than weight {tensor.name!r} needs")
     try:
         onnx.checker.check_model(str(path))
-        return onnx.load(str(path))
+        return _in_one_domain(onnx.load(str(path)))
     except (onnx.checker.ValidationError, ValueError, RuntimeError, OSError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: not a valid ONNX model ({said[0][:300]})") from error
+
+
+def _in_one_domain(proto: Any) -> Any:
+    """The standard's operators have two names for their domain; the empty one is used here."""
+    for part in (*proto.opset_import, *proto.graph.node):
+        part.domain = "" if part.domain == "ai.onnx" else part.domain
+    return proto
 
 
 def _examples(path: Path, inputs: Sequence[Any], given: Any) -> tuple[Tensor, ...]:
@@ -175,7 +185,7 @@ def _examples(path: Path, inputs: Sequence[Any], given: Any) -> tuple[Tensor, ..
         found = given if isinstance(given, tuple) else (given,)
         if len(found) != len(inputs) or not all(isinstance(x, Tensor) for x in found):
             raise ValueError(f"example_input: expected {len(inputs)} tensors, the inputs of {path}")
-        return found
+        return tuple(x.detach() for x in found)
     made = []
     source = torch.Generator().manual_seed(0)
     for value in inputs:
@@ -236,9 +246,7 @@ def _convert(path: Path, proto: Any) -> fx.GraphModule:
             proto, refused = in_opset_17(proto)
     # an optimizer may raise anything
     except Exception as error:
-        raise ValueError(
-            f"{path}: onnxscript cannot read it: {type(error).__name__}: {error}"[:500]
-        ) from error
+        raise ValueError(f"{path}: cannot be read: {type(error).__name__}: {error}"[:500]) from error
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     unknown: dict[str, list[str]] = {}
     for name, operator, version in refused:
@@ -282,7 +290,46 @@ def _node_in(error: BaseException) -> str:
     return found
 
 
-def _compare(path: Path, model: nn.Module, examples: Sequence[Tensor]) -> None:
+# an example with larger sides is compared at smaller ones
+_LARGE_SIDE = 64
+
+
+def _sets(inputs: Sequence[Any], examples: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Inputs for the comparison: the examples, random values of their shapes, and others of other shapes
+    where these are free: with constant values or at single positions different networks may answer alike."""
+    known = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inputs]
+    if any(x.dim() != len(sizes) for x, sizes in zip(examples, known, strict=True)):
+        # ONNX Runtime says so
+        return [tuple(examples)]
+    source = torch.Generator().manual_seed(1)
+
+    def smaller_or_larger(place: int, size: int, odd: int) -> int:
+        return (size // 2 if size > _LARGE_SIDE else 2 * size) + odd * place
+
+    changes: tuple[Callable[[int, int], int], ...] = (
+        lambda place, size: size,
+        lambda place, size: size if place else size + 1,
+        lambda place, size: smaller_or_larger(place, size, 0) if place else size,
+        lambda place, size: smaller_or_larger(place, size, 1) if place else size,
+    )
+    made, seen = [tuple(examples)], set()
+    for change in changes:
+        shapes = tuple(
+            tuple(
+                fixed or change(place, size)
+                for place, (size, fixed) in enumerate(zip(x.shape, sizes, strict=True))
+            )
+            for x, sizes in zip(examples, known, strict=True)
+        )
+        if shapes not in seen:
+            seen.add(shapes)
+            made.append(
+                tuple(drawn_like(x, shape, source) for x, shape in zip(examples, shapes, strict=True))
+            )
+    return made
+
+
+def _compare(path: Path, model: nn.Module, sets: Sequence[Sequence[Tensor]]) -> None:
     """
     Raises:
         ValueError: the network cannot run, or answers otherwise than ONNX Runtime.
@@ -290,29 +337,49 @@ def _compare(path: Path, model: nn.Module, examples: Sequence[Tensor]) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
-        feeds = dict(zip(names, (x.numpy() for x in examples), strict=True))
-        wanted = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
-    # the runtime's exceptions are classes of their own
-    except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: ONNX Runtime does not run it ({said[0][:300]})") from error
-    try:
-        with torch.no_grad():
-            found = model(*examples)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: read, but does not run in PyTorch ({type(error).__name__}: {error})"[:500]
-        ) from error
+    options.log_severity_level = 4
+    for number, examples in enumerate(sets):
+        try:
+            if not number:
+                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                names = [value.name for value in session.get_inputs()]
+            feeds = dict(zip(names, (x.numpy() for x in examples), strict=True))
+            wanted = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+        # the runtime's exceptions are classes of their own
+        except Exception as error:
+            if number:
+                # of a size, or a value, that the file is not for
+                continue
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"{path}: ONNX Runtime does not run it ({said[0][:300]})") from error
+        try:
+            with torch.no_grad():
+                found = model(*examples)
+        except Exception as error:
+            if number:
+                # whoever calls it with such sizes is told
+                continue
+            raise ValueError(
+                f"{path}: read, but does not run in PyTorch ({type(error).__name__}: {error})"[:500]
+            ) from error
+        if number and not all(value.isfinite().any() for value in wanted if value.is_floating_point()):
+            continue
+        _agree(path, found, wanted, [list(x.shape) for x in examples])
+
+
+def _agree(path: Path, found: Any, wanted: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+    """
+    Raises:
+        ValueError: two networks answer differently.
+    """
     answers = list(found) if isinstance(found, (tuple, list)) else [found]
     try:
         gap = difference([answer.numpy() for answer in answers], wanted)
     except ValueError as error:
         raise ValueError(f"{path}: read, but not as ONNX Runtime reads it: {error}") from error
     if gap > _TOLERANCE:
+        at = ", ".join("x".join(map(str, shape)) for shape in shapes)
         raise ValueError(
-            f"{path}: read, but answers otherwise than ONNX Runtime, by {gap:.1e} of the largest value"
+            f"{path}: read, but answers otherwise than ONNX Runtime, by {gap:.1e} of the largest value (for "
+            f"an input of {at})"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 __all__ = ["fix_sizes", "in_opset_17"]
 
-_NEWEST = 17
+_FIRST, _NEWEST = 11, 17
 # changed after opset 17 in the types that they take alone, or by attributes that may be left out
 _UNCHANGED = {
     *("Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Reshape", "Shape", "Squeeze"),
@@ -34,11 +34,17 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
     import onnx
     from onnxscript import optimizer
 
+    declared = next((entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if declared is not None and declared.version < _FIRST:
+        # attributes of that time became inputs
+        proto = onnx.version_converter.convert_version(proto, _FIRST)
     made = optimizer.optimize(proto)
     _drop_allowzero(made)
+    _bound_below(made)
     declared = next((entry for entry in made.opset_import if entry.domain in ("", "ai.onnx")), None)
     if declared is None or declared.version <= _NEWEST:
         return made, []
+    _without_functions(made)
     constants = {tensor.name: tensor for tensor in made.graph.initializer}
     _name_sizes(made)
     refused = []
@@ -50,6 +56,50 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
             refused.append((node.name or f"number {number}", node.op_type, declared.version))
     declared.version = _NEWEST
     return made, refused
+
+
+def _bound_below(proto: Any) -> None:
+    """Clips without a lower bound get the lowest number."""
+    import onnx
+
+    name = "quincunx.lowest"
+    clips = [node for node in proto.graph.node if node.op_type == "Clip" and list(node.input[1:2]) == [""]]
+    for node in clips:
+        node.input[1] = name
+    if clips:
+        lowest = float(torch.finfo(torch.float32).min)
+        proto.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [lowest]))
+
+
+def _without_functions(proto: Any) -> None:
+    """Write out activations that became operators of their own after opset 17."""
+    import onnx
+
+    made = []
+    for node in proto.graph.node:
+        given = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        tanh = given.get("approximate", b"none") != b"none"
+        if node.domain or node.op_type not in ("Gelu", "Mish") or tanh:
+            made.append(node)
+            continue
+        x, y = node.input[0], node.output[0]
+        steps: tuple[tuple[str, list[str], str], ...] = (
+            ("Softplus", [x], "plus"), ("Tanh", [f"{y}.plus"], "bent"), ("Mul", [x, f"{y}.bent"], ""),
+        )  # fmt: skip
+        if node.op_type == "Gelu":
+            steps = (
+                ("Div", [x, f"{y}.root"], "scaled"), ("Erf", [f"{y}.scaled"], "erf"),
+                ("Add", [f"{y}.erf", f"{y}.one"], "sum"), ("Mul", [x, f"{y}.sum"], "whole"),
+                ("Mul", [f"{y}.whole", f"{y}.half"], ""),
+            )  # fmt: skip
+            for name, value in (("root", 2**0.5), ("one", 1.0), ("half", 0.5)):
+                number = onnx.helper.make_tensor(f"{y}.{name}", onnx.TensorProto.FLOAT, [], [value])
+                proto.graph.initializer.append(number)
+        for number, (kind, inputs, name) in enumerate(steps):
+            out = f"{y}.{name}" if name else y
+            made.append(onnx.helper.make_node(kind, inputs, [out], f"{node.name or y}.{number}"))
+    del proto.graph.node[:]
+    proto.graph.node.extend(made)
 
 
 def _drop_allowzero(proto: Any) -> None:
@@ -104,6 +154,8 @@ def _made_older(node: Any, constants: dict[str, Any]) -> bool:
         return len(node.input) == 2
     if kind == "AveragePool":
         return "dilations" not in given
+    if kind == "Resize":
+        return _resize_made_older(node)
     if kind.startswith("Reduce"):
         # axes were an attribute, of ReduceSum already an input
         if kind == "ReduceSum" or len(node.input) < 2:
@@ -118,6 +170,22 @@ def _made_older(node: Any, constants: dict[str, Any]) -> bool:
         node.attribute.append(onnx.helper.make_attribute("axes", onnx.numpy_helper.to_array(axes).tolist()))
         return True
     return False
+
+
+def _resize_made_older(node: Any) -> bool:
+    """Leave out settings that opset 18 added, where they change nothing."""
+    import onnx
+
+    given = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+    usual = {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"}
+    if any(given.get(name, value) != value for name, value in usual.items()) or "axes" in given:
+        return False
+    if given.get("coordinate_transformation_mode") == b"half_pixel_symmetric":
+        return False
+    kept = [attribute for attribute in node.attribute if attribute.name not in usual]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    return True
 
 
 # ---------------------------------------------------------------- constants as numbers

@@ -13,9 +13,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-__all__ = ["Candidate", "Found", "difference", "run_apart"]
+__all__ = ["Candidate", "Found", "difference", "drawn_like", "run_apart"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,16 @@ def run_apart(
     return Found(answers, result["times"], result["failed"])
 
 
+def drawn_like(example: Tensor, shape: Sequence[int], source: torch.Generator) -> Tensor:
+    """Return random values of a shape: drawn from the example's own, so that they are of the kind that a
+    network takes; around the value of an example that has only one."""
+    values = example.detach().flatten()
+    if not values.numel() or bool((values == values[0]).all()):
+        # of one value a network shows little
+        return torch.randn(tuple(shape), generator=source) + (values[:1] if values.numel() else 0)
+    return values[torch.randint(len(values), tuple(shape), generator=source)]
+
+
 def _places(key: str) -> tuple[int, ...]:
     return tuple(int(part) for part in key.split("."))
 
@@ -124,26 +135,32 @@ def _places(key: str) -> tuple[int, ...]:
 def difference(answers: Sequence[np.ndarray], wanted: Sequence[Tensor]) -> float:
     """Return the largest deviation of answers, relative to the largest value of each output.
 
+    Where both have the same value that is not finite, such as the -inf of a mask, they agree.
+
     Raises:
-        ValueError: another number of outputs or another shape; NaN where there should be none.
+        ValueError: another number of outputs or another shape; a value that is finite in one of both alone,
+            or an output without a finite value, of which nothing could be said.
 
     Example:
         >>> difference([np.array([1.0, 2.02])], [torch.tensor([1.0, 2.0])])
         0.01...
     """
     if len(answers) != len(wanted):
-        raise ValueError(f"{len(answers)} outputs, the network has {len(wanted)}")
+        raise ValueError(f"{len(answers)} outputs instead of {len(wanted)}")
     worst = 0.0
     for number, (answer, tensor) in enumerate(zip(answers, wanted, strict=True)):
         right = tensor.detach().numpy()
         if answer.shape != right.shape:
-            raise ValueError(
-                f"output {number}: shape {list(answer.shape)}, the network's is {list(right.shape)}"
-            )
+            raise ValueError(f"output {number}: shape {list(answer.shape)} instead of {list(right.shape)}")
         if not right.size:
             continue
-        gap = np.abs(answer.astype(np.float64) - right.astype(np.float64))
+        known = np.isfinite(right)
+        if not known.any():
+            raise ValueError(f"output {number}: no value is finite, so that nothing can be compared")
+        if not np.array_equal(answer[~known], right[~known], equal_nan=right.dtype.kind in "fc"):
+            raise ValueError(f"output {number}: other values that are not finite")
+        gap = np.abs(answer[known].astype(np.float64) - right[known].astype(np.float64))
         if not np.isfinite(gap).all():
             raise ValueError(f"output {number}: values that are not finite")
-        worst = max(worst, float(gap.max() / max(np.abs(right).max(), 1e-12)))
+        worst = max(worst, float(gap.max() / max(np.abs(right[known]).max(), 1e-12)))
     return worst

@@ -14,7 +14,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from quincunx.measure.engines import quiet
 from quincunx.ops.libraries import DOMAIN
@@ -47,8 +47,21 @@ class Traced:
     dynamic: bool
 
 
+def _without_names(value: Any) -> Any:
+    """What a graph returns, with tuples for named tuples: of their classes a file knows nothing."""
+    if isinstance(value, fx.Node) and value.op == "call_function" and hasattr(value.target, "_fields"):
+        target: Any = value.target
+        made = target(*value.args, **value.kwargs)
+        return _without_names(made)
+    if isinstance(value, tuple):
+        return tuple(map(_without_names, value))
+    if isinstance(value, list):
+        return [_without_names(part) for part in value]
+    return {key: _without_names(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 def trace_for_export(
-    module: nn.Module,
+    module: fx.GraphModule,
     arguments: Sequence[Tensor],
     inputs: Sequence[str],
     outputs: Sequence[str],
@@ -60,6 +73,12 @@ def trace_for_export(
         ValueError: the network fixes its batch, or torch.export cannot trace it.
     """
     shapes = None
+    for node in module.graph.find_nodes(op="output"):
+        node.args = _without_names(node.args)
+    for node in reversed(module.graph.nodes):
+        if node.op == "call_function" and hasattr(node.target, "_fields") and not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
     if dynamic:
         # a batch of 1 would become a constant
         arguments = [torch.cat([x, x]) if x.shape[0] == 1 else x for x in arguments]
@@ -89,13 +108,16 @@ def _onnx_proto(traced: Traced, opset: int) -> Any:
     """
     if opset not in _OPSETS:
         raise ValueError(f"opset={opset}: expected {_OPSETS.start} to {_OPSETS.stop - 1}")
+    # names that nothing within the graph has
+    names = {f"quincunx.{place}.{name}": name for place, name in enumerate(traced.inputs + traced.outputs)}
+    own = list(names)
     with quiet():
         made = torch.onnx.export(
             traced.program,
             dynamo=True,
             opset_version=opset,
-            input_names=list(traced.inputs),
-            output_names=list(traced.outputs),
+            input_names=own[: len(traced.inputs)],
+            output_names=own[len(traced.inputs) :],
             optimize=True,
             verbose=False,
         )
@@ -108,7 +130,39 @@ def _onnx_proto(traced: Traced, opset: int) -> Any:
             f"opset={opset}: the exporter wrote opset {found}, since not every operator converts"
         )
     _forget(proto)
+    _rename(proto.graph, names)
+    if traced.dynamic:
+        _name_batch(proto.graph)
     return proto
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Give values of a graph other names; what has one of these already gets another one."""
+    wanted = set(names.values())
+
+    def named(name: str) -> str:
+        if name in names:
+            return names[name]
+        return f"{name}.within" if name in wanted else name
+
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for place, name in enumerate(values):
+                values[place] = named(name)
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _rename(inner, names)
+    for part in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.name = named(part.name)
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the batch what it is; the exporter numbers free sizes."""
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for part in (*graph.input, *graph.output, *graph.value_info):
+        for size in part.type.tensor_type.shape.dim:
+            if symbol and size.dim_param == symbol:
+                size.dim_param = "batch"
 
 
 def _forget(proto: Any) -> None:
@@ -273,6 +327,7 @@ def check_names(what: str, names: Sequence[str], count: int) -> tuple[str, ...]:
     Raises:
         ValueError: too few or too many, one twice, or one with spaces.
     """
+    names = [names] if isinstance(names, str) else names
     if len(names) != count or len(set(names)) != count or not all(map(_PLAIN_NAME.fullmatch, names)):
         raise ValueError(f"{what}={list(names)!r}: expected {count} different names without spaces")
     return tuple(names)

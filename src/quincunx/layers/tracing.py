@@ -34,6 +34,7 @@ from quincunx.layers.tracer import (
 )
 from quincunx.layers.tried import SIZES, Trying, channels_to_try, without_values
 from quincunx.layers.ways import ApartError, Ways, join
+from quincunx.modules import computed_tensors
 
 __all__ = ["Traced", "as_module", "trace"]
 
@@ -365,7 +366,7 @@ def _trace_twice(
 
 def _scratch(model: nn.Module) -> nn.Module:
     """A copy that a forward may leave stand-ins in; it shares the parameters."""
-    scratch = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    scratch = copy.deepcopy(model, computed_tensors(model) | {id(p): p for p in model.parameters()})
     for name, part in scratch.named_modules():
         own = vars(part).get("forward")
         if own is not None and getattr(own, "__self__", None) is not part:

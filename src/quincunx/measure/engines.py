@@ -224,9 +224,9 @@ def _low_map(x: Tensor) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the logs and warnings of exporters and compilers."""
+    """Silence the logs and warnings of exporters and compilers; what they raise says what is wrong."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

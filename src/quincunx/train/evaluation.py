@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from quincunx.data import ImageData, Items, Part, Resident, batches
 from quincunx.data.epoch import shares
+from quincunx.data.grey import grey_hint
 from quincunx.measure.tasks import BadTask, Task, classification
+from quincunx.measure.tasks.classes import IGNORED
 from quincunx.measure.tasks.structure import mapped
 from quincunx.modules import inference_mode_of
 from quincunx.train.processes import ALONE, Ranks
@@ -158,9 +160,9 @@ def score_images(
     else:
         source = held.batches(held.drawn(at_once, rank=rank, world=world).to(held.device))
     with inference_mode_of(model):
-        for output, target in _answered(model, data, source, task, original):
-            losses.append(task.losses(output, target).double())
-            scores.append(task.scores(output, target))
+        for output, target, images in _answered(model, data, source, task, original):
+            losses.append(task.losses(output, target, images).double())
+            scores.append(task.scores(output, target, images))
             for name in task.further:
                 total = task.figure(name, output, target).sum(0)
                 sums[name] = sums[name] + total if name in sums else total
@@ -189,7 +191,7 @@ def _nothing(
     """Return zeros of the shape of a further figure's sum."""
     source = batches(split, data, 1)
     with inference_mode_of(model):
-        for output, target in _answered(model, data, [next(source)], task, original):
+        for output, target, _ in _answered(model, data, [next(source)], task, original):
             return torch.zeros_like(task.figure(name, output, target).sum(0)).cpu()
     raise AssertionError("a part without images is refused")
 
@@ -206,8 +208,8 @@ def _answered(
     source: Iterable[tuple[Tensor, Any]],
     task: Task,
     original: nn.Module | None,
-) -> Iterator[tuple[Any, Any]]:
-    """Yield (output, target) of each batch, on the model's device."""
+) -> Iterator[tuple[Any, Any, int]]:
+    """Yield (output, target, number of images) of each batch, on the model's device."""
     check_channels(model, data)
     if task.needs_original and original is None:
         raise ValueError(f"original=None: task {task.name!r} compares with the original network's outputs")
@@ -222,9 +224,22 @@ def _answered(
             check_scores(output, data)
         if task.needs_original and original is not None:
             with inference_mode_of(original):
-                yield output, task.taught_by(original(images))
+                yield output, task.taught_by(original(images)), len(images)
         else:
-            yield output, mapped(lambda tensor: tensor.to(device), targets)
+            if task.classifies and bool(_unlabelled(targets).any()):
+                raise BadTask(
+                    f"{data.name}: an image with the label {IGNORED}, no class, cannot be judged; "
+                    "leave it out of the test part"
+                )
+            yield output, mapped(lambda tensor: tensor.to(device), targets), len(images)
+
+
+def _unlabelled(targets: Any) -> Tensor:
+    """Return whether each image has no class; labels on a GPU come from folders, where all have one."""
+    if not isinstance(targets, Tensor) or targets.is_cuda:
+        return torch.zeros(1, dtype=torch.bool)
+    ignored = targets == IGNORED
+    return ignored.flatten(1).all(1) if ignored.dim() > 1 else ignored
 
 
 def score_shared(score: Callable[..., Scored], count: int, at_once: int, ranks: Ranks) -> Scored:
@@ -278,13 +293,16 @@ def label_with(
     if data.classes or not (task or classification()).classifies:
         return data
     if isinstance(data.train, Items):
-        raise ValueError(f"{data.name}: its items have no classes; without labels, task agreement needs none")
+        raise ValueError(
+            f"{data.name}: how many classes it has is not known: say it with --classes, or by an attribute "
+            "classes of the data set; without labels, task agreement needs none"
+        )
 
     def answered(split: Part) -> tuple[Tensor, int]:
         answers, outputs = [torch.zeros(0, dtype=torch.long)], 0
         source = batches(split, data, _AT_ONCE, rank=ranks.rank, world=ranks.world, workers=workers)
         with inference_mode_of(model):
-            for scores, _ in _answered(model, data, source, classification(), None):
+            for scores, *_ in _answered(model, data, source, classification(), None):
                 answers.append(scores.argmax(1).cpu())
                 outputs = scores.shape[1]
         return torch.cat(answers), outputs
@@ -307,7 +325,8 @@ def check_channels(model: nn.Module, data: ImageData) -> None:
     taken = getattr(model, "quincunx_spec", {}).get("in_channels", data.in_channels)
     if taken != data.in_channels:
         raise ValueError(
-            f"model: takes images of {taken} channels, but those of {data.name} have {data.in_channels}"
+            f"model: takes images of {taken} channels, but those of {data.name} have "
+            f"{data.in_channels}{grey_hint(taken, data)}"
         )
 
 

@@ -651,7 +651,7 @@ class _Run:
             loss = loss + share.detach()
             truth = wanted if self.task.needs_original else target
             if len(part):
-                scored = scored + self.task.scores(output, truth).sum()
+                scored = scored + self.task.scores(output, truth, len(part)).sum()
         return loss, scored
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:

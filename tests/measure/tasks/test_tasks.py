@@ -1,7 +1,11 @@
 """Tasks: losses and scores against sums written out, comparisons, and what is refused."""
 
 import math
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,6 +16,7 @@ from torch import nn
 
 import quincunx as qx
 from quincunx.measure.tasks import BadTask, Scale, compare_paired, relative_distance
+from quincunx.measure.tasks.doing import digest_of
 from quincunx.measure.tasks.scale import ERROR, scale_in
 from quincunx.measure.tasks.structure import tensors_in
 
@@ -268,3 +273,197 @@ def test_tasks_by_name():
     with pytest.raises(ValueError, match="task='segmentatoin': expected segmentation, "):
         qx.tasks.named("segmentatoin")
     assert all(a != b for a, b in pairwise(qx.tasks.READY))
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+@pytest.mark.parametrize("values", [(0, 1), (-1, 0), (-1, 0, 1), (0, 2), (-1, 1), (0.25, 0.5, 4.0)], ids=str)
+def test_images_that_got_worse_are_lost_whatever_the_scores(values, better):
+    draws = torch.Generator().manual_seed(len(values))
+    before, after = (
+        torch.tensor(values).float()[torch.randint(len(values), (40,), generator=draws)] for _ in range(2)
+    )
+    found = compare_paired(before, after, better)
+    change = after - before if better == "higher" else before - after
+    assert (found["lost"], found["won"]) == (int((change < 0).sum()), int((change > 0).sum()))
+    assert found["test"] == ("McNemar" if values == (0, 1) else "Wilcoxon")
+    back = compare_paired(after, before, better)
+    assert (back["lost"], back["won"]) == (found["won"], found["lost"])
+    assert back["p"] == pytest.approx(found["p"])
+
+
+def test_a_task_is_no_classification_by_the_name_of_its_score():
+    def loss(output, target):
+        return (output - target)[..., :2].square().flatten(1).sum(1)
+
+    own = qx.Task("own", loss, loss, Scale("error", "points", "lower"))
+    assert own.scale == qx.tasks.classification().scale
+    assert qx.tasks.classification().classifies
+    assert not own.classifies
+    output = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    own.impact_function(output, torch.ones(2, 1, 4, 4)).backward()
+    assert output.grad[..., :2].abs().min() > 0 == output.grad[..., 2:].abs().max()
+
+
+def test_there_are_as_many_scores_as_images():
+    for task in (
+        qx.tasks.agreement(),
+        qx.Task("own", lambda y, _: y.mean(1), lambda y, _: y.mean(1), Scale("S", "")),
+    ):
+        output = torch.ones(6, 2)
+        for function in (task.losses, task.scores):
+            assert len(function(output, output, 6)) == 6
+            with pytest.raises(
+                BadTask, match=r"gives shape \(6,\), expected one number for each image, \[3\]"
+            ):
+                function(output, output, 3)
+        with pytest.raises(BadTask, match=r"its distance gives shape \(6,\)"):
+            task.distances(output, output, images=3)
+    mean = qx.Task("mean", lambda y, _: y.mean(), lambda y, _: y.mean(1), Scale("S", ""))
+    assert mean.losses(torch.ones(6, 2), None, 3).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        (torch.tensor([0, 3]), "the labels are from 0 to 3, but there are 3 classes"),
+        (torch.tensor([0.5, 1.0]), "numbers with a fraction"),
+        (torch.tensor([-1, 1]), "the labels are from -1 to 1"),
+        (torch.tensor([[0, 1]]), r"the labels have shape \(1, 2\)"),
+        ("cat", "holds more than numbers"),
+    ],
+)
+def test_labels_that_mean_no_class_are_refused(target, match):
+    task, output = qx.tasks.classification(), torch.eye(3)[:2]
+    for function in (task.losses, task.scores):
+        with pytest.raises(BadTask, match=match):
+            function(output, target)
+
+
+def test_labels_in_any_form_are_scored_alike():
+    task, output = qx.tasks.classification(), torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 5.0]])
+    for target in (torch.tensor([0, 1]), torch.tensor([0.0, 1.0]), torch.tensor([[0], [1]]), [0, 1],
+                   torch.tensor([[1, 0, 0], [0, 1, 0]])):  # fmt: skip
+        assert task.scores(output, target).tolist() == [0, 1]
+        torch.testing.assert_close(
+            task.losses(output, target), F.cross_entropy(output, torch.tensor([0, 1]), reduction="none")
+        )
+    # -100 is right or wrong nowhere
+    excluded = torch.tensor([-100, 1])
+    assert task.scores(output, excluded).tolist() == [0, 1]
+    assert task.figure("top5_error", -torch.arange(6.0).repeat(2, 1), torch.tensor([-100, 5])).tolist() == [
+        0,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("masks", "match"),
+    [
+        (
+            torch.full((1, 2, 2), 1 / 255),
+            "masks of numbers with a fraction, expected class numbers from 0 to 2",
+        ),
+        (torch.full((1, 2, 2), 3), "masks with the class 3, but the network has 3 classes; expected 0 to 2"),
+        (torch.full((1, 2, 2), -1), "masks with the class -1"),
+    ],
+)
+def test_masks_that_are_no_classes_of_the_network(masks, match):
+    task, output = qx.tasks.segmentation(), torch.randn(1, 3, 2, 2)
+    for function in (task.losses, task.scores):
+        with pytest.raises(BadTask, match=match):
+            function(output, masks)
+    floats = torch.tensor([[[0.0, 1.0], [255.0, 2.0]]])
+    assert task.scores(output, floats).equal(task.scores(output, floats.long()))
+    with pytest.raises(BadTask, match="the network gives a dict, expected scores of classes"):
+        task.distances({"out": output}, {"out": output})
+
+
+def test_several_labels_are_zeros_and_ones():
+    task, output = qx.tasks.multilabel(), torch.randn(2, 3)
+    for target in (torch.tensor([[0, 2, 5], [1, 1, 0]]), torch.tensor([[0, -1, 1], [0, 1, 0]])):
+        for function in (task.losses, task.scores):
+            with pytest.raises(BadTask, match="expected 1 for each class that an image has"):
+                function(output, target)
+    assert task.losses(output, torch.tensor([[0.1, 0.9, 0], [1, 0, 0.5]])).isfinite().all()
+    # logits of another network are no labels
+    assert task.distances(output, torch.full((2, 3), -4.0)).isfinite().all()
+
+
+def test_complex_outputs_are_compared_by_their_distance():
+    y = torch.randn(3, 2, 4, dtype=torch.complex64)
+    torch.testing.assert_close(relative_distance(1.01 * y, y), torch.full((3,), 1e-4), rtol=1e-2, atol=0)
+
+
+def test_a_figure_is_one():
+    def loss(output, target):
+        return output.mean(1)
+
+    with pytest.raises(TypeError, match=r"further\['mae'\]=.*: expected a qx.tasks.Figure"):
+        qx.Task("own", loss, loss, Scale("S", ""), further={"mae": loss})
+
+
+def test_small_scores_and_losses_show_their_digits():
+    scale = Scale("MSE", "", "lower")
+    assert [scale.shown(v) for v in (0.25, 0.00004, 3.6e-7, 0.0)] == ["0.2500", "4e-05", "3.6e-07", "0.0000"]
+    assert scale.amount(1.2e-8, 2) == "1.2e-08"
+    assert scale.amount(-1.2e-8, 2) == "-1.2e-08"
+    assert Scale("share").shown(0.0000123) == "0.0012%"
+    assert Scale("share").amount(0.0, 2) == "0.00 points"
+
+
+FACTOR = 1.0
+
+
+def scaled(output, target):
+    return FACTOR * helper(output, target)
+
+
+def helper(output, target):
+    return (output - target).abs()
+
+
+def test_what_a_tasks_functions_do_tells_tasks_apart(monkeypatch):
+    def made(factor, power=1):
+        return lambda y, t: factor * (y - t) ** power
+
+    def named(kinds):
+        def loss(y, t):
+            return y if "a" in {"a", "b"} and kinds else t
+
+        return loss
+
+    assert digest_of([made(2)]) == digest_of([made(2)])
+    different = [
+        made(2),
+        made(3),
+        made(2, 2),
+        partial(scaled, 1),
+        partial(scaled, 2),
+        scaled,
+        helper,
+        named(1),
+    ]
+    assert len({digest_of([one]) for one in different}) == len(different)
+    before = digest_of([scaled])
+    monkeypatch.setitem(globals(), "FACTOR", 1000.0)
+    assert digest_of([scaled]) != before
+    monkeypatch.setitem(globals(), "FACTOR", 1.0)
+    assert digest_of([scaled]) == before
+    monkeypatch.setitem(globals(), "helper", lambda output, target: (output - target).square())
+    assert digest_of([scaled]) != before
+    task = qx.tasks.image_to_image()
+    assert task.identity == qx.tasks.image_to_image().identity
+    assert task.identity != replace(task, loss=made(2)).identity
+
+
+def test_a_digest_is_the_same_in_another_process():
+    program = (
+        "from quincunx.measure.tasks.doing import digest_of\n"
+        "print(digest_of([lambda y: y in {'a', 'b', 'c'}]))"
+    )
+    runs = {
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed},
+                       capture_output=True, text=True, check=True).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(runs) == 1

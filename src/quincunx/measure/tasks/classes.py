@@ -13,7 +13,7 @@ __all__ = ["IGNORED", "class_labels"]
 IGNORED = -100
 
 
-def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
+def class_labels(output: Tensor, target: Any, index: int | None = 0) -> Tensor:
     """Return the classes that a target means, int64 [N, ...] as :func:`self_loss` needs them.
 
     They may have any integer dtype, or be floats without a fraction; a list of numbers; a column [N, 1]; or
@@ -23,7 +23,7 @@ def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
     Args:
         output: logits [N, classes, ...].
         target: the target from the batch.
-        index: the number of the batch, for messages.
+        index: the number of the batch of calibration data, for messages; None for other data.
 
     Raises:
         TypeError: not numbers.
@@ -33,7 +33,8 @@ def class_labels(output: Tensor, target: Any, index: int = 0) -> Tensor:
         >>> class_labels(torch.zeros(2, 3), [[2.0], [0.0]]).tolist()
         [2, 0]
     """
-    where, classes = f"calibration: the labels of batch {index}", output.shape[1]
+    where = "the labels" if index is None else f"calibration: the labels of batch {index}"
+    classes = output.shape[1]
     wanted = (output.shape[0], *output.shape[2:])
     given = target
     if not isinstance(given, Tensor):

@@ -28,7 +28,7 @@ def mcnemar(before: Tensor, after: Tensor) -> dict[str, float]:
 def compare_paired(before: Tensor, after: Tensor, better: str = "higher") -> dict[str, float | str]:
     """Test two networks on the same images, from a score for each image.
 
-    Scores that are all 0 or 1 get McNemar's exact test, others Wilcoxon's signed-rank test (two-sided; images
+    Scores that all are 0 or 1 get McNemar's exact test, others Wilcoxon's signed-rank test (two-sided; images
     of equal scores are left out, and if all are equal p is 1).
 
     Args:
@@ -54,14 +54,11 @@ def compare_paired(before: Tensor, after: Tensor, better: str = "higher") -> dic
     first, second = before.double(), after.double()
     if not bool(first.isfinite().all() & second.isfinite().all()):
         raise ValueError("before, after: scores that are not finite cannot be compared")
-    if better == "lower":
-        first, second = -first, -second
-    binary = all(bool(((one == 0) | (one.abs() == 1)).all()) for one in (first, second))
-    if binary:
-        right = [one == 1 if better == "higher" else one == 0 for one in (first, second)]
+    if all(bool(((one == 0) | (one == 1)).all()) for one in (first, second)):
+        right = [one == (1 if better == "higher" else 0) for one in (first, second)]
         return {**mcnemar(right[0], right[1]), "test": "McNemar"}
     from scipy.stats import wilcoxon
 
-    change = second - first
+    change = second - first if better == "higher" else first - second
     p = float(wilcoxon(change.numpy()).pvalue) if bool((change != 0).any()) else 1.0
     return {"lost": int((change < 0).sum()), "won": int((change > 0).sum()), "p": p, "test": "Wilcoxon"}

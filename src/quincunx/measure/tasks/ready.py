@@ -57,8 +57,26 @@ def _per_image(values: Tensor) -> Tensor:
     return values if values.dim() == 1 else values.flatten(1).sum(1)
 
 
-def _cross_entropy(output: Any, target: Tensor) -> Tensor:
+def _labels(scores: Tensor, target: Any) -> Tensor:
+    """Return the classes that a target means, in any form that :func:`class_labels` takes.
+
+    Raises:
+        BadTask: it means none.
+    """
+    wanted = (scores.shape[0], *scores.shape[2:])
+    ready = isinstance(target, Tensor) and target.dtype == torch.int64 and tuple(target.shape) == wanted
+    if ready and target.is_cuda:
+        # to look at the numbers would wait for the device
+        return target  # type: ignore[no-any-return]
+    try:
+        return class_labels(scores, target, None)
+    except (TypeError, ValueError) as error:
+        raise BadTask(str(error)) from error
+
+
+def _cross_entropy(output: Any, target: Any) -> Tensor:
     main, *auxiliary = _scores_of(output)
+    target = _labels(main, target)
 
     def of(scores: Tensor) -> Tensor:
         return _per_image(F.cross_entropy(scores.float(), target, reduction="none", ignore_index=IGNORED))
@@ -69,23 +87,30 @@ def _cross_entropy(output: Any, target: Tensor) -> Tensor:
     return found
 
 
-def _wrong(output: Any, target: Tensor) -> Tensor:
+def _wrong(output: Any, target: Any) -> Tensor:
     """Return the share of wrong predictions of each image, over the positions with a label."""
     scores = _scores_of(output)[0]
+    target = _labels(scores, target)
     if target.is_floating_point():
         # of probabilities the most likely class
         target = target.argmax(1)
-    wrong, counts = scores.argmax(1) != target, target != IGNORED
-    if wrong.dim() == 1:
-        return (wrong & counts).double()
-    return (wrong & counts).double().flatten(1).sum(1) / counts.double().flatten(1).sum(1).clamp_min(1)
+    return _share(scores.argmax(1) != target, target != IGNORED)
 
 
-def _among_five(output: Any, target: Tensor) -> Tensor:
+def _among_five(output: Any, target: Any) -> Tensor:
     scores = _scores_of(output)[0]
+    target = _labels(scores, target)
+    if target.is_floating_point():
+        target = target.argmax(1)
     first = scores.topk(min(5, scores.shape[1]), 1).indices
-    missed = ~(first == target[:, None]).any(1)
-    return missed.double() if missed.dim() == 1 else missed.double().flatten(1).mean(1)
+    return _share(~(first == target[:, None]).any(1), target != IGNORED)
+
+
+def _share(missed: Tensor, known: Tensor) -> Tensor:
+    """Return of each image the share of the positions with a label that are missed."""
+    if missed.dim() == 1:
+        return (missed & known).double()
+    return (missed & known).double().flatten(1).sum(1) / known.double().flatten(1).sum(1).clamp_min(1)
 
 
 def _divergence(output: Any, original: Any, *, temperature: float = 1.0) -> Tensor:
@@ -124,21 +149,39 @@ def classification() -> Task:
         tempered=True,
         further={"top5_error": Figure(_among_five, Scale("top-5 error", "points", "lower"))},
         understand=class_labels,
+        classifies=True,
     )
+
+
+def _check_maps(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise BadTask(f"the network gives {got}, expected scores of classes [N, classes, H, W]")
+    return output
 
 
 def _check_masks(output: Any, target: Tensor) -> Tensor:
     """Return the target of masks, int64 with -100 at pixels without a class."""
-    scores = output
-    if not isinstance(scores, Tensor) or scores.dim() != 4:
-        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-        raise BadTask(f"the network gives {got}, expected scores of classes [N, classes, H, W]")
+    scores = _check_maps(output)
     wanted = (scores.shape[0], *scores.shape[2:])
     if not isinstance(target, Tensor) or tuple(target.shape) != wanted:
         got = str(tuple(target.shape)) if isinstance(target, Tensor) else type(target).__name__
         raise BadTask(f"masks of {got}, expected {wanted} as the network's maps have")
     found = target.long()
-    return torch.where(found == IGNORED_PIXEL, IGNORED, found)
+    found = torch.where(found == IGNORED_PIXEL, IGNORED, found)
+    if found.is_cuda and not target.is_floating_point():
+        # to look at the numbers would wait for the device
+        return found
+    classes = scores.shape[1]
+    if target.is_floating_point() and not bool((target == target.round()).all()):
+        raise BadTask(f"masks of numbers with a fraction, expected class numbers from 0 to {classes - 1}")
+    strange = found[(found != IGNORED) & ((found < 0) | (found >= classes))]
+    if strange.numel():
+        raise BadTask(
+            f"masks with the class {int(strange[0])}, but the network has {classes} classes; expected 0 to "
+            f"{classes - 1}, and {IGNORED_PIXEL} or {IGNORED} for pixels without a class"
+        )
+    return found
 
 
 def _mask_loss(output: Any, target: Tensor) -> Tensor:
@@ -179,8 +222,8 @@ def _right_pixels(output: Any, target: Tensor) -> Tensor:
     return torch.where(known.any(1), right.sum(1) / known.sum(1).clamp_min(1), 1.0).double()
 
 
-def _mean_divergence(output: Tensor, original: Tensor, *, temperature: float = 1.0) -> Tensor:
-    positions = int(output[0, 0].numel())
+def _mean_divergence(output: Any, original: Any, *, temperature: float = 1.0) -> Tensor:
+    positions = int(_check_maps(output).shape[2:].numel())
     return _divergence(output, original, temperature=temperature) / positions
 
 
@@ -229,20 +272,30 @@ def _several(output: Any, target: Tensor) -> tuple[Tensor, Tensor]:
     return output.float(), target.float()
 
 
-def _binary_losses(output: Any, target: Tensor) -> Tensor:
+def _with_labels(output: Any, target: Any) -> tuple[Tensor, Tensor]:
     scores, wanted = _several(output, target)
+    if not wanted.is_cuda and not bool(((wanted >= 0) & (wanted <= 1)).all()):
+        raise BadTask(
+            f"targets from {float(wanted.min()):g} to {float(wanted.max()):g}, expected 1 for each class "
+            "that an image has, and 0 for the others"
+        )
+    return scores, wanted
+
+
+def _binary_losses(output: Any, target: Tensor) -> Tensor:
+    scores, wanted = _with_labels(output, target)
     return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(1)
 
 
 def _overlap_of_labels(output: Any, target: Tensor) -> Tensor:
-    scores, wanted = _several(output, target)
+    scores, wanted = _with_labels(output, target)
     given, truth = scores > 0, wanted > 0.5
     both, either = (given & truth).sum(1), (given | truth).sum(1)
     return torch.where(either > 0, both / either.clamp_min(1), 1.0).double()
 
 
 def _all_right(output: Any, target: Tensor) -> Tensor:
-    scores, wanted = _several(output, target)
+    scores, wanted = _with_labels(output, target)
     return ((scores > 0) == (wanted > 0.5)).all(1).double()
 
 

@@ -70,13 +70,13 @@ class Scale:
     def shown(self, score: float) -> str:
         """Return a score as text."""
         if self.unit == "points":
-            return f"{100 * score:.2f}%"
+            return f"{_rounded(100 * score, 2)}%"
         digits = 4 if math.isfinite(score) and abs(score) < 1 else 2
-        return f"{score:.{digits}f} {self.unit}".rstrip()
+        return f"{_rounded(score, digits)} {self.unit}".rstrip()
 
     def amount(self, lost: float, digits: int | None = None) -> str:
         """Return a difference as text: "1 point", "0.25 points", "0.1 dB"."""
-        number = f"{lost:g}" if digits is None else f"{lost:.{digits}f}"
+        number = f"{lost:g}" if digits is None else _rounded(lost, digits)
         if self.unit == "points":
             return f"{number} point{'' if number == '1' else 's'}"
         return f"{number} {self.unit}".rstrip()
@@ -88,6 +88,12 @@ class Scale:
     def to_dict(self) -> dict[str, str]:
         """Return the fields, JSON-ready."""
         return asdict(self)
+
+
+def _rounded(number: float, digits: int) -> str:
+    """Return a number with so many digits behind the point; with two that count if those are all 0."""
+    text = f"{number:.{digits}f}"
+    return f"{number:.2g}" if number and not text.strip("-0.") else text
 
 
 # of classification: share of wrong predictions

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quincunx.measure.tasks.scale import ERROR, Scale
+from quincunx.measure.tasks.doing import digest_of
+from quincunx.measure.tasks.scale import Scale
 from quincunx.measure.tasks.structure import mapped, tensors_in
 
 __all__ = ["BadTask", "Figure", "Task", "read_pair", "relative_distance"]
@@ -111,6 +112,8 @@ def relative_distance(output: Any, original: Any) -> Tensor:
                 "network "
                 "return its maps before such as boxes are chosen from them)"
             )
+        if y.is_complex():
+            y, wanted = torch.view_as_real(y), torch.view_as_real(wanted.to(y.dtype))
         first, second = y.flatten(1) if y.dim() > 1 else y[:, None], wanted.reshape(y.shape[0], -1)
         if y.is_floating_point():
             size = second.float().square().sum(1)
@@ -145,6 +148,8 @@ class Task:
         understand: (output, target, number of the batch) -> the target in the form that loss and score take,
             of calibration data given in Python.
         impact: (output, target) -> a scalar, the loss of impact masks; by default the sum of ``loss``.
+        classifies: whether outputs are scores of classes [N, classes], the score is the share of wrong
+            answers, and impact masks without labels take the network's own answers for them.
 
     Raises:
         TypeError: a field of another kind.
@@ -173,6 +178,7 @@ class Task:
     against: str = "targets"
     understand: Callable[[Any, Any, int], Any] = lambda output, target, index: target
     impact: Callable[[Any, Any], Tensor] | None = None
+    classifies: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -184,39 +190,45 @@ class Task:
             raise TypeError(f"scale={self.scale!r}: expected a qx.tasks.Scale, such as Scale('PSNR', 'dB')")
         if self.against not in ("targets", "original"):
             raise ValueError(f"against={self.against!r}: expected 'targets' or 'original'")
-
-    @property
-    def classifies(self) -> bool:
-        """Return whether outputs are scores of classes and the score is the share of wrong answers."""
-        return self.scale == ERROR
+        for name, figure in self.further.items():
+            if not isinstance(figure, Figure):
+                raise TypeError(f"further[{name!r}]={figure!r}: expected a qx.tasks.Figure")
 
     @property
     def needs_original(self) -> bool:
         """Return whether targets are the original network's outputs."""
         return self.against == "original"
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, images: int | None = None) -> Tensor:
         """Return the losses of a batch's images, [N].
+
+        Args:
+            output: of the network.
+            target: what it is compared with.
+            images: N, where it is known; by default as many as the output begins with.
 
         Raises:
             BadTask: ``loss`` fails, or returns something else.
         """
         found = self._called("loss", self.loss, output, target)
         if isinstance(found, Tensor) and found.dim() == 0:
-            count = _images_in(output)
+            count = _images_in(output) if images is None else images
             return found[None] if count is None else found.expand(count)
-        return self._checked("loss", found, output)
+        return self._checked("loss", found, output, images)
 
-    def scores(self, output: Any, target: Any) -> Tensor:
-        """Return the scores of a batch's images, [N], in float64.
+    def scores(self, output: Any, target: Any, images: int | None = None) -> Tensor:
+        """Return the scores of a batch's images, [N], in float64; arguments as for :meth:`losses`.
 
         Raises:
             BadTask: ``score`` fails, or returns something else.
         """
         with torch.no_grad():
-            return self._checked("score", self._called("score", self.score, output, target), output).double()
+            found = self._called("score", self.score, output, target)
+            return self._checked("score", found, output, images).double()
 
-    def distances(self, output: Any, original: Any, temperature: float = 1.0) -> Tensor:
+    def distances(
+        self, output: Any, original: Any, temperature: float = 1.0, images: int | None = None
+    ) -> Tensor:
         """Return the distances of a batch's outputs from another network's, [N].
 
         Raises:
@@ -224,7 +236,7 @@ class Task:
         """
         more = {"temperature": temperature} if self.tempered else {}
         found = self._called("distance", self.distance, output, original, **more)
-        return self._checked("distance", found, output)
+        return self._checked("distance", found, output, images)
 
     def figure(self, name: str, output: Any, target: Any) -> Tensor:
         """Return what each image of a batch contributes to a further figure, [N, ...], in float64.
@@ -259,12 +271,19 @@ class Task:
 
     @property
     def impact_function(self) -> Callable[[Any, Any], Tensor] | None:
-        """Return :meth:`impact_loss`; None in classification, whose labels methods read in any form."""
+        """Return :meth:`impact_loss`; None in classification, where methods know the loss themselves."""
         return None if self.classifies and self.impact is None else self.impact_loss
 
     def to_dict(self) -> dict[str, Any]:
         """Return the name and the score's scale, JSON-ready: what a result file says of the task."""
         return {"name": self.name, "score": self.scale.to_dict(), "against": self.against}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what tells the task from others, JSON-ready: :meth:`to_dict`, and a digest of what its
+        functions do, so that nothing is taken over from before they were changed."""
+        own = (self.loss, self.score, self.distance, self.read, self.understand, self.impact)
+        return {**self.to_dict(), "functions": digest_of(own)}
 
     def _called(self, what: str, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
         """Return what a function gives; its failure is bad input, and names task and function."""
@@ -281,8 +300,8 @@ class Task:
                 f"{_shapes(given[0])}, targets {_shapes(given[1])})"
             ) from error
 
-    def _checked(self, what: str, found: Any, output: Any) -> Tensor:
-        count = _images_in(output)
+    def _checked(self, what: str, found: Any, output: Any, images: int | None) -> Tensor:
+        count = _images_in(output) if images is None else images
         if isinstance(found, Tensor) and found.dim() == 1 and count in (None, len(found)):
             return found
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
