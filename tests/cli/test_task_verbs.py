@@ -334,6 +334,15 @@ def test_masks_of_another_size_are_named(here):
     assert "masked/train/mask/3.png: a mask of 8 x 8 pixels, but the image 3.png has 16 x 16" in told
 
 
+def test_pairs_that_are_read_as_classes_are_noticed(here):
+    for kind in ("images", "masks"):
+        for i in range(6):
+            Path(f"both/{kind}").mkdir(parents=True, exist_ok=True)
+            Path(f"both/{kind}/{i}.png").write_bytes(Path(f"small/train/{i}.png").read_bytes())
+    said = refused("train", "--network", "rrn8", "--data", "both", "--epochs", "1")
+    assert "its folders images, masks look like pairs and not like classes; --pairs images or" in said
+
+
 def test_a_denoiser_of_grey_images(here):
     recipe = ("--epochs", "1", "--batch-size", "4", "--width", "8")
     done = call("train", "--network", "dncnn4", *NOISY, "--grey", *recipe, "--out", "run")

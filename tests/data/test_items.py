@@ -307,3 +307,33 @@ def test_what_cannot_be_made_grey(tmp_path):
     two = load_function("own", lambda: [(torch.ones(2, 4, 4), 0)] * 5, read_pair)
     with pytest.raises(ValueError, match="have 2 channels, expected 1 or 3"):
         greyed(two)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("images/{}.png", "masks/{}_mask.png"),
+        ("images/{}_image.png", "masks/{}.png"),
+        ("{}.png", "{}_mask.png"),
+        ("a/{}.png", "a/{}_gt.png"),
+        ("JPEGImages/{}.png", "SegmentationClass/{}.png"),
+        ("train/img/{}.png", "train/annotations/{}.png"),
+    ],
+)
+def test_other_names_of_the_two_sides(tmp_path, first, second):
+    for i in range(6):
+        write(tmp_path / first.format(i), drawn(seed=i))
+        write(tmp_path / second.format(i), drawn(seed=i, colours=0) % 3)
+    write(tmp_path / "cover.png", drawn(seed=9))
+    data = load_pairs(tmp_path, masks=True)
+    assert len(data.train) + len(data.test) == 6
+    [(x, y)] = list(batches(data.test, data, 10))
+    seen = (
+        (x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]) * 255
+    ).round()
+    for image, mask in zip(seen, y, strict=True):
+        # the grey image of the same seed as its mask
+        seed = next(
+            i for i in range(6) if torch.equal(image.byte().permute(1, 2, 0), torch.from_numpy(drawn(seed=i)))
+        )
+        assert torch.equal(mask, torch.from_numpy(drawn(seed=seed, colours=0) % 3).long())

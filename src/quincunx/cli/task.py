@@ -16,6 +16,7 @@ import typer
 from quincunx.cli.options import DataOptions
 from quincunx.cli.printing import note
 from quincunx.data import ImageData, degraded, greyed, load_function, load_pairs
+from quincunx.data.pairs import are_sides
 from quincunx.measure.tasks import READY, Task, classification, named
 from quincunx.networks.spec import check_factory
 
@@ -157,6 +158,11 @@ class TaskOptions:
             # named sets bring labels, which are not read then
             bare = bare and Path(images.data).exists()
             loaded = images.read(unlabelled=unlabelled or bare, test_alone=test_alone, quiet=quiet)
+            if are_sides(loaded.classes):
+                raise ValueError(
+                    f"data={images.data!r}: its folders {', '.join(loaded.classes)} look like pairs and not "
+                    "like classes; --pairs images or --pairs masks reads them so"
+                )
             if self.worsened:
                 return degraded(
                     loaded,

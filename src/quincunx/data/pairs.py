@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = ["degraded", "load_function", "load_pairs"]
 
-INPUTS = ("input", "inputs", "image", "images", "low", "noisy")
-TARGETS = ("target", "targets", "mask", "masks", "label", "labels", "high", "clean")
+INPUTS = ("input", "inputs", "image", "images", "img", "imgs", "jpegimages", "low", "noisy")
+TARGETS = (
+    *("target", "targets", "mask", "masks", "label", "labels", "gt", "annotation", "annotations"),
+    *("segmentationclass", "high", "clean"),
+)
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
 _LAYOUT = (
     "expected input/NAME.png and target/NAME.png (or image/ and mask/), also below train/ and test/, or "
-    "NAME_input.png beside NAME_target.png"
+    "NAME_input.png (or NAME.png) beside NAME_target.png"
 )
 # masks' pixels without a class
 _IGNORED = 255
@@ -110,9 +113,22 @@ def load_pairs(
     )
 
 
+def are_sides(names: Sequence[str]) -> bool:
+    """Return whether folders of these names, taken for classes, are rather inputs and targets.
+
+    Example:
+        >>> are_sides(["images", "masks"]), are_sides(["cats", "dogs"])
+        (True, False)
+    """
+    known = [name.lower() for name in names]
+    found = [any(name in side for name in known) for side in (INPUTS, TARGETS)]
+    return all(found) and all(name in (*INPUTS, *TARGETS) for name in known)
+
+
 def _found(root: Path) -> list[tuple[Path, Path, bool]]:
     """Return (input, target, whether in the test part), in order of the inputs' names."""
     sides: tuple[dict[tuple[str, ...], Path], dict[tuple[str, ...], Path]] = ({}, {})
+    bare: dict[tuple[str, ...], Path] = {}
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root).parts
         if not is_image(path.name) or any(part.startswith(".") for part in inside):
@@ -122,15 +138,21 @@ def _found(root: Path) -> list[tuple[Path, Path, bool]]:
         named = _ENDS.match(path.stem)
         if kinds:
             kind, stem = kinds[-1], path.stem
+            if named and (named["kind"].lower() in INPUTS) == (kind in INPUTS):
+                # masks/NAME_mask.png
+                stem = named["stem"]
         elif named:
             kind, stem = named["kind"].lower(), named["stem"]
         else:
+            # an input if a target of its name is there
+            bare[(*folders, path.stem)] = path
             continue
         key = (*(part for part in folders if part not in (*INPUTS, *TARGETS)), stem)
         side = sides[0 if kind in INPUTS else 1]
         if key in side:
             raise ValueError(f"{path}: {side[key].name} is another file for the same pair")
         side[key] = path
+    sides[0].update({key: path for key, path in bare.items() if key in sides[1] and key not in sides[0]})
     if not sides[0] and not sides[1]:
         raise ValueError(f"{root}: no pairs of images, {_LAYOUT}")
     for here, there, what in ((sides[0], sides[1], "target"), (sides[1], sides[0], "input")):

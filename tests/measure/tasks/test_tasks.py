@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -318,6 +319,11 @@ def test_there_are_as_many_scores_as_images():
                 function(output, output, 3)
         with pytest.raises(BadTask, match=r"its distance gives shape \(6,\)"):
             task.distances(output, output, images=3)
+    for form in (np.asarray, list):
+        library = qx.Task("own", lambda y, _: y.mean(1), lambda y, _, f=form: f(y.mean(1)), Scale("S", ""))
+        assert library.scores(output, None).tolist() == [1] * 6
+        with pytest.raises(BadTask, match=r"its score gives shape \(6,\)"):
+            library.scores(output, None, 3)
     mean = qx.Task("mean", lambda y, _: y.mean(), lambda y, _: y.mean(1), Scale("S", ""))
     assert mean.losses(torch.ones(6, 2), None, 3).tolist() == [1, 1, 1]
 
@@ -373,6 +379,7 @@ def test_masks_that_are_no_classes_of_the_network(masks, match):
         with pytest.raises(BadTask, match=match):
             function(output, masks)
     floats = torch.tensor([[[0.0, 1.0], [255.0, 2.0]]])
+    assert task.scores(output, floats[:, None]).equal(task.scores(output, floats))
     assert task.scores(output, floats).equal(task.scores(output, floats.long()))
     with pytest.raises(BadTask, match="the network gives a dict, expected scores of classes"):
         task.distances({"out": output}, {"out": output})

@@ -164,6 +164,8 @@ def _check_masks(output: Any, target: Tensor) -> Tensor:
     """Return the target of masks, int64 with -100 at pixels without a class."""
     scores = _check_maps(output)
     wanted = (scores.shape[0], *scores.shape[2:])
+    if isinstance(target, Tensor) and target.shape[1:2] == (1,) and target.dim() == 4:
+        target = target[:, 0]
     if not isinstance(target, Tensor) or tuple(target.shape) != wanted:
         got = str(tuple(target.shape)) if isinstance(target, Tensor) else type(target).__name__
         raise BadTask(f"masks of {got}, expected {wanted} as the network's maps have")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -224,6 +225,9 @@ class Task:
         """
         with torch.no_grad():
             found = self._called("score", self.score, output, target)
+            if isinstance(found, (np.ndarray, list)):
+                # of a library of scores
+                found = torch.as_tensor(np.asarray(found))
             return self._checked("score", found, output, images).double()
 
     def distances(
