@@ -196,7 +196,7 @@ def _uncopied(model: nn.Module) -> str:
 
 def _copies(module: nn.Module) -> bool:
     try:
-        copy.deepcopy(module)
+        copy.deepcopy(module, computed_tensors(module))
     except Exception:  # noqa: BLE001 - a user's class may raise anything
         return False
     return True

@@ -1089,3 +1089,25 @@ def test_images_without_a_label_do_not_count_in_a_loss():
     wrong = float((answers != torch.cat(labels))[known].double().mean())
     assert found.search["drop"] == pytest.approx(100 * wrong)
     assert int(known.sum()) < len(known)
+
+
+def test_outputs_that_begin_with_a_table_are_searched(timed):
+    class WithAnchors(Net):
+        def forward(self, x):
+            return torch.arange(7.0), super().forward(x)
+
+    def distance(output, other):
+        wanted = other[1] if isinstance(other, tuple) else other
+        return (output[1] - wanted).square().mean(1)
+
+    task = qx.Task("boxes", distance, distance, qx.tasks.Scale("M", "", "lower"), distance=distance)
+    given = [(x, torch.zeros(16, 5)) for x in data()]
+    found = search(net(WithAnchors).eval(), Target(macs="80%"), given, candidates=CHOICE, task=task)
+    assert len(usable(found)) > 3
+    assert found.chosen
+
+
+def test_a_search_without_any_label_is_refused():
+    given = [(x, torch.full((16,), -100)) for x in data()]
+    with pytest.raises(ValueError, match="no image has a label, so that nothing says what a network loses"):
+        qx.accelerate(net().eval(), calibration=given, macs="70%", max_drop=100.0, method="lowrank")

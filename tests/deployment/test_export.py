@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 from torch.nn.utils import prune
 
@@ -684,3 +685,79 @@ def test_weights_that_a_forward_computes_are_copied(tmp_path):
         # the original still learns
         model(x).sum().backward()
         assert any(p.grad is not None for p in model[0].parameters())
+
+
+class Bent(Pair):
+    """Its own constructor computes something."""
+
+    def __new__(cls, low, high):
+        return super().__new__(cls, low.relu(), high)
+
+
+def test_a_named_tuple_with_a_constructor_of_its_own(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return Bent(self.conv(x), x)
+
+    made = qx.export(Both().eval(), tmp_path / "net.onnx", torch.randn(1, 3, 8, 8), rounds=0)
+    assert made.outputs == ("low", "high")
+
+
+def test_an_output_that_is_called_like_an_input(tmp_path):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return {"input": x, "recon": self.conv(x).repeat(2, 1, 1, 1)}
+
+    x = torch.randn(1, 3, 8, 8)
+    made = qx.export(Again().eval(), tmp_path / "net.onnx", x, rounds=0)
+    assert (made.inputs, made.outputs) == (("input",), ("input_output", "recon"))
+    outputs = onnx.load(str(tmp_path / "net.onnx")).graph.output
+    assert [one.type.tensor_type.shape.dim[0].dim_param for one in outputs] == ["batch", "2*batch"]
+
+
+@pytest.mark.parametrize("value", [0.1, -3.0])
+def test_an_example_of_one_value_keeps_its_sign(tmp_path, value):
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, level):
+            return self.conv(x) * (level / value).log()[:, :, None, None]
+
+    x = torch.randn(1, 3, 9, 9), torch.full((1, 1), value)
+    made = qx.export(Conditioned().eval(), tmp_path / "net.onnx", x, rounds=0)
+    assert max(made.difference.values()) < 1e-4
+
+
+def test_values_within_are_renamed_to_what_is_free():
+    def value(name):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2])
+
+    def branch(out):
+        return helper.make_graph([helper.make_node("Add", ["in", "input"], [out])], "b", [], [value(out)])
+
+    nodes = [
+        helper.make_node("Relu", ["in"], ["input"]),
+        helper.make_node("Neg", ["in"], ["input.within"]),
+        helper.make_node("Add", ["input", "input.within"], ["k"]),
+        helper.make_node("If", ["c"], ["o"], then_branch=branch("output"), else_branch=branch("b")),
+        helper.make_node("Add", ["k", "o"], ["out"]),
+    ]
+    condition = helper.make_tensor("c", TensorProto.BOOL, [], [True])
+    graph = helper.make_graph(nodes, "g", [value("in")], [value("out")], [condition])
+    writers._rename(graph, {"in": "input", "out": "output"})
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(made, full_check=True)
+    x = np.array([[1.0, -2.0]], np.float32)
+    [found] = onnxruntime.InferenceSession(made.SerializeToString()).run(["output"], {"input": x})
+    relu = np.maximum(x, 0)
+    assert np.array_equal(found, (relu - x) + (x + relu))

@@ -356,3 +356,15 @@ def test_the_standards_domain_has_two_names(tmp_path):
     proto.opset_import[0].domain = "ai.onnx"
     onnx.save(proto, str(path))
     assert qx.from_onnx(path)(-torch.ones(1, 3, 8, 8)).abs().max() == 0
+
+
+def test_a_clip_of_other_floats_is_left_as_it_is(tmp_path):
+    path = tmp_path / "net.onnx"
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        helper.make_node("Clip", ["h", "", "c"], ["d"], name="clip"),
+        helper.make_node("Cast", ["d"], ["y"], to=TensorProto.FLOAT),
+    ]
+    graph(nodes, path, [constant("c", 0.5, np.float16)])
+    with pytest.raises(ValueError, match="cannot read Clip in node 'clip'"):
+        qx.from_onnx(path)

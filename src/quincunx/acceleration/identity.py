@@ -99,7 +99,7 @@ def trained_identity(
         "calibration": calibration,
         "seed": seed,
         **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
-        **({} if task is None or task.classifies else {"task": task.identity}),
+        **({} if task is None or task.is_usual else {"task": task.identity}),
     }
 
 

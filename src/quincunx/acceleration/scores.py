@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import math
@@ -31,7 +30,7 @@ from quincunx.measure.latency import Timing, measure_models
 from quincunx.measure.tasks import Task, classification
 from quincunx.measure.tasks.structure import tensors_in
 from quincunx.methods.points import worded
-from quincunx.modules import Attached, inference_mode_of, set_module, weight_of
+from quincunx.modules import Attached, copied, inference_mode_of, set_module, weight_of
 from quincunx.networks.artifact import build_measured
 from quincunx.reading import Entry, Unreadable, bounded, differing_fields, one_line, read_json
 from quincunx.surgery.calibration import MOST_KEPT, Batch, Calibration, Layer
@@ -71,7 +70,7 @@ def inference_form(
 
 def eager_form(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode and channels_last, not fused."""
-    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return copied(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def timed_clearly(
@@ -361,8 +360,9 @@ class Scores:
         total, count = 0.0, 0
         with inference_mode_of(network):
             # the tails may read fewer batches
-            for given, answer in zip(self.tails.answers(network), self.answers, strict=False):
-                distances = self.task.distances(given, answer)
+            found = zip(self.tails.answers(network), self.answers, self.counts, strict=False)
+            for given, answer, images in found:
+                distances = self.task.distances(given, answer, images=images)
                 total += float(distances.sum())
                 count += len(distances)
         return total / count
@@ -478,7 +478,7 @@ class Scores:
 
     def _sketch(self, chosen: Sequence[tuple[tuple[Layer, ...], list[dict[str, Any]]]]) -> nn.Module:
         """Return a copy of the network with modules of these specs and fresh weights, to be timed."""
-        network = copy.deepcopy(self.model).eval()
+        network = copied(self.model).eval()
         made: list[nn.Module] = []
         for unit, specs in chosen:
             for layer, spec in zip(unit, specs, strict=True):
@@ -505,7 +505,7 @@ class Scores:
             **({"compared_on": _COMPARED_ON} if sum(self.counts) > _COMPARED_ON else {}),
             "example": list(self.example.shape),
             **({} if self.dtype is None else {"dtype": str(self.dtype)}),
-            **({} if self.task.classifies else {"task": self.task.identity}),
+            **({} if self.task.is_usual else {"task": self.task.identity}),
             "threads": torch.get_num_threads(),
         }
 

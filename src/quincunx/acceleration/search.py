@@ -563,6 +563,8 @@ class _Builder:
                     )
                 if task.classifies and isinstance(target, Tensor) and target.dim() == 1:
                     scores[-1] = scores[-1][:, target != IGNORED]
+        if not any(part.shape[1] for part in scores):
+            raise ValueError("calibration: no image has a label, so that nothing says what a network loses")
         before, after = torch.cat(scores, 1).mean(1).tolist()
         return task.scale.lost(before, after)
 

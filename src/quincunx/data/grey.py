@@ -15,7 +15,8 @@ __all__ = ["grey_hint", "greyed"]
 
 # of red, green and blue, of 65536 (ITU-R BT.601), as Pillow has them
 _WEIGHTS = (19595, 38470, 7471)
-_AT_ONCE = 256
+# pixels that are weighted at a time
+_AT_ONCE = 1 << 20
 
 
 def greyed(data: ImageData) -> ImageData:
@@ -70,7 +71,9 @@ def grey_hint(taken: int, data: ImageData) -> str:
 def _luma(images: Tensor) -> Tensor:
     """Return bytes [N, H, W, 1] of bytes [N, H, W, 3]."""
     weights = torch.tensor(_WEIGHTS, dtype=torch.int32)
-    parts = [
-        ((part.int() * weights).sum(3, keepdim=True) + 0x8000) >> 16 for part in torch.split(images, _AT_ONCE)
-    ]
-    return torch.cat([part.byte() for part in parts]) if parts else images[..., :1]
+    made = torch.empty_like(images[..., :1])
+    some = max(1, _AT_ONCE // max(1, images[0].numel() if len(images) else 1))
+    for start in range(0, len(images), some):
+        weighted = (images[start : start + some].int() * weights).sum(3, keepdim=True)
+        made[start : start + some] = (weighted + 0x8000) >> 16
+    return made

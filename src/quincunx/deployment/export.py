@@ -410,6 +410,7 @@ def _names(
     kept, outputs = getattr(model, "onnx_names", {}), len(_tensors(answer))
     named = answer if isinstance(answer, Mapping) else getattr(answer, "_fields", ())
     keys = list(named) if len(named) == outputs else []
+    chosen = results is not None
     if results is None and keys and all(isinstance(key, str) and key.isidentifier() for key in keys):
         results = keys
     if given is None:
@@ -421,6 +422,9 @@ def _names(
             ["output"] if outputs == 1 else [f"output{number}" for number in range(outputs)]
         )
     inputs = check_names("input_names", given, len(examples))
+    if not chosen:
+        # no file has one name for both
+        results = [f"{name}_output" if name in inputs else name for name in results]
     names = check_names("output_names", results, outputs)
     if both := set(inputs) & set(names):
         raise ValueError(f"input_names, output_names: {min(both)!r} is in both")

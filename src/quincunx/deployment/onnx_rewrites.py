@@ -59,16 +59,21 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
 
 
 def _bound_below(proto: Any) -> None:
-    """Clips without a lower bound get the lowest number."""
+    """Clips of float32 without a lower bound get the lowest number."""
     import onnx
 
-    name = "quincunx.lowest"
-    clips = [node for node in proto.graph.node if node.op_type == "Clip" and list(node.input[1:2]) == [""]]
+    kind, name = onnx.TensorProto.FLOAT, "quincunx.lowest"
+    floats = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == kind}
+    clips = [
+        node
+        for node in proto.graph.node
+        if node.op_type == "Clip" and list(node.input[1:2]) == [""] and floats.issuperset(node.input[2:])
+    ]
     for node in clips:
         node.input[1] = name
     if clips:
         lowest = float(torch.finfo(torch.float32).min)
-        proto.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [lowest]))
+        proto.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [lowest]))
 
 
 def _without_functions(proto: Any) -> None:

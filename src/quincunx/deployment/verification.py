@@ -120,11 +120,13 @@ def run_apart(
 
 def drawn_like(example: Tensor, shape: Sequence[int], source: torch.Generator) -> Tensor:
     """Return random values of a shape: drawn from the example's own, so that they are of the kind that a
-    network takes; around the value of an example that has only one."""
+    network takes. Of one value a network shows little: then they are half to one and a half of it, and normal
+    ones for zeros."""
     values = example.detach().flatten()
-    if not values.numel() or bool((values == values[0]).all()):
-        # of one value a network shows little
-        return torch.randn(tuple(shape), generator=source) + (values[:1] if values.numel() else 0)
+    if not bool(values.any()):
+        return torch.randn(tuple(shape), generator=source)
+    if bool((values == values[0]).all()):
+        return values[0] * (0.5 + torch.rand(tuple(shape), generator=source))
     return values[torch.randint(len(values), tuple(shape), generator=source)]
 
 

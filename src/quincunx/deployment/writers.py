@@ -7,14 +7,14 @@ import json
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from quincunx.measure.engines import quiet
 from quincunx.ops.libraries import DOMAIN
@@ -47,12 +47,21 @@ class Traced:
     dynamic: bool
 
 
+def _makes_named_tuple(value: Any) -> bool:
+    """Whether a node makes a named tuple of its arguments, without a constructor of the user's own."""
+    if not isinstance(value, fx.Node) or value.op != "call_function" or not hasattr(value.target, "_fields"):
+        return False
+    kinds = getattr(value.target, "__mro__", ())
+    maker = next((kind for kind in kinds if "__new__" in vars(kind)), None)
+    return maker is not None and maker.__bases__ == (tuple,)
+
+
 def _without_names(value: Any) -> Any:
     """What a graph returns, with tuples for named tuples: of their classes a file knows nothing."""
-    if isinstance(value, fx.Node) and value.op == "call_function" and hasattr(value.target, "_fields"):
-        target: Any = value.target
-        made = target(*value.args, **value.kwargs)
-        return _without_names(made)
+    if _makes_named_tuple(value):
+        fields = value.target._fields[len(value.args) :]
+        known = {**value.target._field_defaults, **value.kwargs}
+        return _without_names((*value.args, *(known[name] for name in fields)))
     if isinstance(value, tuple):
         return tuple(map(_without_names, value))
     if isinstance(value, list):
@@ -61,7 +70,7 @@ def _without_names(value: Any) -> Any:
 
 
 def trace_for_export(
-    module: fx.GraphModule,
+    module: nn.Module,
     arguments: Sequence[Tensor],
     inputs: Sequence[str],
     outputs: Sequence[str],
@@ -73,12 +82,14 @@ def trace_for_export(
         ValueError: the network fixes its batch, or torch.export cannot trace it.
     """
     shapes = None
-    for node in module.graph.find_nodes(op="output"):
+    graph = getattr(module, "graph", fx.Graph())
+    for node in graph.find_nodes(op="output"):
         node.args = _without_names(node.args)
-    for node in reversed(module.graph.nodes):
-        if node.op == "call_function" and hasattr(node.target, "_fields") and not node.users:
-            module.graph.erase_node(node)
-    module.recompile()
+    for node in reversed(graph.nodes):
+        if _makes_named_tuple(node) and not node.users:
+            graph.erase_node(node)
+    if isinstance(module, fx.GraphModule):
+        module.recompile()
     if dynamic:
         # a batch of 1 would become a constant
         arguments = [torch.cat([x, x]) if x.shape[0] == 1 else x for x in arguments]
@@ -138,31 +149,39 @@ def _onnx_proto(traced: Traced, opset: int) -> Any:
 
 def _rename(graph: Any, names: Mapping[str, str]) -> None:
     """Give values of a graph other names; what has one of these already gets another one."""
-    wanted = set(names.values())
+    there = {name for part in _graphs(graph) for node in part.node for name in (*node.input, *node.output)}
+    made = dict(names)
+    for name in names.values():
+        inner = name
+        while inner in there or inner in made.values():
+            inner += ".within"
+        made[name] = inner
+    for part in _graphs(graph):
+        for node in part.node:
+            for values in (node.input, node.output):
+                for place, name in enumerate(values):
+                    values[place] = made.get(name, name)
+        for value in (*part.input, *part.output, *part.value_info, *part.initializer):
+            value.name = made.get(value.name, value.name)
 
-    def named(name: str) -> str:
-        if name in names:
-            return names[name]
-        return f"{name}.within" if name in wanted else name
 
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph and those of its branches and loops."""
+    yield graph
     for node in graph.node:
-        for values in (node.input, node.output):
-            for place, name in enumerate(values):
-                values[place] = named(name)
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _rename(inner, names)
-    for part in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        part.name = named(part.name)
+                yield from _graphs(inner)
 
 
 def _name_batch(graph: Any) -> None:
     """Call the batch what it is; the exporter numbers free sizes."""
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    for part in (*graph.input, *graph.output, *graph.value_info):
-        for size in part.type.tensor_type.shape.dim:
-            if symbol and size.dim_param == symbol:
-                size.dim_param = "batch"
+    values = (value for part in _graphs(graph) for value in (*part.input, *part.output, *part.value_info))
+    for value in values:
+        for size in value.type.tensor_type.shape.dim:
+            if symbol and size.dim_param:
+                size.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", size.dim_param)
 
 
 def _forget(proto: Any) -> None:

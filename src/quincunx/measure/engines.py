@@ -6,7 +6,6 @@ packed weights, the same number of threads, full float32 arithmetic.
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import tempfile
@@ -23,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quincunx.layers.graph import trace
 from quincunx.measure.latency import using_threads
+from quincunx.modules import copied
 
 __all__ = ["PEERS", "REST", "fold_batch_norm", "onnx_bytes", "quiet"]
 
@@ -34,7 +34,7 @@ REST = 0.05
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode with each batch norm directly after a convolution folded into it."""
-    own = copy.deepcopy(model).eval()
+    own = copied(model).eval()
     traced = fx.GraphModule(own, trace(own))
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):

@@ -277,7 +277,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that two runs must share to be the same run, JSON-ready."""
     facts = {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
-    return facts if task is None or task.classifies else {**facts, "task": task.to_dict()}
+    return facts if task is None or task.is_usual else {**facts, "task": task.identity}
 
 
 def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
@@ -457,7 +457,7 @@ class _Run:
         images, target = next(batches(self.data.train, self.data, 1, workers=0))
         images, target = images.to(self.device), mapped(lambda t: t.to(self.device), target)
         with evaluation(self.model), torch.enable_grad():
-            loss = self.loss.of_outputs(self.model(images), target, self.loss.asked(images))
+            loss = self.loss.of_outputs(self.model(images), target, self.loss.asked(images), len(images))
             named = [p for p in self.model.parameters() if p.requires_grad]
             found = torch.autograd.grad(loss, named, allow_unused=True) if loss.requires_grad else ()
         name = self.task.name
@@ -645,7 +645,7 @@ class _Run:
                     maps = self.loss.of_maps()
                 if self.task.classifies:
                     check_scores(output[0] if isinstance(output, tuple) else output, self.data)
-                share = (self.loss.of_outputs(output, target, wanted) + maps) / whole
+                share = (self.loss.of_outputs(output, target, wanted, len(part)) + maps) / whole
                 # torch averages the processes' gradients, but we want their sum
                 self.scaler.scale(share * self.ranks.world).backward()  # type: ignore[no-untyped-call]
             loss = loss + share.detach()

@@ -96,17 +96,23 @@ class Loss:
         with inference_mode_of(self.teacher):
             return self.task.taught_by(self.teacher(images))
 
-    def of_outputs(self, output: Any, target: Any, wanted: Any) -> Tensor:
-        """Return the task's loss, or its mixture with the distance from the teacher's output."""
+    def of_outputs(self, output: Any, target: Any, wanted: Any, images: int | None = None) -> Tensor:
+        """Return the task's loss, or its mixture with the distance from the teacher's output.
+
+        Args:
+            output: the network's.
+            target: of the data.
+            wanted: the teacher's output, or None.
+            images: how many they are of, where it is known.
+        """
         share = self.recipe.distill
         total: Tensor | float = 0.0
         # targets with no share in the loss are not read: there may be none
         if share < 1:
-            total = (1 - share) * self.task.losses(
-                output, wanted if self.task.needs_original else target
-            ).sum()
+            truth = wanted if self.task.needs_original else target
+            total = (1 - share) * self.task.losses(output, truth, images).sum()
         if wanted is not None and share:
-            total = total + share * self.task.distances(output, wanted, self.recipe.temperature).sum()
+            total = total + share * self.task.distances(output, wanted, self.recipe.temperature, images).sum()
         return torch.as_tensor(total)
 
     def of_maps(self) -> Tensor | float:

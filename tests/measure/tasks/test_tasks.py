@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -474,3 +474,84 @@ def test_a_digest_is_the_same_in_another_process():
         for seed in ("1", "2", "3")
     }  # fmt: skip
     assert len(runs) == 1
+
+
+TABLE = ((1, 2), 3)
+
+
+def reads_table(output, target):
+    return TABLE[0][0] * (output - target)
+
+
+class Weighted:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, output, target):
+        return self.weight * (output - target)
+
+    def method(self, output, target):
+        return self.weight * (output - target)
+
+
+def test_a_digest_sees_what_functions_are_made_with(monkeypatch):
+    endless = []
+    endless.append(endless)
+
+    def closed(value):
+        return lambda y, t: (value, y, t)
+
+    values = [
+        *(
+            closed(one)
+            for one in (torch.Tensor.abs, str.join, endless, {"a": 1}, {"a": 2}, ((1, 2), 3), (1, (2, 3)))
+        ),
+        *(closed(torch.ones(3) * k) for k in (1, 2)),
+        *(closed(np.ones(3) * k) for k in (1, 2)),
+        *(lru_cache(closed(k)) for k in (1, 2)),
+        *(partial(scaled, **{name: 2}) for name in ("output", "target")),
+        *(Weighted(k) for k in (1, 2)),
+        *(Weighted(k).method for k in (1, 2)),
+        closed(nn.Linear(2, 2)),
+        reads_table,
+    ]
+    found = [digest_of([value]) for value in values]
+    assert len(set(found)) == len(found)
+    assert found[:-1] == [digest_of([value]) for value in values[:-1]]
+    monkeypatch.setitem(globals(), "TABLE", ((5, 2), 3))
+    assert digest_of([reads_table]) != found[-1]
+
+
+def test_a_digest_of_functions_that_call_each_other_is_quick():
+    names = {}
+    source = "".join(f"def f{i}(x): return f{(i + 1) % 60}(x) + f{(i + 2) % 60}(x)\n" for i in range(60))
+    exec(compile("__name__ = 'own'\n" + source, "own", "exec"), names)
+    assert digest_of([names["f0"]]) != digest_of([names["f1"]])
+
+
+def test_soft_labels_keep_their_precision():
+    torch.manual_seed(0)
+    task, soft = qx.tasks.classification(), torch.rand(8, 1000).softmax(1)
+    for dtype in (torch.bfloat16, torch.float16):
+        output = torch.randn(8, 1000).to(dtype)
+        wanted = F.cross_entropy(output.float(), soft, reduction="none")
+        torch.testing.assert_close(task.losses(output, soft), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_classification_that_was_changed_is_told_from_the_usual_one():
+    usual = qx.tasks.classification()
+    assert usual.is_usual
+    for changed in (replace(usual, loss=helper), replace(usual, tempered=False), replace(usual, name="x")):
+        assert changed.classifies
+        assert not changed.is_usual
+        assert changed.identity != usual.identity
+
+
+def test_a_loss_reads_outputs_that_begin_with_something_else():
+    def loss(output, target):
+        return (output[1] - target).square().mean(1)
+
+    task = qx.Task("boxes", loss, loss, Scale("M", ""))
+    output = torch.ones(7, 4), torch.ones(3, 4, requires_grad=True)
+    assert len(task.losses(output, torch.zeros(3, 4), 3)) == 3
+    assert float(task.impact_loss(output, torch.zeros(3, 4)).detach()) == 3

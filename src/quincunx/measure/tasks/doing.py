@@ -4,47 +4,101 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 __all__ = ["digest_of"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+# larger arrays count by their shape
+_MOST_BYTES = 1 << 22
+_OURS = ("quincunx.", "torch.", "numpy.")
 
 
 def digest_of(functions: Iterable[Any]) -> str:
     """Return a digest of functions: of their code, of the functions of the same module that they call, and of
-    the numbers and texts that they read from it or were made with. Of a library's functions, and of objects
-    that are called, the name counts alone.
+    the numbers, texts, small arrays and containers of these that they read from it or were made with. Of a
+    library's functions and of modules the name counts alone.
 
     Example:
         >>> twice, thrice = (lambda y, t, k=k: k * (y - t) for k in (2, 3))
         >>> digest_of([twice]) == digest_of([twice]), digest_of([twice]) == digest_of([thrice])
         (True, False)
     """
-    return hashlib.sha256("\n".join(_text(one, ()) for one in functions).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    # kept alive, so that no two have one number
+    seen: dict[int, Any] = {}
+    for function in functions:
+        for text in _texts(function, seen):
+            digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]
 
 
-def _text(value: Any, seen: tuple[int, ...]) -> str:
+def _texts(value: Any, seen: dict[int, Any]) -> Iterator[str]:
     if isinstance(value, _PLAIN):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        return "|".join(_text(part, seen) for part in value)
-    if isinstance(value, functools.partial):
-        return "|".join(_text(part, seen) for part in (value.func, *value.args, *value.keywords.values()))
-    value = getattr(value, "__func__", value)
-    kind = value if hasattr(value, "__qualname__") else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    code = getattr(value, "__code__", None)
-    if code is None or id(value) in seen or str(kind.__module__).startswith(("quincunx.", "torch.")):
-        return name
-    return "|".join(
-        [name, *_of_code(code), *(_text(one, (*seen, id(value))) for one in _read_by(value, code))]
-    )
+        yield repr(value)
+        return
+    yield type(value).__qualname__
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    if isinstance(value, (Tensor, np.ndarray)):
+        yield from _of_array(value)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield repr(key)
+            yield from _texts(part, seen)
+    elif isinstance(value, (tuple, list)):
+        yield str(len(value))
+        for part in value:
+            yield from _texts(part, seen)
+    elif isinstance(value, functools.partial):
+        for part in (value.func, value.args, value.keywords):
+            yield from _texts(part, seen)
+    else:
+        yield from _of_callable(value, seen)
+
+
+def _of_array(value: Any) -> Iterator[str]:
+    yield f"{tuple(value.shape)} {value.dtype}"
+    if isinstance(value, Tensor):
+        if value.is_meta or value.layout is not torch.strided:
+            return
+        value = value.detach().cpu().reshape(-1).view(torch.uint8) if value.numel() else value
+    if 0 < value.nbytes <= _MOST_BYTES:
+        yield hashlib.sha256(np.ascontiguousarray(np.asarray(value)).tobytes()).hexdigest()
+
+
+def _of_callable(value: Any, seen: dict[int, Any]) -> Iterator[str]:
+    function = getattr(value, "__func__", value)
+    if not hasattr(function, "__code__") and callable(getattr(function, "__wrapped__", None)):
+        # a decorator that is no function itself, such as a cache
+        function = function.__wrapped__
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    home = str(getattr(kind, "__module__", ""))
+    yield f"{home}.{kind.__qualname__}"
+    if home.startswith(_OURS) or isinstance(value, (ModuleType, nn.Module, type)):
+        return
+    # what a method belongs to, and what an object that is called knows
+    owner = getattr(value, "__self__", None if hasattr(function, "__code__") else value)
+    if owner is not None and not isinstance(owner, (ModuleType, nn.Module, type)):
+        yield from _texts(dict(getattr(owner, "__dict__", {})), seen)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        # an object that is called
+        function = vars(type(function)).get("__call__")
+        code = getattr(function, "__code__", None)
+    if code is None:
+        return
+    yield from _of_code(code)
+    for part in _read_by(function, code):
+        yield from _texts(part, seen)
 
 
 def _of_code(code: CodeType) -> Iterator[str]:
@@ -77,5 +131,6 @@ def _read_by(function: Any, code: CodeType) -> Iterator[Any]:
     yield from (function.__kwdefaults__ or {}).values()
     for name in dict.fromkeys(_names_in(code)):
         found = function.__globals__.get(name)
-        if isinstance(found, _PLAIN) or getattr(found, "__module__", None) == function.__module__:
+        ours = getattr(found, "__module__", None) == function.__module__
+        if ours or isinstance(found, (*_PLAIN, tuple, list, dict, Tensor, np.ndarray)):
             yield found

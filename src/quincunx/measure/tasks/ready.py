@@ -69,7 +69,8 @@ def _labels(scores: Tensor, target: Any) -> Tensor:
         # to look at the numbers would wait for the device
         return target  # type: ignore[no-any-return]
     try:
-        return class_labels(scores, target, None)
+        # probabilities in the type in which losses are computed
+        return class_labels(scores.float(), target, None)
     except (TypeError, ValueError) as error:
         raise BadTask(str(error)) from error
 

@@ -91,10 +91,14 @@ class Scale:
 
 
 def _rounded(number: float, digits: int) -> str:
-    """Return a number with so many digits behind the point; with two that count if those are all 0."""
+    """Return a number with so many digits behind the point; with two that count if those are all 0 and it is
+    more than rounding."""
     text = f"{number:.{digits}f}"
-    return f"{number:.2g}" if number and not text.strip("-0.") else text
+    return f"{number:.2g}" if abs(number) > _ROUNDING and not text.strip("-0.") else text
 
+
+# differences of scores that are none
+_ROUNDING = 1e-12
 
 # of classification: share of wrong predictions
 ERROR = Scale("error", "points", "lower")

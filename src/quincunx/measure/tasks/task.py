@@ -262,7 +262,10 @@ class Task:
         if self.impact is not None:
             return self.impact(output, target)
         if target is not None and not self.needs_original:
-            return self.losses(output, self.understand(output, target, 0)).sum()
+            found = self._called("loss", self.loss, output, self.understand(output, target, 0))
+            # of how many images an output is, it need not say
+            is_sum = isinstance(found, Tensor) and found.dim() == 1
+            return found.sum() if is_sum else self.losses(output, target).sum()
         parts = [y.float().flatten(1) for _, y in tensors_in(output) if y.is_floating_point() and y.dim()]
         sizes = [y.detach().square().sum(1).clamp_min(torch.finfo(torch.float32).tiny) for y in parts]
         return torch.stack(
@@ -287,7 +290,15 @@ class Task:
         """Return what tells the task from others, JSON-ready: :meth:`to_dict`, and a digest of what its
         functions do, so that nothing is taken over from before they were changed."""
         own = (self.loss, self.score, self.distance, self.read, self.understand, self.impact)
-        return {**self.to_dict(), "functions": digest_of(own)}
+        digest = digest_of([*own, self.tempered, self.classifies])
+        return {**self.to_dict(), "functions": digest}
+
+    @property
+    def is_usual(self) -> bool:
+        """Return whether it is classification as ``qx.tasks`` has it, of which result files say nothing."""
+        from quincunx.measure.tasks.ready import classification
+
+        return self.classifies and self.identity == classification().identity
 
     def _called(self, what: str, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
         """Return what a function gives; its failure is bad input, and names task and function."""
