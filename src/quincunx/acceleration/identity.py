@@ -18,6 +18,7 @@ from quincunx.acceleration.journal import FolderJournal
 from quincunx.acceleration.target import Search
 from quincunx.data import ImageData
 from quincunx.measure.tasks import Task
+from quincunx.measure.tasks.ready import is_usual
 from quincunx.networks.spec import spec_of
 from quincunx.surgery.method import (
     Method,
@@ -99,7 +100,7 @@ def trained_identity(
         "calibration": calibration,
         "seed": seed,
         **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
-        **({} if task is None or task.is_usual else {"task": task.identity}),
+        **({} if task is None or is_usual(task) else {"task": task.identity}),
     }
 
 

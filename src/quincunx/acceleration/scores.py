@@ -28,6 +28,7 @@ from quincunx.layers.build import build_module
 from quincunx.measure.cost import cost
 from quincunx.measure.latency import Timing, measure_models
 from quincunx.measure.tasks import Task, classification
+from quincunx.measure.tasks.ready import is_usual
 from quincunx.measure.tasks.structure import tensors_in
 from quincunx.methods.points import worded
 from quincunx.modules import Attached, copied, inference_mode_of, set_module, weight_of
@@ -505,7 +506,7 @@ class Scores:
             **({"compared_on": _COMPARED_ON} if sum(self.counts) > _COMPARED_ON else {}),
             "example": list(self.example.shape),
             **({} if self.dtype is None else {"dtype": str(self.dtype)}),
-            **({} if self.task.is_usual else {"task": self.task.identity}),
+            **({} if is_usual(self.task) else {"task": self.task.identity}),
             "threads": torch.get_num_threads(),
         }
 

@@ -28,6 +28,7 @@ from quincunx.layers.eightbits import quantisation_of
 from quincunx.measure.cost import Cost, cost
 from quincunx.measure.environment import environment
 from quincunx.measure.tasks import BadTask, Task, classification
+from quincunx.measure.tasks.ready import is_usual
 from quincunx.measure.tasks.scale import ERROR, Scale
 from quincunx.measure.tasks.structure import mapped, part_of
 from quincunx.modules import evaluation, inference_mode_of
@@ -277,7 +278,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that two runs must share to be the same run, JSON-ready."""
     facts = {"network": network, "recipe": recipe.to_dict(), "data": data.describe(), "seed": seed}
-    return facts if task is None or task.is_usual else {**facts, "task": task.identity}
+    return facts if task is None or is_usual(task) else {**facts, "task": task.identity}
 
 
 def other_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from torch import nn
 import quincunx as qx
 from quincunx.measure.tasks import BadTask, Scale, compare_paired, relative_distance
 from quincunx.measure.tasks.doing import digest_of
+from quincunx.measure.tasks.ready import is_usual
 from quincunx.measure.tasks.scale import ERROR, scale_in
 from quincunx.measure.tasks.structure import tensors_in
 
@@ -540,10 +541,10 @@ def test_soft_labels_keep_their_precision():
 
 def test_classification_that_was_changed_is_told_from_the_usual_one():
     usual = qx.tasks.classification()
-    assert usual.is_usual
+    assert is_usual(usual)
     for changed in (replace(usual, loss=helper), replace(usual, tempered=False), replace(usual, name="x")):
         assert changed.classifies
-        assert not changed.is_usual
+        assert not is_usual(changed)
         assert changed.identity != usual.identity
 
 

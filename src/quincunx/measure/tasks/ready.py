@@ -19,6 +19,7 @@ __all__ = [
     "agreement",
     "classification",
     "image_to_image",
+    "is_usual",
     "multilabel",
     "named",
     "segmentation",
@@ -152,6 +153,16 @@ def classification() -> Task:
         understand=class_labels,
         classifies=True,
     )
+
+
+def is_usual(task: Task) -> bool:
+    """Return whether a task is :func:`classification` and nothing else, of which result files say nothing.
+
+    Example:
+        >>> is_usual(classification()), is_usual(segmentation())
+        (True, False)
+    """
+    return task.classifies and task.identity == classification().identity
 
 
 def _check_maps(output: Any) -> Tensor:

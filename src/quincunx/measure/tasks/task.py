@@ -293,13 +293,6 @@ class Task:
         digest = digest_of([*own, self.tempered, self.classifies])
         return {**self.to_dict(), "functions": digest}
 
-    @property
-    def is_usual(self) -> bool:
-        """Return whether it is classification as ``qx.tasks`` has it, of which result files say nothing."""
-        from quincunx.measure.tasks.ready import classification
-
-        return self.classifies and self.identity == classification().identity
-
     def _called(self, what: str, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
         """Return what a function gives; its failure is bad input, and names task and function."""
         try:
