@@ -354,3 +354,30 @@ def test_norms_activations_and_poolings_are_nothing_that_is_left_out():
         Calls(lambda x: F.normalize(x.sort()[0].cumsum(0))),
     )
     assert qx.cost(model, torch.randn(2, 3, 9, 9)).uncounted == ()
+
+
+def test_layers_in_containers_that_nobody_calls_count_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)])
+            self.heads = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(8, 4, 1))})
+            self.inner = nn.Module()
+            self.inner.encode = nn.Conv2d(8, 8, 1)
+            self.norm = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.heads["a"](self.inner.encode(self.norm(x))) @ x.new_ones(5, 3)
+
+    found = qx.cost(Net().eval(), torch.randn(1, 8, 6, 5))
+    macs = {row.name: row.macs for row in found.rows}
+    positions = 30
+    assert macs["layers.0"] == macs["layers.1"] == positions * 8 * 8 * 9
+    assert macs["heads.a.0"] == positions * 8 * 4
+    assert macs["inner.encode"] == positions * 64
+    assert macs["(network)"] == 4 * 6 * 5 * 3
+    assert min(macs.values()) >= 0
+    assert sum(macs.values()) == found.macs
+    assert not macs.keys() & {"layers", "heads", "inner"}

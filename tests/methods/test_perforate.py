@@ -355,3 +355,55 @@ def test_weights_of_inputs_that_are_constant_do_not_grow():
     made = qx.accelerate(model, qx.Perforate(sampling=qx.Random(0.5, 1)), calibration=[x])
     assert "6" in made.replaced
     assert made.model[6].weight.abs().max() < 10 * model[6].weight.abs().max()
+
+
+@pytest.mark.parametrize("sampling", [CHESSBOARD, QUARTER], ids=str)
+def test_moments_of_maps_of_several_sizes_are_the_sum_of_each_ones(sampling):
+    torch.manual_seed(0)
+    fill = qx.PerforatedConv2d(3, 4, 3, sampling=sampling, padding=1, fill="fitted").filling
+    maps = [torch.randn(2, 4, *size) for size in ((10, 6), (6, 10), (7, 7))]
+
+    def of(some):
+        found = FillMoments(fill, tuple(some[0].shape[2:]))
+        for response in some:
+            at = sampling.mask(*response.shape[2:]).flatten().nonzero().flatten()
+            found.add(response.flatten(2)[:, :, at, None], response)
+        return found
+
+    together, apart = of(maps), [of([one]) for one in maps]
+    for name in ("gram", "cross", "sum_tap", "sum_response", "power", "count", "sums"):
+        torch.testing.assert_close(getattr(together, name), sum(getattr(one, name) for one in apart))
+    assert together.computed == 0
+
+
+@pytest.mark.parametrize(
+    "method", [Perforate(), qx.Espace(rank=0.5, rate=0.5, mask="lattice", fill="fitted")], ids=str
+)
+@pytest.mark.filterwarnings("ignore:calibration:UserWarning")
+def test_images_of_several_sizes_fit_what_they_fit_apart(method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1)).eval()
+
+    def smooth(*size):
+        small = torch.randn(24, 3, *(length // 4 + 2 for length in size))
+        return nn.functional.interpolate(small, size, mode="bicubic")
+
+    one, other = smooth(20, 12), smooth(12, 20)
+    errors = [
+        {
+            name: row["response_error"]
+            for name, row in qx.accelerate(net, method, calibration=data).replaced.items()
+        }
+        for data in ([one, other.transpose(2, 3)], [one, other], [one, smooth(12, 12)])
+    ]
+    for several in errors[1:]:
+        for name, error in several.items():
+            # the kernels see turned images, so that it is not the same
+            assert error < 1.5 * errors[0][name]
+
+
+def test_fills_of_masks_are_of_one_size():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1)).eval()
+    data = [torch.randn(8, 3, 12, 8), torch.randn(8, 3, 8, 12)]
+    with pytest.raises(ValueError, match=r"maps of 8 x 12, earlier ones of 12 x 8; .* positions of one size"):
+        qx.accelerate(net, Perforate(Random(0.5)), calibration=data)

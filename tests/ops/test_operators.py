@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import quincunx as qx
 from helpers.oracle import AWKWARD, LAYOUTS, Case, assert_close, cases, lay_out, magnitude, numpy
 from helpers.oracle import fill_nearest as fill_oracle
 from helpers.oracle import sampled_conv as conv_oracle
@@ -520,3 +521,31 @@ def test_a_gradient_lies_as_its_weight_does(shape, groups, low, last):
     y.float().sum().backward()
     assert weight.grad.stride() == weight.stride()
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop", "ignore:.torch.jit.script:DeprecationWarning"
+)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        qx.SampledConv2d(4, 4, 3, sampling=qx.CHESSBOARD, padding=1),
+        qx.SpatialBottleneck2d(4, 4),
+        qx.PerforatedConv2d(4, 4, 3, sampling=qx.QUARTER, padding=1, fill="fitted"),
+        qx.CodebookConv2d(4, 4, 3, subspace=2, codewords=4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_derivatives_in_forward_mode_are_refused_and_not_zero(layer):
+    x, v = torch.randn(2, 2, 4, 8, 8)
+    refused = pytest.raises(NotImplementedError, match="no derivatives in forward mode")
+    with refused:
+        torch.func.jvp(layer, (x,), (v,))
+    with refused:
+        torch.func.jacfwd(lambda s: layer(x + s * v))(torch.zeros(()))
+    with refused:
+        torch.func.hessian(lambda s: layer(x + s * v).sum())(torch.zeros(()))
+    # what works
+    torch.testing.assert_close(torch.vmap(lambda one: layer(one[None])[0])(x), layer(x))
+    _, found = torch.autograd.functional.jvp(layer, x, v)
+    torch.testing.assert_close(found, layer(x + v) - layer(x), rtol=1e-3, atol=1e-4)

@@ -66,13 +66,17 @@ class Target:
     def macs_of(self, before: int) -> float:
         """Return the MACs allowed for a network that had ``before``."""
         text = str(self.macs)
+        share = text.endswith("%")
         try:
-            value = float(text[:-1]) / 100 * before if text.endswith("%") else float(text)
+            value = float(text.removesuffix("%"))
         except ValueError:
             value = -1.0
-        if not 0 < value < math.inf:
-            raise ValueError(f"macs={self.macs!r}: expected a share such as '50%' or a positive number")
-        return value
+        if not (0 < value <= 100 if share else 1 <= value < math.inf):
+            raise ValueError(
+                f"macs={self.macs!r}: expected a share of at most '100%', such as '50%', or a number of "
+                "multiply-adds"
+            )
+        return value / 100 * before if share else value
 
     def to_dict(self) -> dict[str, Any]:
         """Return the targets that were set, JSON-ready."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from quincunx.fusion.calibrated import calibrate_network, quantise_network, read_images
 from quincunx.fusion.constants import fold_constants, make_modules
@@ -92,6 +93,10 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+
+
+# whose forward is that of the network in them
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def fuse(
@@ -171,6 +176,8 @@ def fuse(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, _WRAPPERS):
+        raise TypeError(f"model: a network in a {type(model).__name__}; fuse its .module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "model: a scripted or traced module has no forward to look into; pass what it was made of"
@@ -299,8 +306,8 @@ def _fuse_int8(
     if not any(isinstance(module, Int8Program) for module in result.modules()):
         result, used, rest = _carry(result, _fuse(model, None, None)), torch.float32, torch.float32
         warnings.warn(
-            "fuse: no layer of this network runs in eight bits, so the copy computes in float32: "
-            + "; ".join(f"{name}: {why}" for name, why in result.meta["int8"]["kept"].items()),
+            "fuse: no layer of this network runs in eight bits, so the copy computes in float32"
+            + "".join(f"; {name}: {why}" for name, why in result.meta["int8"]["kept"].items()),
             UserWarning,
             stacklevel=3,
         )

@@ -14,6 +14,7 @@ from quincunx.layers.paired import SampledMap, of_grid
 from quincunx.layers.sampled import SampledConvTranspose2d
 from quincunx.ops.norm import ACTIVATIONS, norm_act_and_input
 from quincunx.ops.select import serving
+from quincunx.ops.traced import in_forward_mode
 
 __all__ = ["NormAct2d", "has_global_hooks", "normalise", "normalise_apart", "spread_onto"]
 
@@ -51,7 +52,7 @@ def normalise(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
-    if not (_is_plain(norm) and _is_served(x, norm, shortcut)):
+    if not (_is_plain(norm) and _is_served(x, norm, shortcut)) or in_forward_mode():
         return _composed(x, norm, activation, shortcut)
     size = None
     if isinstance(x, SampledMap):

@@ -205,16 +205,19 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
             counted[""] = macs
         elif path.startswith(prefix + "."):
             counted[path[len(prefix) + 1 :]] = macs
+    # what each counts without those within it; one that was not called itself counts with what holds it
+    alone = dict(counted)
+    for path in filter(None, counted):
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            if above in counted:
+                alone[above] -= counted[path]
+                break
     rows: list[Row] = []
     seen: set[int] = set()
     for name, module in names.items():
-        inside = name + "." if name else ""
-        children = sum(
-            macs
-            for path, macs in counted.items()
-            if path != name and path.startswith(inside) and "." not in path[len(inside) :]
-        )
-        own = counted.get(name, 0) - children
+        own = alone.get(name, 0)
         params = 0
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:

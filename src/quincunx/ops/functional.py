@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quincunx.ops.contract import check_count, sampled_count
 from quincunx.ops.geometry import Geometry, Padding, expand_padding, two_integers
-from quincunx.ops.traced import as_tensor, is_tracing
+from quincunx.ops.traced import as_tensor, is_tracing, refuse_forward_mode
 from quincunx.sampling import Sampling
 
 __all__ = [
@@ -33,6 +33,7 @@ def _check_sampling(sampling: Sampling) -> None:
 def _check_map(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    refuse_forward_mode()
     if value.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(value.shape)}")
     if not value.is_floating_point():

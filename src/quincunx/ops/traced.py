@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "is_tracing"]
+__all__ = ["as_tensor", "in_forward_mode", "is_tracing", "refuse_forward_mode"]
 
 _LIBRARY = torch.library.Library("quincunx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int groups"
@@ -21,6 +21,28 @@ _GEOMETRY = "str sampling, int[] stride, int[] padding, int[] dilation, int grou
 def is_tracing() -> bool:
     """Return whether ``torch.jit.trace`` is recording."""
     return torch._C._get_tracing_state() is not None
+
+
+def in_forward_mode() -> bool:
+    """Return whether ``torch.func.jvp``, or what is made of it, is being computed."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    return bool(stack) and any(one.key() == torch._C._functorch.TransformType.Jvp for one in stack)
+
+
+def refuse_forward_mode() -> None:
+    """Refuse derivatives in forward mode: the operators have them backwards only, and torch would take their
+    results for constants, without a word.
+
+    Raises:
+        NotImplementedError: one is being computed.
+    """
+    if in_forward_mode():
+        raise NotImplementedError(
+            "quincunx: no derivatives in forward mode (torch.func.jvp, jacfwd, hessian); "
+            "torch.autograd.functional.jvp works"
+        )
 
 
 def as_tensor(size: Sequence[Any]) -> Tensor:

@@ -31,8 +31,10 @@ def chosen(
         return where, None
     names: set[str] = set()
     pairs: dict[str, str] = {}
+    if not isinstance(where, Iterable):
+        raise TypeError(f"where={where!r}: expected a function, a layer's name, or names and pairs of names")
     for entry in [where] if isinstance(where, str) else where:
-        ends = (entry,) if isinstance(entry, str) else tuple(entry)
+        ends = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
         if len(ends) not in (1, 2) or not all(isinstance(end, str) for end in ends):
             raise TypeError(f"where: {entry!r}: expected a layer's name or two names")
         if len(ends) == 2:

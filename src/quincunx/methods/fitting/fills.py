@@ -106,10 +106,11 @@ class FillMoments:
 
     Args:
         fill: whose sampling and reach are used.
-        size: the grid (H', W').
+        size: the grid (H', W') of the first map; those of cosets may have others.
     """
 
     def __init__(self, fill: FittedFill2d, size: tuple[int, int]) -> None:
+        self.fill, self.size = fill, size
         self.plan: FillPlan = fill_plan(fill.sampling.spec, *size, fill.reach)
         self.shared = not isinstance(fill.sampling, Cosets)
         self.channels = fill.channels
@@ -126,8 +127,18 @@ class FillMoments:
         self.sums = torch.zeros(3, fill.channels, dtype=torch.float64, device=device)
 
     def add(self, y: Tensor, response: Tensor) -> None:
-        """A batch: the sampled map [N, C, m, 1] and the responses [N, C, H', W']."""
-        plan, device = self.plan, y.device
+        """A batch: the sampled map [N, C, m, 1] and the responses [N, C, H', W'].
+
+        Raises:
+            ValueError: the positions are a mask's, and the map has another size than the first.
+        """
+        size = int(response.shape[2]), int(response.shape[3])
+        if self.shared and size != self.size:
+            raise ValueError(
+                f"calibration: maps of {size[0]} x {size[1]}, earlier ones of {self.size[0]} x "
+                f"{self.size[1]}; the coefficients of a mask's fill belong to positions of one size"
+            )
+        plan, device = fill_plan(self.fill.sampling.spec, *size, self.fill.reach), y.device
         # position by position, as maps lie in memory
         rows, flat = y.squeeze(3).transpose(1, 2), response.permute(0, 2, 3, 1).flatten(1, 2)
         computed = plan.computed.to(device)
@@ -541,9 +552,11 @@ def _read_moments(
     sums: Accumulator | None = None
     with torch.no_grad():
         for x, response in pairs:
-            if sums is None:
-                mask = layer.sampling.mask(response.shape[2], response.shape[3])
-                sums = Accumulator(conv, positions, seed, mask.flatten().nonzero().flatten())
+            # those of this map, which may have another size than the first
+            mask = layer.sampling.mask(response.shape[2], response.shape[3])
+            among = mask.flatten().nonzero().flatten()
+            sums = Accumulator(conv, positions, seed) if sums is None else sums
+            sums.among = among
             sums.add(x, response)
     if sums is None:
         raise ValueError("fit_perforated: no batch was given")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quincunx.surgery.calibration import Layer
 
-__all__ = ["RankOption", "candidate", "select_ranks"]
+__all__ = ["RankOption", "candidate", "check_budget", "select_ranks"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ def candidate(layer: Layer, energies: Tensor) -> RankOption:
     return RankOption(tuple(energies.tolist()), unit, dense)
 
 
+def check_budget(budget: float) -> None:
+    """
+    Raises:
+        ValueError: it is no share of the layers' multiply-adds.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise ValueError(f"budget={budget!r}: expected a share of the layers' MACs, above 0 and at most 1")
+
+
 def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: int = 16) -> dict[str, int]:
     r"""Return the rank of each layer that keeps a large product of PCA energies within the MACs.
 
@@ -66,7 +75,7 @@ def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: i
         The rank of each layer.
 
     Raises:
-        ValueError: a budget that is not positive, or smaller than the cost of the smallest ranks.
+        ValueError: a budget that is no share, or smaller than the cost of the smallest ranks.
 
     Source: Zhang et al., arXiv:1505.06798, section 3.4.
 
@@ -75,8 +84,7 @@ def select_ranks(layers: Mapping[str, RankOption], budget: float, *, multiple: i
         >>> select_ranks(layers, 0.4, multiple=1)
         {'a': 1, 'b': 2}
     """
-    if not budget > 0:
-        raise ValueError(f"budget={budget!r}: expected a positive share of the layers' MACs")
+    check_budget(budget)
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple={multiple!r}: expected a positive integer")
     allowed = budget * sum(layer.dense for layer in layers.values())

@@ -21,7 +21,7 @@ from quincunx.methods.fitting.moments import (
     moments,
     of_noise,
 )
-from quincunx.methods.fitting.rank_budget import candidate, select_ranks
+from quincunx.methods.fitting.rank_budget import candidate, check_budget, select_ranks
 from quincunx.methods.fitting.separable import Fit, fit_separable, full_rank, kernel_energies, samples_needed
 from quincunx.surgery.calibration import Context, Layer
 
@@ -154,8 +154,8 @@ class SeparableFit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", plain_ranks(self.rank))
         check_integers(self, multiple=1, iterations=1, positions=1, seed=0)
-        if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"budget={self.budget!r}: expected a positive share of the layers' MACs")
+        if self.budget is not None:
+            check_budget(self.budget)
         if self.data not in (None, True, False):
             raise ValueError(f"data={self.data!r}: expected True, False or None")
 
@@ -185,10 +185,10 @@ class SeparableFit:
         """Return why a rank saves nothing, since two convolutions multiply as often; None if it saves.
 
         Counted per position of the output; the vertical half is computed at every column of the input.
-        The check is skipped if the user asks for "full", which is exact at any cost, or sets a budget.
+        The check is skipped if the user asks for "full", which is exact at any cost.
         """
         conv = conv_of(layer)
-        if self.budget is not None or rank_given(self.rank, layer.name) == "full":
+        if self.budget is None and rank_given(self.rank, layer.name) == "full":
             return None
         columns: float = conv.stride[1]
         if layer.input_shape is not None:
