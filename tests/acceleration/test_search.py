@@ -1,6 +1,7 @@
 """The search for a target: the choice against brute force, and scores whose times are made of MACs."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -29,7 +30,7 @@ from quincunx.acceleration.search import _Builder, search, shortfall
 from quincunx.acceleration.target import Target
 from quincunx.acceleration.watching import Watch
 from quincunx.measure.latency import Timing
-from quincunx.measure.tasks import classification
+from quincunx.measure.tasks import BadTask, classification
 from quincunx.methods.points import worded
 from quincunx.methods.registry import candidates_named
 from quincunx.report.acceleration import search_sentences
@@ -1113,3 +1114,17 @@ def test_a_search_without_any_label_is_refused():
     given = [(x, torch.full((16,), -100)) for x in data()]
     with pytest.raises(ValueError, match="no image has a label, so that nothing says what a network loses"):
         qx.accelerate(net().eval(), calibration=given, macs="70%", max_drop=100.0, method="lowrank")
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["answers kept", "answers anew"])
+def test_gradients_are_on_after_a_search(timed, monkeypatch, kept):
+    if not kept:
+        monkeypatch.setattr(scores, "MOST_KEPT", 0)
+    # more images than candidates are compared on, so that the original's answers are not read to their end
+    monkeypatch.setattr(scores, "_COMPARED_ON", 16)
+    search(net().eval(), Target(macs="80%"), data(4), candidates=CHOICE)
+    assert torch.is_grad_enabled()
+    wrong = dataclasses.replace(classification(), distance=lambda y, t, **_: (y - t).mean(), tempered=False)
+    with pytest.raises(BadTask):
+        search(net().eval(), Target(macs="80%"), data(4), candidates=CHOICE, task=wrong)
+    assert torch.is_grad_enabled()

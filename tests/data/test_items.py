@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from quincunx.data import batches, degraded, greyed, load_data, load_function, load_pairs
 from quincunx.data.items import Items, Pictures, item_batches
+from quincunx.measure import tasks
 from quincunx.measure.tasks import read_pair
 from quincunx.train.evaluation import evaluate
 
@@ -337,3 +338,19 @@ def test_other_names_of_the_two_sides(tmp_path, first, second):
             i for i in range(6) if torch.equal(image.byte().permute(1, 2, 0), torch.from_numpy(drawn(seed=i)))
         )
         assert torch.equal(mask, torch.from_numpy(drawn(seed=seed, colours=0) % 3).long())
+
+
+def test_gradients_are_on_after_a_task_was_refused():
+    net = torch.nn.Conv2d(3, 3, 1)
+    data = load_function("own", lambda: [(torch.ones(3, 4, 4), 0)] * 8, read_pair)
+    task = tasks.agreement(lambda output, original: (output - original).mean())
+    held = []
+    try:
+        evaluate(net, data.test, data, task=task, original=net)
+    except ValueError as error:
+        # what is held by the trace ends later
+        held.append(error)
+    assert held
+    held.clear()
+    assert torch.is_grad_enabled()
+    net(torch.ones(1, 3, 4, 4)).sum().backward()

@@ -227,9 +227,11 @@ class Scores:
         if self.kept is not None:
             yield from self.kept
             return
-        with inference_mode_of(self.model):
-            for batch in self.data:
-                yield self.model(batch.input)
+        for batch in self.data:
+            # no mode is on where a reader goes on, who may never come back
+            with inference_mode_of(self.model):
+                answer = self.model(batch.input)
+            yield answer
 
     def _first_images(self, count: int) -> Calibration:
         """Return the first batches that hold so many images, if there are."""

@@ -223,8 +223,10 @@ def _answered(
         if task.classifies:
             check_scores(output, data)
         if task.needs_original and original is not None:
+            # no mode is on where a reader goes on, who may never come back
             with inference_mode_of(original):
-                yield output, task.taught_by(original(images)), len(images)
+                wanted = task.taught_by(original(images))
+            yield output, wanted, len(images)
         else:
             if task.classifies and bool(_unlabelled(targets).any()):
                 raise BadTask(

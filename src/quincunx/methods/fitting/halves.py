@@ -33,8 +33,10 @@ class _Read:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for x, response in self.pairs:
+            # no mode is on where a reader goes on, who may never come back
             with torch.no_grad():
-                yield self.make(x, response)
+                made = self.make(x, response)
+            yield made
 
 
 @torch.no_grad()
