@@ -27,6 +27,7 @@ TARGETS = (
     *("target", "targets", "mask", "masks", "label", "labels", "gt", "annotation", "annotations"),
     *("segmentationclass", "high", "clean"),
 )
+_ALSO_CLASSES = {"low", "noisy", "high", "clean"}
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
 _LAYOUT = (
     "expected input/NAME.png and target/NAME.png (or image/ and mask/), also below train/ and test/, or "
@@ -116,13 +117,15 @@ def load_pairs(
 def are_sides(names: Sequence[str]) -> bool:
     """Return whether folders of these names, taken for classes, are rather inputs and targets.
 
+    Names that may also be classes, such as low and high, say nothing.
+
     Example:
-        >>> are_sides(["images", "masks"]), are_sides(["cats", "dogs"])
+        >>> are_sides(["images", "masks"]), are_sides(["low", "high"])
         (True, False)
     """
-    known = [name.lower() for name in names]
-    found = [any(name in side for name in known) for side in (INPUTS, TARGETS)]
-    return all(found) and all(name in (*INPUTS, *TARGETS) for name in known)
+    inputs, targets = (set(side) - _ALSO_CLASSES for side in (INPUTS, TARGETS))
+    known = {name.lower() for name in names}
+    return bool(known & inputs) and bool(known & targets) and known <= inputs | targets
 
 
 def _found(root: Path) -> list[tuple[Path, Path, bool]]:

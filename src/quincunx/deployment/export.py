@@ -157,10 +157,10 @@ def export(
     our library there. Sizes of maps are those of the example; the batch is free.
 
     The file is then loaded by its engine in a new process, with all of the engine's optimisations, and
-    compared with the network on inputs drawn from the example's values (normal ones around an example of one
-    value), in batches of 1, 2 and 7; a file in eight bits is compared with the fused network in eight bits,
-    whose integers it has. It is timed there beside the dense network in the same format, in turn. A file that
-    is not faster is not written unless forced.
+    compared with the network on inputs drawn from the example's values (half to one and a half of an example
+    of one value, normal ones for zeros), in batches of 1, 2 and 7; a file in eight bits is compared with the
+    fused network in eight bits, whose integers it has. It is timed there beside the dense network in the same
+    format, in turn. A file that is not faster is not written unless forced.
 
     Args:
         model: a network on the CPU that :func:`quincunx.fuse` takes, with float32 weights.

@@ -498,6 +498,11 @@ class Weighted:
 def test_a_digest_sees_what_functions_are_made_with(monkeypatch):
     endless = []
     endless.append(endless)
+    chain = Weighted(None)
+    for _ in range(5000):
+        chain = Weighted(chain)
+    assert digest_of([chain]) == digest_of([chain])
+    assert digest_of([lambda y, t: {object(): y}]) == digest_of([lambda y, t: {object(): y}])
 
     def closed(value):
         return lambda y, t: (value, y, t)

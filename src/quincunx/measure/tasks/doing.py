@@ -18,6 +18,8 @@ __all__ = ["digest_of"]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # larger arrays count by their shape
 _MOST_BYTES = 1 << 22
+# functions and objects that are looked into, each within the one before at worst
+_MOST_OBJECTS = 150
 _OURS = ("quincunx.", "torch.", "numpy.")
 
 
@@ -45,14 +47,14 @@ def _texts(value: Any, seen: dict[int, Any]) -> Iterator[str]:
         yield repr(value)
         return
     yield type(value).__qualname__
-    if id(value) in seen:
+    if id(value) in seen or len(seen) > _MOST_OBJECTS:
         return
     seen[id(value)] = value
     if isinstance(value, (Tensor, np.ndarray)):
         yield from _of_array(value)
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield repr(key)
+            yield from _texts(key, seen)
             yield from _texts(part, seen)
     elif isinstance(value, (tuple, list)):
         yield str(len(value))
