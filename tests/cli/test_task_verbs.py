@@ -124,7 +124,7 @@ def test_a_denoiser_is_trained_judged_accelerated_and_reported(here):
     assert "dncnn5, width 8 on small: test PSNR " in done.stdout
     assert "--noise 25 --patch 12" in done.stdout
     run = json.loads(Path("run/run.json").read_text())
-    assert run["task"] == qx.tasks.image_to_image().to_dict()
+    assert run["task"] == qx.tasks.image_to_image().identity
     assert run["test_score"] == run["history"][-1]["test_score"]
     assert run["data"]["items"]["noise"] == 25
     assert run["data"]["size"] == [16, 16]

@@ -185,10 +185,10 @@ class SeparableFit:
         """Return why a rank saves nothing, since two convolutions multiply as often; None if it saves.
 
         Counted per position of the output; the vertical half is computed at every column of the input.
-        The check is skipped if the user asks for "full", which is exact at any cost.
+        The check is skipped if the user asks for "full", which is exact at any cost, or sets a budget.
         """
         conv = conv_of(layer)
-        if self.budget is None and rank_given(self.rank, layer.name) == "full":
+        if self.budget is not None or rank_given(self.rank, layer.name) == "full":
             return None
         columns: float = conv.stride[1]
         if layer.input_shape is not None:
