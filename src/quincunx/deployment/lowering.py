@@ -142,17 +142,6 @@ class _ContinuedHalf(nn.Module):
         return self.step(y[:, :, self.rows], like)  # type: ignore[no-any-return]
 
 
-class _End(nn.Module):
-    """The end of a block at sampled positions, for one size."""
-
-    def __init__(self, end: PairedFill2d, shapes: Sequence[tuple[int, ...]]) -> None:
-        super().__init__()
-        self.made = PlainEnd(end, (shapes[1][0], shapes[1][1]))
-
-    def forward(self, y: Tensor, _: object) -> Tensor:
-        return self.made(y)  # type: ignore[no-any-return]
-
-
 Shapes = list[tuple[int, ...]]
 
 
@@ -319,7 +308,8 @@ def _lower_part(
             if _continues(part):
                 return place, _ContinuedHalf(part, given[0], node)
             if isinstance(part, PairedFill2d):
-                return place, _End(part, given[0])
+                height, width = given[0][1]
+                return place, PlainEnd(part, (height, width))
         if given and all(len(shapes) == 1 and shapes[0][1:] == given[0][0][1:] for shapes in given):
             with suppress(TypeError):
                 fused = fuse(part)

@@ -138,7 +138,6 @@ def _read(path: Path) -> Any:
         bare = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not an ONNX model") from error
-    _in_one_domain(bare)
     if not bare.graph.node:
         raise ValueError(f"{path}: not an ONNX model, or one without operators")
     for tensor in bare.graph.initializer:

@@ -34,14 +34,14 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
     import onnx
     from onnxscript import optimizer
 
-    declared = next((entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
+    declared = _declared(proto)
     if declared is not None and declared.version < _FIRST:
         # attributes of that time became inputs
         proto = onnx.version_converter.convert_version(proto, _FIRST)
     made = optimizer.optimize(proto)
     _drop_allowzero(made)
     _bound_below(made)
-    declared = next((entry for entry in made.opset_import if entry.domain in ("", "ai.onnx")), None)
+    declared = _declared(made)
     if declared is None or declared.version <= _NEWEST:
         return made, []
     _without_functions(made)
@@ -56,6 +56,11 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
             refused.append((node.name or f"number {number}", node.op_type, declared.version))
     declared.version = _NEWEST
     return made, refused
+
+
+def _declared(proto: Any) -> Any:
+    """The entry that says which opset of the standard's operators a model has."""
+    return next((entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
 
 
 def _bound_below(proto: Any) -> None:
@@ -107,6 +112,13 @@ def _without_functions(proto: Any) -> None:
     proto.graph.node.extend(made)
 
 
+def _leave_out(node: Any, *names: str) -> None:
+    """Remove attributes of a node."""
+    kept = [attribute for attribute in node.attribute if attribute.name not in names]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
 def _drop_allowzero(proto: Any) -> None:
     """Where a reshape has no size of 0, what one would mean makes no difference."""
     import onnx
@@ -115,9 +127,7 @@ def _drop_allowzero(proto: Any) -> None:
     for node in proto.graph.node:
         sizes = constants.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
         if sizes is not None and onnx.numpy_helper.to_array(sizes).all():
-            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            _leave_out(node, "allowzero")
 
 
 def _name_sizes(proto: Any) -> None:
@@ -141,9 +151,7 @@ def _name_sizes(proto: Any) -> None:
         name = f"{node.output[0]}_sizes"
         proto.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [number], sizes))
         node.input.append(name)
-        kept = [attribute for attribute in node.attribute if attribute.name != "num_outputs"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+        _leave_out(node, "num_outputs")
 
 
 def _made_older(node: Any, constants: dict[str, Any]) -> bool:
@@ -169,9 +177,7 @@ def _made_older(node: Any, constants: dict[str, Any]) -> bool:
         if axes is None:
             return False
         del node.input[1:]
-        kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+        _leave_out(node, "noop_with_empty_axes")
         node.attribute.append(onnx.helper.make_attribute("axes", onnx.numpy_helper.to_array(axes).tolist()))
         return True
     return False
@@ -187,9 +193,7 @@ def _resize_made_older(node: Any) -> bool:
         return False
     if given.get("coordinate_transformation_mode") == b"half_pixel_symmetric":
         return False
-    kept = [attribute for attribute in node.attribute if attribute.name not in usual]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+    _leave_out(node, *usual)
     return True
 
 

@@ -493,21 +493,21 @@ class PlainEnd(nn.Module):
     def __init__(self, end: PairedFill2d, size: tuple[int, int]) -> None:
         super().__init__()
         spec = end.sampling.spec
-        self.last, self.size = end.channels == "last", size
+        self.last = end.channels == "last"
         with torch.no_grad():
-            self.rows = nn.Sequential(_Product(end.weight, end.bias, end.groups, "", ""))
+            self.calls = nn.Sequential(_Product(end.weight, end.bias, end.groups, "", ""))
             if end.filling is None:
                 index = nearest_index(spec, *size)
-                self.rows.append(_Picked(index, len(index), "", ""))
+                self.calls.append(_Picked(index, len(index), "", ""))
+                self.calls.append(_Applied(partial(_map_of, size=size), "", ""))
             else:
                 # the network's own layers between the halves keep the order of positions
                 order = torch.arange(end.sampling.count(*size))
-                self.rows.append(_Fitted(Filling.of(end), spec, size, end.out_channels, places=order))
-        self.is_map = end.filling is not None
+                self.calls.append(_Fitted(Filling.of(end), spec, size, end.out_channels, places=order))
 
-    def forward(self, y: Tensor) -> Tensor:
-        made = self.rows(y.flatten(1, 2) if self.last else _rows_of(y))
-        whole = made if self.is_map else _map_of(made, self.size)
+    def forward(self, y: Tensor, _: object = None) -> Tensor:
+        """Return the map; the size that a caller gives is the one that it was made for."""
+        whole: Tensor = self.calls(y.flatten(1, 2) if self.last else _rows_of(y))
         return whole.permute(0, 2, 3, 1) if self.last else whole
 
 

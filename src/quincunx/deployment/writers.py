@@ -69,6 +69,16 @@ def _without_names(value: Any) -> Any:
     return {key: _without_names(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
+def _return_tuples(module: fx.GraphModule) -> None:
+    """Let a graph return tuples for named tuples; it is changed."""
+    for node in module.graph.find_nodes(op="output"):
+        node.args = _without_names(node.args)
+    for node in reversed(module.graph.nodes):
+        if _makes_named_tuple(node) and not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+
+
 def trace_for_export(
     module: nn.Module,
     arguments: Sequence[Tensor],
@@ -82,14 +92,8 @@ def trace_for_export(
         ValueError: the network fixes its batch, or torch.export cannot trace it.
     """
     shapes = None
-    graph = getattr(module, "graph", fx.Graph())
-    for node in graph.find_nodes(op="output"):
-        node.args = _without_names(node.args)
-    for node in reversed(graph.nodes):
-        if _makes_named_tuple(node) and not node.users:
-            graph.erase_node(node)
     if isinstance(module, fx.GraphModule):
-        module.recompile()
+        _return_tuples(module)
     if dynamic:
         # a batch of 1 would become a constant
         arguments = [torch.cat([x, x]) if x.shape[0] == 1 else x for x in arguments]

@@ -553,6 +553,18 @@ def test_classification_that_was_changed_is_told_from_the_usual_one():
         assert changed.identity != usual.identity
 
 
+def test_a_mean_loss_of_impact_masks_is_asked_once_and_gets_the_target_as_it_is_understood():
+    asked = []
+
+    def loss(output, target):
+        asked.append(target)
+        return (output - target).mean()
+
+    task = qx.Task("m", loss, loss, Scale("M", ""), understand=lambda output, target, index: target + 1)
+    assert float(task.impact_loss(torch.zeros(3, 4), torch.zeros(3, 4))) == -3
+    assert [float(target.mean()) for target in asked] == [1]
+
+
 def test_a_loss_reads_outputs_that_begin_with_something_else():
     def loss(output, target):
         return (output[1] - target).square().mean(1)

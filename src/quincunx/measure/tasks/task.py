@@ -211,7 +211,10 @@ class Task:
         Raises:
             BadTask: ``loss`` fails, or returns something else.
         """
-        found = self._called("loss", self.loss, output, target)
+        return self._of_images(self._called("loss", self.loss, output, target), output, images)
+
+    def _of_images(self, found: Any, output: Any, images: int | None) -> Tensor:
+        """Return what ``loss`` gave as a loss of each image."""
         if isinstance(found, Tensor) and found.dim() == 0:
             count = _images_in(output) if images is None else images
             return found[None] if count is None else found.expand(count)
@@ -264,8 +267,8 @@ class Task:
         if target is not None and not self.needs_original:
             found = self._called("loss", self.loss, output, self.understand(output, target, 0))
             # of how many images an output is, it need not say
-            is_sum = isinstance(found, Tensor) and found.dim() == 1
-            return found.sum() if is_sum else self.losses(output, target).sum()
+            each = isinstance(found, Tensor) and found.dim() == 1
+            return found.sum() if each else self._of_images(found, output, None).sum()
         parts = [y.float().flatten(1) for _, y in tensors_in(output) if y.is_floating_point() and y.dim()]
         sizes = [y.detach().square().sum(1).clamp_min(torch.finfo(torch.float32).tiny) for y in parts]
         return torch.stack(
