@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -148,10 +149,9 @@ def test_operators_that_cannot_be_read_are_named_with_their_nodes(tmp_path):
     with pytest.raises(ValueError, match=r"quincunx::Program \(opset 1\) in node 'ours'"):
         qx.from_onnx(path)
     sides = numpy_helper.from_array(np.array([1, 1]), "sides")
-    axes = numpy_helper.from_array(np.array([2]), "axes")
-    node = helper.make_node("Pad", ["x", "sides", "", "axes"], ["y"], name="sides_of_an_axis")
-    graph([node], path, [sides, axes], opset=18)
-    with pytest.raises(ValueError, match=r"Pad \(opset 18\) in node 'sides_of_an_axis'"):
+    node = helper.make_node("CenterCropPad", ["x", "sides"], ["y"], name="sides_of_two_axes", axes=[2, 3])
+    graph([node], path, [sides], opset=18)
+    with pytest.raises(ValueError, match=r"CenterCropPad \(opset 18\) in node 'sides_of_two_axes'"):
         qx.from_onnx(path)
 
 
@@ -337,6 +337,118 @@ def test_operators_of_other_opsets(tmp_path, case):
     graph(nodes, path, weights, opset=opset)
     # it is compared with ONNX Runtime
     assert qx.from_onnx(path)(torch.randn(2, 3, 8, 8)).shape[:2] == (2, 3)
+
+
+def random(name, *shape):
+    return constant(name, np.random.default_rng(0).normal(size=shape) / 3)
+
+
+def whole(name, *values):
+    return constant(name, values, np.int64)
+
+
+POOL, TWICE = {"kernel_shape": [3, 3]}, {"strides": [2, 2]}
+UPPER, LOWER = {"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}
+KERNEL, UP = random("w", 3, 3, 3, 3), random("w", 3, 2, 4, 3)
+WITHOUT_CONVERTER = {
+    "tanh gelu": (20, "Gelu", {"approximate": "tanh"}, []),
+    "swish": (24, "Swish", {}, []),
+    "swish of another slope": (24, "Swish", {"alpha": 2.0}, []),
+    "group norm": (21, "GroupNormalization", {"num_groups": 3}, [random("s", 3), random("b", 3)]),
+    "rms norm": (23, "RMSNormalization", {"axis": -1}, [random("s", 12)]),
+    "length": (13, "LpNormalization", {"axis": 1}, []),
+    "threshold": (10, "ThresholdedRelu", {"alpha": 0.4}, []),
+    "hard shrink": (9, "Shrink", {"lambd": 0.4}, []),
+    "soft shrink": (17, "Shrink", {"lambd": 0.4, "bias": 0.4}, []),
+    "squares": (13, "SpaceToDepth", {"blocksize": 2}, []),
+    "greatest": (11, "GlobalMaxPool", {}, []),
+    "grid": (16, "GridSample", {"align_corners": 1}, [random("g", 2, 5, 6, 2)]),
+    "cubic grid": (20, "GridSample", {"mode": "cubic", "padding_mode": "border"}, [random("g", 2, 5, 6, 2)]),
+    "pad of two axes": (18, "Pad", {}, [whole("p", 1, 0, 2, 1), "", whole("a", -1, 2)]),
+    "wrapped": (19, "Pad", {"mode": "wrap"}, [whole("p", 0, 0, 1, 2, 0, 0, 2, 0)]),
+    "same": (13, "Conv", UPPER, [KERNEL]),
+    "same, strided": (13, "Conv", UPPER | TWICE, [KERNEL]),
+    "same, from below": (13, "Conv", LOWER | TWICE, [KERNEL]),
+    "same, even": (13, "Conv", LOWER, [random("w", 3, 3, 2, 4)]),
+    "same, 1 x 1": (13, "Conv", UPPER | TWICE, [random("w", 3, 3, 1, 1)]),
+    "greatest, same": (13, "MaxPool", POOL | UPPER | TWICE, []),
+    "greatest, even": (13, "MaxPool", LOWER | {"kernel_shape": [2, 2]}, []),
+    "mean, same": (13, "AveragePool", POOL | UPPER | TWICE, []),
+    "mean, from below": (13, "AveragePool", POOL | LOWER | TWICE, []),
+    "mean, unequal": (13, "AveragePool", POOL | TWICE | {"pads": [0, 1, 1, 0]}, []),
+    "mean with padding": (13, "AveragePool", POOL | {"pads": [0, 0, 1, 2], "count_include_pad": 1}, []),
+    "transposed, same": (13, "ConvTranspose", UPPER | TWICE, [UP]),
+    "transposed, from below": (13, "ConvTranspose", LOWER | TWICE, [UP]),
+    "transposed, unequal": (13, "ConvTranspose", TWICE | {"pads": [0, 1, 1, 0]}, [UP]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
+@pytest.mark.parametrize("case", WITHOUT_CONVERTER)
+def test_operators_that_the_converter_does_not_have(tmp_path, case, free):
+    opset, kind, settings, weights = WITHOUT_CONVERTER[case]
+    path = tmp_path / "net.onnx"
+    node = helper.make_node(kind, ["x", *(getattr(one, "name", one) for one in weights)], ["y"], **settings)
+    shape = (2, 3, "h", "w") if free else (2, 3, 8, 12)
+    graph([node], path, [one for one in weights if one], opset=opset, shape=shape)
+    x = torch.randn(2, 3, 8, 12)
+    read = qx.from_onnx(path, x)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    others = [torch.randn(2, 3, 10, 12), torch.randn(2, 3, 14, 12)] if free else []
+    if free and kind not in ("SpaceToDepth", "RMSNormalization"):
+        others.append(torch.randn(2, 3, 7, 15))
+    for values in (x, *others):
+        (wanted,) = session.run(None, {"x": values.numpy()})
+        torch.testing.assert_close(read(values), torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
+    # as part of a network it is looked into
+    assert qx.cost(read, x).macs >= 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "weights", "said"),
+    [
+        ("Shrink", {"lambd": 0.5, "bias": 0.1}, [], "cannot read Shrink in node 'n'.*a bias of 0.1"),
+        ("Conv", UPPER | {"strides": [3, 3]}, [random("w", 3, 3, 2, 2)], "cannot read Conv in node 'n'"),
+        ("GroupNormalization", {"num_groups": 3}, ["x", "x"], "cannot read GroupNormalization in node 'n'"),
+        ("ConvTranspose", TWICE | {"output_shape": [16, 24]}, [UP], "not as ONNX Runtime reads it"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_named(tmp_path, kind, settings, weights, said):
+    path = tmp_path / "net.onnx"
+    node = helper.make_node(
+        kind, ["x", *(getattr(one, "name", one) for one in weights)], ["y"], name="n", **settings
+    )
+    held = [one for one in weights if not isinstance(one, str)]
+    graph([node], path, held, opset=21 if kind == "GroupNormalization" else 13, shape=(2, 3, "h", "w"))
+    with pytest.raises(ValueError, match=said):
+        qx.from_onnx(path, torch.randn(2, 3, 8, 12))
+
+
+def test_a_network_with_paddings_of_sizes_goes_the_whole_way(tmp_path):
+    path, faster = tmp_path / "net.onnx", tmp_path / "faster.onnx"
+    source = np.random.default_rng(0)
+    steps = [
+        ("Conv", UPPER | TWICE, (16, 3, 3, 3)), ("Conv", UPPER, (16, 16, 3, 3)), ("Gelu", {}, ()),
+        ("MaxPool", POOL | LOWER | TWICE, ()), ("Conv", UPPER, (16, 16, 3, 3)),
+        ("ConvTranspose", UPPER | TWICE, (16, 16, 3, 3)), ("AveragePool", POOL | UPPER | TWICE, ()),
+    ]  # fmt: skip
+    nodes, weights = [], []
+    for number, (kind, settings, shape) in enumerate(steps):
+        if shape:
+            weights.append(constant(f"w{number}", source.normal(size=shape) / np.prod(shape[1:]) ** 0.5))
+        inputs = [f"v{number}" if number else "x", *([f"w{number}"] if shape else [])]
+        output = "y" if number == len(steps) - 1 else f"v{number + 1}"
+        nodes.append(helper.make_node(kind, inputs, [output], name=f"node{number}", **settings))
+    graph(nodes, path, weights, opset=20, shape=("n", 3, "h", "w"))
+    x = torch.randn(2, 3, 32, 36)
+    made = qx.accelerate(qx.from_onnx(path, x), qx.SpatialBottleneck(), example_input=x).model
+    fast = qx.fuse(made, check=x)
+    with torch.no_grad():
+        for values in (x, torch.randn(1, 3, 33, 29)):
+            torch.testing.assert_close(fast(values), made(values), rtol=1e-4, atol=1e-4)
+    qx.export(made, faster, example_input=x, force=True, plugin=False)
+    (found,) = onnxruntime.InferenceSession(str(faster)).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), made(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{"antialias": 1}, {"axes": [2, 3]}])

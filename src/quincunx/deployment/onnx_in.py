@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from quincunx.deployment.onnx_operators import register
 from quincunx.deployment.onnx_rewrites import fix_sizes, in_opset_17
 from quincunx.deployment.verification import difference, drawn_like
 from quincunx.measure.engines import quiet
@@ -231,6 +232,7 @@ def _converter() -> tuple[Callable[[Any], fx.GraphModule], Callable[..., Any]]:
     from onnx2torch.converter import convert
     from onnx2torch.node_converters import get_converter
 
+    register()
     return convert, get_converter
 
 

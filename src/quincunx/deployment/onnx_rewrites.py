@@ -1,5 +1,5 @@
-"""What onnx2torch does not read, rewritten so that it does: newer opsets, sizes that are constants of the
-file."""
+"""What onnx2torch does not read, rewritten so that it does: newer opsets, paddings that follow from sizes,
+sizes that are constants of the file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from quincunx.deployment.onnx_operators import DOMAIN, READ, Padded
 
 __all__ = ["fix_sizes", "in_opset_17"]
 
@@ -16,7 +17,7 @@ _FIRST, _NEWEST = 11, 17
 # changed after opset 17 in the types that they take alone, or by attributes that may be left out
 _UNCHANGED = {
     *("Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Reshape", "Shape", "Squeeze"),
-    *("Unsqueeze", "Transpose", "Conv", "ConvTranspose", "MaxPool", "GlobalAveragePool", "GlobalMaxPool"),
+    *("Unsqueeze", "Transpose", "Conv", "ConvTranspose", "MaxPool", "GlobalAveragePool"),
     *("Dropout", "Elu", "HardSigmoid", "HardSwish", "InstanceNormalization", "Selu", "Softplus", "Softsign"),
     *("Round", "Sin", "Cos", "Tan", "Acos", "Asin", "Atan", "Det", "EyeLike", "ScatterND", "Clip", "Size"),
 }
@@ -41,11 +42,13 @@ def in_opset_17(proto: Any) -> tuple[Any, list[tuple[str, str, int]]]:
     made = optimizer.optimize(proto)
     _drop_allowzero(made)
     _bound_below(made)
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    _pad_explicitly(made)
+    _pad_all_axes(made, constants)
+    _read_here(made)
     declared = _declared(made)
     if declared is None or declared.version <= _NEWEST:
         return made, []
-    _without_functions(made)
-    constants = {tensor.name: tensor for tensor in made.graph.initializer}
     _name_sizes(made)
     refused = []
     for number, node in enumerate(made.graph.node):
@@ -81,35 +84,190 @@ def _bound_below(proto: Any) -> None:
         proto.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [lowest]))
 
 
-def _without_functions(proto: Any) -> None:
-    """Write out activations that became operators of their own after opset 17."""
+def _read_here(proto: Any) -> None:
+    """Operators that are read by modules of our own move to their domain."""
     import onnx
 
+    for node in proto.graph.node:
+        wrapped = node.op_type == "Pad" and _given(node).get("mode") == b"wrap"
+        if not node.domain and (node.op_type in READ or wrapped):
+            node.domain = DOMAIN
+    if any(node.domain == DOMAIN for node in proto.graph.node):
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def _shapes(proto: Any) -> dict[str, list[int]]:
+    """Sizes of values by name, 0 for one that the file leaves free."""
+    return {
+        value.name: [entry.dim_value for entry in value.type.tensor_type.shape.dim]
+        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _given(node: Any) -> dict[str, Any]:
+    """Attributes of a node by name."""
+    import onnx
+
+    return {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+
+
+def _give(node: Any, **attributes: Any) -> None:
+    """Set attributes of a node."""
+    import onnx
+
+    _leave_out(node, *attributes)
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
+
+
+def _pad_explicitly(proto: Any) -> None:
+    """Write paddings that follow from sizes as numbers, or as a node of its own where sizes are free."""
+    import onnx
+
+    shapes = _shapes(proto)
+    shapes |= {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
     made = []
     for node in proto.graph.node:
-        given = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
-        tanh = given.get("approximate", b"none") != b"none"
-        if node.domain or node.op_type not in ("Gelu", "Mish") or tanh:
-            made.append(node)
-            continue
-        x, y = node.input[0], node.output[0]
-        steps: tuple[tuple[str, list[str], str], ...] = (
-            ("Softplus", [x], "plus"), ("Tanh", [f"{y}.plus"], "bent"), ("Mul", [x, f"{y}.bent"], ""),
-        )  # fmt: skip
-        if node.op_type == "Gelu":
-            steps = (
-                ("Div", [x, f"{y}.root"], "scaled"), ("Erf", [f"{y}.scaled"], "erf"),
-                ("Add", [f"{y}.erf", f"{y}.one"], "sum"), ("Mul", [x, f"{y}.sum"], "whole"),
-                ("Mul", [f"{y}.whole", f"{y}.half"], ""),
-            )  # fmt: skip
-            for name, value in (("root", 2**0.5), ("one", 1.0), ("half", 0.5)):
-                number = onnx.helper.make_tensor(f"{y}.{name}", onnx.TensorProto.FLOAT, [], [value])
-                proto.graph.initializer.append(number)
-        for number, (kind, inputs, name) in enumerate(steps):
-            out = f"{y}.{name}" if name else y
-            made.append(onnx.helper.make_node(kind, inputs, [out], f"{node.name or y}.{number}"))
+        before, after = [], []
+        known = [shapes.get(name, []) for name in node.input]
+        if node.domain or not known or len(known[0]) < 3:
+            pass
+        elif node.op_type in ("Conv", "MaxPool", "AveragePool"):
+            before = _pad_windows(node, known, shapes)
+        elif node.op_type == "ConvTranspose":
+            after = _cut_windows(node, known)
+        for extra in after[1:]:
+            proto.graph.initializer.append(extra)
+        made += [*before, node, *after[:1]]
+        for extra in before:
+            free = [None] * len(known[0])
+            proto.graph.value_info.append(
+                onnx.helper.make_tensor_value_info(extra.output[0], onnx.TensorProto.FLOAT, free)
+            )
     del proto.graph.node[:]
     proto.graph.node.extend(made)
+
+
+def _windows(node: Any, known: Sequence[list[int]]) -> tuple[list[int], list[int], bytes]:
+    """How far windows reach, their strides, and how they are padded."""
+    given, axes = _given(node), len(known[0]) - 2
+    kernel = given.get("kernel_shape") or known[1][2:]
+    dilations = given.get("dilations") or [1] * axes
+    reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+    return reach, list(given.get("strides") or [1] * axes), given.get("auto_pad", b"NOTSET")
+
+
+def _shared(lacking: Sequence[int], lower: bool) -> list[int]:
+    """Paddings of all axes' beginnings, then of their ends."""
+    less = [total // 2 for total in lacking]
+    more = [total - total // 2 for total in lacking]
+    return [*more, *less] if lower else [*less, *more]
+
+
+def _pad_windows(node: Any, known: Sequence[list[int]], shapes: dict[str, list[int]]) -> list[Any]:
+    """Return nodes to stand before one."""
+    import onnx
+
+    reach, stride, auto = _windows(node, known)
+    mean = node.op_type == "AveragePool"
+    if auto in (b"SAME_UPPER", b"SAME_LOWER"):
+        lower, free = auto == b"SAME_LOWER", False
+        lacking = []
+        for length, over, step in zip(known[0][2:], reach, stride, strict=True):
+            free |= not length and step > 1 < over
+            lacking.append(max(over - 1 - (length - 1) % step, 0))
+        if not free:
+            _leave_out(node, "auto_pad")
+            _give(node, pads=_shared(lacking, lower))
+        elif any(over < step for over, step in zip(reach, stride, strict=True) if over > 1):
+            # positions that no window covers; the converter names the node
+            return []
+        elif mean:
+            node.domain = DOMAIN
+            return []
+        else:
+            padded = f"{node.output[0]}.padded"
+            value = float("-inf") if node.op_type == "MaxPool" else 0.0
+            before = onnx.helper.make_node(
+                "SamePad", [node.input[0]], [padded], f"{node.name or node.output[0]}.pad", domain=DOMAIN,
+                reach=reach, stride=stride, lower=int(lower), value=value,
+            )  # fmt: skip
+            node.input[0] = padded
+            _give(node, auto_pad="VALID")
+            return [before]
+    pads = list(_given(node).get("pads") or [])
+    if mean and pads[: len(reach)] != pads[len(reach) :]:
+        node.domain = DOMAIN
+    return []
+
+
+def _cut_windows(node: Any, known: Sequence[list[int]]) -> list[Any]:
+    """Make the paddings of a transposed convolution equal; return the node that cuts off the rest, and its
+    constants."""
+    import onnx
+
+    reach, stride, auto = _windows(node, known)
+    given, axes = _given(node), len(reach)
+    added = list(given.get("output_padding") or [0] * axes)
+    pads = list(given.get("pads") or [0] * 2 * axes)
+    if "output_shape" in given or auto in (b"SAME_UPPER", b"SAME_LOWER"):
+        lengths = known[0][2:]
+        wanted = list(given.get("output_shape") or [])[-axes:]
+        if wanted and not all(lengths):
+            return []
+        sizes = wanted or [0] * axes
+        lacking = [
+            step * (length - 1) + more + over - size if wanted else over + more - step
+            for length, over, step, more, size in zip(lengths, reach, stride, added, sizes, strict=True)
+        ]
+        added = [more + max(-total, 0) for more, total in zip(added, lacking, strict=True)]
+        pads = _shared([max(total, 0) for total in lacking], auto != b"SAME_UPPER")
+        _leave_out(node, "auto_pad", "output_shape")
+        _give(node, output_padding=added)
+    elif pads[:axes] == pads[axes:]:
+        return []
+    least = [min(pair) for pair in zip(pads[:axes], pads[axes:], strict=True)]
+    _give(node, pads=[*least, *least])
+    starts = [pad - size for pad, size in zip(pads[:axes], least, strict=True)]
+    ends = [size - pad for pad, size in zip(pads[axes:], least, strict=True)]
+    if not any(starts) and not any(ends):
+        return []
+    whole, cut = f"{node.output[0]}.whole", node.output[0]
+    node.output[0] = whole
+    numbers = {
+        "starts": starts,
+        "ends": [end or 2**31 - 1 for end in ends],
+        "axes": list(range(2, axes + 2)),
+    }
+    constants = [
+        onnx.helper.make_tensor(f"{cut}.{name}", onnx.TensorProto.INT64, [axes], values)
+        for name, values in numbers.items()
+    ]
+    names = [whole, *(tensor.name for tensor in constants)]
+    return [onnx.helper.make_node("Slice", names, [cut], f"{node.name or cut}.cut"), *constants]
+
+
+def _pad_all_axes(proto: Any, constants: dict[str, Any]) -> None:
+    """Pads of some axes become pads of all."""
+    import onnx
+
+    shapes = _shapes(proto)
+    for node in proto.graph.node:
+        if node.domain or node.op_type != "Pad" or len(node.input) < 4:
+            continue
+        rank = len(shapes.get(node.input[0], []))
+        given = [constants.get(node.input[place]) for place in (1, 3)]
+        if not rank or any(tensor is None for tensor in given):
+            continue
+        pads, axes = (onnx.numpy_helper.to_array(tensor).tolist() for tensor in given)
+        every = [0] * 2 * rank
+        for place, axis in enumerate(axes):
+            every[axis % rank], every[axis % rank + rank] = pads[place], pads[place + len(axes)]
+        name = f"{node.output[0]}.pads"
+        constants[name] = onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [2 * rank], every)
+        proto.graph.initializer.append(constants[name])
+        node.input[1] = name
+        del node.input[2 if not node.input[2] else 3 :]
 
 
 def _leave_out(node: Any, *names: str) -> None:
@@ -134,12 +292,9 @@ def _name_sizes(proto: Any) -> None:
     """Splits into a number of pieces, where the file says how long their axis is, get the pieces' sizes."""
     import onnx
 
-    shapes = {
-        value.name: [entry.dim_value for entry in value.type.tensor_type.shape.dim]
-        for value in (*proto.graph.input, *proto.graph.value_info)
-    }
+    shapes = _shapes(proto)
     for node in proto.graph.node:
-        given = {entry.name: entry.i for entry in node.attribute}
+        given = _given(node)
         if node.op_type != "Split" or "num_outputs" not in given:
             continue
         shape, axis, number = shapes.get(node.input[0], []), given.get("axis", 0), given["num_outputs"]
@@ -185,9 +340,8 @@ def _made_older(node: Any, constants: dict[str, Any]) -> bool:
 
 def _resize_made_older(node: Any) -> bool:
     """Leave out settings that opset 18 added, where they change nothing."""
-    import onnx
 
-    given = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+    given = _given(node)
     usual = {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"}
     if any(given.get(name, value) != value for name, value in usual.items()) or "axes" in given:
         return False
@@ -209,20 +363,6 @@ class _Reshaped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape([x.shape[place] if size == 0 else size for place, size in enumerate(self.sizes)])
-
-
-class _Padded(nn.Module):
-    def __init__(self, mode: str, sides: Sequence[int], value: float) -> None:
-        super().__init__()
-        half = len(sides) // 2
-        pairs = zip(reversed(sides[:half]), reversed(sides[half:]), strict=True)
-        self.sides = [side for pair in pairs for side in pair]
-        while len(self.sides) > 2 and self.sides[-2:] == [0, 0]:
-            del self.sides[-2:]
-        self.mode, self.value = mode, value
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.sides, self.mode, self.value if self.mode == "constant" else None)
 
 
 class _Pieces(nn.Module):
@@ -287,7 +427,7 @@ def _with_constants(module: nn.Module, constants: Sequence[Tensor | None]) -> nn
     if kind == "OnnxReshape" and len(values) == 1:
         return _Reshaped(values[0])
     if kind == "OnnxPadDynamic" and all(isinstance(side, int) for side in values[0]):
-        return _Padded(str(module.mode), values[0], values[1][0] if len(values) > 1 else 0.0)
+        return Padded(str(module.mode), values[0], values[1][0] if len(values) > 1 else 0.0)
     if kind == "OnnxSplit13" and len(values) == 1:
         return _Pieces(values[0], int(str(module.axis)))
     if kind == "OnnxSlice":
