@@ -381,3 +381,44 @@ def test_layers_in_containers_that_nobody_calls_count_once():
     assert min(macs.values()) >= 0
     assert sum(macs.values()) == found.macs
     assert not macs.keys() & {"layers", "heads", "inner"}
+
+
+def test_layers_that_several_modules_hold_count_where_they_run_and_failures_leave_nothing_open():
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+
+    class Part(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.own, self.shared = nn.Conv2d(8, 8, own), shared
+
+        def forward(self, x):
+            return self.shared(x)[..., :1] @ x.new_ones(1, 5) + self.own(x).sum()
+
+    class Refuses(nn.Module):
+        def forward(self, x):
+            shared(x)
+            raise NotImplementedError
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.refuses = Part(1), Part(3), Refuses()
+
+        def forward(self, x):
+            try:
+                self.refuses(x)
+            except NotImplementedError:
+                x = self.first(x)
+            return self.second(x) + torch.fft.fft2(x).real
+
+    found = qx.cost(Net().eval(), torch.randn(1, 8, 6, 5))
+    rows = {row.name: row.macs for row in found.rows}
+    assert rows == {
+        "first": 8 * 6 * 5,
+        "first.own": 30 * 8 * 8,
+        "first.shared": 3 * 30 * 8 * 8 * 9,
+        "second": 8 * 6 * 5,
+        "second.own": 12 * 8 * 8 * 9,
+    }
+    assert sum(rows.values()) == found.macs
+    assert [said.partition("::")[0] for said in found.uncounted] == ["(network) (Net): aten"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,12 +116,56 @@ _MULTIPLY = re.compile(
 _KNOWN = {"prim", "prims", "quincunx", "profiler", "c10d", "_c10d_functional", "inductor", "debugprims"}
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Records the operators that a counter has no formula for."""
+class _Shares:
+    """Divides what a counter counts among modules: each gets what runs in it and in no module within it.
 
-    def __init__(self, counter: Any) -> None:
+    Modules that several others hold are called from anywhere, so what is within what is seen in the calls.
+
+    Attributes:
+        alone: what each module counts, by name.
+    """
+
+    def __init__(self, total: Callable[[], int]) -> None:
+        self.total = total
+        self.alone: dict[str, int] = {}
+        self._calls: list[tuple[str, int]] = []
+        self._within = [0]
+
+    @property
+    def running(self) -> str:
+        """The innermost module that runs; "" for the network itself."""
+        return self._calls[-1][0] if self._calls else ""
+
+    def watch(self, name: str, module: nn.Module) -> list[Any]:
+        """Count a module's calls; returns the handles of its hooks."""
+
+        def begin(*_: Any) -> None:
+            self._calls.append((name, self.total()))
+            self._within.append(0)
+
+        def end(*_: Any) -> None:
+            before, within = self._calls.pop()[1], self._within.pop()
+            whole = self.total() - before
+            self.alone[name] = self.alone.get(name, 0) + whole - within
+            self._within[-1] += whole
+
+        return [
+            module.register_forward_pre_hook(begin, prepend=True),
+            module.register_forward_hook(end, always_call=True),
+        ]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Records the operators that a counter has no formula for, by the module that runs them.
+
+    Args:
+        formulas: of the counter.
+        shares: whose running modules are asked.
+    """
+
+    def __init__(self, formulas: Any, shares: _Shares) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.counter = counter
+        self.formulas, self.shares = formulas, shares
         self.found: dict[tuple[str, str], None] = {}
 
     def __torch_dispatch__(
@@ -132,11 +176,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         multiplies = bool(_MULTIPLY.search(name)) if namespace == "aten" else namespace not in _KNOWN
         if (
             multiplies
-            and getattr(func, "_overloadpacket", func) not in self.counter.flop_registry
+            and getattr(func, "_overloadpacket", func) not in self.formulas
             and any(isinstance(value, Tensor) for value in tree_iter((args, kwargs)))
         ):
-            inner = max(self.counter.mod_tracker.parents, key=lambda path: (path != "Global", len(path)))
-            self.found[inner, f"{namespace}::{name}"] = None
+            self.found[self.shares.running, f"{namespace}::{name}"] = None
         return func(*args, **(kwargs or {}))
 
 
@@ -178,11 +221,12 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
     if not isinstance(example_input, (Tensor, tuple)):
         raise TypeError(f"example_input: expected a tensor or a tuple, got {type(example_input).__name__}")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    counted: dict[str, int] = {}
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where that is installed
 
     shapes: dict[str, tuple[int, ...]] = {}
     names = dict(model.named_modules())
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    shares = _Shares(counter.get_total_flops)
     with ExitStack() as stack:
         for name, module in names.items():
 
@@ -190,34 +234,19 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
                 shapes[name] = tuple(output.shape) if isinstance(output, Tensor) else ()
 
             stack.callback(module.register_forward_hook(remember).remove)
+            for handle in shares.watch(name, module):
+                stack.callback(handle.remove)
         stack.enter_context(inference_mode_of(model))
         # the counter does not know the CPU's fused attention, nor modules that torch runs in one call
         stack.enter_context(_in_parts())
-        counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-        watch = stack.enter_context(_Watch(counter))
+        watch = stack.enter_context(_Watch(counter.flop_registry, shares))
         stack.enter_context(counter)
         model(*arguments)
     total = counter.get_total_flops() // 2
-    prefix = type(model).__name__
-    for path, by_op in counter.get_flop_counts().items():
-        macs = sum(int(flops) for flops in by_op.values()) // 2
-        if path == prefix:
-            counted[""] = macs
-        elif path.startswith(prefix + "."):
-            counted[path[len(prefix) + 1 :]] = macs
-    # what each counts without those within it; one that was not called itself counts with what holds it
-    alone = dict(counted)
-    for path in filter(None, counted):
-        above = path
-        while above:
-            above = above.rpartition(".")[0]
-            if above in counted:
-                alone[above] -= counted[path]
-                break
     rows: list[Row] = []
     seen: set[int] = set()
     for name, module in names.items():
-        own = alone.get(name, 0)
+        own = shares.alone.get(name, 0) // 2
         params = 0
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
@@ -226,8 +255,6 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
         if own or params:
             rows.append(Row(name or "(network)", type(module).__name__, own, params, shapes.get(name, ())))
     uncounted = []
-    for path, operator in watch.found:
-        name = path[len(prefix) + 1 :] if path.startswith(prefix + ".") else ""
-        kind = type(names[name]).__name__ if name in names else prefix
-        uncounted.append(f"{name or '(network)'} ({kind}): {operator}")
+    for name, operator in watch.found:
+        uncounted.append(f"{name or '(network)'} ({type(names[name]).__name__}): {operator}")
     return Cost(total, sum(p.numel() for p in model.parameters()), tuple(rows), tuple(uncounted))
