@@ -485,6 +485,7 @@ REFUSED = {
     "strided": (conv(stride=2, padding=1), {}, "strided: it changes the resolution, where"),
     "size": (conv(padding=0), {}, "its result has another size than its input"),
     "even": (conv(size=4, padding=1), {}, "its result has another size than its input"),
+    "same": (conv(size=4, padding="same"), {}, "an even kernel with padding='same': it has no middle"),
     "padding": (conv(padding=1, padding_mode="reflect"), {"down": "avgpool"}, "padding_mode='reflect'"),
     "depthwise": (conv(groups=4), {}, "depthwise: a bottleneck of one channel saves nothing"),
     "period": (
@@ -501,6 +502,8 @@ REFUSED = {
 }
 
 
+# torch says once how it pads unequal sides
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case):
     layer, settings, reason = REFUSED[case]

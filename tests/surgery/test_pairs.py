@@ -359,6 +359,24 @@ def test_bad_names(error, match, where):
         qx.accelerate(model, EXACT, where=where, example_input=torch.randn(1, 4, 6, 6))
 
 
+@pytest.mark.parametrize(
+    "method", [qx.SpatialBottleneck(data=False), qx.LowRank(rank=2), qx.Perforate()], ids=lambda m: m.name
+)
+def test_names_of_what_is_no_layer(method):
+    model = nn.Sequential(nn.Sequential(conv(), nn.BatchNorm2d(4)), nn.ReLU(), conv()).eval()
+    x = torch.randn(1, 4, 6, 6)
+    said = r"where: '0' is a Sequential, which holds layers; name those, or give .*startswith\('0\.'\)"
+    for where in (["0"], "0", [("0", "2")]):
+        with pytest.raises(ValueError, match=said):
+            qx.accelerate(model, method, where=where, example_input=x)
+    with pytest.raises(ValueError, match="where: '' is a Sequential, which holds layers"):
+        qx.accelerate(model, method, where=[""], example_input=x)
+    found = qx.accelerate(model, method, where=iter(["0.1", "0.0"]), example_input=x)
+    assert list(found.replaced) == ["0.0"]
+    assert found.skipped["0.1"].startswith("a BatchNorm2d: only Conv2d")
+    assert found.skipped["2"] == "left out by where"
+
+
 # ---------------------------------------------------------------- life of a pair
 
 

@@ -19,16 +19,17 @@ Order = dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]
 
 
 def chosen(
-    network: nn.Module, where: Where | None
-) -> tuple[Callable[[str, nn.Module], bool] | None, dict[str, str] | None]:
-    """Return ``where`` as a function, and the pairs that it names, if any.
+    network: nn.Module, where: Where | None, targets: tuple[type[nn.Module], ...]
+) -> tuple[Callable[[str, nn.Module], bool] | None, dict[str, str] | None, dict[str, str]]:
+    """Return ``where`` as a function, the pairs that it names, if any, and what it names in vain.
 
     Raises:
         TypeError: neither a function nor names and pairs of names.
-        ValueError: a name that the network does not have, or a layer in two pairs.
+        ValueError: a name that the network does not have, or of a module that holds layers, or a layer in
+            two pairs.
     """
     if where is None or callable(where):
-        return where, None
+        return where, None, {}
     names: set[str] = set()
     pairs: dict[str, str] = {}
     if not isinstance(where, Iterable):
@@ -45,7 +46,19 @@ def chosen(
     known = dict(network.named_modules(remove_duplicate=False))
     if unknown := sorted(names - set(known)):
         raise ValueError(f"where: the network has no layer {unknown[0]!r}")
-    return (lambda name, _: name in names), pairs or None
+    vain = {}
+    for name in sorted(names):
+        kind = type(known[name]).__name__
+        if isinstance(known[name], targets):
+            continue
+        if any(True for _ in known[name].children()):
+            within = f"{name}." if name else ""
+            raise ValueError(
+                f"where: {name!r} is a {kind}, which holds layers; name those, or give "
+                f"lambda name, _: name.startswith({within!r})"
+            )
+        vain[name] = f"a {kind}: only {' and '.join(target.__name__ for target in targets)} can be replaced"
+    return (lambda name, _: name in names), pairs or None, vain
 
 
 def pairs_of(

@@ -174,8 +174,9 @@ def _prepared(
     # run a copy of the original too, since a forward may store values in its network
     original = copied(model).eval()
     data = None if calibration is None else Calibration(calibration, original)
-    may, named = chosen(network, where)
+    may, named, vain = chosen(network, where, method.targets)
     found, skipped = eligible(network, method.targets, may)
+    skipped |= vain
     order = run_order(original, example_input, data)
     layers = in_order(found, order, skipped)
     context = Context(original, network, data)
