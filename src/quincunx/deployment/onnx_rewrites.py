@@ -130,10 +130,12 @@ def _pad_explicitly(proto: Any) -> None:
     for node in proto.graph.node:
         before, after = [], []
         known = [shapes.get(name, []) for name in node.input]
-        if node.domain or not known or len(known[0]) < 3:
+        sizes = "kernel_shape" in _given(node) or (len(known) > 1 and len(known[1]) > 2)
+        if node.domain or not known or len(known[0]) < 3 or not sizes:
+            # what is missing is told where the node is read
             pass
         elif node.op_type in ("Conv", "MaxPool", "AveragePool"):
-            before = _pad_windows(node, known, shapes)
+            before = _pad_windows(node, known)
         elif node.op_type == "ConvTranspose":
             after = _cut_windows(node, known)
         for extra in after[1:]:
@@ -164,8 +166,8 @@ def _shared(lacking: Sequence[int], lower: bool) -> list[int]:
     return [*more, *less] if lower else [*less, *more]
 
 
-def _pad_windows(node: Any, known: Sequence[list[int]], shapes: dict[str, list[int]]) -> list[Any]:
-    """Return nodes to stand before one."""
+def _pad_windows(node: Any, known: Sequence[list[int]]) -> list[Any]:
+    """Write a node's paddings as numbers; return what pads in its place where sizes are free."""
     import onnx
 
     reach, stride, auto = _windows(node, known)

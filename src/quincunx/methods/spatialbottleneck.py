@@ -178,9 +178,7 @@ class SpatialBottleneck:
             return "strided: it changes the resolution, where the paper keeps the convolution"
         if set(conv.stride) == {1} and max(conv.kernel_size) > 1 and not keeps_grid(conv):
             if conv.padding == "same":
-                return (
-                    "an even kernel with padding='same': it has no middle; halves would shift the map"
-                )
+                return "an even kernel with padding='same': it has no middle; halves would shift the map"
             return "its result has another size than its input"
         if layer.output_shape is not None:
             try:
