@@ -188,6 +188,51 @@ def test_an_onnx_file_of_free_sizes_takes_that_of_the_option(tmp_path):
     assert document(*given, "--input", "1x1x32x32")["images"] == 360
 
 
+class ChannelsLast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 3, padding=1))
+
+    def forward(self, image):
+        return self.layers(image.permute(0, 3, 1, 2)).mean((2, 3))
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
+def test_a_file_of_images_with_channels_last_is_given_them_so(tmp_path, monkeypatch, free):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {0: torch.export.Dim("n")}
+    if free:
+        sizes |= {1: torch.export.Dim("h", min=4), 2: torch.export.Dim("w", min=4)}
+    with quiet():
+        torch.onnx.export(
+            ChannelsLast().eval(),
+            (torch.zeros(2, 32, 32, 1),),
+            "net.onnx",
+            dynamo=True,
+            dynamic_shapes=(sizes,),
+            input_names=["image"],
+        )
+    # either order says the same
+    shapes = [("--input", text) for text in ("1x32x32x1", "1x1x32x32")] + ([()] if not free else [])
+    data = ("--data", "digits")
+    losses = [document("evaluate", "net.onnx", *data, *shape)["loss"] for shape in shapes]
+    assert len(set(losses)) == 1
+    shape = shapes[0] if free else ()
+    made = call(
+        *("accelerate", "net.onnx", *data, "--method", "spatialbottleneck", "--keep-slower", *shape),
+        *("--calibration", 60, "--rounds", 3),
+    )
+    assert made.exit_code == 0, made.stderr
+    assert 'factory=lambda: qx.from_onnx("net.onnx", nchw=True))' in made.stdout
+    given = ("export", "--model", "net.onnx", "--weights", "fast", "--force", "--rounds", 3)
+    last = call(*given, "--out", "fast.onnx", "--input", "1x32x32x1")
+    assert last.exit_code == 0, last.stderr
+    [image] = onnx.load("fast.onnx").graph.input
+    assert image.name == "image"
+    assert [entry.dim_value for entry in image.type.tensor_type.shape.dim][1:] == [32, 32, 1]
+
+
 def test_an_accelerated_file_of_free_sizes_is_exported_as_it_is_advised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from quincunx.deployment import onnx_in
 from quincunx.deployment.onnx_in import OnnxNetwork
 from quincunx.layers.tracing import trace
 from quincunx.measure.engines import quiet
+from quincunx.networks.spec import lines_to_load
 
 
 def write(model, path, x, opset=18, free=True, names=("image", "scores")):
@@ -480,3 +481,81 @@ def test_a_clip_of_other_floats_is_left_as_it_is(tmp_path):
     graph(nodes, path, [constant("c", 0.5, np.float16)])
     with pytest.raises(ValueError, match="cannot read Clip in node 'clip'"):
         qx.from_onnx(path)
+
+
+@pytest.fixture
+def channels_last(tmp_path):
+    """A file as TensorFlow's have it: maps [N, H, W, C] in and out, and a vector beside them."""
+    source = np.random.default_rng(0)
+    weights = [constant(name, source.normal(size=(8, wide, 3, 3)) / 6) for name, wide in (("u", 3), ("v", 8))]
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["t", "u"], ["a"], name="a", **UPPER),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "v"], ["c"], name="c", **UPPER),
+        helper.make_node("Transpose", ["c"], ["maps"], perm=[0, 2, 3, 1]),
+        helper.make_node("ReduceMean", ["c"], ["means"], axes=[2, 3], keepdims=0),
+    ]
+    values = [("image", ["n", 20, 16, 3]), ("maps", ["n", 20, 16, 8]), ("means", ["n", 8])]
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name, sizes in values]
+    net = helper.make_graph(nodes, "net", made[:1], made[1:], weights)
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(net, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
+    return path
+
+
+def test_a_file_of_maps_with_channels_last_goes_in_and_out(channels_last, tmp_path):
+    x = torch.randn(2, 3, 20, 16)
+    in_file = x.permute(0, 2, 3, 1).contiguous()
+    session = onnxruntime.InferenceSession(str(channels_last))
+    maps, means = map(torch.from_numpy, session.run(None, {"image": in_file.numpy()}))
+    as_it_is, turned = qx.from_onnx(channels_last), qx.from_onnx(channels_last, nchw=True)
+    assert as_it_is.onnx_size == (20, 16, 3)
+    assert turned.onnx_size == (3, 20, 16)
+    for network, given, wanted in ((as_it_is, in_file, maps), (turned, x, maps.permute(0, 3, 1, 2))):
+        found = network(given)
+        torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], means, rtol=1e-4, atol=1e-5)
+    # it is looked into, accelerated, saved and loaded as others are
+    made = qx.accelerate(turned, qx.SpatialBottleneck(), example_input=x)
+    assert list(made.replaced) == ["network.a", "network.c"]
+    fast = qx.fuse(made.model, check=x)
+    with torch.no_grad():
+        expected = made.model(x)
+        torch.testing.assert_close(fast(x)[0], expected[0], rtol=1e-4, atol=1e-5)
+    saved = qx.save(made.model, tmp_path / "model")
+    loaded = qx.load(saved, factory=lambda: qx.from_onnx(channels_last, nchw=True))
+    with torch.no_grad():
+        assert torch.equal(loaded(x)[0], expected[0])
+    assert lines_to_load(made.model.quincunx_spec, "model") == [
+        'qx.load("model", factory=lambda: qx.from_onnx("net.onnx", nchw=True))'
+    ]
+    # and written in the layout of the file
+    for plugin in (False, True):
+        path = tmp_path / f"fast{plugin}.onnx"
+        exported = qx.export(made.model, path, x, plugin=plugin, baseline=turned, force=True, rounds=3)
+        assert (exported.inputs, exported.outputs) == (("image",), ("maps", "means"))
+        shapes = [entry.dim_value for entry in onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim]
+        assert shapes[1:] == [20, 16, 3]
+    (found, _) = onnxruntime.InferenceSession(str(tmp_path / "fastFalse.onnx")).run(
+        None, {"image": in_file.numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(found), expected[0].permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    # neither network was changed by that
+    assert torch.equal(made.model(x)[0], expected[0])
+    assert turned(x)[0].shape == (2, 8, 20, 16)
+
+
+def test_other_files_have_no_layout_to_turn(tmp_path, channels_last):
+    path = tmp_path / "flat.onnx"
+    graph([helper.make_node("Relu", ["x"], ["y"])], path, shape=("n", 3))
+    with pytest.raises(ValueError, match=r"nchw=True: the inputs of .*flat.onnx are not one of four axes"):
+        qx.from_onnx(path, nchw=True)
+    with pytest.raises(ValueError, match=r"example_input: expected a tensor \[N, C, H, W\]"):
+        qx.from_onnx(channels_last, torch.randn(3, 20, 16), nchw=True)
+    assert onnx_in.has_channels_last(channels_last)
+    assert not onnx_in.has_channels_last(path)
+    assert not onnx_in.has_channels_last(tmp_path / "nothing.onnx")
+    grey = tmp_path / "grey.onnx"
+    graph([helper.make_node("Relu", ["x"], ["y"])], grey, shape=("n", 1, "h", 3))
+    assert not onnx_in.has_channels_last(grey)

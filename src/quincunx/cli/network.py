@@ -21,6 +21,7 @@ from quincunx.cli.options import (
 )
 from quincunx.cli.task import error_words, imported
 from quincunx.data import ImageData
+from quincunx.deployment.onnx_in import has_channels_last, is_channels_last
 from quincunx.measure.tasks import Task, classification
 from quincunx.modules import inference_mode_of
 from quincunx.networks.artifact import check_state
@@ -158,6 +159,10 @@ def load_trained(
     taken = None if shape is None else parse_input(shape)
     if model is None and str(network).endswith(".onnx"):
         model = network
+    last = model is not None and _is_onnx(model) and has_channels_last(model)
+    if taken is not None and last and is_channels_last(taken):
+        # as the file has it; images are [N, C, H, W] everywhere here
+        taken = (taken[0], taken[3], *taken[1:3])
     if model is not None:
         found = build_own_network(model, weights, seed, taken)
     elif weights is not None:
@@ -264,13 +269,14 @@ def _is_onnx(text: str) -> bool:
 
 
 def _read_onnx(text: str, shape: tuple[int, ...] | None) -> nn.Module:
+    nchw = has_channels_last(text)
     try:
-        return qx.from_onnx(text)
+        return qx.from_onnx(text, nchw=nchw)
     except ValueError:
         # the shape says what the file leaves free; one that fixes its sizes is compared at those
         if shape is None:
             raise
-        return qx.from_onnx(text, torch.randn(shape))
+        return qx.from_onnx(text, torch.randn(shape), nchw=nchw)
 
 
 def _maker(text: str, shape: tuple[int, ...] | None = None) -> Callable[[], nn.Module]:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from quincunx.deployment.baseline import dense_twin, describe_layers
 from quincunx.deployment.formats import Format, format_for
 from quincunx.deployment.lowering import Node, OnnxNode, TorchNode, decoded, lower
+from quincunx.deployment.onnx_in import as_in_file
 from quincunx.deployment.usage import lines_to_use
 from quincunx.deployment.verification import Candidate, Found, difference, drawn_like, run_apart
 from quincunx.deployment.writers import WRITERS, Traced, Write, check_names, onnx_writer, trace_for_export
@@ -218,6 +219,10 @@ def export(
     limit = tolerance if tolerance is not None else 1e-4 if dtype in (None, torch.float32) else 0.05
     workers = torch.get_num_threads() if threads is None else threads
     own = copied(model, share=True).eval().requires_grad_(False)
+    twin = baseline if baseline is not None else dense_twin(own)
+    dense = copied(twin, share=True) if twin is not None else own
+    # what was read with nchw=True is written in its file's layout again
+    examples = as_in_file(examples, own, dense)
     answer = _answer(own, examples)
     inputs, results = _names(own, examples, answer, input_names, output_names)
     engines = decoded(own)
@@ -228,9 +233,7 @@ def export(
     )
     used = fused.meta["dtype"]["used"] if dtype is not None else "float32"
     node = _NODES[kind.name] if plugin else None
-    twin = baseline if baseline is not None else dense_twin(own)
     compared = rounds > 0 and (twin is not None or plugin)
-    dense = twin if twin is not None else own
     facts = {
         "quincunx": environment()["quincunx"],
         "format": kind.name,

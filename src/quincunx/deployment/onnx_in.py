@@ -20,7 +20,7 @@ from quincunx.deployment.onnx_rewrites import fix_sizes, in_opset_17
 from quincunx.deployment.verification import difference, drawn_like
 from quincunx.measure.engines import quiet
 
-__all__ = ["OnnxNetwork", "from_onnx"]
+__all__ = ["OnnxNetwork", "as_in_file", "from_onnx", "has_channels_last", "is_channels_last"]
 
 # of the converter's operators, those that need torchvision's own kernels
 _VISION = {"NonMaxSuppression", "RoiAlign"}
@@ -35,10 +35,13 @@ class OnnxNetwork(nn.Module):
         onnx_names: names of the file's inputs and outputs, which :func:`quincunx.export` keeps.
         onnx_size: sizes of its input after the batch, such as (3, 224, 224), if the file fixes all of them;
             None too for several inputs.
+        onnx_maps: for a network that takes [N, C, H, W] where the file has [N, H, W, C], which outputs are
+            maps, and likewise [N, C, H, W]; None for one that takes and gives what the file does.
     """
 
     network: fx.GraphModule
     onnx_size: tuple[int, ...] | None = None
+    onnx_maps: tuple[bool, ...] | None = None
 
     def __init__(self, network: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
@@ -46,7 +49,14 @@ class OnnxNetwork(nn.Module):
         self.onnx_names = {"inputs": list(inputs), "outputs": list(outputs)}
 
     def forward(self, x: Tensor) -> Any:
-        return self.network(x)
+        if self.onnx_maps is None:
+            return self.network(x)
+        found = self.network(x.permute(0, 2, 3, 1))
+        values = list(found) if isinstance(found, (tuple, list)) else [found]
+        values = [
+            y.permute(0, 3, 1, 2) if is_map else y for y, is_map in zip(values, self.onnx_maps, strict=True)
+        ]
+        return values if isinstance(found, (tuple, list)) else values[0]
 
 
 # tracers need each argument by name
@@ -63,7 +73,9 @@ class _Three(OnnxNetwork):
 _KINDS = {1: OnnxNetwork, 2: _Two, 3: _Three}
 
 
-def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | None = None) -> nn.Module:
+def from_onnx(
+    path: str | Path, example_input: Tensor | tuple[Tensor, ...] | None = None, *, nchw: bool = False
+) -> nn.Module:
     """Return the network of an ONNX file, compared with ONNX Runtime on several inputs.
 
     It is read by onnx2torch (``pip install 'quincunx[onnx]'`` and ``pip install --no-deps onnx2torch``);
@@ -76,6 +88,9 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
         example_input: inputs for the comparison; needed if the file leaves sizes other than the batch free.
             It is also compared on random values drawn from the example's, in another batch and at other
             sizes where these are free and ONNX Runtime takes them.
+        nchw: for a file whose input is [N, H, W, C], as those from TensorFlow are: the network takes, and
+            ``example_input`` is, [N, C, H, W], and outputs of four axes are [N, C, H, W] too.
+            :func:`quincunx.export` writes what is made of it in the file's layout again.
 
     Returns:
         A module in evaluation mode that maps float32 tensors in the order of the file's inputs to what the
@@ -84,9 +99,10 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
 
     Raises:
         FileNotFoundError: no such file, or a file of weights is missing.
-        ValueError: not an ONNX model, or one of more than three inputs; an operator that cannot be read (node
-            and operator are named); free sizes without ``example_input``; an answer other than ONNX Runtime's
-            by more than 1e-4 of the output's largest value; a package that is not installed.
+        ValueError: not an ONNX model, or one of more than three inputs; with ``nchw``, one whose input is not
+            of four axes; an operator that cannot be read (node and operator are named); free sizes without
+            ``example_input``; an answer other than ONNX Runtime's by more than 1e-4 of the output's largest
+            value; a package that is not installed.
 
     Example:
         >>> from_onnx("missing.onnx")
@@ -111,16 +127,22 @@ def from_onnx(path: str | Path, example_input: Tensor | tuple[Tensor, ...] | Non
     outputs = [value.name for value in proto.graph.output]
     if len(inputs) not in _KINDS:
         raise ValueError(f"{path}: has {len(inputs)} inputs; 1 to {max(_KINDS)} can be read")
+    if nchw:
+        example_input = _channels_last(path, inputs, example_input)
     examples = _examples(path, inputs, example_input)
     graph = _convert(path, proto)
     model = _KINDS[len(inputs)](graph, [value.name for value in inputs], outputs).eval().requires_grad_(False)
-    _compare(path, model, _sets(inputs, examples))
+    answers = _compare(path, model, _sets(inputs, examples))
     sizes = tuple(entry.dim_value for entry in inputs[0].type.tensor_type.shape.dim[1:])
     model.onnx_size = sizes if len(inputs) == 1 and all(sizes) else None
+    if nchw:
+        model.onnx_size = None if model.onnx_size is None else (sizes[-1], *sizes[:-1])
+        model.onnx_maps = tuple(answer.dim() == 4 for answer in answers)
     model.quincunx_spec = {  # type: ignore[assignment]
         "kind": "factory",
         "factory": "quincunx:from_onnx",
         "onnx": path.name,
+        **({"nchw": True} if nchw else {}),
     }
     # layers can be trained further
     return model.requires_grad_(True)
@@ -171,6 +193,65 @@ def _in_one_domain(proto: Any) -> Any:
     for part in (*proto.opset_import, *proto.graph.node):
         part.domain = "" if part.domain == "ai.onnx" else part.domain
     return proto
+
+
+# how many channels an image has
+_CHANNELS = {1, 3, 4}
+
+
+def has_channels_last(path: str | Path) -> bool:
+    """Return whether the only input of an ONNX file is images [N, H, W, C], by its sizes."""
+    if find_spec("onnx") is None:
+        return False
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except (DecodeError, ValueError, RuntimeError, OSError):
+        # whoever reads it is told
+        return False
+    known = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in known]
+    sizes = [entry.dim_value for entry in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
+    return len(sizes) == 4 and is_channels_last(sizes)
+
+
+def is_channels_last(shape: Sequence[int]) -> bool:
+    """Return whether four sizes can be those of images [N, H, W, C], and of no images [N, C, H, W].
+
+    Example:
+        >>> is_channels_last((1, 224, 224, 3)), is_channels_last((1, 3, 224, 224))
+        (True, False)
+    """
+    return shape[3] in _CHANNELS and shape[1] not in _CHANNELS
+
+
+def _channels_last(path: Path, inputs: Sequence[Any], given: Any) -> Any:
+    """Return an example [N, C, H, W] in the file's layout.
+
+    Raises:
+        ValueError: several inputs, or none of four axes.
+    """
+    if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
+        raise ValueError(f"nchw=True: the inputs of {path} are not one of four axes, [N, H, W, C]")
+    if given is None:
+        return None
+    (x,) = given if isinstance(given, tuple) and len(given) == 1 else (given,)
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        raise ValueError("example_input: expected a tensor [N, C, H, W] with nchw=True")
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def as_in_file(examples: tuple[Tensor, ...], model: nn.Module, *others: nn.Module) -> tuple[Tensor, ...]:
+    """Return inputs of a network in the layout of the file that it was read from; if that is another one
+    than the network's, the network and others of the same file take it from now on."""
+    if not isinstance(model, OnnxNetwork) or model.onnx_maps is None:
+        return examples
+    for network in (model, *others):
+        if isinstance(network, OnnxNetwork):
+            network.onnx_maps = None
+    return tuple(x.permute(0, 2, 3, 1).contiguous() for x in examples)
 
 
 def _examples(path: Path, inputs: Sequence[Any], given: Any) -> tuple[Tensor, ...]:
@@ -330,8 +411,9 @@ def _sets(inputs: Sequence[Any], examples: Sequence[Tensor]) -> list[tuple[Tenso
     return made
 
 
-def _compare(path: Path, model: nn.Module, sets: Sequence[Sequence[Tensor]]) -> None:
-    """
+def _compare(path: Path, model: nn.Module, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return what ONNX Runtime answers to the first of the inputs.
+
     Raises:
         ValueError: the network cannot run, or answers otherwise than ONNX Runtime.
     """
@@ -339,6 +421,7 @@ def _compare(path: Path, model: nn.Module, sets: Sequence[Sequence[Tensor]]) -> 
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    first: list[Tensor] = []
     for number, examples in enumerate(sets):
         try:
             if not number:
@@ -366,6 +449,8 @@ def _compare(path: Path, model: nn.Module, sets: Sequence[Sequence[Tensor]]) -> 
         if number and not all(value.isfinite().any() for value in wanted if value.is_floating_point()):
             continue
         _agree(path, found, wanted, [list(x.shape) for x in examples])
+        first = first or wanted
+    return first
 
 
 def _agree(path: Path, found: Any, wanted: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:

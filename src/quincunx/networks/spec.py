@@ -243,7 +243,7 @@ def lines_to_load(described: dict[str, Any], folder: str | Path) -> list[str]:
     if described["kind"] != "factory":
         return [f"qx.load({place})"]
     if "onnx" in described:
-        file = json.dumps(described["onnx"], ensure_ascii=False)
+        file = json.dumps(described["onnx"], ensure_ascii=False) + (", nchw=True" * ("nchw" in described))
         return [f"qx.load({place}, factory=lambda: qx.from_onnx({file}))"]
     module, _, function = described["factory"].partition(":")
     return [
