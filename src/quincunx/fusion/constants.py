@@ -6,17 +6,22 @@ inference copy.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.fusion.effects import Effects, add_to
-from quincunx.fusion.nodes import tensor_of
-from quincunx.modules import held_at
+from quincunx.fusion.effects import Effects, add_to, added_to, multiplied_by
+from quincunx.fusion.nodes import activation, addition, affine_of, tensor_of
+from quincunx.layers.changes import changes, module_of
+from quincunx.layers.graph import CONVS
+from quincunx.layers.perchannel import per_channel
+from quincunx.modules import held_at, surely
 
-__all__ = ["fold_constants", "make_modules"]
+__all__ = ["fold_constants", "make_modules", "make_norms"]
 
 # deterministic functions and methods, by name
 _STEADY = {
@@ -84,6 +89,72 @@ def make_modules(model: nn.Module, graph: fx.Graph) -> None:
                 call = graph.call_module(name, (given["input"],))
             node.replace_all_uses_with(call)
             graph.erase_node(node)
+
+
+# of operations in place that were made others
+_STANDS_FOR: dict[Any, Callable[..., Any]] = {added_to: operator.add, multiplied_by: operator.mul}
+
+
+_KEEP_CHANNELS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+def make_norms(model: nn.Module, graph: fx.Graph) -> None:
+    """Replace what multiplies a convolution's channels by constants, or adds some to them, by batch norms.
+
+    A norm that is written out, such as a frozen one, a bias of its own or a scaled residual branch then rides
+    on the convolution as a batch norm does. Several in a row become one.
+    """
+    for node in list(graph.nodes):
+        if changes(model, node):
+            continue
+        found = per_channel(model, node, kind=_STANDS_FOR.get(node.target))
+        like = None if found is None else _of_channels(model, found.source)
+        if found is None or like is None:
+            continue
+        values = [value for value in (found.scale, found.shift) if isinstance(value, Tensor)]
+        if any(
+            v.numel() not in (1, len(like)) or (v.dtype, v.device) != (like.dtype, like.device)
+            for v in values
+        ):
+            # other types make the map another one's, and other numbers are refused by torch
+            continue
+        source, scale, shift = found.source, torch.ones_like(like).double(), torch.zeros_like(like).double()
+        before = affine_of(model, source) if len(source.users) == 1 else None
+        if before is not None:
+            (scale, shift), source = before, source.args[0]  # type: ignore[assignment]
+        if found.scale is not None:
+            scale, shift = scale * found.scale, shift * found.scale
+        if found.shift is not None:
+            shift = shift + found.shift
+        norm = nn.BatchNorm2d(len(like), eps=0.0, device=like.device, dtype=like.dtype).eval()
+        norm.weight.data.copy_(scale)
+        norm.bias.data.copy_(shift)
+        name = add_to(model, "affine", norm.requires_grad_(False))
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (source,))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+        if not found.source.users and found.source is not source:
+            graph.erase_node(found.source)
+
+
+def _of_channels(model: nn.Module, node: fx.Node) -> Tensor | None:
+    """A tensor [C] of the type of a map that surely has four dimensions and C channels."""
+    module: Any = module_of(model, node)
+    if surely(module, nn.BatchNorm2d) and len(node.args) == 1:
+        held = module.running_mean
+        return None if held is None else held
+    if surely(module, *CONVS):
+        weight: Tensor = module.weight.detach()
+        return weight.new_empty(module.out_channels)
+    if activation(model, node) or surely(module, *_KEEP_CHANNELS):
+        (source,) = node.all_input_nodes
+        return _of_channels(model, source)
+    if (terms := addition(node)) is not None:
+        # one channel may be added to several
+        known = [like for like in (_of_channels(model, term) for term in terms) if like is not None]
+        return max(known, key=len) if known and max(map(len, known)) > 1 else None
+    return None
 
 
 def _own(value: object) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ __all__ = [
     "forget_layout",
     "make_pure",
     "may_raise",
+    "multiplied_by",
     "surely_changes",
 ]
 
@@ -63,7 +65,15 @@ _FRESH = {
     *("mish", "softplus", "hardtanh", "hardswish", "hardsigmoid", "clamp", "exp", "sqrt", "rsqrt", "abs"),
     *("conv2d", "conv_transpose2d", "linear", "batch_norm", "layer_norm", "group_norm", "cat", "concat"),
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "softmax", "mean", "sum", "stack"),
-    *("local_response_norm", "window_means", "clone", "added_to", "copied_argument", "new_zeros"),
+    *(
+        "local_response_norm",
+        "window_means",
+        "clone",
+        "added_to",
+        "multiplied_by",
+        "copied_argument",
+        "new_zeros",
+    ),
     *("new_ones", "zeros_like", "ones_like", "where", "masked_fill", "argmax", "normalize"),
 }
 # attributes of a tensor that share none of its memory
@@ -94,10 +104,25 @@ def added_to(changed: Tensor, other: Tensor) -> Tensor:
     Raises:
         RuntimeError: torch's error for shapes that do not match.
     """
-    result = changed + other
+    result: Tensor = _instead(changed, changed + other, Tensor.add_, other)
+    return result
+
+
+def multiplied_by(changed: Tensor, other: Tensor) -> Tensor:
+    """Return the value of ``changed`` after ``changed *= other``, in new memory.
+
+    Raises:
+        RuntimeError: torch's error for shapes that do not match.
+    """
+    result: Tensor = _instead(changed, changed * other, Tensor.mul_, other)
+    return result
+
+
+def _instead(changed: Any, result: Any, in_place: Callable[..., Tensor], other: Any) -> Any:
+    """The result, or where it has another form what the operation in place makes of a copy."""
     if isinstance(result, Tensor) and isinstance(changed, Tensor):
         same = result.shape == changed.shape and result.dtype == changed.dtype
-        return result if same else changed.clone().add_(other)
+        return result if same else in_place(changed.clone(), other)
     return result
 
 
@@ -279,8 +304,9 @@ def _purify(model: nn.Module, node: fx.Node, pure: dict[str, str]) -> bool:
         node.target = _PURE_METHODS[node.target]
         return True
     added = node.target is operator.iadd or (node.op == "call_method" and node.target == "add_")
-    if added and len(node.args) == 2 and not node.kwargs:
-        node.op, node.target = "call_function", added_to
+    times = node.target is operator.imul or (node.op == "call_method" and node.target == "mul_")
+    if (added or times) and len(node.args) == 2 and not node.kwargs:
+        node.op, node.target = "call_function", added_to if added else multiplied_by
         return True
     if node.op == "call_function" and node.target in _PURE_FUNCTIONS:
         node.target = _PURE_FUNCTIONS[node.target]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quincunx.fusion.effects import added_to
+from quincunx.fusion.effects import added_to, multiplied_by
 from quincunx.fusion.nodes import (
     affine_of,
     in_place,
@@ -32,7 +32,8 @@ _POINTWISE_MODULES = (*ACTIVATIONS, nn.LocalResponseNorm)
 _POINTWISE_FUNCTIONS = {
     *ACTIVATION_FUNCTIONS,
     F.local_response_norm,
-    *(operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum, added_to),
+    *(operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum),
+    *(added_to, multiplied_by),
 }
 
 

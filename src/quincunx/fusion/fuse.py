@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from quincunx.fusion.calibrated import calibrate_network, quantise_network, read_images
-from quincunx.fusion.constants import fold_constants, make_modules
+from quincunx.fusion.constants import fold_constants, make_modules, make_norms
 from quincunx.fusion.effects import (
     Effects,
     added_to,
@@ -223,6 +223,7 @@ def _fuse(
         fold_constants(own, graph)
         make_modules(own, graph)
         make_pure(own, graph)
+        make_norms(own, graph)
         forget_layout(own, graph)
         give_sizes(own, graph)
         pad_apart(own, graph)

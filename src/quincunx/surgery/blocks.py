@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from quincunx.layers.perchannel import per_channel
 from quincunx.modules import copied, forward_hooks, padding_of, surely
 from quincunx.surgery.pairs import FUNCTIONS, NORMS, POINTWISE, hooked, keeps_grid, readers, search
 
@@ -107,6 +108,8 @@ def _is_layer(module: nn.Module, node: fx.Node, form: str) -> bool:
 
 def _by_position(module: nn.Module, node: fx.Node, form: str) -> bool:
     """Return whether a node changes each position by itself, without a parameter for each."""
+    if per_channel(module, node, form == _LAST) is not None:
+        return True
     maps = [other for other in node.all_input_nodes if other.op != "get_attr"]
     if len(maps) != 1 or node.args[:1] != (maps[0],):
         return False

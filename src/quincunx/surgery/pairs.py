@@ -14,6 +14,7 @@ from quincunx.layers.activations import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from quincunx.layers.counts import Counted, pieces_of
 from quincunx.layers.graph import traced
 from quincunx.layers.padded import padding_at
+from quincunx.layers.perchannel import per_channel
 from quincunx.modules import copied, forward_hooks, surely
 
 __all__ = [
@@ -285,6 +286,8 @@ def readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _passes(module: nn.Module, node: fx.Node) -> bool:
+    if per_channel(module, node) is not None:
+        return True
     first, *others = node.all_input_nodes
     if node.target is F.batch_norm and node.args[:1] == (first,):  # of a norm whose forward was traced
         return all(other.op == "get_attr" for other in others)

@@ -173,7 +173,8 @@ def _state(network: nn.Module, node: fx.Node) -> _State:
         module = network.get_submodule(str(node.target))
         named = (module, *module.parameters(), *module.buffers())
     elif node.op == "get_attr":
-        named = (held_at(network, str(node.target)),)
+        made = getattr(node.graph, "constants", {}).get(str(node.target))
+        named = (held_at(network, str(node.target)) if made is None else made,)
     return (description(node), str(node.args), str(node.kwargs), *_versions(named)), named
 
 
