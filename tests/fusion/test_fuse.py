@@ -317,7 +317,7 @@ CASES = {
     "strided shortcut": (downsampled, {"c1": conv(6, 10, stride=2)}, 1),
     "other padding": (not_a_shortcut, {"c1": conv(6, 10, stride=2), "bias": nn.Identity()}, None),
     "pooling": (pooled, {"c1": conv(), "n1": norm(), "c2": conv(6, 7, padding="same", dilation=2)}, 1),
-    "constants": (constant, {"c1": conv(), "c2": conv(bias=False)}, 2),
+    "constants": (constant, {"c1": conv(), "c2": conv(bias=False)}, 1),
     "bottleneck": (lambda m, x: m.n1(m.sb(m.drop(x))), {"sb": SpatialBottleneck2d(6, 6), "n1": norm(),
                                                         "drop": nn.Dropout2d(0.5)}, 1),
     "uneven padding": (lambda m, x: m.c1(x).relu(), {"c1": conv(6, 3, 4, padding="same")}, 1),

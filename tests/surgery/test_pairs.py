@@ -137,6 +137,8 @@ PAIRS = {
     "silu": two(lambda n, x: n.b(F.silu(n.a(x))) + x),
     "dilated": two(lambda n, x: n.b(n.a(x)), dilation=3),
     "tall": two(lambda n, x: n.b(n.a(x)), size=(1, 3)),
+    "a number is added": two(lambda n, x: n.b(n.a(x) + 1)),
+    "constants of channels": two(lambda n, x: n.b(2 * n.a(x) / torch.ones(4, 1, 1) - torch.ones(1, 4, 1, 1))),
 }
 
 
@@ -164,7 +166,7 @@ NO_PAIRS = {
     "second called twice": two(lambda n, x: n.b(n.b(n.a(x)))),
     "pooling": two(lambda n, x: n.b(F.max_pool2d(n.a(x), 3, 1, 1))),
     "addition": two(lambda n, x: n.b(n.a(x) + x)),
-    "addition of a number": two(lambda n, x: n.b(n.a(x) + 1)),
+    "a constant for each position": two(lambda n, x: n.b(n.a(x) + torch.ones(6, 6))),
     "a scale of its own": two(lambda n, x: n.b(n.a(x) * n.a(x))),
     "group norm": nn.Sequential(conv(), nn.GroupNorm(2, 4), conv()),
     "a subclass's own forward": nn.Sequential(conv(), Pointless(), conv()),
