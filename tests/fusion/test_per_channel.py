@@ -224,3 +224,19 @@ def test_a_block_with_a_scale_within():
         assert {"1.deep", "1.two"} <= found.replaced.keys(), last
         x = torch.randn(2, 3, 12, 12)
         torch.testing.assert_close(qx.fuse(found.model, check=x)(x), found.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_arithmetic_that_would_ride_on_nothing_stays_arithmetic():
+    class Hardswish(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = conv(3), conv()
+
+        def forward(self, x):
+            y = self.first(x)
+            y = y * nn.functional.relu6(y + 3) / 6
+            return torch.relu(self.second(y)) * 2
+
+    model, x = Hardswish().eval(), torch.randn(1, 3, 8, 8)
+    fast = qx.fuse(model, check=x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())

@@ -18,7 +18,7 @@ from quincunx.fusion.effects import Effects, add_to, added_to, multiplied_by
 from quincunx.fusion.nodes import activation, addition, affine_of, tensor_of
 from quincunx.layers.changes import changes, module_of
 from quincunx.layers.graph import CONVS
-from quincunx.layers.perchannel import per_channel
+from quincunx.layers.perchannel import PerChannel, per_channel
 from quincunx.modules import held_at, surely
 
 __all__ = ["fold_constants", "make_modules", "make_norms"]
@@ -102,40 +102,76 @@ def make_norms(model: nn.Module, graph: fx.Graph) -> None:
     """Replace what multiplies a convolution's channels by constants, or adds some to them, by batch norms.
 
     A norm that is written out, such as a frozen one, a bias of its own or a scaled residual branch then rides
-    on the convolution as a batch norm does. Several in a row become one.
+    on the convolution before or after it as a batch norm does. Several in a row become one.
     """
+    made: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if changes(model, node):
+        chain = [] if node in made else _chain(model, node)
+        if not chain:
             continue
-        found = per_channel(model, node, kind=_STANDS_FOR.get(node.target))
-        like = None if found is None else _of_channels(model, found.source)
-        if found is None or like is None:
+        first, last = chain[0][1].source, chain[-1][0]
+        like = _of_channels(model, first)
+        if like is None or not all(_suits(found, like) for _, found in chain):
             continue
-        values = [value for value in (found.scale, found.shift) if isinstance(value, Tensor)]
-        if any(
-            v.numel() not in (1, len(like)) or (v.dtype, v.device) != (like.dtype, like.device)
-            for v in values
+        alone = len(first.users) == 1
+        before = affine_of(model, first) if alone else None
+        # elsewhere torch adds and multiplies faster than it normalises
+        if not (
+            before or (alone and surely(module_of(model, first), *CONVS)) or _leads_to_convs(model, last)
         ):
-            # other types make the map another one's, and other numbers are refused by torch
             continue
-        source, scale, shift = found.source, torch.ones_like(like).double(), torch.zeros_like(like).double()
-        before = affine_of(model, source) if len(source.users) == 1 else None
+        scale, shift = torch.ones_like(like).double(), torch.zeros_like(like).double()
+        source = first
         if before is not None:
-            (scale, shift), source = before, source.args[0]  # type: ignore[assignment]
-        if found.scale is not None:
-            scale, shift = scale * found.scale, shift * found.scale
-        if found.shift is not None:
-            shift = shift + found.shift
+            (scale, shift), source = before, first.args[0]  # type: ignore[assignment]
+        for _, found in chain:
+            if found.scale is not None:
+                scale, shift = scale * found.scale, shift * found.scale
+            if found.shift is not None:
+                shift = shift + found.shift
         norm = nn.BatchNorm2d(len(like), eps=0.0, device=like.device, dtype=like.dtype).eval()
         norm.weight.data.copy_(scale)
         norm.bias.data.copy_(shift)
         name = add_to(model, "affine", norm.requires_grad_(False))
         with graph.inserting_before(node):
             call = graph.call_module(name, (source,))
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
-        if not found.source.users and found.source is not source:
-            graph.erase_node(found.source)
+        last.replace_all_uses_with(call)
+        made.update(step for step, _ in chain)
+        for step in reversed([*([first] if before is not None else []), *(step for step, _ in chain)]):
+            graph.erase_node(step)
+
+
+def _chain(model: nn.Module, node: fx.Node) -> list[tuple[fx.Node, PerChannel]]:
+    """A node that does the same to all positions of a map, and those behind it that nothing else reads."""
+    chain: list[tuple[fx.Node, PerChannel]] = []
+    found = _out_of_place(model, node)
+    while found is not None and (not chain or found.source is chain[-1][0]):
+        chain.append((node, found))
+        if len(node.users) != 1:
+            break
+        (node,) = node.users
+        found = _out_of_place(model, node)
+    return chain
+
+
+def _out_of_place(model: nn.Module, node: fx.Node) -> PerChannel | None:
+    return None if changes(model, node) else per_channel(model, node, kind=_STANDS_FOR.get(node.target))
+
+
+def _suits(found: PerChannel, like: Tensor) -> bool:
+    """Whether the constants are of a map's type and channels: torch refuses others, or changes the type."""
+    values = [value for value in (found.scale, found.shift) if isinstance(value, Tensor)]
+    return all(
+        v.numel() in (1, len(like)) and (v.dtype, v.device) == (like.dtype, like.device) for v in values
+    )
+
+
+def _leads_to_convs(model: nn.Module, node: fx.Node) -> bool:
+    """Whether only convolutions read a map, or what an activation makes of it."""
+    users = list(node.users)
+    if len(users) == 1 and activation(model, users[0]):
+        users = list(users[0].users)
+    return bool(users) and all(surely(module_of(model, user), *CONVS) for user in users)
 
 
 def _of_channels(model: nn.Module, node: fx.Node) -> Tensor | None:
