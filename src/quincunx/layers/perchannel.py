@@ -81,5 +81,5 @@ def _constant(root: nn.Module, node: fx.Node, given: Any, last: bool) -> Tensor 
         return None
     # of the dimensions of a map, those from its channels on
     behind = value.shape[-1:] if last else value.shape[-3:]
-    fits = value.dim() <= 4 and behind == (value.numel(), *([] if last else [1, 1]))
-    return value.detach().flatten() if fits or value.dim() == 0 else None
+    fits = value.numel() == 1 or behind == (value.numel(), *([] if last else [1, 1]))
+    return value.detach().flatten() if fits and value.dim() <= 4 else None
