@@ -72,6 +72,7 @@ CONTENTS = {
         "measured/gpu",
         "measured/targets",
         "measured/methods",
+        "measured/equal-time",
         "measured/zoo",
         "measured/espace",
         "measured/training",

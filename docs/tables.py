@@ -180,6 +180,7 @@ def fair_front(setting: str) -> str:
             [
                 row["network"],
                 str(row["side"]),
+                str(len(row["error"])),
                 str(row["epochs"] + (dense["epochs"] if row["fitted"] else 0)),
                 f"{row['macs'] / 1e6:.1f}",
                 f"{dense['macs'] / row['macs']:.2f}",
@@ -188,7 +189,7 @@ def fair_front(setting: str) -> str:
                 f"{fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})",
             ]
         )
-    header = ["network", "input", "epochs", "M MACs", "MAC ratio", "speed-up", "test error"]
+    header = ["network", "input", "seeds", "epochs", "M MACs", "MAC ratio", "speed-up", "test error"]
     figure = f"![points lost against measured speed-up](results/fair-front-{setting}.svg)"
     return f"{table([*header, 'lost, points'], cells)}\n\n{figure}"
 
@@ -906,6 +907,8 @@ MADE = {
     "amx-training": lambda: bench("training", AMX),
     "plugins": plugins,
     "format-front": format_front,
+    "equal-time-tiny": lambda: fair_front("tiny-width32-passes0.5"),
+    "equal-time-clothing": lambda: fair_front("clothing-width32-passes0.6"),
     "format-accuracy": format_accuracy,
     "ops": lambda: bench("ops"),
     "training": lambda: bench("training"),
