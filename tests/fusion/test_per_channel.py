@@ -115,7 +115,7 @@ class Others(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        self.kind, self.one, self.conv = kind, conv(8, 1), conv()
+        self.kind, self.one, self.conv, self.norm = kind, conv(8, 1), conv(), nn.BatchNorm2d(8)
         self.g = nn.Parameter(torch.randn(8, 1, 1))
         self.position = nn.Parameter(torch.randn(8, 9, 9))
         self.width = nn.Parameter(torch.randn(9))
@@ -135,6 +135,13 @@ class Others(nn.Module):
             return self.conv(x) / (self.g * 0)
         if self.kind == "infinite":
             return self.conv(x).abs() + self.infinite
+        if self.kind == "infinity":
+            return self.conv(x).abs() + float("inf")
+        if self.kind == "changed after its norm":
+            y = self.conv(x)
+            z = self.norm(y)
+            y.add_(1)
+            return y + self.conv(z * self.g)
         if self.kind == "read before":
             y = self.conv(x)
             z = y[:, :4]
@@ -146,7 +153,7 @@ class Others(nn.Module):
 
 KINDS = (
     *("more channels", "positions", "columns", "another type", "zeros", "infinite", "read before"),
-    "channels last",
+    *("channels last", "infinity", "changed after its norm"),
 )
 
 

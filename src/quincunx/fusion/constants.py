@@ -133,7 +133,8 @@ def make_norms(model: nn.Module, graph: fx.Graph) -> None:
         norm.weight.data.copy_(scale)
         norm.bias.data.copy_(shift)
         name = add_to(model, "affine", norm.requires_grad_(False))
-        with graph.inserting_before(node):
+        # where the map is read first: it may be changed in place after that
+        with graph.inserting_before(node if before is None else first):
             call = graph.call_module(name, (source,))
         last.replace_all_uses_with(call)
         made.update(step for step, _ in chain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def per_channel(
 def _constant(root: nn.Module, node: fx.Node, given: Any, last: bool) -> Tensor | float | None:
     """A number, or a tensor of one value for each channel."""
     if isinstance(given, (int, float)) and not isinstance(given, bool):
-        return float(given)
+        return float(given) if math.isfinite(given) else None
     if not isinstance(given, fx.Node) or given.op != "get_attr":
         return None
     made = getattr(node.graph, "constants", {}).get(str(given.target))
