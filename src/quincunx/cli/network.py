@@ -159,10 +159,6 @@ def load_trained(
     taken = None if shape is None else parse_input(shape)
     if model is None and str(network).endswith(".onnx"):
         model = network
-    last = model is not None and _is_onnx(model) and has_channels_last(model)
-    if taken is not None and last and is_channels_last(taken):
-        # as the file has it; images are [N, C, H, W] everywhere here
-        taken = (taken[0], taken[3], *taken[1:3])
     if model is not None:
         found = build_own_network(model, weights, seed, taken)
     elif weights is not None:
@@ -175,6 +171,7 @@ def load_trained(
         )
     check_finite(found.model)
     if taken is not None:
+        taken = _as_images(taken, getattr(found.model, "onnx_maps", None) is not None)
         _run_once(found.model, taken)
     elif fixed := getattr(found.model, "onnx_size", None):
         taken = (1, *fixed)
@@ -276,7 +273,12 @@ def _read_onnx(text: str, shape: tuple[int, ...] | None) -> nn.Module:
         # the shape says what the file leaves free; one that fixes its sizes is compared at those
         if shape is None:
             raise
-        return qx.from_onnx(text, torch.randn(shape), nchw=nchw)
+        return qx.from_onnx(text, torch.randn(_as_images(shape, nchw)), nchw=nchw)
+
+
+def _as_images(shape: tuple[int, ...], nchw: bool) -> tuple[int, ...]:
+    """The shape [N, C, H, W] of images, for a network that is given these in place of its file's layout."""
+    return (shape[0], shape[3], *shape[1:3]) if nchw and is_channels_last(shape) else shape
 
 
 def _maker(text: str, shape: tuple[int, ...] | None = None) -> Callable[[], nn.Module]:

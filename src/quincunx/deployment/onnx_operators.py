@@ -173,13 +173,10 @@ def _normalised(node: Any, _: Any) -> nn.Module:
 
 def _sampled(node: Any, _: Any) -> nn.Module:
     given = node.attributes
-    # names of opset 16 and of 20
-    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(given.get("mode", "bilinear"))
-    return _Sampled(
-        mode or given.get("mode", "bilinear"),
-        given.get("padding_mode", "zeros"),
-        bool(given.get("align_corners", 0)),
-    )
+    mode = given.get("mode", "bilinear")
+    # names of opset 20
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    return _Sampled(mode, given.get("padding_mode", "zeros"), bool(given.get("align_corners", 0)))
 
 
 def _same(node: Any, _: Any) -> nn.Module:

@@ -179,8 +179,7 @@ def _of_channels(model: nn.Module, node: fx.Node) -> Tensor | None:
     """A tensor [C] of the type of a map that surely has four dimensions and C channels."""
     module: Any = module_of(model, node)
     if surely(module, nn.BatchNorm2d) and len(node.args) == 1:
-        held = module.running_mean
-        return None if held is None else held
+        return module.running_mean  # type: ignore[no-any-return]
     if surely(module, *CONVS):
         weight: Tensor = module.weight.detach()
         return weight.new_empty(module.out_channels)

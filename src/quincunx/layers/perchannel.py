@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quincunx.modules import held_at
+from quincunx.layers.tracing import attribute_of
 
 __all__ = ["PerChannel", "per_channel"]
 
@@ -73,9 +73,8 @@ def _constant(root: nn.Module, node: fx.Node, given: Any, last: bool) -> Tensor 
         return float(given) if math.isfinite(given) else None
     if not isinstance(given, fx.Node) or given.op != "get_attr":
         return None
-    made = getattr(node.graph, "constants", {}).get(str(given.target))
     try:
-        value = held_at(root, str(given.target)) if made is None else made
+        value = attribute_of(root, given)
     except AttributeError:
         return None
     if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(value.isfinite().all()):

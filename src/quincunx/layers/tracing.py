@@ -34,9 +34,9 @@ from quincunx.layers.tracer import (
 )
 from quincunx.layers.tried import SIZES, Trying, channels_to_try, without_values
 from quincunx.layers.ways import ApartError, Ways, join
-from quincunx.modules import computed_tensors
+from quincunx.modules import computed_tensors, held_at
 
-__all__ = ["Traced", "as_module", "trace"]
+__all__ = ["Traced", "as_module", "attribute_of", "trace"]
 
 # traces that may be made of a forward that goes two ways, and their nodes
 _MOST_WAYS, _MOST_NODES = 256, 40_000
@@ -428,6 +428,16 @@ def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
         return alike and torch.equal(_bits(a), _bits(b))
 
     return some.keys() == others.keys() and all(same(some[name], others[name]) for name in some)
+
+
+def attribute_of(model: nn.Module, node: fx.Node) -> Any:
+    """Return what a ``get_attr`` node stands for: a constant that the forward made, or the network's own.
+
+    Raises:
+        AttributeError: neither has it.
+    """
+    made = getattr(node.graph, "constants", {}).get(str(node.target))
+    return held_at(model, str(node.target)) if made is None else made
 
 
 def as_module(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> fx.GraphModule:

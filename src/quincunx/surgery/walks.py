@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from quincunx.layers.graph import traced
 from quincunx.layers.parts import between, call_of, description, live, read_by
-from quincunx.modules import evaluation, forward_hooks, held_at
+from quincunx.layers.tracing import attribute_of
+from quincunx.modules import evaluation, forward_hooks
 
 __all__ = ["Leg", "Walk"]
 
@@ -173,8 +174,7 @@ def _state(network: nn.Module, node: fx.Node) -> _State:
         module = network.get_submodule(str(node.target))
         named = (module, *module.parameters(), *module.buffers())
     elif node.op == "get_attr":
-        made = getattr(node.graph, "constants", {}).get(str(node.target))
-        named = (held_at(network, str(node.target)) if made is None else made,)
+        named = (attribute_of(network, node),)
     return (description(node), str(node.args), str(node.kwargs), *_versions(named)), named
 
 
